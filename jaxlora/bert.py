@@ -1,0 +1,286 @@
+"""BERT's encoder over packed rows, as a Flax module with two collections.
+
+`params` holds the pretrained weights (frozen under LoRA) and `lora`, where given, an adapter of
+the same layout. Module names are Hugging Face's, so a weight's path can be read off its key; the
+layers are stacked along a leading axis and run under `nn.scan`, so compile time does not grow
+with depth. Devlin et al. 2018, "BERT"; post-LayerNorm, exact GELU, absolute positions.
+
+Shapes: R rows, S tokens a row, H hidden size, L layers, N sentences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+}
+POOLINGS = ("cls", "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """The shape of the network; the defaults are bert-base-uncased.
+
+    Attributes mirror Hugging Face's `config.json`.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+
+
+class Dense(nn.Module):
+    """`x W + b`, plus `scale · x A B` where the `lora` collection has this layer.
+
+    Matmul inputs are `dtype`, the result is float32 accumulated and returned as `dtype`.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+    lora_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in]` → `[..., features]`."""
+        kernel = self.param(
+            "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), jnp.float32
+        )
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable("lora", "A"):
+            a = self.get_variable("lora", "A").astype(self.dtype)
+            b = (self.lora_scale * self.get_variable("lora", "B")).astype(self.dtype)
+            y = y + (x @ a) @ b
+        return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention in which a token sees only its own sentence."""
+
+    config: BertConfig
+    dtype: Any
+    lora_scale: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+        """`x: [R, S, H]`, `mask: bool[R, 1, S, S]` → `[R, S, H]`."""
+        c = self.config
+        shape = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+        query, key, value = (
+            Dense(c.hidden_size, self.dtype, self.lora_scale, name=name)(x).reshape(shape)
+            for name in ("query", "key", "value")
+        )
+        scores = jnp.einsum("rqhd,rkhd->rhqk", query, key, preferred_element_type=jnp.float32) * (
+            shape[-1] ** -0.5
+        )
+        weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
+        weights = nn.Dropout(c.attention_probs_dropout_prob, deterministic=not train)(weights)
+        y = jnp.einsum("rhqk,rkhd->rqhd", weights.astype(self.dtype), value)
+        return y.reshape(x.shape)
+
+
+class Output(nn.Module):
+    """Dense → Dropout → add the residual → LayerNorm (float32)."""
+
+    config: BertConfig
+    dtype: Any
+    lora_scale: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, residual: jax.Array, train: bool) -> jax.Array:
+        """`x: [..., F]`, `residual: [..., H]` → `f32[..., H]`."""
+        c = self.config
+        y = Dense(c.hidden_size, self.dtype, self.lora_scale, name="dense")(x)
+        y = nn.Dropout(c.hidden_dropout_prob, deterministic=not train)(y)
+        return _layer_norm(c)(y + residual)
+
+
+class Attention(nn.Module):
+    """Self-attention and its output layer (HF's `attention.self`, `attention.output`)."""
+
+    config: BertConfig
+    dtype: Any
+    lora_scale: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+        """`x: f32[R, S, H]` → the same shape."""
+        rest = (self.config, self.dtype, self.lora_scale)
+        y = SelfAttention(*rest, name="self")(x, mask, train)
+        return Output(*rest, name="output")(y, x, train)
+
+
+class Intermediate(nn.Module):
+    """The feed-forward layer's first half: Dense → activation."""
+
+    config: BertConfig
+    dtype: Any
+    lora_scale: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., H]` → `[..., F]`."""
+        y = Dense(self.config.intermediate_size, self.dtype, self.lora_scale, name="dense")(x)
+        return ACTIVATIONS[self.config.hidden_act](y)
+
+
+class Layer(nn.Module):
+    """One transformer layer, in the form `nn.scan` wants: carry in, (carry, None) out."""
+
+    config: BertConfig
+    dtype: Any
+    lora_scale: float
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        """`x: f32[R, S, H]`, `mask: bool[R, 1, S, S]`."""
+        rest = (self.config, self.dtype, self.lora_scale)
+        x = Attention(*rest, name="attention")(x, mask, self.train)
+        y = Intermediate(*rest, name="intermediate")(x)
+        return Output(*rest, name="output")(y, x, self.train), None
+
+
+class Embeddings(nn.Module):
+    """Word + position + token type (always 0: sentences are encoded one by one), normalised."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, positions: jax.Array, train: bool) -> jax.Array:
+        """`tokens, positions: i32[R, S]` → `f32[R, S, H]`."""
+        c = self.config
+        x = self._table("word_embeddings", c.vocab_size)[tokens]
+        x = x + self._table("position_embeddings", c.max_position_embeddings)[positions]
+        x = x + self._table("token_type_embeddings", c.type_vocab_size)[0][None, None]
+        x = _layer_norm(c)(x)
+        return nn.Dropout(c.hidden_dropout_prob, deterministic=not train)(x)
+
+    def _table(self, name: str, rows: int) -> jax.Array:
+        shape = (rows, self.config.hidden_size)
+        table = self.param(name, nn.initializers.normal(0.02), shape, jnp.float32)
+        return table.astype(jnp.float32)
+
+
+class Encoder(nn.Module):
+    """Packed tokens to contextual vectors.
+
+    Attributes:
+      config: shape of the network.
+      dtype: dtype of matmul inputs; everything else is float32.
+      lora_scale: `alpha / rank` of the adapter in the `lora` collection, if there is one.
+    """
+
+    config: BertConfig
+    dtype: Any = jnp.float32
+    lora_scale: float = 1.0
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, train: bool = False
+    ) -> jax.Array:
+        """Encode rows into which several sentences are packed.
+
+        Args:
+          tokens: `i32[R, S]`.
+          positions: `i32[R, S]`, counted from 0 within each sentence.
+          segment_ids: `i32[R, S]`, which sentence a token belongs to, 0 for padding; a token
+            attends to the tokens of its row that have its id.
+          train: apply dropout (needs a `dropout` rng).
+
+        Returns:
+          `f32[R, S, H]`, the last layer.
+        """
+        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        x = Embeddings(self.config, name="embeddings")(tokens, positions, train)
+        layers = nn.scan(
+            Layer,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=self.config.num_hidden_layers,
+        )
+        return layers(self.config, self.dtype, self.lora_scale, train, name="layers")(x, mask)[0]
+
+
+def pool(hidden: jax.Array, segment_ids: jax.Array, cls_index: jax.Array, kind: str) -> jax.Array:
+    """One vector per sentence.
+
+    Args:
+      hidden: `f32[R, S, H]`.
+      segment_ids: `i32[R, S]`; sentence n (of this batch) has id `n + 1`, padding 0.
+      cls_index: `i32[N]`, where sentence n starts in the flattened rows.
+      kind: `cls`, the vector of the first token (the paper's), or `mean`, the mean over the
+        sentence's tokens (Reimers & Gurevych 2019, "Sentence-BERT", section 3).
+
+    Returns:
+      `f32[N, H]`.
+
+    >>> hidden = jnp.arange(4.0).reshape(1, 4, 1)
+    >>> pool(hidden, jnp.array([[1, 1, 2, 0]]), jnp.array([0, 2]), "mean").tolist()
+    [[0.5], [2.0]]
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if kind == "cls":
+        return flat[cls_index]
+    ids = segment_ids.reshape(-1)
+    count = len(cls_index) + 1
+    sums = jax.ops.segment_sum(flat, ids, count)[1:]
+    sizes = jax.ops.segment_sum(jnp.ones_like(ids, flat.dtype), ids, count)[1:]
+    return sums / jnp.maximum(sizes, 1)[:, None]
+
+
+def _layer_norm(config: BertConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=config.layer_norm_eps,
+        dtype=jnp.float32,
+        name="LayerNorm",
+        use_fast_variance=False,
+    )
+
+
+def param_shapes(config: BertConfig) -> dict[str, Any]:
+    """The parameter tree as `jax.ShapeDtypeStruct`s, without allocating it.
+
+    >>> sum(x.size for x in jax.tree.leaves(param_shapes(BertConfig())))
+    108891648
+    """
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(lambda: Encoder(config).init(jax.random.key(0), ids, ids, ids))["params"]
+
+
+def matmul_ready(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """Cast the Dense kernels and biases to `dtype` once, so that no step converts them again.
+
+    Embeddings and LayerNorm stay float32.
+    """
+
+    def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        is_dense = path[-1].key == "kernel" or (
+            path[-1].key == "bias" and path[-2].key != "LayerNorm"
+        )
+        return x.astype(dtype) if is_dense else x
+
+    return jax.tree_util.tree_map_with_path(leaf, params)

@@ -1,0 +1,1 @@
+"""From files to batches: sources, TFDS builders, tokenising, packing, order."""

@@ -1,0 +1,115 @@
+"""What the three TFDS builders share: features, configs keyed by content, reading back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from jaxlora.data.rows import Row
+
+Splits = Mapping[str, Sequence[Row]]
+
+
+@dataclasses.dataclass(eq=False)
+class SourceConfig(tfds.core.BuilderConfig):
+    """A builder config that knows how to get its rows.
+
+    The `name` bears the content's key (`demo-3f9a…`): other content is another dataset, so a
+    prepared dataset is never stale.
+
+    Attributes:
+      read: download manager -> rows by split; called only when the dataset is not yet there.
+    """
+
+    read: Callable[[tfds.download.DownloadManager], Splits] = lambda _: {}
+
+
+class RowsBuilder(
+    tfds.core.GeneratorBasedBuilder,
+    skip_registration=True,  # type: ignore[call-arg]  # TFDS takes it, its stubs do not say so
+):
+    """A dataset of `Row`s in their source's order; a subclass adds a name and a description."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    DESCRIPTION = ""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.DESCRIPTION,
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": tfds.features.Text(),
+                    "sentence1": tfds.features.Text(),
+                    "sentence2": tfds.features.Text(),
+                    "label": np.float32,
+                }
+            ),
+            disable_shuffling=True,  # the batch order is ours; the files keep the source's
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        splits = self.builder_config.read(dl_manager)
+        return {split: self._generate_examples(rows) for split, rows in splits.items()}
+
+    def _generate_examples(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for key, row in enumerate(rows):
+            yield key, row._asdict()
+
+
+def load(builder_class: type[RowsBuilder], config: SourceConfig, folder: Path) -> Splits:
+    """Prepare a dataset unless it is there already, and read it through its data source.
+
+    Args:
+      builder_class: one of the three builders.
+      config: names the content and reads it.
+      folder: where TFDS keeps its datasets and downloads.
+
+    Raises:
+      UserError: from `config.read`.
+    """
+    with _quiet():
+        builder = builder_class(data_dir=folder, config=config)
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except OSError:
+            # TFDS prepares in a folder of its own and renames it: another process that was
+            # quicker makes the rename fail, and has left the same content.
+            if not builder.is_prepared():
+                raise
+            builder = builder_class(data_dir=folder, config=config)
+        return {split: _rows(builder.as_data_source(split)) for split in builder.info.splits}
+
+
+def _rows(source: Any) -> list[Row]:
+    examples = source.__getitems__(range(len(source)))
+    return [
+        Row(
+            id=example["id"].decode(),
+            sentence1=example["sentence1"].decode(),
+            sentence2=example["sentence2"].decode(),
+            label=float(example["label"]),
+        )
+        for example in examples
+    ]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep TFDS's progress bars, prints and warnings about configs off the user's screen."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

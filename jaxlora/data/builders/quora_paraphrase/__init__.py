@@ -1,0 +1,1 @@
+"""The TFDS builder `quora_paraphrase`."""

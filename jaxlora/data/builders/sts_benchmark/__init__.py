@@ -1,0 +1,1 @@
+"""The TFDS builder `sts_benchmark`."""

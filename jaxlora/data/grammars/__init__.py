@@ -1,0 +1,1 @@
+"""Small grammars that write the demo data: reviews, questions and scenes."""

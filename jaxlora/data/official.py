@@ -1,0 +1,161 @@
+"""The public releases: SST-5 from the Stanford treebank, Quora and STS-B as GLUE has them.
+
+TFDS downloads them, but its `extract` and hence `download_and_extract` need TensorFlow. So
+archives are unpacked here, and TFDS's own GLUE builder, which does the reading, is handed a
+download manager that does the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import os
+import re
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxlora.data.rows import UNLABELLED, Row, parse_label
+from jaxlora.errors import UserError
+from jaxlora.tasks import Task
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+TREEBANK = "https://nlp.stanford.edu/sentiment/trainDevTestTrees_PTB.zip"
+# GLUE's config, and the names of its two text features.
+GLUE = {
+    "para": ("qqp", "question1", "question2"),
+    "sts": ("stsb", "sentence1", "sentence2"),
+}
+GLUE_SPLITS = {"train": "train", "validation": "dev", "test": "test"}
+ESCAPES = {
+    "-LRB-": "(", "-RRB-": ")", "-LSB-": "[", "-RSB-": "]", "-LCB-": "{", "-RCB-": "}",
+}  # fmt: skip
+
+
+def key(task: Task) -> str:
+    """What names the content before it is downloaded.
+
+    The releases never change under their address, and which GLUE archive is meant is decided
+    by TFDS: so its version and the address stand for the bytes.
+    """
+    version = importlib.metadata.version("tensorflow-datasets")
+    return f"tfds {version} {TREEBANK if task.name == 'sst' else 'glue/' + GLUE[task.name][0]}"
+
+
+def read(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[Row]]:
+    """Download and read a task's splits; GLUE's hidden test labels are NaN.
+
+    Raises:
+      UserError: the download fails or the archive is damaged.
+    """
+    return read_treebank(task, manager) if task.name == "sst" else read_glue(task, manager)
+
+
+def read_treebank(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[Row]]:
+    """SST-5 from the parse trees: the label of the root, and the leaves as the sentence."""
+    folder = fetch(manager, TREEBANK) / "trees"
+    splits = {}
+    for split in ("train", "dev", "test"):
+        lines = (folder / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+        splits[split] = [
+            Row(f"{split}-{n}", sentence, "", parse_label(label, task, f"{split}.txt:{n}"))
+            for n, (label, sentence) in enumerate(map(parse_tree, filter(None, lines)), 1)
+        ]
+    return splits
+
+
+def parse_tree(tree: str) -> tuple[str, str]:
+    r"""The root's label and the sentence of a tree in bracket notation.
+
+    >>> parse_tree(r"(3 (2 (2 Writer\/director) (2 -LRB-)) (4 shines))")
+    ('3', 'Writer/director ( shines')
+    """
+    leaves = re.findall(r"\(\d ([^()\s]+)\)", tree)
+    words = [ESCAPES.get(leaf, leaf.replace("\\", "")) for leaf in leaves]
+    return tree[1:2], " ".join(words)
+
+
+def read_glue(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[Row]]:
+    """Quora or STS-B, read by TFDS's GLUE builder; the few rows with a blank question go."""
+    # `tfds.builder("glue/…")` imports every dataset of TFDS and fails without TensorFlow.
+    from tensorflow_datasets.text.glue import Glue
+
+    config, first, second = GLUE[task.name]
+    glue = Glue(config=config, data_dir=manager.download_dir)
+    splits = {}
+    for generator in glue._split_generators(Unzipping(manager)):
+        split = GLUE_SPLITS[generator.name]
+        splits[split] = [
+            Row(f"{split}-{n}", example[first].strip(), example[second].strip(), label)
+            for n, example in glue._generate_examples(**generator.gen_kwargs)
+            if example[first].strip() and example[second].strip()
+            for label in [_glue_label(example["label"], task, f"glue/{config} {split}:{n}")]
+        ]
+    return splits
+
+
+def _glue_label(value: float, task: Task, where: str) -> float:
+    return UNLABELLED if value == -1 else parse_label(str(value), task, where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unzipping:
+    """All that TFDS's GLUE builder asks of a download manager, without TensorFlow."""
+
+    manager: tfds.download.DownloadManager
+
+    def download_and_extract(self, url: str) -> str:
+        """Download an archive and return the folder with its files."""
+        return os.fspath(fetch(self.manager, url))
+
+
+def fetch(manager: tfds.download.DownloadManager, url: str) -> Path:
+    """Download a zip archive, unpack it beside itself, and return the folder.
+
+    Raises:
+      UserError: no network, no such file, or a damaged archive.
+    """
+    from tensorflow_datasets.core.download.util import DownloadError
+
+    try:
+        _reach(url)
+        archive = Path(manager.download(url))
+    except (OSError, DownloadError) as error:
+        raise UserError(
+            f"--source official: cannot download {url} ({error}). Check the network, or use "
+            "--data-dir with the CS224N files, or the source 'demo', which needs neither."
+        ) from error
+    try:
+        return unzip(archive)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise UserError(
+            f"--source official: {archive} is damaged ({error}); delete it and run again."
+        ) from error
+
+
+def _reach(url: str) -> None:
+    """Fail at once without a network: TFDS would retry for minutes, a warning each time."""
+    # An HTTP error means that somebody answered; TFDS will report what is wrong.
+    with contextlib.suppress(urllib.error.HTTPError):
+        urllib.request.urlopen(url, timeout=30).close()
+
+
+def unzip(archive: Path) -> Path:
+    """Unpack into `<archive>.files`, all or nothing."""
+    target = archive.with_name(archive.name + ".files")
+    if not target.is_dir():
+        scratch = Path(tempfile.mkdtemp(dir=archive.parent))
+        try:
+            with zipfile.ZipFile(archive) as bundle:
+                bundle.extractall(scratch)
+            scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return target

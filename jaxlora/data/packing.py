@@ -1,0 +1,174 @@
+"""Packing: many short sentences in few rows, in few shapes.
+
+Sentences average 15–25 tokens, so a padded batch is mostly padding. Here each batch is packed into
+rows of one length by best-fit decreasing, and a run uses at most a handful of row counts, chosen
+beforehand from all its batches, because every shape costs a compilation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlora.step import Rows
+
+SHORT_ROW = 64
+# What compiling one more program costs, in tokens that could have been trained on meanwhile.
+PROGRAM_COST = 30_000
+
+
+class Shape(NamedTuple):
+    """Rows of one size: `rows` × `length` tokens."""
+
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a batch of this shape pays for."""
+        return self.rows * self.length
+
+
+class Placement(NamedTuple):
+    """Where each sentence goes: `row i64[n]`, `start i64[n]`, and how many rows that takes."""
+
+    row: np.ndarray
+    start: np.ndarray
+    rows: int
+
+
+def place(lengths: Sequence[int] | np.ndarray, row_length: int) -> Placement:
+    """Best-fit decreasing: the longest first, each into the fullest row that still has room.
+
+    Args:
+      lengths: tokens of each sentence, each between 1 and `row_length`.
+      row_length: S.
+
+    Raises:
+      ValueError: if a sentence is longer than a row (truncate it first).
+
+    >>> place([5, 3, 4, 2], 8).rows
+    2
+    """
+    lengths = np.asarray(lengths)
+    if lengths.size and lengths.max() > row_length:
+        raise ValueError(f"a sentence of {lengths.max()} tokens does not fit rows of {row_length}")
+    row, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by free tokens
+    rows = 0
+    for n in np.argsort(-lengths, kind="stable").tolist():
+        need = int(lengths[n])
+        free = next((f for f in range(need, row_length + 1) if with_room[f]), None)
+        if free is None:
+            r, free, rows = rows, row_length, rows + 1
+        else:
+            r = with_room[free].pop()
+        row[n], start[n] = r, row_length - free
+        with_room[free - need].append(r)
+    return Placement(row, start, rows)
+
+
+def fill(
+    sentences: Sequence[np.ndarray], slots: Sequence[int], num_slots: int, shape: Shape
+) -> Rows:
+    """Pack sentences into rows of a shape.
+
+    Args:
+      sentences: token ids of each sentence.
+      slots: the sentence's number in the batch, `0 … num_slots - 1`.
+      num_slots: N; a slot without a sentence points at token 0.
+      shape: must be large enough (see `place`).
+
+    Returns:
+      `Rows` of NumPy arrays.
+
+    >>> rows = fill([np.array([7, 8]), np.array([9])], [0, 1], 2, Shape(1, 4))
+    >>> rows.tokens.tolist(), rows.segment_ids.tolist(), rows.cls_index.tolist()
+    ([[7, 8, 9, 0]], [[1, 1, 2, 0]], [0, 2])
+    """
+    where = place([len(s) for s in sentences], shape.length)
+    if where.rows > shape.rows:
+        raise ValueError(f"{where.rows} rows needed, {shape.rows} given")
+    tokens, positions, segment_ids = np.zeros((3, *shape), np.int32)
+    cls_index = np.zeros(num_slots, np.int32)
+    for sentence, slot, row, start in zip(sentences, slots, where.row, where.start, strict=True):
+        span = slice(start, start + len(sentence))
+        tokens[row, span] = sentence
+        positions[row, span] = np.arange(len(sentence))
+        segment_ids[row, span] = slot + 1
+        cls_index[slot] = row * shape.length + start
+    return Rows(tokens, positions, segment_ids, cls_index)
+
+
+def row_lengths(max_length: int) -> tuple[int, ...]:
+    """The row lengths that shapes are chosen from.
+
+    >>> row_lengths(128), row_lengths(64)
+    ((64, 128), (64,))
+    """
+    return tuple(sorted({min(SHORT_ROW, max_length), max_length}))
+
+
+def choose_shapes(needs: np.ndarray, lengths: Sequence[int], most: int) -> list[Shape]:
+    """The shapes that a run's batches cost least in, compiling included.
+
+    Args:
+      needs: `i64[steps, len(lengths)]`, the rows that each batch needs at each row length; 0 where
+        a sentence of it is longer than the row.
+      lengths: row lengths, ascending; every batch fits the last.
+      most: how many shapes at the most.
+
+    Returns:
+      Shapes, cheapest first, such that every batch fits one. Found by trying all combinations of a
+      few quantiles.
+
+    >>> choose_shapes(np.array([[2, 1]] * 9 + [[0, 3]]), (64, 128), 1)
+    [Shape(rows=3, length=128)]
+    >>> choose_shapes(np.array([[2, 1]] * 9000 + [[0, 3]]), (64, 128), 2)
+    [Shape(rows=2, length=64), Shape(rows=3, length=128)]
+    """
+    distinct, counts = np.unique(needs, axis=0, return_counts=True)
+    candidates = [
+        Shape(int(rows), length)
+        for column, length in enumerate(lengths)
+        for rows in _quantiles(needs[:, column])
+    ]
+    cost = np.full((len(candidates), len(distinct)), np.inf)
+    for i, shape in enumerate(candidates):
+        rows = distinct[:, lengths.index(shape.length)]
+        cost[i, (rows > 0) & (rows <= shape.rows)] = shape.tokens
+    best = min(
+        (
+            chosen
+            for k in range(1, most + 1)
+            for chosen in itertools.combinations(range(len(candidates)), k)
+        ),
+        key=lambda chosen: cost[list(chosen)].min(0) @ counts + PROGRAM_COST * len(chosen),
+    )
+    return sorted((candidates[i] for i in best), key=lambda s: s.tokens)
+
+
+def _quantiles(rows: np.ndarray) -> list[int]:
+    rows = rows[rows > 0]
+    if not rows.size:
+        return []
+    marks = (0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)
+    return sorted({int(np.quantile(rows, q, method="higher")) for q in marks})
+
+
+def fitting(shapes: Sequence[Shape], lengths: Sequence[np.ndarray]) -> Shape:
+    """The first (cheapest) of `shapes` that holds every task's sentences.
+
+    Raises:
+      ValueError: if none does.
+    """
+    for shape in shapes:
+        if all(
+            (n.max(initial=0) <= shape.length) and place(n, shape.length).rows <= shape.rows
+            for n in lengths
+        ):
+            return shape
+    raise ValueError("no shape is large enough for this batch")

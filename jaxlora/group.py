@@ -1,0 +1,167 @@
+"""One group of tasks, assembled and ready to train, evaluate and predict."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxlora import evaluate, step, tasks
+from jaxlora.data import batches as data_batches
+from jaxlora.plan import Data, make_steps
+from jaxlora.pretrained import Pretrained
+from jaxlora.settings import Settings
+from jaxlora.tasks import Task
+from jaxlora.trees import Tree
+from jaxlora.variants import group_name
+
+MOST_PROGRAMS = 3  # compiled train programs in a run
+
+Vectors = Callable[[Tree, str, str], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One group of tasks, ready to train.
+
+    Attributes:
+      name: see `variants.group_name`.
+      setup: its tasks and optimizers.
+      frozen: the frozen collections.
+      state: its first state.
+      batches: indexable by step.
+      steps: how many there are.
+      eval_every: steps between evaluations.
+      vectors: `(trainable, task, split) → f32[sentences, H]`.
+      data: its tasks' examples.
+    """
+
+    name: str
+    setup: step.Setup
+    frozen: Tree
+    state: step.TrainState
+    batches: data_batches.PackedBatches | data_batches.VectorBatches
+    steps: int
+    eval_every: int
+    vectors: Vectors
+    data: Data
+
+
+def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[str, ...]) -> Group:
+    """Assemble a group: its parameters, its order, its packing and its optimizers."""
+    dtype = jnp.dtype(settings.dtype)
+    chosen = tuple(tasks.tasks(settings.sts_loss)[name] for name in names)
+    name = group_name(names)
+    tree_key, state_key = jax.random.split(named_key(settings.seed, name))
+    frozen, trainable = step.split_params(
+        settings.adapt, base.params, settings.lora, tree_key, dtype
+    )
+    encode = step.encoder(base.config, dtype, settings.lora.scale, settings.pooling)
+    mine = {n: data[n] for n in names}
+    train = {n: splits["train"] for n, splits in mine.items()}
+    sizes = {n: len(examples) for n, examples in train.items()}
+    steps = make_steps(settings, train)
+    epochs = -(-steps // -(-max(sizes.values()) // settings.batch_size))
+    order = data_batches.make_order(sizes, settings.batch_size, epochs, settings.seed)
+    vectors = live_vectors(encode, frozen, mine, settings.max_length)
+    batches: data_batches.PackedBatches | data_batches.VectorBatches
+    if settings.adapt == "frozen":
+        encode, vectors = step.cached, cached_vectors(vectors, mine)
+        ready = {n: vectors({}, n, "train") for n in names}
+        batches = data_batches.VectorBatches(train, order, ready)
+    else:
+        most = max(1, MOST_PROGRAMS // len(settings.groups))
+        batches = data_batches.plan(train, order, steps, settings.max_length, most)
+    setup = step.Setup(
+        chosen,
+        encode,
+        *step.optimizers(
+            len(chosen),
+            schedule(settings, settings.learning_rate, steps),
+            schedule(settings, settings.head_learning_rate, steps),
+            weight_decay=settings.weight_decay,
+            seed=settings.seed,
+        ),
+        base.config.hidden_size,
+        settings.pair_features,
+    )
+    state = step.init_state(setup, trainable, state_key)
+    eval_every = settings.eval_every or -(-order.steps_per_epoch // 2)
+    return Group(name, setup, frozen, state, batches, steps, eval_every, vectors, mine)
+
+
+def schedule(settings: Settings, peak: float, steps: int) -> optax.Schedule:
+    """Learning rate by step: a linear warm-up, then constant or linear down to 0."""
+    warmup = min(settings.warmup_steps, steps)
+    end = {"constant": peak, "linear": 0.0}[settings.schedule]
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup),
+            optax.linear_schedule(peak, end, max(1, steps - warmup)),
+        ],
+        [warmup],
+    )
+
+
+def named_key(seed: int, name: str) -> jax.Array:
+    """A PRNG key that depends on the seed and a name alone."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def live_vectors(encode: step.Encode, frozen: Tree, data: Data, max_length: int) -> Vectors:
+    """Encode a split anew at each call."""
+    encode_rows = step.make_encode(encode)
+
+    def vectors(trainable: Tree, task: str, split: str) -> np.ndarray:
+        return evaluate.encode(encode_rows, frozen, trainable, data[task][split], max_length)
+
+    return vectors
+
+
+def cached_vectors(live: Vectors, data: Data) -> Vectors:
+    """Encode every split once, for an encoder that never changes."""
+    table = {(task, split): live({}, task, split) for task in data for split in data[task]}
+    return lambda trainable, task, split: table[task, split]
+
+
+def evaluate_group(group: Group, state: step.TrainState) -> dict[str, Any]:
+    """The dev record of a group: each task's metric, and their mean as the score."""
+    scores = {}
+    for task in group.setup.tasks:
+        dev = group.data[task.name]["dev"]
+        predictions = predict(group, task, state.trainable, state.heads, "dev")
+        scores[task.name] = task.metric(predictions, dev.labels)
+    return {
+        "kind": "eval",
+        "group": group.name,
+        "step": int(state.step),
+        "dev": scores,
+        "score": float(np.mean(list(scores.values()))),
+    }
+
+
+def predict(
+    group: Group, task: Task, trainable: Tree, heads: dict[str, Tree], split: str
+) -> np.ndarray:
+    """Predictions `f32[E]` of one task on one split."""
+    vectors = group.vectors(trainable, task.name, split)
+    outputs = evaluate.outputs(
+        task, heads[task.name], vectors, task.sentences, group.setup.pair_features
+    )
+    return evaluate.decode(task, outputs)
+
+
+def floors(group: Group, trainable: Tree) -> dict[str, float]:
+    """Dev scores that need no training, from the group's first tree (the base's own vectors)."""
+    return {
+        task.name: evaluate.floor(
+            task, group.data[task.name]["dev"], group.vectors(trainable, task.name, "dev")
+        )
+        for task in group.setup.tasks
+    }

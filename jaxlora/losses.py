@@ -1,0 +1,74 @@
+"""Per-example losses: one number for each example, so that the caller can mask and average.
+
+Every function takes a batch and returns `f32[B]`; nothing here reduces over the batch except
+`masked_mean`, which divides once.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Softmax cross-entropy with whole-number classes.
+
+    Args:
+      logits: `f32[B, K]`.
+      labels: `f32[B]`, classes `0 … K-1` (labels are floats everywhere; here they are cast).
+
+    Returns:
+      `f32[B]`: `-log softmax(logits)[label]`, in nats.
+
+    >>> round(cross_entropy(jnp.zeros((1, 5)), jnp.array([3.0])).item(), 4)
+    1.6094
+    """
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels.astype(jnp.int32))
+
+
+def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Sigmoid cross-entropy of one logit.
+
+    Args:
+      logits: `f32[B]`.
+      labels: `f32[B]`, 0 or 1.
+
+    Returns:
+      `f32[B]`: `-y log σ(z) - (1-y) log(1-σ(z))`, in nats.
+    """
+    return optax.sigmoid_binary_cross_entropy(logits, labels)
+
+
+def squared_error(scores: jax.Array, labels: jax.Array) -> jax.Array:
+    """Squared distance `(score - y)²` on the label's own scale.
+
+    >>> squared_error(jnp.array([4.0]), jnp.array([2.5])).tolist()
+    [2.25]
+    """
+    return jnp.square(scores - labels)
+
+
+def cosine_error(cosines: jax.Array, labels: jax.Array) -> jax.Array:
+    """Squared distance of a cosine from a 0–5 similarity brought to 0–1: `(cos - y/5)²`.
+
+    Fuest & Tacke, "Low Rank Adaptation for Multitask BERT", section 4 (the cosine loss of STS).
+
+    >>> cosine_error(jnp.array([1.0, 0.5]), jnp.array([5.0, 0.0])).tolist()
+    [0.0, 0.25]
+    """
+    return jnp.square(cosines - labels / 5.0)
+
+
+def masked_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """Weighted mean over the last axis, divided once: `Σ w·v / Σ w` (0 where all weights are 0).
+
+    Args:
+      values: `f32[..., B]`.
+      weights: `f32[..., B]`, 1 for a real example and 0 for padding.
+
+    >>> masked_mean(jnp.array([1.0, 3.0, 100.0]), jnp.array([1.0, 1.0, 0.0])).item()
+    2.0
+    """
+    total = jnp.sum(weights, axis=-1)
+    return jnp.sum(values * weights, axis=-1) / jnp.where(total > 0, total, 1.0)

@@ -1,0 +1,133 @@
+"""Before a run: load what it reads, check that it fits, and say what will happen."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxlora import lora, rundir, storage, tasks
+from jaxlora.data.examples import Examples, load_examples
+from jaxlora.errors import UserError
+from jaxlora.pretrained import Pretrained
+from jaxlora.settings import Settings
+from jaxlora.variants import group_name
+
+Data = dict[str, dict[str, Examples]]  # task → split → examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run will do, for the eyes of its user.
+
+    Attributes:
+      settings: all settings.
+      out: the run's folder.
+      base: one line on the base model.
+      examples: task → split → number of examples.
+      truncated: task → sentences cut to the length limit.
+      storage: numbers of parameters.
+      steps: group → steps.
+      device: what it runs on.
+    """
+
+    settings: Settings
+    out: Path
+    base: str
+    examples: dict[str, dict[str, int]]
+    truncated: dict[str, int]
+    storage: storage.Storage
+    steps: dict[str, int]
+    device: str
+
+
+def check_base(settings: Settings, base: Pretrained) -> None:
+    """Do the flags fit the base model?
+
+    Raises:
+      UserError: naming the flag.
+    """
+    limit = base.config.max_position_embeddings
+    if settings.max_length > limit:
+        raise UserError(
+            f"--max-length {settings.max_length}: {settings.base} allows {limit} at most"
+        )
+    if settings.adapt == "lora":
+        try:
+            lora.targets(base.params, settings.lora)
+        except ValueError as error:
+            name = "--rank" if "rank" in str(error) else "--target-modules"
+            raise UserError(f"{name}: {error}") from error
+
+
+def load_data(settings: Settings, base: Pretrained) -> Data:
+    """All tasks' splits, tokenised for the base.
+
+    Raises:
+      UserError: for bad data, naming the file and the line.
+    """
+    folder = None if settings.data_dir is None else Path(settings.data_dir)
+    return {
+        name: load_examples(
+            task, settings.source, folder, base.tokenizer, base.tokenizer_key,
+            settings.max_length, rundir.cache_dir(),
+        )
+        for name, task in tasks.tasks(settings.sts_loss).items()
+    }  # fmt: skip
+
+
+def fingerprints(base: Pretrained, data: Data) -> dict[str, str]:
+    """Checksums of all that a run reads: the weights and each task's tokens and labels."""
+    prints = {"the base model": base.sha256}
+    for task, splits in data.items():
+        digest = hashlib.sha256()
+        for part in splits.values():
+            for array in (part.tokens, part.offsets, part.labels):
+                digest.update(np.ascontiguousarray(array).tobytes())
+        prints[f"the data of {task}"] = digest.hexdigest()
+    return prints
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes a run's numbers."""
+    names = ("jaxlora", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def count(settings: Settings, base: Pretrained) -> storage.Storage:
+    """The run's numbers of parameters."""
+    return storage.count(
+        base.config, settings.adapt, settings.groups, settings.sts_loss, settings.lora,
+        settings.pair_features,
+    )  # fmt: skip
+
+
+def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data) -> Plan:
+    """Say what the run will do."""
+    steps = {
+        group_name(names): make_steps(settings, {n: data[n]["train"] for n in names})
+        for names in settings.groups
+    }
+    shape = base.config
+    return Plan(
+        settings=settings,
+        out=out,
+        base=f"{base.name}: BERT, {shape.num_hidden_layers} layers, {shape.hidden_size} wide, "
+        f"{shape.num_attention_heads} heads, sha256 {base.sha256[:12]}…",
+        examples={task: {k: len(v) for k, v in splits.items()} for task, splits in data.items()},
+        truncated={t: sum(e.truncated for e in splits.values()) for t, splits in data.items()},
+        storage=count(settings, base),
+        steps=steps,
+        device=f"{jax.device_count()} × {jax.devices()[0].device_kind}, {settings.dtype} matmuls",
+    )
+
+
+def make_steps(settings: Settings, train: Mapping[str, Examples]) -> int:
+    """How many steps a group takes: epochs over its largest set, at most `max_steps`."""
+    per_epoch = -(-max(map(len, train.values())) // settings.batch_size)
+    return min(settings.epochs * per_epoch, settings.max_steps or settings.epochs * per_epoch)

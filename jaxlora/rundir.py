@@ -1,0 +1,157 @@
+"""The folder of a run: who may write there, and the files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlora.errors import UserError
+from jaxlora.settings import flag
+
+CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
+STATES, MODEL = "states", "model"
+
+
+def cache_dir() -> Path:
+    """Where prepared data and compiled programs are kept: `$JAXLORA_CACHE` or `~/.cache/jaxlora`."""
+    return Path(os.environ.get("JAXLORA_CACHE") or Path.home() / ".cache" / "jaxlora")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: into a temporary name, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+      UserError: if the file is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing; is {path.parent} the folder of a run?") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    """May a run with these settings write to `out`?  Touches nothing.
+
+    Raises:
+      UserError: if `out` is a file, holds something else, holds a run and `resume` is off, or
+        holds a run with other settings.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    if not (out / CONFIG).exists():
+        if any(out.iterdir()):
+            raise UserError(f"--out {out}: is not empty and holds no run; name another folder")
+        return
+    if not resume:
+        raise UserError(
+            f"--out {out}: holds another run; go on with --resume, or name another --out"
+        )
+    old = read_json(out / CONFIG)["settings"]
+    for name in settings:
+        if old.get(name) != settings[name]:
+            raise UserError(
+                f"--out {out}: its run has {flag(name)} {old.get(name)!r}, not {settings[name]!r}; "
+                "give the same flags to --resume, or name another --out"
+            )
+
+
+def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
+    """A resumed run must see the weights and the data it began with.
+
+    Raises:
+      UserError: naming what changed.
+    """
+    if (out / CONFIG).exists():
+        old = read_json(out / CONFIG)["inputs"]
+        for name, value in inputs.items():
+            if old.get(name) != value:
+                raise UserError(
+                    f"--resume: {name} changed since {out} was begun; use another --out"
+                )
+
+
+def write_predictions(path: Path, ids: Iterable[str], predictions: Iterable[str]) -> None:
+    """Write a CSV `id,prediction`, whole."""
+    import io
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("id", "prediction"))
+    writer.writerows(zip(ids, predictions, strict=True))
+    write_text(path, text.getvalue())
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard events, one record at a time.
+
+    Args:
+      out: the run's folder.
+      keep: tells of each earlier record whether to keep it (a resumed run drops what came after
+        its checkpoint, so nothing stands there twice).
+    """
+
+    def __init__(self, out: Path, keep: Mapping[str, int]) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.records = [r for r in read_records(out) if r["step"] <= keep.get(r["group"], 0)]
+        write_text(out / METRICS, "".join(json.dumps(r) + "\n" for r in self.records))
+        self._file = (out / METRICS).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(out / "tensorboard"))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record: `kind`, `group`, `step`, and numbers or dicts of numbers."""
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in flatten(record):
+            self._board.add_scalar(
+                f"{record['group']}/{record['kind']}/{name}", value, record["step"]
+            )
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+
+def flatten(record: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+    """The numbers of a record, dotted: `{"loss": {"sst": 1}}` → `loss.sst`."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{k}", v) for k, v in flatten(value))
+        elif isinstance(value, int | float) and name != "step":
+            yield name, value
+
+
+def read_records(out: Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`; a half-written last line (a killed run's) is left out."""
+    if not (out / METRICS).exists():
+        return []
+    records = []
+    for line in (out / METRICS).read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

@@ -1,0 +1,244 @@
+"""What a run is asked to do: flags, presets, and the settings they resolve to."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from jaxlora.errors import UserError
+from jaxlora.lora import PAPER_TARGETS, LoraConfig
+from jaxlora.variants import Adapt, Groups, Variant, parse_groups, variant
+
+VariantName = Literal[
+    "baseline1", "baseline2", "baseline3", "baseline4", "lora1", "lora2", "lora3", "lora4"
+]
+PresetName = Literal["demo", "cs224n", "paper"]
+Source = Literal["demo", "cs224n", "official"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Train one of the paper's variants and compare it with the paper's figures.
+
+    Flags that are left out take the preset's value (shown by the first lines of a run).
+
+    Attributes:
+      variant: baseline1 (frozen BERT), baseline2–4 (full fine-tuning), lora1–4 (adapters); odd
+        details (sharing, STS loss) are in the README's table.
+      preset: demo: MiniLM and built-in data; cs224n: settings that train well on real data
+        (needs --data-dir); paper: bert-base-uncased and the paper's settings.
+      data_dir: folder with the tab-separated files of the CS224N default project.
+      source: where the data comes from; cs224n if --data-dir is given, else the preset's.
+      base: minilm, a local Hugging Face folder, or a hub id.
+      groups: which tasks share a trainable encoder tree, e.g. "sst|para,sts"; default: the
+        variant's.
+      pooling: sentence vector: the [CLS] token's (the paper's) or the mean over the tokens.
+      pair_features: what a pair's head sees: u, v (the paper's) or u, v, |u-v|, u·v.
+      rank: rank of the adapters.
+      alpha: numerator of the adapters' scale alpha / rank; default: the rank.
+      target_modules: Dense layers with an adapter, by PEFT's names.
+      learning_rate: of the encoder's adapter or weights.
+      head_learning_rate: of the heads.
+      warmup_steps: steps over which the learning rates rise from 0.
+      schedule: of the learning rates after the warm-up.
+      weight_decay: AdamW's.
+      batch_size: examples of each task in a step.
+      epochs: passes over the group's largest training set.
+      max_steps: stop a group after so many steps.
+      eval_every: steps between evaluations and checkpoints; default: twice an epoch.
+      patience: stop a group after so many evaluations without a better score; 0: never.
+      max_length: tokens a sentence is cut to, and the longest row.
+      seed: of everything random.
+      dtype: of matmul inputs; default: bfloat16 on accelerators, float32 on CPU.
+      out: folder of the run; default: runs/<variant>.
+      resume: go on with the run in --out, if there is one.
+      predict_test: write predictions for the test sets, too.
+    """
+
+    variant: VariantName
+    preset: PresetName = "demo"
+    data_dir: Path | None = None
+    source: Source | None = None
+    base: str | None = None
+    groups: str | None = None
+    pooling: Literal["cls", "mean"] | None = None
+    pair_features: Literal["concat", "interaction"] | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    target_modules: tuple[str, ...] | None = None
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    warmup_steps: int | None = None
+    schedule: Literal["constant", "linear"] | None = None
+    weight_decay: float | None = None
+    batch_size: int | None = None
+    epochs: int | None = None
+    max_steps: int | None = None
+    eval_every: int | None = None
+    patience: int = 0
+    max_length: int | None = None
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] | None = None
+    out: Path | None = None
+    resume: bool = False
+    predict_test: bool = True
+
+
+_TUNED: dict[str, Any] = {
+    "base": "minilm",
+    "pooling": "mean",
+    "pair_features": "interaction",
+    "rank": 15,
+    "target_modules": PAPER_TARGETS,
+    "learning_rate": {"frozen": 1e-3, "lora": 1e-3, "full": 5e-5},
+    "head_learning_rate": 1e-3,
+    "warmup_steps": 50,
+    "schedule": "linear",
+    "weight_decay": 0.01,
+    "batch_size": 16,
+    "max_length": 128,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": _TUNED | {"source": "demo", "epochs": 4, "max_length": 64},
+    "cs224n": _TUNED | {"source": "cs224n", "epochs": 2},
+    "paper": {
+        "source": "official",
+        "base": "bert-base-uncased",
+        "pooling": "cls",
+        "pair_features": "concat",
+        "rank": 15,
+        "target_modules": PAPER_TARGETS,
+        "warmup_steps": 0,
+        "schedule": "constant",
+        "weight_decay": 0.0,
+        "batch_size": 8,
+        "epochs": 10,
+        "max_length": 128,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A run's settings, nothing left open; `config.json` holds them. Fields as in `Flags`."""
+
+    variant: str
+    adapt: Adapt
+    groups: Groups
+    sts_loss: Literal["mse", "cosine"]
+    preset: str
+    source: Source
+    data_dir: str | None
+    base: str
+    pooling: str
+    pair_features: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    learning_rate: float
+    head_learning_rate: float
+    warmup_steps: int
+    schedule: str
+    weight_decay: float
+    batch_size: int
+    epochs: int
+    max_steps: int | None
+    eval_every: int | None
+    patience: int
+    max_length: int
+    seed: int
+    dtype: str
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapters' configuration."""
+        return LoraConfig(self.rank, self.alpha, self.target_modules)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        plain = dataclasses.asdict(self)
+        plain["groups"] = [list(group) for group in self.groups]
+        return plain | {"target_modules": list(self.target_modules)}
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Settings:
+        """The inverse of `to_json`.
+
+        >>> settings = resolve(Flags("lora3"))
+        >>> Settings.from_json(settings.to_json()) == settings
+        True
+        """
+        groups = tuple(tuple(group) for group in plain["groups"])
+        modules = tuple(plain["target_modules"])
+        return cls(**plain | {"groups": groups, "target_modules": modules})
+
+
+def resolve(flags: Flags) -> Settings:
+    """Fill what the flags leave open from the preset and the variant, and check it all.
+
+    Raises:
+      UserError: for values out of range or flags that do not fit each other, naming the flag.
+
+    >>> resolve(Flags("lora3")).sts_loss
+    'mse'
+    """
+    chosen = variant(flags.variant)
+    given = {k: v for k, v in dataclasses.asdict(flags).items() if v is not None}
+    values = _paper_rates(chosen) | PRESETS[flags.preset] | given
+    if isinstance(values["learning_rate"], dict):
+        values["learning_rate"] = values["learning_rate"][chosen.adapt]
+    values["groups"] = parse_groups(flags.groups) if flags.groups is not None else chosen.groups
+    if flags.data_dir is not None and flags.source is None:
+        values["source"] = "cs224n"
+    fields = {f.name for f in dataclasses.fields(Settings)}
+    defaults = {"max_steps": None, "eval_every": None, "alpha": float(values["rank"])}
+    settings = Settings(
+        **defaults
+        | {"dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16"}
+        | {k: v for k, v in values.items() if k in fields}
+        | {"adapt": chosen.adapt, "sts_loss": chosen.sts_loss}
+        | {"data_dir": None if flags.data_dir is None else str(flags.data_dir)}
+    )
+    _check(settings)
+    return settings
+
+
+def _paper_rates(chosen: Variant) -> dict[str, Any]:
+    return {"learning_rate": chosen.learning_rate, "head_learning_rate": chosen.learning_rate}
+
+
+_AT_LEAST = {
+    "rank": 1, "batch_size": 1, "epochs": 1, "max_steps": 1, "eval_every": 1, "patience": 0,
+    "warmup_steps": 0, "max_length": 3, "seed": 0,
+}  # fmt: skip
+_POSITIVE = ("alpha", "learning_rate", "head_learning_rate")
+
+
+def _check(settings: Settings) -> None:
+    for name, low in _AT_LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and value < low:
+            raise UserError(f"{flag(name)} {value}: must be at least {low}")
+    for name in _POSITIVE:
+        if not 0 < getattr(settings, name) < float("inf"):
+            raise UserError(f"{flag(name)} {getattr(settings, name)}: must be above 0")
+    if not settings.weight_decay >= 0:
+        raise UserError(f"--weight-decay {settings.weight_decay}: must be 0 or more")
+    if settings.source == "cs224n" and settings.data_dir is None:
+        raise UserError(
+            "--data-dir is missing: the cs224n data needs the folder with ids-sst-train.csv, "
+            "quora-train.csv, sts-train.csv, …; without data try --preset=demo"
+        )
+    if settings.source != "cs224n" and settings.data_dir is not None:
+        raise UserError(
+            f"--data-dir goes with --source=cs224n, not with --source={settings.source}"
+        )
+
+
+def flag(name: str) -> str:
+    """The flag of a field: `max_steps` → `--max-steps`."""
+    return "--" + name.replace("_", "-")

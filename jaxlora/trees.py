@@ -1,0 +1,60 @@
+"""Pytrees: stack, count, name and compare their leaves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+def broadcast(tree: Tree, count: int) -> Tree:
+    """Repeat every leaf `[...]` along a new leading axis: `[count, ...]`.
+
+    Differentiating with respect to the result gives each of the `count` users of the tree its own
+    gradient, in one backward pass.
+
+    >>> broadcast({"a": jnp.zeros((2, 3))}, 4)["a"].shape
+    (4, 2, 3)
+    """
+    return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (count, *x.shape)), tree)
+
+
+def stack(trees: list[Tree]) -> Tree:
+    """Stack equal trees leaf by leaf: `T × [...]` → `[T, ...]`.
+
+    >>> stack([{"a": jnp.zeros(2)}, {"a": jnp.ones(2)}])["a"].tolist()
+    [[0.0, 0.0], [1.0, 1.0]]
+    """
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
+def count(tree: Tree) -> int:
+    """Number of parameters; works on arrays and on `jax.ShapeDtypeStruct`s.
+
+    >>> count({"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)})
+    10
+    """
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def names(tree: Tree) -> list[str]:
+    """Dotted path of every leaf, in leaf order.
+
+    >>> names({"layer": {"kernel": 1, "bias": 2}})
+    ['layer.bias', 'layer.kernel']
+    """
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+
+
+def cast(tree: Tree, dtype: jax.typing.DTypeLike) -> Tree:
+    """Every leaf as `dtype`.
+
+    >>> cast({"a": jnp.zeros(1)}, jnp.bfloat16)["a"].dtype
+    dtype(bfloat16)
+    """
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
