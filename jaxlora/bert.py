@@ -50,10 +50,48 @@ class BertConfig:
     attention_probs_dropout_prob: float = 0.1
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+    """`x w` with inputs in `dtype` and sums in float32, in the backward pass too.
+
+    Without its own derivative JAX would multiply the float32 cotangent by the `dtype` kernel, at
+    the float32 rate.
+
+    Args:
+      x: `[..., in]`.
+      w: `[in, out]`.
+      dtype: of the inputs of all three matmuls.
+
+    Returns:
+      `f32[..., out]`.
+    """
+    return jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(x: jax.Array, w: jax.Array, dtype: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    # The cast inputs are what the backward pass reads; the empty arrays remember the dtypes.
+    kept = (x.astype(dtype), w.astype(dtype), jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
+    return matmul(x, w, dtype), kept
+
+
+def _matmul_backward(
+    dtype: Any, kept: tuple[Any, ...], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w, like_x, like_w = kept
+    grad = grad.astype(dtype)
+    lead = tuple(range(x.ndim - 1))
+    dx = jnp.matmul(grad, w.T, preferred_element_type=jnp.float32)
+    dw = jnp.tensordot(x, grad, (lead, lead), preferred_element_type=jnp.float32)
+    return dx.astype(like_x.dtype), dw.astype(like_w.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Dense(nn.Module):
     """`x W + b`, plus `scale · x A B` where the `lora` collection has this layer.
 
-    Matmul inputs are `dtype`, the result is float32 accumulated and returned as `dtype`.
+    Matmul inputs are `dtype`; products are summed, and returned, in float32.
     """
 
     features: int
@@ -62,18 +100,17 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., in]` → `[..., features]`."""
+        """`[..., in]` → `f32[..., features]`."""
         kernel = self.param(
             "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), jnp.float32
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = matmul(x, kernel, self.dtype) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
         if self.has_variable("lora", "A"):
-            a = self.get_variable("lora", "A").astype(self.dtype)
-            b = (self.lora_scale * self.get_variable("lora", "B")).astype(self.dtype)
-            y = y + (x @ a) @ b
-        return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+            a: jax.Array = self.get_variable("lora", "A")
+            b: jax.Array = self.get_variable("lora", "B")
+            y = y + self.lora_scale * matmul(matmul(x, a, self.dtype), b, self.dtype)
+        return y
 
 
 class SelfAttention(nn.Module):
@@ -89,7 +126,9 @@ class SelfAttention(nn.Module):
         c = self.config
         shape = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (
-            Dense(c.hidden_size, self.dtype, self.lora_scale, name=name)(x).reshape(shape)
+            Dense(c.hidden_size, self.dtype, self.lora_scale, name=name)(x)
+            .reshape(shape)
+            .astype(self.dtype)
             for name in ("query", "key", "value")
         )
         scores = jnp.einsum("rqhd,rkhd->rhqk", query, key, preferred_element_type=jnp.float32) * (
@@ -97,7 +136,12 @@ class SelfAttention(nn.Module):
         )
         weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
         weights = nn.Dropout(c.attention_probs_dropout_prob, deterministic=not train)(weights)
-        y = jnp.einsum("rhqk,rkhd->rqhd", weights.astype(self.dtype), value)
+        y = jnp.einsum(
+            "rhqk,rkhd->rqhd",
+            weights.astype(self.dtype),
+            value,
+            preferred_element_type=jnp.float32,
+        )
         return y.reshape(x.shape)
 
 
@@ -272,15 +316,12 @@ def param_shapes(config: BertConfig) -> dict[str, Any]:
 
 
 def matmul_ready(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """Cast the Dense kernels and biases to `dtype` once, so that no step converts them again.
+    """Cast the Dense kernels to `dtype` once, so that no step converts them again.
 
-    Embeddings and LayerNorm stay float32.
+    Embeddings, biases and LayerNorm stay float32.
     """
 
     def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        is_dense = path[-1].key == "kernel" or (
-            path[-1].key == "bias" and path[-2].key != "LayerNorm"
-        )
-        return x.astype(dtype) if is_dense else x
+        return jnp.asarray(x, dtype if path[-1].key == "kernel" else jnp.float32)
 
     return jax.tree_util.tree_map_with_path(leaf, params)

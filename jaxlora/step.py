@@ -162,8 +162,8 @@ def split_params(
       ValueError: see `lora.targets`.
     """
     if adapt == "full":
-        return {}, {"params": trees.cast(params, jnp.float32)}
-    frozen = {"params": bert.matmul_ready(jax.tree.map(jnp.asarray, params), dtype)}
+        return {}, {"params": jax.tree.map(jnp.asarray, params)}
+    frozen = {"params": bert.matmul_ready(params, dtype)}
     return frozen, {"lora": lora.init(key, params, config)} if adapt == "lora" else {}
 
 

@@ -49,12 +49,3 @@ def names(tree: Tree) -> list[str]:
     """
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-
-
-def cast(tree: Tree, dtype: jax.typing.DTypeLike) -> Tree:
-    """Every leaf as `dtype`.
-
-    >>> cast({"a": jnp.zeros(1)}, jnp.bfloat16)["a"].dtype
-    dtype(bfloat16)
-    """
-    return jax.tree.map(lambda x: x.astype(dtype), tree)

@@ -23,7 +23,7 @@ def question_pair(rng: random.Random, train: bool) -> tuple[str, str, float]:
     """One example `(question, question, label)`.
 
     >>> question_pair(random.Random(0), train=True)
-    ('Would you say Prague is more expensive than Paris?', 'Is Paris cheaper than Prague?', 1.0)
+    ('Would you say Prague is bigger than Paris?', 'Is Paris smaller than Prague?', 1.0)
     """
     frame = rng.choice(FRAMES)
     filling = _fill(frame, rng, train)
