@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -21,10 +22,15 @@ def main(flags: settings.Flags) -> None:
     out = flags.out or Path("runs") / flags.variant
     with listener.live():
         result = train.run(
-            settings.resolve(flags), out, listener,
-            resume=flags.resume, predict_test=flags.predict_test,
-        )  # fmt: skip
+            settings.resolve(flags),
+            out,
+            listener,
+            resume=flags.resume,
+            predict_test=flags.predict_test,
+        )
     console.print(report.result_table(result))
+    for line in report.notes(result):
+        console.print(f"  {line}")
     console.print(f"Everything is in {out}; use it with jaxlora.load({str(out)!r}).")
 
 
@@ -34,9 +40,18 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-if __name__ == "__main__":
+def cli(args: Sequence[str] | None = None) -> int:
+    """Parse flags and run; returns the exit code (2: bad input, 130: interrupted)."""
     try:
-        main(tyro.cli(settings.Flags))
+        main(tyro.cli(settings.Flags, args=args))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; go on with the same flags and --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -107,8 +107,7 @@ class Dense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         y = matmul(x, kernel, self.dtype) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
         if self.has_variable("lora", "A"):
-            a: jax.Array = self.get_variable("lora", "A")
-            b: jax.Array = self.get_variable("lora", "B")
+            a, b = (jnp.asarray(self.get_variable("lora", name)) for name in "AB")
             y = y + self.lora_scale * matmul(matmul(x, a, self.dtype), b, self.dtype)
         return y
 

@@ -36,8 +36,8 @@ def draw(records: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
     figure.suptitle(title)
     for axes, (name, unit, lines, style) in zip(figure.subplots(1, 3), panels, strict=True):
         for label, (x, y) in lines.items():
-            y = smooth(y) if style == "-" else y
-            axes.plot(x, y, style, label=label, color=COLOURS.get(label), markersize=4)
+            shown = smooth(y) if style == "-" else y
+            axes.plot(x, shown, style, label=label, color=COLOURS.get(label), markersize=4)
         axes.set(title=name, xlabel="step", ylabel=unit)
         axes.grid(alpha=0.3)
         if lines:

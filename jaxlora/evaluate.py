@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import heads, metrics
@@ -37,8 +37,7 @@ def encode(
     """
     parts, numbers = [], []
     for chunk, rows in chunks(examples, max_length):
-        vectors = encode_rows(frozen, trainable, rows)
-        parts.append(np.asarray(vectors)[: len(chunk)])
+        parts.append(np.asarray(encode_rows(frozen, trainable, rows))[: len(chunk)])
         numbers.append(chunk)
     vectors = np.concatenate(parts)
     out = np.empty_like(vectors)
@@ -69,7 +68,7 @@ def outputs(
 
 def decode(task: Task, outputs: np.ndarray) -> np.ndarray:
     """Predictions `f32[E]` on the label's scale: class, 0/1 or score."""
-    return np.asarray(task.decode(jax.numpy.asarray(outputs)))
+    return np.asarray(task.decode(jnp.asarray(outputs)))
 
 
 def floor(task: Task, examples: Examples, vectors: np.ndarray) -> float:
@@ -81,15 +80,10 @@ def floor(task: Task, examples: Examples, vectors: np.ndarray) -> float:
     labels = examples.labels
     if not task.pair:
         return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
-    scores = np.asarray(heads.cosine(vectors[::2], vectors[1::2]))
+    scores = np.asarray(heads.cosine(jnp.asarray(vectors[::2]), jnp.asarray(vectors[1::2])))
     if not task.integer:
         return metrics.pearson(scores, labels)
     ranked = labels[np.argsort(-scores, kind="stable")]
     true_above = np.concatenate([[0], np.cumsum(ranked == 1)])
     false_below = (ranked == 0).sum() - np.concatenate([[0], np.cumsum(ranked == 0)])
     return float((true_above + false_below).max() / len(labels))
-
-
-def counts(examples: dict[str, Any]) -> dict[str, int]:
-    """Examples in each split."""
-    return {split: len(part) for split, part in examples.items()}

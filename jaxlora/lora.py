@@ -64,7 +64,7 @@ def targets(params: Tree, config: LoraConfig) -> dict[tuple[str, ...], jax.Array
         for path, leaf in traverse_util.flatten_dict(params).items()
         if path[-1] == "kernel"
     }
-    chosen = {}
+    chosen: dict[tuple[str, ...], jax.Array] = {}
     for target in config.target_modules:
         hits = {p: k for p, k in kernels.items() if f".{'.'.join(p)}".endswith(f".{target}")}
         if not hits:

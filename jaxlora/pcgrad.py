@@ -43,7 +43,7 @@ def gram(grads: Tree) -> jax.Array:
             "in,jn->ij", flat, flat, precision=_HIGHEST, preferred_element_type=jnp.float32
         )
 
-    return sum(map(leaf, jax.tree.leaves(grads)))
+    return jnp.asarray(sum(map(leaf, jax.tree.leaves(grads))))
 
 
 def orders(key: jax.Array, num_tasks: int) -> jax.Array:
@@ -170,7 +170,7 @@ def pcgrad(num_tasks: int, seed: int = 0) -> optax.GradientTransformation:
         del params
         _check_leading_axis(updates, num_tasks)
         key, order_key = jax.random.split(state.key)
-        K = gram(updates) + jnp.zeros((num_tasks, num_tasks))  # an empty tree has no gradients
+        K = gram(updates) + jnp.zeros((num_tasks, num_tasks))  # zeros for an empty tree
         weights = project(K, orders(order_key, num_tasks)).sum(0)
         conflicts = jnp.sum(jnp.triu(K < 0, 1), dtype=jnp.int32)
         return combine(updates, weights), PCGradState(key, conflicts, cosines(K))

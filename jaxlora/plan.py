@@ -47,7 +47,7 @@ class Plan:
 
 
 def check_base(settings: Settings, base: Pretrained) -> None:
-    """Do the flags fit the base model?
+    """Refuse flags that do not fit the base model.
 
     Raises:
       UserError: naming the flag.

@@ -153,9 +153,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     elif (folder / "vocab.txt").is_file():
-        from transformers import BertTokenizerFast
+        from transformers import AutoTokenizer
 
-        tokenizer = BertTokenizerFast.from_pretrained(folder).backend_tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
     else:
         raise UserError(f"{folder}: no tokenizer.json or vocab.txt; --base needs a tokenizer")
     tokenizer.no_padding()

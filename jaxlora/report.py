@@ -8,7 +8,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import (
-    BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn,
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
 )  # fmt: skip
 from rich.table import Table
 
@@ -23,10 +27,13 @@ class ConsoleListener:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"), console=console,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left  {task.fields[note]}"),
+            console=console,
+        )
         self._task = self._bar.add_task("starting", note="", visible=False)
 
     @contextmanager
@@ -47,7 +54,7 @@ class ConsoleListener:
     def record(self, record: dict[str, Any]) -> None:
         """Move the bar; print evaluations above it."""
         if record["kind"] == "train":
-            losses = "  ".join(f"{k} {v:.3f}" for k, v in record["loss"].items())
+            losses = " ".join(f"{v:.3f}" for v in record["loss"].values())
             note = f"{record['steps_per_second']:.2f} steps/s  loss {losses}"
             self._bar.update(self._task, completed=record["step"], note=note)
             return
@@ -60,9 +67,8 @@ class ConsoleListener:
 def plan_table(plan: Plan) -> Table:
     """The plan as two columns."""
     s = plan.settings
-    table = Table(
-        title=f"jaxlora: {s.variant}, preset {s.preset}", show_header=False, title_justify="left"
-    )
+    title = f"jaxlora: {s.variant}, preset {s.preset}"
+    table = Table(title=title, show_header=False, title_justify="left")
     rates = "" if s.adapt == "frozen" else f"encoder {s.learning_rate:g}, "
     rows = {
         "base": plan.base,
@@ -99,27 +105,34 @@ def _counts(plan: Plan, task: str) -> str:
 
 
 def result_table(result: dict[str, Any]) -> Table:
-    """This run beside the paper's row for its variant (the data differ, so compare with care)."""
+    """A run beside the paper's row for its variant (other data, so compare with care)."""
     paper = VARIANTS[result["variant"]].paper
-    named = tasks()
-    table = Table(title=f"{result['variant']}: dev results", title_justify="left")
-    table.add_column("")
-    for name in NAMES:
-        table.add_column(f"{named[name].title} {named[name].metric_name}", justify="right")
-    for name in ("mean", "trained params", "bundled params", "training time"):
-        table.add_column(name, justify="right")
     stored = result["parameters"]
-    table.add_row(
-        "this run", *_scores(result["dev"]), f"{stored['incremental'] / 1e6:.2f}M",
-        f"{stored['bundled'] / 1e6:.2f}M", duration(result["train_seconds"]),
-    )  # fmt: skip
-    table.add_row("untrained", *_scores(result["untrained"]), "0", "", "")
     percent = {"sst": paper.sst / 100, "para": paper.para / 100, "sts": paper.sts / 100}
-    table.add_row(
-        "the paper", *_scores(percent), f"{paper.incremental:.2f}M", f"{paper.bundled:.2f}M", ""
-    )
-    table.caption = "\n".join(notes(result))
-    table.caption_justify = "left"
+    columns = {
+        "this run": [
+            *_scores(result["dev"]),
+            f"{stored['incremental'] / 1e6:.2f}M",
+            f"{stored['bundled'] / 1e6:.2f}M",
+            duration(result["train_seconds"]),
+        ],
+        "untrained": [*_scores(result["untrained"]), "0", f"{stored['base'] / 1e6:.2f}M", ""],
+        "the paper": [
+            *_scores(percent),
+            f"{paper.incremental:.2f}M",
+            f"{paper.bundled_recomputed:.2f}M",
+            "",
+        ],
+    }
+    named = tasks()
+    labels = [f"{named[n].title} {named[n].metric_name}" for n in NAMES]
+    labels += ["mean", "parameters, incremental", "parameters, bundled", "training time"]
+    table = Table(title=f"{result['variant']}: best on dev", title_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for label, *cells in zip(labels, *columns.values(), strict=True):
+        table.add_row(label, *cells)
     return table
 
 
@@ -130,25 +143,28 @@ def _scores(scores: dict[str, float]) -> list[str]:
 
 def notes(result: dict[str, Any]) -> list[str]:
     """What must be known to read the table."""
-    paper = VARIANTS[result["variant"]].paper
+    chosen = VARIANTS[result["variant"]]
+    paper = chosen.paper
     lines = [
-        "untrained: SST-5 most frequent class; pairs: cosine of the base's vectors (Quora: best threshold).",
-        "the paper: bert-base on its own splits.",
+        "untrained: SST-5's most frequent class; for pairs, the cosine of the base's vectors "
+        "(Quora: at the best threshold).",
+        "the paper: bert-base on its own splits, so compare with care.",
     ]
     if paper.mean != paper.mean_recomputed:
         lines.append(
-            f"The paper prints a mean of {paper.mean}; its own row gives {paper.mean_recomputed}."
+            f"The paper prints a mean of {paper.mean:.2f}; its row gives "
+            f"{paper.mean_recomputed:.2f}."
         )
     if paper.bundled != paper.bundled_recomputed:
         lines.append(
-            f"The paper prints {paper.bundled}M bundled; its own row gives {paper.bundled_recomputed}M."
+            f"The paper prints {paper.bundled:.2f}M bundled; its row gives "
+            f"{paper.bundled_recomputed:.2f}M."
         )
-    if VARIANTS[result["variant"]].sts_loss == "cosine":
-        lines.append(
-            "The paper counts an STS head that the cosine loss does not use; here it is not there."
-        )
+    if chosen.sts_loss == "cosine":
+        lines.append("The paper counts an STS head that the cosine loss does not use.")
     if result["test"]:
-        lines.append("test: " + ", ".join(f"{k} {v:.4f}" for k, v in result["test"].items()))
+        scores = [f"{k} {v:.4f}" for k, v in result["test"].items()]
+        lines.append(f"On the labelled test sets: {', '.join(scores)}.")
     return lines
 
 

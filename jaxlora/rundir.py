@@ -17,7 +17,7 @@ STATES, MODEL = "states", "model"
 
 
 def cache_dir() -> Path:
-    """Where prepared data and compiled programs are kept: `$JAXLORA_CACHE` or `~/.cache/jaxlora`."""
+    """Prepared data and compiled programs: `$JAXLORA_CACHE`, or `~/.cache/jaxlora`."""
     return Path(os.environ.get("JAXLORA_CACHE") or Path.home() / ".cache" / "jaxlora")
 
 
@@ -49,7 +49,7 @@ def read_json(path: Path) -> Any:
 
 
 def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    """May a run with these settings write to `out`?  Touches nothing.
+    """Refuse an `out` that a run with these settings may not write to; touches nothing.
 
     Raises:
       UserError: if `out` is a file, holds something else, holds a run and `resume` is off, or

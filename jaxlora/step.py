@@ -83,13 +83,13 @@ class StepMetrics(NamedTuple):
 
     Attributes:
       losses: `f32[T]`, mean loss of each task.
-      grad_norm: `f32[]`, norm of the encoder's update.
+      update_norm: `f32[]`, norm of the encoder's update.
       conflicts: `i32[]`, pairs of tasks in conflict.
       cosines: `f32[T, T]`, between the tasks' gradients.
     """
 
     losses: jax.Array
-    grad_norm: jax.Array
+    update_norm: jax.Array
     conflicts: jax.Array
     cosines: jax.Array
 
@@ -130,11 +130,16 @@ def encoder(config: bert.BertConfig, dtype: Any, lora_scale: float, pooling: str
     module = bert.Encoder(config, dtype, lora_scale)
 
     def encode(frozen: Tree, trainable: Tree, rows: Rows, key: jax.Array | None) -> jax.Array:
-        hidden = module.apply(
-            {**frozen, **trainable},
-            rows.tokens, rows.positions, rows.segment_ids, key is not None,
-            rngs=None if key is None else {"dropout": key},
-        )  # fmt: skip
+        hidden = jnp.asarray(
+            module.apply(
+                {**frozen, **trainable},
+                rows.tokens,
+                rows.positions,
+                rows.segment_ids,
+                key is not None,
+                rngs=None if key is None else {"dropout": key},
+            )
+        )
         return bert.pool(hidden, rows.segment_ids, rows.cls_index, pooling)
 
     return encode
@@ -254,14 +259,15 @@ def train_step(
         head_grads, state.head_opt_state, state.heads
     )
     surgery: PCGradState = opt_state[0]
-    new = state.replace(
+    new = TrainState(
         step=state.step + 1,
         trainable=optax.apply_updates(state.trainable, updates),
         heads=optax.apply_updates(state.heads, head_updates),
         opt_state=opt_state,
         head_opt_state=head_opt_state,
+        key=state.key,
     )
-    norm = optax.global_norm(updates)
+    norm = jnp.asarray(optax.global_norm(updates))
     return new, StepMetrics(per_task, norm, surgery.conflicts, surgery.cosines)
 
 

@@ -71,8 +71,8 @@ class Task:
     def apply_head(
         self,
         params: dict[str, Any],
-        u: jax.Array,
-        v: jax.Array,
+        u: jax.typing.ArrayLike,
+        v: jax.typing.ArrayLike,
         *,
         pair_features: str,
         dropout: float = 0.0,
@@ -87,12 +87,13 @@ class Task:
           dropout: head dropout, used when a `key` is given.
           key: PRNG key; None means evaluation.
         """
+        u, v = jnp.asarray(u), jnp.asarray(v)
         if not self.outputs:
             return heads.cosine(u, v)
         x = heads.pair_vector(u, v, pair_features) if self.pair else u
         rngs = None if key is None else {"dropout": key}
         module = self.head(u.shape[-1], dropout)
-        return module.apply({"params": params}, x, train=key is not None, rngs=rngs)
+        return jnp.asarray(module.apply({"params": params}, x, train=key is not None, rngs=rngs))
 
 
 def _clip_score(scores: jax.Array) -> jax.Array:

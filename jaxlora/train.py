@@ -124,7 +124,8 @@ def _train_all(
     }
     log = rundir.MetricsLog(out, {name: c.latest_step() for name, c in saved.items()})
     bank: dict[str, Any] = {"adapters": {}, "heads": {}}
-    progress, test = {}, {}
+    progress: dict[str, dict[str, Any]] = {}
+    test: dict[str, float] = {}
     for names in settings.groups:
         group = make_group(settings, base, data, names)
         best, done = train_group(group, saved[group.name], log, listener, settings.patience)
@@ -245,7 +246,7 @@ class Window:
             "group": self._group.name,
             "step": progress.step,
             "loss": dict(zip(names, mean.losses.tolist(), strict=True)),
-            "grad_norm": float(mean.grad_norm),
+            "update_norm": float(mean.update_norm),
             "conflicts": float(mean.conflicts),
             "cosine": _pairs(names, mean.cosines),
             "steps_per_second": len(metrics) / seconds,
@@ -288,7 +289,8 @@ def summarise(
     test: dict[str, float],
 ) -> dict[str, Any]:
     """The content of `result.json`."""
-    dev, floor = {}, {}
+    dev: dict[str, float] = {}
+    floor: dict[str, float] = {}
     for group in progress.values():
         dev |= group.pop("best_scores")
         floor |= group.pop("floor")

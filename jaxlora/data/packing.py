@@ -8,7 +8,7 @@ beforehand from all its batches, because every shape costs a compilation.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +72,7 @@ def place(lengths: Sequence[int] | np.ndarray, row_length: int) -> Placement:
 
 
 def fill(
-    sentences: Sequence[np.ndarray], slots: Sequence[int], num_slots: int, shape: Shape
+    sentences: Sequence[np.ndarray], slots: Iterable[int], num_slots: int, shape: Shape
 ) -> Rows:
     """Pack sentences into rows of a shape.
 

