@@ -1,0 +1,115 @@
+"""Check an accelerator against the CPU: `python experiments/accelerator.py [--base minilm]`.
+
+Runs PCGrad and two train steps of every variant on JAX's default device and on the CPU, from the
+same numbers, without dropout, and prints how far they differ and how long a step takes. Needs
+neither data nor TFDS nor Grain. Exits 1 if a difference is above its tolerance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jaxlora import bert, lora, pretrained, step, tasks, trees
+from jaxlora.data import packing
+from jaxlora.pcgrad import combine, gram, orders, project
+from jaxlora.variants import VARIANTS, Variant
+
+TOLERANCE = 2e-3  # relative, after two AdamW steps at matmul precision highest
+SHAPE, BATCH = packing.Shape(6, 64), 8
+
+
+def pcgrad_difference(devices: list[jax.Device], sizes: tuple[int, ...]) -> float:
+    """Largest relative difference of three tasks' combined gradients between two devices."""
+    key = jax.random.key(0)
+    grads = {str(n): np.asarray(jax.random.normal(key, (3, n))) for n in sizes}
+
+    @jax.jit
+    def combined(grads: Any) -> Any:
+        return combine(grads, project(gram(grads), orders(key, 3)).sum(0))
+
+    return difference(*(combined(jax.device_put(grads, d)) for d in devices))
+
+
+def difference(a: Any, b: Any) -> float:
+    """`max |a - b| / max |b|`, the worst over leaves."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max() / (np.abs(y).max() + 1e-30))
+               for x, y in pairs)  # fmt: skip
+
+
+def random_batch(num_tasks: int, vocabulary: int) -> step.Batch:
+    """Sentences of 5 to 19 random tokens."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(num_tasks):
+        lengths = rng.integers(5, 20, 2 * BATCH)
+        sentences = [rng.integers(1, vocabulary, n).astype(np.int32) for n in lengths]
+        rows.append(packing.fill(sentences, range(2 * BATCH), 2 * BATCH, SHAPE))
+    labels = rng.integers(0, 2, (num_tasks, BATCH)).astype(np.float32)
+    inputs = step.Rows(*map(np.stack, zip(*rows, strict=True)))
+    return step.Batch(inputs, labels, np.ones_like(labels))
+
+
+def two_steps(
+    variant: Variant, base: pretrained.Pretrained, device: jax.Device
+) -> tuple[Any, float]:
+    """What a variant's first group has trained after two steps, and seconds a further step takes."""
+    config = dataclasses.replace(
+        base.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    names = variant.groups[0]
+    adapter = lora.LoraConfig()
+    with jax.default_device(device):
+        encode = step.encoder(config, jnp.float32, adapter.scale, "mean")
+        chosen = tuple(tasks.tasks(variant.sts_loss)[n] for n in names)
+        txs = step.optimizers(len(names), 1e-3, 1e-3)
+        setup = step.Setup(chosen, encode, *txs, config.hidden_size, dropout=0.0)
+        frozen, trainable = step.split_params(
+            variant.adapt, base.params, adapter, jax.random.key(0), jnp.float32
+        )
+        state = step.init_state(setup, trainable, jax.random.key(1))
+        run, batch = step.make_train_step(setup), random_batch(len(names), config.vocab_size)
+        for _ in range(2):
+            state, _ = run(state, frozen, batch)
+        trained = jax.tree.map(np.array, {"encoder": state.trainable, "heads": state.heads})
+        seconds = []
+        for _ in range(10):
+            began = time.perf_counter()
+            state, metrics = run(state, frozen, batch)
+            jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - began)
+    return trained, float(np.median(seconds))
+
+
+def main(base: str = "minilm") -> int:
+    """Print the comparison; returns the exit code."""
+    loaded = pretrained.load(base)
+    device, cpu = jax.devices()[0], jax.devices("cpu")[0]
+    table = Table(title=f"{device.device_kind} against cpu")
+    for column in ("", "difference", "ms a step", "ms on cpu"):
+        table.add_column(column, justify="right")
+    sizes = (trees.count(bert.param_shapes(loaded.config)) // 2, 1000, 7)
+    differences = [pcgrad_difference([device, cpu], sizes)]
+    table.add_row(f"pcgrad, 3 × {sum(sizes):,}", f"{differences[0]:.1e}")
+    with jax.default_matmul_precision("highest"):
+        for variant in VARIANTS.values():
+            (there, fast), (here, slow) = (two_steps(variant, loaded, d) for d in (device, cpu))
+            differences.append(difference(there, here))
+            times = (f"{1e3 * fast:.1f}", f"{1e3 * slow:.1f}")
+            table.add_row(variant.name, f"{differences[-1]:.1e}", *times)
+    Console().print(table)
+    return int(max(differences) > TOLERANCE)
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))

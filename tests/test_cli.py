@@ -1,0 +1,193 @@
+"""Bad input: a message that names file, line or flag, exit code 2, and nothing written."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import write_data
+
+SPEC = importlib.util.spec_from_file_location(
+    "run", Path(__file__).parents[1] / "experiments" / "run.py"
+)
+run = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(run)
+
+
+@pytest.fixture
+def folders(tiny_base, tmp_path, monkeypatch):
+    """A data folder and a base folder that a test may spoil, and an empty place to run in."""
+    monkeypatch.setattr(run, "use_compilation_cache", lambda: None)
+    data = write_data(tmp_path / "data")
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return data, base
+
+
+def call(folders, *flags, variant="lora3"):
+    data, base = folders
+    defaults = {"--data-dir": data, "--base": base, "--preset": "cs224n", "--max-steps": 1}
+    given = {f.split("=")[0] for f in flags}
+    rest = [f"{k}={v}" for k, v in defaults.items() if k not in given]
+    return run.cli([f"--variant={variant}", *rest, *flags])
+
+
+def edit(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+def line(number, cells):
+    """Replace a line (1 is the header) by tab-separated cells."""
+
+    def change(content):
+        lines = content.split(b"\n")
+        lines[number - 1] = "\t".join(cells).encode()
+        return b"\n".join(lines)
+
+    return change
+
+
+SST, QUORA, STS = "ids-sst-train.csv", "quora-train.csv", "sts-train.csv"
+BAD_DATA = {
+    "missing": (STS, None, [STS, "--data-dir"]),
+    "empty": (STS, lambda _: b"", [STS, "empty"]),
+    "columns": (STS, line(1, ["", "id", "a", "b", "c"]), [STS, "sentence1"]),
+    "label range": (SST, line(4, ["0", "x", "good film", "7"]), [f"{SST}:4", "7"]),
+    "label word": (QUORA, line(3, ["0", "x", "a", "b", "yes"]), [f"{QUORA}:3", "yes"]),
+    "few fields": (QUORA, line(5, ["0", "x", "a"]), [f"{QUORA}:5"]),
+    "utf-8": (STS, lambda content: content + b"9\tx\t\xff\tb\t1.0\n", [f"{STS}:21", "UTF-8"]),
+    "blank": (STS, line(2, ["0", "x", " ", "b", "1.0"]), [f"{STS}:2", "blank"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data(folders, capsys, name):
+    file, change, fragments = BAD_DATA[name]
+    path = folders[0] / file
+    path.unlink() if change is None else edit(path, change)
+    assert call(folders) == 2
+    message = capsys.readouterr().err
+    for fragment in fragments:
+        assert fragment.lower() in message.lower()
+    assert "Traceback" not in message
+    assert not Path("runs").exists()
+
+
+BAD_FLAGS = {
+    "group": (["--groups=sst|para,stss"], ["--groups", "stss"]),
+    "uncovered": (["--groups=sst|para"], ["--groups", "sts"]),
+    "twice": (["--groups=sst|para,sts,sst"], ["--groups", "two groups"]),
+    "rank 0": (["--rank=0"], ["--rank", "at least 1"]),
+    "rank above the width": (["--rank=33"], ["--rank", "32"]),
+    "target": (["--target-modules", "querry"], ["--target-modules", "querry", "query"]),
+    "epochs": (["--epochs=0"], ["--epochs"]),
+    "rate": (["--learning-rate=-1"], ["--learning-rate"]),
+    "nan": (["--learning-rate=nan"], ["--learning-rate"]),
+    "positions": (["--max-length=9999"], ["--max-length"]),
+    "base": (["--base=./nowhere"], ["--base", "nowhere"]),
+    "data": (["--data-dir=nowhere"], ["nowhere", "--data-dir"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(folders, capsys, name):
+    flags, fragments = BAD_FLAGS[name]
+    assert call(folders, *flags) == 2
+    message = capsys.readouterr().err
+    for fragment in fragments:
+        assert fragment in message
+    assert not Path("runs").exists()
+
+
+def test_unknown_variant(folders, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(folders, variant="lora9")
+    assert stop.value.code == 2
+    assert "lora4" in capsys.readouterr().err
+
+
+BAD_BASE = {
+    "no weights": (lambda base: (base / "model.safetensors").unlink(), ["no model.safetensors"]),
+    "corrupt": (
+        lambda base: edit(base / "model.safetensors", lambda c: c[:999]),
+        ["model.safetensors"],
+    ),
+    "no config": (lambda base: (base / "config.json").unlink(), ["config.json"]),
+    "no tokenizer": (lambda base: (base / "tokenizer.json").unlink(), ["tokenizer.json"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BASE)
+def test_bad_base(folders, capsys, name):
+    spoil, fragments = BAD_BASE[name]
+    spoil(folders[1])
+    assert call(folders) == 2
+    message = capsys.readouterr().err
+    for fragment in fragments:
+        assert fragment in message
+    assert not Path("runs").exists()
+
+
+def test_cs224n_needs_a_data_dir(capsys):
+    assert run.cli(["--variant=lora3", "--preset=cs224n"]) == 2
+    assert "--data-dir" in capsys.readouterr().err
+
+
+def test_out_that_holds_another_run(folders, capsys):
+    assert call(folders) == 0
+    before = {p: p.read_bytes() for p in Path("runs").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    for flags, fragment in (
+        ([], "--resume"),
+        (["--resume", "--rank=3"], "--rank"),
+        (["--resume", "--seed=3"], "--seed"),
+        ([f"--out={folders[0]}"], "holds no run"),
+        ([f"--out={folders[0] / 'sts-dev.csv'}"], "is a file"),
+    ):
+        assert call(folders, *flags) == 2
+        assert fragment in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in Path("runs").rglob("*") if p.is_file()}
+
+
+def test_resume_refuses_changed_data(folders, capsys):
+    assert call(folders) == 0
+    edit(folders[0] / "sts-train.csv", line(2, ["0", "x", "a dog", "a cat", "1.0"]))
+    assert call(folders, "--resume") == 2
+    assert "the data of sts" in capsys.readouterr().err
+
+
+def test_a_long_sentence_is_cut_and_counted(folders, capsys):
+    words = " ".join(["good"] * 40)
+    edit(folders[0] / "ids-sst-train.csv", line(2, ["0", "x", words, "1"]))
+    assert call(folders, "--max-length=16") == 0
+    shown = capsys.readouterr().out
+    assert "1 sentences cut to 16 tokens" in " ".join(shown.replace("│", " ").split())
+
+
+def test_run_prints_plan_and_table(folders, capsys):
+    assert call(folders, variant="lora4") == 0
+    shown = capsys.readouterr().out
+    for fragment in (
+        "LoRA rank 15",
+        "train 26, dev 26, test 26",
+        "untrained",
+        "the paper",
+        "0.6152",
+    ):
+        assert fragment in shown
+    result = json.loads(Path("runs/lora4/result.json").read_text())
+    assert f"{result['dev']['sst']:.4f}" in shown
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.cli(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    flags = """variant preset data-dir base groups pooling pair-features rank alpha target-modules
+    learning-rate head-learning-rate warmup-steps batch-size epochs max-steps seed dtype out resume
+    predict-test"""
+    for flag in flags.split():
+        assert f"--{flag}" in shown

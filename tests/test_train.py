@@ -1,0 +1,229 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import Silent, write_data
+
+import jaxlora
+from jaxlora import checkpoint, rundir, train
+from jaxlora.errors import UserError
+from jaxlora.settings import Flags, resolve
+from jaxlora.tasks import NAMES
+
+ROOT = Path(__file__).parents[1]
+# Seven steps a group, evaluations after 2, 4, 6 and 7: the kill below falls between two.
+SHORT = {
+    "preset": "cs224n",
+    "batch_size": 6,
+    "epochs": 1,
+    "eval_every": 2,
+    "warmup_steps": 2,
+    "rank": 4,
+    "max_length": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def make(tiny_base, data_dir):
+    def settings(variant, **more):
+        return resolve(Flags(variant, base=str(tiny_base), data_dir=data_dir, **SHORT | more))
+
+    return settings
+
+
+def leaves_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("variant", "groups"),
+    [
+        ("baseline1", None),
+        ("lora1", None),
+        ("lora3", None),
+        ("lora4", "sst|para,sts"),
+        ("baseline3", None),
+    ],
+)
+def test_run_writes_everything(make, tmp_path, variant, groups):
+    settings = make(variant, groups=groups)
+    listener = Silent()
+    result = train.run(settings, tmp_path / "run", listener)
+    out = tmp_path / "run"
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "result.json",
+        "curves.png",
+        "model",
+        "tensorboard",
+    ):
+        assert (out / name).exists(), name
+    assert json.loads((out / "result.json").read_text()) == result
+    assert set(result["dev"]) == set(NAMES)
+    assert result["parameters"] == listener.plans[0].storage._asdict()
+    assert not (out / rundir.STATES).exists()
+    records = rundir.read_records(out)
+    assert records == listener.records
+    # the best score that was seen is the one that is reported
+    for group, progress in result["groups"].items():
+        scores = [r["score"] for r in records if r["kind"] == "eval" and r["group"] == group]
+        assert progress["best_score"] == max(scores)
+        assert progress["step"] == listener.plans[0].steps[group]
+
+
+def test_predictions_match_the_restored_model(make, data_dir, tmp_path):
+    train.run(make("lora3"), tmp_path / "run", Silent())
+    model = jaxlora.load(tmp_path / "run")
+    for task, file in (("sst", "ids-sst"), ("para", "quora"), ("sts", "sts")):
+        with (data_dir / f"{file}-test-student.csv").open() as source:
+            rows = list(csv.DictReader(source, delimiter="\t"))
+        with (tmp_path / "run" / "predictions" / f"{task}-test.csv").open() as predicted:
+            written = list(csv.DictReader(predicted))
+        assert [r["id"] for r in written] == [r["id"] for r in rows]
+        columns = ["sentence"] if task == "sst" else ["sentence1", "sentence2"]
+        examples = [r[columns[0]] if task == "sst" else tuple(r[c] for c in columns) for r in rows]
+        values = np.array([float(r["prediction"]) for r in written])
+        np.testing.assert_allclose(model.predict(task, examples), values, atol=1e-4)
+        low, high = {"sst": (0, 4), "para": (0, 1), "sts": (0, 5)}[task]
+        assert values.min() >= low and values.max() <= high
+        if task != "sts":
+            assert all(r["prediction"] in "01234" for r in written)
+
+
+def test_no_test_predictions_when_not_asked(make, tmp_path):
+    train.run(make("baseline1"), tmp_path / "run", Silent(), predict_test=False)
+    names = {p.name for p in (tmp_path / "run" / "predictions").iterdir()}
+    assert names == {"sst-dev.csv", "para-dev.csv", "sts-dev.csv"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "stop_at"),
+    [("lora3", ("sst+para+sts", 2)), ("lora3", ("sst+para+sts", 6)), ("lora1", ("para", 4)),
+     ("baseline1", ("sst", 2)), ("baseline2", ("sst+para+sts", 4))],
+)  # fmt: skip
+def test_resume_equals_uninterrupted(make, tmp_path, variant, stop_at):
+    settings = make(variant)
+    whole = train.run(settings, tmp_path / "whole", Silent())
+    with pytest.raises(KeyboardInterrupt):
+        train.run(settings, tmp_path / "parts", Silent(stop_at))
+    assert not (tmp_path / "parts" / "result.json").exists()
+    with pytest.raises(UserError, match="--resume"):
+        jaxlora.load(tmp_path / "parts")
+    again = Silent()
+    parts = train.run(settings, tmp_path / "parts", again, resume=True)
+    banks = [checkpoint.load_bank(tmp_path / name / rundir.MODEL) for name in ("whole", "parts")]
+    leaves_equal(*banks)
+    assert parts["dev"] == whole["dev"]
+    timeless = [
+        [
+            {k: v for k, v in r.items() if k != "steps_per_second"}
+            for r in rundir.read_records(tmp_path / name)
+        ]
+        for name in ("whole", "parts")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_resume_goes_on_from_the_checkpoint_and_not_from_the_start(make, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train.run(make("lora3"), tmp_path / "run", Silent(("sst+para+sts", 6)))
+    listener = Silent()
+    train.run(make("lora3"), tmp_path / "run", listener, resume=True)
+    assert listener.started == ("sst+para+sts", 4, 7)
+
+
+def test_a_finished_run_is_not_trained_again(make, tmp_path):
+    first = train.run(make("baseline1"), tmp_path / "run", Silent())
+    listener = Silent()
+    assert train.run(make("baseline1"), tmp_path / "run", listener, resume=True) == first
+    assert listener.records == []
+
+
+@pytest.mark.slow
+def test_killed_process_resumes_to_the_same_parameters(tiny_base, data_dir, make, tmp_path):
+    flags = [f"--base={tiny_base}", f"--data-dir={data_dir}", "--variant=lora3"]
+    flags += [f"--{k.replace('_', '-')}={v}" for k, v in (SHORT | {"epochs": 12}).items()]
+    command = [
+        sys.executable,
+        str(ROOT / "experiments" / "run.py"),
+        *flags,
+        f"--out={tmp_path / 'killed'}",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"step": 12,' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    settings = make("lora3", epochs=12)
+    train.run(settings, tmp_path / "killed", Silent(), resume=True)
+    train.run(settings, tmp_path / "whole", Silent())
+    leaves_equal(*(checkpoint.load_bank(tmp_path / n / rundir.MODEL) for n in ("killed", "whole")))
+
+
+def test_at_most_three_train_programs(make, tmp_path, monkeypatch):
+    compiled = []
+    make_train_step = train.step.make_train_step
+
+    def counting(setup):
+        compiled.append(make_train_step(setup))
+        return compiled[-1]
+
+    monkeypatch.setattr(train.step, "make_train_step", counting)
+    train.run(make("lora1"), tmp_path / "separate", Silent())
+    assert len(compiled) == 3 and sum(f._cache_size() for f in compiled) <= 3
+    compiled.clear()
+    train.run(make("lora3"), tmp_path / "shared", Silent())
+    assert sum(f._cache_size() for f in compiled) <= 3
+
+
+def test_patience_stops_a_group(make, tmp_path):
+    settings = make("baseline1", patience=1, epochs=50, head_learning_rate=1e-12)
+    result = train.run(settings, tmp_path / "run", Silent())
+    # nothing is learnt, so the second evaluation is not better than the first
+    assert {g["step"] for g in result["groups"].values()} == {4}
+
+
+def test_a_loss_that_is_not_finite_says_so(make, tmp_path):
+    settings = make("baseline2", learning_rate=1e30, warmup_steps=0, epochs=3)
+    with pytest.raises(UserError, match="--learning-rate"):
+        train.run(settings, tmp_path / "run", Silent())
+
+
+def test_load_refuses_another_base(make, tmp_path, monkeypatch):
+    train.run(make("baseline1"), tmp_path / "run", Silent())
+    config = rundir.read_json(tmp_path / "run" / "config.json")
+    config["inputs"]["the base model"] = "0" * 64
+    rundir.write_json(tmp_path / "run" / "config.json", config)
+    with pytest.raises(UserError, match="not the weights"):
+        jaxlora.load(tmp_path / "run")
+
+
+def test_model_names_what_is_wrong_with_a_request(make, tmp_path):
+    train.run(make("baseline1"), tmp_path / "run", Silent())
+    model = jaxlora.load(tmp_path / "run")
+    with pytest.raises(UserError, match="unknown task 'stss'"):
+        model.predict("stss", ["a"])
+    with pytest.raises(UserError, match="pairs of sentences; example 1"):
+        model.predict("sts", [("a", "b"), "c"])
+    with pytest.raises(UserError, match="single sentences"):
+        model.predict("sst", [("a", "b")])
+    assert model.predict("sst", []).shape == (0,)

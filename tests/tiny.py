@@ -1,0 +1,57 @@
+"""A small data folder in the CS224N format, and a listener that can stop a run."""
+
+import random
+from pathlib import Path
+
+WORDS = ("the", "a", "film", "was", "good", "bad", "not", "very", "dog", "cat", "runs", "in")
+SIZES = {"sst": 26, "para": 40, "sts": 19}
+
+
+def sentence(rng: random.Random) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(2, 9)))
+
+
+def write_data(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
+    """Write the nine files; labels are random, so nothing can be learnt from them."""
+    rng = random.Random(7)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, name in (("train", "train"), ("dev", "dev"), ("test", "test-student")):
+        labelled = split != "test"
+        for task, file, columns, label in (
+            ("sst", "ids-sst", ["sentence"], ("sentiment", lambda: rng.randint(0, 4))),
+            (
+                "para",
+                "quora",
+                ["sentence1", "sentence2"],
+                ("is_duplicate", lambda: rng.random() > 0.5),
+            ),
+            ("sts", "sts", ["sentence1", "sentence2"], ("similarity", lambda: rng.uniform(0, 5))),
+        ):
+            header = ["", "id", *columns, *([label[0]] if labelled else [])]
+            lines = ["\t".join(header)]
+            for n in range(sizes[task]):
+                cells = [str(n), f"{task}-{split}-{n}", *(sentence(rng) for _ in columns)]
+                lines.append(
+                    "\t".join([*cells, *([f"{float(label[1]()):.1f}"] if labelled else [])])
+                )
+            (folder / f"{file}-{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+class Silent:
+    """A listener that says nothing, and fails at a given training record."""
+
+    def __init__(self, stop_at: tuple[str, int] | None = None) -> None:
+        self.stop_at = stop_at
+        self.plans, self.records = [], []
+
+    def plan(self, plan) -> None:
+        self.plans.append(plan)
+
+    def group(self, name: str, start: int, steps: int) -> None:
+        self.started = (name, start, steps)
+
+    def record(self, record) -> None:
+        self.records.append(record)
+        if (record["group"], record["step"]) == self.stop_at and record["kind"] == "train":
+            raise KeyboardInterrupt
