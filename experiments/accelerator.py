@@ -63,7 +63,7 @@ def random_batch(num_tasks: int, vocabulary: int) -> step.Batch:
 def two_steps(
     variant: Variant, base: pretrained.Pretrained, device: jax.Device
 ) -> tuple[Any, float]:
-    """What a variant's first group has trained after two steps, and seconds a further step takes."""
+    """What a variant's first group has trained after two steps, and seconds a step takes."""
     config = dataclasses.replace(
         base.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )

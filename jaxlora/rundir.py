@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,8 +95,6 @@ def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
 
 def write_predictions(path: Path, ids: Iterable[str], predictions: Iterable[str]) -> None:
     """Write a CSV `id,prediction`, whole."""
-    import io
-
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("id", "prediction"))
@@ -107,8 +107,8 @@ class MetricsLog:
 
     Args:
       out: the run's folder.
-      keep: tells of each earlier record whether to keep it (a resumed run drops what came after
-        its checkpoint, so nothing stands there twice).
+      keep: group → step up to which earlier records are kept. A resumed run drops what came after
+        its checkpoint, and writes the events anew, so nothing stands there twice.
     """
 
     def __init__(self, out: Path, keep: Mapping[str, int]) -> None:
@@ -116,18 +116,23 @@ class MetricsLog:
 
         self.records = [r for r in read_records(out) if r["step"] <= keep.get(r["group"], 0)]
         write_text(out / METRICS, "".join(json.dumps(r) + "\n" for r in self.records))
+        shutil.rmtree(out / "tensorboard", ignore_errors=True)
         self._file = (out / METRICS).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(out / "tensorboard"))
+        for record in self.records:
+            self._show(record)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record: `kind`, `group`, `step`, and numbers or dicts of numbers."""
         self.records.append(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        self._show(record)
+
+    def _show(self, record: dict[str, Any]) -> None:
+        prefix = f"{record['group']}/{record['kind']}"
         for name, value in flatten(record):
-            self._board.add_scalar(
-                f"{record['group']}/{record['kind']}/{name}", value, record["step"]
-            )
+            self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
 
     def close(self) -> None:
         """Flush and close both."""

@@ -26,8 +26,8 @@ class Flags:
     Flags that are left out take the preset's value (shown by the first lines of a run).
 
     Attributes:
-      variant: baseline1 (frozen BERT), baseline2–4 (full fine-tuning), lora1–4 (adapters); odd
-        details (sharing, STS loss) are in the README's table.
+      variant: baseline1 (frozen BERT), baseline2–4 (full fine-tuning), lora1–4 (adapters); who
+        shares what, and the STS loss, stand in the README's table.
       preset: demo: MiniLM and built-in data; cs224n: settings that train well on real data
         (needs --data-dir); paper: bert-base-uncased and the paper's settings.
       data_dir: folder with the tab-separated files of the CS224N default project.

@@ -267,7 +267,7 @@ def train_step(
         head_opt_state=head_opt_state,
         key=state.key,
     )
-    norm = jnp.asarray(optax.global_norm(updates))
+    norm = jnp.asarray(optax.tree.norm(updates))
     return new, StepMetrics(per_task, norm, surgery.conflicts, surgery.cosines)
 
 

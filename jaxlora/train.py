@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -118,11 +119,33 @@ def _train_all(
     listener: Listener,
     splits: tuple[str, ...],
 ) -> dict[str, Any]:
-    saved = {
-        group_name(names): checkpoint.GroupCheckpoints(out / rundir.STATES / group_name(names))
-        for names in settings.groups
-    }
-    log = rundir.MetricsLog(out, {name: c.latest_step() for name, c in saved.items()})
+    with contextlib.ExitStack() as stack:
+        saved = {
+            group_name(names): stack.enter_context(
+                contextlib.closing(
+                    checkpoint.GroupCheckpoints(out / rundir.STATES / group_name(names))
+                )
+            )
+            for names in settings.groups
+        }
+        steps = {name: group.latest_step() for name, group in saved.items()}
+        log = stack.enter_context(contextlib.closing(rundir.MetricsLog(out, steps)))
+        result = _train_groups(settings, base, data, out, listener, splits, saved, log)
+    rundir.write_json(out / rundir.RESULT, result)
+    checkpoint.remove_states(out / rundir.STATES)
+    return result
+
+
+def _train_groups(
+    settings: Settings,
+    base: Pretrained,
+    data: Data,
+    out: Path,
+    listener: Listener,
+    splits: tuple[str, ...],
+    saved: dict[str, checkpoint.GroupCheckpoints],
+    log: rundir.MetricsLog,
+) -> dict[str, Any]:
     bank: dict[str, Any] = {"adapters": {}, "heads": {}}
     progress: dict[str, dict[str, Any]] = {}
     test: dict[str, float] = {}
@@ -133,14 +156,9 @@ def _train_all(
         bank["heads"] |= best["heads"]
         progress[group.name] = dataclasses.asdict(done)
         test |= predict_splits(out, group, best, splits)
-        saved[group.name].close()
     checkpoint.save_bank(out / rundir.MODEL, bank)
     curves.draw(log.records, out / "curves.png", settings.variant)
-    log.close()
-    result = summarise(settings, planning.count(settings, base), progress, test)
-    rundir.write_json(out / rundir.RESULT, result)
-    checkpoint.remove_states(out / rundir.STATES)
-    return result
+    return summarise(settings, planning.count(settings, base), progress, test)
 
 
 def train_group(
@@ -294,6 +312,7 @@ def summarise(
     for group in progress.values():
         dev |= group.pop("best_scores")
         floor |= group.pop("floor")
+        group["steps_per_second"] = group["step"] / group["seconds"]
     return {
         "variant": settings.variant,
         "preset": settings.preset,

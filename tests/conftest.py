@@ -1,0 +1,116 @@
+"""Strict JAX, no network, no user cache, and the two base models that tests share."""
+
+import atexit
+import json
+import os
+import tempfile
+
+_CACHE = tempfile.TemporaryDirectory(prefix="jaxlora-tests-")
+atexit.register(_CACHE.cleanup)
+# Set before anything reads them, and whatever they were: tests never touch the user's cache.
+os.environ["JAXLORA_CACHE"] = _CACHE.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# The same small programs are compiled by many tests.
+jax.config.update("jax_compilation_cache_dir", f"{_CACHE.name}/xla")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = tuple(a + b for a in "bcdfglmnpr" for b in "a e i o u an en in on un ar er ir or ur".split())
+TINY = {
+    "model_type": "bert",
+    "vocab_size": len(SPECIAL) + len(WORDS) + 45,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+
+
+def _linear(name, fan_in, fan_out):
+    return {f"{name}.weight": (fan_out, fan_in), f"{name}.bias": (fan_out,)}
+
+
+def _norm(name, size):
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def _hugging_face_shapes(c):
+    hidden, wide = c["hidden_size"], c["intermediate_size"]
+    shapes = {
+        "embeddings.word_embeddings.weight": (c["vocab_size"], hidden),
+        "embeddings.position_embeddings.weight": (c["max_position_embeddings"], hidden),
+        "embeddings.token_type_embeddings.weight": (c["type_vocab_size"], hidden),
+        **_norm("embeddings.LayerNorm", hidden),
+        **_linear("pooler.dense", hidden, hidden),
+    }
+    for i in range(c["num_hidden_layers"]):
+        layer = f"encoder.layer.{i}"
+        for name in ("query", "key", "value"):
+            shapes |= _linear(f"{layer}.attention.self.{name}", hidden, hidden)
+        shapes |= _linear(f"{layer}.attention.output.dense", hidden, hidden)
+        shapes |= _norm(f"{layer}.attention.output.LayerNorm", hidden)
+        shapes |= _linear(f"{layer}.intermediate.dense", hidden, wide)
+        shapes |= _linear(f"{layer}.output.dense", wide, hidden)
+        shapes |= _norm(f"{layer}.output.LayerNorm", hidden)
+    return shapes
+
+
+def _tiny_tensors():
+    rng = np.random.default_rng(0)
+    return {
+        name: (rng.normal(0, 0.1, shape) + ("LayerNorm.weight" in name)).astype(np.float32)
+        for name, shape in _hugging_face_shapes(TINY).items()
+    }
+
+
+def _tiny_tokenizer():
+    letters = [f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"] + list("acehijkoqstuvwxyz.?")
+    words = [*SPECIAL, *WORDS, *letters]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The packaged MiniLM (six layers, 384 wide), the real weights of these tests."""
+    from jaxlora import pretrained
+
+    return pretrained.load("minilm")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """A Hugging Face folder with a tiny random BERT; its words are two or three letters."""
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    (folder / "config.json").write_text(json.dumps(TINY))
+    save_file(_tiny_tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+    _tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_base):
+    """`tiny_base`, loaded."""
+    from jaxlora import pretrained
+
+    return pretrained.load(str(tiny_base))

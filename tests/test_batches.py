@@ -1,0 +1,147 @@
+"""Order and batches: pure functions of (seed, step); nothing lost, nothing twice."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlora.data import batches
+from jaxlora.data.batches import PackedBatches, VectorBatches, make_order, plan, prefetch
+from jaxlora.data.examples import Examples
+from jaxlora.step import Batch
+
+SIZES = {"sst": 10, "para": 7, "sts": 3}
+PAIR = {"sst": 1, "para": 2, "sts": 2}
+
+
+def make_examples(name, count, longest=20):
+    """Every token of a task is a different number, so that each can be followed."""
+    rng = np.random.default_rng(len(name))
+    sizes = rng.integers(3, longest, count * PAIR[name])
+    offsets = np.cumsum([0, *sizes])
+    tokens = 1 + np.arange(offsets[-1], dtype=np.int32)
+    labels = np.arange(count, dtype=np.float32) + 1
+    return Examples(np.arange(count).astype(str), tokens, offsets, labels, PAIR[name])
+
+
+@pytest.fixture(scope="module")
+def packed():
+    examples = {name: make_examples(name, count) for name, count in SIZES.items()}
+    return plan(examples, make_order(SIZES, 4, 3, seed=0), steps=9, max_length=32, most=2)
+
+
+def sentences_of(rows, task, slot):
+    mine = rows.segment_ids[task].ravel() == slot + 1
+    return rows.tokens[task].ravel()[mine]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.integers(0, 9))
+def test_each_epoch_is_fair(long, short, batch_size, seed):
+    sizes, epochs = {"a": long, "b": short}, 2
+    order = make_order(sizes, batch_size, epochs, seed)
+    size = max(sizes.values())
+    assert order.steps_per_epoch == -(-size // batch_size)
+    for epoch in range(epochs):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        drawn = np.concatenate([order.at(k) for k in steps], axis=1)
+        assert drawn.shape == (2, size)
+    for draws, n in zip(order.draws, sizes.values(), strict=True):
+        first = np.bincount(draws[:size], minlength=n)
+        assert set(first.tolist()) <= {size // n, -(-size // n)}
+        if n == size:
+            assert (np.bincount(draws[size:], minlength=n) == 1).all()
+
+
+def test_order_is_a_pure_function_of_seed_and_step():
+    one, again = (make_order(SIZES, 4, 3, seed=0) for _ in range(2))
+    for k in (5, 0, 8, 5):
+        np.testing.assert_array_equal(one.at(k), again.at(k))
+    other = make_order(SIZES, 4, 3, seed=1)
+    assert (one.draws != other.draws).any()
+    epochs = one.draws.reshape(3, 3, 10)
+    assert (epochs[0, 0] != epochs[0, 1]).any()  # reshuffled in each epoch
+    longer = make_order(SIZES, 4, 5, seed=0)
+    np.testing.assert_array_equal(longer.draws[:, :30], one.draws)
+
+
+def test_a_task_is_read_the_same_whatever_its_group():
+    alone = make_order({"sst": 10}, 4, 1, seed=0)
+    together = make_order({"para": 10, "sst": 10}, 4, 1, seed=0)
+    np.testing.assert_array_equal(alone.draws[0], together.draws[1])
+    assert (together.draws[0] != together.draws[1]).any()  # but not as another task is
+
+
+def test_weights_mark_the_last_partial_batch(packed):
+    for step in range(9):
+        real = 2 if step % 3 == 2 else 4  # 10 examples: 4 + 4 + 2
+        batch = packed[step]
+        np.testing.assert_array_equal(batch.weights, [[1] * real + [0] * (4 - real)] * 3)
+        assert not batch.labels[:, real:].any()
+        assert packed.order.at(step).shape == (3, real)
+
+
+def test_packed_tokens_are_the_examples_tokens(packed):
+    for step in range(9):
+        batch, chosen = packed[step], packed.order.at(step)
+        assert batch.inputs.cls_index.shape == (3, 8)
+        assert batch.inputs.tokens.shape[1:] in packed.shapes
+        for t, examples in enumerate(packed.examples.values()):
+            total = 0
+            for b, number in enumerate(chosen[t]):
+                assert batch.labels[t, b] == examples.labels[number]
+                for k in range(examples.sentences):
+                    sentence = examples.sentence(number * examples.sentences + k)
+                    slot = b + 4 * k
+                    np.testing.assert_array_equal(sentences_of(batch.inputs, t, slot), sentence)
+                    first = batch.inputs.cls_index[t, slot]
+                    assert batch.inputs.tokens[t].ravel()[first] == sentence[0]
+                    total += len(sentence)
+            assert (batch.inputs.segment_ids[t] > 0).sum() == total  # and nothing else
+
+
+def test_vectors_take_the_slots_that_sentences_take(packed):
+    vectors = {
+        name: e.tokens[e.offsets[:-1], None].astype(np.float32)  # a sentence's first token
+        for name, e in packed.examples.items()
+    }
+    ready = VectorBatches(packed.examples, packed.order, vectors)
+    for step in range(9):
+        a, b = packed[step], ready[step]
+        np.testing.assert_array_equal(a.labels, b.labels)
+        np.testing.assert_array_equal(a.weights, b.weights)
+        for t, slot in itertools.product(range(3), range(8)):
+            expected = sentences_of(a.inputs, t, slot)[:1].tolist() or [0]
+            assert b.inputs[t, slot].tolist() == expected
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_plan_keeps_to_its_number_of_shapes(packed, most):
+    planned = plan(packed.examples, packed.order, 9, 128, most)
+    assert 1 <= len(planned.shapes) <= most
+    assert {planned[k].inputs.tokens.shape[1:] for k in range(9)} <= set(planned.shapes)
+
+
+def test_prefetch_from_the_middle_equals_indexing(packed):
+    for found, step in itertools.zip_longest(prefetch(packed, 3, 7), range(3, 7)):
+        assert isinstance(found, Batch)
+        expected = packed[step]
+        for a, b in zip(found.inputs, expected.inputs, strict=True):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(found.labels, expected.labels)
+        np.testing.assert_array_equal(found.weights, expected.weights)
+
+
+def test_slots_of_single_sentences_are_the_first_half():
+    single, pair = make_examples("sst", 3), make_examples("sts", 3)
+    assert batches.slot_count({"sst": single}, 4) == 4
+    assert batches.slot_count({"sst": single, "sts": pair}, 4) == 8
+    assert batches.sentence_numbers(pair, np.array([2, 0])).tolist() == [4, 0, 5, 1]
+    assert batches.slot_numbers(pair, 2, 4).tolist() == [0, 1, 4, 5]
+
+
+def test_a_shape_too_small_is_refused(packed):
+    with pytest.raises(ValueError, match="no shape"):
+        PackedBatches(packed.examples, packed.order, packed.shapes[:0])[0]

@@ -1,0 +1,244 @@
+"""LoRA: counts, exact merging, and gradients against Hugging Face's peft."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from jaxlora import lora, trees
+from jaxlora.bert import BertConfig, Dense, Encoder, param_shapes, pool
+from jaxlora.data.packing import Shape, fill
+from jaxlora.lora import PAPER_TARGETS, LoraConfig
+
+SENTENCES = (
+    "A film.",
+    "The plot is thin, but the two leads carry it with charm and a good deal of wit.",
+    "How do I learn to play the guitar?",
+    "A man is slicing an onion in the kitchen.",
+    "Nobody who saw it on the opening night could say afterwards what it had been about, or why.",
+)
+
+
+def random_adapter(params, config, size=0.05):
+    """An adapter in which B is not zero."""
+    keys = iter(jax.random.split(jax.random.key(7), 1000))
+    adapter = lora.init(jax.random.key(0), params, config)
+    return jax.tree.map(
+        lambda x: x + size * jax.random.normal(next(keys), x.shape), adapter
+    )
+
+
+def packed(base, sentences=SENTENCES, rows=2):
+    ids = [np.array(base.tokenizer.encode(s).ids) for s in sentences]
+    return fill(ids, range(len(ids)), len(ids), Shape(rows, 64))
+
+
+def encode(base, variables, rows, scale=1.0):
+    with jax.default_matmul_precision("highest"):
+        return Encoder(base.config, lora_scale=scale).apply(variables, *rows[:3])
+
+
+# ---- what is adapted
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank", "expected"),
+    [  # peft's counts for bert-base; the last is the paper's 1.11M
+        (("query", "value"), 1, 36_864),
+        (("query", "value"), 2, 73_728),
+        (("query", "value"), 4, 147_456),
+        (("query", "value"), 8, 294_912),
+        (("query", "value"), 16, 589_824),
+        (("query", "key", "value"), 8, 442_368),
+        (PAPER_TARGETS, 15, 1_105_920),
+    ],
+)
+def test_counts_on_bert_base(targets, rank, expected):
+    shapes = param_shapes(BertConfig())
+    config = LoraConfig(rank, 1.0, targets)
+    adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, config))
+    assert lora.count_params(adapter) == expected
+    assert lora.count_params({"sst": adapter, "sts": adapter}) == 2 * expected
+
+
+def test_defaults_are_the_papers():
+    config = LoraConfig()
+    assert (config.rank, config.scale, config.target_modules) == (15, 1.0, PAPER_TARGETS)
+
+
+def test_targets_match_whole_names(tiny):
+    def chosen(*names):
+        found = lora.targets(tiny.params, LoraConfig(4, 4.0, names))
+        return {".".join(path) for path in found}
+
+    assert chosen("query") == {"layers.attention.self.query"}
+    assert chosen("attention.output.dense") == {"layers.attention.output.dense"}
+    assert chosen("dense") == {  # every layer that ends so
+        "layers.attention.output.dense", "layers.intermediate.dense", "layers.output.dense",
+    }  # fmt: skip
+    assert chosen("query", "self.query") == chosen("query")
+    with pytest.raises(ValueError, match="unknown target module 'uery'"):
+        chosen("uery")
+
+
+def test_unknown_target_lists_the_modules(tiny):
+    with pytest.raises(ValueError, match="'qury'.*mean 'query'") as error:
+        lora.targets(tiny.params, LoraConfig(target_modules=("key", "qury")))
+    for name in ("self.query", "self.key", "intermediate.dense", "attention.output.dense"):
+        assert f"layers.{name}" in str(error.value) or f"layers.attention.{name}" in str(error.value)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 33])
+def test_rank_out_of_range(rank, tiny):
+    with pytest.raises(ValueError, match=f"rank must be between 1 and 32 .*got {rank}"):
+        lora.init(jax.random.key(0), tiny.params, LoraConfig(rank, 1.0, ("query",)))
+
+
+def test_full_rank_is_allowed(tiny):
+    adapter = lora.init(jax.random.key(0), tiny.params, LoraConfig(32, 1.0, ("query",)))
+    assert jax.tree.map(jnp.shape, adapter["layers"]["attention"]["self"]["query"]) == {
+        "A": (2, 32, 32), "B": (2, 32, 32),
+    }  # fmt: skip
+
+
+def test_a_fresh_adapter(tiny):
+    adapter = lora.init(jax.random.key(0), tiny.params, LoraConfig(4, 4.0))
+    flat = traverse_util.flatten_dict(adapter)
+    assert len(flat) == 8
+    for path, x in flat.items():
+        if path[-1] == "B":
+            assert not x.any()
+        else:
+            limit = 32**-0.5
+            assert 0.9 * limit < jnp.abs(x).max() <= limit
+            assert (x[0] != x[1]).any()  # each layer has its own
+    q, k = (adapter["layers"]["attention"]["self"][n]["A"] for n in ("query", "key"))
+    assert (q != k).any()
+
+
+# ---- what it does
+
+
+def test_starts_equal_to_the_base_bit_for_bit(tiny):
+    rng = np.random.default_rng(0)
+    rows = fill([rng.integers(5, 200, n) for n in (9, 30, 4)], range(3), 3, Shape(2, 32))
+    adapter = lora.init(jax.random.key(0), tiny.params, LoraConfig(4, 8.0))
+    both = {"params": tiny.params}, {"params": tiny.params, "lora": adapter}
+    with jax.disable_jit():  # op by op; a compiled program may sum in another order
+        base, adapted = (encode(tiny, variables, rows, 2.0) for variables in both)
+    np.testing.assert_array_equal(adapted, base)
+    base, adapted = (encode(tiny, variables, rows, 2.0) for variables in both)
+    np.testing.assert_allclose(adapted, base, rtol=0, atol=2e-6)
+
+
+def test_dense_with_an_adapter_by_hand():
+    variables = {
+        "params": {"kernel": jnp.array([[1.0], [0.0]]), "bias": jnp.array([0.5])},
+        "lora": {"A": jnp.array([[2.0], [1.0]]), "B": jnp.array([[3.0]])},
+    }
+    x = jnp.array([[1.0, 1.0]])
+    for alpha, expected in ((2.0, 1.5 + 9.0), (0.5, 1.5 + 2.25)):  # x A B = 9, alpha / 2 of it
+        scale = LoraConfig(rank=2, alpha=alpha).scale
+        assert Dense(1, lora_scale=scale).apply(variables, x).item() == expected
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(1, 0.5), (2, 8.0)])
+def test_merge_and_unmerge_use_alpha_over_rank(rank, alpha):
+    params = {"query": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
+    adapter = {"query": {"A": jnp.ones((3, rank)), "B": 2 * jnp.ones((rank, 2))}}
+    config = LoraConfig(rank, alpha, ("query",))
+    merged = lora.merge(params, adapter, config)
+    # A B = 2 · rank everywhere, so the change is alpha / rank · 2 · rank.
+    np.testing.assert_array_equal(merged["query"]["kernel"], np.full((3, 2), 1 + 2 * alpha))
+    np.testing.assert_array_equal(merged["query"]["bias"], params["query"]["bias"])
+    assert (params["query"]["kernel"] == 1).all()  # the base is not changed
+    back = lora.unmerge(merged, adapter, config)
+    np.testing.assert_array_equal(back["query"]["kernel"], params["query"]["kernel"])
+
+
+def test_merged_equals_unmerged_on_real_weights(minilm):
+    config = LoraConfig(15, 30.0)
+    adapter, rows = random_adapter(minilm.params, config), packed(minilm)
+    base = encode(minilm, {"params": minilm.params}, rows)
+    apart = encode(minilm, {"params": minilm.params, "lora": adapter}, rows, config.scale)
+    merged = lora.merge(minilm.params, adapter, config)
+    real = rows.segment_ids > 0
+    assert jnp.abs(apart - base)[real].max() > 0.1
+    np.testing.assert_allclose(encode(minilm, {"params": merged}, rows)[real], apart[real], atol=1e-5)
+    back = lora.unmerge(merged, adapter, config)
+    assert trees.names(back) == trees.names(minilm.params)
+    for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(minilm.params), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
+
+
+def test_merging_an_alien_adapter_raises(tiny):
+    alien = {"layers": {"attention": {"self": {"values": {"A": jnp.ones((2, 32, 1)), "B": jnp.ones((2, 1, 32))}}}}}  # fmt: skip
+    for fold in (lora.merge, lora.unmerge):
+        with pytest.raises(ValueError, match=r"layers\.attention\.self\.values"):
+            fold(tiny.params, alien, LoraConfig(1, 1.0))
+
+
+# ---- against peft
+
+PEFT_CONFIG = LoraConfig(8, 12.0)
+
+
+def peft_gradients(minilm, adapter, target):
+    """peft's gradients under our names, for mean((cls - target)²)."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import BertModel
+
+    from jaxlora import pretrained
+
+    model = BertModel.from_pretrained(
+        pretrained.find("minilm"), attn_implementation="eager", dtype=torch.float32
+    )
+    model = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=PEFT_CONFIG.rank, lora_alpha=PEFT_CONFIG.alpha, lora_dropout=0.0,
+            target_modules=list(PEFT_CONFIG.target_modules),
+        ),
+    ).eval()  # fmt: skip
+    factors = {n: p for n, p in model.named_parameters() if "lora_" in n}
+
+    def name(path, layer):
+        middle = ".".join(path[1:-1])
+        return f"base_model.model.encoder.layer.{layer}.{middle}.lora_{path[-1]}.default.weight"
+
+    flat = traverse_util.flatten_dict(adapter)
+    layers = range(minilm.config.num_hidden_layers)
+    assert {name(path, i) for path in flat for i in layers} == factors.keys()
+    with torch.no_grad():
+        for path, value in flat.items():
+            for i in layers:
+                factors[name(path, i)].copy_(torch.tensor(np.asarray(value[i]).T))
+    encodings = [minilm.tokenizer.encode(s).ids for s in SENTENCES]
+    longest = max(map(len, encodings))
+    ids = torch.tensor([e + [0] * (longest - len(e)) for e in encodings])
+    mask = torch.tensor([[1] * len(e) + [0] * (longest - len(e)) for e in encodings])
+    cls = model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+    ((cls - torch.tensor(np.asarray(target))) ** 2).mean().backward()
+    return {p: np.stack([factors[name(p, i)].grad.numpy().T for i in layers]) for p in flat}
+
+
+def test_gradients_equal_pefts(minilm):
+    adapter = random_adapter(minilm.params, PEFT_CONFIG)
+    target = jax.random.normal(jax.random.key(3), (len(SENTENCES), minilm.config.hidden_size))
+    rows = packed(minilm)
+
+    def loss(adapter):
+        variables = {"params": minilm.params, "lora": adapter}
+        hidden = encode(minilm, variables, rows, PEFT_CONFIG.scale)
+        cls = pool(hidden, rows.segment_ids, rows.cls_index, "cls")
+        return jnp.mean((cls - target) ** 2)
+
+    expected = peft_gradients(minilm, adapter, target)
+    found = traverse_util.flatten_dict(jax.jit(jax.grad(loss))(adapter))
+    assert found.keys() == expected.keys() and len(found) == 8
+    for path, theirs in expected.items():
+        for layer, g in enumerate(theirs):
+            error = np.linalg.norm(found[path][layer] - g) / np.linalg.norm(g)
+            assert error <= 1e-4, (path, layer, error)

@@ -1,0 +1,111 @@
+"""Packing: every token in exactly one place, in as few shapes as were asked for."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlora.data import packing
+from jaxlora.data.packing import Shape, choose_shapes, fill, fitting, place
+
+ROW = 16
+lengths = st.lists(st.integers(1, ROW), max_size=40)
+quick = settings(max_examples=60, deadline=None)
+
+
+@quick
+@given(lengths)
+def test_place_never_overlaps_and_never_leaves_the_row(sizes):
+    where = place(sizes, ROW)
+    taken = np.zeros((where.rows, ROW), int)
+    for row, start, size in zip(where.row, where.start, sizes, strict=True):
+        assert start + size <= ROW
+        taken[row, start : start + size] += 1
+    assert taken.max(initial=0) <= 1
+    assert taken.sum() == sum(sizes)
+    assert -(-sum(sizes) // ROW) <= where.rows <= len(sizes)
+    assert set(where.row.tolist()) == set(range(where.rows))  # no empty row
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [([], 0), ([16], 1), ([8, 8], 1), ([9, 8], 2), ([10, 9, 7, 6], 2), ([6, 7, 9, 10], 2)],
+)
+def test_place_by_hand(sizes, rows):
+    assert place(sizes, ROW).rows == rows
+
+
+def test_a_sentence_longer_than_a_row_raises():
+    with pytest.raises(ValueError, match="17 tokens does not fit rows of 16"):
+        place([3, 17], ROW)
+
+
+@quick
+@given(lengths, st.integers(0, 3))
+def test_fill_puts_every_token_once(sizes, spare):
+    ends = np.cumsum([0, *sizes])
+    tokens = np.arange(1, ends[-1] + 1)  # all different, none 0
+    sentences = [tokens[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    shape = Shape(place(sizes, ROW).rows + spare, ROW)
+    slots = [2 * n for n in range(len(sizes))]  # gaps: odd slots have no sentence
+    rows = fill(sentences, slots, 2 * len(sizes) + 1, shape)
+    assert rows.tokens.shape == rows.positions.shape == rows.segment_ids.shape == shape
+    assert sorted(rows.tokens[rows.tokens > 0].tolist()) == tokens.tolist()
+    np.testing.assert_array_equal(rows.segment_ids > 0, rows.tokens > 0)
+    for sentence, slot in zip(sentences, slots, strict=True):
+        mine = rows.segment_ids.ravel() == slot + 1
+        np.testing.assert_array_equal(rows.tokens.ravel()[mine], sentence)
+        np.testing.assert_array_equal(rows.positions.ravel()[mine], np.arange(len(sentence)))
+        assert rows.tokens.ravel()[rows.cls_index[slot]] == sentence[0]
+    assert not rows.cls_index[1::2].any()
+
+
+def test_fill_refuses_too_few_rows():
+    with pytest.raises(ValueError, match="2 rows needed, 1 given"):
+        fill([np.ones(9, int)] * 2, [0, 1], 2, Shape(1, ROW))
+
+
+batches = st.lists(
+    st.lists(st.integers(1, 128), min_size=1, max_size=12), min_size=1, max_size=25
+)
+
+
+@quick
+@given(batches, st.integers(1, 3))
+def test_chosen_shapes_hold_every_batch(batches, most):
+    columns = (64, 128)
+    needs = np.array(
+        [[place(b, c).rows if max(b) <= c else 0 for c in columns] for b in batches]
+    )
+    shapes = choose_shapes(needs, columns, most)
+    assert 1 <= len(shapes) <= most
+    assert shapes == sorted(shapes, key=lambda s: s.tokens)
+    for batch in batches:
+        sizes = np.array(batch)
+        shape = fitting(shapes, [sizes])
+        assert place(sizes, shape.length).rows <= shape.rows
+        cheaper = [s for s in shapes if s.tokens < shape.tokens]
+        with pytest.raises(ValueError, match="no shape"):
+            fitting(cheaper, [sizes])
+
+
+def test_a_second_program_must_pay_for_itself():
+    needs = np.array([[1]] * 100 + [[4]])
+    few, many = needs, np.repeat(needs, 20, axis=0)
+    assert choose_shapes(few, (64,), 2) == [Shape(4, 64)]  # saves 100·3·64 < 30,000 tokens
+    assert choose_shapes(many, (64,), 2) == [Shape(1, 64), Shape(4, 64)]
+
+
+def test_a_shape_must_hold_every_task():
+    shapes = [Shape(1, 64), Shape(2, 64), Shape(1, 128)]
+    short, long = np.array([10]), np.array([60, 60])
+    assert fitting(shapes, [short]) == Shape(1, 64)
+    assert fitting(shapes, [short, long]) == Shape(2, 64)
+    assert fitting(shapes, [short, np.array([100])]) == Shape(1, 128)
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(128, (64, 128)), (64, (64,)), (32, (32,)), (65, (64, 65))]
+)
+def test_row_lengths(most, expected):
+    assert packing.row_lengths(most) == expected

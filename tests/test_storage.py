@@ -1,0 +1,86 @@
+"""Storage: bert-base by shapes alone, and the paper's Table 3 row by row."""
+
+import pytest
+
+from jaxlora import storage
+from jaxlora.bert import BertConfig
+from jaxlora.lora import LoraConfig
+from jaxlora.variants import SEPARATE, SHARED, VARIANTS
+
+HIDDEN = 768
+BASE = 109_482_240  # with the pooler, as Hugging Face counts it
+POOLER = HIDDEN * HIDDEN + HIDDEN
+SST_HEAD = HIDDEN * HIDDEN + HIDDEN + HIDDEN * 5 + 5
+PAIR_HEAD = 2 * HIDDEN * 384 + 384 + 384 + 1
+HEADS = SST_HEAD + 2 * PAIR_HEAD
+ADAPTER = 1_105_920
+# What the paper adds up, in millions: BERT, one adapter, all heads.
+PAPER_BERT, PAPER_ADAPTER, PAPER_HEADS = 110, 1.106, 1.78
+
+
+def count(adapt, groups, sts_loss, adapter=None):
+    return storage.count(BertConfig(), adapt, groups, sts_loss, adapter or LoraConfig())
+
+
+def test_parts_of_bert_base():
+    found = count("lora", SHARED, "mse")
+    assert HEADS == 1_775_623
+    assert found.heads == HEADS
+    assert found.encoder == ADAPTER
+    assert found.base == BASE - POOLER
+
+
+def test_cosine_has_no_sts_head():
+    assert count("frozen", SEPARATE, "cosine").heads == HEADS - PAIR_HEAD
+
+
+@pytest.mark.parametrize(
+    ("adapt", "groups", "encoder", "incremental", "bundled"),
+    [
+        ("frozen", SEPARATE, 0, HEADS, BASE - POOLER + HEADS),
+        ("lora", SHARED, ADAPTER, ADAPTER + HEADS, BASE - POOLER + ADAPTER + HEADS),
+        ("lora", SEPARATE, 3 * ADAPTER, 3 * ADAPTER + HEADS, BASE - POOLER + 3 * ADAPTER + HEADS),
+        ("full", SHARED, BASE - POOLER, BASE - POOLER + HEADS, BASE - POOLER + HEADS),
+        ("full", SEPARATE, *[3 * (BASE - POOLER)], *[3 * (BASE - POOLER) + HEADS] * 2),
+        ("lora", (("sst",), ("para", "sts")), 2 * ADAPTER, 2 * ADAPTER + HEADS,
+         BASE - POOLER + 2 * ADAPTER + HEADS),
+    ],
+)  # fmt: skip
+def test_trees_are_counted_by_group(adapt, groups, encoder, incremental, bundled):
+    found = count(adapt, groups, "mse")
+    assert (found.encoder, found.incremental, found.bundled) == (encoder, incremental, bundled)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_table_3(name):
+    """The paper rounds BERT to 110M, an adapter to 1.106M, and counts an unused STS head."""
+    variant = VARIANTS[name]
+    trees = len(variant.groups)
+    adapters, berts = (trees * (variant.adapt == kind) for kind in ("lora", "full"))
+    incremental = berts * PAPER_BERT + adapters * PAPER_ADAPTER + PAPER_HEADS
+    bundled = incremental + PAPER_BERT * (variant.adapt != "full")
+    assert round(incremental, 2) == variant.paper.incremental
+    assert round(bundled, 2) == variant.paper.bundled_recomputed
+
+    ours = count(variant.adapt, variant.groups, variant.sts_loss)
+    rounding = (
+        berts * (PAPER_BERT * 1e6 - (BASE - POOLER))
+        + adapters * (PAPER_ADAPTER * 1e6 - ADAPTER)
+        + (PAPER_HEADS * 1e6 - HEADS)
+    )
+    unused_head = PAIR_HEAD if variant.sts_loss == "cosine" else 0
+    assert ours.incremental + rounding + unused_head == pytest.approx(incremental * 1e6, abs=0.5)
+
+
+def test_one_bundled_figure_does_not_follow_from_its_row():
+    wrong = {n: v.paper for n, v in VARIANTS.items() if v.paper.bundled != v.paper.bundled_recomputed}
+    assert list(wrong) == ["lora3"]
+    assert (wrong["lora3"].bundled, wrong["lora3"].bundled_recomputed) == (115.10, 112.89)
+
+
+def test_two_means_do_not_follow_from_their_rows():
+    wrong = {n: v.paper for n, v in VARIANTS.items() if v.paper.mean != v.paper.mean_recomputed}
+    assert {n: (p.mean, p.mean_recomputed) for n, p in wrong.items()} == {
+        "baseline3": (63.32, 62.32),
+        "lora2": (62.23, 62.41),
+    }
