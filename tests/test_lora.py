@@ -24,9 +24,7 @@ def random_adapter(params, config, size=0.05):
     """An adapter in which B is not zero."""
     keys = iter(jax.random.split(jax.random.key(7), 1000))
     adapter = lora.init(jax.random.key(0), params, config)
-    return jax.tree.map(
-        lambda x: x + size * jax.random.normal(next(keys), x.shape), adapter
-    )
+    return jax.tree.map(lambda x: x + size * jax.random.normal(next(keys), x.shape), adapter)
 
 
 def packed(base, sentences=SENTENCES, rows=2):
@@ -86,7 +84,9 @@ def test_unknown_target_lists_the_modules(tiny):
     with pytest.raises(ValueError, match="'qury'.*mean 'query'") as error:
         lora.targets(tiny.params, LoraConfig(target_modules=("key", "qury")))
     for name in ("self.query", "self.key", "intermediate.dense", "attention.output.dense"):
-        assert f"layers.{name}" in str(error.value) or f"layers.attention.{name}" in str(error.value)
+        assert f"layers.{name}" in str(error.value) or f"layers.attention.{name}" in str(
+            error.value
+        )
 
 
 @pytest.mark.parametrize("rank", [0, -1, 33])
@@ -165,7 +165,9 @@ def test_merged_equals_unmerged_on_real_weights(minilm):
     merged = lora.merge(minilm.params, adapter, config)
     real = rows.segment_ids > 0
     assert jnp.abs(apart - base)[real].max() > 0.1
-    np.testing.assert_allclose(encode(minilm, {"params": merged}, rows)[real], apart[real], atol=1e-5)
+    np.testing.assert_allclose(
+        encode(minilm, {"params": merged}, rows)[real], apart[real], atol=1e-5
+    )
     back = lora.unmerge(merged, adapter, config)
     assert trees.names(back) == trees.names(minilm.params)
     for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(minilm.params), strict=True):

@@ -65,18 +65,14 @@ def test_fill_refuses_too_few_rows():
         fill([np.ones(9, int)] * 2, [0, 1], 2, Shape(1, ROW))
 
 
-batches = st.lists(
-    st.lists(st.integers(1, 128), min_size=1, max_size=12), min_size=1, max_size=25
-)
+batches = st.lists(st.lists(st.integers(1, 128), min_size=1, max_size=12), min_size=1, max_size=25)
 
 
 @quick
 @given(batches, st.integers(1, 3))
 def test_chosen_shapes_hold_every_batch(batches, most):
     columns = (64, 128)
-    needs = np.array(
-        [[place(b, c).rows if max(b) <= c else 0 for c in columns] for b in batches]
-    )
+    needs = np.array([[place(b, c).rows if max(b) <= c else 0 for c in columns] for b in batches])
     shapes = choose_shapes(needs, columns, most)
     assert 1 <= len(shapes) <= most
     assert shapes == sorted(shapes, key=lambda s: s.tokens)

@@ -49,9 +49,7 @@ def test_every_parameter_is_filled(tiny, tiny_base):
     tensors = load_file(tiny_base / "model.safetensors")
     query = tiny.params["layers"]["attention"]["self"]["query"]["kernel"]
     np.testing.assert_array_equal(query[1], tensors[QUERY].T)
-    np.testing.assert_array_equal(
-        tiny.params["embeddings"]["word_embeddings"], tensors[WORD]
-    )
+    np.testing.assert_array_equal(tiny.params["embeddings"]["word_embeddings"], tensors[WORD])
     ids = np.ones((1, 4), np.int32)
     hidden = Encoder(tiny.config).apply({"params": tiny.params}, ids, ids, ids)
     assert hidden.shape == (1, 4, 32) and np.isfinite(hidden).all()
@@ -62,7 +60,9 @@ def with_prefix(tensors):
 
 
 def with_old_names(tensors):
-    names = {n: n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta") for n in tensors}
+    names = {
+        n: n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta") for n in tensors
+    }
     return {names[n]: value for n, value in tensors.items()}
 
 

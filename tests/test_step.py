@@ -81,7 +81,9 @@ def make(base, adapt="lora", names=ALL, sts_loss="mse", dropout=0.1, **replace):
 
 def warm(trainable):
     """Move an adapter off B = 0, so that A has a gradient too."""
-    return jax.tree.map(lambda x: x + 0.02 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), trainable)
+    return jax.tree.map(
+        lambda x: x + 0.02 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), trainable
+    )
 
 
 def task_loss(group, t, trainable, head):
@@ -122,16 +124,14 @@ def test_each_tasks_gradient_is_its_own(adapt, tiny):
     start = warm(group.state.trainable) if adapt == "lora" else group.state.trainable
     with jax.default_matmul_precision("highest"):
         train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
-        after, metrics = train_step(
-            group.state.replace(trainable=start), group.frozen, group.batch
-        )
+        after, metrics = train_step(group.state.replace(trainable=start), group.frozen, group.batch)
         grads = after.opt_state[0].grads
         for t, task in enumerate(group.setup.tasks):
             head = group.state.heads[task.name]
             one = jax.jit(jax.value_and_grad(lambda p, t=t, h=head: task_loss(group, t, p, h)))
             loss, expected = one(start)
             np.testing.assert_allclose(metrics.losses[t], loss, rtol=1e-5)
-            total = optax.global_norm(expected)
+            total = optax.tree.norm(expected)
             assert total > 1e-3
             for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
                 assert jnp.linalg.norm((g[t] - e).ravel()) <= 1e-5 * total
@@ -147,7 +147,7 @@ def test_heads_see_neither_projection_nor_clipping(tiny):
     for t, task in enumerate(group.setup.tasks):
         grads = jax.grad(lambda h, t=t: task_loss(group, t, start, h))(heads[task.name])
         expected = jax.tree.map(lambda h, g: h - 0.5 * g, heads[task.name], grads)
-        assert optax.global_norm(grads) > 1e-2
+        assert optax.tree.norm(grads) > 1e-2
         for found, by_hand in zip(
             jax.tree.leaves(after.heads[task.name]), jax.tree.leaves(expected), strict=True
         ):
@@ -161,7 +161,7 @@ def test_the_encoders_update_is_projected_then_clipped(tiny):
     _, metrics = jax.jit(lambda *args: step.train_step(group.setup, *args))(
         group.state, group.frozen, group.batch
     )
-    np.testing.assert_allclose(metrics.grad_norm, clip, rtol=1e-4)
+    np.testing.assert_allclose(metrics.update_norm, clip, rtol=1e-4)
     np.testing.assert_allclose(jnp.diag(metrics.cosines), np.ones(3), rtol=1e-5)
     below = jnp.sum(jnp.triu(metrics.cosines, 1) < 0)
     assert metrics.conflicts == below
@@ -170,23 +170,24 @@ def test_the_encoders_update_is_projected_then_clipped(tiny):
 # ---- what a step may depend on
 
 
-def run_once(group, state=None, batch=None):
-    train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
-    return train_step(state or group.state, group.frozen, batch or group.batch)
-
-
 def test_padding_examples_change_nothing(tiny):
     group = make(tiny)
+    train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
+
+    def run_once(labels, weights):
+        batch = step.Batch(group.batch.inputs, labels, weights)
+        return train_step(group.state, group.frozen, batch)
+
     weights = group.batch.weights.copy()
     weights[:, -1] = 0
     results = []
     for label in (0.0, 1.0):
         labels = group.batch.labels.copy()
         labels[:, -1] = label
-        results.append(copy(run_once(group, batch=step.Batch(group.batch.inputs, labels, weights))))
+        results.append(copy(run_once(labels, weights)))
     assert_same(*results)
-    whole = run_once(group)[1].losses
-    part = run_once(group, batch=group.batch._replace(weights=weights))[1].losses
+    whole = run_once(group.batch.labels, group.batch.weights)[1].losses
+    part = run_once(group.batch.labels, weights)[1].losses
     assert (whole != part).all()
 
 
@@ -226,11 +227,14 @@ def test_nothing_frozen_is_trained_or_remembered(adapt, tiny):
     group = make(tiny, adapt)
     before, base_before = copy(group.frozen), copy(tiny.params)
     size = trees.count(group.state.trainable)
-    assert size == {
-        "frozen": 0,
-        "lora": 2 * 4 * (32 + 32) * 4,  # layers × modules × (in + out) × rank
-        "full": trees.count(bert.param_shapes(tiny.config)),
-    }[adapt]
+    assert (
+        size
+        == {
+            "frozen": 0,
+            "lora": 2 * 4 * (32 + 32) * 4,  # layers × modules × (in + out) × rank
+            "full": trees.count(bert.param_shapes(tiny.config)),
+        }[adapt]
+    )
     kept = [x for x in jax.tree.leaves(group.state.opt_state) if not is_key(x)]
     # Adam's two moments; conflicts, cosines and two counters besides.
     assert 2 * size < sum(x.size for x in kept) <= 2 * size + 1 + 9 + 2
@@ -245,8 +249,16 @@ def test_nothing_frozen_is_trained_or_remembered(adapt, tiny):
     assert_same(copy(tiny.params), base_before)
 
 
-VARIANT_CASES = [(name, v.adapt, v.groups, v.sts_loss) for name, v in VARIANTS.items()]
-VARIANT_CASES += [("mixed", "lora", parse_groups("sst|para,sts"), "cosine")]
+def variant_case(name, adapt, groups, sts_loss):
+    """Each packed group is a program to compile."""
+    slow = [pytest.mark.slow] if adapt != "frozen" and len(groups) > 2 else []
+    return pytest.param(adapt, groups, sts_loss, id=name, marks=slow)
+
+
+VARIANT_CASES = [
+    *(variant_case(name, v.adapt, v.groups, v.sts_loss) for name, v in VARIANTS.items()),
+    variant_case("mixed", "lora", parse_groups("sst|para,sts"), "cosine"),
+]
 
 
 def changed(before, after):
@@ -255,9 +267,9 @@ def changed(before, after):
     return {name for name, x, y in flat if (x != y).any()}
 
 
-@pytest.mark.parametrize(("name", "adapt", "groups", "sts_loss"), VARIANT_CASES)
-def test_every_variant_takes_two_steps(name, adapt, groups, sts_loss, tiny):
-    made = {group_name(g): make(tiny, adapt, g, sts_loss) for g in groups}
+@pytest.mark.parametrize(("adapt", "groups", "sts_loss"), VARIANT_CASES)
+def test_every_variant_takes_two_steps(adapt, groups, sts_loss, tiny):
+    made = {group_name(g): make(tiny, adapt, g, sts_loss, dropout=0.0) for g in groups}
     states = {g: m.state for g, m in made.items()}
     for group, m in made.items():
         others = {g: copy(s) for g, s in states.items() if g != group}
@@ -266,10 +278,14 @@ def test_every_variant_takes_two_steps(name, adapt, groups, sts_loss, tiny):
             before = copy(states[group].trainable)
             heads_before = copy(states[group].heads)
             states[group], metrics = train_step(states[group], m.frozen, m.batch)
-            assert np.isfinite(metrics.losses).all() and metrics.losses.shape == (len(m.setup.tasks),)
+            assert np.isfinite(metrics.losses).all() and metrics.losses.shape == (
+                len(m.setup.tasks),
+            )
             moved = changed(before, states[group].trainable)
             assert moved == expected_to_move(adapt, states[group].trainable, number, moved)
-            assert changed(heads_before, states[group].heads) == set(trees.names(states[group].heads))
+            assert changed(heads_before, states[group].heads) == set(
+                trees.names(states[group].heads)
+            )
         assert train_step._cache_size() == 1
         for other, leaves in others.items():
             assert_same(copy(states[other]), leaves)

@@ -73,7 +73,9 @@ def test_table_3(name):
 
 
 def test_one_bundled_figure_does_not_follow_from_its_row():
-    wrong = {n: v.paper for n, v in VARIANTS.items() if v.paper.bundled != v.paper.bundled_recomputed}
+    wrong = {
+        n: v.paper for n, v in VARIANTS.items() if v.paper.bundled != v.paper.bundled_recomputed
+    }
     assert list(wrong) == ["lora3"]
     assert (wrong["lora3"].bundled, wrong["lora3"].bundled_recomputed) == (115.10, 112.89)
 

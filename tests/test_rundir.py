@@ -1,0 +1,45 @@
+import pytest
+
+from jaxlora import rundir
+from jaxlora.errors import UserError
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "group": "a"}\n{"step": 2, "gro')
+    assert [r["step"] for r in rundir.read_records(tmp_path)] == [1]
+
+
+def test_log_drops_what_came_after_the_checkpoint(tmp_path):
+    log = rundir.MetricsLog(tmp_path, {})
+    for group, step in (("a", 1), ("a", 2), ("b", 1), ("a", 3)):
+        log.write({"kind": "train", "group": group, "step": step, "loss": {"sst": 1.0}})
+    log.close()
+    log = rundir.MetricsLog(tmp_path, {"a": 2})
+    log.close()
+    assert [(r["group"], r["step"]) for r in rundir.read_records(tmp_path)] == [("a", 1), ("a", 2)]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_flatten():
+    record = {"kind": "eval", "step": 3, "score": 0.5, "dev": {"sst": 0.25}}
+    assert dict(rundir.flatten(record)) == {"score": 0.5, "dev.sst": 0.25}
+
+
+def test_write_text_leaves_nothing_behind_when_it_fails(tmp_path):
+    rundir.write_text(tmp_path / "a", "old")
+    with pytest.raises(UnicodeEncodeError):
+        rundir.write_text(tmp_path / "a", "\ud800")
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_predictions_are_csv(tmp_path):
+    rundir.write_predictions(tmp_path / "p" / "x.csv", ["a,b", "c"], ["1", "0.5000"])
+    assert (tmp_path / "p" / "x.csv").read_text() == 'id,prediction\n"a,b",1\nc,0.5000\n'
+
+
+def test_read_json_names_the_file(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json: missing"):
+        rundir.read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
+        rundir.read_json(tmp_path / "config.json")

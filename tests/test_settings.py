@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+
+from jaxlora.errors import UserError
+from jaxlora.settings import PRESETS, Flags, Settings, resolve
+from jaxlora.variants import SEPARATE, SHARED, VARIANTS
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_resolves_under_every_preset(name, preset):
+    settings = resolve(Flags(name, preset, data_dir=Path("x")))
+    assert settings.groups == VARIANTS[name].groups
+    assert Settings.from_json(settings.to_json()) == settings
+
+
+def test_paper_preset_has_the_papers_settings():
+    settings = resolve(Flags("lora3", "paper"))
+    shown = (settings.base, settings.pooling, settings.pair_features, settings.rank, settings.alpha)
+    assert shown == ("bert-base-uncased", "cls", "concat", 15, 15)
+    assert (settings.batch_size, settings.learning_rate, settings.source) == (8, 1e-5, "official")
+    assert resolve(Flags("baseline1", "paper")).head_learning_rate == 1e-3
+
+
+def test_flags_come_before_presets():
+    settings = resolve(Flags("lora3", rank=4, groups="sst|para,sts", learning_rate=0.5))
+    assert (settings.rank, settings.alpha, settings.learning_rate) == (4, 4.0, 0.5)
+    assert settings.groups == (("sst",), ("para", "sts"))
+    assert resolve(Flags("lora3", rank=4, alpha=8)).alpha == 8
+
+
+def test_a_data_dir_means_cs224n():
+    assert resolve(Flags("lora3", data_dir=Path("x"))).source == "cs224n"
+    with pytest.raises(UserError, match="--data-dir"):
+        resolve(Flags("lora3", data_dir=Path("x"), source="demo"))
+    with pytest.raises(UserError, match="--data-dir is missing"):
+        resolve(Flags("lora3", "cs224n"))
+
+
+def test_table_one():
+    kinds = {name: (v.adapt, v.groups is SHARED, v.sts_loss) for name, v in VARIANTS.items()}
+    assert kinds == {
+        "baseline1": ("frozen", False, "mse"),
+        "baseline2": ("full", True, "mse"),
+        "baseline3": ("full", True, "cosine"),
+        "baseline4": ("full", False, "cosine"),
+        "lora1": ("lora", False, "mse"),
+        "lora2": ("lora", False, "cosine"),
+        "lora3": ("lora", True, "mse"),
+        "lora4": ("lora", True, "cosine"),
+    }
+    assert VARIANTS["lora1"].groups == SEPARATE
+
+
+def test_recomputed_means_and_the_two_that_differ_from_print():
+    differ = {
+        name: (v.paper.mean, v.paper.mean_recomputed)
+        for name, v in VARIANTS.items()
+        if v.paper.mean != v.paper.mean_recomputed
+    }
+    assert differ == {"baseline3": (63.32, 62.32), "lora2": (62.23, 62.41)}
