@@ -90,6 +90,7 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
         ),
         base.config.hidden_size,
         settings.pair_features,
+        weights=tuple(settings.sts_weight if n == "sts" else 1.0 for n in names),
     )
     state = step.init_state(setup, trainable, state_key)
     eval_every = settings.eval_every or -(-order.steps_per_epoch // 2)

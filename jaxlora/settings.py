@@ -45,6 +45,8 @@ class Flags:
       warmup_steps: steps over which the learning rates rise from 0.
       schedule: of the learning rates after the warm-up.
       weight_decay: AdamW's.
+      sts_weight: factor of the STS loss beside the other tasks'; the cosine loss lives on 0–1, so
+        25 brings it to the scale of the labels.
       batch_size: examples of each task in a step.
       epochs: passes over the group's largest training set.
       max_steps: stop a group after so many steps.
@@ -74,6 +76,7 @@ class Flags:
     warmup_steps: int | None = None
     schedule: Literal["constant", "linear"] | None = None
     weight_decay: float | None = None
+    sts_weight: float | None = None
     batch_size: int | None = None
     epochs: int | None = None
     max_steps: int | None = None
@@ -98,6 +101,7 @@ _TUNED: dict[str, Any] = {
     "warmup_steps": 50,
     "schedule": "linear",
     "weight_decay": 0.01,
+    "sts_weight": {"mse": 1.0, "cosine": 25.0},
     "batch_size": 16,
     "max_length": 128,
 }
@@ -121,6 +125,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 0,
         "schedule": "constant",
         "weight_decay": 0.0,
+        "sts_weight": 1.0,
         "batch_size": 8,
         "epochs": 10,
         "max_length": 128,
@@ -150,6 +155,7 @@ class Settings:
     warmup_steps: int
     schedule: str
     weight_decay: float
+    sts_weight: float
     batch_size: int
     epochs: int
     max_steps: int | None
@@ -195,8 +201,9 @@ def resolve(flags: Flags) -> Settings:
     chosen = variant(flags.variant)
     given = {k: v for k, v in dataclasses.asdict(flags).items() if v is not None}
     values = _paper_rates(chosen) | PRESETS[flags.preset] | given
-    if isinstance(values["learning_rate"], dict):
-        values["learning_rate"] = values["learning_rate"][chosen.adapt]
+    for name, key in (("learning_rate", chosen.adapt), ("sts_weight", chosen.sts_loss)):
+        if isinstance(values[name], dict):
+            values[name] = values[name][key]
     values["groups"] = parse_groups(flags.groups) if flags.groups is not None else chosen.groups
     if flags.data_dir is not None and flags.source is None:
         values["source"] = "cs224n"
@@ -221,7 +228,7 @@ _AT_LEAST = {
     "rank": 1, "batch_size": 1, "epochs": 1, "max_steps": 1, "eval_every": 1, "patience": 0,
     "warmup_steps": 0, "max_length": 3, "seed": 0,
 }  # fmt: skip
-_POSITIVE = ("alpha", "learning_rate", "head_learning_rate")
+_POSITIVE = ("alpha", "learning_rate", "head_learning_rate", "sts_weight")
 
 
 def _check(settings: Settings) -> None:

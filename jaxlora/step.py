@@ -109,6 +109,7 @@ class Setup:
       hidden_size: H.
       pair_features: see `heads.pair_vector`.
       dropout: dropout in the heads.
+      weights: factor of each task's loss; `()` for 1.
     """
 
     tasks: tuple[Task, ...]
@@ -118,6 +119,7 @@ class Setup:
     hidden_size: int
     pair_features: str = "concat"
     dropout: float = 0.1
+    weights: tuple[float, ...] = ()
 
 
 def encoder(config: bert.BertConfig, dtype: Any, lora_scale: float, pooling: str) -> Encode:
@@ -248,10 +250,11 @@ def train_step(
     """One update of a group; jit it with `make_train_step`."""
     key = jax.random.fold_in(state.key, state.step)
     stack = trees.broadcast(state.trainable, len(setup.tasks))
+    weights = jnp.array(setup.weights or (1.0,) * len(setup.tasks))
 
     def total(stack: Tree, heads: dict[str, Tree]) -> tuple[jax.Array, jax.Array]:
         per_task = task_losses(setup, stack, heads, frozen, batch, key)
-        return per_task.sum(), per_task
+        return per_task @ weights, per_task
 
     (grads, head_grads), per_task = jax.grad(total, (0, 1), has_aux=True)(stack, state.heads)
     updates, opt_state = setup.tx.update(grads, state.opt_state, state.trainable)
