@@ -75,7 +75,8 @@ def plan_table(plan: Plan) -> Table:
         "encoder": {"frozen": "frozen", "full": "trained", "lora": _lora_line(plan)}[s.adapt],
         "sharing": " | ".join(",".join(group) for group in s.groups)
         + ("  (PCGrad within a group)" if any(len(g) > 1 for g in s.groups) else ""),
-        "vectors": f"{s.pooling} pooling; pairs: {s.pair_features}; STS loss: {s.sts_loss} × {s.sts_weight:g}",
+        "vectors": f"{s.pooling} pooling; pairs: {s.pair_features}; "
+        f"STS loss: {s.sts_loss} × {s.sts_weight:g}",
         "learning rates": f"{rates}heads {s.head_learning_rate:g} "
         f"({s.warmup_steps} steps warm-up, then {s.schedule})",
         **{f"data {t}": _counts(plan, t) for t in plan.examples},
