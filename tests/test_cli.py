@@ -28,7 +28,13 @@ def folders(tiny_base, tmp_path, monkeypatch):
 
 def call(folders, *flags, variant="lora3"):
     data, base = folders
-    defaults = {"--data-dir": data, "--base": base, "--preset": "cs224n", "--max-steps": 1}
+    defaults = {
+        "--data-dir": data,
+        "--base": base,
+        "--preset": "cs224n",
+        "--max-steps": 1,
+        "--max-length": 32,
+    }
     given = {f.split("=")[0] for f in flags}
     rest = [f"{k}={v}" for k, v in defaults.items() if k not in given]
     return run.cli([f"--variant={variant}", *rest, *flags])
