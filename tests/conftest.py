@@ -24,7 +24,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = tuple(
-    a + b for a in "bcdfglmnpr" for b in ["a", "e", "i", "o", "u", "an", "en", "in", "on", "un", "ar", "er", "ir", "or", "ur"]
+    a + b
+    for a in "bcdfglmnpr"
+    for b in ["a", "e", "i", "o", "u", "an", "en", "in", "on", "un", "ar", "er", "ir", "or", "ur"]
 )
 TINY = {
     "model_type": "bert",

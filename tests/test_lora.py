@@ -81,7 +81,7 @@ def test_targets_match_whole_names(tiny):
 
 
 def test_unknown_target_lists_the_modules(tiny):
-    with pytest.raises(ValueError, match="'qury'.*mean 'query'") as error:
+    with pytest.raises(ValueError, match=r"'qury'.*mean 'query'") as error:
         lora.targets(tiny.params, LoraConfig(target_modules=("key", "qury")))
     for name in ("self.query", "self.key", "intermediate.dense", "attention.output.dense"):
         assert f"layers.{name}" in str(error.value) or f"layers.attention.{name}" in str(
@@ -175,7 +175,8 @@ def test_merged_equals_unmerged_on_real_weights(minilm):
 
 
 def test_merging_an_alien_adapter_raises(tiny):
-    alien = {"layers": {"attention": {"self": {"values": {"A": jnp.ones((2, 32, 1)), "B": jnp.ones((2, 1, 32))}}}}}  # fmt: skip
+    factors = {"A": jnp.ones((2, 32, 1)), "B": jnp.ones((2, 1, 32))}
+    alien = {"layers": {"attention": {"self": {"values": factors}}}}
     for fold in (lora.merge, lora.unmerge):
         with pytest.raises(ValueError, match=r"layers\.attention\.self\.values"):
             fold(tiny.params, alien, LoraConfig(1, 1.0))

@@ -1,5 +1,7 @@
 """Packing: every token in exactly one place, in as few shapes as were asked for."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,7 +47,7 @@ def test_a_sentence_longer_than_a_row_raises():
 def test_fill_puts_every_token_once(sizes, spare):
     ends = np.cumsum([0, *sizes])
     tokens = np.arange(1, ends[-1] + 1)  # all different, none 0
-    sentences = [tokens[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    sentences = [tokens[a:b] for a, b in itertools.pairwise(ends)]
     shape = Shape(place(sizes, ROW).rows + spare, ROW)
     slots = [2 * n for n in range(len(sizes))]  # gaps: odd slots have no sentence
     rows = fill(sentences, slots, 2 * len(sizes) + 1, shape)

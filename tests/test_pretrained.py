@@ -153,7 +153,7 @@ def test_bad_configs(folder):
     with pytest.raises(UserError, match="not valid JSON"):
         pretrained.load(str(folder))
     (folder / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="has no .*hidden_size"):
+    with pytest.raises(UserError, match=r"has no .*hidden_size"):
         pretrained.load(str(folder))
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json: missing"):
@@ -225,7 +225,7 @@ def test_no_such_folder(base):
 
 
 def test_no_such_model_on_the_hub():
-    with pytest.raises(UserError, match="--base no-such-model.*--base minilm"):
+    with pytest.raises(UserError, match=r"--base no-such-model.*--base minilm"):
         pretrained.load("no-such-model-of-jaxlora")  # offline in tests
 
 
@@ -238,5 +238,5 @@ def test_minilm_not_installed(monkeypatch):
 def test_minilm_must_have_its_published_checksum(minilm, monkeypatch):
     assert minilm.sha256 == pretrained.MINILM_SHA256
     monkeypatch.setattr(pretrained, "MINILM_SHA256", "0" * 64)
-    with pytest.raises(UserError, match="sha256 is .* not the published 0000"):
+    with pytest.raises(UserError, match=r"sha256 is .* not the published 0000"):
         pretrained.load("minilm")
