@@ -96,7 +96,7 @@ _TUNED: dict[str, Any] = {
     "pair_features": "interaction",
     "rank": 15,
     "target_modules": PAPER_TARGETS,
-    "learning_rate": {"frozen": 1e-3, "lora": 5e-4, "full": 5e-5},
+    "learning_rate": {"frozen": 1e-3, "lora": 1e-3, "full": 5e-5},
     "head_learning_rate": 1e-3,
     "warmup_steps": 50,
     "schedule": "linear",
@@ -107,13 +107,7 @@ _TUNED: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": _TUNED
-    | {
-        "source": "demo",
-        "epochs": 3,
-        "max_length": 64,
-        "learning_rate": {"frozen": 1e-3, "lora": 1e-3, "full": 5e-5},
-    },
+    "demo": _TUNED | {"source": "demo", "epochs": 3, "max_length": 64},
     "cs224n": _TUNED | {"source": "cs224n", "epochs": 2},
     "paper": {
         "source": "official",
