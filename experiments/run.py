@@ -47,6 +47,9 @@ def cli(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}; is there room, and may it be written?", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; go on with the same flags and --resume", file=sys.stderr)
         return 130

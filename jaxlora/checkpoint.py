@@ -68,9 +68,12 @@ class GroupCheckpoints:
 
 
 def save_bank(folder: Path, bank: Tree) -> None:
-    """Write what a run has trained: `{"adapters": {group: tree}, "heads": {task: tree}}`."""
+    """Write what a run has trained: `{"adapters": {group: tree}, "heads": {task: tree}}`.
+
+    Host arrays are written, so that a bank from one kind of device can be read on any other.
+    """
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), bank, force=True)
+        checkpointer.save(folder.absolute(), jax.device_get(bank), force=True)
 
 
 def load_bank(folder: Path) -> Tree:

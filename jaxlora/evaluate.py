@@ -16,7 +16,7 @@ from jaxlora.tasks import Task
 from jaxlora.trees import Tree
 
 ROWS = 16  # rows of a chunk: enough to keep the device busy, few enough for little padding
-MIN_TOKENS = 3  # [CLS], a word, [SEP]
+MIN_TOKENS = 2  # [CLS], [SEP]: a word of characters that BERT drops leaves nothing between
 
 EncodeRows = Callable[[Tree, Tree, Rows], jax.Array]
 
@@ -34,7 +34,12 @@ def encode(
 
     Returns:
       `f32[sentences, H]`, in the order of `examples`' sentences.
+
+    Raises:
+      ValueError: if there are no sentences.
     """
+    if not len(examples):
+        raise ValueError("nothing to encode")
     parts, numbers = [], []
     for chunk, rows in chunks(examples, max_length):
         parts.append(np.asarray(encode_rows(frozen, trainable, rows))[: len(chunk)])
@@ -51,9 +56,9 @@ def chunks(examples: Examples, max_length: int) -> Iterator[tuple[np.ndarray, Ro
     slots = shape.tokens // MIN_TOKENS
     where = packing.place(examples.lengths, max_length)
     order = np.argsort(where.row, kind="stable")
-    for first in range(0, where.rows, ROWS):
-        row = where.row[order]
-        numbers = order[(row >= first) & (row < first + ROWS)]
+    starts = np.searchsorted(where.row[order], range(0, where.rows, ROWS))
+    for numbers in np.split(order, starts[1:]):
+        # Packed alone, best-fit places a chunk's sentences just as it did among all.
         sentences = [examples.sentence(n) for n in numbers]
         yield numbers, packing.fill(sentences, range(len(numbers)), slots, shape)
 
@@ -71,7 +76,7 @@ def decode(task: Task, outputs: np.ndarray) -> np.ndarray:
     return np.asarray(task.decode(jnp.asarray(outputs)))
 
 
-def floor(task: Task, examples: Examples, vectors: np.ndarray) -> float:
+def untrained(task: Task, examples: Examples, vectors: np.ndarray) -> float:
     """What needs no training: the score a trained model must beat.
 
     Single sentences: the most frequent class. Pairs: the cosine of the untrained vectors, for a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ MOST_PROGRAMS = 3  # compiled train programs in a run
 Vectors = Callable[[Tree, str, str], np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Group:
     """One group of tasks, ready to train.
 
@@ -72,7 +73,7 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
     vectors = live_vectors(encode, frozen, mine, settings.max_length)
     batches: data_batches.PackedBatches | data_batches.VectorBatches
     if settings.adapt == "frozen":
-        encode, vectors = step.cached, cached_vectors(vectors, mine)
+        encode, vectors = step.cached, cached_vectors(vectors)
         ready = {n: vectors({}, n, "train") for n in names}
         batches = data_batches.VectorBatches(train, order, ready)
     else:
@@ -85,6 +86,7 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
             len(chosen),
             schedule(settings, settings.learning_rate, steps),
             schedule(settings, settings.head_learning_rate, steps),
+            clip=settings.clip,
             weight_decay=settings.weight_decay,
             seed=settings.seed,
         ),
@@ -98,12 +100,15 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
 
 
 def schedule(settings: Settings, peak: float, steps: int) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up, then constant or linear down to 0."""
+    """Learning rate by step: a linear warm-up, then constant or linear down to 0.
+
+    The first step has `peak / warmup_steps` and the last of the warm-up `peak`: none is wasted.
+    """
     warmup = min(settings.warmup_steps, steps)
     end = {"constant": peak, "linear": 0.0}[settings.schedule]
     return optax.join_schedules(
         [
-            optax.linear_schedule(0.0, peak, warmup),
+            optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1)),
             optax.linear_schedule(peak, end, max(1, steps - warmup)),
         ],
         [warmup],
@@ -125,10 +130,10 @@ def live_vectors(encode: step.Encode, frozen: Tree, data: Data, max_length: int)
     return vectors
 
 
-def cached_vectors(live: Vectors, data: Data) -> Vectors:
-    """Encode every split once, for an encoder that never changes."""
-    table = {(task, split): live({}, task, split) for task in data for split in data[task]}
-    return lambda trainable, task, split: table[task, split]
+def cached_vectors(live: Vectors) -> Vectors:
+    """Encode a split when it is first asked for, and keep it: this encoder never changes."""
+    table = functools.cache(lambda task, split: live({}, task, split))
+    return lambda trainable, task, split: table(task, split)
 
 
 def evaluate_group(group: Group, state: step.TrainState) -> dict[str, Any]:
@@ -158,10 +163,10 @@ def predict(
     return evaluate.decode(task, outputs)
 
 
-def floors(group: Group, trainable: Tree) -> dict[str, float]:
+def untrained_scores(group: Group, trainable: Tree) -> dict[str, float]:
     """Dev scores that need no training, from the group's first tree (the base's own vectors)."""
     return {
-        task.name: evaluate.floor(
+        task.name: evaluate.untrained(
             task, group.data[task.name]["dev"], group.vectors(trainable, task.name, "dev")
         )
         for task in group.setup.tasks

@@ -38,6 +38,10 @@ class LoraConfig:
     alpha: float = 15.0
     target_modules: tuple[str, ...] = PAPER_TARGETS
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+
     @property
     def scale(self) -> float:
         """`alpha / rank`, the factor of `A B`."""

@@ -61,7 +61,7 @@ def check_base(settings: Settings, base: Pretrained) -> None:
         try:
             lora.targets(base.params, settings.lora)
         except ValueError as error:
-            name = "--rank" if "rank" in str(error) else "--target-modules"
+            name = "--rank" if str(error).startswith("rank") else "--target-modules"
             raise UserError(f"{name}: {error}") from error
 
 
@@ -95,7 +95,7 @@ def fingerprints(base: Pretrained, data: Data) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Versions of what computes a run's numbers."""
-    names = ("jaxlora", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     return {name: importlib.metadata.version(name) for name in names}
 
 

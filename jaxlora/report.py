@@ -45,6 +45,7 @@ class ConsoleListener:
     def plan(self, plan: Plan) -> None:
         """Say what the run will do."""
         self._console.print(plan_table(plan))
+        self._bar.update(self._task, description="preparing order and packing", visible=True)
 
     def group(self, name: str, start: int, steps: int) -> None:
         """A new bar for a group; the first step compiles."""
@@ -74,7 +75,11 @@ def plan_table(plan: Plan) -> Table:
         "base": plan.base,
         "encoder": {"frozen": "frozen", "full": "trained", "lora": _lora_line(plan)}[s.adapt],
         "sharing": " | ".join(",".join(group) for group in s.groups)
-        + ("  (PCGrad within a group)" if any(len(g) > 1 for g in s.groups) else ""),
+        + (
+            "  (PCGrad within a group)"
+            if s.adapt != "frozen" and any(len(g) > 1 for g in s.groups)
+            else ""
+        ),
         "vectors": f"{s.pooling} pooling; pairs: {s.pair_features}; "
         f"STS loss: {s.sts_loss} × {s.sts_weight:g}",
         "learning rates": f"{rates}heads {s.head_learning_rate:g} "

@@ -50,6 +50,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
+def read_config(out: Path) -> dict[str, Any]:
+    """A run's `config.json`.
+
+    Raises:
+      UserError: if it is missing, broken, or not a run's.
+    """
+    config = read_json(out / CONFIG)
+    if not isinstance(config, dict) or not {"settings", "inputs"} <= config.keys():
+        raise UserError(f"{out / CONFIG}: not the config of a jaxlora run; name another folder")
+    return config
+
+
 def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
     """Refuse an `out` that a run with these settings may not write to; touches nothing.
 
@@ -58,6 +70,9 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
         holds a run with other settings.
     """
     if not out.exists():
+        parent = next(p for p in out.absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"--out {out}: {parent} is no folder that can be written to")
         return
     if not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
@@ -65,12 +80,13 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
         if any(out.iterdir()):
             raise UserError(f"--out {out}: is not empty and holds no run; name another folder")
         return
+    read_config(out)
     if not resume:
         raise UserError(
             f"--out {out}: holds another run; go on with --resume, or name another --out"
         )
-    old = read_json(out / CONFIG)["settings"]
-    for name in settings:
+    old = read_config(out)["settings"]
+    for name in settings.keys() - {"data_dir"}:  # its content is compared, not its place
         if old.get(name) != settings[name]:
             raise UserError(
                 f"--out {out}: its run has {flag(name)} {old.get(name)!r}, not {settings[name]!r}; "
@@ -85,7 +101,7 @@ def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
       UserError: naming what changed.
     """
     if (out / CONFIG).exists():
-        old = read_json(out / CONFIG)["inputs"]
+        old = read_config(out)["inputs"]
         for name, value in inputs.items():
             if old.get(name) != value:
                 raise UserError(

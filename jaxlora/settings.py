@@ -45,11 +45,12 @@ class Flags:
       warmup_steps: steps over which the learning rates rise from 0.
       schedule: of the learning rates after the warm-up.
       weight_decay: AdamW's.
+      clip: largest norm of a group's combined gradient; larger ones are scaled down.
       sts_weight: factor of the STS loss beside the other tasks'; the cosine loss lives on 0–1, so
         25 brings it to the scale of the labels.
       batch_size: examples of each task in a step.
       epochs: passes over the group's largest training set.
-      max_steps: stop a group after so many steps.
+      max_steps: train a group for so many steps at the most; the schedule ends there, too.
       eval_every: steps between evaluations and checkpoints; default: twice an epoch.
       patience: stop a group after so many evaluations without a better score; 0: never.
       max_length: tokens a sentence is cut to, and the longest row.
@@ -76,6 +77,7 @@ class Flags:
     warmup_steps: int | None = None
     schedule: Literal["constant", "linear"] | None = None
     weight_decay: float | None = None
+    clip: float = 1.0
     sts_weight: float | None = None
     batch_size: int | None = None
     epochs: int | None = None
@@ -149,6 +151,7 @@ class Settings:
     warmup_steps: int
     schedule: str
     weight_decay: float
+    clip: float
     sts_weight: float
     batch_size: int
     epochs: int
@@ -174,10 +177,17 @@ class Settings:
     def from_json(cls, plain: dict[str, Any]) -> Settings:
         """The inverse of `to_json`.
 
+        Raises:
+          UserError: if the fields are not ours.
+
         >>> settings = resolve(Flags("lora3"))
         >>> Settings.from_json(settings.to_json()) == settings
         True
         """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if plain.keys() != names:
+            odd = ", ".join(sorted(plain.keys() ^ names))
+            raise UserError(f"the settings were written by another version of jaxlora ({odd})")
         groups = tuple(tuple(group) for group in plain["groups"])
         modules = tuple(plain["target_modules"])
         return cls(**plain | {"groups": groups, "target_modules": modules})
@@ -194,6 +204,12 @@ def resolve(flags: Flags) -> Settings:
     """
     chosen = variant(flags.variant)
     given = {k: v for k, v in dataclasses.asdict(flags).items() if v is not None}
+    for name in given.keys() & _ONLY_FOR.keys():
+        if chosen.adapt not in _ONLY_FOR[name]:
+            raise UserError(
+                f"{flag(name)} means nothing to {chosen.name}: its encoder is not "
+                f"adapted that way; leave it out"
+            )
     values = _paper_rates(chosen) | PRESETS[flags.preset] | given
     for name, key in (("learning_rate", chosen.adapt), ("sts_weight", chosen.sts_loss)):
         if isinstance(values[name], dict):
@@ -208,10 +224,17 @@ def resolve(flags: Flags) -> Settings:
         | {"dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16"}
         | {k: v for k, v in values.items() if k in fields}
         | {"adapt": chosen.adapt, "sts_loss": chosen.sts_loss}
-        | {"data_dir": None if flags.data_dir is None else str(flags.data_dir)}
+        | {"data_dir": None if flags.data_dir is None else str(flags.data_dir.absolute())}
+        | {"base": _absolute(values["base"])}
     )
     _check(settings)
     return settings
+
+
+def _absolute(base: str) -> str:
+    """A local folder by its whole path, so that a run can be loaded from anywhere."""
+    folder = Path(base).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else base
 
 
 def _paper_rates(chosen: Variant) -> dict[str, Any]:
@@ -222,7 +245,15 @@ _AT_LEAST = {
     "rank": 1, "batch_size": 1, "epochs": 1, "max_steps": 1, "eval_every": 1, "patience": 0,
     "warmup_steps": 0, "max_length": 3, "seed": 0,
 }  # fmt: skip
-_POSITIVE = ("alpha", "learning_rate", "head_learning_rate", "sts_weight")
+_POSITIVE = ("alpha", "learning_rate", "head_learning_rate", "clip", "sts_weight")
+_MAX_SEED = 2**31 - 1
+# Flags that mean nothing to some variants.
+_ONLY_FOR = {
+    "rank": ("lora",),
+    "alpha": ("lora",),
+    "target_modules": ("lora",),
+    "learning_rate": ("lora", "full"),
+}
 
 
 def _check(settings: Settings) -> None:
@@ -233,6 +264,8 @@ def _check(settings: Settings) -> None:
     for name in _POSITIVE:
         if not 0 < getattr(settings, name) < float("inf"):
             raise UserError(f"{flag(name)} {getattr(settings, name)}: must be above 0")
+    if settings.seed > _MAX_SEED:
+        raise UserError(f"--seed {settings.seed}: must be at most {_MAX_SEED}")
     if not settings.weight_decay >= 0:
         raise UserError(f"--weight-decay {settings.weight_decay}: must be 0 or more")
     if settings.source == "cs224n" and settings.data_dir is None:

@@ -185,14 +185,19 @@ def optimizers(
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """The encoder's chain (PCGrad → clip → AdamW) and the heads' (AdamW).
 
-    Clipping comes after projection, on the combined gradient, and sees no head.
+    Clipping comes after projection, on the combined gradient, and sees no head. Biases and
+    LayerNorm are not decayed.
     """
     tx = optax.chain(
         pcgrad(num_tasks, seed),
         optax.clip_by_global_norm(clip),
-        optax.adamw(learning_rate, weight_decay=weight_decay),
+        optax.adamw(learning_rate, weight_decay=weight_decay, mask=_decayed),
     )
-    return tx, optax.adamw(head_learning_rate, weight_decay=weight_decay)
+    return tx, optax.adamw(head_learning_rate, weight_decay=weight_decay, mask=_decayed)
+
+
+def _decayed(tree: Tree) -> Tree:
+    return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key not in ("bias", "scale"), tree)
 
 
 def init_state(setup: Setup, trainable: Tree, key: jax.Array) -> TrainState:
@@ -254,7 +259,7 @@ def train_step(
 
     def total(stack: Tree, heads: dict[str, Tree]) -> tuple[jax.Array, jax.Array]:
         per_task = task_losses(setup, stack, heads, frozen, batch, key)
-        return per_task @ weights, per_task
+        return jnp.sum(per_task * weights), per_task
 
     (grads, head_grads), per_task = jax.grad(total, (0, 1), has_aux=True)(stack, state.heads)
     updates, opt_state = setup.tx.update(grads, state.opt_state, state.trainable)

@@ -16,7 +16,7 @@ from jaxlora import checkpoint, curves, pretrained, rundir, step, storage
 from jaxlora import plan as planning
 from jaxlora.data import batches as data_batches
 from jaxlora.errors import UserError
-from jaxlora.group import Group, evaluate_group, floors, make_group, predict
+from jaxlora.group import Group, evaluate_group, make_group, predict, untrained_scores
 from jaxlora.plan import Data
 from jaxlora.pretrained import Pretrained
 from jaxlora.settings import Settings
@@ -48,7 +48,7 @@ class Progress:
       seconds: time spent training.
       best_step, best_score, best_scores: the best evaluation.
       stale: evaluations since then.
-      floor: dev scores that need no training (see `evaluate.floor`).
+      untrained: dev scores that need no training (see `evaluate.untrained`).
       done: nothing is left to do.
     """
 
@@ -58,7 +58,7 @@ class Progress:
     best_score: float = -float("inf")
     best_scores: dict[str, float] = dataclasses.field(default_factory=dict)
     stale: int = 0
-    floor: dict[str, float] = dataclasses.field(default_factory=dict)
+    untrained: dict[str, float] = dataclasses.field(default_factory=dict)
     done: bool = False
 
     def note(self, score: float, scores: dict[str, float], patience: int) -> bool:
@@ -93,7 +93,7 @@ def run(
       The content of `result.json`.
 
     Raises:
-      UserError: for bad input, before anything is written.
+      UserError: for bad input, before anything is written; for a loss that is not finite.
     """
     rundir.check(out, settings.to_json(), resume)
     base = pretrained.load(settings.base)
@@ -103,6 +103,7 @@ def run(
     rundir.check_same_inputs(out, inputs)
     listener.plan(planning.make_plan(settings, out, base, data))
     if (out / rundir.RESULT).exists():
+        checkpoint.remove_states(out / rundir.STATES)
         return rundir.read_json(out / rundir.RESULT)
     if not (out / rundir.CONFIG).exists():
         config = {"settings": settings.to_json(), "inputs": inputs, "versions": planning.versions()}
@@ -180,7 +181,7 @@ def train_group(
     listener.group(group.name, progress.step, group.steps)
     if progress.done:
         return best, progress
-    progress.floor = progress.floor or floors(group, state.trainable)
+    progress.untrained = progress.untrained or untrained_scores(group, state.trainable)
     train_step = step.make_train_step(group.setup)
     window = Window(group, progress.step)
     for batch in data_batches.prefetch(group.batches, progress.step, group.steps):
@@ -211,7 +212,8 @@ def _restore(
     group: Group, saved: checkpoint.GroupCheckpoints
 ) -> tuple[step.TrainState, dict[str, Tree], Progress]:
     state = group.state
-    best = {"trainable": state.trainable, "heads": state.heads}
+    # A copy: the step takes the state's own memory.
+    best = jax.tree.map(jnp.copy, {"trainable": state.trainable, "heads": state.heads})
     found = saved.restore({"state": state, "best": best})
     if found is None:
         return state, best, Progress()
@@ -254,10 +256,10 @@ class Window:
         progress.seconds += seconds
         mean = jax.tree.map(lambda *xs: np.mean(np.stack(xs), axis=0), *metrics)
         names = [task.name for task in self._group.setup.tasks]
-        if not np.all(np.isfinite(mean.losses)):
+        if not np.all(np.isfinite([*mean.losses, mean.update_norm])):
             raise UserError(
                 f"the loss of {self._group.name} is not finite near step {progress.step}; "
-                "lower --learning-rate or --head-learning-rate"
+                "lower --learning-rate or --head-learning-rate, in another --out"
             )
         record = {
             "kind": "train",
@@ -308,10 +310,10 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of `result.json`."""
     dev: dict[str, float] = {}
-    floor: dict[str, float] = {}
+    untrained: dict[str, float] = {}
     for group in progress.values():
         dev |= group.pop("best_scores")
-        floor |= group.pop("floor")
+        untrained |= group.pop("untrained")
         group["steps_per_second"] = group["step"] / group["seconds"]
     return {
         "variant": settings.variant,
@@ -319,7 +321,7 @@ def summarise(
         "dev": dev,
         "dev_mean": float(np.mean(list(dev.values()))),
         "test": test,
-        "untrained": floor,
+        "untrained": untrained,
         "parameters": stored._asdict(),
         "train_seconds": sum(group["seconds"] for group in progress.values()),
         "groups": progress,

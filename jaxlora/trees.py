@@ -1,4 +1,4 @@
-"""Pytrees: stack, count, name and compare their leaves."""
+"""Pytrees: broadcast, count and name their leaves."""
 
 from __future__ import annotations
 
@@ -21,15 +21,6 @@ def broadcast(tree: Tree, count: int) -> Tree:
     (4, 2, 3)
     """
     return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (count, *x.shape)), tree)
-
-
-def stack(trees: list[Tree]) -> Tree:
-    """Stack equal trees leaf by leaf: `T × [...]` → `[T, ...]`.
-
-    >>> stack([{"a": jnp.zeros(2)}, {"a": jnp.ones(2)}])["a"].tolist()
-    [[0.0, 0.0], [1.0, 1.0]]
-    """
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
 
 
 def count(tree: Tree) -> int:

@@ -94,6 +94,8 @@ BAD_FLAGS = {
     "positions": (["--max-length=9999"], ["--max-length"]),
     "base": (["--base=./nowhere"], ["--base", "nowhere"]),
     "data": (["--data-dir=nowhere"], ["nowhere", "--data-dir"]),
+    "seed": (["--seed=99999999999999999999"], ["--seed", "2147483647"]),
+    "out below a file": ([f"--out={__file__}/x"], ["--out", "test_cli.py"]),
 }
 
 
@@ -105,6 +107,14 @@ def test_bad_flags(folders, capsys, name):
     for fragment in fragments:
         assert fragment in message
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--rank=4", "--alpha=4", "--learning-rate=1", "--target-modules=query"]
+)
+def test_flags_that_mean_nothing_to_the_variant(folders, capsys, flag):
+    assert call(folders, flag, variant="baseline1") == 2
+    assert flag.split("=")[0] in capsys.readouterr().err
 
 
 def test_unknown_variant(folders, capsys):
@@ -121,6 +131,11 @@ BAD_BASE = {
         ["model.safetensors"],
     ),
     "no config": (lambda base: (base / "config.json").unlink(), ["config.json"]),
+    "list": (lambda base: (base / "config.json").write_text("[]"), ["config.json", "JSON object"]),
+    "broken tokenizer": (
+        lambda base: edit(base / "tokenizer.json", lambda c: c[:99]),
+        ["tokenizer.json"],
+    ),
     "no tokenizer": (lambda base: (base / "tokenizer.json").unlink(), ["tokenizer.json"]),
 }
 
@@ -155,6 +170,17 @@ def test_out_that_holds_another_run(folders, capsys):
         assert call(folders, *flags) == 2
         assert fragment in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in Path("runs").rglob("*") if p.is_file()}
+
+
+def test_out_that_holds_a_config_of_something_else(folders, capsys):
+    assert call(folders, "--resume", f"--out={folders[1]}") == 2
+    assert "not the config of a jaxlora run" in capsys.readouterr().err
+
+
+def test_resume_finds_its_data_by_another_path(folders):
+    assert call(folders, variant="baseline1") == 0
+    data = folders[0].rename(folders[0].with_name("moved"))
+    assert call((data, folders[1]), "--resume", variant="baseline1") == 0
 
 
 def test_resume_refuses_changed_data(folders, capsys):

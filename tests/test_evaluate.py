@@ -31,6 +31,13 @@ def test_encode_gives_each_sentence_its_own_vector_in_order(tiny):
         np.testing.assert_allclose(vectors[n], expected, atol=1e-5)
 
 
+def test_sentences_of_nothing_but_cls_and_sep(tiny):
+    data = examples([2] * 600, [0] * 600, 1)
+    encode_rows = step.make_encode(step.encoder(tiny.config, jnp.float32, 1.0, "cls"))
+    frozen = {"params": bert.matmul_ready(tiny.params, jnp.float32)}
+    assert evaluate.encode(encode_rows, frozen, {}, data, 32).shape == (600, 32)
+
+
 def test_outputs_take_first_and_second_sentences_apart():
     vectors = np.array([[1.0, 0], [1, 0], [1, 0], [0, 1]], np.float32)
     outputs = evaluate.outputs(STS_COSINE, {}, vectors, 2, "concat")
@@ -40,7 +47,7 @@ def test_outputs_take_first_and_second_sentences_apart():
 
 def test_floor_of_a_single_task_is_its_commonest_class():
     data = examples([3] * 5, [4, 4, 4, 0, 1], 1)
-    assert evaluate.floor(SST, data, np.zeros((5, 2), np.float32)) == 3 / 5
+    assert evaluate.untrained(SST, data, np.zeros((5, 2), np.float32)) == 3 / 5
 
 
 def test_floor_of_pairs_is_the_best_threshold_on_the_cosine():
@@ -50,8 +57,8 @@ def test_floor_of_pairs_is_the_best_threshold_on_the_cosine():
     vectors = np.array([v for angle in (0.1, 0.2, 0.3, 0.4) for v in pair(angle)], np.float32)
     # Cosines fall from left to right: a cut after the first is right about all but the last.
     data = examples([3] * 8, [1, 0, 0, 1], 2)
-    assert evaluate.floor(PARA, data, vectors) == 3 / 4
+    assert evaluate.untrained(PARA, data, vectors) == 3 / 4
     # With no positive at all the best threshold is above everything.
-    assert evaluate.floor(PARA, examples([3] * 8, [0, 0, 0, 0], 2), vectors) == 1
-    score = evaluate.floor(STS_COSINE, examples([3] * 8, [5, 4, 2, 1], 2), vectors)
+    assert evaluate.untrained(PARA, examples([3] * 8, [0, 0, 0, 0], 2), vectors) == 1
+    score = evaluate.untrained(STS_COSINE, examples([3] * 8, [5, 4, 2, 1], 2), vectors)
     assert 0.9 < score <= 1

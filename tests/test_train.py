@@ -13,7 +13,7 @@ import pytest
 from tiny import Silent, write_data
 
 import jaxlora
-from jaxlora import checkpoint, rundir, train
+from jaxlora import checkpoint, group, rundir, train
 from jaxlora.errors import UserError
 from jaxlora.settings import Flags, resolve
 from jaxlora.tasks import NAMES
@@ -81,10 +81,10 @@ def test_run_writes_everything(make, tmp_path, variant, groups):
     records = rundir.read_records(out)
     assert records == listener.records
     # the best score that was seen is the one that is reported
-    for group, progress in result["groups"].items():
-        scores = [r["score"] for r in records if r["kind"] == "eval" and r["group"] == group]
+    for name, progress in result["groups"].items():
+        scores = [r["score"] for r in records if r["kind"] == "eval" and r["group"] == name]
         assert progress["best_score"] == max(scores)
-        assert progress["step"] == listener.plans[0].steps[group]
+        assert progress["step"] == listener.plans[0].steps[name]
 
 
 def test_predictions_match_the_restored_model(make, data_dir, tmp_path):
@@ -226,4 +226,29 @@ def test_model_names_what_is_wrong_with_a_request(make, tmp_path):
         model.predict("sts", [("a", "b"), "c"])
     with pytest.raises(UserError, match="single sentences"):
         model.predict("sst", [("a", "b")])
+    with pytest.raises(UserError, match="not one string"):
+        model.predict("sst", "a film")
+    with pytest.raises(UserError, match="single sentences"):
+        model.predict("sst", [3])
+    with pytest.raises(UserError, match="blank"):
+        model.predict("sts", [("a", " ")])
     assert model.predict("sst", []).shape == (0,)
+
+
+def test_a_bank_trained_on_another_device_loads_here(make, tmp_path):
+    train.run(make("lora3"), tmp_path / "run", Silent())
+    expected = jaxlora.load(tmp_path / "run").predict("sst", ["a film"])
+    sharding = tmp_path / "run" / "model" / "_sharding"
+    text = sharding.read_text() if sharding.exists() else ""
+    assert "CPU" not in text.upper()
+    np.testing.assert_array_equal(
+        jaxlora.load(tmp_path / "run").predict("sst", ["a film"]), expected
+    )
+
+
+def test_warm_up_wastes_no_step_and_the_rate_ends_at_nothing(make):
+    rate = group.schedule(make("lora3", warmup_steps=4, learning_rate=0.8), 0.8, 12)
+    np.testing.assert_allclose([rate(k) for k in range(5)], [0.2, 0.4, 0.6, 0.8, 0.8], rtol=1e-6)
+    assert rate(12) == 0
+    constant = group.schedule(make("lora3", warmup_steps=0, schedule="constant"), 0.8, 12)
+    assert constant(0) == constant(11) == np.float32(0.8)
