@@ -120,12 +120,8 @@ def read_config(path: Path) -> BertConfig:
     """
     if not path.is_file():
         raise UserError(f"{path}: missing; --base needs a Hugging Face folder with config.json")
-    raw = _read_object(path)
-    raw: dict[str, Any] = {
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
-        "type_vocab_size": 2,
-    } | raw
+    defaults = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2}
+    raw: dict[str, Any] = defaults | _read_object(path)
     _require(path, "model_type", raw.get("model_type", "bert"), ("bert",))
     _require(path, "hidden_act", raw["hidden_act"], ACTIVATIONS)
     _require(
