@@ -227,6 +227,7 @@ def peft_gradients(minilm, adapter, target):
     return {p: np.stack([factors[name(p, i)].grad.numpy().T for i in layers]) for p in flat}
 
 
+@pytest.mark.slow
 def test_gradients_equal_pefts(minilm):
     adapter = random_adapter(minilm.params, PEFT_CONFIG)
     target = jax.random.normal(jax.random.key(3), (len(SENTENCES), minilm.config.hidden_size))

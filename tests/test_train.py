@@ -39,7 +39,10 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def make(tiny_base, data_dir):
     def settings(variant, **more):
-        return resolve(Flags(variant, base=str(tiny_base), data_dir=data_dir, **SHORT | more))
+        flags = SHORT | more
+        if not variant.startswith("lora"):
+            del flags["rank"]
+        return resolve(Flags(variant, base=str(tiny_base), data_dir=data_dir, **flags))
 
     return settings
 
