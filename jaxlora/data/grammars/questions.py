@@ -15,7 +15,7 @@ from jaxlora.data.grammars.words import Words, sentence_case
 
 # Share of pairs that ask the same, and of the others' exchanges where roles can be exchanged.
 POSITIVE = 0.48
-SWAPPED = 0.6
+SWAPPED = 0.25
 Filling = dict[str, tuple[str, ...]]
 
 
