@@ -133,6 +133,8 @@ def pcgrad(num_tasks: int, seed: int = 0) -> optax.GradientTransformation:
     `jax.vmap(jax.grad(loss))` or `jax.jacrev`) and returns leaves `[...]`: the sum of the
     projected gradients. It only sees what it is given: keep the parameters that belong to one task
     (heads) out of the tree. Under gradient accumulation, accumulate per task and project once.
+    Call it inside `jax.jit`, as any optax transform. Dot products are float32: gradient norms
+    between about 1e-18 and 1e18 are projected, smaller ones are only summed.
 
     Args:
       num_tasks: T, the size of every leaf's leading axis; 1 makes it the identity.
