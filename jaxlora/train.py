@@ -109,57 +109,55 @@ def run(
         config = {"settings": settings.to_json(), "inputs": inputs, "versions": planning.versions()}
         rundir.write_json(out / rundir.CONFIG, config)
     splits = ("dev", "test") if predict_test else ("dev",)
-    return _train_all(settings, base, data, out, listener, splits)
-
-
-def _train_all(
-    settings: Settings,
-    base: Pretrained,
-    data: Data,
-    out: Path,
-    listener: Listener,
-    splits: tuple[str, ...],
-) -> dict[str, Any]:
-    with contextlib.ExitStack() as stack:
-        saved = {
-            group_name(names): stack.enter_context(
-                contextlib.closing(
-                    checkpoint.GroupCheckpoints(out / rundir.STATES / group_name(names))
-                )
-            )
-            for names in settings.groups
-        }
-        steps = {name: group.latest_step() for name, group in saved.items()}
-        log = stack.enter_context(contextlib.closing(rundir.MetricsLog(out, steps)))
-        result = _train_groups(settings, base, data, out, listener, splits, saved, log)
+    result = _train_all(Job(settings, base, data, out, splits), listener)
     rundir.write_json(out / rundir.RESULT, result)
     checkpoint.remove_states(out / rundir.STATES)
     return result
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Job:
+    """What a run works on, and where: `splits` are those to predict."""
+
+    settings: Settings
+    base: Pretrained
+    data: Data
+    out: Path
+    splits: tuple[str, ...]
+
+
+def _train_all(job: Job, listener: Listener) -> dict[str, Any]:
+    """Train the groups, with their checkpoints and the log open as long as it takes."""
+    with contextlib.ExitStack() as stack:
+        saved = {}
+        for name in map(group_name, job.settings.groups):
+            states = checkpoint.GroupCheckpoints(job.out / rundir.STATES / name)
+            saved[name] = stack.enter_context(contextlib.closing(states))
+        steps = {name: states.latest_step() for name, states in saved.items()}
+        log = stack.enter_context(contextlib.closing(rundir.MetricsLog(job.out, steps)))
+        return _train_groups(job, saved, log, listener)
+
+
 def _train_groups(
-    settings: Settings,
-    base: Pretrained,
-    data: Data,
-    out: Path,
-    listener: Listener,
-    splits: tuple[str, ...],
+    job: Job,
     saved: dict[str, checkpoint.GroupCheckpoints],
     log: rundir.MetricsLog,
+    listener: Listener,
 ) -> dict[str, Any]:
+    settings = job.settings
     bank: dict[str, Any] = {"adapters": {}, "heads": {}}
     progress: dict[str, dict[str, Any]] = {}
     test: dict[str, float] = {}
     for names in settings.groups:
-        group = make_group(settings, base, data, names)
+        group = make_group(settings, job.base, job.data, names)
         best, done = train_group(group, saved[group.name], log, listener, settings.patience)
         bank["adapters"][group.name] = best["trainable"]
         bank["heads"] |= best["heads"]
         progress[group.name] = dataclasses.asdict(done)
-        test |= predict_splits(out, group, best, splits)
-    checkpoint.save_bank(out / rundir.MODEL, bank)
-    curves.draw(log.records, out / "curves.png", settings.variant)
-    return summarise(settings, planning.count(settings, base), progress, test)
+        test |= predict_splits(job.out, group, best, job.splits)
+    checkpoint.save_bank(job.out / rundir.MODEL, bank)
+    curves.draw(log.records, job.out / "curves.png", settings.variant)
+    return summarise(settings, planning.count(settings, job.base), progress, test)
 
 
 def train_group(
@@ -183,7 +181,7 @@ def train_group(
         return best, progress
     progress.untrained = progress.untrained or untrained_scores(group, state.trainable)
     train_step = step.make_train_step(group.setup)
-    window = Window(group, progress.step)
+    window = Window(group)
     for batch in data_batches.prefetch(group.batches, progress.step, group.steps):
         state, metrics = train_step(state, group.frozen, batch)
         progress.step += 1
@@ -227,7 +225,7 @@ class Window:
     Fetching waits for the device, so it is done once for `LOG_EVERY` steps.
     """
 
-    def __init__(self, group: Group, first: int) -> None:
+    def __init__(self, group: Group) -> None:
         self._group = group
         self._metrics: list[step.StepMetrics] = []
         self.restart()

@@ -159,26 +159,26 @@ def test_a_finished_run_is_not_trained_again(make, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_process_resumes_to_the_same_parameters(tiny_base, data_dir, make, tmp_path):
+def test_killed_process_resumes_to_the_same_parameters(tiny_base, data_dir, tmp_path):
     flags = [f"--base={tiny_base}", f"--data-dir={data_dir}", "--variant=lora3"]
     flags += [f"--{k.replace('_', '-')}={v}" for k, v in (SHORT | {"epochs": 12}).items()]
-    command = [
-        sys.executable,
-        str(ROOT / "experiments" / "run.py"),
-        *flags,
-        f"--out={tmp_path / 'killed'}",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def start(out, *more):
+        command = [sys.executable, str(ROOT / "experiments" / "run.py"), *flags, *more]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([*command, f"--out={tmp_path / out}"], **quiet)
+
+    process = start("killed")
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (metrics.exists() and '"step": 12,' in metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    settings = make("lora3", epochs=12)
-    train.run(settings, tmp_path / "killed", Silent(), resume=True)
-    train.run(settings, tmp_path / "whole", Silent())
+    assert not (tmp_path / "killed" / "result.json").exists()
+    assert start("killed", "--resume").wait() == 0
+    assert start("whole").wait() == 0
     leaves_equal(*(checkpoint.load_bank(tmp_path / n / rundir.MODEL) for n in ("killed", "whole")))
 
 

@@ -156,7 +156,7 @@ def _restore(path: Path) -> dict[str, Examples] | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {split: _split(arrays, split) for split in ("train", "dev", "test")}
     except _DAMAGED:
         return None
