@@ -86,7 +86,9 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
             f"--out {out}: holds another run; go on with --resume, or name another --out"
         )
     old = read_config(out)["settings"]
-    for name in settings.keys() - {"data_dir"}:  # its content is compared, not its place
+    for name in settings:
+        if name == "data_dir":  # its content is compared, not its place
+            continue
         if old.get(name) != settings[name]:
             raise UserError(
                 f"--out {out}: its run has {flag(name)} {old.get(name)!r}, not {settings[name]!r}; "

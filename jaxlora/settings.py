@@ -204,8 +204,8 @@ def resolve(flags: Flags) -> Settings:
     """
     chosen = variant(flags.variant)
     given = {k: v for k, v in dataclasses.asdict(flags).items() if v is not None}
-    for name in given.keys() & _ONLY_FOR.keys():
-        if chosen.adapt not in _ONLY_FOR[name]:
+    for name, adapts in _ONLY_FOR.items():
+        if name in given and chosen.adapt not in adapts:
             raise UserError(
                 f"{flag(name)} means nothing to {chosen.name}: its encoder is not "
                 f"adapted that way; leave it out"
