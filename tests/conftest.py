@@ -5,17 +5,18 @@ import json
 import os
 import tempfile
 
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
 _CACHE = tempfile.TemporaryDirectory(prefix="jaxlora-tests-")
 atexit.register(_CACHE.cleanup)
-# Set before anything reads them, and whatever they were: tests never touch the user's cache.
+# Before jaxlora or huggingface_hub is imported, and whatever they were: tests never touch the
+# user's cache or the network.
 os.environ["JAXLORA_CACHE"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from safetensors.numpy import save_file  # noqa: E402
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same small programs are compiled by many tests.
