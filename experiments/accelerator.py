@@ -47,16 +47,21 @@ def difference(a: Any, b: Any) -> float:
                for x, y in pairs)  # fmt: skip
 
 
-def random_batch(num_tasks: int, vocabulary: int) -> step.Batch:
-    """Sentences of 5 to 19 random tokens."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for _ in range(num_tasks):
-        lengths = rng.integers(5, 20, 2 * BATCH)
-        sentences = [rng.integers(1, vocabulary, n).astype(np.int32) for n in lengths]
-        rows.append(packing.fill(sentences, range(2 * BATCH), 2 * BATCH, SHAPE))
+def random_batch(num_tasks: int, vocabulary: int, mixed: bool) -> step.Batch:
+    """Sentences of 5 to 19 random tokens, all in the same rows or each task in its own."""
+    rng, slots = np.random.default_rng(0), 2 * BATCH
+    count = num_tasks * slots
+    sentences = [
+        rng.integers(1, vocabulary, n).astype(np.int32) for n in rng.integers(5, 20, count)
+    ]
     labels = rng.integers(0, 2, (num_tasks, BATCH)).astype(np.float32)
-    inputs = step.Rows(*map(np.stack, zip(*rows, strict=True)))
+    if mixed:
+        shape = packing.Shape(num_tasks * SHAPE.rows, SHAPE.length)
+        inputs = packing.fill(sentences, range(count), count, shape)
+    else:
+        parts = [sentences[t * slots : (t + 1) * slots] for t in range(num_tasks)]
+        rows = [packing.fill(part, range(slots), slots, SHAPE) for part in parts]
+        inputs = step.Rows(*map(np.stack, zip(*rows, strict=True)))
     return step.Batch(inputs, labels, np.ones_like(labels))
 
 
@@ -73,12 +78,15 @@ def two_steps(
         encode = step.encoder(config, jnp.float32, adapter.scale, "mean")
         chosen = tuple(tasks.tasks(variant.sts_loss)[n] for n in names)
         txs = step.optimizers(len(names), 1e-3, 1e-3)
-        setup = step.Setup(chosen, encode, *txs, config.hidden_size, dropout=0.0)
+        mixed = variant.adapt == "lora"  # a frozen encoder encodes here, too, at every step
+        encode_tasks = step.task_encoder("lora" if mixed else "full", encode, len(names))
+        setup = step.Setup(chosen, encode_tasks, *txs, config.hidden_size, dropout=0.0)
         frozen, trainable = step.split_params(
             variant.adapt, base.params, adapter, jax.random.key(0), jnp.float32
         )
         state = step.init_state(setup, trainable, jax.random.key(1))
-        run, batch = step.make_train_step(setup), random_batch(len(names), config.vocab_size)
+        run = step.make_train_step(setup)
+        batch = random_batch(len(names), config.vocab_size, mixed)
         for _ in range(2):
             state, _ = run(state, frozen, batch)
         trained = jax.tree.map(np.array, {"encoder": state.trainable, "heads": state.heads})

@@ -6,17 +6,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import tyro
 from rich.console import Console
 
-from jaxlora import report, rundir, settings, train
+from jaxlora import host, report, rundir, settings, train
 from jaxlora.errors import UserError
 
 
 def main(flags: settings.Flags) -> None:
     """Run what the flags ask for."""
-    use_compilation_cache()
+    host.reuse_memory()
+    host.keep_programs(rundir.cache_dir() / "xla")
     console = Console()
     listener = report.ConsoleListener(console)
     out = flags.out or Path("runs") / flags.variant
@@ -32,12 +32,6 @@ def main(flags: settings.Flags) -> None:
     for line in report.notes(result):
         console.print(f"  {line}")
     console.print(f"Everything is in {out}; use it with jaxlora.load({str(out)!r}).")
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs between runs."""
-    jax.config.update("jax_compilation_cache_dir", str(rundir.cache_dir() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def cli(args: Sequence[str] | None = None) -> int:

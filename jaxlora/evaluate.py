@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,21 +17,28 @@ from jaxlora.tasks import Task
 from jaxlora.trees import Tree
 
 ROWS = 16  # rows of a chunk: enough to keep the device busy, few enough for little padding
+SHORT_ROWS = (32, 64)  # lengths of rows for a few sentences, besides the longest
 MIN_TOKENS = 2  # [CLS], [SEP]: a word of characters that BERT drops leaves nothing between
 
-EncodeRows = Callable[[Tree, Tree, Rows], jax.Array]
+EncodeRows = Callable[..., jax.Array]
 
 
 def encode(
-    encode_rows: EncodeRows, frozen: Tree, trainable: Tree, examples: Examples, max_length: int
+    encode_rows: EncodeRows,
+    frozen: Tree,
+    trainable: Tree,
+    examples: Examples,
+    max_length: int,
+    owner: np.ndarray | None = None,
 ) -> np.ndarray:
     """Vectors of all sentences of some examples.
 
     Args:
-      encode_rows: from `step.make_encode`; sees one shape only, so it compiles once.
+      encode_rows: from `step.make_encode`, or with an owner from `step.make_mixed_encode`.
       frozen, trainable: the model's collections.
-      examples: any number of them.
+      examples: any number of them; a few take a small program, many one program in turn.
       max_length: row length; no sentence is longer.
+      owner: `i32[sentences]`, which adapter of the stack `trainable` each sentence uses.
 
     Returns:
       `f32[sentences, H]`, in the order of `examples`' sentences.
@@ -42,7 +50,8 @@ def encode(
         raise ValueError("nothing to encode")
     parts, numbers = [], []
     for chunk, rows in chunks(examples, max_length):
-        parts.append(np.asarray(encode_rows(frozen, trainable, rows))[: len(chunk)])
+        extra = [] if owner is None else [np.resize(owner[chunk], len(rows.cls_index))]
+        parts.append(np.asarray(encode_rows(frozen, trainable, rows, *extra))[: len(chunk)])
         numbers.append(chunk)
     vectors = np.concatenate(parts)
     out = np.empty_like(vectors)
@@ -51,24 +60,61 @@ def encode(
 
 
 def chunks(examples: Examples, max_length: int) -> Iterator[tuple[np.ndarray, Rows]]:
-    """Pack sentences into chunks of `ROWS` rows: (their numbers, their rows)."""
-    shape = packing.Shape(ROWS, max_length)
-    slots = shape.tokens // MIN_TOKENS
-    where = packing.place(examples.lengths, max_length)
+    """Pack sentences into chunks of one shape: (their numbers, their rows)."""
+    shape = chunk_shape(examples.lengths, max_length)
+    slots = -(-shape.tokens // MIN_TOKENS)
+    where = packing.place(examples.lengths, shape.length)
     order = np.argsort(where.row, kind="stable")
-    starts = np.searchsorted(where.row[order], range(0, where.rows, ROWS))
+    starts = np.searchsorted(where.row[order], range(0, where.rows, shape.rows))
     for numbers in np.split(order, starts[1:]):
         # Packed alone, best-fit places a chunk's sentences just as it did among all.
         sentences = [examples.sentence(n) for n in numbers]
         yield numbers, packing.fill(sentences, range(len(numbers)), slots, shape)
 
 
+def chunk_shape(lengths: np.ndarray, max_length: int) -> packing.Shape:
+    """The cheapest small shape that holds all sentences, or else a full chunk's.
+
+    Small shapes have 1, 2, 4, … rows, so that there are few programs.
+
+    >>> chunk_shape(np.array([12]), 128), chunk_shape(np.array([12] * 1000), 128)
+    (Shape(rows=1, length=32), Shape(rows=16, length=128))
+    """
+    full = packing.Shape(ROWS, max_length)
+    if lengths.sum() > full.tokens:
+        return full
+    shapes = [full]
+    for length in (*SHORT_ROWS, max_length):
+        if lengths.max() <= length <= max_length:
+            rows = packing.place(lengths, length).rows
+            shapes.append(packing.Shape(power_of_two(rows), length))
+    return min(shapes, key=lambda shape: shape.cost)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`.
+
+    >>> [power_of_two(n) for n in (1, 2, 3, 16, 17)]
+    [1, 2, 4, 16, 32]
+    """
+    return 1 << (n - 1).bit_length()
+
+
 def outputs(
     task: Task, head: Tree, vectors: np.ndarray, sentences: int, pair_features: str
 ) -> np.ndarray:
     """What a task's head says of sentence vectors: `f32[E, K]` or `f32[E]`."""
-    u, v = vectors[::sentences], vectors[sentences - 1 :: sentences]
-    return np.asarray(task.apply_head(head, u, v, pair_features=pair_features))
+    count = len(vectors) // sentences
+    # Padded to a power of two, so that there are few programs.
+    padded = np.zeros((power_of_two(count) * sentences, vectors.shape[1]), np.float32)
+    padded[: len(vectors)] = vectors
+    u, v = padded[::sentences], padded[sentences - 1 :: sentences]
+    return np.asarray(_apply_head(task, head, u, v, pair_features))[:count]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _apply_head(task: Task, head: Tree, u: jax.Array, v: jax.Array, kind: str) -> jax.Array:
+    return task.apply_head(head, u, v, pair_features=kind)
 
 
 def decode(task: Task, outputs: np.ndarray) -> np.ndarray:

@@ -73,15 +73,15 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
     vectors = live_vectors(encode, frozen, mine, settings.max_length)
     batches: data_batches.PackedBatches | data_batches.VectorBatches
     if settings.adapt == "frozen":
-        encode, vectors = step.cached, cached_vectors(vectors)
+        vectors = cached_vectors(vectors)
         ready = {n: vectors({}, n, "train") for n in names}
         batches = data_batches.VectorBatches(train, order, ready)
     else:
-        most = max(1, MOST_PROGRAMS // len(settings.groups))
-        batches = data_batches.plan(train, order, steps, settings.max_length, most)
+        most, mixed = max(1, MOST_PROGRAMS // len(settings.groups)), settings.adapt == "lora"
+        batches = data_batches.plan(train, order, steps, settings.max_length, most, mixed)
     setup = step.Setup(
         chosen,
-        encode,
+        step.task_encoder(settings.adapt, encode, len(chosen)),
         *step.optimizers(
             len(chosen),
             schedule(settings, settings.learning_rate, steps),

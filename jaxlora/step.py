@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jaxlora.variants import Adapt
 
 
 class Rows(NamedTuple):
-    """Packed sentences (with a leading `[T]` in a training batch).
+    """Packed sentences.
 
     Attributes:
       tokens: `i32[R, S]`.
@@ -46,8 +46,9 @@ class Batch(NamedTuple):
     """One step's examples of every task of a group.
 
     Attributes:
-      inputs: `Rows` with leading `[T]`, or ready sentence vectors `f32[T, N, H]`. First sentences
-        come first: example b is sentence b, and its second sentence is sentence `B + b`.
+      inputs: for adapters `Rows` of T·N sentences, task t's sentence n being number `t N + n`; for
+        whole encoders `Rows` with leading `[T]`; for a frozen one its vectors `f32[T, N, H]`. First
+        sentences come first: example b is sentence b, its second one is sentence `B + b`.
       labels: `f32[T, B]`.
       weights: `f32[T, B]`, 1 for a real example, 0 for padding.
     """
@@ -94,7 +95,21 @@ class StepMetrics(NamedTuple):
     cosines: jax.Array
 
 
-Encode = Callable[[Tree, Tree, Any, jax.Array | None], jax.Array]
+class Encode(Protocol):
+    """Encodes rows with one trainable tree; see `encoder`."""
+
+    def __call__(
+        self,
+        frozen: Tree,
+        trainable: Tree,
+        rows: Rows,
+        key: jax.Array | None,
+        share: jax.Array | None = None,
+    ) -> jax.Array:
+        """Sentence vectors `f32[N, H]`; dropout is on when a key is given."""
+
+
+EncodeTasks = Callable[[Tree, Tree, Any, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +118,8 @@ class Setup:
 
     Attributes:
       tasks: the group's tasks, in the order of the task axis.
-      encode: `(frozen, trainable, inputs, key or None) -> f32[N, H]`.
+      encode: `(frozen, stack, inputs, key) -> f32[T, N, H]`, where the stack is the trainable tree
+        with leading `[T]`.
       tx: the encoder's optimizer, from `optimizers`.
       head_tx: the heads' optimizer.
       hidden_size: H.
@@ -113,7 +129,7 @@ class Setup:
     """
 
     tasks: tuple[Task, ...]
-    encode: Encode
+    encode: EncodeTasks
     tx: optax.GradientTransformation
     head_tx: optax.GradientTransformation
     hidden_size: int
@@ -123,15 +139,22 @@ class Setup:
 
 
 def encoder(config: bert.BertConfig, dtype: Any, lora_scale: float, pooling: str) -> Encode:
-    """Encode packed rows: dropout is on when a key is given.
+    """Encode packed rows with one trainable tree.
 
     Returns:
-      `(frozen, trainable, Rows, key or None) -> f32[N, H]`. `{**frozen, **trainable}` are the
-      Flax collections, so a trainable `params` takes the place of the frozen one.
+      `(frozen, trainable, Rows, key or None, share=None) -> f32[N, H]`. `{**frozen, **trainable}`
+      are the Flax collections, so a trainable `params` takes the place of the frozen one; for the
+      share see `bert.Encoder`.
     """
     module = bert.Encoder(config, dtype, lora_scale)
 
-    def encode(frozen: Tree, trainable: Tree, rows: Rows, key: jax.Array | None) -> jax.Array:
+    def encode(
+        frozen: Tree,
+        trainable: Tree,
+        rows: Rows,
+        key: jax.Array | None,
+        share: jax.Array | None = None,
+    ) -> jax.Array:
         hidden = jnp.asarray(
             module.apply(
                 {**frozen, **trainable},
@@ -139,6 +162,7 @@ def encoder(config: bert.BertConfig, dtype: Any, lora_scale: float, pooling: str
                 rows.positions,
                 rows.segment_ids,
                 key is not None,
+                share,
                 rngs=None if key is None else {"dropout": key},
             )
         )
@@ -147,10 +171,60 @@ def encoder(config: bert.BertConfig, dtype: Any, lora_scale: float, pooling: str
     return encode
 
 
-def cached(frozen: Tree, trainable: Tree, vectors: jax.Array, key: jax.Array | None) -> jax.Array:
-    """The `encode` of a frozen encoder: the batch holds the sentence vectors already."""
-    del frozen, trainable, key
-    return vectors
+def task_encoder(adapt: Adapt, encode: Encode, num_tasks: int) -> EncodeTasks:
+    """How a step encodes the sentences of all its tasks.
+
+    Args:
+      adapt: `frozen`: the batch holds ready vectors. `lora`: all tasks' sentences share rows.
+        `full`: each task has rows of its own.
+      encode: from `encoder`.
+      num_tasks: T.
+
+    Returns:
+      `(frozen, stack, inputs, key) -> f32[T, N, H]`; the inputs are `Batch.inputs`.
+    """
+    return {"frozen": _ready, "lora": _mixed, "full": _separate}[adapt](encode, num_tasks)
+
+
+def _ready(encode: Encode, num_tasks: int) -> EncodeTasks:
+    del encode, num_tasks
+    return lambda frozen, stack, vectors, key: vectors
+
+
+def _separate(encode: Encode, num_tasks: int) -> EncodeTasks:
+    """A kernel's gradient is wanted for each task, so each has rows and a copy of its own."""
+    encode_each = jax.vmap(encode, in_axes=(None, 0, 0, 0))
+
+    def encode_tasks(frozen: Tree, stack: Tree, rows: Rows, key: jax.Array) -> jax.Array:
+        return encode_each(frozen, stack, rows, jax.random.split(key, num_tasks))
+
+    return encode_tasks
+
+
+def _mixed(encode: Encode, num_tasks: int) -> EncodeTasks:
+    """The frozen kernels are applied once to tightly packed rows.
+
+    Side by side, T adapters of rank r are one of rank T·r in which a token uses its own task's
+    part; its gradient then falls into one part for each task.
+    """
+
+    def encode_tasks(frozen: Tree, stack: Tree, rows: Rows, key: jax.Array) -> jax.Array:
+        sentences = rows.cls_index.shape[0] // num_tasks
+        owner = jnp.repeat(jnp.arange(num_tasks), sentences)
+        vectors = _encode_mixed(encode, frozen, stack, rows, owner, key)
+        return vectors.reshape(num_tasks, sentences, -1)
+
+    return encode_tasks
+
+
+def _encode_mixed(
+    encode: Encode, frozen: Tree, stack: Tree, rows: Rows, owner: jax.Array, key: jax.Array | None
+) -> jax.Array:
+    count = jax.tree.leaves(stack)[0].shape[0]
+    # Padding belongs to adapter -1, that is to none.
+    task = jnp.where(rows.segment_ids > 0, owner[rows.segment_ids - 1], -1)
+    by_layer = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), stack)
+    return encode(frozen, by_layer, rows, key, jax.nn.one_hot(task, count))
 
 
 def split_params(
@@ -234,10 +308,8 @@ def task_losses(
       batch: see `Batch`.
       key: PRNG key for dropout.
     """
-    encode_keys, head_keys = jax.random.split(key, (2, len(setup.tasks)))
-    vectors = jax.vmap(setup.encode, in_axes=(None, 0, 0, 0))(
-        frozen, stack, batch.inputs, encode_keys
-    )
+    encode_key, *head_keys = jax.random.split(key, 1 + len(setup.tasks))
+    vectors = setup.encode(frozen, stack, batch.inputs, encode_key)
     size = batch.labels.shape[1]
     per_task = []
     for t, task in enumerate(setup.tasks):
@@ -294,3 +366,15 @@ def make_train_step(
 def make_encode(encode: Encode) -> Callable[[Tree, Tree, Rows], jax.Array]:
     """The evaluation step: `(frozen, trainable, Rows) → f32[N, H]`, compiled, without dropout."""
     return jax.jit(lambda frozen, trainable, rows: encode(frozen, trainable, rows, None))
+
+
+def make_mixed_encode(encode: Encode) -> Callable[[Tree, Tree, Rows, jax.Array], jax.Array]:
+    """Evaluation with an adapter for each sentence, compiled.
+
+    Returns:
+      `(frozen, {"lora": leaves [T, L, ...]}, Rows, owner i32[N]) → f32[N, H]`: sentence n uses
+      adapter `owner[n]`.
+    """
+    return jax.jit(
+        lambda frozen, stack, rows, owner: _encode_mixed(encode, frozen, stack, rows, owner, None)
+    )

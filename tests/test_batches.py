@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlora import step
 from jaxlora.data import batches
 from jaxlora.data.batches import PackedBatches, VectorBatches, make_order, plan, prefetch
 from jaxlora.data.examples import Examples
@@ -26,15 +27,24 @@ def make_examples(name, count, longest=20):
     return Examples(np.arange(count).astype(str), tokens, offsets, labels, PAIR[name])
 
 
-@pytest.fixture(scope="module")
-def packed():
+@pytest.fixture(scope="module", params=[False, True], ids=["separate", "mixed"])
+def packed(request):
     examples = {name: make_examples(name, count) for name, count in SIZES.items()}
-    return plan(examples, make_order(SIZES, 4, 3, seed=0), steps=9, max_length=32, most=2)
+    order = make_order(SIZES, 4, 3, seed=0)
+    return plan(examples, order, steps=9, max_length=32, most=2, mixed=request.param)
 
 
-def sentences_of(rows, task, slot):
-    mine = rows.segment_ids[task].ravel() == slot + 1
-    return rows.tokens[task].ravel()[mine]
+def view(rows, task):
+    """A task's rows, and the number of its first slot, whether the tasks share rows or not."""
+    if rows.tokens.ndim == 3:
+        return step.Rows(*(x[task] for x in rows)), 0
+    assert rows.cls_index.shape == (3 * 8,)
+    return rows, task * 8
+
+
+def sentence_of(rows, task, slot):
+    mine, first = view(rows, task)
+    return mine.tokens.ravel()[mine.segment_ids.ravel() == first + slot + 1]
 
 
 @settings(max_examples=15, deadline=None)
@@ -75,31 +85,31 @@ def test_a_task_is_read_the_same_whatever_its_group():
 
 
 def test_weights_mark_the_last_partial_batch(packed):
-    for step in range(9):
-        real = 2 if step % 3 == 2 else 4  # 10 examples: 4 + 4 + 2
-        batch = packed[step]
+    for number in range(9):
+        real = 2 if number % 3 == 2 else 4  # 10 examples: 4 + 4 + 2
+        batch = packed[number]
         np.testing.assert_array_equal(batch.weights, [[1] * real + [0] * (4 - real)] * 3)
         assert not batch.labels[:, real:].any()
-        assert packed.order.at(step).shape == (3, real)
+        assert packed.order.at(number).shape == (3, real)
 
 
 def test_packed_tokens_are_the_examples_tokens(packed):
-    for step in range(9):
-        batch, chosen = packed[step], packed.order.at(step)
-        assert batch.inputs.cls_index.shape == (3, 8)
-        assert batch.inputs.tokens.shape[1:] in packed.shapes
+    for number in range(9):
+        batch, chosen = packed[number], packed.order.at(number)
+        assert batch.inputs.cls_index.size == 3 * 8
+        assert batch.inputs.tokens.shape[-2:] in packed.shapes
+        total = 0
         for t, examples in enumerate(packed.examples.values()):
-            total = 0
-            for b, number in enumerate(chosen[t]):
-                assert batch.labels[t, b] == examples.labels[number]
+            rows, zero = view(batch.inputs, t)
+            for b, example in enumerate(chosen[t]):
+                assert batch.labels[t, b] == examples.labels[example]
                 for k in range(examples.sentences):
-                    sentence = examples.sentence(number * examples.sentences + k)
+                    sentence = examples.sentence(example * examples.sentences + k)
                     slot = b + 4 * k
-                    np.testing.assert_array_equal(sentences_of(batch.inputs, t, slot), sentence)
-                    first = batch.inputs.cls_index[t, slot]
-                    assert batch.inputs.tokens[t].ravel()[first] == sentence[0]
+                    np.testing.assert_array_equal(sentence_of(batch.inputs, t, slot), sentence)
+                    assert rows.tokens.ravel()[rows.cls_index[zero + slot]] == sentence[0]
                     total += len(sentence)
-            assert (batch.inputs.segment_ids[t] > 0).sum() == total  # and nothing else
+        assert (batch.inputs.segment_ids > 0).sum() == total  # and nothing else
 
 
 def test_vectors_take_the_slots_that_sentences_take(packed):
@@ -108,26 +118,26 @@ def test_vectors_take_the_slots_that_sentences_take(packed):
         for name, e in packed.examples.items()
     }
     ready = VectorBatches(packed.examples, packed.order, vectors)
-    for step in range(9):
-        a, b = packed[step], ready[step]
+    for number in range(9):
+        a, b = packed[number], ready[number]
         np.testing.assert_array_equal(a.labels, b.labels)
         np.testing.assert_array_equal(a.weights, b.weights)
         for t, slot in itertools.product(range(3), range(8)):
-            expected = sentences_of(a.inputs, t, slot)[:1].tolist() or [0]
+            expected = sentence_of(a.inputs, t, slot)[:1].tolist() or [0]
             assert b.inputs[t, slot].tolist() == expected
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_plan_keeps_to_its_number_of_shapes(packed, most):
-    planned = plan(packed.examples, packed.order, 9, 128, most)
+    planned = plan(packed.examples, packed.order, 9, 128, most, packed.mixed)
     assert 1 <= len(planned.shapes) <= most
-    assert {planned[k].inputs.tokens.shape[1:] for k in range(9)} <= set(planned.shapes)
+    assert {planned[k].inputs.tokens.shape[-2:] for k in range(9)} <= set(planned.shapes)
 
 
 def test_prefetch_from_the_middle_equals_indexing(packed):
-    for found, step in itertools.zip_longest(prefetch(packed, 3, 7), range(3, 7)):
+    for found, number in itertools.zip_longest(prefetch(packed, 3, 7), range(3, 7)):
         assert isinstance(found, Batch)
-        expected = packed[step]
+        expected = packed[number]
         for a, b in zip(found.inputs, expected.inputs, strict=True):
             np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(found.labels, expected.labels)
@@ -144,4 +154,4 @@ def test_slots_of_single_sentences_are_the_first_half():
 
 def test_a_shape_too_small_is_refused(packed):
     with pytest.raises(ValueError, match="no shape"):
-        PackedBatches(packed.examples, packed.order, packed.shapes[:0])[0]
+        PackedBatches(packed.examples, packed.order, packed.shapes[:0], packed.mixed)[0]

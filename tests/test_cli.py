@@ -18,7 +18,7 @@ SPEC.loader.exec_module(run)
 @pytest.fixture
 def folders(tiny_base, tmp_path, monkeypatch):
     """A data folder and a base folder that a test may spoil, and an empty place to run in."""
-    monkeypatch.setattr(run, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(run.host, "keep_programs", lambda folder: None)
     data = write_data(tmp_path / "data")
     base = shutil.copytree(tiny_base, tmp_path / "base")
     (tmp_path / "cwd").mkdir()

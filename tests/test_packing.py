@@ -103,7 +103,7 @@ def test_a_shape_must_hold_every_task():
 
 
 @pytest.mark.parametrize(
-    ("most", "expected"), [(128, (64, 128)), (64, (64,)), (32, (32,)), (65, (64, 65))]
+    ("most", "expected"), [(128, (64, 96, 128)), (64, (64,)), (32, (32,)), (65, (64, 65))]
 )
 def test_row_lengths(most, expected):
     assert packing.row_lengths(most) == expected

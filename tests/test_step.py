@@ -46,8 +46,8 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def random_batch(chosen, seed=0, hidden_size=None):
-    """A batch of random sentences, packed; or of random vectors."""
+def random_batch(chosen, adapt, hidden_size, seed=0):
+    """A batch of random sentences, or of random vectors; and each task's own rows."""
     rng = np.random.default_rng(seed)
     slots = SIZE * max(t.sentences for t in chosen)
     labels = np.stack(
@@ -57,15 +57,22 @@ def random_batch(chosen, seed=0, hidden_size=None):
         ]
     ).astype(np.float32)
     weights = np.ones_like(labels)
-    if hidden_size:
+    if adapt == "frozen":
         vectors = rng.normal(size=(len(chosen), slots, hidden_size)).astype(np.float32)
-        return step.Batch(vectors, labels, weights)
-    rows = []
-    for task in chosen:
-        count = SIZE * task.sentences
-        sentences = [rng.integers(5, 200, rng.integers(3, 14)) for _ in range(count)]
-        rows.append(fill(sentences, range(count), slots, Shape(5, 32)))
-    return step.Batch(step.Rows(*map(np.stack, zip(*rows, strict=True))), labels, weights)
+        return step.Batch(vectors, labels, weights), None
+    sentences = [
+        [rng.integers(5, 200, rng.integers(3, 14)) for _ in range(SIZE * task.sentences)]
+        for task in chosen
+    ]
+    rows = [fill(part, range(len(part)), slots, Shape(5, 32)) for part in sentences]
+    together = step.Rows(*map(np.stack, zip(*rows, strict=True)))
+    if adapt == "lora":
+        numbers = [t * slots + n for t, part in enumerate(sentences) for n in range(len(part))]
+        shape = Shape(8, 32)
+        together = fill(
+            [x for part in sentences for x in part], numbers, slots * len(chosen), shape
+        )
+    return step.Batch(together, labels, weights), rows
 
 
 def make(base, adapt="lora", names=ALL, sts_loss="mse", dropout=0.1, **replace):
@@ -78,16 +85,22 @@ def make(base, adapt="lora", names=ALL, sts_loss="mse", dropout=0.1, **replace):
     encode = step.encoder(config, jnp.float32, ADAPTER.scale, "cls")
     setup = step.Setup(
         chosen,
-        step.cached if adapt == "frozen" else encode,
+        step.task_encoder(adapt, encode, len(chosen)),
         *step.optimizers(len(chosen), 1e-2, 1e-2),
         config.hidden_size,
         dropout=dropout,
     )
     setup = dataclasses.replace(setup, **replace)
     state = step.init_state(setup, trainable, jax.random.key(2))
-    batch = random_batch(chosen, hidden_size=config.hidden_size if adapt == "frozen" else None)
+    batch, rows = random_batch(chosen, adapt, config.hidden_size)
     return SimpleNamespace(
-        config=config, setup=setup, encode=encode, frozen=frozen, state=state, batch=batch
+        config=config,
+        setup=setup,
+        encode=encode,
+        frozen=frozen,
+        state=state,
+        batch=batch,
+        rows=rows,
     )
 
 
@@ -101,8 +114,7 @@ def warm(trainable):
 def task_loss(group, t, trainable, head):
     """One task's mean loss, written out."""
     task = group.setup.tasks[t]
-    rows = step.Rows(*(x[t] for x in group.batch.inputs))
-    vectors = group.encode(group.frozen, trainable, rows, None)
+    vectors = group.encode(group.frozen, trainable, group.rows[t], None)
     u, v = vectors[:SIZE], vectors[SIZE : 2 * SIZE]
     outputs = task.apply_head(head, u, v, pair_features="concat")
     return jnp.mean(task.loss(outputs, group.batch.labels[t]))

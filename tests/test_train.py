@@ -255,3 +255,26 @@ def test_warm_up_wastes_no_step_and_the_rate_ends_at_nothing(make):
     assert rate(12) == 0
     constant = group.schedule(make("lora3", warmup_steps=0, schedule="constant"), 0.8, 12)
     assert constant(0) == constant(11) == np.float32(0.8)
+
+
+@pytest.mark.parametrize("variant", ["baseline1", "baseline4", "lora2", "lora3"])
+def test_mixed_requests_are_answered_as_one_task_at_a_time(variant, make, tmp_path):
+    fast = {} if variant == "baseline1" else {"learning_rate": 0.05}  # so that trees differ
+    train.run(make(variant, **fast), tmp_path / "run", Silent())
+    model = jaxlora.load(tmp_path / "run")
+    pairs = [("the dog runs", "a cat runs in a film"), ("a bad film", "not a very good film")]
+    requests = [
+        ("sts", *pairs[0]), ("sst", "the film was not very good"), ("para", *pairs[0]),
+        ("para", *pairs[1]), ("sst", "a dog"), ("sts", *pairs[1]), ("sst", "good"),
+    ]  # fmt: skip
+    answers = model.predict_mixed(requests)
+    assert answers.shape == (7,)
+    for task in ("sst", "para", "sts"):
+        mine = [n for n, request in enumerate(requests) if request[0] == task]
+        texts = [requests[n][1:] if task != "sst" else requests[n][1] for n in mine]
+        np.testing.assert_allclose(answers[mine], model.predict(task, texts), atol=1e-5)
+    assert model.predict_mixed([]).shape == (0,)
+    with pytest.raises(UserError, match="unknown task 'stt'"):
+        model.predict_mixed([("stt", "a film")])
+    with pytest.raises(UserError, match="sts takes pairs"):
+        model.predict_mixed([("sst", "a film"), ("sts", "a film")])

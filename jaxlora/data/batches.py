@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 
 import grain
@@ -45,7 +46,7 @@ class Order:
 
 
 def make_order(sizes: Mapping[str, int], batch_size: int, epochs: int, seed: int) -> Order:
-    """Shuffle and stretch with Grain.
+    """Shuffle every task's examples, and again for each repetition.
 
     Args:
       sizes: examples of each task.
@@ -60,13 +61,14 @@ def make_order(sizes: Mapping[str, int], batch_size: int, epochs: int, seed: int
     size = max(sizes.values())
     draws = []
     for name, n in sizes.items():
-        stream = grain.MapDataset.range(n).shuffle(_seed(seed, name)).repeat()
-        draws.append([stream[i] for i in range(epochs * size)])
-    return Order(np.array(draws, np.int64), size, batch_size)
+        repetitions = range(-(-epochs * size // n))
+        shuffled = [_shuffler(seed, name, k).permutation(n) for k in repetitions]
+        draws.append(np.concatenate(shuffled)[: epochs * size])
+    return Order(np.stack(draws), size, batch_size)
 
 
-def _seed(seed: int, name: str) -> int:
-    return int(np.random.SeedSequence([seed, *name.encode()]).generate_state(1)[0])
+def _shuffler(seed: int, name: str, repetition: int) -> np.random.Generator:
+    return np.random.default_rng([seed, repetition, *name.encode()])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,28 +79,32 @@ class PackedBatches:
       examples: training examples by task, in the order of the task axis.
       order: which examples each step draws.
       shapes: the shapes to pack into, from `plan`.
+      mixed: whether the tasks share rows (see `step.mixed_encoder`) or each has its own.
     """
 
     examples: Mapping[str, Examples]
     order: Order
     shapes: tuple[packing.Shape, ...]
+    mixed: bool
 
     def __getitem__(self, step: int) -> Batch:
         chosen = self.order.at(step)
-        shape = packing.fitting(self.shapes, _lengths(self.examples, chosen))
         slots = slot_count(self.examples, self.order.batch_size)
-        rows = [
-            self._task_rows(examples, numbers, slots, shape)
-            for examples, numbers in zip(self.examples.values(), chosen, strict=True)
+        sentences, numbers = [], []
+        for examples, drawn in zip(self.examples.values(), chosen, strict=True):
+            sentences.append([examples.sentence(n) for n in sentence_numbers(examples, drawn)])
+            numbers.append(slot_numbers(examples, len(drawn), self.order.batch_size))
+        if self.mixed:
+            sentences = [list(itertools.chain.from_iterable(sentences))]
+            numbers = [np.concatenate([n + t * slots for t, n in enumerate(numbers)])]
+            slots *= len(chosen)
+        shape = packing.fitting(self.shapes, [list(map(len, part)) for part in sentences])
+        packs = [
+            packing.fill(part, index, slots, shape)
+            for part, index in zip(sentences, numbers, strict=True)
         ]
-        return Batch(Rows(*map(np.stack, zip(*rows, strict=True))), *targets(self, chosen))
-
-    def _task_rows(
-        self, examples: Examples, numbers: np.ndarray, slots: int, shape: packing.Shape
-    ) -> Rows:
-        sentences = sentence_numbers(examples, numbers)
-        index = slot_numbers(examples, len(numbers), self.order.batch_size)
-        return packing.fill([examples.sentence(s) for s in sentences], index, slots, shape)
+        inputs = packs[0] if self.mixed else Rows(*map(np.stack, zip(*packs, strict=True)))
+        return Batch(inputs, *targets(self, chosen))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,15 +160,13 @@ def targets(
     return labels, weights
 
 
-def _lengths(examples: Mapping[str, Examples], chosen: np.ndarray) -> list[np.ndarray]:
-    return [
-        e.lengths[sentence_numbers(e, numbers)]
-        for e, numbers in zip(examples.values(), chosen, strict=True)
-    ]
-
-
 def plan(
-    examples: Mapping[str, Examples], order: Order, steps: int, max_length: int, most: int
+    examples: Mapping[str, Examples],
+    order: Order,
+    steps: int,
+    max_length: int,
+    most: int,
+    mixed: bool,
 ) -> PackedBatches:
     """Look at all batches of a run and choose the shapes they are packed into.
 
@@ -172,16 +176,22 @@ def plan(
       steps: how many steps the run has.
       max_length: the longest row, and the longest sentence.
       most: how many shapes (compiled programs) at the most.
+      mixed: whether the tasks share rows.
     """
     lengths = packing.row_lengths(max_length)
     needs = np.zeros((steps, len(lengths)), np.int64)
     for step in range(steps):
-        tasks = _lengths(examples, order.at(step))
-        longest = max(int(n.max()) for n in tasks)
+        packs = [
+            e.lengths[sentence_numbers(e, numbers)]
+            for e, numbers in zip(examples.values(), order.at(step), strict=True)
+        ]
+        packs = [np.concatenate(packs)] if mixed else packs
+        longest = max(int(n.max()) for n in packs)
         for column, length in enumerate(lengths):
             if longest <= length:
-                needs[step, column] = max(packing.place(n, length).rows for n in tasks)
-    return PackedBatches(examples, order, tuple(packing.choose_shapes(needs, lengths, most)))
+                needs[step, column] = max(packing.place(n, length).rows for n in packs)
+    shapes = packing.choose_shapes(needs, lengths, most)
+    return PackedBatches(examples, order, tuple(shapes), mixed)
 
 
 def prefetch(batches: PackedBatches | VectorBatches, start: int, stop: int) -> Iterator[Batch]:

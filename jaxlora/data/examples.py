@@ -51,6 +51,12 @@ class Examples:
         """Token ids of one sentence, `i32[length]`."""
         return self.tokens[self.offsets[number] : self.offsets[number + 1]]
 
+    def take(self, numbers: np.ndarray) -> Examples:
+        """Some of these single-sentence examples, `numbers: i64[n]`, in that order."""
+        tokens = [self.sentence(n) for n in numbers]
+        offsets = np.concatenate([[0], np.cumsum([len(t) for t in tokens])])
+        return Examples(self.ids[numbers], np.concatenate(tokens), offsets, self.labels[numbers], 1)
+
     @property
     def labelled(self) -> bool:
         """Whether every example has a label."""

@@ -15,7 +15,9 @@ import numpy as np
 
 from jaxlora.step import Rows
 
-SHORT_ROW = 64
+ROW_LENGTHS = (64, 96)
+# A row of so many tokens costs twice what its tokens cost without attention (MiniLM on CPU).
+ATTENTION = 256
 # What compiling one more program costs, in tokens that could have been trained on meanwhile.
 PROGRAM_COST = 30_000
 
@@ -28,8 +30,13 @@ class Shape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens that a batch of this shape pays for."""
+        """Tokens of a batch of this shape, padding included."""
         return self.rows * self.length
+
+    @property
+    def cost(self) -> float:
+        """What it costs, in tokens without attention; attention grows with the row's length."""
+        return self.tokens * (1 + self.length / ATTENTION)
 
 
 class Placement(NamedTuple):
@@ -107,9 +114,9 @@ def row_lengths(max_length: int) -> tuple[int, ...]:
     """The row lengths that shapes are chosen from.
 
     >>> row_lengths(128), row_lengths(64)
-    ((64, 128), (64,))
+    ((64, 96, 128), (64,))
     """
-    return tuple(sorted({min(SHORT_ROW, max_length), max_length}))
+    return (*(n for n in ROW_LENGTHS if n < max_length), max_length)
 
 
 def choose_shapes(needs: np.ndarray, lengths: Sequence[int], most: int) -> list[Shape]:
@@ -139,7 +146,7 @@ def choose_shapes(needs: np.ndarray, lengths: Sequence[int], most: int) -> list[
     cost = np.full((len(candidates), len(distinct)), np.inf)
     for i, shape in enumerate(candidates):
         rows = distinct[:, lengths.index(shape.length)]
-        cost[i, (rows > 0) & (rows <= shape.rows)] = shape.tokens
+        cost[i, (rows > 0) & (rows <= shape.rows)] = shape.cost
     best = min(
         (
             chosen
@@ -148,7 +155,7 @@ def choose_shapes(needs: np.ndarray, lengths: Sequence[int], most: int) -> list[
         ),
         key=lambda chosen: cost[list(chosen)].min(0) @ counts + PROGRAM_COST * len(chosen),
     )
-    return sorted((candidates[i] for i in best), key=lambda s: s.tokens)
+    return sorted((candidates[i] for i in best), key=lambda s: s.cost)
 
 
 def _quantiles(rows: np.ndarray) -> list[int]:
@@ -159,16 +166,16 @@ def _quantiles(rows: np.ndarray) -> list[int]:
     return sorted({int(np.quantile(rows, q, method="higher")) for q in marks})
 
 
-def fitting(shapes: Sequence[Shape], lengths: Sequence[np.ndarray]) -> Shape:
-    """The first (cheapest) of `shapes` that holds every task's sentences.
+def fitting(shapes: Sequence[Shape], packs: Sequence[Sequence[int]]) -> Shape:
+    """The first (cheapest) of `shapes` that holds each pack of sentences (given by lengths).
 
     Raises:
       ValueError: if none does.
     """
     for shape in shapes:
         if all(
-            (n.max(initial=0) <= shape.length) and place(n, shape.length).rows <= shape.rows
-            for n in lengths
+            max(lengths) <= shape.length and place(lengths, shape.length).rows <= shape.rows
+            for lengths in packs
         ):
             return shape
     raise ValueError("no shape is large enough for this batch")

@@ -1,0 +1,121 @@
+"""How a step grows with its work: `python -m experiments.bench.scaling`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from experiments.bench import harness
+from experiments.bench.work import make_examples
+from jaxlora import lora, pretrained, step, tasks
+from jaxlora.data import batches as data_batches
+
+AXES: Mapping[str, tuple[int, ...]] = {
+    "batch": (4, 8, 16, 32, 64),
+    "row_length": (96, 192, 384),
+    "layers": (1, 2, 4, 6),
+    "tasks": (1, 2, 4, 8, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A LoRA step with PCGrad: `tasks` copies of STS-B share an adapter."""
+
+    batch: int = 16
+    row_length: int = 96
+    layers: int = 6
+    tasks: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Milliseconds of a step as one of batch, row length, layers and tasks grows.
+
+    Attributes:
+      base: the base model.
+      dtype: of the matmuls.
+      rounds: timed steps.
+      out: folder of the JSON file.
+    """
+
+    base: str = "minilm"
+    dtype: str = "float32"
+    rounds: int = 7
+    out: Path = harness.OUT
+
+
+def make_ours(case: Case, flags: Flags) -> Callable[[], None]:
+    """A step on one batch, again and again."""
+    base, adapter = pretrained.load(flags.base), lora.LoraConfig()
+    layers = jax.tree.map(lambda x: x[: case.layers], base.params["layers"])
+    config = dataclasses.replace(base.config, num_hidden_layers=case.layers)
+    chosen = [dataclasses.replace(tasks.STS_MSE, name=f"task{n}") for n in range(case.tasks)]
+    encode = step.encoder(config, jnp.dtype(flags.dtype), adapter.scale, "mean")
+    setup = step.Setup(
+        tuple(chosen),
+        step.task_encoder("lora", encode, case.tasks),
+        *step.optimizers(case.tasks, 1e-3, 1e-3),
+        config.hidden_size,
+    )
+    params = base.params | {"layers": layers}
+    frozen, trainable = step.split_params(
+        "lora", params, adapter, jax.random.key(0), jnp.dtype(flags.dtype)
+    )
+    train = {
+        t.name: make_examples(tasks.STS_MSE, 256, config.vocab_size, n)
+        for n, t in enumerate(chosen)
+    }
+    order = data_batches.make_order(dict.fromkeys(train, 256), case.batch, 1, 0)
+    batch = data_batches.plan(train, order, 1, case.row_length, 1, mixed=True)[0]
+    batch = jax.device_put(batch)
+    state = step.init_state(setup, trainable, jax.random.key(1))
+    frozen, train_step = jax.device_put(frozen), step.make_train_step(setup)
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = train_step(state, frozen, batch)
+        jax.block_until_ready(metrics)
+
+    return run
+
+
+def measure(axis: str, flags: Flags) -> list[dict[str, Any]]:
+    """The rows of one axis, and the slope of the curve in logarithms (1: in proportion)."""
+    values = AXES[axis]
+    spreads = []
+    for value in values:
+        worker = harness.Worker(make_ours, dataclasses.replace(Case(), **{axis: value}), flags)
+        spreads.append(harness.interleave({"": worker}, flags.rounds, warmups=2)[""])
+        worker.close()
+    logs = np.log([s.median for s in spreads])
+    slopes = [None, *np.diff(logs) / np.diff(np.log(values))]
+    return [
+        {
+            "grows": axis,
+            "to": value,
+            "ms": spread,
+            "steps a second": 1 / spread.median,
+            "slope": "" if slope is None else round(float(slope), 2),
+        }
+        for value, spread, slope in zip(values, spreads, slopes, strict=True)
+    ]
+
+
+def main(flags: Flags) -> None:
+    """Measure all axes."""
+    rows = [row for axis in AXES for row in measure(axis, flags)]
+    harness.show(
+        "scaling", f"A LoRA step with PCGrad, {flags.dtype}, from {Case()}", rows, flags.out
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags))

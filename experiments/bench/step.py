@@ -1,0 +1,136 @@
+"""Training steps a second beside PyTorch + peft: `python -m experiments.bench.step`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from experiments.bench import harness
+from experiments.bench.peer import Peer
+from experiments.bench.work import Ours, Work, real_tokens
+from jaxlora import pretrained
+from jaxlora.bert import BertConfig, param_shapes
+from jaxlora.group import Group
+from jaxlora.pretrained import Pretrained
+
+KINDS = {
+    "lora shared, PCGrad": "lora3",
+    "lora per task": "lora1",
+    "full shared, PCGrad": "baseline2",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Steps a second of the three-task step, in turn with the peer's.
+
+    Attributes:
+      base: the base model.
+      variants: which variants.
+      batch_sizes: sentences or pairs of each task.
+      dtypes: float32, bfloat16.
+      rounds: timed runs of each side.
+      steps: steps of a run.
+      compiled: time the peer under torch.compile, too.
+      device: the peer's device.
+      out: folder of the JSON file.
+    """
+
+    base: str = "minilm"
+    variants: tuple[str, ...] = ("lora3", "lora1", "baseline2")
+    batch_sizes: tuple[int, ...] = (8, 32)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    rounds: int = 5
+    steps: int = 4
+    compiled: bool = False
+    device: str = "cpu"
+    out: Path = harness.OUT
+
+
+def dense_weights(config: BertConfig) -> int:
+    """Weights of the layers' kernels: a token costs twice as many FLOPs in a forward pass."""
+    flat = param_shapes(config)["layers"]
+    return sum(int(np.prod(x.shape)) for x in _kernels(flat))
+
+
+def _kernels(tree: Any) -> list[Any]:
+    if "kernel" in tree:
+        return [tree["kernel"]]
+    return [x for child in tree.values() if isinstance(child, dict) for x in _kernels(child)]
+
+
+def flops(config: BertConfig, tokens: float, full: bool) -> float:
+    """Matmul FLOPs of a step: forward, the inputs' gradients, and for `full` the kernels'."""
+    return 2 * dense_weights(config) * tokens * (3 if full else 2)
+
+
+def measure(work: Work, base: Pretrained, flags: Flags) -> dict[str, Any]:
+    """One row of the table."""
+    start = (work, flags.base, flags.device)
+    workers = {"ours": harness.Worker(make_ours, *start)}
+    workers["peer"] = harness.Worker(make_peer, *start)
+    if flags.compiled:
+        workers["compiled"] = harness.Worker(make_peer, *start, True)
+    sides = {name: lambda w=worker: w(flags.steps) for name, worker in workers.items()}
+    spreads = harness.interleave(sides, flags.rounds, warmups=2)
+    spreads = {name: spread.per(flags.steps) for name, spread in spreads.items()}
+    for worker in workers.values():
+        worker.close()
+    rate = harness.matmul_rate(1024, jnp.dtype(work.dtype))
+    floor = flops(base.config, real_tokens(work, base), work.settings.adapt == "full") / rate
+    best = min(spread.median for name, spread in spreads.items() if name != "ours")
+    return {
+        "variant": work.variant,
+        "batch": work.batch_size,
+        "dtype": work.dtype,
+        **{f"{name} ms": spread for name, spread in spreads.items()},
+        "× peer": best / spreads["ours"].median,
+        "floor ms": 1e3 * floor,
+        "× floor": spreads["ours"].median / floor,
+        "GFLOP/s": rate / 1e9,
+    }
+
+
+def make_ours(work: Work, base: str, device: str) -> Callable[[int], Any]:
+    """Our side, compiled, on JAX's default device."""
+    del device
+    ours = Ours(work, pretrained.load(base))
+    ours.compile()
+    return lambda steps: ours.run(steps) and None
+
+
+@functools.cache
+def make_numbers(work: Work, base: str) -> tuple[Pretrained, list[Group]]:
+    """The base, and the groups from which the peer takes the numbers to start from."""
+    loaded = pretrained.load(base)
+    return loaded, Ours(work, loaded).groups
+
+
+def make_peer(work: Work, base: str, device: str, compiled: bool = False) -> Callable[[int], Any]:
+    """The peer's side: one or three models."""
+    loaded, groups = make_numbers(work, base)
+    peers = [Peer(work, loaded, g, compiled=compiled, device=device) for g in groups]
+    return lambda steps: [peer.run(steps) for peer in peers] and None
+
+
+def main(flags: Flags) -> None:
+    """Measure all combinations."""
+    base = pretrained.load(flags.base)
+    rows = [
+        measure(Work(variant, size, dtype), base, flags)
+        for variant in flags.variants
+        for size in flags.batch_sizes
+        for dtype in flags.dtypes
+    ]
+    harness.show("step", "A step of all three tasks (ms: median, low–high)", rows, flags.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags))

@@ -1,0 +1,136 @@
+"""The work that both sides do: the same weights, sentences, adapters and heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlora import group, settings
+from jaxlora.data import batches as data_batches
+from jaxlora.data.examples import Examples
+from jaxlora.plan import Data
+from jaxlora.pretrained import Pretrained
+from jaxlora.step import Batch, StepMetrics, TrainState, make_train_step
+from jaxlora.tasks import Task, tasks
+
+# Tokens of a training sentence at 0, 5, … 100 % (SST-5, Quora, STS-B; BERT's tokenizer).
+LENGTHS = {
+    "sst": (4, 9, 11, 13, 15, 16, 18, 19, 21, 22, 24, 25, 27, 29, 30, 33, 35, 37, 41, 46, 80),
+    "para": (3, 8, 9, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 16, 17, 18, 20, 22, 25, 30, 95),
+    "sts": (5, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 16, 17, 19, 22, 26, 31, 70),
+}
+TASKS = tuple(tasks("mse").values())
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+FIRST_WORD = 1000  # of BERT's vocabulary; what stands before are special and unused tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is trained: a variant at a batch size and a dtype, on `examples` of each task."""
+
+    variant: str
+    batch_size: int
+    dtype: str
+    examples: int = 512
+    dropout: bool = True
+    pooling: str = "mean"
+
+    @property
+    def settings(self) -> settings.Settings:
+        """The run's settings."""
+        flags = settings.Flags(
+            self.variant,  # type: ignore[arg-type]
+            preset="demo",
+            max_length=128,
+            pooling=self.pooling,  # type: ignore[arg-type]
+            dtype=self.dtype,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            epochs=20,
+        )
+        return settings.resolve(flags)
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """Its tasks."""
+        return tasks(self.settings.sts_loss)
+
+
+def make_examples(task: Task, count: int, vocabulary: int, seed: int = 0) -> Examples:
+    """Random words in sentences as long as the real ones, with random labels."""
+    rng = np.random.default_rng([seed, *task.name.encode()])
+    quantiles = rng.uniform(0, 100, count * task.sentences)
+    lengths = np.interp(quantiles, np.arange(0, 101, 5), LENGTHS[task.name]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    first = min(FIRST_WORD, vocabulary // 2)
+    tokens = rng.integers(first, vocabulary, offsets[-1]).astype(np.int32)
+    labels = rng.integers(int(task.low), int(task.high) + 1, count).astype(np.float32)
+    return Examples(np.arange(count).astype(str), tokens, offsets, labels, task.sentences)
+
+
+def make_data(work: Work, base: Pretrained) -> Data:
+    """All splits of all tasks; only `train` is large."""
+    sizes = {"train": work.examples, "dev": 8, "test": 8}
+    return {
+        name: {k: make_examples(task, n, base.config.vocab_size) for k, n in sizes.items()}
+        for name, task in work.tasks.items()
+    }
+
+
+def real_tokens(work: Work, base: Pretrained) -> float:
+    """Tokens of a step's sentences, all tasks together, without padding; on average."""
+    data = make_data(work, base)
+    means = {name: splits["train"].lengths.mean() for name, splits in data.items()}
+    return sum(work.batch_size * t.sentences * means[name] for name, t in work.tasks.items())
+
+
+class Ours:
+    """Our side: the groups of a variant, each with its step and its endless batches."""
+
+    def __init__(self, work: Work, base: Pretrained) -> None:
+        if not work.dropout:
+            config = dataclasses.replace(base.config, **NO_DROPOUT)
+            base = dataclasses.replace(base, config=config)
+        data, chosen = make_data(work, base), work.settings
+        self.groups = [group.make_group(chosen, base, data, g) for g in chosen.groups]
+        if not work.dropout:
+            self.groups = [
+                dataclasses.replace(g, setup=dataclasses.replace(g.setup, dropout=0.0))
+                for g in self.groups
+            ]
+        self._steps = [make_train_step(g.setup) for g in self.groups]
+        self._states: list[TrainState] = [g.state for g in self.groups]
+        self._batches: list[Iterator[Batch]] = [
+            data_batches.prefetch(g.batches, 0, g.steps) for g in self.groups
+        ]
+
+    def run(self, steps: int) -> list[StepMetrics]:
+        """Take some steps with every group, and wait for them; returns the last metrics."""
+        for _ in range(steps):
+            metrics = [self._step(i) for i in range(len(self.groups))]
+        return jax.block_until_ready(metrics)
+
+    def compile(self) -> None:
+        """Run a batch of every shape once, so that no timed step compiles."""
+        for g, train_step in zip(self.groups, self._steps, strict=True):
+            for batch in one_of_each_shape(g.batches):
+                state = jax.tree.map(lambda x: x.copy(), g.state)
+                jax.block_until_ready(train_step(state, g.frozen, batch))
+
+    def _step(self, i: int) -> StepMetrics:
+        batch = next(self._batches[i])
+        state, metrics = self._steps[i](self._states[i], self.groups[i].frozen, batch)
+        self._states[i] = state
+        return metrics
+
+
+def one_of_each_shape(batches: Any, look_at: int = 200) -> list[Batch]:
+    """The first batch of each shape among the first steps."""
+    found: dict[Any, Batch] = {}
+    for step in range(look_at):
+        batch = batches[step]
+        found.setdefault(tuple(jax.tree.map(np.shape, batch.inputs)), batch)
+    return list(found.values())
