@@ -31,7 +31,7 @@ class Flags:
     """
 
     base: str = "minilm"
-    variants: tuple[str, ...] = ("lora1", "lora3", "baseline2")
+    variants: tuple[str, ...] = ("lora3", "baseline2")
     batch_sizes: tuple[int, ...] = (8, 32)
     steps: int = 3
     device: str = "cpu"
