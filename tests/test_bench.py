@@ -1,0 +1,68 @@
+"""The bench compares equal work: both sides see the same sentences and say the same of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.bench import harness
+from experiments.bench.work import LENGTHS, TASKS, Ours, Work, make_examples, real_tokens
+from jaxlora import step, trees
+
+
+def warmed(group):
+    """Move an adapter off B = 0, so that it has a part in the loss."""
+    if "lora" not in group.state.trainable:
+        return group
+    moved = jax.tree.map(
+        lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), group.state.trainable
+    )
+    return dataclasses.replace(group, state=group.state.replace(trainable=moved))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["lora1", "lora3", "lora4", "baseline2"])
+def test_both_sides_start_from_the_same_losses(variant, minilm):
+    pytest.importorskip("torchjd")
+    from experiments.bench.peer import Peer
+
+    work = Work(variant, 4, "float32", examples=8, dropout=False)
+    for group in map(warmed, Ours(work, minilm).groups):
+        stack = trees.broadcast(group.state.trainable, len(group.setup.tasks))
+        ours = step.task_losses(
+            group.setup, stack, group.state.heads, group.frozen, group.batches[0], jax.random.key(0)
+        )
+        theirs = Peer(work, minilm, group, compiled=False).losses(0)
+        np.testing.assert_allclose(ours, [float(x) for x in theirs], rtol=1e-4)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
+def test_sentences_are_as_long_as_the_real_ones(task):
+    examples = make_examples(task, 4000, 30522)
+    assert len(examples) == 4000
+    found = np.percentile(examples.lengths, [25, 50, 75])
+    np.testing.assert_allclose(found, np.array(LENGTHS[task.name])[[5, 10, 15]], atol=1.1)
+
+
+def test_real_tokens_counts_each_sentence_of_a_step(minilm):
+    work = Work("lora3", 4, "float32", examples=8)
+    batches = Ours(work, minilm).groups[0].batches
+    steps = batches.order.steps_per_epoch
+    counted = sum(int((batches[k].inputs.segment_ids > 0).sum()) for k in range(steps)) / steps
+    assert counted == pytest.approx(real_tokens(work, minilm))
+
+
+def test_sides_run_in_turn_and_warm_ups_are_not_counted():
+    calls = []
+    spreads = harness.interleave({n: lambda n=n: calls.append(n) for n in "ab"}, 3, warmups=2)
+    assert "".join(calls) == "ab" * 5
+    assert all(0 <= s.low <= s.median <= s.high < 1 for s in spreads.values())
+
+
+def test_show_writes_what_it_prints(tmp_path, capsys):
+    rows = [{"what": "x", "ms": harness.Spread(0.001, 0.002, 0.003), "ratio": 2.0}]
+    harness.show("name", "A title", rows, tmp_path)
+    assert "2.0 (1.0–3.0)" in capsys.readouterr().out
+    assert '"median": 0.002' in (tmp_path / "name.json").read_text()
