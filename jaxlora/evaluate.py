@@ -18,6 +18,8 @@ from jaxlora.trees import Tree
 
 ROWS = 16  # rows of a chunk: enough to keep the device busy, few enough for little padding
 SHORT_ROWS = (32, 64)  # lengths of rows for a few sentences, besides the longest
+FEW_ROWS = (1, 4, ROWS)
+HEAD_BATCHES = (16, 256, 4096)  # examples that a head takes at a time, padded
 MIN_TOKENS = 2  # [CLS], [SEP]: a word of characters that BERT drops leaves nothing between
 
 EncodeRows = Callable[..., jax.Array]
@@ -38,7 +40,7 @@ def encode(
       frozen, trainable: the model's collections.
       examples: any number of them; a few take a small program, many one program in turn.
       max_length: row length; no sentence is longer.
-      owner: `i32[sentences]`, which adapter of the stack `trainable` each sentence uses.
+      owner: `i64[sentences]`, which adapter of the stack `trainable` each sentence uses.
 
     Returns:
       `f32[sentences, H]`, in the order of `examples`' sentences.
@@ -75,7 +77,7 @@ def chunks(examples: Examples, max_length: int) -> Iterator[tuple[np.ndarray, Ro
 def chunk_shape(lengths: np.ndarray, max_length: int) -> packing.Shape:
     """The cheapest small shape that holds all sentences, or else a full chunk's.
 
-    Small shapes have 1, 2, 4, … rows, so that there are few programs.
+    Small shapes have 1, 4 or 16 rows, so that there are few programs.
 
     >>> chunk_shape(np.array([12]), 128), chunk_shape(np.array([12] * 1000), 128)
     (Shape(rows=1, length=32), Shape(rows=16, length=128))
@@ -83,21 +85,14 @@ def chunk_shape(lengths: np.ndarray, max_length: int) -> packing.Shape:
     full = packing.Shape(ROWS, max_length)
     if lengths.sum() > full.tokens:
         return full
-    shapes = [full]
-    for length in (*SHORT_ROWS, max_length):
-        if lengths.max() <= length <= max_length:
-            rows = packing.place(lengths, length).rows
-            shapes.append(packing.Shape(power_of_two(rows), length))
-    return min(shapes, key=lambda shape: shape.cost)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least `n`.
-
-    >>> [power_of_two(n) for n in (1, 2, 3, 16, 17)]
-    [1, 2, 4, 16, 32]
-    """
-    return 1 << (n - 1).bit_length()
+    small = [
+        packing.Shape(rows, length)
+        for length in (*SHORT_ROWS, max_length)
+        if lengths.max() <= length <= max_length
+        for rows in FEW_ROWS
+        if packing.place(lengths, length).rows <= rows
+    ]
+    return min(small, key=lambda shape: shape.cost, default=full)
 
 
 def outputs(
@@ -105,11 +100,15 @@ def outputs(
 ) -> np.ndarray:
     """What a task's head says of sentence vectors: `f32[E, K]` or `f32[E]`."""
     count = len(vectors) // sentences
-    # Padded to a power of two, so that there are few programs.
-    padded = np.zeros((power_of_two(count) * sentences, vectors.shape[1]), np.float32)
-    padded[: len(vectors)] = vectors
-    u, v = padded[::sentences], padded[sentences - 1 :: sentences]
-    return np.asarray(_apply_head(task, head, u, v, pair_features))[:count]
+    size = next((n for n in HEAD_BATCHES if n >= count), HEAD_BATCHES[-1])
+    parts = []
+    for start in range(0, count, size):
+        part = vectors[start * sentences : (start + size) * sentences]
+        padded = np.zeros((size * sentences, vectors.shape[1]), np.float32)
+        padded[: len(part)] = part
+        u, v = padded[::sentences], padded[sentences - 1 :: sentences]
+        parts.append(np.asarray(_apply_head(task, head, u, v, pair_features)))
+    return np.concatenate(parts)[:count]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxlora import lora, rundir, storage, tasks
+from jaxlora.data.batches import ORDER
 from jaxlora.data.examples import Examples, load_examples
 from jaxlora.errors import UserError
 from jaxlora.pretrained import Pretrained
@@ -82,8 +83,8 @@ def load_data(settings: Settings, base: Pretrained) -> Data:
 
 
 def fingerprints(base: Pretrained, data: Data) -> dict[str, str]:
-    """Checksums of all that a run reads: the weights and each task's tokens and labels."""
-    prints = {"the base model": base.sha256}
+    """Checksums of all that a run reads: weights, each task's tokens and labels, their order."""
+    prints = {"the base model": base.sha256, "the order of examples": ORDER}
     for task, splits in data.items():
         digest = hashlib.sha256()
         for part in splits.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,15 +72,14 @@ class Model:
         Args and errors as in `encode`.
         """
         chosen = self._task(task)
-        if not len(examples):
-            return np.zeros(0, np.float32)
-        return self._decode(chosen, self.encode(task, examples))
+        vectors = self.encode(task, examples)
+        return self._decode(chosen, vectors) if len(vectors) else np.zeros(0, np.float32)
 
     def predict_mixed(self, requests: Sequence[tuple[str, ...]]) -> np.ndarray:
         """Answer requests to different tasks, together and in order.
 
-        Adapters are applied sentence by sentence within one forward pass over the shared frozen
-        weights. (A variant with a whole BERT for each task needs a pass for each.)
+        All sentences share packed rows, and each uses its own task's adapter. (A variant with a
+        whole BERT for each task needs a pass for each.)
 
         Args:
           requests: `(task, sentence)` or `(task, first sentence, second sentence)`.
@@ -90,30 +90,45 @@ class Model:
         Raises:
           UserError: for an unknown task, or the wrong number of sentences for one.
         """
-        for number, (name, *texts) in enumerate(requests):
-            self._check(self._task(name), number, tuple(texts))
-        if not requests:
+        checked = [self._request(number, request) for number, request in enumerate(requests)]
+        if not checked:
             return np.zeros(0, np.float32)
-        sentences = np.array([len(request) - 1 for request in requests])
+        sentences = np.array([task.sentences for task, _ in checked])
         first = np.cumsum(sentences) - sentences
-        names = np.array([request[0] for request in requests])
+        names = np.array([task.name for task, _ in checked])
         vectors = self._vectors(
-            self._examples([text for _, *texts in requests for text in texts], 1),
+            self._examples([text for _, texts in checked for text in texts], 1),
             np.repeat([self._owners[name] for name in names], sentences),
         )
-        out = np.empty(len(requests), np.float32)
+        out = np.empty(len(checked), np.float32)
         for name in dict.fromkeys(names.tolist()):
             task, mine = self.tasks[name], np.flatnonzero(names == name)
             numbers = (first[mine, None] + np.arange(task.sentences)).ravel()
             out[mine] = self._decode(task, vectors[numbers])
         return out
 
+    def _request(self, number: int, request: Any) -> tuple[Task, tuple[str, ...]]:
+        wanted = "(task, sentence) or (task, first sentence, second sentence)"
+        if not isinstance(request, tuple | list) or not all(isinstance(s, str) for s in request):
+            raise UserError(f"request {number} is {request!r}; give {wanted}")
+        if len(request) < 2:
+            raise UserError(f"request {number} is {request!r}, without a sentence; give {wanted}")
+        task = self._task(request[0])
+        self._check(task, f"request {number}", tuple(request[1:]))
+        return task, tuple(request[1:])
+
+    @functools.cached_property
+    def _stack(self) -> Tree:
+        """All groups' adapters, leaves `[T, ...]`."""
+        return jax.tree.map(lambda *x: jnp.stack(x), *self.adapters.values())
+
     def _vectors(self, examples: Examples, owner: np.ndarray) -> np.ndarray:
         """Vectors of sentences that use adapter `owner[n]` of `self.adapters`."""
         length, trees = self.settings.max_length, list(self.adapters.values())
         if self.settings.adapt == "lora":
-            stack = jax.tree.map(lambda *x: jnp.stack(x), *trees)
-            return evaluate.encode(self._encode_mixed, self._frozen, stack, examples, length, owner)
+            return evaluate.encode(
+                self._encode_mixed, self._frozen, self._stack, examples, length, owner
+            )
         out = np.empty((len(owner), self.base.config.hidden_size), np.float32)
         for number in set(owner.tolist()):
             mine = np.flatnonzero(owner == number)
@@ -128,7 +143,9 @@ class Model:
 
     @property
     def _owners(self) -> dict[str, int]:
-        """Which adapter, counted in the order of the groups, a task uses."""
+        """Which adapter, counted in the order of the groups, a task uses; a frozen BERT is one."""
+        if self.settings.adapt == "frozen":
+            return dict.fromkeys(self.tasks, 0)
         return {task: n for n, group in enumerate(self.settings.groups) for task in group}
 
     def _task(self, name: str) -> Task:
@@ -145,16 +162,16 @@ class Model:
             raise UserError(f"{task.name}: give a list of examples, not one string")
         parts = [tuple(e) if isinstance(e, tuple | list) else (e,) for e in examples]
         for number, part in enumerate(parts):
-            self._check(task, number, part)
+            self._check(task, f"example {number}", part)
         return self._examples([text for part in parts for text in part], task.sentences)
 
-    def _check(self, task: Task, number: int, texts: tuple[Any, ...]) -> None:
+    def _check(self, task: Task, which: str, texts: tuple[Any, ...]) -> None:
         if len(texts) != task.sentences or not all(isinstance(s, str) for s in texts):
             wanted = "pairs of sentences" if task.pair else "single sentences"
-            shown = texts if len(texts) > 1 else texts[0] if texts else "empty"
-            raise UserError(f"{task.name} takes {wanted}; example {number} is {shown!r}")
+            shown = texts[0] if len(texts) == 1 else texts
+            raise UserError(f"{task.name} takes {wanted}; {which} is {shown!r}")
         if not all(sentence.strip() for sentence in texts):
-            raise UserError(f"{task.name}: example {number} has a blank sentence")
+            raise UserError(f"{task.name}: {which} has a blank sentence")
 
     def _examples(self, texts: list[str], sentences: int) -> Examples:
         tokens, offsets, cut = tokenize(self.base.tokenizer, texts, self.settings.max_length)

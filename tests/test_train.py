@@ -276,5 +276,16 @@ def test_mixed_requests_are_answered_as_one_task_at_a_time(variant, make, tmp_pa
     assert model.predict_mixed([]).shape == (0,)
     with pytest.raises(UserError, match="unknown task 'stt'"):
         model.predict_mixed([("stt", "a film")])
-    with pytest.raises(UserError, match="sts takes pairs"):
-        model.predict_mixed([("sst", "a film"), ("sts", "a film")])
+    for wrong, message in [
+        ([("sst", "a film"), ("sts", "a film")], "sts takes pairs of sentences; request 1"),
+        ([("sts", ("a dog", "a cat"))], "give .task, sentence. or"),
+        ([()], "without a sentence"),
+        ([None], "request 0 is None"),
+        ("sst", "request 0 is 's'"),
+        (("sst", "a film"), "request 0 is 'sst'"),
+        ([("sst", " ")], "request 0 has a blank sentence"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            model.predict_mixed(wrong)
+    every = (("sst", "a dog") for _ in range(2))  # any iterable will do
+    assert model.predict_mixed(every).tolist() == [answers[4]] * 2

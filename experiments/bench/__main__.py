@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
-BENCHES: dict[str, tuple[str, ...]] = {
-    "step": ("--rounds", "3", "--steps", "2"),
-    "pcgrad": (),
-    "predict": (),
-    "start": (),
-    "frozen": (),
-    "memory": (),
-    "scaling": (),
-}
+BENCHES = (
+    "step --batch-sizes 8 --rounds 4 --steps 3",
+    "step --batch-sizes 32 --rounds 3 --steps 2 --variants lora3 --name step-32",
+    "pcgrad",
+    "predict",
+    "start",
+    "frozen",
+    "memory",
+    "scaling",
+)
 
 
 def main() -> int:
     """Run each in a process of its own; returns how many failed."""
-    commands = ([sys.executable, "-m", f"experiments.bench.{n}", *f] for n, f in BENCHES.items())
-    return sum(subprocess.run(command, check=False).returncode != 0 for command in commands)
+    quiet = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    failed = 0
+    for bench in BENCHES:
+        module, *flags = bench.split()
+        command = [sys.executable, "-W", "ignore", "-m", f"experiments.bench.{module}", *flags]
+        failed += subprocess.run(command, check=False, env=quiet).returncode != 0
+    return failed
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def interleave(
 ) -> dict[str, Spread]:
     """Run the sides in turn, A B A B …, and time each call; `warmups` rounds are not counted.
 
-    Each side must wait for its own results.
+    Each side must wait for its own results, and none may go on working after that.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(warmups + rounds):
@@ -74,8 +74,8 @@ class Worker:
     def __init__(self, factory: Callable[..., Callable[..., Any]], *args: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, end = context.Pipe()
-        process = context.Process(target=_serve, args=(end, factory, args), daemon=True)
-        process.start()
+        self._process = context.Process(target=_serve, args=(end, factory, args), daemon=True)
+        self._process.start()
         end.close()
         self._pipe.recv()
 
@@ -89,8 +89,9 @@ class Worker:
         return self._pipe.recv()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and wait until it is gone."""
         self._pipe.close()
+        self._process.join()
 
 
 def _serve(pipe: Any, factory: Callable[..., Callable[..., Any]], args: tuple[Any, ...]) -> None:
@@ -119,7 +120,12 @@ def copy_rate(size: int = 1 << 28) -> float:
     host.reuse_memory()  # else this measures the kernel's page faults
     x = jnp.zeros(size // 4)
     copied = jax.jit(lambda x: x + 1)
-    return 2 * size / interleave({"": lambda: copied(x).block_until_ready()}, 5)[""].median
+    return 2 * size / interleave({"": lambda: copied(x).block_until_ready()}, 9, 2)[""].low
+
+
+def peer_device() -> str:
+    """Where the peer must run to have what JAX has."""
+    return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
 
 def machine() -> dict[str, Any]:
@@ -166,4 +172,7 @@ def _shown(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if isinstance(value, Spread) else value
+    """Spreads are shown, and written, in milliseconds."""
+    if not isinstance(value, Spread):
+        return value
+    return {name: 1e3 * seconds for name, seconds in dataclasses.asdict(value).items()}

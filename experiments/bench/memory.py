@@ -34,7 +34,7 @@ class Flags:
     variants: tuple[str, ...] = ("lora3", "baseline2")
     batch_sizes: tuple[int, ...] = (8, 32)
     steps: int = 3
-    device: str = "cpu"
+    device: str = dataclasses.field(default_factory=harness.peer_device)
     out: Path = harness.OUT
 
 
@@ -42,7 +42,8 @@ def make_side(name: str, work: Work, flags: Flags) -> Callable[[], float]:
     """A side that takes its steps and tells what they added to its process, in MB.
 
     What is there before the side loads its weights (the libraries, and for the peer the numbers
-    that it starts from) is not counted; compiling is.
+    that it starts from) is not counted; compiling is. What the peer's numbers took and left free it
+    may use again uncounted, so its figure is rather too low.
     """
     make = make_ours if name == "ours" else make_peer
     if name == "peer":

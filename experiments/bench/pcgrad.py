@@ -32,7 +32,7 @@ class Flags:
     millions: tuple[int, ...] = (1, 23, 110)
     limit: int = 400
     rounds: int = 7
-    device: str = "cpu"
+    device: str = dataclasses.field(default_factory=harness.peer_device)
     out: Path = harness.OUT
 
 

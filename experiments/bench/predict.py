@@ -39,7 +39,7 @@ class Flags:
     base: str = "minilm"
     batch_sizes: tuple[int, ...] = (1, 32, 256)
     rounds: int = 15
-    device: str = "cpu"
+    device: str = dataclasses.field(default_factory=harness.peer_device)
     out: Path = harness.OUT
 
 

@@ -40,7 +40,8 @@ class Flags:
       steps: steps of a run.
       compiled: time the peer under torch.compile, too.
       device: the peer's device.
-      out: folder of the JSON file.
+      name: of the JSON file.
+      out: its folder.
     """
 
     base: str = "minilm"
@@ -50,7 +51,8 @@ class Flags:
     rounds: int = 5
     steps: int = 4
     compiled: bool = False
-    device: str = "cpu"
+    device: str = dataclasses.field(default_factory=harness.peer_device)
+    name: str = "step"
     out: Path = harness.OUT
 
 
@@ -129,7 +131,7 @@ def main(flags: Flags) -> None:
         for size in flags.batch_sizes
         for dtype in flags.dtypes
     ]
-    harness.show("step", "A step of all three tasks (ms: median, low–high)", rows, flags.out)
+    harness.show(flags.name, "A step of all three tasks (ms: median, low–high)", rows, flags.out)
 
 
 if __name__ == "__main__":

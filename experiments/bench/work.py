@@ -88,7 +88,7 @@ def real_tokens(work: Work, base: Pretrained) -> float:
 
 
 class Ours:
-    """Our side: the groups of a variant, each with its step and its endless batches."""
+    """Our side: the groups of a variant, each with its step and its batches (20 epochs)."""
 
     def __init__(self, work: Work, base: Pretrained) -> None:
         if not work.dropout:

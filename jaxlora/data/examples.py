@@ -52,7 +52,9 @@ class Examples:
         return self.tokens[self.offsets[number] : self.offsets[number + 1]]
 
     def take(self, numbers: np.ndarray) -> Examples:
-        """Some of these single-sentence examples, `numbers: i64[n]`, in that order."""
+        """Some of these examples of one sentence, `numbers: i64[n]`, in that order."""
+        if self.sentences != 1:
+            raise ValueError("take() is for examples of one sentence")
         tokens = [self.sentence(n) for n in numbers]
         offsets = np.concatenate([[0], np.cumsum([len(t) for t in tokens])])
         return Examples(self.ids[numbers], np.concatenate(tokens), offsets, self.labels[numbers], 1)
