@@ -18,7 +18,7 @@ from jaxlora.trees import Tree
 
 ROWS = 16  # rows of a chunk: enough to keep the device busy, few enough for little padding
 SHORT_ROWS = (32, 64)  # lengths of rows for a few sentences, besides the longest
-FEW_ROWS = (1, 4, ROWS)
+FEW_ROWS = (1, 4, 8, ROWS)
 HEAD_BATCHES = (16, 256, 4096)  # examples that a head takes at a time, padded
 MIN_TOKENS = 2  # [CLS], [SEP]: a word of characters that BERT drops leaves nothing between
 
@@ -77,7 +77,7 @@ def chunks(examples: Examples, max_length: int) -> Iterator[tuple[np.ndarray, Ro
 def chunk_shape(lengths: np.ndarray, max_length: int) -> packing.Shape:
     """The cheapest small shape that holds all sentences, or else a full chunk's.
 
-    Small shapes have 1, 4 or 16 rows, so that there are few programs.
+    Small shapes have 1, 4, 8 or 16 rows, so that there are few programs.
 
     >>> chunk_shape(np.array([12]), 128), chunk_shape(np.array([12] * 1000), 128)
     (Shape(rows=1, length=32), Shape(rows=16, length=128))

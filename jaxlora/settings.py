@@ -109,7 +109,7 @@ _TUNED: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": _TUNED | {"source": "demo", "epochs": 2, "max_length": 64},
+    "demo": _TUNED | {"source": "demo", "epochs": 3, "max_length": 64},
     "cs224n": _TUNED | {"source": "cs224n", "epochs": 2},
     "paper": {
         "source": "official",
