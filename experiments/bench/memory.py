@@ -15,6 +15,7 @@ import tyro
 from experiments.bench import harness
 from experiments.bench.step import make_numbers, make_ours, make_peer
 from experiments.bench.work import Work
+from jaxlora.settings import VariantName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Flags:
     """
 
     base: str = "minilm"
-    variants: tuple[str, ...] = ("lora3", "baseline2")
+    variants: tuple[VariantName, ...] = ("lora3", "baseline2")
     batch_sizes: tuple[int, ...] = (8, 32)
     steps: int = 3
     device: str = dataclasses.field(default_factory=harness.peer_device)

@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 
 from experiments.bench import harness
+from jaxlora.settings import VariantName
 
 CHILD = "import experiments.bench.start as s, sys; s.child(*sys.argv[1:])"
 
@@ -31,12 +32,12 @@ class Flags:
     """
 
     base: str = "minilm"
-    variants: tuple[str, ...] = ("lora3", "baseline2")
+    variants: tuple[VariantName, ...] = ("lora3", "baseline2")
     rounds: int = 3
     out: Path = harness.OUT
 
 
-def child(variant: str, base: str, cache: str, began: str) -> None:
+def child(variant: VariantName, base: str, cache: str, began: str) -> None:
     """In a fresh process: import, load, compile, take a step; print what it took."""
     import jax
 
@@ -58,7 +59,7 @@ def child(variant: str, base: str, cache: str, began: str) -> None:
     print(json.dumps({"seconds": time.time() - float(began)} | seconds))
 
 
-def start(variant: str, base: str, cache: str) -> dict[str, Any]:
+def start(variant: VariantName, base: str, cache: str) -> dict[str, Any]:
     """One start."""
     arguments = (variant, base, cache, str(time.time()))
     done = subprocess.run(
@@ -68,7 +69,7 @@ def start(variant: str, base: str, cache: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(variant: str, flags: Flags) -> dict[str, Any]:
+def measure(variant: VariantName, flags: Flags) -> dict[str, Any]:
     """One row of the table."""
     with tempfile.TemporaryDirectory() as cache:
         cold = start(variant, flags.base, cache)

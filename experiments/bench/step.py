@@ -14,11 +14,12 @@ import tyro
 
 from experiments.bench import harness
 from experiments.bench.peer import Peer
-from experiments.bench.work import Ours, Work, real_tokens
+from experiments.bench.work import Dtype, Ours, Work, real_tokens
 from jaxlora import pretrained
 from jaxlora.bert import BertConfig, param_shapes
 from jaxlora.group import Group
 from jaxlora.pretrained import Pretrained
+from jaxlora.settings import VariantName
 
 KINDS = {
     "lora shared, PCGrad": "lora3",
@@ -45,9 +46,9 @@ class Flags:
     """
 
     base: str = "minilm"
-    variants: tuple[str, ...] = ("lora3", "lora1", "baseline2")
+    variants: tuple[VariantName, ...] = ("lora3", "lora1", "baseline2")
     batch_sizes: tuple[int, ...] = (8, 32)
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
     rounds: int = 5
     steps: int = 4
     compiled: bool = False

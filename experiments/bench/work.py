@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ LENGTHS = {
     "sts": (5, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 16, 17, 19, 22, 26, 31, 70),
 }
 TASKS = tuple(tasks("mse").values())
+Dtype = Literal["float32", "bfloat16"]
 NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FIRST_WORD = 1000  # of BERT's vocabulary; what stands before are special and unused tokens
 
@@ -32,22 +33,22 @@ FIRST_WORD = 1000  # of BERT's vocabulary; what stands before are special and un
 class Work:
     """What is trained: a variant at a batch size and a dtype, on `examples` of each task."""
 
-    variant: str
+    variant: settings.VariantName
     batch_size: int
-    dtype: str
+    dtype: Dtype
     examples: int = 512
     dropout: bool = True
-    pooling: str = "mean"
+    pooling: Literal["cls", "mean"] = "mean"
 
     @property
     def settings(self) -> settings.Settings:
         """The run's settings."""
         flags = settings.Flags(
-            self.variant,  # type: ignore[arg-type]
+            self.variant,
             preset="demo",
             max_length=128,
-            pooling=self.pooling,  # type: ignore[arg-type]
-            dtype=self.dtype,  # type: ignore[arg-type]
+            pooling=self.pooling,
+            dtype=self.dtype,
             batch_size=self.batch_size,
             epochs=20,
         )
