@@ -68,8 +68,7 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
     train = {n: splits["train"] for n, splits in mine.items()}
     sizes = {n: len(examples) for n, examples in train.items()}
     steps = make_steps(settings, train)
-    epochs = -(-steps // -(-max(sizes.values()) // settings.batch_size))
-    order = data_batches.make_order(sizes, settings.batch_size, epochs, settings.seed)
+    order = data_batches.make_order(sizes, settings.batch_size, settings.seed)
     vectors = live_vectors(encode, frozen, mine, settings.max_length)
     batches: data_batches.PackedBatches | data_batches.VectorBatches
     if settings.adapt == "frozen":

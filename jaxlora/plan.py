@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from jaxlora import lora, rundir, storage, tasks
-from jaxlora.data.batches import ORDER
+from jaxlora.data.batches import make_order
 from jaxlora.data.examples import Examples, load_examples
 from jaxlora.errors import UserError
 from jaxlora.pretrained import Pretrained
@@ -82,16 +82,21 @@ def load_data(settings: Settings, base: Pretrained) -> Data:
     }  # fmt: skip
 
 
-def fingerprints(base: Pretrained, data: Data) -> dict[str, str]:
+def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
     """Checksums of all that a run reads: weights, each task's tokens and labels, their order."""
-    prints = {"the base model": base.sha256, "the order of examples": ORDER}
+    order = make_order({task: len(splits["train"]) for task, splits in data.items()}, 64, seed)
+    prints = {"the base model": base.sha256, "the order of examples": _checksum([order.at(0)])}
     for task, splits in data.items():
-        digest = hashlib.sha256()
-        for part in splits.values():
-            for array in (part.tokens, part.offsets, part.labels):
-                digest.update(np.ascontiguousarray(array).tobytes())
-        prints[f"the data of {task}"] = digest.hexdigest()
+        arrays = [x for part in splits.values() for x in (part.tokens, part.offsets, part.labels)]
+        prints[f"the data of {task}"] = _checksum(arrays)
     return prints
+
+
+def _checksum(arrays: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -99,7 +99,7 @@ def run(
     base = pretrained.load(settings.base)
     planning.check_base(settings, base)
     data = planning.load_data(settings, base)
-    inputs = planning.fingerprints(base, data)
+    inputs = planning.fingerprints(base, data, settings.seed)
     rundir.check_same_inputs(out, inputs)
     listener.plan(planning.make_plan(settings, out, base, data))
     if (out / rundir.RESULT).exists():

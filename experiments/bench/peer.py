@@ -100,7 +100,7 @@ class Peer:
         data = make_data(work, base)
         self._examples = {t.name: data[t.name]["train"] for t in ours.setup.tasks}
         sizes = {name: len(examples) for name, examples in self._examples.items()}
-        self._order = data_batches.make_order(sizes, work.batch_size, 2, chosen.seed)
+        self._order = data_batches.make_order(sizes, work.batch_size, chosen.seed)
         self.taken = 0
 
     def run(self, steps: int) -> list[float]:

@@ -76,7 +76,7 @@ def make_ours(case: Case, flags: Flags) -> Callable[[], None]:
         t.name: make_examples(tasks.STS_MSE, 256, config.vocab_size, n)
         for n, t in enumerate(chosen)
     }
-    order = data_batches.make_order(dict.fromkeys(train, 256), case.batch, 1, 0)
+    order = data_batches.make_order(dict.fromkeys(train, 256), case.batch, 0)
     batch = jax.device_put(first_batch(train, order, case.row_length))
     state = step.init_state(setup, trainable, jax.random.key(1))
     frozen, train_step = jax.device_put(frozen), step.make_train_step(setup)

@@ -13,25 +13,22 @@ from jaxlora.data import packing
 from jaxlora.data.examples import Examples
 from jaxlora.step import Batch, Rows
 
-# Raise this when `make_order` draws otherwise: a run must not go on in another order.
-ORDER = "2"
-
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """The order in which a group's tasks are read, over the whole run.
+    """The order in which a group's tasks are read, without end.
 
     In an epoch every task draws as many examples as the largest set has: the largest is seen
     exactly once, the shorter ones are stretched (repeated, newly shuffled each time), as evenly as
     can be.
 
     Attributes:
-      draws: `i64[T, epochs * E]`, example numbers, E the size of the largest set.
-      size: E.
+      streams: the example numbers of each task; indexing draws them, so nothing is stored.
+      size: E, the size of the largest set, and the draws of an epoch.
       batch_size: B; an epoch's last batch may be smaller.
     """
 
-    draws: np.ndarray
+    streams: tuple[grain.MapDataset[int], ...]
     size: int
     batch_size: int
 
@@ -45,33 +42,31 @@ class Order:
         epoch, k = divmod(step, self.steps_per_epoch)
         start = epoch * self.size + k * self.batch_size
         stop = min(start + self.batch_size, (epoch + 1) * self.size)
-        return self.draws[:, start:stop]
+        return np.array([[stream[i] for i in range(start, stop)] for stream in self.streams])
 
 
-def make_order(sizes: Mapping[str, int], batch_size: int, epochs: int, seed: int) -> Order:
+def make_order(sizes: Mapping[str, int], batch_size: int, seed: int) -> Order:
     """Shuffle every task's examples, and again for each repetition.
 
     Args:
       sizes: examples of each task.
       batch_size: B.
-      epochs: passes over the largest set.
-      seed: of all shuffles; each task and each repetition has its own.
+      seed: of all shuffles; each task has its own.
 
-    >>> order = make_order({"long": 4, "short": 2}, batch_size=4, epochs=1, seed=0)
+    >>> order = make_order({"long": 4, "short": 2}, batch_size=4, seed=0)
     >>> np.sort(order.at(0)).tolist()
     [[0, 1, 2, 3], [0, 0, 1, 1]]
     """
-    size = max(sizes.values())
-    draws = []
-    for name, n in sizes.items():
-        repetitions = range(-(-epochs * size // n))
-        shuffled = [_shuffler(seed, name, k).permutation(n) for k in repetitions]
-        draws.append(np.concatenate(shuffled)[: epochs * size])
-    return Order(np.stack(draws), size, batch_size)
+    streams = (
+        grain.MapDataset.range(n).shuffle(_stream_seed(seed, name)).repeat()
+        for name, n in sizes.items()
+    )
+    return Order(tuple(streams), max(sizes.values()), batch_size)
 
 
-def _shuffler(seed: int, name: str, repetition: int) -> np.random.Generator:
-    return np.random.default_rng([seed, repetition, *name.encode()])
+def _stream_seed(seed: int, name: str) -> int:
+    # Mixed, since Grain's own next shuffle has the next seed.
+    return int(np.random.SeedSequence([seed, *name.encode()]).generate_state(1)[0])
 
 
 @dataclasses.dataclass(frozen=True)
