@@ -7,7 +7,6 @@ neither data nor TFDS nor Grain. Exits 1 if a difference is above its tolerance.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from typing import Any
@@ -69,9 +68,7 @@ def two_steps(
     variant: Variant, base: pretrained.Pretrained, device: jax.Device
 ) -> tuple[Any, float]:
     """What a variant's first group has trained after two steps, and seconds a step takes."""
-    config = dataclasses.replace(
-        base.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
+    config = base.config.with_dropout(0.0)
     names = variant.groups[0]
     adapter = lora.LoraConfig()
     with jax.default_device(device):

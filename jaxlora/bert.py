@@ -62,6 +62,12 @@ class BertConfig:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
 
+    def with_dropout(self, rate: float) -> BertConfig:
+        """The same network with this dropout everywhere."""
+        return dataclasses.replace(
+            self, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate
+        )
+
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """Zero elements with probability `rate` and scale up the others, so that the mean stays.

@@ -63,7 +63,8 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
     frozen, trainable = step.split_params(
         settings.adapt, base.params, settings.lora, tree_key, dtype
     )
-    encode = step.encoder(base.config, dtype, settings.lora.scale, settings.pooling)
+    config = base.config.with_dropout(settings.encoder_dropout)
+    encode = step.encoder(config, dtype, settings.lora.scale, settings.pooling)
     mine = {n: data[n] for n in names}
     train = {n: splits["train"] for n, splits in mine.items()}
     sizes = {n: len(examples) for n, examples in train.items()}

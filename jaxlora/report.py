@@ -80,6 +80,8 @@ def plan_table(plan: Plan) -> Table:
             if s.adapt != "frozen" and any(len(g) > 1 for g in s.groups)
             else ""
         ),
+        "dropout": "heads 0.1"
+        + ("" if s.adapt == "frozen" else f", encoder {s.encoder_dropout:g}"),
         "vectors": f"{s.pooling} pooling; pairs: {s.pair_features}; "
         f"STS loss: {s.sts_loss} × {s.sts_weight:g}",
         "learning rates": f"{rates}heads {s.head_learning_rate:g} "

@@ -42,6 +42,7 @@ class Flags:
       target_modules: Dense layers with an adapter, by PEFT's names.
       learning_rate: of the encoder's adapter or weights.
       head_learning_rate: of the heads.
+      encoder_dropout: dropout inside the encoder while it is adapted (the heads have 0.1).
       warmup_steps: steps over which the learning rates rise from 0.
       schedule: of the learning rates after the warm-up.
       weight_decay: AdamW's.
@@ -74,6 +75,7 @@ class Flags:
     target_modules: tuple[str, ...] | None = None
     learning_rate: float | None = None
     head_learning_rate: float | None = None
+    encoder_dropout: float | None = None
     warmup_steps: int | None = None
     schedule: Literal["constant", "linear"] | None = None
     weight_decay: float | None = None
@@ -100,6 +102,7 @@ _TUNED: dict[str, Any] = {
     "target_modules": PAPER_TARGETS,
     "learning_rate": {"frozen": 1e-3, "lora": 1e-3, "full": 5e-5},
     "head_learning_rate": 1e-3,
+    "encoder_dropout": 0.0,
     "warmup_steps": 50,
     "schedule": "linear",
     "weight_decay": 0.01,
@@ -118,6 +121,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pair_features": "concat",
         "rank": 15,
         "target_modules": PAPER_TARGETS,
+        "encoder_dropout": 0.1,
         "warmup_steps": 0,
         "schedule": "constant",
         "weight_decay": 0.0,
@@ -148,6 +152,7 @@ class Settings:
     target_modules: tuple[str, ...]
     learning_rate: float
     head_learning_rate: float
+    encoder_dropout: float
     warmup_steps: int
     schedule: str
     weight_decay: float
@@ -253,6 +258,7 @@ _ONLY_FOR = {
     "alpha": ("lora",),
     "target_modules": ("lora",),
     "learning_rate": ("lora", "full"),
+    "encoder_dropout": ("lora", "full"),
 }
 
 
@@ -264,6 +270,8 @@ def _check(settings: Settings) -> None:
     for name in _POSITIVE:
         if not 0 < getattr(settings, name) < float("inf"):
             raise UserError(f"{flag(name)} {getattr(settings, name)}: must be above 0")
+    if not 0 <= settings.encoder_dropout < 1:
+        raise UserError(f"--encoder-dropout {settings.encoder_dropout}: must be from 0 to below 1")
     if settings.seed > _MAX_SEED:
         raise UserError(f"--seed {settings.seed}: must be at most {_MAX_SEED}")
     if not settings.weight_decay >= 0:

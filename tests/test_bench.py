@@ -28,7 +28,7 @@ def test_both_sides_start_from_the_same_losses(variant, minilm):
     pytest.importorskip("torchjd")
     from experiments.bench.peer import Peer
 
-    work = Work(variant, 4, "float32", examples=8, dropout=False)
+    work = Work(variant, 4, "float32", examples=8, dropout=0.0)
     for group in map(warmed, Ours(work, minilm).groups):
         stack = trees.broadcast(group.state.trainable, len(group.setup.tasks))
         ours = step.task_losses(

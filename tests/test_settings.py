@@ -20,6 +20,7 @@ def test_paper_preset_has_the_papers_settings():
     shown = (settings.base, settings.pooling, settings.pair_features, settings.rank, settings.alpha)
     assert shown == ("bert-base-uncased", "cls", "concat", 15, 15)
     assert (settings.batch_size, settings.learning_rate, settings.source) == (8, 1e-5, "official")
+    assert settings.encoder_dropout == 0.1
     assert resolve(Flags("baseline1", "paper")).head_learning_rate == 1e-3
 
 

@@ -21,7 +21,6 @@ from jaxlora.variants import VARIANTS, group_name, parse_groups
 SIZE = 4  # examples of a task in a batch
 ADAPTER = LoraConfig(4, 8.0)
 ALL = ("sst", "para", "sts")
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -78,7 +77,7 @@ def random_batch(chosen, adapt, hidden_size, seed=0):
 def make(base, adapt="lora", names=ALL, sts_loss="mse", dropout=0.1, **replace):
     """A group ready to step: its setup, frozen tree, state and a batch."""
     chosen = tuple(tasks.tasks(sts_loss)[n] for n in names)
-    config = base.config if dropout else dataclasses.replace(base.config, **NO_DROPOUT)
+    config = base.config.with_dropout(dropout)
     frozen, trainable = step.split_params(
         adapt, base.params, ADAPTER, jax.random.key(1), jnp.float32
     )

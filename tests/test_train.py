@@ -13,7 +13,7 @@ import pytest
 from tiny import Silent, write_data
 
 import jaxlora
-from jaxlora import checkpoint, group, rundir, train
+from jaxlora import checkpoint, group, plan, pretrained, rundir, train, trees
 from jaxlora.errors import UserError
 from jaxlora.settings import Flags, resolve
 from jaxlora.tasks import NAMES
@@ -27,6 +27,7 @@ SHORT = {
     "eval_every": 2,
     "warmup_steps": 2,
     "rank": 4,
+    "encoder_dropout": 0.1,
     "max_length": 16,
 }
 
@@ -42,6 +43,8 @@ def make(tiny_base, data_dir):
         flags = SHORT | more
         if not variant.startswith("lora"):
             del flags["rank"]
+        if variant == "baseline1":
+            del flags["encoder_dropout"]
         return resolve(Flags(variant, base=str(tiny_base), data_dir=data_dir, **flags))
 
     return settings
@@ -51,6 +54,19 @@ def leaves_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(("rate", "same"), [(0.0, True), (0.5, False)])
+def test_encoder_dropout_reaches_the_encoder(make, rate, same):
+    settings = make("lora2", encoder_dropout=rate)
+    base = pretrained.load(settings.base)
+    made = group.make_group(settings, base, plan.load_data(settings, base), ("sts",))
+    stack = trees.broadcast(made.state.trainable, 1)
+    one, other = (
+        made.setup.encode(made.frozen, stack, made.batches[0].inputs, jax.random.key(n))
+        for n in range(2)
+    )
+    assert bool((one == other).all()) == same
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torchjd.aggregation import PCGrad
 from transformers import BertModel
 
-from experiments.bench.work import NO_DROPOUT, Work, make_data
+from experiments.bench.work import Work, make_data
 from jaxlora import pretrained
 from jaxlora.data import batches as data_batches
 from jaxlora.data.examples import Examples
@@ -75,7 +75,7 @@ class Peer:
         torch.set_num_threads(os.cpu_count() or 1)
         self.device, self._pooling = torch.device(device), work.pooling
         chosen = work.settings
-        model = make_bert(base, {} if work.dropout else NO_DROPOUT)
+        model = make_bert(base, chosen.encoder_dropout)
         if chosen.adapt == "lora":
             model = with_adapter(model, chosen.lora, "default")
             load_adapter(model, ours.state.trainable["lora"], "default")
@@ -175,11 +175,15 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
     return (hidden * weights).sum(1) / weights.sum(1)
 
 
-def make_bert(base: Pretrained, settings: Mapping[str, Any]) -> Any:
+def make_bert(base: Pretrained, dropout: float) -> Any:
     """Our base as a model of transformers."""
-    options: dict[str, Any] = {"dtype": torch.float32, "add_pooling_layer": False, **settings}
     return BertModel.from_pretrained(
-        pretrained.find(base.name), attn_implementation="sdpa", **options
+        pretrained.find(base.name),
+        attn_implementation="sdpa",
+        dtype=torch.float32,
+        add_pooling_layer=False,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
 
 

@@ -80,7 +80,7 @@ def make_peer(size: int, base: str, device: str) -> Callable[[], np.ndarray]:
 
     loaded, chosen = pretrained.load(base), WORK.settings
     names = [task.name for task in TASKS]
-    model: Any = with_adapter(make_bert(loaded, {}), chosen.lora, names[0])
+    model: Any = with_adapter(make_bert(loaded, 0.0), chosen.lora, names[0])
     for name in names[1:]:
         model.add_adapter(name, model.peft_config[names[0]])
     for name, adapter in zip(names, make_adapters(loaded), strict=True):

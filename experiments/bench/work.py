@@ -25,19 +25,21 @@ LENGTHS = {
 }
 TASKS = tuple(tasks("mse").values())
 Dtype = Literal["float32", "bfloat16"]
-NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FIRST_WORD = 1000  # of BERT's vocabulary; what stands before are special and unused tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is trained: a variant at a batch size and a dtype, on `examples` of each task."""
+    """What is trained: a variant at a batch size and a dtype, on `examples` of each task.
+
+    Heads and encoder have the same dropout.
+    """
 
     variant: settings.VariantName
     batch_size: int
     dtype: Dtype
     examples: int = 512
-    dropout: bool = True
+    dropout: float = 0.1
     pooling: Literal["cls", "mean"] = "mean"
 
     @property
@@ -52,7 +54,7 @@ class Work:
             batch_size=self.batch_size,
             epochs=20,
         )
-        return settings.resolve(flags)
+        return dataclasses.replace(settings.resolve(flags), encoder_dropout=self.dropout)
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -92,16 +94,12 @@ class Ours:
     """Our side: the groups of a variant, each with its step and its batches (20 epochs)."""
 
     def __init__(self, work: Work, base: Pretrained) -> None:
-        if not work.dropout:
-            config = dataclasses.replace(base.config, **NO_DROPOUT)
-            base = dataclasses.replace(base, config=config)
         data, chosen = make_data(work, base), work.settings
         self.groups = [group.make_group(chosen, base, data, g) for g in chosen.groups]
-        if not work.dropout:
-            self.groups = [
-                dataclasses.replace(g, setup=dataclasses.replace(g.setup, dropout=0.0))
-                for g in self.groups
-            ]
+        self.groups = [
+            dataclasses.replace(g, setup=dataclasses.replace(g.setup, dropout=work.dropout))
+            for g in self.groups
+        ]
         self._steps = [make_train_step(g.setup) for g in self.groups]
         self._states: list[TrainState] = [g.state for g in self.groups]
         self._batches: list[Iterator[Batch]] = [
