@@ -73,7 +73,7 @@ def two_steps(
     adapter = lora.LoraConfig()
     with jax.default_device(device):
         encode = step.encoder(config, jnp.float32, adapter.scale, "mean")
-        chosen = tuple(tasks.tasks(variant.sts_loss)[n] for n in names)
+        chosen = tuple(t for t in tasks.paper_tasks(variant.sts_loss) if t.name in names)
         txs = step.optimizers(len(names), 1e-3, 1e-3)
         mixed = variant.adapt == "lora"  # a frozen encoder encodes here, too, at every step
         encode_tasks = step.task_encoder("lora" if mixed else "full", encode, len(names))

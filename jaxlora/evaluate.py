@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import heads, metrics
+from jaxlora import heads
 from jaxlora.data import packing
 from jaxlora.data.examples import Examples
 from jaxlora.step import Rows
@@ -124,15 +124,18 @@ def decode(task: Task, outputs: np.ndarray) -> np.ndarray:
 def untrained(task: Task, examples: Examples, vectors: np.ndarray) -> float:
     """What needs no training: the score a trained model must beat.
 
-    Single sentences: the most frequent class. Pairs: the cosine of the untrained vectors, for a
-    0/1 label cut at the threshold that does best on these very examples (so it is generous).
+    Pairs: the cosine of the untrained vectors, for a 0/1 label cut at the threshold that does best
+    on these very examples (so it is generous). Else the most frequent class, or for scores 0.
     """
     labels = examples.labels
+    if task.integer and not (task.kind == "binary" and task.pair and task.metric == "accuracy"):
+        values, counts = np.unique(labels, return_counts=True)
+        return task.score(np.full(len(labels), values[counts.argmax()]), labels)
     if not task.pair:
-        return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
+        return 0.0
     scores = np.asarray(heads.cosine(jnp.asarray(vectors[::2]), jnp.asarray(vectors[1::2])))
     if not task.integer:
-        return metrics.pearson(scores, labels)
+        return task.score(scores, labels)
     ranked = labels[np.argsort(-scores, kind="stable")]
     true_above = np.concatenate([[0], np.cumsum(ranked == 1)])
     false_below = (ranked == 0).sum() - np.concatenate([[0], np.cumsum(ranked == 0)])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlora import evaluate, step, tasks
+from jaxlora import evaluate, step
 from jaxlora.data import batches as data_batches
 from jaxlora.plan import Data, make_steps
 from jaxlora.pretrained import Pretrained
@@ -57,7 +57,8 @@ class Group:
 def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[str, ...]) -> Group:
     """Assemble a group: its parameters, its order, its packing and its optimizers."""
     dtype = jnp.dtype(settings.dtype)
-    chosen = tuple(tasks.tasks(settings.sts_loss)[name] for name in names)
+    settings = settings.of_group(names)
+    chosen = tuple(settings.named[name] for name in names)
     name = group_name(names)
     tree_key, state_key = jax.random.split(named_key(settings.seed, name))
     frozen, trainable = step.split_params(
@@ -79,6 +80,7 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
     else:
         most, mixed = max(1, MOST_PROGRAMS // len(settings.groups)), settings.adapt == "lora"
         batches = data_batches.plan(train, order, steps, settings.max_length, most, mixed)
+    weights = {d.task.name: d.weight for d in settings.tasks}
     setup = step.Setup(
         chosen,
         step.task_encoder(settings.adapt, encode, len(chosen)),
@@ -92,7 +94,7 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
         ),
         base.config.hidden_size,
         settings.pair_features,
-        weights=tuple(settings.sts_weight if n == "sts" else 1.0 for n in names),
+        weights=tuple(weights[name] for name in names),
     )
     state = step.init_state(setup, trainable, state_key)
     eval_every = settings.eval_every or -(-order.steps_per_epoch // 2)
@@ -142,7 +144,7 @@ def evaluate_group(group: Group, state: step.TrainState) -> dict[str, Any]:
     for task in group.setup.tasks:
         dev = group.data[task.name]["dev"]
         predictions = predict(group, task, state.trainable, state.heads, "dev")
-        scores[task.name] = task.metric(predictions, dev.labels)
+        scores[task.name] = task.score(predictions, dev.labels)
     return {
         "kind": "eval",
         "group": group.name,

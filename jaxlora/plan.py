@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxlora import lora, rundir, storage, tasks
+from jaxlora import lora, rundir, storage
 from jaxlora.data.batches import make_order
 from jaxlora.data.examples import Examples, load_examples
 from jaxlora.errors import UserError
@@ -72,13 +72,12 @@ def load_data(settings: Settings, base: Pretrained) -> Data:
     Raises:
       UserError: for bad data, naming the file and the line.
     """
-    folder = None if settings.data_dir is None else Path(settings.data_dir)
     return {
         name: load_examples(
-            task, settings.source, folder, base.tokenizer, base.tokenizer_key,
+            task, settings.source, settings.place(name), base.tokenizer, base.tokenizer_key,
             settings.max_length, rundir.cache_dir(),
         )
-        for name, task in tasks.tasks(settings.sts_loss).items()
+        for name, task in settings.named.items()
     }  # fmt: skip
 
 
@@ -108,7 +107,7 @@ def versions() -> dict[str, str]:
 def count(settings: Settings, base: Pretrained) -> storage.Storage:
     """The run's numbers of parameters."""
     return storage.count(
-        base.config, settings.adapt, settings.groups, settings.sts_loss, settings.lora,
+        base.config, settings.adapt, settings.groups, settings.named.values(), settings.lora,
         settings.pair_features,
     )  # fmt: skip
 
@@ -116,7 +115,9 @@ def count(settings: Settings, base: Pretrained) -> storage.Storage:
 def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data) -> Plan:
     """Say what the run will do."""
     steps = {
-        group_name(names): make_steps(settings, {n: data[n]["train"] for n in names})
+        group_name(names): make_steps(
+            settings.of_group(names), {n: data[n]["train"] for n in names}
+        )
         for names in settings.groups
     }
     shape = base.config

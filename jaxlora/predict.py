@@ -17,7 +17,7 @@ from jaxlora.data.examples import Examples, tokenize
 from jaxlora.errors import UserError
 from jaxlora.pretrained import Pretrained
 from jaxlora.settings import Settings
-from jaxlora.tasks import Task, tasks
+from jaxlora.tasks import Task
 from jaxlora.trees import Tree
 from jaxlora.variants import group_name
 
@@ -44,7 +44,7 @@ class Model:
     @property
     def tasks(self) -> dict[str, Task]:
         """The tasks it can do, by name."""
-        return tasks(self.settings.sts_loss)
+        return self.settings.named
 
     def encode(self, task: str, examples: Sequence[str | tuple[str, str]]) -> np.ndarray:
         """Sentence vectors as a task sees them.
@@ -207,7 +207,7 @@ def load(run_dir: str | Path) -> Model:
         settings,
         base,
         _filled(bank.get("adapters"), groups),
-        _filled(bank.get("heads"), list(tasks(settings.sts_loss))),
+        _filled(bank.get("heads"), list(settings.named)),
         frozen,
         step.make_encode(encode),
         step.make_mixed_encode(encode),

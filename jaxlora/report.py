@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,15 @@ from rich.progress import (
 )  # fmt: skip
 from rich.table import Table
 
+from jaxlora.descriptions import Description
 from jaxlora.plan import Plan
-from jaxlora.tasks import NAMES, tasks
-from jaxlora.variants import VARIANTS
+from jaxlora.tasks import NAMES
+from jaxlora.variants import VARIANTS, Variant
+
+UNTRAINED = (
+    "untrained: the most frequent class; for pairs, the cosine of the base's vectors (a yes or no: "
+    "at the best threshold)."
+)
 
 
 class ConsoleListener:
@@ -82,8 +88,8 @@ def plan_table(plan: Plan) -> Table:
         ),
         "dropout": "heads 0.1"
         + ("" if s.adapt == "frozen" else f", encoder {s.encoder_dropout:g}"),
-        "vectors": f"{s.pooling} pooling; pairs: {s.pair_features}; "
-        f"STS loss: {s.sts_loss} × {s.sts_weight:g}",
+        "vectors": f"{s.pooling} pooling; pairs: {s.pair_features}",
+        "losses": ", ".join(f"{d.task.name}: {_loss(d)}" for d in s.tasks),
         "learning rates": f"{rates}heads {s.head_learning_rate:g} "
         f"({s.warmup_steps} steps warm-up, then {s.schedule})",
         **{f"data {t}": _counts(plan, t) for t in plan.examples},
@@ -100,6 +106,11 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def _loss(description: Description) -> str:
+    weight = "" if description.weight == 1 else f" × {description.weight:g}"
+    return description.task.loss.replace("_", " ") + weight
+
+
 def _lora_line(plan: Plan) -> str:
     s = plan.settings
     return f"frozen, LoRA rank {s.rank}, alpha {s.alpha:g} on {', '.join(s.target_modules)}"
@@ -113,28 +124,30 @@ def _counts(plan: Plan, task: str) -> str:
 
 
 def result_table(result: dict[str, Any]) -> Table:
-    """A run beside the paper's row for its variant (other data, so compare with care)."""
-    paper = VARIANTS[result["variant"]].paper
-    stored = result["parameters"]
-    percent = {"sst": paper.sst / 100, "para": paper.para / 100, "sts": paper.sts / 100}
+    """A run; the paper's tasks beside its row for the variant (other data: compare with care)."""
+    stored, named = result["parameters"], result["metrics"]
     columns = {
         "this run": [
-            *_scores(result["dev"]),
+            *_scores(result["dev"], named),
             f"{stored['incremental'] / 1e6:.2f}M",
             f"{stored['bundled'] / 1e6:.2f}M",
             duration(result["train_seconds"]),
         ],
-        "untrained": [*_scores(result["untrained"]), "0", f"{stored['base'] / 1e6:.2f}M", ""],
-        "the paper": [
-            *_scores(percent),
+        "untrained": [
+            *_scores(result["untrained"], named), "0", f"{stored['base'] / 1e6:.2f}M", "",
+        ],
+    }  # fmt: skip
+    if _is_papers(result):
+        paper = VARIANTS[result["variant"]].paper
+        percent = {"sst": paper.sst / 100, "para": paper.para / 100, "sts": paper.sts / 100}
+        columns["the paper"] = [
+            *_scores(percent, named),
             f"{paper.incremental:.2f}M",
             f"{paper.bundled_recomputed:.2f}M",
             "",
-        ],
-    }
-    named = tasks()
-    labels = [f"{named[n].title} {named[n].metric_name}" for n in NAMES]
-    labels += ["mean", "parameters, incremental", "parameters, bundled", "training time"]
+        ]
+    labels = [*named.values(), "mean"]
+    labels += ["parameters, incremental", "parameters, bundled", "training time"]
     table = Table(title=f"{result['variant']}: best on dev", title_justify="left")
     table.add_column("")
     for name in columns:
@@ -144,20 +157,27 @@ def result_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _scores(scores: dict[str, float]) -> list[str]:
-    values = [scores[name] for name in NAMES]
+def _is_papers(result: dict[str, Any]) -> bool:
+    return set(result["metrics"]) == set(NAMES) and result["source"] != "files"
+
+
+def _scores(scores: dict[str, float], names: Iterable[str]) -> list[str]:
+    values = [scores[name] for name in names]
     return [f"{v:.4f}" for v in values] + [f"{sum(values) / len(values):.4f}"]
 
 
 def notes(result: dict[str, Any]) -> list[str]:
     """What must be known to read the table."""
-    chosen = VARIANTS[result["variant"]]
+    lines = _papers_notes(VARIANTS[result["variant"]]) if _is_papers(result) else [UNTRAINED]
+    if result["test"]:
+        scores = [f"{k} {v:.4f}" for k, v in result["test"].items()]
+        lines.append(f"On the labelled test sets: {', '.join(scores)}.")
+    return lines
+
+
+def _papers_notes(chosen: Variant) -> list[str]:
     paper = chosen.paper
-    lines = [
-        "untrained: SST-5's most frequent class; for pairs, the cosine of the base's vectors "
-        "(Quora: at the best threshold).",
-        "the paper: bert-base on its own splits, so compare with care.",
-    ]
+    lines = [UNTRAINED, "the paper: bert-base on its own splits, so compare with care."]
     if paper.mean != paper.mean_recomputed:
         lines.append(
             f"The paper prints a mean of {paper.mean:.2f}; its row gives "
@@ -170,9 +190,6 @@ def notes(result: dict[str, Any]) -> list[str]:
         )
     if chosen.sts_loss == "cosine":
         lines.append("The paper counts an STS head that the cosine loss does not use.")
-    if result["test"]:
-        scores = [f"{k} {v:.4f}" for k, v in result["test"].items()]
-        lines.append(f"On the labelled test sets: {', '.join(scores)}.")
     return lines
 
 

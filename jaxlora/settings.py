@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
+from jaxlora.data.sources import Place
+from jaxlora.descriptions import Description, paper_descriptions, read_tasks
 from jaxlora.errors import UserError
 from jaxlora.lora import PAPER_TARGETS, LoraConfig
-from jaxlora.variants import Adapt, Groups, Variant, parse_groups, variant
+from jaxlora.tasks import Task
+from jaxlora.variants import Adapt, Groups, Variant, groups_like, parse_groups, variant
 
 VariantName = Literal[
     "baseline1", "baseline2", "baseline3", "baseline4", "lora1", "lora2", "lora3", "lora4"
 ]
 PresetName = Literal["demo", "cs224n", "paper"]
-Source = Literal["demo", "cs224n", "official"]
+Source = Literal["demo", "cs224n", "official", "files"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,9 @@ class Flags:
       preset: demo: MiniLM and built-in data; cs224n: settings that train well on real data
         (needs --data-dir); paper: bert-base-uncased and the paper's settings.
       data_dir: folder with the tab-separated files of the CS224N default project.
-      source: where the data comes from; cs224n if --data-dir is given, else the preset's.
+      source: where the data comes from; cs224n if --data-dir is given, files if --tasks is, else
+        the preset's.
+      tasks: TOML file that describes tasks of your own, to train instead of the paper's.
       base: minilm, a local Hugging Face folder, or a hub id.
       groups: which tasks share a trainable encoder tree, e.g. "sst|para,sts"; default: the
         variant's.
@@ -66,6 +72,7 @@ class Flags:
     preset: PresetName = "demo"
     data_dir: Path | None = None
     source: Source | None = None
+    tasks: Path | None = None
     base: str | None = None
     groups: str | None = None
     pooling: Literal["cls", "mean"] | None = None
@@ -140,7 +147,7 @@ class Settings:
     variant: str
     adapt: Adapt
     groups: Groups
-    sts_loss: Literal["mse", "cosine"]
+    tasks: tuple[Description, ...]
     preset: str
     source: Source
     data_dir: str | None
@@ -157,7 +164,6 @@ class Settings:
     schedule: str
     weight_decay: float
     clip: float
-    sts_weight: float
     batch_size: int
     epochs: int
     max_steps: int | None
@@ -172,11 +178,37 @@ class Settings:
         """The adapters' configuration."""
         return LoraConfig(self.rank, self.alpha, self.target_modules)
 
+    @property
+    def named(self) -> dict[str, Task]:
+        """The tasks by name."""
+        return {d.task.name: d.task for d in self.tasks}
+
+    def place(self, task: str) -> Place:
+        """Where a task's source finds its rows."""
+        if self.source == "files":
+            return next(d.table for d in self.tasks if d.task.name == task)
+        return None if self.data_dir is None else Path(self.data_dir)
+
+    def of_group(self, names: tuple[str, ...]) -> Settings:
+        """The settings of a group: what its tasks bring along comes first.
+
+        Raises:
+          UserError: if two tasks of the group want different values.
+        """
+        own: dict[str, Any] = {}
+        for description in self.tasks:
+            for key, value in description.own if description.task.name in names else ():
+                if own.setdefault(key, value) != value:
+                    raise UserError(
+                        f"--tasks: {', '.join(names)} are trained together and must agree on "
+                        f"{key} ({own[key]} or {value}); change it, or --groups"
+                    )
+        return dataclasses.replace(self, **own)
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
-        plain = dataclasses.asdict(self)
-        plain["groups"] = [list(group) for group in self.groups]
-        return plain | {"target_modules": list(self.target_modules)}
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Settings:
@@ -193,9 +225,12 @@ class Settings:
         if plain.keys() != names:
             odd = ", ".join(sorted(plain.keys() ^ names))
             raise UserError(f"the settings were written by another version of jaxlora ({odd})")
-        groups = tuple(tuple(group) for group in plain["groups"])
-        modules = tuple(plain["target_modules"])
-        return cls(**plain | {"groups": groups, "target_modules": modules})
+        rebuilt = {
+            "groups": tuple(tuple(group) for group in plain["groups"]),
+            "tasks": tuple(map(Description.from_json, plain["tasks"])),
+            "target_modules": tuple(plain["target_modules"]),
+        }
+        return cls(**plain | rebuilt)
 
 
 def resolve(flags: Flags) -> Settings:
@@ -204,8 +239,8 @@ def resolve(flags: Flags) -> Settings:
     Raises:
       UserError: for values out of range or flags that do not fit each other, naming the flag.
 
-    >>> resolve(Flags("lora3")).sts_loss
-    'mse'
+    >>> resolve(Flags("lora3")).named["sts"].loss
+    'squared_error'
     """
     chosen = variant(flags.variant)
     given = {k: v for k, v in dataclasses.asdict(flags).items() if v is not None}
@@ -219,21 +254,42 @@ def resolve(flags: Flags) -> Settings:
     for name, key in (("learning_rate", chosen.adapt), ("sts_weight", chosen.sts_loss)):
         if isinstance(values[name], dict):
             values[name] = values[name][key]
-    values["groups"] = parse_groups(flags.groups) if flags.groups is not None else chosen.groups
-    if flags.data_dir is not None and flags.source is None:
-        values["source"] = "cs224n"
+    if flags.source is None:
+        if flags.data_dir is not None:
+            values["source"] = "cs224n"
+        if flags.tasks is not None:
+            values["source"] = "files"
+    values["tasks"] = _tasks(flags, chosen, values["sts_weight"])
+    names = tuple(d.task.name for d in values["tasks"])
+    values["groups"] = (
+        groups_like(chosen.groups, names)
+        if flags.groups is None
+        else parse_groups(flags.groups, names)
+    )
     fields = {f.name for f in dataclasses.fields(Settings)}
     defaults = {"max_steps": None, "eval_every": None, "alpha": float(values["rank"])}
     settings = Settings(
         **defaults
         | {"dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16"}
         | {k: v for k, v in values.items() if k in fields}
-        | {"adapt": chosen.adapt, "sts_loss": chosen.sts_loss}
+        | {"adapt": chosen.adapt}
         | {"data_dir": None if flags.data_dir is None else str(flags.data_dir.absolute())}
         | {"base": _absolute(values["base"])}
     )
     _check(settings)
+    for group in settings.groups:
+        _check(settings.of_group(group))
     return settings
+
+
+def _tasks(flags: Flags, chosen: Variant, sts_weight: float) -> tuple[Description, ...]:
+    if flags.tasks is None:
+        if not 0 < sts_weight < float("inf"):
+            raise UserError(f"--sts-weight {sts_weight}: must be above 0")
+        return paper_descriptions(chosen.sts_loss, sts_weight)
+    if flags.sts_weight is not None:
+        raise UserError(f"--sts-weight is for the paper's tasks; set a weight in {flags.tasks}")
+    return read_tasks(flags.tasks)
 
 
 def _absolute(base: str) -> str:
@@ -250,7 +306,7 @@ _AT_LEAST = {
     "rank": 1, "batch_size": 1, "epochs": 1, "max_steps": 1, "eval_every": 1, "patience": 0,
     "warmup_steps": 0, "max_length": 3, "seed": 0,
 }  # fmt: skip
-_POSITIVE = ("alpha", "learning_rate", "head_learning_rate", "clip", "sts_weight")
+_POSITIVE = ("alpha", "learning_rate", "head_learning_rate", "clip")
 _MAX_SEED = 2**31 - 1
 # Flags that mean nothing to some variants.
 _ONLY_FOR = {
@@ -281,6 +337,8 @@ def _check(settings: Settings) -> None:
             "--data-dir is missing: the cs224n data needs the folder with ids-sst-train.csv, "
             "quora-train.csv, sts-train.csv, …; without data try --preset=demo"
         )
+    if (settings.source == "files") != any(d.table for d in settings.tasks):
+        raise UserError("--tasks goes with --source=files, and that with --tasks")
     if settings.source != "cs224n" and settings.data_dir is not None:
         raise UserError(
             f"--data-dir goes with --source=cs224n, not with --source={settings.source}"

@@ -317,7 +317,9 @@ def task_losses(
             heads[task.name], vectors[t, :size], vectors[t, size:],
             pair_features=setup.pair_features, dropout=setup.dropout, key=head_keys[t],
         )  # fmt: skip
-        per_task.append(losses.masked_mean(task.loss(outputs, batch.labels[t]), batch.weights[t]))
+        per_task.append(
+            losses.masked_mean(task.per_example_loss(outputs, batch.labels[t]), batch.weights[t])
+        )
     return jnp.stack(per_task)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 
 from jaxlora import lora, trees
 from jaxlora.bert import BertConfig, param_shapes
-from jaxlora.tasks import tasks
+from jaxlora.tasks import Task
 from jaxlora.variants import Adapt, Groups
 
 
@@ -34,14 +35,15 @@ def count(
     config: BertConfig,
     adapt: Adapt,
     groups: Groups,
-    sts_loss: str,
+    tasks: Iterable[Task],
     adapter: lora.LoraConfig,
     pair_features: str = "concat",
 ) -> Storage:
     """Count by shapes alone; nothing is allocated.
 
     >>> from jaxlora.variants import SHARED
-    >>> count(BertConfig(), "lora", SHARED, "mse", lora.LoraConfig()).incremental
+    >>> from jaxlora.tasks import paper_tasks
+    >>> count(BertConfig(), "lora", SHARED, paper_tasks("mse"), lora.LoraConfig()).incremental
     2881543
     """
     params = param_shapes(config)
@@ -56,7 +58,7 @@ def count(
         trees.count(
             jax.eval_shape(lambda t=task: t.init_head(key, config.hidden_size, pair_features))
         )
-        for task in tasks(sts_loss).values()
+        for task in tasks
     )
     encoder = one_tree * len(groups)
     incremental = encoder + heads

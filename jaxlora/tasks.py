@@ -1,10 +1,10 @@
-"""What a task is: its sentences, its labels, its head, its loss and its metric, as data."""
+"""What a task is: its sentences, its labels, its head, its loss and its metric, as plain data."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,35 +12,148 @@ import numpy as np
 
 from jaxlora import heads, losses, metrics
 
+KindName = Literal["classification", "binary", "regression", "similarity"]
+
+
+class Kind(NamedTuple):
+    """What a kind of task allows; the first loss and the first metric are its defaults."""
+
+    integer: bool
+    losses: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+
+KINDS: dict[str, Kind] = {
+    "classification": Kind(True, ("cross_entropy",), ("accuracy", "f1")),
+    "binary": Kind(True, ("binary_cross_entropy",), ("accuracy", "f1")),
+    "regression": Kind(False, ("squared_error",), ("pearson", "spearman")),
+    "similarity": Kind(False, ("cosine", "squared_error"), ("pearson", "spearman")),
+}
+LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "cross_entropy": losses.cross_entropy,
+    "binary_cross_entropy": losses.binary_cross_entropy,
+    "squared_error": losses.squared_error,
+    "cosine": losses.cosine_error,
+}
+# Inside, scores go from 0 to 5 as STS-B's do, so that no head must reach for large numbers.
+SPAN = 5.0
+METRICS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], float]]] = {
+    "accuracy": ("accuracy", metrics.accuracy),
+    "f1": ("F1", metrics.f1),
+    "pearson": ("Pearson r", metrics.pearson),
+    "spearman": ("Spearman ρ", metrics.spearman),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task of the run; everything that differs between tasks stands here and nowhere else.
+    """One task; everything that differs between tasks stands here and nowhere else.
 
     Attributes:
       name: short name, used in flags, trees and file names.
-      title: the name people know it by.
+      kind: see `KINDS`.
       pair: whether an example is two sentences.
-      low, high: the range of the labels.
-      integer: whether labels are whole numbers.
-      outputs: outputs of the head; 0 means no head (the loss reads the cosine of the two vectors).
-      loss: `(outputs, labels f32[B]) -> f32[B]`.
-      decode: `outputs -> predictions f32[B]` on the label's scale.
-      metric: `(predictions, labels) -> float`, higher is better.
-      metric_name: what to call that number.
+      low, high: the range of the labels; of classes, the first and the last number.
+      classes: names of the classes, in the order of their numbers.
+      loss: `cross_entropy`, `binary_cross_entropy`, `squared_error`, or `cosine`, which has no head
+        and reads the cosine of the two vectors; default: the kind's.
+      metric: see `METRICS`; default: the kind's.
+      title: the name people know it by; default: the name.
+
+    Raises:
+      ValueError: for what does not go together.
+
+    >>> task = Task("topic", "classification", classes=("sport", "science"))
+    >>> task.high, task.loss, task.metric_name
+    (1.0, 'cross_entropy', 'accuracy')
     """
 
     name: str
-    title: str
-    pair: bool
-    low: float
-    high: float
-    integer: bool
-    outputs: int
-    loss: Callable[[jax.Array, jax.Array], jax.Array]
-    decode: Callable[[jax.Array], jax.Array]
-    metric: Callable[[np.ndarray, np.ndarray], float]
-    metric_name: str
+    kind: KindName
+    pair: bool = False
+    low: float = 0.0
+    high: float = 1.0
+    classes: tuple[str, ...] = ()
+    loss: str = ""
+    metric: str = ""
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        kind, fill = KINDS[self.kind], object.__setattr__
+        fill(self, "loss", self.loss or kind.losses[0])
+        fill(self, "metric", self.metric or kind.metrics[0])
+        fill(self, "title", self.title or self.name)
+        if kind.integer:
+            fill(self, "classes", self.classes or ("0", "1"))
+            fill(self, "low", 0.0)
+            fill(self, "high", len(self.classes) - 1.0)
+        for what, allowed in (("loss", kind.losses), ("metric", kind.metrics)):
+            if getattr(self, what) not in allowed:
+                raise ValueError(
+                    f"{what} {getattr(self, what)!r} does not go with {self.kind}; "
+                    f"choose from {', '.join(allowed)}"
+                )
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes: a name stands there twice ({', '.join(self.classes)})")
+        if self.kind == "classification" and len(self.classes) < 2:
+            raise ValueError("classes: name at least two")
+        if self.kind == "binary" and len(self.classes) != 2:
+            raise ValueError("classes: a binary task has two, the second is the positive one")
+        if self.classes and not self.integer:
+            raise ValueError(f"classes do not go with {self.kind}")
+        if not -float("inf") < self.low < self.high < float("inf"):
+            raise ValueError(f"the labels' range {self.low:g} to {self.high:g} is empty")
+        if self.kind == "similarity" and not self.pair:
+            raise ValueError("a similarity is between two texts; name two columns")
+
+    @property
+    def integer(self) -> bool:
+        """Whether labels are whole numbers, that is classes."""
+        return KINDS[self.kind].integer
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of the head; 0 means no head."""
+        return {"cross_entropy": len(self.classes), "cosine": 0}.get(self.loss, 1)
+
+    @property
+    def metric_name(self) -> str:
+        """What to call the metric."""
+        return METRICS[self.metric][0]
+
+    def score(self, predictions: np.ndarray, labels: np.ndarray) -> float:
+        """The metric of predictions; higher is better."""
+        return METRICS[self.metric][1](predictions, labels)
+
+    def per_example_loss(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+        """`(outputs, labels f32[B]) → f32[B]`; scores are on a scale of 0 to `SPAN` here."""
+        if not self.integer:
+            labels = (labels - self.low) * (SPAN / (self.high - self.low))
+        return LOSSES[self.loss](outputs, labels)
+
+    def decode(self, outputs: jax.Array) -> jax.Array:
+        """Outputs → predictions `f32[B]` on the label's scale: a class's number, or a score."""
+        if self.loss == "cross_entropy":
+            return jnp.argmax(outputs, -1).astype(jnp.float32)
+        if self.loss == "binary_cross_entropy":
+            return (outputs > 0).astype(jnp.float32)
+        inner = SPAN * outputs if self.loss == "cosine" else outputs
+        scores = self.low + inner * ((self.high - self.low) / SPAN)
+        return jnp.clip(scores, self.low, self.high)
+
+    def probabilities(self, outputs: jax.Array) -> jax.Array | None:
+        """Outputs → `f32[B, classes]`; None for a task with scores."""
+        if self.loss == "cross_entropy":
+            return jax.nn.softmax(outputs)
+        if self.loss == "binary_cross_entropy":
+            positive = jax.nn.sigmoid(outputs)
+            return jnp.stack([1 - positive, positive], axis=-1)
+        return None
 
     @property
     def sentences(self) -> int:
@@ -96,37 +209,20 @@ class Task:
         return jnp.asarray(module.apply({"params": params}, x, train=key is not None, rngs=rngs))
 
 
-def _clip_score(scores: jax.Array) -> jax.Array:
-    return jnp.clip(scores, 0.0, 5.0)
-
-
-SST = Task(
-    "sst", "SST-5", False, 0, 4, True, 5,
-    losses.cross_entropy, lambda z: jnp.argmax(z, -1).astype(jnp.float32),
-    metrics.accuracy, "accuracy",
-)  # fmt: skip
-PARA = Task(
-    "para", "Quora", True, 0, 1, True, 1,
-    losses.binary_cross_entropy, lambda z: (z > 0).astype(jnp.float32),
-    metrics.accuracy, "accuracy",
-)  # fmt: skip
-STS_MSE = Task(
-    "sts", "STS-B", True, 0, 5, False, 1,
-    losses.squared_error, _clip_score,
-    metrics.pearson, "Pearson r",
-)  # fmt: skip
-STS_COSINE = dataclasses.replace(
-    STS_MSE, outputs=0, loss=losses.cosine_error, decode=lambda c: _clip_score(5.0 * c)
-)
+SENTIMENTS = ("0", "1", "2", "3", "4")  # very negative … very positive
+SST = Task("sst", "classification", classes=SENTIMENTS, title="SST-5")
+PARA = Task("para", "binary", pair=True, title="Quora")
+STS_COSINE = Task("sts", "similarity", pair=True, high=5.0, title="STS-B")
+STS_MSE = dataclasses.replace(STS_COSINE, loss="squared_error")
 
 STS_LOSSES = {"mse": STS_MSE, "cosine": STS_COSINE}
 NAMES = ("sst", "para", "sts")
 
 
-def tasks(sts_loss: str = "cosine") -> dict[str, Task]:
-    """The three tasks by name, STS with the loss asked for (`mse` or `cosine`).
+def paper_tasks(sts_loss: str = "cosine") -> tuple[Task, ...]:
+    """The paper's three tasks, STS with the loss asked for (`mse` or `cosine`).
 
-    >>> list(tasks("mse"))
+    >>> [task.name for task in paper_tasks("mse")]
     ['sst', 'para', 'sts']
     """
-    return {t.name: t for t in (SST, PARA, STS_LOSSES[sts_loss])}
+    return SST, PARA, STS_LOSSES[sts_loss]

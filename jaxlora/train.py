@@ -150,7 +150,8 @@ def _train_groups(
     test: dict[str, float] = {}
     for names in settings.groups:
         group = make_group(settings, job.base, job.data, names)
-        best, done = train_group(group, saved[group.name], log, listener, settings.patience)
+        patience = settings.of_group(names).patience
+        best, done = train_group(group, saved[group.name], log, listener, patience)
         bank["adapters"][group.name] = best["trainable"]
         bank["heads"] |= best["heads"]
         progress[group.name] = dataclasses.asdict(done)
@@ -291,12 +292,14 @@ def predict_splits(
     for task in group.setup.tasks:
         for split in splits:
             examples = group.data[task.name][split]
+            if not len(examples):
+                continue
             predictions = predict(group, task, best["trainable"], best["heads"], split)
             path = out / "predictions" / f"{task.name}-{split}.csv"
             shown = [f"{p:.0f}" if task.integer else f"{p:.4f}" for p in predictions]
             rundir.write_predictions(path, examples.ids, shown)
             if split == "test" and examples.labelled:
-                scores[task.name] = task.metric(predictions, examples.labels)
+                scores[task.name] = task.score(predictions, examples.labels)
     return scores
 
 
@@ -316,6 +319,8 @@ def summarise(
     return {
         "variant": settings.variant,
         "preset": settings.preset,
+        "source": settings.source,
+        "metrics": {name: f"{t.title} {t.metric_name}" for name, t in settings.named.items()},
         "dev": dev,
         "dev_mean": float(np.mean(list(dev.values()))),
         "test": test,

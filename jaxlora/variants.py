@@ -103,7 +103,16 @@ def variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def parse_groups(text: str) -> Groups:
+def groups_like(shape: Groups, names: tuple[str, ...]) -> Groups:
+    """Share among any tasks as `SHARED` or `SEPARATE` does among the paper's three.
+
+    >>> groups_like(SHARED, ("a", "b")), groups_like(SEPARATE, ("a", "b"))
+    ((('a', 'b'),), (('a',), ('b',)))
+    """
+    return (names,) if shape == SHARED else tuple((name,) for name in names)
+
+
+def parse_groups(text: str, names: tuple[str, ...] = NAMES) -> Groups:
     """Read a partition of the tasks: groups apart by `|`, tasks of a group by `,`.
 
     Raises:
@@ -116,15 +125,15 @@ def parse_groups(text: str) -> Groups:
         tuple(name.strip() for name in part.split(",") if name.strip()) for part in text.split("|")
     )
     seen = [name for group in groups for name in group]
-    example = 'for example --groups "sst|para,sts"'
+    example = f'for example --groups "{names[0]}|{",".join(names[1:])}"'
     for name in seen:
-        if name not in NAMES:
+        if name not in names:
             raise UserError(
-                f"--groups {text}: unknown task {name!r} ({', '.join(NAMES)}; {example})"
+                f"--groups {text}: unknown task {name!r} ({', '.join(names)}; {example})"
             )
         if seen.count(name) > 1:
             raise UserError(f"--groups {text}: task {name!r} is in two groups ({example})")
-    missing = [name for name in NAMES if name not in seen]
+    missing = [name for name in names if name not in seen]
     if missing:
         raise UserError(f"--groups {text}: every task needs a group; add {', '.join(missing)}")
     if not all(groups):

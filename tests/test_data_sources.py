@@ -17,9 +17,9 @@ from jaxlora.data.builders import BUILDERS, SourceConfig, load
 from jaxlora.data.rows import Row
 from jaxlora.data.sources import fingerprint, load_rows
 from jaxlora.errors import UserError
-from jaxlora.tasks import tasks
+from jaxlora.tasks import paper_tasks
 
-TASKS = tasks()
+TASKS = {task.name: task for task in paper_tasks()}
 SST, PARA, STS = TASKS["sst"], TASKS["para"], TASKS["sts"]
 
 HEADERS = {

@@ -16,9 +16,9 @@ from jaxlora.data import demo
 from jaxlora.data.grammars import question_frames, questions, reviews, scenes
 from jaxlora.data.grammars.words import words
 from jaxlora.data.rows import sentences
-from jaxlora.tasks import tasks
+from jaxlora.tasks import paper_tasks
 
-TASKS = tasks()
+TASKS = {task.name: task for task in paper_tasks()}
 NAMES = tuple(TASKS)
 
 

@@ -76,7 +76,7 @@ def random_batch(chosen, adapt, hidden_size, seed=0):
 
 def make(base, adapt="lora", names=ALL, sts_loss="mse", dropout=0.1, **replace):
     """A group ready to step: its setup, frozen tree, state and a batch."""
-    chosen = tuple(tasks.tasks(sts_loss)[n] for n in names)
+    chosen = tuple(t for t in tasks.paper_tasks(sts_loss) if t.name in names)
     config = base.config.with_dropout(dropout)
     frozen, trainable = step.split_params(
         adapt, base.params, ADAPTER, jax.random.key(1), jnp.float32
@@ -116,7 +116,7 @@ def task_loss(group, t, trainable, head):
     vectors = group.encode(group.frozen, trainable, group.rows[t], None)
     u, v = vectors[:SIZE], vectors[SIZE : 2 * SIZE]
     outputs = task.apply_head(head, u, v, pair_features="concat")
-    return jnp.mean(task.loss(outputs, group.batch.labels[t]))
+    return jnp.mean(task.per_example_loss(outputs, group.batch.labels[t]))
 
 
 class Recorded(NamedTuple):

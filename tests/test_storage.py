@@ -5,6 +5,7 @@ import pytest
 from jaxlora import storage
 from jaxlora.bert import BertConfig
 from jaxlora.lora import LoraConfig
+from jaxlora.tasks import paper_tasks
 from jaxlora.variants import SEPARATE, SHARED, VARIANTS
 
 HIDDEN = 768
@@ -19,7 +20,9 @@ PAPER_BERT, PAPER_ADAPTER, PAPER_HEADS = 110, 1.106, 1.78
 
 
 def count(adapt, groups, sts_loss, adapter=None):
-    return storage.count(BertConfig(), adapt, groups, sts_loss, adapter or LoraConfig())
+    return storage.count(
+        BertConfig(), adapt, groups, paper_tasks(sts_loss), adapter or LoraConfig()
+    )
 
 
 def test_parts_of_bert_base():

@@ -15,7 +15,7 @@ from jaxlora.data.examples import Examples
 from jaxlora.plan import Data
 from jaxlora.pretrained import Pretrained
 from jaxlora.step import Batch, StepMetrics, TrainState, make_train_step
-from jaxlora.tasks import Task, tasks
+from jaxlora.tasks import Task, paper_tasks
 
 # Tokens of a training sentence at 0, 5, … 100 % (SST-5, Quora, STS-B; BERT's tokenizer).
 LENGTHS = {
@@ -23,7 +23,7 @@ LENGTHS = {
     "para": (3, 8, 9, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 16, 17, 18, 20, 22, 25, 30, 95),
     "sts": (5, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 16, 17, 19, 22, 26, 31, 70),
 }
-TASKS = tuple(tasks("mse").values())
+TASKS = paper_tasks("mse")
 Dtype = Literal["float32", "bfloat16"]
 FIRST_WORD = 1000  # of BERT's vocabulary; what stands before are special and unused tokens
 
@@ -59,7 +59,7 @@ class Work:
     @property
     def tasks(self) -> dict[str, Task]:
         """Its tasks."""
-        return tasks(self.settings.sts_loss)
+        return self.settings.named
 
 
 def make_examples(task: Task, count: int, vocabulary: int, seed: int = 0) -> Examples:

@@ -76,7 +76,7 @@ _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.er
 def load_examples(
     task: Task,
     source: str,
-    data_dir: Path | None,
+    place: sources.Place,
     tokenizer: Tokenizer,
     tokenizer_key: str,
     max_length: int,
@@ -85,9 +85,8 @@ def load_examples(
     """Tokenised splits of a task; tokenised once, then read from the cache without TFDS.
 
     Args:
-      task: one of the three tasks.
-      source: `demo`, `cs224n` or `official`.
-      data_dir: the folder of `cs224n`; others ignore it.
+      task: whose examples.
+      source, place: see `sources.load_rows`.
       tokenizer: a fast tokenizer whose post-processor adds `[CLS]` and `[SEP]`; left as it is.
       tokenizer_key: names the tokenizer's content, e.g. a checksum.
       max_length: the most tokens a sentence may have, `[CLS]` and `[SEP]` included.
@@ -96,14 +95,14 @@ def load_examples(
     Raises:
       UserError: anything wrong with the source.
     """
-    content = sources.fingerprint(task, source, data_dir)
+    content = sources.fingerprint(task, source, place)
     key = json.dumps([FORMAT, content, tokenizer_key, max_length])
     name = f"{task.name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     path = cache / "tokens" / name
     found = _restore(path)
     if found is not None:
         return found
-    rows, _ = sources.load_rows(task, source, data_dir, cache)
+    rows, _ = sources.load_rows(task, source, place, cache)
     splits = {s: _examples(r, task, tokenizer, max_length) for s, r in rows.items()}
     _save(path, splits)
     return splits

@@ -32,12 +32,12 @@ def parse_label(text: str, task: Task, where: str) -> float:
     """Read a label and check it against the task's range.
 
     Args:
-      text: the label as written, e.g. `"3"`, `"1.0"` or `"4.6"`.
+      text: the label as written, e.g. `"3"`, `"1.0"`, `"4.6"` or a class's name.
       task: says the range and whether labels are whole numbers.
       where: `file:line`, for the message.
 
     Raises:
-      UserError: not a number, not finite, not whole, or out of range.
+      UserError: neither a class's name, nor a number in the range (of classes, a whole one).
 
     >>> from jaxlora.tasks import SST
     >>> parse_label("3.0", SST, "sst.csv:7")
@@ -47,18 +47,41 @@ def parse_label(text: str, task: Task, where: str) -> float:
     ...
     jaxlora.errors.UserError: sst.csv:7: label '7' is not a whole number from 0 to 4 (SST-5); ...
     """
+    if text.strip() in task.classes:
+        return float(task.classes.index(text.strip()))
     try:
         label = float(text)
     except ValueError:
         label = math.nan
-    whole = label.is_integer() or not task.integer
-    if whole and task.low <= label <= task.high:  # NaN fails the comparison
+    if task.integer:
+        label = _class_number(label, task.classes)
+    if task.low <= label <= task.high:  # NaN fails the comparison
         return label
-    kind = "a whole number" if task.integer else "a number"
     raise UserError(
-        f"{where}: label {text!r} is not {kind} from {task.low:g} to {task.high:g} "
-        f"({task.title}); correct the label or delete the line."
+        f"{where}: label {text!r} is not {_allowed(task)} ({task.title}); "
+        "correct the label or delete the line."
     )
+
+
+def _class_number(value: float, classes: tuple[str, ...]) -> float:
+    """The class of a number: the one whose name is that number, or that has it if names are words.
+
+    >>> _class_number(2.0, ("1", "2")), _class_number(1.0, ("no", "yes"))
+    (1.0, 1.0)
+    """
+    try:
+        numbers = [float(name) for name in classes]
+    except ValueError:
+        return value if value.is_integer() else math.nan
+    return float(numbers.index(value)) if value in numbers else math.nan
+
+
+def _allowed(task: Task) -> str:
+    if not task.integer:
+        return f"a number from {task.low:g} to {task.high:g}"
+    if task.classes == tuple(map(str, range(len(task.classes)))):
+        return f"a whole number from {task.low:g} to {task.high:g}"
+    return f"one of {', '.join(task.classes)}"
 
 
 def check(row: Row, task: Task, where: str) -> Row:

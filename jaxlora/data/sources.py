@@ -1,4 +1,4 @@
-"""Where rows come from: the demo grammar, a folder of TSV files, or the public releases."""
+"""Where rows come from: the demo grammar, a folder of TSV files, the public releases, or tables."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jaxlora.data import cs224n, demo, official
+from jaxlora.data import cs224n, demo, official, tables
 from jaxlora.data.rows import Row
+from jaxlora.data.tables import Table
 from jaxlora.errors import UserError
 from jaxlora.tasks import Task
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 Splits = dict[str, list[Row]]
+Place = Path | Table | None  # the folder of `cs224n`, the table of `files`; others need none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,22 +28,30 @@ class Source:
     """A source as data.
 
     Attributes:
-      content: `(task, data_dir) -> bytes` that change whenever the rows would.
-      read: `(task, data_dir, download manager) -> rows by split`.
+      content: `(task, place) -> bytes` that change whenever the rows would.
+      read: `(task, place, download manager) -> rows by split`.
+      prepared: whether TFDS prepares and keeps the rows.
     """
 
-    content: Callable[[Task, Path | None], bytes]
-    read: Callable[[Task, Path | None, tfds.download.DownloadManager], Splits]
+    content: Callable[[Task, Any], bytes]
+    read: Callable[[Task, Any, tfds.download.DownloadManager | None], Splits]
+    prepared: bool = True
 
 
-def _file_bytes(task: Task, data_dir: Path | None) -> bytes:
-    paths = cs224n.files(task, data_dir).values()
+def _digest(paths: Iterable[Path]) -> bytes:
     return b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)
 
 
-def _read_files(task: Task, data_dir: Path | None, _: tfds.download.DownloadManager) -> Splits:
-    paths = cs224n.files(task, data_dir)
+def _read_files(task: Task, folder: Path | None, _: tfds.download.DownloadManager) -> Splits:
+    paths = cs224n.files(task, folder)
     return {s: cs224n.read(task, path, labelled=s != "test") for s, path in paths.items()}
+
+
+def _table_content(task: Task, table: Table) -> bytes:
+    for path in table.files.values():
+        tables.read_text(path)  # an error that names it, if it cannot be read
+    read_as = (task.kind, task.pair, task.low, task.high, task.classes, table.columns)
+    return repr((*read_as, table.delimiter)).encode() + _digest(table.files.values())
 
 
 SOURCES = {
@@ -49,50 +59,57 @@ SOURCES = {
         lambda task, _: json.dumps(demo.read(task.name)).encode(),
         lambda task, _, __: demo.read(task.name),
     ),
-    "cs224n": Source(_file_bytes, _read_files),
+    "cs224n": Source(
+        lambda task, folder: _digest(cs224n.files(task, folder).values()), _read_files
+    ),
     "official": Source(
         lambda task, _: official.key(task).encode(),
         lambda task, _, manager: official.read(task, manager),
+    ),
+    "files": Source(
+        _table_content, lambda task, table, _: tables.read_splits(task, table), prepared=False
     ),
 }
 # Raise this when a reader gives other rows for the same bytes.
 READERS = "1"
 
 
-def fingerprint(task: Task, source: str, data_dir: Path | None) -> str:
+def fingerprint(task: Task, source: str, place: Place) -> str:
     """Name of the content, `<source>-<sha256 prefix>`, found without importing TFDS.
 
     Args:
-      task: one of the three tasks.
-      source: `demo`, `cs224n` or `official`.
-      data_dir: the folder of `cs224n`; others ignore it.
+      task: whose rows.
+      source: `demo`, `cs224n`, `official` or `files`.
+      place: see `Place`; what a source does not need, it ignores.
 
     Raises:
       UserError: unknown source, or files missing.
     """
     if source not in SOURCES:
         raise UserError(f"--source: no source {source!r}; choose from {', '.join(SOURCES)}.")
-    content = SOURCES[source].content(task, data_dir)
+    content = SOURCES[source].content(task, place)
     return f"{source}-{hashlib.sha256(READERS.encode() + content).hexdigest()[:16]}"
 
 
-def load_rows(task: Task, source: str, data_dir: Path | None, cache: Path) -> tuple[Splits, str]:
+def load_rows(task: Task, source: str, place: Place, cache: Path) -> tuple[Splits, str]:
     """Rows by split (`train`, `dev`, `test`) and the content's fingerprint.
 
     The TFDS dataset is prepared on the first call and read from the cache after that.
 
     Args:
-      task: one of the three tasks.
-      source: `demo`, `cs224n` or `official`.
-      data_dir: the folder of `cs224n`; others ignore it.
+      task: whose rows.
+      source: `demo`, `cs224n`, `official` or `files`.
+      place: see `Place`; what a source does not need, it ignores.
       cache: the folder under which TFDS keeps its files.
 
     Raises:
       UserError: anything wrong with the source.
     """
-    name = fingerprint(task, source, data_dir)
+    name, chosen = fingerprint(task, source, place), SOURCES[source]
+    if not chosen.prepared:
+        return chosen.read(task, place, None), name
     from jaxlora.data.builders import BUILDERS, SourceConfig, load
 
-    read = functools.partial(SOURCES[source].read, task, data_dir)
+    read = functools.partial(chosen.read, task, place)
     splits = load(BUILDERS[task.name], SourceConfig(name=name, read=read), cache / "tfds")
     return {split: list(splits[split]) for split in ("train", "dev", "test")}, name

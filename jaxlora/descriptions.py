@@ -1,0 +1,205 @@
+"""Tasks of one's own: a TOML file with a table for each, read and checked.
+
+    [topic]
+    kind = "classification"            # or binary, regression, similarity
+    classes = ["sport", "science"]     # or how many there are: 2 means "0", "1"
+    text = "headline"                  # one column, or two: ["first", "second"]
+    label = "topic"
+    train = "topic-train.csv"          # paths as seen from the TOML file
+    dev = "topic-dev.csv"
+
+`range = [low, high]` is needed by regression and similarity. Optional: `test`, `id` (a column),
+`delimiter` (one character; default: found out), `title`, `loss`, `metric`, `weight` (factor of the
+loss beside the group's other tasks'), and of the task's group `learning_rate`,
+`head_learning_rate`, `epochs` and `patience`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from jaxlora.data.tables import Columns, Table
+from jaxlora.errors import UserError
+from jaxlora.tasks import STS_LOSSES, Task, paper_tasks
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+# Settings of a group that its tasks may bring along, with their smallest value.
+OWN = {"learning_rate": 0.0, "head_learning_rate": 0.0, "epochs": 1, "patience": 0}
+NEEDED = ("kind", "text", "label", "train", "dev")
+OPTIONAL = ("classes", "range", "test", "id", "delimiter", "title", "loss", "metric", "weight")
+# The cosine loss lives on 0–1: this brings it to the scale of the other losses' labels, 0–5.
+COSINE_WEIGHT = 25.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A task, where its examples are, and how it wants to be trained.
+
+    Attributes:
+      task: what it is.
+      table: its files; None where a source knows them (the paper's tasks).
+      weight: factor of its loss.
+      own: settings of its group, see `OWN`.
+    """
+
+    task: Task
+    table: Table | None = None
+    weight: float = 1.0
+    own: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Description:
+        """The inverse of `dataclasses.asdict`, also after JSON made lists of tuples."""
+        task = Task(**plain["task"] | {"classes": tuple(plain["task"]["classes"])})
+        table = plain["table"]
+        if table is not None:
+            columns = table["columns"]
+            columns = Columns(tuple(columns["text"]), columns["label"], columns["id"])
+            table = Table(**table | {"columns": columns})
+        return cls(task, table, plain["weight"], tuple((k, v) for k, v in plain["own"]))
+
+
+def paper_descriptions(sts_loss: str, sts_weight: float) -> tuple[Description, ...]:
+    """The paper's three tasks.
+
+    >>> [d.weight for d in paper_descriptions("cosine", 25.0)]
+    [1.0, 1.0, 25.0]
+    """
+    sts = STS_LOSSES[sts_loss]
+    return tuple(
+        Description(task, weight=sts_weight if task == sts else 1.0)
+        for task in paper_tasks(sts_loss)
+    )
+
+
+def read_tasks(path: Path) -> tuple[Description, ...]:
+    """Read a TOML file of tasks.
+
+    Raises:
+      UserError: naming the file, the task, the key and the remedy.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--tasks {path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--tasks {path}: not a TOML file ({error})") from None
+    if not content:
+        raise UserError(f"--tasks {path}: describes no task; add a table such as [topic]")
+    return tuple(_describe(path, name, fields) for name, fields in content.items())
+
+
+def check_name(name: str, where: str) -> str:
+    """Refuse a name that cannot stand in file names and flags.
+
+    Raises:
+      UserError: saying what a name may be.
+
+    >>> check_name("topic-2", "x")
+    'topic-2'
+    """
+    if not NAME.fullmatch(name):
+        shown = name if len(name) <= 40 else name[:40] + "…"
+        raise UserError(
+            f"{where}: {shown!r} cannot be a name; use up to 64 letters, digits, '_', '-' and '.', "
+            "a letter or a digit first"
+        )
+    return name
+
+
+def _describe(path: Path, name: str, fields: Any) -> Description:
+    where = f"{path}: [{name}]"
+    check_name(name, str(path))
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: {name!r} stands outside of a task's table; begin with [{name}]")
+    known = (*NEEDED, *OPTIONAL, *OWN)
+    for key in fields:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else f" (known: {', '.join(known)})"
+            raise UserError(f"{where} unknown key {key!r}{hint}")
+    missing = [key for key in NEEDED if key not in fields]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}")
+    text = _texts(where, "text", fields["text"])
+    if len(text) not in (1, 2):
+        raise UserError(f"{where} text: name one column, or two for pairs, not {len(text)}")
+    try:
+        task = Task(
+            name, fields["kind"], len(text) == 2, *_range(where, fields),
+            _classes(where, fields.get("classes", ())),
+            *(_string(where, key, fields.get(key, "")) for key in ("loss", "metric", "title")),
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"{where} {error}") from None
+    weight = 1.0 if task.loss != "cosine" else COSINE_WEIGHT
+    weight = _number(where, "weight", fields.get("weight", weight), 0.0)
+    own = tuple((k, _number(where, k, fields[k], low)) for k, low in OWN.items() if k in fields)
+    return Description(task, _table(path.parent, where, fields, text), weight, own)
+
+
+def _table(folder: Path, where: str, fields: dict[str, Any], text: tuple[str, ...]) -> Table:
+    files = {
+        split: str((folder / _string(where, split, fields[split])).absolute())
+        for split in ("train", "dev", "test")
+        if split in fields
+    }
+    for split, file in files.items():
+        if not Path(file).is_file():
+            raise UserError(f"{where} {split}: there is no file {file}")
+    delimiter = fields.get("delimiter")
+    if delimiter is not None and (not isinstance(delimiter, str) or len(delimiter) != 1):
+        raise UserError(f'{where} delimiter: {delimiter!r} is not one character, such as "\\t"')
+    name = fields.get("id")
+    columns = Columns(
+        text, _string(where, "label", fields["label"]), name and _string(where, "id", name)
+    )
+    return Table(columns, files["train"], files["dev"], files.get("test"), delimiter)
+
+
+def _range(where: str, fields: dict[str, Any]) -> tuple[float, float]:
+    scored = fields["kind"] in ("regression", "similarity")
+    if not scored and "range" in fields:
+        raise UserError(f"{where} range: goes with regression and similarity; name the classes")
+    if scored and "range" not in fields:
+        raise UserError(f"{where} lacks range, the lowest and the highest label: range = [0, 5]")
+    ends = fields.get("range", [0, 1])
+    if not isinstance(ends, list) or len(ends) != 2:
+        raise UserError(f"{where} range: give two numbers, the lowest and the highest label")
+    low, high = (_number(where, "range", end, -float("inf")) for end in ends)
+    return low, high
+
+
+def _classes(where: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, int) and not isinstance(value, bool) and value <= 10_000:
+        return tuple(map(str, range(value)))
+    value = [str(v) if isinstance(v, int) else v for v in value] if value else ()
+    return _texts(where, "classes", value) if value else ()
+
+
+def _texts(where: str, key: str, value: Any) -> tuple[str, ...]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{where} {key}: give a name, or a list of names, not {value!r}")
+    return tuple(_string(where, key, v) for v in values)
+
+
+def _string(where: str, key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where} {key}: {value!r} is not a text in quotes")
+    return value
+
+
+def _number(where: str, key: str, value: Any, low: float) -> Any:
+    whole = isinstance(low, int)
+    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    above = fits and (value >= low if whole else low < value < float("inf"))
+    if not above:
+        least = f"a whole number from {low}" if whole else f"a number above {low:g}"
+        raise UserError(f"{where} {key}: {value!r} is not {least}")
+    return value
