@@ -3,6 +3,6 @@
 from jaxlora import lora
 from jaxlora.errors import UserError
 from jaxlora.pcgrad import PCGradState, pcgrad
-from jaxlora.predict import Model, load
+from jaxlora.predict import Answer, Predictor, load
 
-__all__ = ["Model", "PCGradState", "UserError", "load", "lora", "pcgrad"]
+__all__ = ["Answer", "PCGradState", "Predictor", "UserError", "load", "lora", "pcgrad"]

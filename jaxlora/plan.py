@@ -32,6 +32,7 @@ class Plan:
       base: one line on the base model.
       examples: task → split → number of examples.
       truncated: task → sentences cut to the length limit.
+      unlabelled: task → examples left out for want of a label.
       storage: numbers of parameters.
       steps: group → steps.
       device: what it runs on.
@@ -42,6 +43,7 @@ class Plan:
     base: str
     examples: dict[str, dict[str, int]]
     truncated: dict[str, int]
+    unlabelled: dict[str, int]
     storage: storage.Storage
     steps: dict[str, int]
     device: str
@@ -128,6 +130,7 @@ def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data) -> Pl
         f"{shape.num_attention_heads} heads, sha256 {base.sha256[:12]}…",
         examples={task: {k: len(v) for k, v in splits.items()} for task, splits in data.items()},
         truncated={t: sum(e.truncated for e in splits.values()) for t, splits in data.items()},
+        unlabelled={t: sum(e.unlabelled for e in splits.values()) for t, splits in data.items()},
         storage=count(settings, base),
         steps=steps,
         device=f"{jax.device_count()} × {jax.devices()[0].device_kind}, {settings.dtype} matmuls",

@@ -1,219 +1,265 @@
-"""Load what a run has trained, and predict."""
+"""Predict with what was trained: one base, and for each task its adapter and its head."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import bert, checkpoint, evaluate, pretrained, rundir, step
+from jaxlora import bank, bert, evaluate, step
+from jaxlora.align import align
 from jaxlora.data.examples import Examples, tokenize
 from jaxlora.errors import UserError
 from jaxlora.pretrained import Pretrained
-from jaxlora.settings import Settings
 from jaxlora.tasks import Task
+from jaxlora.trained import Trained
 from jaxlora.trees import Tree
-from jaxlora.variants import group_name
+
+WANTED = "(task, sentence) or (task, first sentence, second sentence)"
+
+
+class Answer(NamedTuple):
+    """What a task says of one request.
+
+    Attributes:
+      task: its name.
+      value: on the label's scale: a class's number, or a score.
+      label: the class's name; None for a score.
+      probabilities: of each class, by name; None for a score.
+    """
+
+    task: str
+    value: float
+    label: str | None
+    probabilities: dict[str, float] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Model:
-    """A trained run: its base, and what it adds to it.
+class Predictor:
+    """A base model with the adapters and heads of any number of tasks.
 
     Attributes:
-      settings: of the run.
       base: the base model.
-      adapters: encoder tree by group: `{}`, `{"lora": …}` or `{"params": …}`.
-      heads: head parameters by task.
+      trained: the tasks, their trees and their heads.
     """
 
-    settings: Settings
     base: Pretrained
-    adapters: dict[str, Tree]
-    heads: dict[str, Tree]
-    _frozen: Tree
-    _encode: evaluate.EncodeRows
-    _encode_mixed: evaluate.EncodeRows
+    trained: Trained
+
+    @staticmethod
+    def load(folder: str | Path) -> Predictor:
+        """Restore a finished run, or a bank: the base by name and checksum, the rest by Orbax.
+
+        Raises:
+          UserError: if it is neither, is damaged, or the base is not the one it was trained on.
+        """
+        trained = bank.load_any(Path(folder))
+        return Predictor(trained.load_base(), trained)
 
     @property
     def tasks(self) -> dict[str, Task]:
         """The tasks it can do, by name."""
-        return self.settings.named
+        return {name: served.task for name, served in self.trained.served.items()}
 
-    def encode(self, task: str, examples: Sequence[str | tuple[str, str]]) -> np.ndarray:
-        """Sentence vectors as a task sees them.
+    def __call__(self, requests: Sequence[tuple[str, ...]]) -> list[Answer]:
+        """Answer requests to any mix of tasks, in order.
+
+        All sentences share packed rows, each uses its own task's adapter, and each task's head
+        sees its own. (Whole BERTs of different tasks need a pass each.)
+
+        Args:
+          requests: `(task, sentence)` or `(task, first sentence, second sentence)`.
+
+        Raises:
+          UserError: for an unknown task, or the wrong number of sentences for one.
+        """
+        checked = [self.check(request, f"request {n}") for n, request in enumerate(requests)]
+        answers: list[Answer] = [None] * len(checked)  # type: ignore[list-item]  # filled below
+        for task, numbers, outputs in self._outputs(checked):
+            for number, answer in zip(numbers, _answers(task, outputs), strict=True):
+                answers[number] = answer
+        return answers
+
+    def predict(self, task: str, examples: Sequence[str | tuple[str, str]]) -> np.ndarray:
+        """Predictions of one task on the label's scale: a class's number or a score.
 
         Args:
           task: name of a task.
           examples: sentences, or pairs for a pair task.
 
         Returns:
-          `f32[len(examples) · sentences, H]`.
+          `f32[len(examples)]`.
 
         Raises:
           UserError: for an unknown task, or sentences where pairs are needed.
         """
-        chosen = self._task(task)
-        tokenized = self._tokenize(chosen, examples)
-        if not len(tokenized):
-            return np.zeros((0, self.base.config.hidden_size), np.float32)
-        length = self.settings.max_length
-        return evaluate.encode(self._encode, self._frozen, self._tree(task), tokenized, length)
+        checked = self._checked(task, examples)
+        parts = [evaluate.decode(t, outputs) for t, _, outputs in self._outputs(checked)]
+        return parts[0] if parts else np.zeros(0, np.float32)
 
-    def predict(self, task: str, examples: Sequence[str | tuple[str, str]]) -> np.ndarray:
-        """Predictions on the label's scale: class 0–4, 0/1, or a score 0–5; `f32[len(examples)]`.
+    def encode(self, task: str, examples: Sequence[str | tuple[str, str]]) -> np.ndarray:
+        """Sentence vectors as a task sees them, `f32[len(examples) · sentences, H]`.
 
-        Args and errors as in `encode`.
+        Args and errors as in `predict`.
         """
-        chosen = self._task(task)
-        vectors = self.encode(task, examples)
-        return self._decode(chosen, vectors) if len(vectors) else np.zeros(0, np.float32)
-
-    def predict_mixed(self, requests: Sequence[tuple[str, ...]]) -> np.ndarray:
-        """Answer requests to different tasks, together and in order.
-
-        All sentences share packed rows, and each uses its own task's adapter. (A variant with a
-        whole BERT for each task needs a pass for each.)
-
-        Args:
-          requests: `(task, sentence)` or `(task, first sentence, second sentence)`.
-
-        Returns:
-          Predictions on each label's scale, `f32[len(requests)]`.
-
-        Raises:
-          UserError: for an unknown task, or the wrong number of sentences for one.
-        """
-        checked = [self._request(number, request) for number, request in enumerate(requests)]
+        checked = self._checked(task, examples)
         if not checked:
-            return np.zeros(0, np.float32)
+            return np.zeros((0, self.base.config.hidden_size), np.float32)
+        return self._vectors(checked)
+
+    def _outputs(
+        self, checked: list[tuple[Task, tuple[str, ...]]]
+    ) -> list[tuple[Task, np.ndarray, np.ndarray]]:
+        """Each task that occurs, which requests are its own, and what its head says of them."""
+        if not checked:
+            return []
         sentences = np.array([task.sentences for task, _ in checked])
         first = np.cumsum(sentences) - sentences
         names = np.array([task.name for task, _ in checked])
-        vectors = self._vectors(
-            self._examples([text for _, texts in checked for text in texts], 1),
-            np.repeat([self._owners[name] for name in names], sentences),
-        )
-        out = np.empty(len(checked), np.float32)
+        vectors, found = self._vectors(checked), []
         for name in dict.fromkeys(names.tolist()):
-            task, mine = self.tasks[name], np.flatnonzero(names == name)
-            numbers = (first[mine, None] + np.arange(task.sentences)).ravel()
-            out[mine] = self._decode(task, vectors[numbers])
-        return out
+            served, mine = self.trained.served[name], np.flatnonzero(names == name)
+            numbers = (first[mine, None] + np.arange(served.task.sentences)).ravel()
+            outputs = evaluate.outputs(
+                served.task, served.head, vectors[numbers], served.task.sentences,
+                served.pair_features,
+            )  # fmt: skip
+            found.append((served.task, mine, outputs))
+        return found
 
-    def _request(self, number: int, request: Any) -> tuple[Task, tuple[str, ...]]:
-        wanted = "(task, sentence) or (task, first sentence, second sentence)"
-        if not isinstance(request, tuple | list) or not all(isinstance(s, str) for s in request):
-            raise UserError(f"request {number} is {request!r}; give {wanted}")
-        if len(request) < 2:
-            raise UserError(f"request {number} is {request!r}, without a sentence; give {wanted}")
-        task = self._task(request[0])
-        self._check(task, f"request {number}", tuple(request[1:]))
-        return task, tuple(request[1:])
+    def _vectors(self, checked: list[tuple[Task, tuple[str, ...]]]) -> np.ndarray:
+        """Vectors of all sentences, each through its own task's tree."""
+        texts = [text for _, parts in checked for text in parts]
+        tokens, offsets, cut = tokenize(self.base.tokenizer, texts, self.trained.max_length)
+        nowhere = np.full(len(texts), np.nan, np.float32)
+        examples = Examples(nowhere.astype(str), tokens, offsets, nowhere, 1, cut)
+        trees = [self.trained.served[task.name].tree for task, parts in checked for _ in parts]
+        used = sorted(set(trees))
+        owner = np.array([used.index(tree) for tree in trees])
+        if self._full:
+            return self._one_by_one(examples, used, owner)
+        encode, stacked = self._adapted
+        if not stacked:
+            return evaluate.encode(encode, self._frozen, {}, examples, self.trained.max_length)
+        names = list(self.trained.trees)
+        chosen = np.array([names.index(tree) for tree in used])
+        chosen = np.resize(chosen, 1 << (len(chosen) - 1).bit_length())  # few sizes, few programs
+        stack = jax.tree.map(lambda x: x[chosen], stacked)
+        return evaluate.encode(
+            encode, self._frozen, stack, examples, self.trained.max_length, owner
+        )
 
-    @functools.cached_property
-    def _stack(self) -> Tree:
-        """All groups' adapters, leaves `[T, ...]`."""
-        return jax.tree.map(lambda *x: jnp.stack(x), *self.adapters.values())
-
-    def _vectors(self, examples: Examples, owner: np.ndarray) -> np.ndarray:
-        """Vectors of sentences that use adapter `owner[n]` of `self.adapters`."""
-        length, trees = self.settings.max_length, list(self.adapters.values())
-        if self.settings.adapt == "lora":
-            return evaluate.encode(
-                self._encode_mixed, self._frozen, self._stack, examples, length, owner
-            )
+    def _one_by_one(self, examples: Examples, used: list[str], owner: np.ndarray) -> np.ndarray:
         out = np.empty((len(owner), self.base.config.hidden_size), np.float32)
-        for number in set(owner.tolist()):
+        for number, name in enumerate(used):
             mine = np.flatnonzero(owner == number)
-            part = examples.take(mine)
-            out[mine] = evaluate.encode(self._encode, self._frozen, trees[number], part, length)
+            out[mine] = evaluate.encode(
+                self._plain,
+                {},
+                self.trained.trees[name],
+                examples.take(mine),
+                self.trained.max_length,
+            )
         return out
-
-    def _decode(self, task: Task, vectors: np.ndarray) -> np.ndarray:
-        head = self.heads[task.name]
-        outputs = evaluate.outputs(task, head, vectors, task.sentences, self.settings.pair_features)
-        return evaluate.decode(task, outputs)
 
     @property
-    def _owners(self) -> dict[str, int]:
-        """Which adapter, counted in the order of the groups, a task uses; a frozen BERT is one."""
-        if self.settings.adapt == "frozen":
-            return dict.fromkeys(self.tasks, 0)
-        return {task: n for n, group in enumerate(self.settings.groups) for task in group}
+    def _dtype(self) -> Any:
+        return jnp.dtype(self.trained.dtype)
 
-    def _task(self, name: str) -> Task:
-        if name not in self.tasks:
-            raise UserError(f"unknown task {name!r}; this model knows {', '.join(self.tasks)}")
-        return self.tasks[name]
+    @functools.cached_property
+    def _full(self) -> bool:
+        return any("params" in tree for tree in self.trained.trees.values())
 
-    def _tree(self, task: str) -> Tree:
-        group = next(names for names in self.settings.groups if task in names)
-        return self.adapters[group_name(group)]
+    @functools.cached_property
+    def _frozen(self) -> Tree:
+        return {"params": bert.matmul_ready(self.base.params, self._dtype)}
 
-    def _tokenize(self, task: Task, examples: Sequence[str | tuple[str, str]]) -> Examples:
-        if isinstance(examples, str):
-            raise UserError(f"{task.name}: give a list of examples, not one string")
-        parts = [tuple(e) if isinstance(e, tuple | list) else (e,) for e in examples]
-        for number, part in enumerate(parts):
-            self._check(task, f"example {number}", part)
-        return self._examples([text for part in parts for text in part], task.sentences)
-
-    def _check(self, task: Task, which: str, texts: tuple[Any, ...]) -> None:
-        if len(texts) != task.sentences or not all(isinstance(s, str) for s in texts):
-            wanted = "pairs of sentences" if task.pair else "single sentences"
-            shown = texts[0] if len(texts) == 1 else texts
-            raise UserError(f"{task.name} takes {wanted}; {which} is {shown!r}")
-        if not all(sentence.strip() for sentence in texts):
-            raise UserError(f"{task.name}: {which} has a blank sentence")
-
-    def _examples(self, texts: list[str], sentences: int) -> Examples:
-        tokens, offsets, cut = tokenize(self.base.tokenizer, texts, self.settings.max_length)
-        count = len(texts) // sentences
-        labels = np.full(count, np.nan, np.float32)
-        return Examples(np.arange(count).astype(str), tokens, offsets, labels, sentences, cut)
-
-
-def load(run_dir: str | Path) -> Model:
-    """Restore a finished run: its base by name and checksum, what it trained by Orbax.
-
-    Args:
-      run_dir: the run's `--out` folder.
-
-    Raises:
-      UserError: if it is no finished run, or the base model is not the one it was trained on.
-    """
-    out = Path(run_dir)
-    config = rundir.read_config(out)
-    settings = Settings.from_json(config["settings"])
-    base = pretrained.load(settings.base)
-    if base.sha256 != config["inputs"]["the base model"]:
-        raise UserError(
-            f"{settings.base}: not the weights that {out} was trained on (sha256 "
-            f"{base.sha256[:12]}… instead of {config['inputs']['the base model'][:12]}…)"
+    @functools.cached_property
+    def _plain(self) -> evaluate.EncodeRows:
+        return step.make_encode(
+            step.encoder(self.base.config, self._dtype, 1.0, self.trained.pooling)
         )
-    bank = checkpoint.load_bank(out / rundir.MODEL)
-    dtype = jnp.dtype(settings.dtype)
-    frozen = {} if settings.adapt == "full" else {"params": bert.matmul_ready(base.params, dtype)}
-    encode = step.encoder(base.config, dtype, settings.lora.scale, settings.pooling)
-    groups = [group_name(names) for names in settings.groups]
-    return Model(
-        settings,
-        base,
-        _filled(bank.get("adapters"), groups),
-        _filled(bank.get("heads"), list(settings.named)),
-        frozen,
-        step.make_encode(encode),
-        step.make_mixed_encode(encode),
-    )
+
+    @functools.cached_property
+    def _adapted(self) -> tuple[evaluate.EncodeRows, Tree]:
+        """The encoder for mixed adapters, and all of them stacked: leaves `[T, L, ...]`."""
+        adapters = [
+            (tree["lora"], self.trained.configs[name]) if tree else None
+            for name, tree in self.trained.trees.items()
+        ]
+        aligned, config = align(adapters)
+        if not config.target_modules:
+            return self._plain, {}
+        encode = step.encoder(self.base.config, self._dtype, config.scale, self.trained.pooling)
+        stack = {"lora": jax.tree.map(lambda *x: jnp.stack(x), *aligned)}
+        return step.make_mixed_encode(encode), stack
+
+    def check(self, request: Any, which: str = "the request") -> tuple[Task, tuple[str, ...]]:
+        """The task of a request, and its sentences.
+
+        Raises:
+          UserError: if it cannot be answered.
+        """
+        if not isinstance(request, tuple | list) or not all(isinstance(s, str) for s in request):
+            raise UserError(f"{which} is {request!r}; give {WANTED}")
+        if len(request) < 2:
+            raise UserError(f"{which} is {request!r}, without a sentence; give {WANTED}")
+        task = self.task(request[0])
+        return task, _check(task, which, tuple(request[1:]))
+
+    def _checked(
+        self, task: str, examples: Sequence[str | tuple[str, str]]
+    ) -> list[tuple[Task, tuple[str, ...]]]:
+        chosen = self.task(task)
+        if isinstance(examples, str):
+            raise UserError(f"{task}: give a list of examples, not one string")
+        parts = [tuple(e) if isinstance(e, tuple | list) else (e,) for e in examples]
+        return [(chosen, _check(chosen, f"example {n}", part)) for n, part in enumerate(parts)]
+
+    def task(self, name: str) -> Task:
+        """A task by its name.
+
+        Raises:
+          UserError: if there is none of that name.
+        """
+        if name not in self.trained.served:
+            close = difflib.get_close_matches(name, self.trained.served, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(
+                f"unknown task {name!r}; there are {', '.join(self.trained.served)}{hint}"
+            )
+        return self.trained.served[name].task
 
 
-def _filled(trees: Any, names: list[str]) -> dict[str, Tree]:
-    """Put back the empty trees, which a checkpoint does not keep."""
-    return {name: (trees or {}).get(name) or {} for name in names}
+def _check(task: Task, which: str, texts: tuple[Any, ...]) -> tuple[str, ...]:
+    if len(texts) != task.sentences or not all(isinstance(s, str) for s in texts):
+        wanted = "pairs of sentences" if task.pair else "single sentences"
+        shown = texts[0] if len(texts) == 1 else texts
+        raise UserError(f"{task.name} takes {wanted}; {which} is {shown!r}")
+    if not all(sentence.strip() for sentence in texts):
+        raise UserError(f"{task.name}: {which} has a blank sentence")
+    return texts
+
+
+def _answers(task: Task, outputs: np.ndarray) -> list[Answer]:
+    values = evaluate.decode(task, outputs)
+    found = task.probabilities(jnp.asarray(outputs))
+    if found is None:
+        return [Answer(task.name, float(value), None, None) for value in values]
+    return [
+        Answer(
+            task.name, float(v), task.classes[int(v)],
+            dict(zip(task.classes, p.tolist(), strict=True)),
+        )
+        for v, p in zip(values, np.asarray(found), strict=True)
+    ]  # fmt: skip
+
+
+load = Predictor.load

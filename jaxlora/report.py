@@ -120,6 +120,8 @@ def _counts(plan: Plan, task: str) -> str:
     counts = ", ".join(f"{split} {n:,}" for split, n in plan.examples[task].items())
     cut = plan.truncated[task]
     note = f"; {cut} sentences cut to {plan.settings.max_length} tokens" if cut else ""
+    left_out = plan.unlabelled[task]
+    note += f"; {left_out} without a label left out" if left_out else ""
     return f"{plan.settings.source}: {counts}{note}"
 
 

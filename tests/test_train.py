@@ -283,15 +283,15 @@ def test_mixed_requests_are_answered_as_one_task_at_a_time(variant, make, tmp_pa
         ("sts", *pairs[0]), ("sst", "the film was not very good"), ("para", *pairs[0]),
         ("para", *pairs[1]), ("sst", "a dog"), ("sts", *pairs[1]), ("sst", "good"),
     ]  # fmt: skip
-    answers = model.predict_mixed(requests)
+    answers = np.array([answer.value for answer in model(requests)])
     assert answers.shape == (7,)
     for task in ("sst", "para", "sts"):
         mine = [n for n, request in enumerate(requests) if request[0] == task]
         texts = [requests[n][1:] if task != "sst" else requests[n][1] for n in mine]
         np.testing.assert_allclose(answers[mine], model.predict(task, texts), atol=1e-5)
-    assert model.predict_mixed([]).shape == (0,)
+    assert model([]) == []
     with pytest.raises(UserError, match="unknown task 'stt'"):
-        model.predict_mixed([("stt", "a film")])
+        model([("stt", "a film")])
     for wrong, message in [
         ([("sst", "a film"), ("sts", "a film")], "sts takes pairs of sentences; request 1"),
         ([("sts", ("a dog", "a cat"))], "give .task, sentence. or"),
@@ -302,6 +302,6 @@ def test_mixed_requests_are_answered_as_one_task_at_a_time(variant, make, tmp_pa
         ([("sst", " ")], "request 0 has a blank sentence"),
     ]:
         with pytest.raises(UserError, match=message):
-            model.predict_mixed(wrong)
+            model(wrong)
     every = (("sst", "a dog") for _ in range(2))  # any iterable will do
-    assert model.predict_mixed(every).tolist() == [answers[4]] * 2
+    assert [answer.value for answer in model(every)] == [answers[4]] * 2

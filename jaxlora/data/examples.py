@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import tempfile
 import zipfile
 import zlib
@@ -30,6 +31,7 @@ class Examples:
       labels: `f32[E]`; NaN where the source has none.
       sentences: sentences per example, 1 or 2.
       truncated: how many sentences were cut to the length limit.
+      unlabelled: how many examples were left out because they have no label.
     """
 
     ids: np.ndarray
@@ -38,6 +40,7 @@ class Examples:
     labels: np.ndarray
     sentences: int
     truncated: int = 0
+    unlabelled: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,7 +69,7 @@ class Examples:
 
 
 # Raise this when `tokenize` or the layout of the cache file changes.
-FORMAT = "1"
+FORMAT = "2"
 # Encodings are bulky: turn this many at a time into arrays.
 _CHUNK = 10_000
 # What reading a damaged or half-copied .npz may raise.
@@ -103,7 +106,10 @@ def load_examples(
     if found is not None:
         return found
     rows, _ = sources.load_rows(task, source, place, cache)
-    splits = {s: _examples(r, task, tokenizer, max_length) for s, r in rows.items()}
+    splits = {
+        split: _examples(found, task, tokenizer, max_length, labelled=split != "test")
+        for split, found in rows.items()
+    }
     _save(path, splits)
     return splits
 
@@ -133,12 +139,18 @@ def tokenize(
     return np.concatenate(parts), np.cumsum(lengths, dtype=np.int64), truncated
 
 
-def _examples(rows: list[Row], task: Task, tokenizer: Tokenizer, max_length: int) -> Examples:
+def _examples(
+    rows: list[Row], task: Task, tokenizer: Tokenizer, max_length: int, *, labelled: bool
+) -> Examples:
+    found = len(rows)
+    rows = [row for row in rows if not (labelled and math.isnan(row.label))]
     texts = [text for row in rows for text in sentences(row, task).values()]
     tokens, offsets, truncated = tokenize(tokenizer, texts, max_length)
     ids = np.array([row.id for row in rows], dtype=np.str_)
     labels = np.array([row.label for row in rows], np.float32)
-    return Examples(ids, tokens, offsets, labels, task.sentences, truncated)
+    return Examples(
+        ids, tokens, offsets, labels, task.sentences, truncated, unlabelled=found - len(rows)
+    )
 
 
 def _save(path: Path, splits: dict[str, Examples]) -> None:
@@ -177,4 +189,5 @@ def _split(arrays: Mapping[str, np.ndarray], split: str) -> Examples:
         labels=arrays[f"{split}.labels"],
         sentences=int(arrays[f"{split}.sentences"]),
         truncated=int(arrays[f"{split}.truncated"]),
+        unlabelled=int(arrays[f"{split}.unlabelled"]),
     )

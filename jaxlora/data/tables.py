@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jaxlora.data.rows import UNLABELLED, Row, check, parse_label
@@ -58,19 +59,14 @@ class Table:
 def read_splits(task: Task, table: Table) -> dict[str, list[Row]]:
     """All splits of a task; without a test file that split is empty.
 
-    Rows of train and dev that have no label are left out.
-
     Raises:
       UserError: see `read`; also if no row of train or dev has a label.
     """
     splits: dict[str, list[Row]] = {"test": []}
     for split, path in table.files.items():
-        rows = read(task, path, table.columns, table.delimiter, labelled=None)
-        if split != "test":
-            rows = [row for row in rows if row.label == row.label]  # NaN is not
-            if not rows:
-                raise UserError(f"{path}: no row has a label in column {table.columns.label!r}.")
-        splits[split] = rows
+        splits[split] = read(task, path, table.columns, table.delimiter, labelled=None)
+        if split != "test" and all(math.isnan(row.label) for row in splits[split]):
+            raise UserError(f"{path}: no row has a label in column {table.columns.label!r}.")
     return splits
 
 
@@ -97,7 +93,7 @@ def read(
     """
     text = read_text(path)
     delimiter = delimiter or sniff(text, path)
-    lines = read_lines(text, path, delimiter)
+    lines = read_lines(io.StringIO(text, newline=""), path, delimiter)
     _, header = next(lines, (0, []))
     if not header:
         raise UserError(f"{path} is empty: not even a header line; replace the file.")
@@ -157,20 +153,22 @@ def sniff(text: str, path: Path) -> str:
     return best
 
 
-def read_lines(text: str, path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield a text's rows, blank lines left out, each with its last physical line.
+def read_lines(lines: Iterable[str], path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of lines of text, blank ones left out, each with its last physical line.
 
     Raises:
-      UserError: quotes in the wrong place, or a field longer than csv allows.
+      UserError: quotes in the wrong place, a field longer than csv allows, or not UTF-8.
     """
     # Strict: a quote in the wrong place is an error instead of swallowing the lines after it.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         first = reader.line_num + 1
         try:
             fields = next(reader)
         except StopIteration:
             return
+        except UnicodeDecodeError:
+            raise UserError(f"{path}:{first}: not UTF-8 from here on; save it as UTF-8.") from None
         except csv.Error as error:
             # An open quote runs on until the next one: the mistake is where the row starts.
             raise UserError(

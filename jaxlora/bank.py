@@ -1,0 +1,392 @@
+"""A bank: a folder that keeps the adapters and heads of many tasks of one base model.
+
+    bank.json                 the manifest: the base by name and checksum, and for each task what it
+                              is, which adapter and head it uses, its scores, data and versions
+    adapters/<name>-<hash>/   an Orbax tree; tasks that were trained together share one
+    heads/<task>-<hash>/      an Orbax tree (a task judged by the cosine has none)
+
+Folders bear the checksum of what they hold and are never written again. A change writes new folders
+first, then the manifest in one rename, then drops what no task uses any more: killed at any moment,
+the bank holds the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+import numpy as np
+
+from jaxlora import checkpoint, rundir, trees
+from jaxlora.descriptions import check_name
+from jaxlora.errors import UserError
+from jaxlora.lora import LoraConfig
+from jaxlora.tasks import Task
+from jaxlora.trained import Served, Trained, load_run
+from jaxlora.trees import Tree
+
+MANIFEST, LOCK = "bank.json", ".lock"
+ADAPTERS, HEADS = "adapters", "heads"
+FORMAT = 1
+_FIELDS = {"format", "base", "sha256", "pooling", "max_length", "dtype", "tasks", "adapters"}
+_TASK_FIELDS = {"task", "adapter", "head", "pair_features", "facts"}
+
+
+def add(folder: Path, source: Trained, names: Sequence[str], *, replace: bool = False) -> None:
+    """Put trained tasks into a bank, which is made if need be; no other file is touched.
+
+    Args:
+      folder: the bank.
+      source: where the tasks come from, see `trained.load_run`.
+      names: which of its tasks.
+      replace: the tasks must be there already and are replaced; else they must be new.
+
+    Raises:
+      UserError: if a task is (not) there already, or the base, the pooling or the dtype differ.
+    """
+    for name in names:
+        if name not in source.served:
+            raise UserError(f"{source.origin}: no task {name!r}; it has {', '.join(source.served)}")
+        check_name(name, source.origin)
+    with _locked(folder):
+        manifest = _read(folder) if (folder / MANIFEST).exists() else _empty(folder, source)
+        _check_fits(folder, manifest, source)
+        present = [name for name in names if name in manifest["tasks"]]
+        if present and not replace:
+            raise UserError(f"{folder}: has {', '.join(present)} already; use update")
+        absent = [name for name in names if name not in manifest["tasks"]]
+        if absent and replace:
+            raise UserError(f"{folder}: has no {', '.join(absent)} yet; use add")
+        for name in names:
+            manifest["tasks"][name] = _store(folder, manifest, name, source)
+        _commit(folder, manifest)
+
+
+def remove(folder: Path, name: str) -> None:
+    """Take a task out.
+
+    Raises:
+      UserError: if there is none of that name.
+    """
+    with _locked(folder, make=False):
+        manifest = _read(folder)
+        if name not in manifest["tasks"]:
+            raise UserError(f"{folder}: no task {name!r}; it has {', '.join(manifest['tasks'])}")
+        del manifest["tasks"][name]
+        _commit(folder, manifest)
+
+
+def load(folder: Path) -> Trained:
+    """Read a bank; every tree is compared with its checksum.
+
+    Raises:
+      UserError: naming what is missing, damaged or not understood.
+    """
+    manifest = _read(folder)
+    kept = {name: _load_tree(folder, ADAPTERS, name) for name in manifest["adapters"]}
+    configs = {name: _config(plain) for name, plain in manifest["adapters"].items()}
+    served = {}
+    for name, entry in manifest["tasks"].items():
+        head = {} if entry["head"] is None else _load_tree(folder, HEADS, entry["head"])
+        tree = entry["adapter"] or ""
+        served[name] = Served(_task(entry), tree, head, entry["pair_features"], entry["facts"])
+    if any(one.tree == "" for one in served.values()):
+        kept[""] = {}  # the frozen base itself
+    return Trained(
+        manifest["base"], manifest["sha256"], served, kept, configs, manifest["pooling"],
+        manifest["max_length"], manifest["dtype"], str(folder),
+    )  # fmt: skip
+
+
+def load_any(folder: Path) -> Trained:
+    """Read a bank or a finished run.
+
+    Raises:
+      UserError: if it is neither, or damaged.
+    """
+    return load(folder) if (folder / MANIFEST).exists() else load_run(folder)
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with a bank's files, one line each; nothing if all is well.
+
+    Raises:
+      UserError: if the manifest itself cannot be read.
+    """
+    manifest, problems = _read(folder), []
+    for part, name in _used(manifest):
+        try:
+            _load_tree(folder, part, name)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a task keeps in a bank: numbers of parameters, and bytes on disk.
+
+    Attributes:
+      task: its name.
+      title, metric, score: what it is, and how it did on dev.
+      adapter: name of its adapter.
+      sharers: tasks that use that adapter, itself included.
+      adapter_parameters, head_parameters: numbers of each.
+      bytes: on disk, a shared adapter's divided among its tasks.
+    """
+
+    task: str
+    title: str
+    metric: str
+    score: float | None
+    adapter: str
+    sharers: int
+    adapter_parameters: int
+    head_parameters: int
+    bytes: int
+
+
+def contents(folder: Path) -> list[Stored]:
+    """What a bank holds, task by task.
+
+    Raises:
+      UserError: see `load`.
+    """
+    trained, manifest = load(folder), _read(folder)
+    rows = []
+    for name, one in trained.served.items():
+        entry = manifest["tasks"][name]
+        sharers = sum(other.tree == one.tree for other in trained.served.values())
+        size = _size(folder / ADAPTERS / one.tree) // sharers if one.tree else 0
+        size += _size(folder / HEADS / entry["head"]) if entry["head"] else 0
+        score = one.facts.get("dev", {}).get(one.task.metric)
+        rows.append(
+            Stored(
+                name,
+                one.task.title,
+                one.task.metric_name,
+                score,
+                one.tree or "none",
+                sharers,
+                trees.count(trained.trees[one.tree]),
+                trees.count(one.head),
+                size,
+            )
+        )
+    return rows
+
+
+def checksum(tree: Tree) -> str:
+    """sha256 of a tree: its paths, shapes, dtypes and numbers.
+
+    >>> checksum({"a": np.zeros(2)}) == checksum({"a": np.zeros((2, 1))})
+    False
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype};".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _store(folder: Path, manifest: dict[str, Any], name: str, source: Trained) -> dict[str, Any]:
+    """Write a task's trees, as far as they are not there yet; returns its manifest entry."""
+    one = source.served[name]
+    tree = source.trees[one.tree]
+    if "params" in tree:
+        raise UserError(f"{source.origin}: {name} is a whole fine-tuned BERT; banks keep adapters")
+    adapter = None
+    if tree:
+        adapter = _save_tree(folder, ADAPTERS, one.tree, tree)
+        manifest["adapters"][adapter] = dataclasses.asdict(source.configs[one.tree])
+    return {
+        "task": dataclasses.asdict(one.task),
+        "adapter": adapter,
+        "head": _save_tree(folder, HEADS, name, one.head) if one.head else None,
+        "pair_features": one.pair_features,
+        "facts": dict(one.facts),
+    }
+
+
+def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
+    stored = f"{name[:40]}-{checksum(tree)[:16]}"
+    if not (folder / part / stored).is_dir():
+        checkpoint.save_bank(folder / part / stored, tree)
+    return stored
+
+
+def _load_tree(folder: Path, part: str, stored: str) -> Tree:
+    path = folder / part / stored
+    try:
+        tree = checkpoint.load_bank(path)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged file makes Orbax raise
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    if not stored.endswith(checksum(tree)[:16]):
+        raise UserError(f"{path}: damaged, its content has another checksum; put back a copy")
+    return tree
+
+
+def _check_fits(folder: Path, manifest: Mapping[str, Any], source: Trained) -> None:
+    if manifest["sha256"] != source.sha256:
+        raise UserError(
+            f"{folder}: is a bank of {manifest['base']} (sha256 {manifest['sha256'][:12]}…), and "
+            f"{source.origin} was trained on {source.base} (sha256 {source.sha256[:12]}…)"
+        )
+    for field in ("pooling", "dtype"):
+        if manifest[field] != getattr(source, field):
+            raise UserError(
+                f"{folder}: has {field} {manifest[field]}, {source.origin} has "
+                f"{getattr(source, field)}; train with --{field}={manifest[field]}"
+            )
+    manifest["max_length"] = max(manifest["max_length"], source.max_length)  # type: ignore[index]
+
+
+def _empty(folder: Path, source: Trained) -> dict[str, Any]:
+    if any(path.name != LOCK for path in folder.iterdir()):
+        raise UserError(f"{folder}: is not empty and holds no bank; name another folder")
+    return {
+        "format": FORMAT,
+        "base": source.base,
+        "sha256": source.sha256,
+        "pooling": source.pooling,
+        "max_length": source.max_length,
+        "dtype": source.dtype,
+        "tasks": {},
+        "adapters": {},
+    }
+
+
+def _commit(folder: Path, manifest: dict[str, Any]) -> None:
+    used = {entry["adapter"] for entry in manifest["tasks"].values()}
+    manifest["adapters"] = {k: v for k, v in manifest["adapters"].items() if k in used}
+    rundir.write_json(folder / MANIFEST, manifest)
+    keep = set(_used(manifest))
+    for part in (ADAPTERS, HEADS):
+        for path in (folder / part).iterdir() if (folder / part).is_dir() else ():
+            if (part, path.name) not in keep:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _used(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    heads = [entry["head"] for entry in manifest["tasks"].values() if entry["head"] is not None]
+    return [*((ADAPTERS, name) for name in manifest["adapters"]), *((HEADS, h) for h in heads)]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The manifest, checked.
+
+    Raises:
+      UserError: naming what is wrong with it.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise UserError(f"{folder}: is no bank, it has no {MANIFEST}; make one with bank add")
+    manifest = rundir.read_json(path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        raise UserError(f"{path}: not a bank's manifest; put back a copy")
+    if manifest["format"] > FORMAT:
+        raise UserError(
+            f"{path}: format {manifest['format']} is newer than this jaxlora's {FORMAT}; update it"
+        )
+    try:
+        _check_manifest(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: was changed by hand or damaged ({error})") from error
+    return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    if manifest.keys() != _FIELDS:
+        raise ValueError(f"fields {', '.join(sorted(manifest.keys() ^ _FIELDS))}")
+    for field in ("base", "sha256", "pooling", "dtype"):
+        if not isinstance(manifest[field], str):
+            raise TypeError(f"{field} is {manifest[field]!r}")
+    if not isinstance(manifest["max_length"], int):
+        raise TypeError(f"max_length is {manifest['max_length']!r}")
+    for stored, plain in manifest["adapters"].items():
+        _check_folder(stored)
+        _config(plain)
+    for name, entry in manifest["tasks"].items():
+        check_name(name, "tasks")
+        if entry.keys() != _TASK_FIELDS:
+            raise ValueError(f"fields of {name}: {', '.join(entry.keys() ^ _TASK_FIELDS)}")
+        if _task(entry).name != name:
+            raise ValueError(f"task {name} is called {_task(entry).name}")
+        if entry["adapter"] is not None and entry["adapter"] not in manifest["adapters"]:
+            raise ValueError(f"adapter {entry['adapter']!r} of {name} is not described")
+        if entry["head"] is not None:
+            _check_folder(entry["head"])
+        elif _task(entry).outputs:
+            raise ValueError(f"{name} needs a head and has none")
+
+
+def _check_folder(name: str) -> None:
+    if Path(name).name != name or name in (".", ".."):
+        raise ValueError(f"{name!r} is not the name of a folder in the bank")
+
+
+def _task(entry: Mapping[str, Any]) -> Task:
+    return Task(**entry["task"] | {"classes": tuple(entry["task"]["classes"])})
+
+
+def _config(plain: Mapping[str, Any]) -> LoraConfig:
+    lists = {k: tuple(map(_frozen, v)) for k, v in plain.items() if isinstance(v, list)}
+    return LoraConfig(**{**plain, **lists})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, make: bool = True) -> Iterator[None]:
+    """One writer at a time.
+
+    Raises:
+      UserError: if another process is writing, or the folder cannot be made.
+    """
+    if make:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be a bank ({error.strerror})") from None
+    elif not (folder / MANIFEST).exists():
+        _read(folder)
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another process is changing it; try again") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def describe(folder: Path, name: str) -> str:
+    """A task's manifest entry as JSON.
+
+    Raises:
+      UserError: if there is none of that name.
+    """
+    manifest = _read(folder)
+    if name not in manifest["tasks"]:
+        raise UserError(f"{folder}: no task {name!r}; it has {', '.join(manifest['tasks'])}")
+    entry = manifest["tasks"][name]
+    shown = {"base": manifest["base"], **entry, "lora": manifest["adapters"].get(entry["adapter"])}
+    return json.dumps(shown, indent=2, ensure_ascii=False)

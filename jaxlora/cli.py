@@ -1,0 +1,217 @@
+"""The command `jaxlora`: banks of adapters, predictions, exports and imports."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+from jaxlora import bank, host, rundir, trees
+from jaxlora.bert import param_shapes
+from jaxlora.errors import UserError
+from jaxlora.predict import Predictor
+from jaxlora.predict_file import predict_file
+from jaxlora.trained import load_run
+
+Folder = Annotated[Path, tyro.conf.Positional]
+Name = Annotated[str, tyro.conf.Positional]
+Names = Annotated[tuple[str, ...], tyro.conf.Positional]
+CONSOLE = Console()
+
+
+def bank_add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
+    """Put the tasks of a finished run into a bank (made if need be).
+
+    Args:
+      folder: the bank.
+      run: a run's --out folder.
+      task: which of its tasks; default: all.
+    """
+    source = load_run(run)
+    names = task or tuple(source.served)
+    bank.add(folder, source, names)
+    CONSOLE.print(f"{folder}: added {', '.join(names)}")
+
+
+def bank_update(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
+    """Replace tasks of a bank by those of a finished run; the others are not touched.
+
+    Args:
+      folder: the bank.
+      run: a run's --out folder.
+      task: which of its tasks; default: all.
+    """
+    source = load_run(run)
+    names = task or tuple(source.served)
+    bank.add(folder, source, names, replace=True)
+    CONSOLE.print(f"{folder}: updated {', '.join(names)}")
+
+
+def bank_remove(folder: Folder, task: Name, /) -> None:
+    """Take a task out of a bank.
+
+    Args:
+      folder: the bank.
+      task: its name.
+    """
+    bank.remove(folder, task)
+    CONSOLE.print(f"{folder}: removed {task}")
+
+
+def bank_list(folder: Folder, /) -> None:
+    """Show a bank's tasks: scores, parameters and bytes, beside one full model for each task.
+
+    Args:
+      folder: the bank.
+    """
+    rows, base = bank.contents(folder), bank.load(folder).load_base()
+    table = Table("task", "what", "dev", "adapter", "adapter M", "head M", "kB on disk")
+    for row in rows:
+        score = "" if row.score is None else f"{row.metric} {row.score:.4f}"
+        shared = f"{row.adapter} (of {row.sharers} tasks)" if row.sharers > 1 else row.adapter
+        table.add_row(
+            row.task, row.title, score, shared, f"{row.adapter_parameters / 1e6:.3f}",
+            f"{row.head_parameters / 1e6:.3f}", f"{row.bytes / 1e3:,.0f}",
+        )  # fmt: skip
+    CONSOLE.print(table)
+    each = trees.count(param_shapes(base.config))
+    adapters = {row.adapter: row.adapter_parameters for row in rows}
+    heads = sum(row.head_parameters for row in rows)
+    added = sum(adapters.values()) + heads
+    CONSOLE.print(
+        f"{len(rows)} tasks add {added / 1e6:.2f}M parameters "
+        f"({sum(r.bytes for r in rows) / 1e6:.1f} MB) to a base of {each / 1e6:.2f}M: "
+        f"{(each + added) / 1e6:.2f}M in all; a full model for each would be "
+        f"{(each * len(rows) + heads) / 1e6:.2f}M."
+    )
+
+
+def bank_show(folder: Folder, task: Name, /) -> None:
+    """Show all that a bank knows of a task.
+
+    Args:
+      folder: the bank.
+      task: its name.
+    """
+    print(bank.describe(folder, task))
+
+
+def bank_verify(folder: Folder, /) -> None:
+    """Compare every file of a bank with its checksum, and the base with its own.
+
+    Args:
+      folder: the bank.
+    """
+    problems = bank.verify(folder)
+    if problems:
+        raise UserError("\n".join(problems))
+    bank.load(folder).load_base()
+    CONSOLE.print(f"{folder}: all is well")
+
+
+def predict(
+    texts: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    *,
+    bank: Path,
+    task: str | None = None,
+    input: Path | None = None,
+    output: Path | None = None,
+) -> None:
+    """Predict one example given by its texts, or a whole table.
+
+    Args:
+      texts: a sentence, or the two of a pair.
+      bank: a bank, or the folder of a finished run.
+      task: the task; a table may have a column `task` instead.
+      input: a table with a header: sentence (or sentence1, sentence2), task, id.
+      output: where its answers go: a .csv, or a .jsonl with all probabilities.
+    """
+    if (input is None) == (not texts) or (input is None) != (output is None):
+        raise UserError('give --task and texts ("a" "b"), or --input and --output')
+    host.reuse_memory()
+    host.keep_programs(rundir.cache_dir() / "xla")
+    predictor = Predictor.load(bank)
+    if input is not None and output is not None:
+        with Progress(SpinnerColumn(), TextColumn("{task.completed:,} answered")) as bar:
+            shown = bar.add_task("")
+            count = predict_file(
+                predictor, input, output, task, lambda n: bar.update(shown, completed=n)
+            )
+        CONSOLE.print(f"{output}: {count:,} answers")
+        return
+    if task is None:
+        raise UserError(f"--task is missing; there are {', '.join(predictor.tasks)}")
+    (answer,) = predictor([(task, *texts)])
+    if answer.probabilities is None:
+        print(f"{answer.value:.4f}")
+        return
+    each = ", ".join(f"{name} {p:.4f}" for name, p in answer.probabilities.items())
+    print(f"{answer.label}  ({each})")
+
+
+class Commands(NamedTuple):
+    """Commands under one word."""
+
+    about: str
+    by_name: dict[str, Callable[..., None]]
+
+
+GROUPS = {
+    "bank": Commands(
+        "Keep the adapters and heads of many tasks of one base.",
+        {
+            "list": bank_list,
+            "add": bank_add,
+            "update": bank_update,
+            "remove": bank_remove,
+            "show": bank_show,
+            "verify": bank_verify,
+        },
+    ),
+}
+ALONE: dict[str, Callable[..., None]] = {"predict": predict}
+
+
+def run(args: Sequence[str]) -> None:
+    """Find the command and call it.
+
+    Raises:
+      UserError: for bad input.
+    """
+    word, *rest = args or ("--help",)
+    if word in GROUPS:
+        group = GROUPS[word]
+        tyro.extras.subcommand_cli_from_dict(
+            group.by_name, prog=f"jaxlora {word}", description=group.about, args=rest
+        )
+    elif word in ALONE:
+        tyro.cli(ALONE[word], prog=f"jaxlora {word}", args=rest)
+    else:
+        known = [*(f"{g} {c}" for g, found in GROUPS.items() for c in found.by_name), *ALONE]
+        lines = "\n".join(f"  jaxlora {name}" for name in known)
+        usage = f"{__doc__}\n\n{lines}\n\nEach takes --help."
+        if word not in ("-h", "--help"):
+            raise UserError(f"unknown command {word!r}\n{usage}")
+        print(usage)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The console script; returns the exit code (2: bad input, 130: interrupted)."""
+    try:
+        run(sys.argv[1:] if args is None else args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; is there room, and may it be written?", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

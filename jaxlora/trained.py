@@ -1,0 +1,114 @@
+"""What training leaves behind: tasks with their heads and encoder trees, and the base they need."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlora import checkpoint, pretrained, rundir
+from jaxlora.errors import UserError
+from jaxlora.lora import LoraConfig
+from jaxlora.pretrained import Pretrained
+from jaxlora.settings import Settings
+from jaxlora.tasks import Task
+from jaxlora.trees import Tree
+from jaxlora.variants import group_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A task as it is served.
+
+    Attributes:
+      task: what it is.
+      tree: name of its encoder tree.
+      head: its head's parameters, `{}` for a task without a head.
+      pair_features: see `heads.pair_vector`.
+      facts: plain values that say where it comes from: dev score, data, versions.
+    """
+
+    task: Task
+    tree: str
+    head: Tree
+    pair_features: str
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Trained:
+    """Trained tasks that share a base.
+
+    Attributes:
+      base: its name or folder.
+      sha256: its checksum.
+      served: the tasks by name.
+      trees: encoder trees by name: `{}` (frozen), `{"lora": …}` or `{"params": …}` (a whole BERT).
+      configs: the configuration of each adapter among the trees, by the tree's name.
+      pooling, max_length, dtype: as in `settings.Settings`.
+      origin: the folder they come from.
+    """
+
+    base: str
+    sha256: str
+    served: Mapping[str, Served]
+    trees: Mapping[str, Tree]
+    configs: Mapping[str, LoraConfig]
+    pooling: str
+    max_length: int
+    dtype: str
+    origin: str
+
+    def load_base(self) -> Pretrained:
+        """The base model.
+
+        Raises:
+          UserError: if it cannot be had, or its checksum differs.
+        """
+        base = pretrained.load(self.base)
+        if base.sha256 != self.sha256:
+            raise UserError(
+                f"{self.base}: not the weights that {self.origin} was trained on (sha256 "
+                f"{base.sha256[:12]}… instead of {self.sha256[:12]}…)"
+            )
+        return base
+
+
+def load_run(out: Path) -> Trained:
+    """Read a finished run.
+
+    Args:
+      out: the run's `--out` folder.
+
+    Raises:
+      UserError: if it is no finished run.
+    """
+    config = rundir.read_config(out)
+    settings, inputs = Settings.from_json(config["settings"]), config["inputs"]
+    bank = checkpoint.load_bank(out / rundir.MODEL)
+    result = rundir.read_json(out / rundir.RESULT)
+    owners = {name: group_name(group) for group in settings.groups for name in group}
+    served = {}
+    for name, task in settings.named.items():
+        facts = {
+            "dev": {task.metric: result["dev"][name]},
+            "data": inputs.get(f"the data of {name}"),
+            "variant": settings.variant,
+            "versions": config.get("versions", {}),
+        }
+        # Empty trees are not kept in a checkpoint.
+        head = (bank.get("heads") or {}).get(name) or {}
+        served[name] = Served(task, owners[name], head, settings.pair_features, facts)
+    trees = {name: (bank.get("adapters") or {}).get(name) or {} for name in owners.values()}
+    return Trained(
+        settings.base,
+        inputs["the base model"],
+        served,
+        trees,
+        {name: settings.lora for name, tree in trees.items() if "lora" in tree},
+        settings.pooling,
+        settings.max_length,
+        settings.dtype,
+        str(out),
+    )
