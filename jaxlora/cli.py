@@ -25,6 +25,11 @@ Names = Annotated[tuple[str, ...], tyro.conf.Positional]
 CONSOLE = Console()
 
 
+def say(text: str) -> None:
+    """A line of its own, however long its paths are."""
+    CONSOLE.print(text, soft_wrap=True)
+
+
 def bank_add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
     """Put the tasks of a finished run into a bank (made if need be).
 
@@ -36,7 +41,7 @@ def bank_add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
     source = load_run(run)
     names = task or tuple(source.served)
     bank.add(folder, source, names)
-    CONSOLE.print(f"{folder}: added {', '.join(names)}")
+    say(f"{folder}: added {', '.join(names)}")
 
 
 def bank_update(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
@@ -50,7 +55,7 @@ def bank_update(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> Non
     source = load_run(run)
     names = task or tuple(source.served)
     bank.add(folder, source, names, replace=True)
-    CONSOLE.print(f"{folder}: updated {', '.join(names)}")
+    say(f"{folder}: updated {', '.join(names)}")
 
 
 def bank_remove(folder: Folder, task: Name, /) -> None:
@@ -61,7 +66,7 @@ def bank_remove(folder: Folder, task: Name, /) -> None:
       task: its name.
     """
     bank.remove(folder, task)
-    CONSOLE.print(f"{folder}: removed {task}")
+    say(f"{folder}: removed {task}")
 
 
 def bank_list(folder: Folder, /) -> None:
@@ -84,7 +89,7 @@ def bank_list(folder: Folder, /) -> None:
     adapters = {row.adapter: row.adapter_parameters for row in rows}
     heads = sum(row.head_parameters for row in rows)
     added = sum(adapters.values()) + heads
-    CONSOLE.print(
+    say(
         f"{len(rows)} tasks add {added / 1e6:.2f}M parameters "
         f"({sum(r.bytes for r in rows) / 1e6:.1f} MB) to a base of {each / 1e6:.2f}M: "
         f"{(each + added) / 1e6:.2f}M in all; a full model for each would be "
@@ -112,7 +117,7 @@ def bank_verify(folder: Folder, /) -> None:
     if problems:
         raise UserError("\n".join(problems))
     bank.load(folder).load_base()
-    CONSOLE.print(f"{folder}: all is well")
+    say(f"{folder}: all is well")
 
 
 def predict(
@@ -144,7 +149,7 @@ def predict(
             count = predict_file(
                 predictor, input, output, task, lambda n: bar.update(shown, completed=n)
             )
-        CONSOLE.print(f"{output}: {count:,} answers")
+        say(f"{output}: {count:,} answers")
         return
     if task is None:
         raise UserError(f"--task is missing; there are {', '.join(predictor.tasks)}")

@@ -1,0 +1,432 @@
+"""The bank: tasks added, updated, removed and served one by one; nothing else touched or lost."""
+
+import csv
+import hashlib
+import json
+import shutil
+
+import filelock
+import numpy as np
+import pytest
+from tiny import Silent, write_data
+
+import jaxlora
+from jaxlora import bank, checkpoint, cli, rundir, train
+from jaxlora.errors import UserError
+from jaxlora.settings import Flags, resolve
+from jaxlora.trained import load_run
+
+FAST = {
+    "batch_size": 6,
+    "max_steps": 3,
+    "max_length": 16,
+    "learning_rate": 0.05,
+    "preset": "cs224n",
+}
+PAIR = ("a dog runs", "the cat was in a film")
+REQUESTS = [("sts", *PAIR), ("sst", "a very good film"), ("para", *PAIR), ("sst", "not good")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_base):
+    """Finished runs: apart, together with another rank, of heads only, and a whole BERT."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = write_data(folder / "data")
+    kinds = {
+        "lora1": {"rank": 4},
+        "again": {"rank": 2, "alpha": 8.0, "target_modules": ("value", "intermediate.dense")},
+        "lora4": {"rank": 3},
+        "baseline1": {},
+        "baseline4": {},
+        "cls": {"pooling": "cls"},
+    }
+    for seed, (name, more) in enumerate(kinds.items()):
+        variant = {"again": "lora1", "cls": "lora3"}.get(name, name)
+        flags = FAST | more
+        if variant == "baseline1":
+            del flags["learning_rate"]
+        settings = resolve(Flags(variant, base=str(tiny_base), data_dir=data, seed=seed, **flags))
+        train.run(settings, folder / name, Silent(), predict_test=False)
+    return folder
+
+
+@pytest.fixture
+def three(runs, tmp_path):
+    """A bank with the three tasks of `lora1`."""
+    bank.add(tmp_path / "bank", load_run(runs / "lora1"), ["sst", "para", "sts"])
+    return tmp_path / "bank"
+
+
+def hashes(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (bank.MANIFEST, bank.LOCK)
+    }
+
+
+def values(predictor):
+    return np.array([answer.value for answer in predictor(REQUESTS)])
+
+
+def test_a_bank_answers_as_its_run_does(runs, three):
+    assert list(jaxlora.Predictor.load(three).tasks) == ["sst", "para", "sts"]
+    np.testing.assert_allclose(
+        values(jaxlora.load(three)), values(jaxlora.load(runs / "lora1")), atol=1e-6
+    )
+
+
+def test_an_update_leaves_every_other_file_as_it_was(runs, three):
+    before, answers = hashes(three), values(jaxlora.load(three))
+    bank.add(three, load_run(runs / "again"), ["sts"], replace=True)
+    after = hashes(three)
+    kept = {name: value for name, value in before.items() if "/sts-" not in name}
+    assert kept.items() <= after.items()
+    assert not {name for name in before if "/sts-" in name} & after.keys()  # the old one is gone
+    now = values(jaxlora.load(three))
+    np.testing.assert_allclose(now[1:], answers[1:], atol=1e-5)
+    again = jaxlora.load(runs / "again")
+    np.testing.assert_allclose(now[:1], values(again)[:1], atol=1e-5)
+    assert abs(now[0] - answers[0]) > 1e-3
+
+
+def test_adding_and_removing_leave_every_other_file_as_it_was(runs, tmp_path):
+    folder = tmp_path / "bank"
+    bank.add(folder, load_run(runs / "lora1"), ["sst"])
+    first = hashes(folder)
+    bank.add(folder, load_run(runs / "lora4"), ["para", "sts"])
+    assert first.items() <= hashes(folder).items()
+    rows = {row.task: row for row in bank.contents(folder)}
+    assert (rows["para"].sharers, rows["sst"].sharers) == (2, 1)
+    assert rows["para"].adapter == rows["sts"].adapter  # stored once
+    assert rows["sts"].head_parameters == 0
+    bank.remove(folder, "para")
+    assert [row.task for row in bank.contents(folder)] == ["sst", "sts"]
+    bank.remove(folder, "sts")
+    assert hashes(folder) == first
+
+
+def test_tasks_of_any_run_are_served_together(runs, tmp_path):
+    """Other ranks, alphas and layers, and one without an adapter, in one pass."""
+    folder = tmp_path / "bank"
+    origin = {"sst": "again", "para": "baseline1", "sts": "lora4"}
+    for task, run in origin.items():
+        bank.add(folder, load_run(runs / run), [task])
+    mixed = jaxlora.load(folder)(REQUESTS)
+    for request, answer in zip(REQUESTS, mixed, strict=True):
+        (alone,) = jaxlora.load(runs / origin[request[0]])([request])
+        assert answer.value == pytest.approx(alone.value, abs=1e-5)
+        if alone.probabilities:
+            assert answer.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
+def test_what_does_not_belong_is_refused(runs, three, tmp_path):
+    before = hashes(three) | {"manifest": (three / bank.MANIFEST).read_text()}
+    source = load_run(runs / "again")
+    for call, message in [
+        (lambda: bank.add(three, source, ["sts"]), "has sts already; use update"),
+        (lambda: bank.add(three, source, ["stss"]), "no task 'stss'; it has sst, para, sts"),
+        (lambda: bank.remove(three, "topic"), "no task 'topic'; it has"),
+        (lambda: bank.describe(three, "topic"), "no task 'topic'"),
+        (
+            lambda: bank.add(three, load_run(runs / "baseline4"), ["sst"], replace=True),
+            "whole fine-tuned BERT",
+        ),
+        (
+            lambda: bank.add(three, load_run(runs / "cls"), ["sst"], replace=True),
+            "has pooling mean, .* has cls; train with --pooling=mean",
+        ),
+    ]:
+        with pytest.raises(UserError, match=message):
+            call()
+    assert hashes(three) | {"manifest": (three / bank.MANIFEST).read_text()} == before
+    bank.remove(three, "para")
+    with pytest.raises(UserError, match="has no para yet; use add"):
+        bank.add(three, source, ["para"], replace=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="is not empty and holds no bank"):
+        bank.add(tmp_path / "full", source, ["sts"])
+    with pytest.raises(UserError, match="is no bank"):
+        bank.remove(tmp_path / "none", "sts")
+    assert not (tmp_path / "none").exists()
+
+
+def test_another_base_is_refused(three, tiny_base, runs, tmp_path):
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    content = bytearray((other / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (other / "model.safetensors").write_bytes(content)
+    manifest = json.loads((three / bank.MANIFEST).read_text())
+    (three / bank.MANIFEST).write_text(json.dumps(manifest | {"base": str(other)}))
+    with pytest.raises(UserError, match="not the weights that"):
+        jaxlora.load(three)
+    (three / bank.MANIFEST).write_text(json.dumps(manifest | {"sha256": "0" * 64}))
+    with pytest.raises(UserError, match="is a bank of"):
+        bank.add(three, load_run(runs / "again"), ["sts"], replace=True)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of ours catches it."""
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("victim", ["save_bank", "write_json", "rmtree"])
+@pytest.mark.parametrize("change", ["update", "add", "remove"])
+def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
+    runs, three, monkeypatch, victim, before, change
+):
+    source = load_run(runs / "again")
+    bank.remove(three, "para")
+    old = bank.load(three).served.keys()
+    old_value = values_of(three, "sts")
+    module = {"save_bank": checkpoint, "write_json": rundir, "rmtree": shutil}[victim]
+    real = getattr(module, victim)
+
+    def die(*args, **kwargs):
+        if not before:
+            real(*args, **kwargs)
+        raise Killed
+
+    monkeypatch.setattr(module, victim, die)
+    actions = {
+        "update": lambda: bank.add(three, source, ["sts"], replace=True),
+        "add": lambda: bank.add(three, source, ["para"]),
+        "remove": lambda: bank.remove(three, "sts"),
+    }
+    try:
+        actions[change]()
+        died = False
+    except Killed:
+        died = True
+    monkeypatch.undo()
+    assert died or victim != "write_json"
+    assert bank.verify(three) == []
+    new = {"update": old, "add": old | {"para"}, "remove": old - {"sts"}}[change]
+    found = bank.load(three).served.keys()
+    assert found in (old, new)
+    if "sts" in found and (change != "update" or victim == "save_bank"):
+        assert values_of(three, "sts") == old_value
+    # The next change tidies up what the killed one left.
+    bank.add(three, load_run(runs / "lora4"), ["sst"], replace=True)
+    manifest = json.loads((three / bank.MANIFEST).read_text())
+    used = {e["head"] for e in manifest["tasks"].values()} | set(manifest["adapters"])
+    left = {p.name for part in (bank.ADAPTERS, bank.HEADS) for p in (three / part).iterdir()}
+    assert left == used - {None}
+
+
+def values_of(folder, task):
+    return jaxlora.load(folder)([(task, *PAIR)])[0].value
+
+
+def test_one_writer_at_a_time(runs, three):
+    with (
+        filelock.FileLock(three / bank.LOCK),
+        pytest.raises(UserError, match="another process is changing it"),
+    ):
+        bank.remove(three, "sst")
+    bank.remove(three, "sst")
+
+
+def corrupt_every(three):
+    for path in sorted(three.rglob("*")):
+        if path.is_file() and path.stat().st_size and path.name not in (bank.MANIFEST, bank.LOCK):
+            yield path
+
+
+@pytest.mark.parametrize("how", ["truncated", "emptied", "flipped", "gone"])
+def test_damage_is_found_and_never_loaded(three, how):
+    answers, manifest = values(jaxlora.load(three)), bank.load(three)
+    assert manifest.served.keys() == {"sst", "para", "sts"}
+    biggest = max(corrupt_every(three), key=lambda p: p.stat().st_size)
+    for path in [biggest, next(p for p in corrupt_every(three) if p.name == "manifest.ocdbt")]:
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        changed = {
+            "truncated": whole[:middle],
+            "emptied": b"",
+            "flipped": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
+        }
+        if how == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(changed[how])
+        problems = bank.verify(three)
+        if problems:
+            with pytest.raises(UserError):
+                jaxlora.load(three)
+            assert path.relative_to(three).parts[1] in problems[0]
+        else:  # a byte that Orbax does not read
+            np.testing.assert_array_equal(values(jaxlora.load(three)), answers)
+        assert problems or path != biggest
+        path.write_bytes(whole)
+    assert bank.verify(three) == []
+
+
+def test_a_missing_head_is_named(three):
+    head = next((three / bank.HEADS).glob("sts-*"))
+    shutil.rmtree(head)
+    (problem,) = bank.verify(three)
+    assert head.name in problem
+    with pytest.raises(UserError, match=head.name):
+        jaxlora.load(three)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m | {"format": 2}, "format 2 is newer than this jaxlora's 1"),
+        (lambda m: [m], "not a bank's manifest"),
+        (lambda m: {k: v for k, v in m.items() if k != "base"}, "changed by hand .* base"),
+        (lambda m: m | {"pooling": 3}, "pooling is 3"),
+        (lambda m: m | {"adapters": {}}, "is not described"),
+        (lambda m: m | {"tasks": {"../x": m["tasks"]["sst"]}}, "cannot be a name"),
+        (lambda m: m | {"tasks": {"x" * 300: m["tasks"]["sst"]}}, "cannot be a name"),
+        (lambda m: m | {"tasks": {"a\n": m["tasks"]["sst"]}}, "cannot be a name"),
+        (lambda m: m | {"tasks": {"sts": m["tasks"]["sst"]}}, "sts is called sst"),
+        (lambda m: m | {"tasks": {"sst": m["tasks"]["sst"] | {"head": "../../x"}}}, "not the name"),
+        (lambda m: m | {"tasks": {"sst": m["tasks"]["sst"] | {"head": None}}}, "needs a head"),
+        (lambda m: m | {"tasks": {"sst": m["tasks"]["sst"] | {"head": 7}}}, "changed by hand"),
+        (lambda m: m | {"tasks": {"sst": {}}}, "fields of sst"),
+        (lambda m: m | {"tasks": 3}, "changed by hand"),
+        (
+            lambda m: m | {"tasks": {"sst": m["tasks"]["sst"] | {"task": {"name": "sst"}}}},
+            "changed by hand",
+        ),
+    ],
+)
+def test_a_manifest_changed_by_hand(three, edit, message):
+    path = three / bank.MANIFEST
+    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match=message):
+        bank.load(three)
+
+
+def test_a_manifest_that_is_no_json(three):
+    (three / bank.MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        bank.load(three)
+
+
+# ---- the command
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    monkeypatch.setattr(cli.host, "keep_programs", lambda folder: None)
+    monkeypatch.setattr(cli.host, "reuse_memory", lambda: None)
+
+    def command(*args):
+        code = cli.main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return command
+
+
+def test_the_commands(runs, tmp_path, call):
+    folder = tmp_path / "bank"
+    assert call("bank", "add", folder, "--run", runs / "lora1", "--task", "sst", "sts")[0] == 0
+    assert call("bank", "add", folder, "--run", runs / "lora4", "--task", "para")[0] == 0
+    code, shown = call("bank", "list", folder)
+    assert code == 0
+    assert all(text in shown for text in ("sst", "para", "sts", "3 tasks add", "full model"))
+    assert call("bank", "update", folder, "--run", runs / "again", "--task", "sts")[0] == 0
+    code, shown = call("bank", "show", folder, "sts")
+    assert json.loads(shown)["lora"]["rank"] == 2
+    code, shown = call("bank", "verify", folder)
+    assert (code, "all is well" in shown) == (0, True)
+    assert call("bank", "remove", folder, "para")[0] == 0
+    assert list(jaxlora.load(folder).tasks) == ["sst", "sts"]
+    code, shown = call("predict", "--bank", folder, "--task", "sts", *PAIR)
+    assert float(shown) == pytest.approx(values_of(folder, "sts"), abs=1e-4)
+    code, shown = call("predict", "--bank", folder, "--task", "sst", "a film")
+    assert (code, shown.split()[0]) == (0, jaxlora.load(folder)([("sst", "a film")])[0].label)
+    biggest = max(corrupt_every(folder), key=lambda p: p.stat().st_size)
+    biggest.write_bytes(b"")
+    assert call("bank", "verify", folder)[0] == 2
+
+
+def test_the_commands_refuse(three, call, tmp_path):
+    for args, message in [
+        (("bank", "remove", three, "stt"), "it has sst, para, sts"),
+        (("predict", "--bank", three, "--task", "stss", "a", "b"), "did you mean sts?"),
+        (("predict", "--bank", three, "a"), "--task is missing"),
+        (("predict", "--bank", three, "--task", "sts", "a"), "sts takes pairs"),
+        (("predict", "--bank", three), "give --task and texts"),
+        (("predict", "--bank", tmp_path / "none", "--task", "sts", "a", "b"), "is it"),
+        (("bnk",), "unknown command 'bnk'"),
+    ]:
+        code, shown = call(*args)
+        assert code == 2
+        assert message in shown or "missing" in shown
+
+
+HEADER = "id\ttask\tsentence1\tsentence2\n"
+
+
+def test_a_table_is_answered_in_order_and_in_parts(three, call, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlora.predict_file.PART", 3)
+    source = tmp_path / "in.tsv"
+    lines = [f"r{n}\t" + "\t".join([*REQUESTS[n % 4], ""][:3]) + "\n" for n in range(8)]
+    source.write_text(HEADER + "".join(lines))
+    expected = jaxlora.load(three)(REQUESTS) * 2
+    code, shown = call(
+        "predict", "--bank", three, "--input", source, "--output", tmp_path / "o.csv"
+    )
+    assert (code, "8 answers" in shown) == (0, True)
+    with (tmp_path / "o.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == [f"r{n}" for n in range(8)]
+    for row, answer in zip(rows, expected, strict=True):
+        assert float(row["prediction"]) == pytest.approx(answer.value, abs=1e-4)
+        assert row["label"] == (answer.label or "")
+    call("predict", "--bank", three, "--input", source, "--output", tmp_path / "o.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    for row, answer in zip(found, expected, strict=True):
+        assert row["probabilities"] == (
+            answer.probabilities and pytest.approx(answer.probabilities)
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        (HEADER + "a\tsst\tfilm\t\nb\tstt\tfilm\t\n", [":3", "'stt'", "sst, para, sts"]),
+        (HEADER + "a\tsts\tfilm\t\n", [":2", "pairs"]),
+        (HEADER + "a\tsst\t \t\n", [":2", "blank"]),
+        (HEADER + "a\tsst\n", [":2", "2 fields"]),
+        (HEADER + f"a\tsst\t{'x' * 10_000_000}\t\n", [":2", "field larger than"]),
+        (HEADER + 'a\tsst\t"x\t\n', [":2", "quote"]),
+        ("id\ttask\n1\tsst\n", [":1", "no column sentence"]),
+        ("", ["no column"]),
+    ],
+    ids=["task", "pair", "blank", "short", "huge", "quote", "columns", "empty"],
+)
+def test_a_bad_table_leaves_no_half_answer(three, call, tmp_path, content, fragments):
+    source, target = tmp_path / "in.tsv", tmp_path / "out.csv"
+    source.write_text(content)
+    target.write_text("old")
+    code, shown = call("predict", "--bank", three, "--input", source, "--output", target)
+    assert code == 2
+    assert all(fragment in shown for fragment in fragments)
+    assert target.read_text() == "old"
+    assert {p.name for p in tmp_path.iterdir()} == {"bank", "in.tsv", "out.csv"}
+
+
+def test_an_empty_table_has_no_answers(three, call, tmp_path):
+    source = tmp_path / "in.tsv"
+    source.write_text("sentence\n")
+    code, _ = call(
+        "predict",
+        "--bank",
+        three,
+        "--task",
+        "sst",
+        "--input",
+        source,
+        "--output",
+        tmp_path / "o.csv",
+    )
+    assert code == 0
+    assert (tmp_path / "o.csv").read_text() == "id,task,prediction,label,probability\n"

@@ -1,0 +1,206 @@
+"""Tasks of one's own: the TOML file, its mistakes, and a run from it."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import Silent
+
+import jaxlora
+from jaxlora import train
+from jaxlora.data import tables
+from jaxlora.descriptions import Description, paper_descriptions, read_tasks
+from jaxlora.errors import UserError
+from jaxlora.settings import Flags, Settings, resolve
+from jaxlora.tasks import Task
+
+TOPIC = """
+[topic]
+kind = "classification"
+classes = ["sport", "science"]
+text = "headline"
+label = "what"
+train = "topic-train.csv"
+dev = "topic-dev.csv"
+"""
+PRICE = """
+[price]
+kind = "regression"
+range = [-10, 90.5]
+text = ["first", "second"]
+label = "euro"
+id = "key"
+delimiter = ";"
+train = "price.txt"
+dev = "price.txt"
+test = "price-test.txt"
+metric = "spearman"
+weight = 0.5
+learning_rate = 0.01
+epochs = 3
+patience = 2
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two tasks of very different sizes; two rows of the first have no label."""
+    words = ("goal", "team", "match"), ("atom", "cell", "light")
+    rows = [f"the {words[n % 2][n % 3]} was good,{('sport', 'science')[n % 2]}" for n in range(50)]
+    rows[7] = rows[8] = '"the film, or not",'
+    (tmp_path / "topic-train.csv").write_text("\n".join(["headline,what", *rows]) + "\n")
+    (tmp_path / "topic-dev.csv").write_text("\n".join(["headline,what", *rows[:6]]) + "\n")
+    rows = [f"k{n};a dog {n};a cat;{n * 10 - 10}" for n in range(8)]
+    (tmp_path / "price.txt").write_text("\n".join(["key;first;second;euro", *rows]) + "\n")
+    rows = [row.rsplit(";", 1)[0] for row in rows[:3]]
+    (tmp_path / "price-test.txt").write_text("\n".join(["key;first;second", *rows]) + "\n")
+    return tmp_path
+
+
+def write(folder, text):
+    path = folder / "tasks.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_is_read(folder):
+    topic, price = read_tasks(write(folder, TOPIC + PRICE))
+    assert topic.task == Task("topic", "classification", classes=("sport", "science"))
+    assert (topic.weight, topic.own, topic.table.test) == (1.0, (), None)
+    assert price.task == Task(
+        "price", "regression", pair=True, low=-10, high=90.5, metric="spearman"
+    )
+    assert price.weight == 0.5
+    assert dict(price.own) == {"learning_rate": 0.01, "epochs": 3, "patience": 2}
+    assert price.table.files["test"] == folder / "price-test.txt"
+
+
+def test_the_papers_tasks_are_three_such_descriptions():
+    assert [d.task.kind for d in paper_descriptions("mse", 1.0)] == [
+        "classification", "binary", "similarity",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        (TOPIC.replace("kind", "kinde"), ["[topic]", "unknown key 'kinde'", "did you mean kind"]),
+        (TOPIC.replace('label = "what"\n', ""), ["[topic] lacks label"]),
+        (TOPIC.replace('"classification"', '"ranking"'), ["kind 'ranking'", "regression"]),
+        (TOPIC.replace('["sport", "science"]', "1"), ["at least two"]),
+        (TOPIC.replace('["sport", "science"]', '["sport", 2.5]'), ["2.5 is not a text"]),
+        (TOPIC.replace("topic-dev.csv", "gone.csv"), ["[topic] dev", "gone.csv"]),
+        (TOPIC.replace("[topic]", '["a/b"]'), ["'a/b' cannot be a name"]),
+        (TOPIC.replace("[topic]", '[".."]'), ["'..' cannot be a name"]),
+        (TOPIC.replace("[topic]", '["a\\u0007"]'), ["cannot be a name"]),
+        (TOPIC.replace("[topic]", f"[{'x' * 300}]"), ["cannot be a name", "xxx…"]),
+        (TOPIC.replace("[topic]", ""), ["outside of a task's table"]),
+        (TOPIC + "epochs = 0", ["epochs: 0 is not a whole number from 1"]),
+        (TOPIC + "epochs = 1.5", ["epochs: 1.5"]),
+        (TOPIC + "learning_rate = -1", ["learning_rate: -1 is not a number above 0"]),
+        (TOPIC + "learning_rate = nan", ["learning_rate: nan"]),
+        (TOPIC + "weight = true", ["weight: True"]),
+        (TOPIC + 'delimiter = "ab"', ["delimiter"]),
+        (TOPIC + 'metric = "bleu"', ["metric 'bleu' does not go with classification"]),
+        (TOPIC + "range = [0, 1]", ["range", "name the classes"]),
+        (TOPIC.replace('"headline"', '["a", "b", "c"]'), ["two for pairs, not 3"]),
+        (PRICE.replace("range = [-10, 90.5]", ""), ["lacks range"]),
+        (PRICE.replace("[-10, 90.5]", "[5, 5]"), ["5 to 5 is empty"]),
+        (PRICE.replace("[-10, 90.5]", "[5]"), ["range: give two numbers"]),
+        ("[topic", ["not a TOML file"]),
+        ("", ["describes no task"]),
+    ],
+)
+def test_mistakes_are_named(folder, text, fragments):
+    path = write(folder, text)
+    with pytest.raises(UserError) as caught:
+        read_tasks(path)
+    assert all(fragment in str(caught.value) for fragment in [str(path), *fragments])
+
+
+def test_flags_that_do_not_go_with_a_file_of_tasks(folder):
+    path = write(folder, TOPIC)
+    with pytest.raises(UserError, match="--sts-weight"):
+        resolve(Flags("lora1", tasks=path, sts_weight=2.0))
+    with pytest.raises(UserError, match="--data-dir goes with"):
+        resolve(Flags("lora1", tasks=path, data_dir=folder))
+    with pytest.raises(UserError, match="--source=files"):
+        resolve(Flags("lora1", source="files"))
+    with pytest.raises(UserError, match="cannot be read"):
+        resolve(Flags("lora1", tasks=folder / "none.toml"))
+    with pytest.raises(UserError, match=r"unknown task 'sst' \(topic, price"):
+        resolve(Flags("lora1", tasks=write(folder, TOPIC + PRICE), groups="sst|topic,price"))
+
+
+def test_a_group_has_its_tasks_own_settings(folder):
+    path = write(folder, TOPIC + PRICE)
+    apart = resolve(Flags("lora1", tasks=path))
+    assert Settings.from_json(json.loads(json.dumps(apart.to_json()))) == apart
+    assert isinstance(apart.tasks[1], Description)
+    assert apart.of_group(("price",)).epochs == 3
+    assert apart.of_group(("topic",)).epochs == apart.epochs != 1
+    assert apart.of_group(("price",)).learning_rate == 0.01
+    with pytest.raises(UserError, match="must agree on epochs"):
+        resolve(Flags("lora3", tasks=write(folder, TOPIC + "epochs = 2\n" + PRICE)))
+
+
+@pytest.mark.parametrize("variant", ["baseline1", "lora1", "lora4"])
+def test_a_run_trains_and_serves_them(folder, tiny_base, variant):
+    path = write(folder, TOPIC + PRICE.replace("learning_rate = 0.01\n", ""))
+    flags = Flags(
+        variant, tasks=path, base=str(tiny_base), batch_size=6, max_steps=5, max_length=32
+    )
+    listener = Silent()
+    result = train.run(resolve(flags), folder / "run", listener)
+    assert listener.plans[0].unlabelled == {"topic": 2, "price": 0}
+    assert listener.plans[0].examples["topic"] == {"train": 48, "dev": 6, "test": 0}
+    assert result["metrics"] == {"topic": "topic accuracy", "price": "price Spearman ρ"}
+    written = {p.name for p in (folder / "run" / "predictions").iterdir()}
+    assert written == {"topic-dev.csv", "price-dev.csv", "price-test.csv"}
+    lines = (folder / "run" / "predictions" / "price-test.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["id", "k0", "k1", "k2"]
+    assert all(-10 <= float(line.split(",")[1]) <= 90.5 for line in lines[1:])
+    topic, price = jaxlora.load(folder / "run")([("topic", "the goal"), ("price", "a", "b")])
+    assert topic.label in ("sport", "science")
+    assert sum(topic.probabilities.values()) == pytest.approx(1)
+    assert topic.probabilities[topic.label] == max(topic.probabilities.values())
+    assert (price.label, price.probabilities) == (None, None)
+
+
+def test_an_edited_table_is_read_anew(folder, tiny):
+    from jaxlora import plan
+
+    path = write(folder, PRICE)
+    settings = resolve(Flags("lora1", tasks=path))
+    before = plan.load_data(settings, tiny)["price"]["dev"].labels
+    text = (folder / "price.txt").read_text().replace(";60\n", ";90\n")
+    (folder / "price.txt").write_text(text)
+    after = plan.load_data(settings, tiny)["price"]["dev"].labels
+    assert np.flatnonzero(before != after).tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("header", "delimiter"),
+    [("a,b", ","), ("a\tb,c", None), ("a;b;c,d", ";"), ("a|b", "|"), ("alone", "\t")],
+)
+def test_the_delimiter_is_found_out(tmp_path, header, delimiter):
+    path = tmp_path / "x"
+    if delimiter is None:
+        with pytest.raises(UserError, match="give the delimiter"):
+            tables.sniff(header, path)
+    else:
+        assert tables.sniff(header + "\n1,2;3\t4|5|6|7|8", path) == delimiter
+
+
+def test_labels_by_name_and_by_number(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("t,l\na,2\nb,1.0\nc,3\n")
+    columns = tables.Columns(("t",), "l")
+    task = Task("x", "classification", classes=("1", "2", "3"))
+    assert [row.label for row in tables.read(task, path, columns)] == [1, 0, 2]
+    words = Task("x", "classification", classes=("no", "yes", "maybe"))
+    path.write_text("t,l\na,yes\nb,2\nc,no\n")
+    assert [row.label for row in tables.read(words, path, columns)] == [1, 2, 0]
+    path.write_text("t,l\na,yes\nb,perhaps\n")
+    with pytest.raises(UserError, match=r"x\.csv:3: label 'perhaps' is not one of no, yes, maybe"):
+        tables.read(words, path, columns)
