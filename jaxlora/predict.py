@@ -201,7 +201,7 @@ def load(run_dir: str | Path) -> Model:
     bank = checkpoint.load_bank(out / rundir.MODEL)
     dtype = jnp.dtype(settings.dtype)
     frozen = {} if settings.adapt == "full" else {"params": bert.matmul_ready(base.params, dtype)}
-    encode = step.encoder(base.config, dtype, settings.lora.scale, settings.pooling)
+    encode = step.encoder(base.config, dtype, settings.lora, settings.pooling)
     groups = [group_name(names) for names in settings.groups]
     return Model(
         settings,
