@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,27 @@ def matches(name: str, path: Path) -> bool:
     (True, False)
     """
     return f".{'.'.join(path)}".endswith(f".{name}")
+
+
+def describe(
+    modules: Mapping[Path, tuple[int, float]], rslora: bool = False, dropout: float = 0.0
+) -> LoraConfig:
+    """The configuration that gives these modules, and no others, their ranks and alphas.
+
+    Args:
+      modules: path → (rank, alpha), not empty. The modules are named by whole paths, so none may
+        end with another's.
+      rslora, dropout: see `LoraConfig`.
+
+    >>> config = describe({("self", "query"): (2, 4.0), ("self", "key"): (3, 4.0)})
+    >>> config.target_modules, config.rank, config.rank_pattern, config.alpha_pattern
+    (('self.query', 'self.key'), 2, (('self.key', 3),), ())
+    """
+    named = {".".join(path): values for path, values in modules.items()}
+    rank, alpha = next(iter(named.values()))
+    ranks = tuple((name, r) for name, (r, _) in named.items() if r != rank)
+    alphas = tuple((name, a) for name, (_, a) in named.items() if a != alpha)
+    return LoraConfig(rank, alpha, tuple(named), rslora, ranks, alphas, dropout)
 
 
 def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:

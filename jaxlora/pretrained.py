@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def read_config(path: Path) -> BertConfig:
     if not path.is_file():
         raise UserError(f"{path}: missing; --base needs a Hugging Face folder with config.json")
     defaults = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2}
-    raw: dict[str, Any] = defaults | _read_object(path)
+    raw: dict[str, Any] = defaults | read_object(path)
     _require(path, "model_type", raw.get("model_type", "bert"), ("bert",))
     _require(path, "hidden_act", raw["hidden_act"], ACTIVATIONS)
     _require(
@@ -141,9 +141,16 @@ def read_config(path: Path) -> BertConfig:
     return config
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+      UserError: if the file is missing, or not that.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
@@ -159,7 +166,7 @@ def _require(path: Path, field: str, value: Any, known: Iterable[str]) -> None:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The folder's fast tokenizer (`tokenizer.json`, or `vocab.txt` through transformers)."""
     if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_str(json.dumps(_read_object(folder / "tokenizer.json")))
+        tokenizer = Tokenizer.from_str(json.dumps(read_object(folder / "tokenizer.json")))
     elif (folder / "vocab.txt").is_file():
         from transformers import AutoTokenizer
 
@@ -196,7 +203,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(_read_object(index).get("weight_map", {}).values()))
+        names = sorted(set(read_object(index).get("weight_map", {}).values()))
         return [folder / name for name in names]
     hint = ""
     if (folder / "pytorch_model.bin").exists():
@@ -231,21 +238,32 @@ def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     origin: dict[str, str] = {}
     for path in files:
-        try:
-            with safe_open(path, framework="flax") as file:
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    name = _canonical(key)
-                    if IGNORED.match(name):
-                        continue
-                    if name in tensors:
-                        raise UserError(
-                            f"{path}: {key!r} and {origin[name]!r} are the same tensor {name!r}"
-                        )
-                    tensors[name] = np.asarray(file.get_tensor(key), np.float32)
-                    origin[name] = key
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a valid safetensors file ({error})") from error
+        for key, tensor in read_safetensors(path):
+            name = _canonical(key)
+            if IGNORED.match(name):
+                continue
+            if name in tensors:
+                raise UserError(
+                    f"{path}: {key!r} and {origin[name]!r} are the same tensor {name!r}"
+                )
+            tensors[name], origin[name] = tensor, key
     return tensors
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """A file's tensors by key, float32.
+
+    Raises:
+      UserError: for a missing or corrupt file.
+    """
+    try:
+        with safe_open(path, framework="flax") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                yield key, np.asarray(file.get_tensor(key), np.float32)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a valid safetensors file ({error})") from error
 
 
 def _canonical(key: str) -> str:
