@@ -306,6 +306,17 @@ def convert(tensors: dict[str, np.ndarray], config: BertConfig) -> dict[str, Any
     return traverse_util.unflatten_dict(flat)
 
 
+def export(params: dict[str, Any], config: BertConfig) -> dict[str, np.ndarray]:
+    """The inverse of `convert`: the `params` tree → tensors under transformers' names, float32."""
+    tensors = {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        whole = np.asarray(leaf, np.float32)
+        parts = whole if path[0] == "layers" else whole[None]
+        for name, part in zip(_source_names(path, config), parts, strict=True):
+            tensors[name] = np.ascontiguousarray(_as_kernel(path, part))
+    return tensors
+
+
 def _source_names(path: tuple[str, ...], config: BertConfig) -> list[str]:
     """Names of the tensors a leaf is made of: one, or one for each layer."""
     *middle, leaf = path
@@ -319,6 +330,7 @@ def _source_names(path: tuple[str, ...], config: BertConfig) -> list[str]:
 
 
 def _as_kernel(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
+    """Torch's Linear weight as a kernel, and back; other tensors as they are."""
     return tensor.T if path[-1] == "kernel" else tensor
 
 
