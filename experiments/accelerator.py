@@ -72,7 +72,7 @@ def two_steps(
     names = variant.groups[0]
     adapter = lora.LoraConfig()
     with jax.default_device(device):
-        encode = step.encoder(config, jnp.float32, adapter.scale, "mean")
+        encode = step.encoder(config, jnp.float32, adapter, "mean")
         chosen = tuple(t for t in tasks.paper_tasks(variant.sts_loss) if t.name in names)
         txs = step.optimizers(len(names), 1e-3, 1e-3)
         mixed = variant.adapt == "lora"  # a frozen encoder encodes here, too, at every step

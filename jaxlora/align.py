@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from jaxlora.lora import LoraConfig
+from jaxlora import lora
+from jaxlora.lora import Adapter, LoraConfig
 from jaxlora.trees import Tree
-
-Adapter = tuple[Tree, LoraConfig]
 
 
 def align(adapters: Sequence[Adapter | None]) -> tuple[list[Tree], LoraConfig]:
-    """Bring adapters of one base to the largest rank, to all layers, and to a scale of 1.
+    """Bring adapters of one base to each layer's largest rank, to all layers, and to a scale of 1.
 
     Args:
       adapters: trees with their configurations; None stands for one that changes nothing.
@@ -30,30 +29,30 @@ def align(adapters: Sequence[Adapter | None]) -> tuple[list[Tree], LoraConfig]:
 
     >>> one = {"q": {"A": jnp.ones((3, 1)), "B": jnp.ones((1, 2))}}
     >>> (wide, zero), config = align([(one, LoraConfig(1, 2.0, ("q",))), None])
-    >>> wide["q"]["B"].tolist(), zero["q"]["A"].shape, config.scale
+    >>> wide["q"]["B"].tolist(), zero["q"]["A"].shape, config.scale_of(("q",))
     ([[2.0, 2.0]], (3, 1), 1.0)
     """
     flat = [None if a is None else (traverse_util.flatten_dict(a[0]), a[1]) for a in adapters]
-    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+    shapes: dict[lora.Path, tuple[int, ...]] = {}
     for found in flat:
         for path, x in found[0].items() if found else ():
             shapes[path] = tuple(map(max, shapes.get(path, x.shape), x.shape))
-    modules = sorted({".".join(path[:-1]) for path in shapes})
-    rank = max((shape[-1] for path, shape in shapes.items() if path[-1] == "A"), default=1)
-    config = LoraConfig(rank, float(rank), tuple(modules))
-    return [_widen(found, shapes, rank) for found in flat], config
+    ranks = {path[:-1]: shape[-1] for path, shape in sorted(shapes.items()) if path[-1] == "A"}
+    config = LoraConfig(target_modules=())
+    if ranks:
+        config = lora.describe({path: (rank, float(rank)) for path, rank in ranks.items()})
+    return [_widen(found, shapes) for found in flat], config
 
 
 def _widen(
-    found: tuple[dict[tuple[str, ...], jax.Array], LoraConfig] | None,
-    shapes: dict[tuple[str, ...], tuple[int, ...]],
-    rank: int,
+    found: tuple[dict[lora.Path, jax.Array], LoraConfig] | None,
+    shapes: dict[lora.Path, tuple[int, ...]],
 ) -> Tree:
     out = {}
-    for path, widest in shapes.items():
-        is_a = path[-1] == "A"
-        shape = (*widest[:-1], rank) if is_a else (*widest[:-2], rank, widest[-1])
-        x = jnp.zeros(shape) if found is None else found[0].get(path, jnp.zeros(shape))
-        x = jnp.asarray(x) if is_a or found is None else x * found[1].scale
+    for path, shape in shapes.items():
+        x = jnp.zeros(shape)
+        if found is not None and path in found[0]:
+            x = jnp.asarray(found[0][path])
+            x = x * found[1].scale_of(path[:-1]) if path[-1] == "B" else x
         out[path] = jnp.pad(x, [(0, to - n) for n, to in zip(x.shape, shape, strict=True)])
     return traverse_util.unflatten_dict(out)

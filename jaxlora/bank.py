@@ -30,13 +30,13 @@ from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks import Task
-from jaxlora.trained import Served, Trained, load_run
+from jaxlora.trained import OF_BASE, Served, Trained, check_plain, load_run
 from jaxlora.trees import Tree
 
 MANIFEST, LOCK = "bank.json", ".lock"
 ADAPTERS, HEADS = "adapters", "heads"
 FORMAT = 1
-_FIELDS = {"format", "base", "sha256", "pooling", "max_length", "dtype", "tasks", "adapters"}
+_FIELDS = {"format", *OF_BASE, "tasks", "adapters"}
 _TASK_FIELDS = {"task", "adapter", "head", "pair_features", "facts"}
 
 
@@ -97,13 +97,12 @@ def load(folder: Path) -> Trained:
     for name, entry in manifest["tasks"].items():
         head = {} if entry["head"] is None else _load_tree(folder, HEADS, entry["head"])
         tree = entry["adapter"] or ""
-        served[name] = Served(_task(entry), tree, head, entry["pair_features"], entry["facts"])
+        task = Task.from_json(entry["task"])
+        served[name] = Served(task, tree, head, entry["pair_features"], entry["facts"])
     if any(one.tree == "" for one in served.values()):
         kept[""] = {}  # the frozen base itself
-    return Trained(
-        manifest["base"], manifest["sha256"], served, kept, configs, manifest["pooling"],
-        manifest["max_length"], manifest["dtype"], str(folder),
-    )  # fmt: skip
+    plain = {field: manifest[field] for field in OF_BASE}
+    return Trained(**plain, served=served, trees=kept, configs=configs, origin=str(folder))
 
 
 def load_any(folder: Path) -> Trained:
@@ -257,11 +256,7 @@ def _empty(folder: Path, source: Trained) -> dict[str, Any]:
         raise UserError(f"{folder}: is not empty and holds no bank; name another folder")
     return {
         "format": FORMAT,
-        "base": source.base,
-        "sha256": source.sha256,
-        "pooling": source.pooling,
-        "max_length": source.max_length,
-        "dtype": source.dtype,
+        **{field: getattr(source, field) for field in OF_BASE},
         "tasks": {},
         "adapters": {},
     }
@@ -309,11 +304,7 @@ def _read(folder: Path) -> dict[str, Any]:
 def _check_manifest(manifest: dict[str, Any]) -> None:
     if manifest.keys() != _FIELDS:
         raise ValueError(f"fields {', '.join(sorted(manifest.keys() ^ _FIELDS))}")
-    for field in ("base", "sha256", "pooling", "dtype"):
-        if not isinstance(manifest[field], str):
-            raise TypeError(f"{field} is {manifest[field]!r}")
-    if not isinstance(manifest["max_length"], int):
-        raise TypeError(f"max_length is {manifest['max_length']!r}")
+    check_plain(manifest)
     for stored, plain in manifest["adapters"].items():
         _check_folder(stored)
         _config(plain)
@@ -321,23 +312,21 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         check_name(name, "tasks")
         if entry.keys() != _TASK_FIELDS:
             raise ValueError(f"fields of {name}: {', '.join(entry.keys() ^ _TASK_FIELDS)}")
-        if _task(entry).name != name:
-            raise ValueError(f"task {name} is called {_task(entry).name}")
+        check_plain(entry)
+        task = Task.from_json(entry["task"])
+        if task.name != name:
+            raise ValueError(f"task {name} is called {task.name}")
         if entry["adapter"] is not None and entry["adapter"] not in manifest["adapters"]:
             raise ValueError(f"adapter {entry['adapter']!r} of {name} is not described")
         if entry["head"] is not None:
             _check_folder(entry["head"])
-        elif _task(entry).outputs:
+        elif task.outputs:
             raise ValueError(f"{name} needs a head and has none")
 
 
 def _check_folder(name: str) -> None:
     if Path(name).name != name or name in (".", ".."):
         raise ValueError(f"{name!r} is not the name of a folder in the bank")
-
-
-def _task(entry: Mapping[str, Any]) -> Task:
-    return Task(**entry["task"] | {"classes": tuple(entry["task"]["classes"])})
 
 
 def _config(plain: Mapping[str, Any]) -> LoraConfig:

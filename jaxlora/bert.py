@@ -19,6 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxlora.lora import LoraConfig
+
 
 def gelu(x: jax.Array) -> jax.Array:
     """`x Φ(x)`, by the error function (Hendrycks & Gimpel 2016); `erfc` costs more on CPU.
@@ -131,16 +133,19 @@ class Dense(nn.Module):
     """`x W + b`, plus `scale · x A B` where the `lora` collection has this layer.
 
     Several adapters side by side (`A: [T, in, r]`, `B: [T, r, out]`) are one of rank T·r, of which
-    each token uses the share it is given. Matmul inputs are `dtype`; products are summed, and
+    each token uses the share it is given. In training the adapter's input has its own dropout;
+    adapters side by side see the same. Matmul inputs are `dtype`; products are summed, and
     returned, in float32.
     """
 
     features: int
     dtype: Any = jnp.float32
-    lora_scale: float = 1.0
+    lora: LoraConfig = LoraConfig()
 
     @nn.compact
-    def __call__(self, x: jax.Array, share: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, share: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
         """`[..., in]`, and for several adapters `share: f32[..., T]` → `f32[..., features]`."""
         kernel = self.param(
             "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), jnp.float32
@@ -149,7 +154,8 @@ class Dense(nn.Module):
         y = matmul(x, kernel, self.dtype) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
         if self.has_variable("lora", "A"):
             a, b = (jnp.asarray(self.get_variable("lora", name)) for name in "AB")
-            y = y + self.lora_scale * low_rank(x, a, b, share, self.dtype)
+            x = _dropout(self, x, self.lora.dropout, train)
+            y = y + self.lora.scale_of(self.path) * low_rank(x, a, b, share, self.dtype)
         return y
 
 
@@ -181,7 +187,7 @@ class SelfAttention(nn.Module):
 
     config: BertConfig
     dtype: Any
-    lora_scale: float
+    lora: LoraConfig
 
     @nn.compact
     def __call__(
@@ -191,7 +197,7 @@ class SelfAttention(nn.Module):
         c = self.config
         shape = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (
-            Dense(c.hidden_size, self.dtype, self.lora_scale, name=name)(x, share)
+            Dense(c.hidden_size, self.dtype, self.lora, name=name)(x, share, train)
             .reshape(shape)
             .astype(self.dtype)
             for name in ("query", "key", "value")
@@ -215,7 +221,7 @@ class Output(nn.Module):
 
     config: BertConfig
     dtype: Any
-    lora_scale: float
+    lora: LoraConfig
 
     @nn.compact
     def __call__(
@@ -223,7 +229,7 @@ class Output(nn.Module):
     ) -> jax.Array:
         """`x: [..., F]`, `residual: [..., H]` → `f32[..., H]`."""
         c = self.config
-        y = Dense(c.hidden_size, self.dtype, self.lora_scale, name="dense")(x, share)
+        y = Dense(c.hidden_size, self.dtype, self.lora, name="dense")(x, share, train)
         y = _dropout(self, y, c.hidden_dropout_prob, train)
         return _layer_norm(c)(y + residual)
 
@@ -233,14 +239,14 @@ class Attention(nn.Module):
 
     config: BertConfig
     dtype: Any
-    lora_scale: float
+    lora: LoraConfig
 
     @nn.compact
     def __call__(
         self, x: jax.Array, mask: jax.Array, share: jax.Array | None, train: bool
     ) -> jax.Array:
         """`x: f32[R, S, H]` → the same shape."""
-        rest = (self.config, self.dtype, self.lora_scale)
+        rest = (self.config, self.dtype, self.lora)
         y = SelfAttention(*rest, name="self")(x, mask, share, train)
         return Output(*rest, name="output")(y, x, share, train)
 
@@ -250,13 +256,13 @@ class Intermediate(nn.Module):
 
     config: BertConfig
     dtype: Any
-    lora_scale: float
+    lora: LoraConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, share: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, share: jax.Array | None, train: bool) -> jax.Array:
         """`[..., H]` → `[..., F]`."""
         width = self.config.intermediate_size
-        y = Dense(width, self.dtype, self.lora_scale, name="dense")(x, share)
+        y = Dense(width, self.dtype, self.lora, name="dense")(x, share, train)
         return ACTIVATIONS[self.config.hidden_act](y)
 
 
@@ -265,7 +271,7 @@ class Layer(nn.Module):
 
     config: BertConfig
     dtype: Any
-    lora_scale: float
+    lora: LoraConfig
     train: bool
 
     @nn.compact
@@ -273,9 +279,9 @@ class Layer(nn.Module):
         self, x: jax.Array, mask: jax.Array, share: jax.Array | None
     ) -> tuple[jax.Array, None]:
         """`x: f32[R, S, H]`, `mask: bool[R, 1, S, S]`, `share: f32[R, S, T]`."""
-        rest = (self.config, self.dtype, self.lora_scale)
+        rest = (self.config, self.dtype, self.lora)
         x = Attention(*rest, name="attention")(x, mask, share, self.train)
-        y = Intermediate(*rest, name="intermediate")(x, share)
+        y = Intermediate(*rest, name="intermediate")(x, share, self.train)
         return Output(*rest, name="output")(y, x, share, self.train), None
 
 
@@ -306,12 +312,12 @@ class Encoder(nn.Module):
     Attributes:
       config: shape of the network.
       dtype: dtype of matmul inputs; everything else is float32.
-      lora_scale: `alpha / rank` of the adapter in the `lora` collection, if there is one.
+      lora: configuration of the adapter in the `lora` collection, if there is one.
     """
 
     config: BertConfig
     dtype: Any = jnp.float32
-    lora_scale: float = 1.0
+    lora: LoraConfig = LoraConfig()
 
     @nn.compact
     def __call__(
@@ -346,7 +352,7 @@ class Encoder(nn.Module):
             length=self.config.num_hidden_layers,
             unroll=min(self.config.num_hidden_layers, MOST_UNROLLED),
         )
-        rest = (self.config, self.dtype, self.lora_scale, train)
+        rest = (self.config, self.dtype, self.lora, train)
         return layers(*rest, name="layers")(x, mask, share)[0]
 
 

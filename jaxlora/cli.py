@@ -5,19 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from jaxlora import bank, host, rundir, trees
+from jaxlora import bank as banks
+from jaxlora import exchange, host, merged, pretrained, rundir, trees
 from jaxlora.bert import param_shapes
+from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
 from jaxlora.predict import Predictor
 from jaxlora.predict_file import predict_file
-from jaxlora.trained import load_run
+from jaxlora.trained import Trained, combine_tasks, load_run
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
@@ -40,7 +42,7 @@ def bank_add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
     """
     source = load_run(run)
     names = task or tuple(source.served)
-    bank.add(folder, source, names)
+    banks.add(folder, source, names)
     say(f"{folder}: added {', '.join(names)}")
 
 
@@ -54,7 +56,7 @@ def bank_update(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> Non
     """
     source = load_run(run)
     names = task or tuple(source.served)
-    bank.add(folder, source, names, replace=True)
+    banks.add(folder, source, names, replace=True)
     say(f"{folder}: updated {', '.join(names)}")
 
 
@@ -65,7 +67,7 @@ def bank_remove(folder: Folder, task: Name, /) -> None:
       folder: the bank.
       task: its name.
     """
-    bank.remove(folder, task)
+    banks.remove(folder, task)
     say(f"{folder}: removed {task}")
 
 
@@ -75,7 +77,7 @@ def bank_list(folder: Folder, /) -> None:
     Args:
       folder: the bank.
     """
-    rows, base = bank.contents(folder), bank.load(folder).load_base()
+    rows, base = banks.contents(folder), banks.load(folder).load_base()
     table = Table("task", "what", "dev", "adapter", "adapter M", "head M", "kB on disk")
     for row in rows:
         score = "" if row.score is None else f"{row.metric} {row.score:.4f}"
@@ -104,7 +106,7 @@ def bank_show(folder: Folder, task: Name, /) -> None:
       folder: the bank.
       task: its name.
     """
-    print(bank.describe(folder, task))
+    print(banks.describe(folder, task))
 
 
 def bank_verify(folder: Folder, /) -> None:
@@ -113,10 +115,10 @@ def bank_verify(folder: Folder, /) -> None:
     Args:
       folder: the bank.
     """
-    problems = bank.verify(folder)
+    problems = banks.verify(folder)
     if problems:
         raise UserError("\n".join(problems))
-    bank.load(folder).load_base()
+    banks.load(folder).load_base()
     say(f"{folder}: all is well")
 
 
@@ -161,6 +163,106 @@ def predict(
     print(f"{answer.label}  ({each})")
 
 
+def export_merged(out: Folder, /, bank: Path, task: str) -> None:
+    """Write a task as a Hugging Face folder, its adapter merged into the weights.
+
+    Args:
+      out: a new folder.
+      bank: a bank, or the folder of a finished run.
+      task: the task.
+    """
+    predictor = Predictor.load(bank)
+    predictor.task(task)
+    merged.save(out, predictor.base, predictor.trained, task)
+    say(f"{out}: {task}, merged; its {merged.README} says how to apply it")
+
+
+def export_peft(out: Folder, /, bank: Path, task: str) -> None:
+    """Write a task's adapter as a PEFT folder, with its head beside it.
+
+    Args:
+      out: a new folder.
+      bank: a bank, or the folder of a finished run.
+      task: the task.
+    """
+    predictor = Predictor.load(bank)
+    predictor.task(task)
+    exchange.save(out, predictor.trained, task)
+    say(f"{out}: {task} for PEFT")
+
+
+def import_peft(
+    folder: Folder,
+    /,
+    bank: Path,
+    name: Annotated[str, tyro.conf.arg(name="as")],
+    base: str = "minilm",
+    pooling: Literal["cls", "mean"] = "mean",
+    update: bool = False,
+) -> None:
+    """Put an adapter from a PEFT folder into a bank (made if need be).
+
+    An adapter that was not exported from here has no head: it compares two texts by the cosine of
+    their vectors.
+
+    Args:
+      folder: adapter_config.json and adapter_model.safetensors.
+      bank: the bank.
+      name: what to call its task there.
+      base: of a new bank, for an adapter that was not exported from here.
+      pooling: likewise.
+      update: replace the task of that name.
+    """
+    check_name(name, "--as")
+    banks.add(bank, exchange.load(folder, name, _like(bank, base, pooling)), [name], replace=update)
+    say(f"{bank}: {'updated' if update else 'added'} {name}")
+
+
+def _like(bank: Path, base: str, pooling: str) -> Trained:
+    """What an imported adapter shall fit: the bank, or a new one's base."""
+    if (bank / banks.MANIFEST).exists():
+        return banks.load(bank)
+    found = pretrained.load(base)
+    return Trained(base, found.sha256, {}, {}, {}, pooling, 128, "float32", str(bank))
+
+
+def combine(
+    bank: Folder,
+    /,
+    task: tuple[str, ...],
+    name: Annotated[str, tyro.conf.arg(name="as")],
+    weight: tuple[float, ...] = (),
+    head: str | None = None,
+    rank: int | None = None,
+) -> None:
+    """Add a task to a bank whose adapter is a weighted sum of others'.
+
+    Args:
+      bank: the bank.
+      task: whose adapters.
+      name: what to call the new task.
+      weight: one for each; default: all the same, 1 in sum.
+      head: the task whose head and labels it takes over; default: the first.
+      rank: the nearest adapter of this rank, by singular value decomposition; default: the exact
+        sum, whose rank is the sum of ranks.
+    """
+    check_name(name, "--as")
+    if len(set(task)) != len(task):
+        raise UserError(f"--task {' '.join(task)}: names a task twice; add up the weights")
+    weights = weight or (1 / len(task),) * len(task)
+    if len(weights) != len(task):
+        raise UserError(f"--weight: {len(weights)} weights for {len(task)} tasks")
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank must be at least 1, got {rank}")
+    predictor = Predictor.load(bank)
+    for one in (*task, head or task[0]):
+        predictor.task(one)
+    parts = dict(zip(task, weights, strict=True))
+    made = combine_tasks(predictor.trained, parts, name, head or task[0], rank)
+    banks.add(bank, made, [name])
+    say(f"{bank}: added {name}")
+
+
 class Commands(NamedTuple):
     """Commands under one word."""
 
@@ -180,8 +282,12 @@ GROUPS = {
             "verify": bank_verify,
         },
     ),
+    "export": Commands(
+        "Write a task for other programs.", {"merged": export_merged, "peft": export_peft}
+    ),
+    "import": Commands("Take over a task from other programs.", {"peft": import_peft}),
 }
-ALONE: dict[str, Callable[..., None]] = {"predict": predict}
+ALONE: dict[str, Callable[..., None]] = {"predict": predict, "combine": combine}
 
 
 def run(args: Sequence[str]) -> None:

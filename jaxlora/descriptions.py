@@ -55,7 +55,7 @@ class Description:
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Description:
         """The inverse of `dataclasses.asdict`, also after JSON made lists of tuples."""
-        task = Task(**plain["task"] | {"classes": tuple(plain["task"]["classes"])})
+        task = Task.from_json(plain["task"])
         table = plain["table"]
         if table is not None:
             columns = table["columns"]

@@ -65,7 +65,7 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
         settings.adapt, base.params, settings.lora, tree_key, dtype
     )
     config = base.config.with_dropout(settings.encoder_dropout)
-    encode = step.encoder(config, dtype, settings.lora.scale, settings.pooling)
+    encode = step.encoder(config, dtype, settings.lora, settings.pooling)
     mine = {n: data[n] for n in names}
     train = {n: splits["train"] for n, splits in mine.items()}
     sizes = {n: len(examples) for n, examples in train.items()}
@@ -91,6 +91,7 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
             clip=settings.clip,
             weight_decay=settings.weight_decay,
             seed=settings.seed,
+            lora_plus_ratio=settings.lora_plus_ratio,
         ),
         base.config.hidden_size,
         settings.pair_features,

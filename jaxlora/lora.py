@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,32 +24,106 @@ from jaxlora.trees import Tree
 PAPER_TARGETS = ("query", "key", "value", "attention.output.dense")
 
 
+Path = tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """How to adapt (the names are Hugging Face PEFT's).
 
+    A module's name matches a layer whose dotted path is it or ends with `.` + it, so `query` and
+    `attention.output.dense` both work, and `output.dense` means both layers that end so.
+
     Attributes:
       rank: r, the inner width of the adapters.
       alpha: numerator of the scale.
-      target_modules: which Dense layers get an adapter; a name matches a layer whose dotted path
-        is it or ends with `.` + it, so `query` and `attention.output.dense` both work.
+      target_modules: names of the Dense layers that get an adapter.
+      rslora: scale by `alpha / √r` instead of `alpha / r`, so that a high rank learns as fast as a
+        low one (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with
+        LoRA").
+      rank_pattern: `(name, rank)` for modules that have another rank; where several names match,
+        the longest counts. They are kept longest first.
+      alpha_pattern: `(name, alpha)`, likewise.
+      dropout: of the adapter's input, in training.
+
+    Raises:
+      ValueError: for a rank below 1, or a dropout that is not from 0 to below 1.
+
+    >>> config = LoraConfig(4, 8.0, rank_pattern=(("query", 16),), rslora=True)
+    >>> config.rank_of(("self", "query")), config.scale_of(("self", "query"))
+    (16, 2.0)
+    >>> config.rank_of(("self", "key")), config.scale_of(("self", "key"))
+    (4, 4.0)
     """
 
     rank: int = 15
     alpha: float = 15.0
     target_modules: tuple[str, ...] = PAPER_TARGETS
+    rslora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        for name, rank in (("rank", self.rank), *self.rank_pattern):
+            if rank < 1:
+                where = "" if name == "rank" else f" for {name!r}"
+                raise ValueError(f"rank must be at least 1, got {rank}{where}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
+        # In one order, so that two configurations that mean the same are equal.
+        for field in ("rank_pattern", "alpha_pattern"):
+            ordered = sorted(getattr(self, field), key=lambda item: (-len(item[0]), item[0]))
+            object.__setattr__(self, field, tuple(ordered))
 
-    @property
-    def scale(self) -> float:
-        """`alpha / rank`, the factor of `A B`."""
-        return self.alpha / self.rank
+    def rank_of(self, path: Path) -> int:
+        """Inner width of the module's adapter."""
+        return next((rank for name, rank in self.rank_pattern if matches(name, path)), self.rank)
+
+    def alpha_of(self, path: Path) -> float:
+        """Numerator of the module's scale."""
+        return next((a for name, a in self.alpha_pattern if matches(name, path)), self.alpha)
+
+    def scale_of(self, path: Path) -> float:
+        """`alpha / r` (rsLoRA: `alpha / √r`) of the module, the factor of its `A B`."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
 
 
-def targets(params: Tree, config: LoraConfig) -> dict[tuple[str, ...], jax.Array]:
+Adapter = tuple[Tree, LoraConfig]
+
+
+def matches(name: str, path: Path) -> bool:
+    """Whether a module's name, as in `LoraConfig`, means the layer at this path.
+
+    >>> matches("output.dense", ("attention", "output", "dense")), matches("ense", ("dense",))
+    (True, False)
+    """
+    return f".{'.'.join(path)}".endswith(f".{name}")
+
+
+def describe(
+    modules: Mapping[Path, tuple[int, float]], rslora: bool = False, dropout: float = 0.0
+) -> LoraConfig:
+    """The configuration that gives these modules, and no others, their ranks and alphas.
+
+    Args:
+      modules: path → (rank, alpha), not empty. The modules are named by whole paths, so none may
+        end with another's.
+      rslora, dropout: see `LoraConfig`.
+
+    >>> config = describe({("self", "query"): (2, 4.0), ("self", "key"): (3, 4.0)})
+    >>> config.target_modules, config.rank, config.rank_pattern, config.alpha_pattern
+    (('self.query', 'self.key'), 2, (('self.key', 3),), ())
+    """
+    named = {".".join(path): values for path, values in modules.items()}
+    rank, alpha = next(iter(named.values()))
+    ranks = tuple((name, r) for name, (r, _) in named.items() if r != rank)
+    alphas = tuple((name, a) for name, (_, a) in named.items() if a != alpha)
+    return LoraConfig(rank, alpha, tuple(named), rslora, ranks, alphas, dropout)
+
+
+def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:
     """The kernels that `config` adapts: path of the Dense layer → kernel `[..., in, out]`.
 
     Args:
@@ -56,8 +131,8 @@ def targets(params: Tree, config: LoraConfig) -> dict[tuple[str, ...], jax.Array
       config: what to adapt.
 
     Raises:
-      ValueError: if a target matches nothing (with the names there are), or the rank is below 1
-        or above the smaller side of a kernel.
+      ValueError: if a target matches nothing (with the names there are), a pattern no target, or a
+        rank is above the smaller side of its kernel.
 
     >>> params = {"self": {"query": {"kernel": jnp.zeros((4, 4))}}}
     >>> list(targets(params, LoraConfig(rank=2, target_modules=("query",))))
@@ -68,27 +143,31 @@ def targets(params: Tree, config: LoraConfig) -> dict[tuple[str, ...], jax.Array
         for path, leaf in traverse_util.flatten_dict(params).items()
         if path[-1] == "kernel"
     }
-    chosen: dict[tuple[str, ...], jax.Array] = {}
+    chosen: dict[Path, jax.Array] = {}
     for target in config.target_modules:
-        hits = {p: k for p, k in kernels.items() if f".{'.'.join(p)}".endswith(f".{target}")}
+        hits = {p: k for p, k in kernels.items() if matches(target, p)}
         if not hits:
             raise ValueError(_unknown_target(target, kernels))
         chosen |= hits
+    for name, _ in config.rank_pattern + config.alpha_pattern:
+        if not any(matches(name, path) for path in chosen):
+            known = ", ".join(sorted(".".join(path) for path in chosen))
+            raise ValueError(f"the pattern {name!r} matches no adapted module; they are {known}")
     for path, kernel in chosen.items():
-        _check_rank(config.rank, path, kernel)
+        _check_rank(config.rank_of(path), path, kernel)
     return chosen
 
 
-def _unknown_target(target: str, kernels: dict[tuple[str, ...], jax.Array]) -> str:
+def _unknown_target(target: str, kernels: dict[Path, jax.Array]) -> str:
     known = sorted(".".join(path) for path in kernels)
     close = difflib.get_close_matches(target, {k.rsplit(".", 1)[-1] for k in known}, 1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"unknown target module {target!r}{hint}; the Dense layers are {', '.join(known)}"
 
 
-def _check_rank(rank: int, path: tuple[str, ...], kernel: jax.Array) -> None:
+def _check_rank(rank: int, path: Path, kernel: jax.Array) -> None:
     limit = min(kernel.shape[-2:])
-    if not 1 <= rank <= limit:
+    if rank > limit:
         raise ValueError(
             f"rank must be between 1 and {limit} for {'.'.join(path)} "
             f"(kernel {kernel.shape[-2]} × {kernel.shape[-1]}), got {rank}"
@@ -120,11 +199,9 @@ def init(key: jax.Array, params: Tree, config: LoraConfig) -> Tree:
         jax.random.split(key, len(chosen)), sorted(chosen.items()), strict=True
     ):
         *lead, fan_in, fan_out = kernel.shape
-        bound = fan_in**-0.5
-        flat[*path, "A"] = jax.random.uniform(
-            k, (*lead, fan_in, config.rank), jnp.float32, -bound, bound
-        )
-        flat[*path, "B"] = jnp.zeros((*lead, config.rank, fan_out), jnp.float32)
+        bound, rank = fan_in**-0.5, config.rank_of(path)
+        flat[*path, "A"] = jax.random.uniform(k, (*lead, fan_in, rank), jnp.float32, -bound, bound)
+        flat[*path, "B"] = jnp.zeros((*lead, rank, fan_out), jnp.float32)
     return traverse_util.unflatten_dict(flat)
 
 
@@ -141,7 +218,7 @@ def merge(params: Tree, adapter: Tree, config: LoraConfig) -> Tree:
     Args:
       params: base parameters; not changed.
       adapter: from `init`, trained.
-      config: the adapter's configuration (only its scale is read).
+      config: the adapter's configuration (only its scales are read).
 
     Raises:
       ValueError: if the adapter has a layer that the base has not.
@@ -151,7 +228,7 @@ def merge(params: Tree, adapter: Tree, config: LoraConfig) -> Tree:
     >>> merge(params, adapter, LoraConfig(rank=1, alpha=0.5))["query"]["kernel"].tolist()
     [[3.0]]
     """
-    return _fold(params, adapter, lambda w, d: w + d, config.scale)
+    return _fold(params, adapter, lambda w, d: w + d, config)
 
 
 def unmerge(params: Tree, adapter: Tree, config: LoraConfig) -> Tree:
@@ -162,14 +239,14 @@ def unmerge(params: Tree, adapter: Tree, config: LoraConfig) -> Tree:
     >>> unmerge(params, adapter, LoraConfig(rank=1, alpha=0.5))["query"]["kernel"].tolist()
     [[0.0]]
     """
-    return _fold(params, adapter, lambda w, d: w - d, config.scale)
+    return _fold(params, adapter, lambda w, d: w - d, config)
 
 
 def _fold(
     params: Tree,
     adapter: Tree,
     op: Callable[[jax.Array, jax.Array], jax.Array],
-    scale: float,
+    config: LoraConfig,
 ) -> Tree:
     flat = traverse_util.flatten_dict(params)
     factors = traverse_util.flatten_dict(adapter)
@@ -177,7 +254,7 @@ def _fold(
         kernel = (*path, "kernel")
         if kernel not in flat:
             raise ValueError(f"the adapter has {'.'.join(path)}, which the base model has not")
-        change = delta(factors[*path, "A"], factors[*path, "B"], scale)
+        change = delta(factors[*path, "A"], factors[*path, "B"], config.scale_of(path))
         flat[kernel] = op(flat[kernel].astype(jnp.float32), change).astype(flat[kernel].dtype)
     return traverse_util.unflatten_dict(flat)
 

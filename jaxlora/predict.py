@@ -17,6 +17,7 @@ from jaxlora import bank, bert, evaluate, step
 from jaxlora.align import align
 from jaxlora.data.examples import Examples, tokenize
 from jaxlora.errors import UserError
+from jaxlora.lora import LoraConfig
 from jaxlora.pretrained import Pretrained
 from jaxlora.tasks import Task
 from jaxlora.trained import Trained
@@ -184,7 +185,7 @@ class Predictor:
     @functools.cached_property
     def _plain(self) -> evaluate.EncodeRows:
         return step.make_encode(
-            step.encoder(self.base.config, self._dtype, 1.0, self.trained.pooling)
+            step.encoder(self.base.config, self._dtype, LoraConfig(), self.trained.pooling)
         )
 
     @functools.cached_property
@@ -197,7 +198,7 @@ class Predictor:
         aligned, config = align(adapters)
         if not config.target_modules:
             return self._plain, {}
-        encode = step.encoder(self.base.config, self._dtype, config.scale, self.trained.pooling)
+        encode = step.encoder(self.base.config, self._dtype, config, self.trained.pooling)
         stack = {"lora": jax.tree.map(lambda *x: jnp.stack(x), *aligned)}
         return step.make_mixed_encode(encode), stack
 

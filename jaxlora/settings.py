@@ -46,6 +46,9 @@ class Flags:
       rank: rank of the adapters.
       alpha: numerator of the adapters' scale alpha / rank; default: the rank.
       target_modules: Dense layers with an adapter, by PEFT's names.
+      rslora: scale the adapters by alpha / √rank instead.
+      lora_dropout: dropout of the adapters' input.
+      lora_plus_ratio: learning rate of the adapters' B over that of A (LoRA+).
       learning_rate: of the encoder's adapter or weights.
       head_learning_rate: of the heads.
       encoder_dropout: dropout inside the encoder while it is adapted (the heads have 0.1).
@@ -80,6 +83,9 @@ class Flags:
     rank: int | None = None
     alpha: float | None = None
     target_modules: tuple[str, ...] | None = None
+    rslora: bool = False
+    lora_dropout: float | None = None
+    lora_plus_ratio: float | None = None
     learning_rate: float | None = None
     head_learning_rate: float | None = None
     encoder_dropout: float | None = None
@@ -157,6 +163,9 @@ class Settings:
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+    rslora: bool
+    lora_dropout: float
+    lora_plus_ratio: float
     learning_rate: float
     head_learning_rate: float
     encoder_dropout: float
@@ -176,7 +185,9 @@ class Settings:
     @property
     def lora(self) -> LoraConfig:
         """The adapters' configuration."""
-        return LoraConfig(self.rank, self.alpha, self.target_modules)
+        return LoraConfig(
+            self.rank, self.alpha, self.target_modules, self.rslora, dropout=self.lora_dropout
+        )
 
     @property
     def named(self) -> dict[str, Task]:
@@ -245,7 +256,7 @@ def resolve(flags: Flags) -> Settings:
     chosen = variant(flags.variant)
     given = {k: v for k, v in dataclasses.asdict(flags).items() if v is not None}
     for name, adapts in _ONLY_FOR.items():
-        if name in given and chosen.adapt not in adapts:
+        if given.get(name, False) is not False and chosen.adapt not in adapts:
             raise UserError(
                 f"{flag(name)} means nothing to {chosen.name}: its encoder is not "
                 f"adapted that way; leave it out"
@@ -268,6 +279,7 @@ def resolve(flags: Flags) -> Settings:
     )
     fields = {f.name for f in dataclasses.fields(Settings)}
     defaults = {"max_steps": None, "eval_every": None, "alpha": float(values["rank"])}
+    defaults |= {"lora_dropout": 0.0, "lora_plus_ratio": 1.0}
     settings = Settings(
         **defaults
         | {"dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16"}
@@ -306,13 +318,16 @@ _AT_LEAST = {
     "rank": 1, "batch_size": 1, "epochs": 1, "max_steps": 1, "eval_every": 1, "patience": 0,
     "warmup_steps": 0, "max_length": 3, "seed": 0,
 }  # fmt: skip
-_POSITIVE = ("alpha", "learning_rate", "head_learning_rate", "clip")
+_POSITIVE = ("alpha", "learning_rate", "head_learning_rate", "clip", "lora_plus_ratio")
 _MAX_SEED = 2**31 - 1
 # Flags that mean nothing to some variants.
 _ONLY_FOR = {
     "rank": ("lora",),
     "alpha": ("lora",),
     "target_modules": ("lora",),
+    "rslora": ("lora",),
+    "lora_dropout": ("lora",),
+    "lora_plus_ratio": ("lora",),
     "learning_rate": ("lora", "full"),
     "encoder_dropout": ("lora", "full"),
 }
@@ -326,8 +341,9 @@ def _check(settings: Settings) -> None:
     for name in _POSITIVE:
         if not 0 < getattr(settings, name) < float("inf"):
             raise UserError(f"{flag(name)} {getattr(settings, name)}: must be above 0")
-    if not 0 <= settings.encoder_dropout < 1:
-        raise UserError(f"--encoder-dropout {settings.encoder_dropout}: must be from 0 to below 1")
+    for name in ("encoder_dropout", "lora_dropout"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise UserError(f"{flag(name)} {getattr(settings, name)}: must be from 0 to below 1")
     if settings.seed > _MAX_SEED:
         raise UserError(f"--seed {settings.seed}: must be at most {_MAX_SEED}")
     if not settings.weight_decay >= 0:

@@ -138,7 +138,7 @@ class Setup:
     weights: tuple[float, ...] = ()
 
 
-def encoder(config: bert.BertConfig, dtype: Any, lora_scale: float, pooling: str) -> Encode:
+def encoder(config: bert.BertConfig, dtype: Any, adapter: lora.LoraConfig, pooling: str) -> Encode:
     """Encode packed rows with one trainable tree.
 
     Returns:
@@ -146,7 +146,7 @@ def encoder(config: bert.BertConfig, dtype: Any, lora_scale: float, pooling: str
       are the Flax collections, so a trainable `params` takes the place of the frozen one; for the
       share see `bert.Encoder`.
     """
-    module = bert.Encoder(config, dtype, lora_scale)
+    module = bert.Encoder(config, dtype, adapter)
 
     def encode(
         frozen: Tree,
@@ -256,22 +256,32 @@ def optimizers(
     clip: float = 1.0,
     weight_decay: float = 0.0,
     seed: int = 0,
+    lora_plus_ratio: float = 1.0,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """The encoder's chain (PCGrad → clip → AdamW) and the heads' (AdamW).
 
     Clipping comes after projection, on the combined gradient, and sees no head. Biases and
-    LayerNorm are not decayed.
+    LayerNorm are not decayed. With a `lora_plus_ratio` the adapters' B has so many times the
+    learning rate of A (Hayou et al. 2024, "LoRA+", section 4).
     """
-    tx = optax.chain(
+    steps = [
         pcgrad(num_tasks, seed),
         optax.clip_by_global_norm(clip),
         optax.adamw(learning_rate, weight_decay=weight_decay, mask=_decayed),
+    ]
+    if lora_plus_ratio != 1:
+        steps.append(optax.masked(optax.scale(lora_plus_ratio), _is_b))
+    return optax.chain(*steps), optax.adamw(
+        head_learning_rate, weight_decay=weight_decay, mask=_decayed
     )
-    return tx, optax.adamw(head_learning_rate, weight_decay=weight_decay, mask=_decayed)
 
 
 def _decayed(tree: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key not in ("bias", "scale"), tree)
+
+
+def _is_b(tree: Tree) -> Tree:
+    return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key == "B", tree)
 
 
 def init_state(setup: Setup, trainable: Tree, key: jax.Array) -> TrainState:

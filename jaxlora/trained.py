@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlora import checkpoint, pretrained, rundir
+from jaxlora import checkpoint, combine, pretrained, rundir
 from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
 from jaxlora.pretrained import Pretrained
@@ -73,6 +73,66 @@ class Trained:
                 f"{base.sha256[:12]}… instead of {self.sha256[:12]}…)"
             )
         return base
+
+
+# Fields of `Trained` that are plain values, and of `Served`, with what they may be.
+OF_BASE = ("base", "sha256", "pooling", "max_length", "dtype")
+_CHOICES = {
+    "pooling": ("cls", "mean"),
+    "dtype": ("float32", "bfloat16"),
+    "pair_features": ("concat", "interaction"),
+}
+
+
+def check_plain(plain: Mapping[str, Any]) -> None:
+    """Check those of the plain fields that are there.
+
+    Raises:
+      TypeError, ValueError: naming the first that is wrong.
+    """
+    for field, value in plain.items():
+        if field in _CHOICES and value not in _CHOICES[field]:
+            raise ValueError(f"{field} is {value!r}, not one of {', '.join(_CHOICES[field])}")
+        if field in ("base", "sha256") and not isinstance(value, str):
+            raise TypeError(f"{field} is {value!r}")
+        if field == "max_length" and (type(value) is not int or value < 3):
+            raise ValueError(f"max_length is {value!r}, not a whole number from 3")
+        if field == "facts" and not isinstance(value, dict):
+            raise TypeError(f"facts is {value!r}")
+
+
+def combine_tasks(
+    trained: Trained, parts: Mapping[str, float], name: str, head: str, rank: int | None = None
+) -> Trained:
+    """A new task whose adapter is a weighted sum of other tasks'.
+
+    Args:
+      trained: has those tasks.
+      parts: task → weight.
+      name: of the new task.
+      head: the task whose head and labels it takes over.
+      rank: None: exact, of the summed rank (`combine.cat`); else the nearest (`combine.svd`).
+
+    Raises:
+      UserError: if a task has no adapter to add up.
+    """
+    trees = {part: trained.served[part].tree for part in parts}
+    for part, tree in trees.items():
+        if "lora" not in trained.trees[tree]:
+            raise UserError(f"{trained.origin}: {part} has no adapter that could be added up")
+    adapters = [(trained.trees[tree]["lora"], trained.configs[tree]) for tree in trees.values()]
+    adapter = combine.cat(adapters, list(parts.values()))
+    if rank is not None:
+        adapter = combine.svd(adapter, rank)
+    source = trained.served[head]
+    task = dataclasses.replace(source.task, name=name)
+    served = Served(task, name, source.head, source.pair_features, {"combined from": dict(parts)})
+    return dataclasses.replace(
+        trained,
+        served={name: served},
+        trees={name: {"lora": adapter[0]}},
+        configs={name: adapter[1]},
+    )
 
 
 def load_run(out: Path) -> Trained:

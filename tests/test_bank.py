@@ -7,11 +7,12 @@ import shutil
 
 import filelock
 import numpy as np
+import peft_oracle
 import pytest
 from tiny import Silent, write_data
 
 import jaxlora
-from jaxlora import bank, checkpoint, cli, rundir, train
+from jaxlora import bank, checkpoint, cli, exchange, rundir, train
 from jaxlora.errors import UserError
 from jaxlora.settings import Flags, resolve
 from jaxlora.trained import load_run
@@ -330,7 +331,7 @@ def test_the_commands(runs, tmp_path, call):
     assert call("bank", "add", folder, "--run", runs / "lora4", "--task", "para")[0] == 0
     code, shown = call("bank", "list", folder)
     assert code == 0
-    assert all(text in shown for text in ("sst", "para", "sts", "3 tasks add", "full model"))
+    assert all(text in shown for text in ("sst", "para", "sts", "3 tasks add", "a full model"))
     assert call("bank", "update", folder, "--run", runs / "again", "--task", "sts")[0] == 0
     code, shown = call("bank", "show", folder, "sts")
     assert json.loads(shown)["lora"]["rank"] == 2
@@ -360,6 +361,152 @@ def test_the_commands_refuse(three, call, tmp_path):
         code, shown = call(*args)
         assert code == 2
         assert message in shown or "missing" in shown
+
+
+def test_exported_and_imported_it_is_the_same_bit_for_bit(runs, three, tmp_path, call):
+    again = tmp_path / "again"
+    for task in ("sst", "sts"):
+        assert call("export", "peft", tmp_path / task, "--bank", three, "--task", task)[0] == 0
+        code, shown = call("import", "peft", tmp_path / task, "--bank", again, "--as", task)
+        assert (code, shown) == (0, f"{again}: added {task}\n")
+    before, after = bank.load(three), bank.load(again)
+    for task in ("sst", "sts"):
+        old, new = before.served[task], after.served[task]
+        assert (new.task, new.pair_features, new.facts) == (old.task, old.pair_features, old.facts)
+        assert bank.checksum(new.head) == bank.checksum(old.head)
+        assert bank.checksum(after.trees[new.tree]) == bank.checksum(before.trees[old.tree])
+        assert after.configs[new.tree] == before.configs[old.tree]
+    assert (after.pooling, after.max_length) == (before.pooling, before.max_length)
+    code, shown = call("import", "peft", tmp_path / "sst", "--bank", again, "--as", "sst")
+    assert (code, "has sst already" in shown) == (2, True)
+    code, _ = call("import", "peft", tmp_path / "sst", "--bank", again, "--as", "sst", "--update")
+    assert code == 0
+
+
+def test_peft_reads_an_exported_task(three, tiny_base, tmp_path, call):
+    peft = pytest.importorskip("peft")
+    call("export", "peft", tmp_path / "sst", "--bank", three, "--task", "sst")
+    plain = peft_oracle.bert(tiny_base)
+    predictor = jaxlora.load(three)
+    sentences = ["a very good film", "not good"]
+    before = peft_oracle.vectors(plain, predictor.base.tokenizer, sentences, "mean")
+    model = peft.PeftModel.from_pretrained(plain, tmp_path / "sst").eval()
+    after = peft_oracle.vectors(model, predictor.base.tokenizer, sentences, "mean")
+    np.testing.assert_allclose(predictor.encode("sst", sentences), after, atol=1e-5)
+    assert np.abs(after - before).max() > 1e-2
+
+
+def test_an_adapter_of_others_compares_texts(three, tiny_base, tmp_path, call):
+    """peft made it; there is no head, so its task is the cosine of two vectors."""
+    peft = pytest.importorskip("peft")
+    import torch
+
+    model = peft.get_peft_model(
+        peft_oracle.bert(tiny_base), peft.LoraConfig(r=2, target_modules=["query", "value"])
+    ).eval()
+    for number, parameter in enumerate(peft_oracle.factors(model).values()):
+        generator = torch.Generator().manual_seed(number)
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(tmp_path / "theirs")
+    flags = ("--bank", three, "--as", "alike")
+    assert call("import", "peft", tmp_path / "theirs", *flags)[0] == 0
+    predictor = jaxlora.load(three)
+    u, v = peft_oracle.vectors(model, predictor.base.tokenizer, PAIR, "mean")
+    expected = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
+    mixed = predictor([("sst", "not good"), ("alike", *PAIR)])
+    assert mixed[1].value == pytest.approx(expected, abs=1e-5)
+    fresh = ("--bank", tmp_path / "new", "--as", "alike", "--base", tiny_base)
+    assert call("import", "peft", tmp_path / "theirs", *fresh)[0] == 0
+    (alone,) = jaxlora.load(tmp_path / "new")([("alike", *PAIR)])
+    assert alone.value == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_merged_export_gives_the_banks_vectors(three, tmp_path, call):
+    pytest.importorskip("torch")
+    from transformers import AutoModel, AutoTokenizer
+
+    code, _ = call("export", "merged", tmp_path / "m", "--bank", three, "--task", "sst")
+    assert code == 0
+    model = AutoModel.from_pretrained(tmp_path / "m", add_pooling_layer=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    batch = tokenizer(["a very good film"], return_tensors="pt")
+    theirs = model(**batch).last_hidden_state.mean(1).detach().numpy()
+    ours = jaxlora.load(three).encode("sst", ["a very good film"])
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_combined_in_a_bank(runs, three, call):
+    assert call("combine", three, "--task", "sst", "sts", "--as", "both")[0] == 0
+    weights = ("--weight", "2", "-0.5")
+    assert call("combine", three, "--task", "sst", "sts", "--as", "low", *weights, "--rank", "3",
+                "--head", "sts")[0] == 0  # fmt: skip
+    kept = bank.load(three)
+    assert kept.configs[kept.served["both"].tree].rank == 8
+    assert kept.configs[kept.served["low"].tree].rank == 3
+    assert kept.served["both"].task.classes and kept.served["low"].task.pair
+    # Doubled and halved again it is the task itself.
+    assert call("combine", three, "--task", "sst", "--weight", "1", "--as", "same")[0] == 0
+    predictor = jaxlora.load(three)
+    one, same = predictor([("sst", "a film"), ("same", "a film")])
+    assert list(same.probabilities.values()) == pytest.approx(
+        list(one.probabilities.values()), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("combine", "BANK", "--task", "sst", "stss", "--as", "x"), "did you mean sts?"),
+        (("combine", "BANK", "--task", "sst", "sst", "--as", "x"), "names a task twice"),
+        (("combine", "BANK", "--task", "sst", "--as", "sts"), "has sts already"),
+        (("combine", "BANK", "--task", "sst", "--as", "../x"), "cannot be a name"),
+        (
+            ("combine", "BANK", "--task", "sst", "--weight", "1", "2", "--as", "x"),
+            "2 weights for 1",
+        ),
+        (("combine", "BANK", "--task", "sst", "--rank", "0", "--as", "x"), "--rank must be"),
+        (("export", "peft", "OUT", "--bank", "FROZEN", "--task", "sst"), "has no adapter"),
+        (("export", "merged", "OUT", "--bank", "BANK", "--task", "x"), "unknown task 'x'"),
+        (("export", "merged", "FULL", "--bank", "BANK", "--task", "sst"), "is not empty"),
+        (("import", "peft", "OUT", "--bank", "BANK", "--as", "x"), "there is no such folder"),
+        (("import", "peft", "BANK", "--bank", "BANK", "--as", "x" * 300), "cannot be a name"),
+        (("import", "peft", "BANK", "--bank", "BANK", "--as", "x"), "adapter_config.json"),
+    ],
+)
+def test_exchange_and_combination_refuse(runs, three, tmp_path, call, args, message):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    places = {
+        "BANK": three, "OUT": tmp_path / "out", "FROZEN": runs / "baseline1",
+        "FULL": tmp_path / "full",
+    }  # fmt: skip
+    before = hashes(three)
+    code, shown = call(*(places.get(arg, arg) for arg in args))
+    assert code == 2
+    assert message in shown
+    assert hashes(three) == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda a: a | {"sha256": "0" * 64}, "not the weights that"),
+        (lambda a: a | {"pooling": "max"}, "pooling is 'max'"),
+        (lambda a: a | {"max_length": True}, "max_length is True"),
+        (lambda a: a | {"facts": 3}, "facts is 3"),
+        (lambda a: a | {"task": a["task"] | {"kind": "x"}}, "kind 'x'"),
+        (lambda a: a | {"task": {}}, "changed by hand"),
+        (lambda a: a | {"more": 1}, "fields more"),
+        (lambda a: a | {"task": a["task"] | {"classes": ["a", "b"]}}, "head"),
+    ],
+)
+def test_an_exported_task_changed_by_hand(three, tmp_path, call, edit, message):
+    call("export", "peft", tmp_path / "sst", "--bank", three, "--task", "sst")
+    path = tmp_path / "sst" / exchange.ABOUT
+    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+    code, shown = call("import", "peft", tmp_path / "sst", "--bank", three, "--as", "x")
+    assert (code, message in shown) == (2, True), shown
 
 
 HEADER = "id\ttask\tsentence1\tsentence2\n"

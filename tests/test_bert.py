@@ -10,6 +10,7 @@ import pytest
 from jaxlora import bert, step
 from jaxlora.bert import Encoder, matmul, pool
 from jaxlora.data.packing import Shape, fill
+from jaxlora.lora import LoraConfig
 
 SENTENCES = (
     "A film.",
@@ -165,7 +166,7 @@ def test_pooling_by_numpy(kind):
 
 def test_dropout_is_on_with_a_key_only(tiny):
     rows = fill([np.arange(10, 30)], [0], 1, Shape(1, 24))
-    run = jax.jit(step.encoder(tiny.config, jnp.float32, 1.0, "cls"))
+    run = jax.jit(step.encoder(tiny.config, jnp.float32, LoraConfig(), "cls"))
     variables = {"params": tiny.params}
     off = run(variables, {}, rows, None)
     on = [run(variables, {}, rows, jax.random.key(k)) for k in (0, 0, 1)]
@@ -182,7 +183,7 @@ def test_each_dropout_rate_is_used(field, tiny):
 
     def run(**rates):
         config = dataclasses.replace(tiny.config, **rates)
-        encode = step.encoder(config, jnp.float32, 1.0, "cls")
+        encode = step.encoder(config, jnp.float32, LoraConfig(), "cls")
         return encode({"params": tiny.params}, {}, rows, jax.random.key(0))
 
     off = run(**rates)

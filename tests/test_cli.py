@@ -219,6 +219,7 @@ def test_help_names_every_flag(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     flags = """variant preset data-dir base groups pooling pair-features rank alpha target-modules
+    rslora lora-dropout lora-plus-ratio
     learning-rate head-learning-rate warmup-steps batch-size epochs max-steps seed dtype out resume
     predict-test"""
     for flag in flags.split():

@@ -3,6 +3,7 @@ import numpy as np
 
 from jaxlora import bert, evaluate, step
 from jaxlora.data.examples import Examples
+from jaxlora.lora import LoraConfig
 from jaxlora.tasks import PARA, SST, STS_COSINE
 
 
@@ -16,7 +17,7 @@ def examples(lengths, labels, sentences):
 
 def test_encode_gives_each_sentence_its_own_vector_in_order(tiny):
     data = examples([5, 31, 3, 17, 8, 4] * 40, [0] * 240, 1)
-    encode = step.encoder(tiny.config, jnp.float32, 1.0, "mean")
+    encode = step.encoder(tiny.config, jnp.float32, LoraConfig(), "mean")
     frozen = {"params": bert.matmul_ready(tiny.params, jnp.float32)}
     encode_rows = step.make_encode(encode)
     vectors = evaluate.encode(encode_rows, frozen, {}, data, 32)
@@ -33,7 +34,7 @@ def test_encode_gives_each_sentence_its_own_vector_in_order(tiny):
 
 def test_sentences_of_nothing_but_cls_and_sep(tiny):
     data = examples([2] * 600, [0] * 600, 1)
-    encode_rows = step.make_encode(step.encoder(tiny.config, jnp.float32, 1.0, "cls"))
+    encode_rows = step.make_encode(step.encoder(tiny.config, jnp.float32, LoraConfig(), "cls"))
     frozen = {"params": bert.matmul_ready(tiny.params, jnp.float32)}
     assert evaluate.encode(encode_rows, frozen, {}, data, 32).shape == (600, 32)
 

@@ -1,8 +1,11 @@
 """LoRA: counts, exact merging, and gradients against Hugging Face's peft."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft_oracle
 import pytest
 from flax import traverse_util
 
@@ -18,6 +21,8 @@ SENTENCES = (
     "A man is slicing an onion in the kitchen.",
     "Nobody who saw it on the opening night could say afterwards what it had been about, or why.",
 )
+SHORT = (SENTENCES[0], *SENTENCES[2:4])  # tiny has 64 positions
+DEFAULT = LoraConfig()
 
 
 def random_adapter(params, config, size=0.05):
@@ -32,9 +37,9 @@ def packed(base, sentences=SENTENCES, rows=2):
     return fill(ids, range(len(ids)), len(ids), Shape(rows, 64))
 
 
-def encode(base, variables, rows, scale=1.0):
+def encode(base, variables, rows, config=DEFAULT):
     with jax.default_matmul_precision("highest"):
-        return Encoder(base.config, lora_scale=scale).apply(variables, *rows[:3])
+        return Encoder(base.config, lora=config).apply(variables, *rows[:3])
 
 
 # ---- what is adapted
@@ -62,7 +67,7 @@ def test_counts_on_bert_base(targets, rank, expected):
 
 def test_defaults_are_the_papers():
     config = LoraConfig()
-    assert (config.rank, config.scale, config.target_modules) == (15, 1.0, PAPER_TARGETS)
+    assert (config.rank, config.scale_of(()), config.target_modules) == (15, 1.0, PAPER_TARGETS)
 
 
 def test_targets_match_whole_names(tiny):
@@ -89,10 +94,57 @@ def test_unknown_target_lists_the_modules(tiny):
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "rank", "alpha"),
+    [
+        ("attention.self.query", 4, 8.0),  # no pattern
+        ("attention.output.dense", 6, 3.0),  # the longer name
+        ("output.dense", 2, 8.0),  # the shorter one
+        ("intermediate.dense", 4, 5.0),
+    ],
+)
+@pytest.mark.parametrize("turn", [1, -1])
+def test_the_longest_name_of_a_pattern_counts(name, rank, alpha, turn):
+    ranks = (("output.dense", 2), ("attention.output.dense", 6))[::turn]
+    alphas = (("attention.output.dense", 3.0), ("intermediate.dense", 5.0))[::turn]
+    for rslora in (False, True):
+        config = LoraConfig(4, 8.0, (), rslora, ranks, alphas)
+        path = ("layers", *name.split("."))
+        assert (config.rank_of(path), config.alpha_of(path)) == (rank, alpha)
+        assert config.scale_of(path) == (alpha / rank**0.5 if rslora else alpha / rank)
+
+
+def test_patterns_have_one_order():
+    given = (("query", 2), ("self.query", 3), ("value", 2))
+    assert LoraConfig(rank_pattern=given) == LoraConfig(rank_pattern=given[::-1])
+
+
+def test_ranks_follow_their_pattern(tiny):
+    config = LoraConfig(4, 4.0, ("query", "output.dense"), rank_pattern=(("query", 7),))
+    shapes = jax.tree.map(jnp.shape, lora.init(jax.random.key(0), tiny.params, config)["layers"])
+    assert shapes["attention"]["self"]["query"] == {"A": (2, 32, 7), "B": (2, 7, 32)}
+    assert shapes["output"]["dense"] == {"A": (2, 64, 4), "B": (2, 4, 32)}
+
+
+def test_a_pattern_without_a_module(tiny):
+    for pattern in ({"rank_pattern": (("qury", 2),)}, {"alpha_pattern": (("key", 2.0),)}):
+        config = LoraConfig(4, 4.0, ("query",), **pattern)
+        with pytest.raises(ValueError, match=r"matches no adapted module; they are .*query"):
+            lora.targets(tiny.params, config)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_dropout_out_of_range(dropout):
+    with pytest.raises(ValueError, match="dropout must be from 0"):
+        LoraConfig(dropout=dropout)
+
+
 @pytest.mark.parametrize("rank", [0, -1])
 def test_rank_below_one(rank):
     with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank}"):
         LoraConfig(rank, 1.0, ("query",))
+    with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank} for 'key'"):
+        LoraConfig(rank_pattern=(("key", rank),))
 
 
 def test_rank_above_the_width(tiny):
@@ -128,12 +180,13 @@ def test_a_fresh_adapter(tiny):
 def test_starts_equal_to_the_base_bit_for_bit(tiny):
     rng = np.random.default_rng(0)
     rows = fill([rng.integers(5, 200, n) for n in (9, 30, 4)], range(3), 3, Shape(2, 32))
-    adapter = lora.init(jax.random.key(0), tiny.params, LoraConfig(4, 8.0))
+    config = LoraConfig(4, 8.0)
+    adapter = lora.init(jax.random.key(0), tiny.params, config)
     both = {"params": tiny.params}, {"params": tiny.params, "lora": adapter}
     with jax.disable_jit():  # op by op; a compiled program may sum in another order
-        base, adapted = (encode(tiny, variables, rows, 2.0) for variables in both)
+        base, adapted = (encode(tiny, variables, rows, config) for variables in both)
     np.testing.assert_array_equal(adapted, base)
-    base, adapted = (encode(tiny, variables, rows, 2.0) for variables in both)
+    base, adapted = (encode(tiny, variables, rows, config) for variables in both)
     np.testing.assert_allclose(adapted, base, rtol=0, atol=2e-6)
 
 
@@ -144,8 +197,8 @@ def test_dense_with_an_adapter_by_hand():
     }
     x = jnp.array([[1.0, 1.0]])
     for alpha, expected in ((2.0, 1.5 + 9.0), (0.5, 1.5 + 2.25)):  # x A B = 9, alpha / 2 of it
-        scale = LoraConfig(rank=2, alpha=alpha).scale
-        assert Dense(1, lora_scale=scale).apply(variables, x).item() == expected
+        config = LoraConfig(rank=2, alpha=alpha)
+        assert Dense(1, lora=config).apply(variables, x).item() == expected
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(1, 0.5), (2, 8.0)])
@@ -166,7 +219,7 @@ def test_merged_equals_unmerged_on_real_weights(minilm):
     config = LoraConfig(15, 30.0)
     adapter, rows = random_adapter(minilm.params, config), packed(minilm)
     base = encode(minilm, {"params": minilm.params}, rows)
-    apart = encode(minilm, {"params": minilm.params, "lora": adapter}, rows, config.scale)
+    apart = encode(minilm, {"params": minilm.params, "lora": adapter}, rows, config)
     merged = lora.merge(minilm.params, adapter, config)
     real = rows.segment_ids > 0
     assert jnp.abs(apart - base)[real].max() > 0.1
@@ -187,7 +240,91 @@ def test_merging_an_alien_adapter_raises(tiny):
             fold(tiny.params, alien, LoraConfig(1, 1.0))
 
 
+def test_merging_obeys_the_patterns():
+    params = {n: {"kernel": jnp.zeros((3, 2))} for n in ("query", "key")}
+    adapter = {n: {"A": jnp.ones((3, 4)), "B": jnp.ones((4, 2))} for n in ("query", "key")}
+    config = LoraConfig(4, 8.0, ("query", "key"), True, alpha_pattern=(("key", 3.0),))
+    merged = lora.merge(params, adapter, config)
+    # A B = 4 everywhere; the scale is alpha / √4.
+    np.testing.assert_array_equal(merged["query"]["kernel"], np.full((3, 2), 16.0))
+    np.testing.assert_array_equal(merged["key"]["kernel"], np.full((3, 2), 6.0))
+
+
+# ---- dropout of the adapter's input
+
+
+def test_dropout_touches_the_adapter_alone_and_keeps_the_mean():
+    size, keys = 64, jax.random.split(jax.random.key(5), 2000)
+    params = {"kernel": jnp.eye(size), "bias": jnp.zeros(size)}
+    variables = {"params": params, "lora": {"A": jnp.eye(size), "B": jnp.eye(size)}}
+    dense = Dense(size, lora=LoraConfig(size, float(size), dropout=0.25))
+    x = 1 + np.arange(size, dtype=np.float32)
+
+    def trained(key):
+        return dense.apply(variables, x, train=True, rngs={"dropout": key})
+
+    outputs = np.asarray(jax.vmap(trained)(keys))
+    adapter = outputs / x - 1  # the base adds x itself, whatever is dropped
+    values = np.unique(np.round(adapter, 3))
+    np.testing.assert_allclose(values, [0, 4 / 3], atol=1e-3)
+    # 128,000 draws with a deviation of √(1/3) each: 0.01 is six standard errors.
+    assert abs(adapter.mean() - 1) < 0.01
+    np.testing.assert_array_equal(dense.apply(variables, x), 2 * x)  # none in evaluation
+
+
+def test_adapters_side_by_side_drop_what_one_alone_drops(tiny):
+    """With a share, each token's adapter sees the very mask that it would see alone."""
+    config = LoraConfig(4, 8.0, dropout=0.5)
+    plain = dataclasses.replace(config, dropout=0.0)
+    rng = np.random.default_rng(0)
+    rows = fill([rng.integers(5, 200, n) for n in (9, 30, 4)], range(3), 3, Shape(2, 32))
+    pair = [random_adapter(tiny.params, config, size) for size in (0.05, 0.2)]
+    stack = jax.tree.map(lambda *x: jnp.stack(x, 1), *pair)
+    frozen = tiny.config.with_dropout(0.0)
+
+    def run(config, adapter, share=None):
+        encoder = Encoder(frozen, lora=config)
+        variables = {"params": tiny.params, "lora": adapter}
+        rngs = {"dropout": jax.random.key(3)}
+        return encoder.apply(variables, *rows[:3], train=True, share=share, rngs=rngs)
+
+    for t, adapter in enumerate(pair):
+        share = jnp.broadcast_to(jax.nn.one_hot(t, 2), (*rows.tokens.shape, 2))
+        alone = run(config, adapter)
+        np.testing.assert_allclose(run(config, stack, share), alone, rtol=0, atol=1e-5)
+        assert jnp.abs(alone - run(plain, adapter)).max() > 0.01
+
+
 # ---- against peft
+
+
+CASES = {
+    "rslora": LoraConfig(4, 6.0, rslora=True),
+    "feed-forward": LoraConfig(3, 6.0, ("intermediate.dense", "output.dense")),
+    "every dense": LoraConfig(3, 6.0, ("query", "dense")),
+    "patterns": LoraConfig(
+        4, 6.0, ("query", "value", "output.dense"),
+        rank_pattern=(("output.dense", 2), ("attention.output.dense", 6)),
+        alpha_pattern=(("query", 9.0), ("output.dense", 1.5)),
+    ),
+    "patterns and rslora": LoraConfig(
+        4, 6.0, ("key", "intermediate.dense"), True, (("key", 8),), (("dense", 3.0),),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_outputs_equal_pefts(tiny, tiny_base, config):
+    model = peft_oracle.adapt(peft_oracle.bert(tiny_base), config)
+    adapter, rows = random_adapter(tiny.params, config, 0.2), packed(tiny, SHORT)
+    base = peft_oracle.vectors(model, tiny.tokenizer, SHORT)
+    peft_oracle.copy_into(model, adapter)
+    theirs = peft_oracle.vectors(model, tiny.tokenizer, SHORT)
+    ours = encode(tiny, {"params": tiny.params, "lora": adapter}, rows, config)
+    ours = pool(ours, rows.segment_ids, rows.cls_index, "cls")
+    assert np.abs(theirs - base).max() > 0.05
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
 
 PEFT_CONFIG = LoraConfig(8, 12.0)
 
@@ -240,7 +377,7 @@ def test_gradients_equal_pefts(minilm):
 
     def loss(adapter):
         variables = {"params": minilm.params, "lora": adapter}
-        hidden = encode(minilm, variables, rows, PEFT_CONFIG.scale)
+        hidden = encode(minilm, variables, rows, PEFT_CONFIG)
         cls = pool(hidden, rows.segment_ids, rows.cls_index, "cls")
         return jnp.mean((cls - target) ** 2)
 

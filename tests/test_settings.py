@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from jaxlora.errors import UserError
+from jaxlora.lora import LoraConfig
 from jaxlora.settings import PRESETS, Flags, Settings, resolve
 from jaxlora.variants import SEPARATE, SHARED, VARIANTS
 
@@ -52,3 +53,30 @@ def test_table_one():
         "lora4": ("lora", True, "cosine"),
     }
     assert VARIANTS["lora1"].groups == SEPARATE
+
+
+def test_adapter_flags_reach_the_adapter():
+    settings = resolve(Flags("lora3", rank=4, rslora=True, lora_dropout=0.25, lora_plus_ratio=8.0))
+    assert settings.lora == LoraConfig(4, 4.0, rslora=True, dropout=0.25)
+    assert settings.lora_plus_ratio == 8
+    assert Settings.from_json(settings.to_json()) == settings
+    assert resolve(Flags("lora3")).lora == LoraConfig()
+
+
+@pytest.mark.parametrize(
+    "values", [{"rslora": True}, {"lora_dropout": 0.0}, {"lora_plus_ratio": 2.0}]
+)
+def test_adapter_flags_mean_nothing_without_adapters(values):
+    for name in ("baseline1", "baseline3"):
+        flag = next(iter(values)).replace("_", "-")
+        with pytest.raises(UserError, match=f"--{flag} means nothing to {name}"):
+            resolve(Flags(name, **values))
+
+
+@pytest.mark.parametrize(
+    "values", [{"lora_dropout": 1.0}, {"lora_dropout": -0.1}, {"lora_plus_ratio": 0.0}]
+)
+def test_adapter_flags_out_of_range(values):
+    flag = next(iter(values)).replace("_", "-")
+    with pytest.raises(UserError, match=f"--{flag} .*must be"):
+        resolve(Flags("lora3", **values))

@@ -81,7 +81,7 @@ def make(base, adapt="lora", names=ALL, sts_loss="mse", dropout=0.1, **replace):
     frozen, trainable = step.split_params(
         adapt, base.params, ADAPTER, jax.random.key(1), jnp.float32
     )
-    encode = step.encoder(config, jnp.float32, ADAPTER.scale, "cls")
+    encode = step.encoder(config, jnp.float32, ADAPTER, "cls")
     setup = step.Setup(
         chosen,
         step.task_encoder(adapt, encode, len(chosen)),
@@ -192,6 +192,32 @@ def test_encoder_is_projected_and_clipped_and_heads_are_not(tiny):
 
 
 # ---- what a step may depend on
+
+
+def test_lora_plus_is_a_higher_learning_rate_for_b():
+    """Two steps of AdamW by hand (Loshchilov & Hutter 2019, algorithm 2); the decay is B's too."""
+    rate, decay, ratio = 0.1, 0.5, 16.0
+    tx, _ = step.optimizers(1, rate, 1.0, clip=1e9, weight_decay=decay, lora_plus_ratio=ratio)
+    params = {"query": {"A": jnp.array([[1.0, 2.0]]), "B": jnp.array([[3.0], [4.0]])}}
+    gradients = [
+        {"query": {"A": jnp.array([[[0.5, -1.0]]]), "B": jnp.array([[[2.0], [0.3]]])}},
+        {"query": {"A": jnp.array([[[0.1, 3.0]]]), "B": jnp.array([[[-1.0], [1.0]]])}},
+    ]
+    expected = {}
+    for name, own_rate in (("A", rate), ("B", rate * ratio)):
+        w, m, v = np.asarray(params["query"][name], np.float64), 0.0, 0.0
+        for t, gradient in enumerate(gradients, 1):
+            g = np.asarray(gradient["query"][name][0], np.float64)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            direction = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+            w = w - own_rate * (direction + decay * w)
+        expected[name] = w
+    state = tx.init(params)
+    for gradient in gradients:
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    for name, w in expected.items():
+        np.testing.assert_allclose(params["query"][name], w, rtol=1e-4)
 
 
 def test_padding_examples_change_nothing(tiny):

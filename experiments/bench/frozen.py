@@ -51,7 +51,9 @@ def make_encoding(work: Work, base: str) -> Callable[[], None]:
     """Encode every training sentence once, as a run without a cache must in every epoch."""
     loaded = pretrained.load(base)
     settings = work.settings
-    encode = step.make_encode(step.encoder(loaded.config, work.dtype, 1.0, settings.pooling))
+    encode = step.make_encode(
+        step.encoder(loaded.config, work.dtype, settings.lora, settings.pooling)
+    )
     frozen = {"params": jax.device_put(loaded.params)}
     data = make_data(work, loaded)
 

@@ -64,7 +64,7 @@ def make_adapters(base: Pretrained) -> list[Tree]:
 def make_ours(size: int, base: str) -> Callable[[], np.ndarray]:
     """All requests in one pass, adapters by sentence."""
     loaded, chosen = pretrained.load(base), WORK.settings
-    encode = step.encoder(loaded.config, jnp.float32, chosen.lora.scale, chosen.pooling)
+    encode = step.encoder(loaded.config, jnp.float32, chosen.lora, chosen.pooling)
     encode_mixed = step.make_mixed_encode(encode)
     frozen = {"params": jax.device_put(loaded.params)}
     stack = {"lora": jax.tree.map(lambda *x: jnp.stack(x), *make_adapters(loaded))}

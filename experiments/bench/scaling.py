@@ -61,7 +61,7 @@ def make_ours(case: Case, flags: Flags) -> Callable[[], None]:
     layers = jax.tree.map(lambda x: x[: case.layers], base.params["layers"])
     config = dataclasses.replace(base.config, num_hidden_layers=case.layers)
     chosen = [dataclasses.replace(tasks.STS_MSE, name=f"task{n}") for n in range(case.tasks)]
-    encode = step.encoder(config, jnp.dtype(flags.dtype), adapter.scale, "mean")
+    encode = step.encoder(config, jnp.dtype(flags.dtype), adapter, "mean")
     setup = step.Setup(
         tuple(chosen),
         step.task_encoder("lora", encode, case.tasks),

@@ -1,0 +1,175 @@
+"""A task as a Hugging Face folder: its merged encoder, its head, and the code that applies both.
+
+Who gets the folder needs transformers and torch, or sentence-transformers, and nothing of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import save_file
+
+from jaxlora import head_files, lora, pretrained
+from jaxlora.folders import whole
+from jaxlora.head_files import HEAD
+from jaxlora.pretrained import Pretrained
+from jaxlora.rundir import write_json, write_text
+from jaxlora.tasks import SPAN, Task
+from jaxlora.trained import Served, Trained
+from jaxlora.trees import Tree
+
+README = "README.md"
+
+
+def save(folder: str | Path, base: Pretrained, trained: Trained, name: str) -> None:
+    """Write a task for `AutoModel.from_pretrained` and `SentenceTransformer`.
+
+    Args:
+      folder: new or empty; appears whole or not at all.
+      base: the base model, see `Trained.load_base`.
+      trained: where the task comes from.
+      name: the task.
+
+    Raises:
+      UserError: if the folder is not empty.
+    """
+    served = trained.served[name]
+    tensors = pretrained.export(encoder_params(base, trained, name), base.config)
+    with whole(folder) as temporary:
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        write_json(temporary / "config.json", _config(base))
+        write_text(temporary / "tokenizer.json", base.tokenizer.to_str())
+        write_json(temporary / "tokenizer_config.json", _tokenizer_config(base))
+        for file, value in _sentence_transformers(base, trained).items():
+            write_json(temporary / file, value)
+        head_files.write(temporary, served.head)
+        write_text(temporary / README, readme(trained, served))
+
+
+def encoder_params(base: Pretrained, trained: Trained, name: str) -> Tree:
+    """The encoder of a task as one `params` tree, its adapter merged into the base's."""
+    tree = trained.served[name].tree
+    found = trained.trees[tree]
+    if "lora" in found:
+        return lora.merge(base.params, found["lora"], trained.configs[tree])
+    return found.get("params", base.params)
+
+
+def _sentence_transformers(base: Pretrained, trained: Trained) -> dict[str, Any]:
+    """The files that tell sentence-transformers how to pool; file name → content."""
+    width, kind = base.config.hidden_size, "sentence_transformers.models."
+    mode = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
+    return {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": f"{kind}Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{kind}Pooling"},
+        ],
+        "sentence_bert_config.json": {"max_seq_length": trained.max_length},
+        "1_Pooling/config.json": {"word_embedding_dimension": width}
+        | {field: pooling == trained.pooling for pooling, field in mode.items()},
+    }
+
+
+def _config(base: Pretrained) -> dict[str, Any]:
+    about = {"architectures": ["BertModel"], "model_type": "bert", "dtype": "float32"}
+    return about | dataclasses.asdict(base.config) | {"pad_token_id": _padding(base)}
+
+
+def _padding(base: Pretrained) -> int:
+    return base.tokenizer.token_to_id("[PAD]") or 0
+
+
+def _tokenizer_config(base: Pretrained) -> dict[str, Any]:
+    names = {n: f"[{n.upper()}]" for n in ("pad", "unk", "cls", "sep", "mask")}
+    known = {
+        f"{name}_token": token
+        for name, token in names.items()
+        if base.tokenizer.token_to_id(token) is not None
+    }
+    # The class that takes tokenizer.json as it is.
+    rest = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return rest | known | {"model_max_length": base.config.max_position_embeddings}
+
+
+# ---- the code that applies it
+
+_POOL = {
+    "cls": "return hidden[:, 0]",
+    "mean": 'mask = batch["attention_mask"].unsqueeze(-1)\n'
+    "return (hidden * mask).sum(1) / mask.sum(1)",
+}
+_PAIR = {"concat": "u, v", "interaction": "u, v, (u - v).abs(), u * v"}
+
+
+def readme(trained: Trained, served: Served) -> str:
+    """The folder's README: what it holds, and Python code that applies it."""
+    task, last = served.task, "\n\n\n"
+    code = [_imports(bool(task.outputs)), _encode(trained), _predict(served)]
+    example = '("A dog runs.", "A dog is running.")' if task.pair else '"A lovely film."'
+    code.append(f"print(predict([{example}]))\n")
+    takes = "pairs of sentences" if task.pair else "sentences"
+    classes = ", ".join(f"{n}: {name}" for n, name in enumerate(task.classes))
+    gives = f"classes ({classes})" if task.integer else f"scores, {task.low:g} to {task.high:g}"
+    return (
+        f"# {task.title}\n\nA BERT encoder trained from `{trained.base}` with jaxlora, its adapter "
+        "merged into the weights. It has no pooling layer: load it with "
+        f"`add_pooling_layer=False`. `predict` takes {takes} and gives {gives}.\n\n"
+        f"```python\n{last.join(code)}```\n"
+    )
+
+
+def _imports(head: bool) -> str:
+    lines = [
+        "import torch",
+        "from safetensors.torch import load_file" if head else "",
+        "from transformers import AutoModel, AutoTokenizer\n",
+        'folder = "."  # this one',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "bert = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()",
+        f'head = load_file(f"{{folder}}/{HEAD}")' if head else "",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _encode(trained: Trained) -> str:
+    return _function(
+        "encode(sentences)",
+        "batch = tokenizer(\n"
+        f"    sentences, padding=True, truncation=True, max_length={trained.max_length},\n"
+        '    return_tensors="pt",\n'
+        ")\n"
+        "hidden = bert(**batch).last_hidden_state\n" + _POOL[trained.pooling],
+    )
+
+
+def _predict(served: Served) -> str:
+    task = served.task
+    lines = ["x = encode(list(examples))"]
+    if task.pair:
+        lines = ["u, v = (encode(list(sentences)) for sentences in zip(*examples))"]
+    if task.pair and task.outputs:
+        lines.append(f"x = torch.cat([{_PAIR[served.pair_features]}], -1)")
+    if task.outputs:
+        lines.append('x = torch.relu(x @ head["hidden.weight"].T + head["hidden.bias"])')
+        lines.append('x = x @ head["out.weight"].T + head["out.bias"]')
+    else:
+        lines.append("x = torch.nn.functional.cosine_similarity(u, v)")
+    return _function("predict(examples)", "\n".join([*lines, f"return {_decode(task)}"]))
+
+
+def _decode(task: Task) -> str:
+    """`Task.decode` in torch."""
+    if task.loss == "cross_entropy":
+        return "x.argmax(-1)"
+    if task.loss == "binary_cross_entropy":
+        return "(x[:, 0] > 0).long()"
+    width = task.high - task.low
+    score = f"{width} * x" if task.loss == "cosine" else f"{width / SPAN} * x[:, 0]"
+    return f"({task.low} + {score}).clamp({task.low}, {task.high})"
+
+
+def _function(signature: str, body: str) -> str:
+    return f"@torch.no_grad()\ndef {signature}:\n{textwrap.indent(body, '    ')}"

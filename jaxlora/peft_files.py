@@ -1,0 +1,417 @@
+"""Adapters as Hugging Face PEFT's folders: written so that it reads them, read as it would.
+
+Neither PEFT nor torch is needed. Both directions keep the function exactly; what we cannot keep is
+refused by name. PEFT has a Linear in each layer, `encoder.layer.3.attention.self.query`, with
+`lora_A: [r, in]` and `lora_B: [out, r]`; ours are stacked, `layers.attention.self.query` with
+`A: [L, in, r]` and `B: [L, r, out]`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from jaxlora import lora
+from jaxlora.bert import BertConfig, param_shapes
+from jaxlora.errors import UserError
+from jaxlora.folders import whole
+from jaxlora.lora import LoraConfig
+from jaxlora.pretrained import read_object, read_safetensors
+from jaxlora.rundir import write_json
+from jaxlora.trees import Tree
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>(?:bert\.)?encoder\.layer\.(?P<layer>\d+)\.(?P<name>.+))"
+    r"\.lora_(?P<factor>[AB])\.weight"
+)
+_LAYER = re.compile(r"(?:bert\.)?encoder\.layer\.\d+\.")
+_ANY_LAYER = r"layer\.\d+\."  # in a pattern, which PEFT takes for a regular expression
+_POOLER = ("pooler", "dense")
+
+
+# ---- writing
+
+
+def save(folder: str | Path, adapter: Tree, config: LoraConfig, base_name: str) -> None:
+    """Write an adapter of a BERT as a PEFT folder, for `PeftModel.from_pretrained`.
+
+    Args:
+      folder: new or empty; appears whole or not at all.
+      adapter: from `lora.init`, trained.
+      config: the adapter's configuration.
+      base_name: hub id or folder of the base model, as PEFT shall find it.
+
+    Raises:
+      UserError: if the folder is not empty, or adapter and configuration do not belong together.
+    """
+    with whole(folder) as temporary:
+        write(temporary, adapter, config, base_name)
+
+
+def write(folder: Path, adapter: Tree, config: LoraConfig, base_name: str) -> None:
+    """As `save`, into a folder that is there already."""
+    factors = traverse_util.flatten_dict(adapter)
+    _check_fit(factors, config)
+    tensors = {
+        f"base_model.model.encoder.layer.{i}.{'.'.join(path[1:-1])}.lora_{path[-1]}.weight": (
+            np.ascontiguousarray(factor.T)
+        )
+        for path, stacked in factors.items()
+        for i, factor in enumerate(np.asarray(stacked, np.float32))
+    }
+    layers = next(iter(factors.values())).shape[0]
+    write_json(folder / CONFIG, _to_peft(config, base_name, layers))
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+
+
+def _check_fit(factors: Mapping[lora.Path, Any], config: LoraConfig) -> None:
+    modules = {path[:-1] for path in factors}
+    wanted = {p for p in _dense_layers() if any(lora.matches(t, p) for t in config.target_modules)}
+    if modules != wanted or not modules:
+        odd = ", ".join(sorted(".".join(path) for path in modules ^ wanted)) or "none at all"
+        raise UserError(f"the adapter's modules are not its configuration's targets ({odd})")
+    for path, factor in factors.items():
+        rank = factor.shape[-1 if path[-1] == "A" else -2]
+        if rank != config.rank_of(path[:-1]):
+            raise UserError(
+                f"{'.'.join(path)} has rank {rank}, its configuration says "
+                f"{config.rank_of(path[:-1])}; save it with the configuration it was made with"
+            )
+
+
+@functools.cache
+def _dense_layers() -> frozenset[lora.Path]:
+    flat = traverse_util.flatten_dict(param_shapes(BertConfig()))
+    return frozenset(path[:-1] for path in flat if path[-1] == "kernel")
+
+
+def _to_peft(config: LoraConfig, base_name: str, layers: int) -> dict[str, Any]:
+    # A name that would also mean the pooler, which our encoder has not.
+    pooler = any(lora.matches(name, _POOLER) for name in config.target_modules)
+    return {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "target_modules": [t for n in config.target_modules for t in _to_targets(n, layers)],
+        "exclude_modules": [".".join(_POOLER)] if pooler else None,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "rank_pattern": {_to_pattern(name): rank for name, rank in config.rank_pattern},
+        "alpha_pattern": {_to_pattern(name): alpha for name, alpha in config.alpha_pattern},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "modules_to_save": None,
+        "use_dora": False,
+    }
+
+
+def _to_targets(name: str, layers: int) -> list[str]:
+    rest = name.removeprefix("layers.")
+    return [name] if rest == name else [f"encoder.layer.{i}.{rest}" for i in range(layers)]
+
+
+def _from_target(name: str) -> str:
+    return _LAYER.sub("layers.", name, count=1)
+
+
+def _to_pattern(name: str) -> str:
+    return _ANY_LAYER + name.removeprefix("layers.") if name.startswith("layers.") else name
+
+
+def _from_pattern(name: str) -> str:
+    return "layers." + name.removeprefix(_ANY_LAYER) if name.startswith(_ANY_LAYER) else name
+
+
+# ---- reading
+
+
+def load(folder: str | Path, base_shapes: Tree) -> tuple[Tree, LoraConfig]:
+    """Read a PEFT folder with an adapter for a BERT, whatever model class it was trained in.
+
+    Modules and ranks are the tensors'. Where ranks or scales differ between layers, the factors are
+    padded with zeros to the largest rank and B takes the ratio of the scales; a layer without an
+    adapter gets zeros. The function stays the same, and padding stays zero in training.
+
+    Args:
+      folder: with `adapter_config.json` and `adapter_model.safetensors`.
+      base_shapes: parameters of the base model, or their shapes (`bert.param_shapes`).
+
+    Returns:
+      The adapter and its configuration; what `save` wrote comes back bit for bit.
+
+    Raises:
+      UserError: naming the file and what is missing, broken, or cannot be honoured.
+    """
+    folder = Path(folder).expanduser()
+    written = _read_config(folder / CONFIG)
+    found = _read_factors(folder / TENSORS)
+    _check_shapes(folder / TENSORS, found, base_shapes)
+    _check_layers(folder / CONFIG, written, found)
+    flat, modules = {}, {}
+    for path, by_layer in found.items():
+        kernel = _kernels(base_shapes)[path]
+        modules[path], flat[*path, "A"], flat[*path, "B"] = _stack(
+            by_layer, written, kernel.shape[0], folder / CONFIG
+        )
+    return traverse_util.unflatten_dict(flat), _config(written, modules, base_shapes)
+
+
+class Written(NamedTuple):
+    """What an `adapter_config.json` says, as far as it matters; the names are PEFT's."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    target_modules: Any
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    layers_to_transform: tuple[int, ...]
+
+    def values_of(self, module: str) -> tuple[int, float]:
+        """Rank and alpha of a Linear by its whole name; as in PEFT the first pattern counts."""
+        rank, alpha = (
+            next((p[key] for key in p if re.match(rf"(.*\.)?({key})$", module)), default)
+            for p, default in ((self.rank_pattern, self.r), (self.alpha_pattern, self.lora_alpha))
+        )
+        return int(rank), float(alpha)
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """The factor of `A B`, as in `LoraConfig.scale_of`."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+class Factors(NamedTuple):
+    """One Linear's adapter.
+
+    Attributes:
+      module: the Linear's whole name.
+      a: `f32[in, r]`.
+      b: `f32[r, out]`.
+    """
+
+    module: str
+    a: np.ndarray
+    b: np.ndarray
+
+
+# Fields that must have one of these values, and fields that change nothing for us; any other field
+# that is set is refused, so that an adapter of a kind we do not know is never half read. (Weights
+# that started by PiSSA and the like belong to a changed base model.)
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+_DEFAULTS = {"bias": "none", "init_lora_weights": True}
+_NO_MATTER = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "exclude_modules", "layers_pattern", "megatron_core", "qalora_group_size",
+    "eva_config", "runtime_config",
+}  # fmt: skip
+
+
+def _read_config(path: Path) -> Written:
+    raw = _DEFAULTS | read_object(path)
+    for name, known in _ONLY.items():
+        if not any(raw.get(name) is k or raw.get(name) == k for k in known):
+            raise UserError(_unsupported(path, name, raw.get(name)))
+    for name in raw.keys() - _ONLY.keys() - _NO_MATTER - set(Written._fields):
+        if raw[name]:
+            raise UserError(_unsupported(path, name, raw[name]))
+    layers: Any = raw.get("layers_to_transform")
+    if layers is None:
+        layers = []
+    return Written(
+        _number(path, "r", raw.get("r", 8), int),
+        _number(path, "lora_alpha", raw.get("lora_alpha", 8), float),
+        _fraction(path, "lora_dropout", raw.get("lora_dropout") or 0.0),
+        _flag(path, "use_rslora", raw.get("use_rslora") or False),
+        raw.get("target_modules"),
+        _pattern(path, "rank_pattern", raw.get("rank_pattern") or {}, int),
+        _pattern(path, "alpha_pattern", raw.get("alpha_pattern") or {}, float),
+        tuple(layers) if isinstance(layers, list) else (layers,),
+    )
+
+
+def _unsupported(path: Path, name: str, value: Any) -> str:
+    return (
+        f"{path}: {name} {value!r} is not supported; only plain LoRA and rsLoRA adapters are, with "
+        "nothing else trained or changed (merge it with PEFT and use the result as --base)"
+    )
+
+
+def _number(path: Path, name: str, value: Any, kind: type) -> Any:
+    accepted = (int,) if kind is int else (int, float)
+    fits = isinstance(value, accepted) and not isinstance(value, bool)
+    if not fits or not 0 < value < float("inf"):
+        wanted = "a whole number" if kind is int else "a number"
+        raise UserError(f"{path}: {name} is {value!r}; it must be {wanted} above 0")
+    return kind(value)
+
+
+def _fraction(path: Path, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise UserError(f"{path}: {name} is {value!r}; it must be from 0 to below 1")
+    return float(value)
+
+
+def _flag(path: Path, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{path}: {name} is {value!r}; it must be true or false")
+    return value
+
+
+def _pattern(path: Path, name: str, value: Any, kind: type) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {name} is {value!r}; it must map module names to numbers")
+    for key in value:
+        try:
+            re.compile(rf"(.*\.)?({key})$")
+        except re.error as error:
+            raise UserError(
+                f"{path}: {name} has {key!r}, which is no regular expression ({error})"
+            ) from error
+    return {key: _number(path, f"{name}[{key!r}]", v, kind) for key, v in value.items()}
+
+
+def _read_factors(path: Path) -> dict[lora.Path, dict[int, Factors]]:
+    """The file's adapters: our module's path → layer → factors."""
+    halves: dict[tuple[lora.Path, int], dict[str, tuple[str, np.ndarray]]] = {}
+    unknown = []
+    for key, tensor in read_safetensors(path):
+        match = _KEY.fullmatch(key)
+        if match is None or tensor.ndim != 2:
+            unknown.append(key)
+            continue
+        place = ("layers", *match["name"].split(".")), int(match["layer"])
+        half = halves.setdefault(place, {})
+        if match["factor"] in half:
+            raise UserError(f"{path}: {key!r} is there twice, with and without 'bert.'")
+        half[match["factor"]] = match["module"], tensor.T
+    if unknown:
+        raise UserError(
+            f"{path}: these tensors are no LoRA factors of a BERT's layers: {_some(unknown)}; an "
+            "adapter that trains or changes anything else cannot be read"
+        )
+    if not halves:
+        raise UserError(f"{path}: has no tensors")
+    found: dict[lora.Path, dict[int, Factors]] = {}
+    for (module, layer), half in sorted(halves.items()):
+        if len(half) != 2:
+            there, (name, _) = next(iter(half.items()))
+            other = "B" if there == "A" else "A"
+            raise UserError(f"{path}: {name} has lora_{there} but no lora_{other}")
+        (name, a), (_, b) = half["A"], half["B"]
+        found.setdefault(module, {})[layer] = Factors(name, a, b)
+    return found
+
+
+def _check_shapes(
+    path: Path, found: Mapping[lora.Path, Mapping[int, Factors]], base_shapes: Tree
+) -> None:
+    kernels = _kernels(base_shapes)
+    for module, by_layer in found.items():
+        for layer, factors in by_layer.items():
+            if module not in kernels or layer >= kernels[module].shape[0]:
+                raise UserError(f"{path}: the base model has no {factors.module}; name its own")
+            fan_in, fan_out = kernels[module].shape[-2:]
+            rank = factors.a.shape[1]
+            if factors.a.shape != (fan_in, rank) or factors.b.shape != (rank, fan_out) or not rank:
+                raise UserError(
+                    f"{path}: {factors.module} has lora_A {factors.a.T.shape} and lora_B "
+                    f"{factors.b.T.shape}, the base model wants (r, {fan_in}) and ({fan_out}, r)"
+                )
+
+
+def _check_layers(
+    path: Path, written: Written, found: Mapping[lora.Path, Mapping[int, Factors]]
+) -> None:
+    there = {layer for by_layer in found.values() for layer in by_layer}
+    named = written.layers_to_transform
+    if named and set(named) != there:
+        raise UserError(
+            f"{path}: layers_to_transform is {list(named)}, but the tensors are of the layers "
+            f"{sorted(there)}; the two files do not belong together"
+        )
+
+
+def _stack(
+    by_layer: Mapping[int, Factors], written: Written, layers: int, path: Path
+) -> tuple[tuple[int, float], Any, Any]:
+    """All layers of a module as one: (rank, alpha), `A: [L, in, r]`, `B: [L, r, out]`."""
+    values = {layer: written.values_of(f.module) for layer, f in by_layer.items()}
+    for layer, factors in by_layer.items():
+        rank = factors.a.shape[1]
+        if rank != values[layer][0]:
+            raise UserError(
+                f"{path}: says that {factors.module} has rank {values[layer][0]}, its tensors have "
+                f"{rank}; the two files do not belong together"
+            )
+    rank, alpha = max(values.values(), key=lambda v: v[0])
+    scale = written.scale(rank, alpha)
+    example = next(iter(by_layer.values()))
+    a = np.zeros((layers, example.a.shape[0], rank), np.float32)
+    b = np.zeros((layers, rank, example.b.shape[1]), np.float32)
+    for layer, factors in by_layer.items():
+        own = written.scale(*values[layer])
+        a[layer, :, : factors.a.shape[1]] = factors.a
+        # Without a needless factor of 1 the numbers stay the very same.
+        b[layer, : factors.b.shape[0]] = factors.b * (1.0 if own == scale else own / scale)
+    return (rank, alpha), jnp.asarray(a), jnp.asarray(b)
+
+
+def _config(
+    written: Written, modules: Mapping[lora.Path, tuple[int, float]], base_shapes: Tree
+) -> LoraConfig:
+    """The configuration in the words of the file, where they mean the same to us; else in ours."""
+    names = written.target_modules
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        kept = LoraConfig(
+            written.r,
+            written.lora_alpha,
+            tuple(dict.fromkeys(map(_from_target, names))),
+            written.use_rslora,
+            tuple((_from_pattern(k), v) for k, v in written.rank_pattern.items()),
+            tuple((_from_pattern(k), v) for k, v in written.alpha_pattern.items()),
+            written.lora_dropout,
+        )
+        if _means(kept, modules, base_shapes):
+            return kept
+    return lora.describe(modules, written.use_rslora, written.lora_dropout)
+
+
+def _means(
+    config: LoraConfig, modules: Mapping[lora.Path, tuple[int, float]], base_shapes: Tree
+) -> bool:
+    try:
+        chosen = lora.targets(base_shapes, config)
+    except ValueError:
+        return False
+    return {path: (config.rank_of(path), config.alpha_of(path)) for path in chosen} == modules
+
+
+def _kernels(base_shapes: Tree) -> dict[lora.Path, Any]:
+    flat = traverse_util.flatten_dict(base_shapes)
+    return {p[:-1]: x for p, x in flat.items() if p[0] == "layers" and p[-1] == "kernel"}
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:8]) + (", …" if len(ordered) > 8 else "")
