@@ -11,15 +11,18 @@
 `range = [low, high]` is needed by regression and similarity. Optional: `test`, `id` (a column),
 `delimiter` (one character; default: found out), `title`, `loss`, `metric`, `weight` (factor of the
 loss beside the group's other tasks'), and of the task's group `learning_rate`,
-`head_learning_rate`, `epochs` and `patience`.
+`head_learning_rate`, `epochs` and `patience`. On the command line `topic.kind=classification`,
+`topic.text=first,second` and so on say the same, or change what a file says.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # Settings of a group that its tasks may bring along, with their smallest value.
 OWN = {"learning_rate": 0.0, "head_learning_rate": 0.0, "epochs": 1, "patience": 0}
 NEEDED = ("kind", "text", "label", "train", "dev")
+_FILES = ("train", "dev", "test")
+_LISTS = ("classes", "range", "text")
+_VALUE = re.compile(r"([^=]*)\.([^=.]*)=(.*)", re.DOTALL)  # topic.epochs=3
 OPTIONAL = ("classes", "range", "test", "id", "delimiter", "title", "loss", "metric", "weight")
 # The cosine loss lives on 0–1: this brings it to the scale of the other losses' labels, 0–5.
 COSINE_WEIGHT = 25.0
@@ -77,12 +83,28 @@ def paper_descriptions(sts_loss: str, sts_weight: float) -> tuple[Description, .
     )
 
 
-def read_tasks(path: Path) -> tuple[Description, ...]:
-    """Read a TOML file of tasks.
+def read_tasks(given: Sequence[str]) -> tuple[Description, ...]:
+    """Read tasks from TOML files, and from values such as `topic.epochs=3`, which come last.
 
     Raises:
       UserError: naming the file, the task, the key and the remedy.
     """
+    tables: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for item in sorted(given, key=lambda item: _VALUE.fullmatch(item) is not None):
+        match = _VALUE.fullmatch(item)
+        found = _value(match) if match else _read_toml(Path(item))
+        for name, fields in found.items():
+            if match and name in tables:
+                tables[name] |= fields
+            elif name in tables:
+                raise UserError(f"--tasks {item}: [{name}] is in {origin[name]}, too")
+            else:
+                tables[name], origin[name] = fields, "--tasks" if match else item
+    return tuple(_describe(origin[name], name, fields) for name, fields in tables.items())
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -91,7 +113,31 @@ def read_tasks(path: Path) -> tuple[Description, ...]:
         raise UserError(f"--tasks {path}: not a TOML file ({error})") from None
     if not content:
         raise UserError(f"--tasks {path}: describes no task; add a table such as [topic]")
-    return tuple(_describe(path, name, fields) for name, fields in content.items())
+    for name, fields in content.items():
+        if not isinstance(fields, dict):
+            raise UserError(
+                f"{path}: {name!r} stands outside of a task's table; begin with [{name}]"
+            )
+        for split in fields.keys() & _FILES:
+            fields[split] = str(path.parent / _string(f"{path}: [{name}]", split, fields[split]))
+    return content
+
+
+def _value(match: re.Match[str]) -> dict[str, Any]:
+    """`topic.range=0,5` → `{"topic": {"range": [0, 5]}}`."""
+    name, key, text = match.groups()
+    parts = [_plain(key, part) for part in text.split(",")] if key in _LISTS else [text]
+    return {name: {key: parts if len(parts) > 1 else _plain(key, text)}}
+
+
+def _plain(key: str, text: str) -> Any:
+    """Columns and files keep their text; of the rest what looks like a number is one."""
+    if key in _LISTS[:-1] or key in OWN or key == "weight":
+        with contextlib.suppress(ValueError):
+            return int(text)
+        with contextlib.suppress(ValueError):
+            return float(text)
+    return text
 
 
 def check_name(name: str, where: str) -> str:
@@ -112,11 +158,9 @@ def check_name(name: str, where: str) -> str:
     return name
 
 
-def _describe(path: Path, name: str, fields: Any) -> Description:
-    where = f"{path}: [{name}]"
-    check_name(name, str(path))
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: {name!r} stands outside of a task's table; begin with [{name}]")
+def _describe(origin: str, name: str, fields: dict[str, Any]) -> Description:
+    where = f"{origin}: [{name}]"
+    check_name(name, origin)
     known = (*NEEDED, *OPTIONAL, *OWN)
     for key in fields:
         if key not in known:
@@ -140,13 +184,13 @@ def _describe(path: Path, name: str, fields: Any) -> Description:
     weight = 1.0 if task.loss != "cosine" else COSINE_WEIGHT
     weight = _number(where, "weight", fields.get("weight", weight), 0.0)
     own = tuple((k, _number(where, k, fields[k], low)) for k, low in OWN.items() if k in fields)
-    return Description(task, _table(path.parent, where, fields, text), weight, own)
+    return Description(task, _table(where, fields, text), weight, own)
 
 
-def _table(folder: Path, where: str, fields: dict[str, Any], text: tuple[str, ...]) -> Table:
+def _table(where: str, fields: dict[str, Any], text: tuple[str, ...]) -> Table:
     files = {
-        split: str((folder / _string(where, split, fields[split])).absolute())
-        for split in ("train", "dev", "test")
+        split: str(Path(_string(where, split, fields[split])).absolute())
+        for split in _FILES
         if split in fields
     }
     for split, file in files.items():

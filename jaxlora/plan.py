@@ -64,7 +64,10 @@ def check_base(settings: Settings, base: Pretrained) -> None:
         try:
             lora.targets(base.params, settings.lora)
         except ValueError as error:
-            name = "--rank" if str(error).startswith("rank") else "--target-modules"
+            starts = {"rank": "--rank", "the pattern": "--rank-pattern, --alpha-pattern"}
+            name = next(
+                (f for s, f in starts.items() if str(error).startswith(s)), "--target-modules"
+            )
             raise UserError(f"{name}: {error}") from error
 
 

@@ -37,7 +37,8 @@ class Flags:
       data_dir: folder with the tab-separated files of the CS224N default project.
       source: where the data comes from; cs224n if --data-dir is given, files if --tasks is, else
         the preset's.
-      tasks: TOML file that describes tasks of your own, to train instead of the paper's.
+      tasks: tasks of your own instead of the paper's: TOML files, and values such as
+        topic.epochs=3.
       base: minilm, a local Hugging Face folder, or a hub id.
       groups: which tasks share a trainable encoder tree, e.g. "sst|para,sts"; default: the
         variant's.
@@ -46,6 +47,8 @@ class Flags:
       rank: rank of the adapters.
       alpha: numerator of the adapters' scale alpha / rank; default: the rank.
       target_modules: Dense layers with an adapter, by PEFT's names.
+      rank_pattern: other ranks for some modules, e.g. query 4 intermediate.dense 8.
+      alpha_pattern: other alphas, likewise.
       rslora: scale the adapters by alpha / √rank instead.
       lora_dropout: dropout of the adapters' input.
       lora_plus_ratio: learning rate of the adapters' B over that of A (LoRA+).
@@ -75,7 +78,7 @@ class Flags:
     preset: PresetName = "demo"
     data_dir: Path | None = None
     source: Source | None = None
-    tasks: Path | None = None
+    tasks: tuple[str, ...] | None = None
     base: str | None = None
     groups: str | None = None
     pooling: Literal["cls", "mean"] | None = None
@@ -83,6 +86,8 @@ class Flags:
     rank: int | None = None
     alpha: float | None = None
     target_modules: tuple[str, ...] | None = None
+    rank_pattern: tuple[tuple[str, int], ...] | None = None
+    alpha_pattern: tuple[tuple[str, float], ...] | None = None
     rslora: bool = False
     lora_dropout: float | None = None
     lora_plus_ratio: float | None = None
@@ -163,6 +168,8 @@ class Settings:
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+    rank_pattern: tuple[tuple[str, int], ...]
+    alpha_pattern: tuple[tuple[str, float], ...]
     rslora: bool
     lora_dropout: float
     lora_plus_ratio: float
@@ -186,8 +193,9 @@ class Settings:
     def lora(self) -> LoraConfig:
         """The adapters' configuration."""
         return LoraConfig(
-            self.rank, self.alpha, self.target_modules, self.rslora, dropout=self.lora_dropout
-        )
+            self.rank, self.alpha, self.target_modules, self.rslora,
+            self.rank_pattern, self.alpha_pattern, self.lora_dropout,
+        )  # fmt: skip
 
     @property
     def named(self) -> dict[str, Task]:
@@ -240,6 +248,8 @@ class Settings:
             "groups": tuple(tuple(group) for group in plain["groups"]),
             "tasks": tuple(map(Description.from_json, plain["tasks"])),
             "target_modules": tuple(plain["target_modules"]),
+            "rank_pattern": tuple(map(tuple, plain["rank_pattern"])),
+            "alpha_pattern": tuple(map(tuple, plain["alpha_pattern"])),
         }
         return cls(**plain | rebuilt)
 
@@ -278,8 +288,15 @@ def resolve(flags: Flags) -> Settings:
         else parse_groups(flags.groups, names)
     )
     fields = {f.name for f in dataclasses.fields(Settings)}
-    defaults = {"max_steps": None, "eval_every": None, "alpha": float(values["rank"])}
-    defaults |= {"lora_dropout": 0.0, "lora_plus_ratio": 1.0}
+    defaults: dict[str, Any] = {
+        "max_steps": None,
+        "eval_every": None,
+        "alpha": float(values["rank"]),
+    }
+    defaults |= {
+        "alpha": float(values["rank"]),
+        "lora_dropout": 0.0, "lora_plus_ratio": 1.0, "rank_pattern": (), "alpha_pattern": (),
+    }  # fmt: skip
     settings = Settings(
         **defaults
         | {"dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16"}
@@ -300,7 +317,7 @@ def _tasks(flags: Flags, chosen: Variant, sts_weight: float) -> tuple[Descriptio
             raise UserError(f"--sts-weight {sts_weight}: must be above 0")
         return paper_descriptions(chosen.sts_loss, sts_weight)
     if flags.sts_weight is not None:
-        raise UserError(f"--sts-weight is for the paper's tasks; set a weight in {flags.tasks}")
+        raise UserError("--sts-weight is for the paper's tasks; set its weight in --tasks")
     return read_tasks(flags.tasks)
 
 
@@ -325,6 +342,8 @@ _ONLY_FOR = {
     "rank": ("lora",),
     "alpha": ("lora",),
     "target_modules": ("lora",),
+    "rank_pattern": ("lora",),
+    "alpha_pattern": ("lora",),
     "rslora": ("lora",),
     "lora_dropout": ("lora",),
     "lora_plus_ratio": ("lora",),
@@ -334,16 +353,7 @@ _ONLY_FOR = {
 
 
 def _check(settings: Settings) -> None:
-    for name, low in _AT_LEAST.items():
-        value = getattr(settings, name)
-        if value is not None and value < low:
-            raise UserError(f"{flag(name)} {value}: must be at least {low}")
-    for name in _POSITIVE:
-        if not 0 < getattr(settings, name) < float("inf"):
-            raise UserError(f"{flag(name)} {getattr(settings, name)}: must be above 0")
-    for name in ("encoder_dropout", "lora_dropout"):
-        if not 0 <= getattr(settings, name) < 1:
-            raise UserError(f"{flag(name)} {getattr(settings, name)}: must be from 0 to below 1")
+    _check_numbers(settings)
     if settings.seed > _MAX_SEED:
         raise UserError(f"--seed {settings.seed}: must be at most {_MAX_SEED}")
     if not settings.weight_decay >= 0:
@@ -359,6 +369,23 @@ def _check(settings: Settings) -> None:
         raise UserError(
             f"--data-dir goes with --source=cs224n, not with --source={settings.source}"
         )
+
+
+def _check_numbers(settings: Settings) -> None:
+    for name, low in _AT_LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and value < low:
+            raise UserError(f"{flag(name)} {value}: must be at least {low}")
+    for name in _POSITIVE:
+        if not 0 < getattr(settings, name) < float("inf"):
+            raise UserError(f"{flag(name)} {getattr(settings, name)}: must be above 0")
+    for name in ("encoder_dropout", "lora_dropout"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise UserError(f"{flag(name)} {getattr(settings, name)}: must be from 0 to below 1")
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        for module, value in getattr(settings, pattern):
+            if not 0 < value < float("inf"):
+                raise UserError(f"{flag(pattern)} {module} {value}: must be above 0")
 
 
 def flag(name: str) -> str:

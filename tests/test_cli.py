@@ -87,6 +87,10 @@ BAD_FLAGS = {
     "twice": (["--groups=sst|para,sts,sst"], ["--groups", "two groups"]),
     "rank 0": (["--rank=0"], ["--rank", "at least 1"]),
     "rank above the width": (["--rank=33"], ["--rank", "32"]),
+    "pattern": (
+        ["--rank-pattern", "intermediate.dense", "4"],
+        ["--rank-pattern", "'intermediate.dense' matches no adapted module"],
+    ),
     "target": (["--target-modules", "querry"], ["--target-modules", "querry", "query"]),
     "epochs": (["--epochs=0"], ["--epochs"]),
     "rate": (["--learning-rate=-1"], ["--learning-rate"]),
@@ -219,7 +223,7 @@ def test_help_names_every_flag(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     flags = """variant preset data-dir base groups pooling pair-features rank alpha target-modules
-    rslora lora-dropout lora-plus-ratio
+    rslora rank-pattern alpha-pattern lora-dropout lora-plus-ratio tasks
     learning-rate head-learning-rate warmup-steps batch-size epochs max-steps seed dtype out resume
     predict-test"""
     for flag in flags.split():

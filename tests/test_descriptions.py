@@ -1,6 +1,7 @@
 """Tasks of one's own: the TOML file, its mistakes, and a run from it."""
 
 import json
+import tomllib
 
 import numpy as np
 import pytest
@@ -60,11 +61,11 @@ def folder(tmp_path):
 def write(folder, text):
     path = folder / "tasks.toml"
     path.write_text(text)
-    return path
+    return str(path)
 
 
 def test_a_file_is_read(folder):
-    topic, price = read_tasks(write(folder, TOPIC + PRICE))
+    topic, price = read_tasks([write(folder, TOPIC + PRICE)])
     assert topic.task == Task("topic", "classification", classes=("sport", "science"))
     assert (topic.weight, topic.own, topic.table.test) == (1.0, (), None)
     assert price.task == Task(
@@ -114,41 +115,83 @@ def test_the_papers_tasks_are_three_such_descriptions():
 def test_mistakes_are_named(folder, text, fragments):
     path = write(folder, text)
     with pytest.raises(UserError) as caught:
-        read_tasks(path)
+        read_tasks([path])
     assert all(fragment in str(caught.value) for fragment in [str(path), *fragments])
+
+
+def test_a_task_by_flags_alone(folder):
+    (from_file,) = read_tasks([write(folder, PRICE)])
+    keys = tomllib.loads(PRICE)["price"]
+    flags = []
+    for key, value in keys.items():
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        flags.append(f"price.{key}={folder / text if key in ('train', 'dev', 'test') else text}")
+    (by_flags,) = read_tasks(flags)
+    assert by_flags == from_file
+
+
+def test_flags_change_what_a_file_says(folder):
+    path = write(folder, TOPIC + PRICE)
+    topic, price = read_tasks(["topic.epochs=7", "topic.classes=sport,science,3", path])
+    assert topic.own == (("epochs", 7),)
+    assert topic.task.classes == ("sport", "science", "3")
+    assert price == read_tasks([path])[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("topic.epoch=3", "unknown key 'epoch'; did you mean epochs"),
+        ("topic.epochs=x", "epochs: 'x' is not a whole number"),
+        ("topic.epochs=1.5", "epochs: 1.5"),
+        ("tropic.epochs=3", "--tasks: .tropic. lacks kind"),
+        ("../x.epochs=3", "--tasks: '../x' cannot be a name"),
+        ("topic.dev=none.csv", "there is no file .*none.csv"),
+        ("epochs=3", "--tasks epochs=3: cannot be read"),
+    ],
+)
+def test_mistakes_in_flags(folder, value, message):
+    with pytest.raises(UserError, match=message):
+        read_tasks([write(folder, TOPIC), value])
+
+
+def test_a_task_is_described_once(folder):
+    path = write(folder, TOPIC)
+    with pytest.raises(UserError, match=r"\[topic\] is in .*tasks.toml, too"):
+        read_tasks([path, path])
 
 
 def test_flags_that_do_not_go_with_a_file_of_tasks(folder):
     path = write(folder, TOPIC)
     with pytest.raises(UserError, match="--sts-weight"):
-        resolve(Flags("lora1", tasks=path, sts_weight=2.0))
+        resolve(Flags("lora1", tasks=(path,), sts_weight=2.0))
     with pytest.raises(UserError, match="--data-dir goes with"):
-        resolve(Flags("lora1", tasks=path, data_dir=folder))
+        resolve(Flags("lora1", tasks=(path,), data_dir=folder))
     with pytest.raises(UserError, match="--source=files"):
         resolve(Flags("lora1", source="files"))
     with pytest.raises(UserError, match="cannot be read"):
-        resolve(Flags("lora1", tasks=folder / "none.toml"))
+        resolve(Flags("lora1", tasks=(str(folder / "none.toml"),)))
     with pytest.raises(UserError, match=r"unknown task 'sst' \(topic, price"):
-        resolve(Flags("lora1", tasks=write(folder, TOPIC + PRICE), groups="sst|topic,price"))
+        resolve(Flags("lora1", tasks=(write(folder, TOPIC + PRICE),), groups="sst|topic,price"))
 
 
 def test_a_group_has_its_tasks_own_settings(folder):
     path = write(folder, TOPIC + PRICE)
-    apart = resolve(Flags("lora1", tasks=path))
+    apart = resolve(Flags("lora1", tasks=(path,)))
     assert Settings.from_json(json.loads(json.dumps(apart.to_json()))) == apart
     assert isinstance(apart.tasks[1], Description)
     assert apart.of_group(("price",)).epochs == 3
     assert apart.of_group(("topic",)).epochs == apart.epochs != 1
     assert apart.of_group(("price",)).learning_rate == 0.01
     with pytest.raises(UserError, match="must agree on epochs"):
-        resolve(Flags("lora3", tasks=write(folder, TOPIC + "epochs = 2\n" + PRICE)))
+        resolve(Flags("lora3", tasks=(write(folder, TOPIC + "epochs = 2\n" + PRICE),)))
 
 
 @pytest.mark.parametrize("variant", ["baseline1", "lora1", "lora4"])
 def test_a_run_trains_and_serves_them(folder, tiny_base, variant):
     path = write(folder, TOPIC + PRICE.replace("learning_rate = 0.01\n", ""))
     flags = Flags(
-        variant, tasks=path, base=str(tiny_base), batch_size=6, max_steps=5, max_length=32
+        variant, tasks=(path,), base=str(tiny_base), batch_size=6, max_steps=5, max_length=32
     )
     listener = Silent()
     result = train.run(resolve(flags), folder / "run", listener)
@@ -171,7 +214,7 @@ def test_an_edited_table_is_read_anew(folder, tiny):
     from jaxlora import plan
 
     path = write(folder, PRICE)
-    settings = resolve(Flags("lora1", tasks=path))
+    settings = resolve(Flags("lora1", tasks=(path,)))
     before = plan.load_data(settings, tiny)["price"]["dev"].labels
     text = (folder / "price.txt").read_text().replace(";60\n", ";90\n")
     (folder / "price.txt").write_text(text)

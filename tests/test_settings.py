@@ -56,15 +56,29 @@ def test_table_one():
 
 
 def test_adapter_flags_reach_the_adapter():
-    settings = resolve(Flags("lora3", rank=4, rslora=True, lora_dropout=0.25, lora_plus_ratio=8.0))
-    assert settings.lora == LoraConfig(4, 4.0, rslora=True, dropout=0.25)
+    ranks, alphas = (("query", 2), ("attention.output.dense", 8)), (("query", 6.0),)
+    settings = resolve(
+        Flags(
+            "lora3", rank=4, rslora=True, lora_dropout=0.25, lora_plus_ratio=8.0,
+            rank_pattern=ranks, alpha_pattern=alphas,
+        )
+    )  # fmt: skip
+    assert settings.lora == LoraConfig(
+        4, 4.0, rslora=True, rank_pattern=ranks, alpha_pattern=alphas, dropout=0.25
+    )
     assert settings.lora_plus_ratio == 8
     assert Settings.from_json(settings.to_json()) == settings
     assert resolve(Flags("lora3")).lora == LoraConfig()
 
 
 @pytest.mark.parametrize(
-    "values", [{"rslora": True}, {"lora_dropout": 0.0}, {"lora_plus_ratio": 2.0}]
+    "values",
+    [
+        {"rslora": True},
+        {"lora_dropout": 0.0},
+        {"lora_plus_ratio": 2.0},
+        {"rank_pattern": (("query", 2),)},
+    ],
 )
 def test_adapter_flags_mean_nothing_without_adapters(values):
     for name in ("baseline1", "baseline3"):
@@ -74,7 +88,14 @@ def test_adapter_flags_mean_nothing_without_adapters(values):
 
 
 @pytest.mark.parametrize(
-    "values", [{"lora_dropout": 1.0}, {"lora_dropout": -0.1}, {"lora_plus_ratio": 0.0}]
+    "values",
+    [
+        {"lora_dropout": 1.0},
+        {"lora_dropout": -0.1},
+        {"lora_plus_ratio": 0.0},
+        {"rank_pattern": (("query", 0),)},
+        {"alpha_pattern": (("query", -1.0),)},
+    ],
 )
 def test_adapter_flags_out_of_range(values):
     flag = next(iter(values)).replace("_", "-")
