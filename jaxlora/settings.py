@@ -39,6 +39,7 @@ class Flags:
         the preset's.
       tasks: tasks of your own instead of the paper's: TOML files, and values such as
         topic.epochs=3.
+      only: train these of the tasks and leave the others out.
       base: minilm, a local Hugging Face folder, or a hub id.
       groups: which tasks share a trainable encoder tree, e.g. "sst|para,sts"; default: the
         variant's.
@@ -79,6 +80,7 @@ class Flags:
     data_dir: Path | None = None
     source: Source | None = None
     tasks: tuple[str, ...] | None = None
+    only: tuple[str, ...] | None = None
     base: str | None = None
     groups: str | None = None
     pooling: Literal["cls", "mean"] | None = None
@@ -289,12 +291,7 @@ def resolve(flags: Flags) -> Settings:
     )
     fields = {f.name for f in dataclasses.fields(Settings)}
     defaults: dict[str, Any] = {
-        "max_steps": None,
-        "eval_every": None,
-        "alpha": float(values["rank"]),
-    }
-    defaults |= {
-        "alpha": float(values["rank"]),
+        "max_steps": None, "eval_every": None, "alpha": float(values["rank"]),
         "lora_dropout": 0.0, "lora_plus_ratio": 1.0, "rank_pattern": (), "alpha_pattern": (),
     }  # fmt: skip
     settings = Settings(
@@ -312,6 +309,17 @@ def resolve(flags: Flags) -> Settings:
 
 
 def _tasks(flags: Flags, chosen: Variant, sts_weight: float) -> tuple[Description, ...]:
+    known = _described(flags, chosen, sts_weight)
+    names = [d.task.name for d in known]
+    if flags.only == ():
+        raise UserError(f"--only: name at least one of {', '.join(names)}")
+    for name in flags.only or ():
+        if name not in names:
+            raise UserError(f"--only {name}: unknown task; there are {', '.join(names)}")
+    return tuple(d for d in known if flags.only is None or d.task.name in flags.only)
+
+
+def _described(flags: Flags, chosen: Variant, sts_weight: float) -> tuple[Description, ...]:
     if flags.tasks is None:
         if not 0 < sts_weight < float("inf"):
             raise UserError(f"--sts-weight {sts_weight}: must be above 0")

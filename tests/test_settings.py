@@ -101,3 +101,16 @@ def test_adapter_flags_out_of_range(values):
     flag = next(iter(values)).replace("_", "-")
     with pytest.raises(UserError, match=f"--{flag} .*must be"):
         resolve(Flags("lora3", **values))
+
+
+def test_only_some_of_the_tasks():
+    settings = resolve(Flags("lora3", only=("sts", "sst")))
+    assert list(settings.named) == ["sst", "sts"]
+    assert settings.groups == (("sst", "sts"),)
+    assert resolve(Flags("lora1", only=("para",))).groups == (("para",),)
+    with pytest.raises(UserError, match=r"--only stt: unknown task; there are sst, para, sts"):
+        resolve(Flags("lora3", only=("stt",)))
+    with pytest.raises(UserError, match="--only: name at least one"):
+        resolve(Flags("lora3", only=()))
+    with pytest.raises(UserError, match="--groups"):
+        resolve(Flags("lora3", only=("sst",), groups="sst|para,sts"))

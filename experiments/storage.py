@@ -1,0 +1,163 @@
+"""What many tasks weigh on disk: banks that are really written, beside one full model for each.
+
+python experiments/storage.py --tasks 3 10 100 --out docs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from jaxlora import bank, bert, lora, trees
+from jaxlora.errors import UserError
+from jaxlora.lora import LoraConfig
+from jaxlora.tasks import Task
+from jaxlora.trained import Served, Trained
+
+MB = 1e6
+BASES = {
+    "MiniLM": bert.BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
+    "bert-base": bert.BertConfig(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Measure banks of many tasks.
+
+    Attributes:
+      tasks: how many.
+      rank: of the adapters.
+      out: folder for storage.md and storage.png; default: only show the table.
+    """
+
+    tasks: tuple[int, ...] = (3, 10, 100)
+    rank: int = 15
+    out: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One bank: MB on disk, and MB of what it replaces."""
+
+    base: str
+    tasks: int
+    bank: float
+    base_size: float
+
+    @property
+    def bundled(self) -> float:
+        """The base and the bank."""
+        return self.base_size + self.bank
+
+    @property
+    def full(self) -> float:
+        """A fine-tuned model and head for each task."""
+        return self.base_size * self.tasks
+
+
+def measure(base: str, count: int, rank: int, folder: Path) -> Row:
+    """Write a bank of `count` two-class tasks, an adapter and a head each, and weigh it."""
+    config = BASES[base]
+    shapes, width = bert.param_shapes(config), config.hidden_size
+    adapter = LoraConfig(rank, float(rank))
+    tasks = [Task(f"task{n}", "binary") for n in range(count)]
+    keys = jax.random.split(jax.random.key(0), count)
+    found = [
+        {"lora": jax.tree.map(lambda x, k=k: x + jax.random.normal(k, x.shape), tree)}
+        for k, tree in ((k, lora.init(k, shapes, adapter)) for k in keys)
+    ]
+    heads = [t.init_head(k, width, "concat") for t, k in zip(tasks, keys, strict=True)]
+    served = {
+        t.name: Served(t, t.name, head, "concat") for t, head in zip(tasks, heads, strict=True)
+    }
+    trained = Trained(
+        base, "0" * 64, served, dict(zip(served, found, strict=True)),
+        dict.fromkeys(served, adapter), "mean", 128, "float32", "made up",
+    )  # fmt: skip
+    bank.add(folder, trained, list(served))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Row(base, count, size / MB, 4 * trees.count(shapes) / MB)
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """Cells of the table, the header first."""
+    head = ["base", "tasks", "bank", "base + bank", "a full model for each", "saved"]
+    cells = [
+        [
+            row.base, str(row.tasks), f"{row.bank:,.1f} MB", f"{row.bundled:,.1f} MB",
+            f"{row.full:,.0f} MB", f"{row.full / row.bundled:.1f} ×",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return [head, *cells]
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Disk space against the number of tasks, both ways, for each base."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, base in zip(figure.subplots(1, len(BASES)), BASES, strict=True):
+        mine = [row for row in rows if row.base == base]
+        counts = [row.tasks for row in mine]
+        axis.plot(counts, [row.full for row in mine], "o--", label="a full model for each")
+        axis.plot(counts, [row.bundled for row in mine], "o-", label="base + bank")
+        axis.set(title=base, xlabel="tasks", ylabel="MB on disk", xscale="log", yscale="log")
+        axis.set_xticks(counts, map(str, counts))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def write(rows: Sequence[Row], flags: Flags, out: Path) -> None:
+    """`storage.md` and `storage.png`."""
+    out.mkdir(parents=True, exist_ok=True)
+    draw(rows, out / "storage.png")
+    head, *cells = table(rows)
+    lines = ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *cells]]
+    (out / "storage.md").write_text(
+        "# What many tasks weigh\n\n"
+        f"Banks written to disk by `python experiments/storage.py`: each task has an adapter of "
+        f"rank {flags.rank} on the attention's four layers and a head of its own, in float32. "
+        "Tasks that share an adapter store it once, so their banks are smaller.\n\n"
+        + "\n".join(lines)
+        + "\n\n![MB on disk against the number of tasks](storage.png)\n"
+    )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    flags = tyro.cli(Flags, args=args)
+    rows = []
+    try:
+        for base in BASES:
+            for count in flags.tasks:
+                with tempfile.TemporaryDirectory() as folder:
+                    rows.append(measure(base, count, flags.rank, Path(folder) / "bank"))
+        if flags.out is not None:
+            write(rows, flags, flags.out)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    head, *cells = table(rows)
+    shown: Any = Table(*head)
+    for line in cells:
+        shown.add_row(*line)
+    Console().print(shown)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
