@@ -15,7 +15,7 @@ lint: .venv/ready-for-tests  ## all checks of the code itself
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/ready-for-tests  ## our speed beside PyTorch + peft: keep the machine idle meanwhile
+bench: .venv/ready-for-bench  ## our speed beside PyTorch + peft: keep the machine idle meanwhile
 	$(BIN)/python -m experiments.bench
 	$(BIN)/python -m experiments.bench.results
 
@@ -28,6 +28,10 @@ bench: .venv/ready-for-tests  ## our speed beside PyTorch + peft: keep the machi
 
 .venv/ready-for-tests: .venv/ready
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,oracles]"
+	touch $@
+
+.venv/ready-for-bench: .venv/ready
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[bench]"
 	touch $@
 
 clean:

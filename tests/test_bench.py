@@ -34,7 +34,7 @@ def test_both_sides_start_from_the_same_losses(variant, minilm):
         ours = step.task_losses(
             group.setup, stack, group.state.heads, group.frozen, group.batches[0], jax.random.key(0)
         )
-        theirs = Peer(work, minilm, group, compiled=False).losses(0)
+        theirs = Peer(work, minilm, group).losses(0)
         np.testing.assert_allclose(ours, [float(x.detach()) for x in theirs], rtol=1e-4)
 
 
@@ -66,3 +66,19 @@ def test_show_writes_what_it_prints(tmp_path, capsys):
     harness.show("name", "A title", rows, tmp_path)
     assert "2.0 (1.0–3.0)" in capsys.readouterr().out
     assert '"median": 2.0' in (tmp_path / "name.json").read_text()
+
+
+def test_several_steps_in_one_program_are_several_steps(tiny):
+    """The scanned steps end where single steps on the same batches do."""
+    work = Work("lora3", 4, "float32", examples=8, dropout=0.0)
+    together, alone = Ours(work, tiny), Ours(work, tiny)
+    together.run_together(3)
+    (stack,), (group,) = together.stacks, alone.groups
+    train_step, state = step.make_train_step(group.setup), group.state
+    for n in range(3):
+        state, _ = train_step(state, group.frozen, jax.tree.map(lambda x, n=n: x[n], stack))
+    (found,) = together.states
+    assert int(found.step) == 3
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found.trainable, state.trainable
+    )

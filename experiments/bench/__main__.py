@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 BENCHES = (
     "step --batch-sizes 8 --rounds 4 --steps 3",
     "step --batch-sizes 32 --rounds 3 --steps 2 --variants lora3 --name step-32",
+    "share",
     "pcgrad",
     "predict",
     "start",
@@ -25,7 +27,9 @@ def main() -> int:
     for bench in BENCHES:
         module, *flags = bench.split()
         command = [sys.executable, "-W", "ignore", "-m", f"experiments.bench.{module}", *flags]
+        began = time.monotonic()
         failed += subprocess.run(command, check=False, env=quiet).returncode != 0
+        print(f"{bench}: {time.monotonic() - began:.0f} s\n", flush=True)
     return failed
 
 

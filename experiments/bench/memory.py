@@ -46,11 +46,13 @@ def make_side(name: str, work: Work, flags: Flags) -> Callable[[], float]:
     that it starts from) is not counted; compiling is. What the peer's numbers took and left free it
     may use again uncounted, so its figure is rather too low.
     """
-    make = make_ours if name == "ours" else make_peer
     if name == "peer":
         make_numbers(work, flags.base)
     before = megabytes(name, flags.device)
-    run = make(work, flags.base, flags.device)
+    if name == "peer":
+        run = make_peer(work, flags.base, flags.device)
+    else:
+        run = make_ours(work, flags.base)
 
     def added() -> float:
         run(flags.steps)

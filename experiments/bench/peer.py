@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import peft
@@ -27,6 +27,8 @@ from jaxlora.group import Group
 from jaxlora.lora import LoraConfig
 from jaxlora.pretrained import Pretrained
 from jaxlora.tasks import Task
+
+Mode = Literal["eager", "compile", "graphs"]
 
 
 class Head(torch.nn.Module):
@@ -70,7 +72,13 @@ class Peer:
     """The peer's side of one group: the same start, the same order of the same sentences."""
 
     def __init__(
-        self, work: Work, base: Pretrained, ours: Group, *, compiled: bool, device: str = "cpu"
+        self,
+        work: Work,
+        base: Pretrained,
+        ours: Group,
+        *,
+        mode: Mode = "eager",
+        device: str = "cpu",
     ) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
         self.device, self._pooling = torch.device(device), work.pooling
@@ -81,7 +89,7 @@ class Peer:
             load_adapter(model, ours.state.trainable["lora"], "default")
         model = model.to(self.device).train()
         self.shared = [p for p in model.parameters() if p.requires_grad]
-        self.encoder = torch.compile(model, dynamic=True) if compiled else model
+        self.encoder = _compiled(model, mode)
         dropout = ours.setup.dropout
         self.heads = torch.nn.ModuleList(
             Head(task, ours.state.heads[task.name], dropout) for task in ours.setup.tasks
@@ -151,6 +159,17 @@ class Peer:
         sizes = [p.numel() for p in self.shared]
         for p, part in zip(self.shared, flat.split(sizes), strict=True):
             p.grad = part.view_as(p)
+
+
+def _compiled(model: Any, mode: Mode) -> Any:
+    if mode == "eager":
+        return model
+    # CUDA graphs replay one shape; each length is its own.
+    return torch.compile(
+        model,
+        dynamic=mode == "compile",
+        mode="reduce-overhead" if mode == "graphs" else "default",
+    )
 
 
 def _nothing() -> contextlib.AbstractContextManager[None]:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from experiments.bench import harness
-from experiments.bench.peer import Peer
+from experiments.bench.peer import Mode, Peer
 from experiments.bench.work import Dtype, Ours, Work, real_tokens
 from jaxlora import pretrained
 from jaxlora.bert import BertConfig, param_shapes
@@ -39,7 +40,8 @@ class Flags:
       dtypes: float32, bfloat16.
       rounds: timed runs of each side.
       steps: steps of a run.
-      compiled: time the peer under torch.compile, too.
+      peers: eager, compile (torch.compile), graphs (that with CUDA graphs).
+      together: of our side, also so many steps in one program; 0: not.
       device: the peer's device.
       name: of the JSON file.
       out: its folder.
@@ -51,7 +53,8 @@ class Flags:
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
     rounds: int = 5
     steps: int = 4
-    compiled: bool = False
+    peers: tuple[Mode, ...] = ("eager",)
+    together: int = 0
     device: str = dataclasses.field(default_factory=harness.peer_device)
     name: str = "step"
     out: Path = harness.OUT
@@ -76,35 +79,46 @@ def flops(config: BertConfig, tokens: float, full: bool) -> float:
 
 def measure(work: Work, base: Pretrained, flags: Flags) -> dict[str, Any]:
     """One row of the table."""
-    start = (work, flags.base, flags.device)
+    start = (work, flags.base)
     workers = {"ours": harness.Worker(make_ours, *start)}
-    workers["peer"] = harness.Worker(make_peer, *start)
-    if flags.compiled:
-        workers["compiled"] = harness.Worker(make_peer, *start, True)
+    if flags.together:
+        workers["ours together"] = harness.Worker(make_ours, *start, flags.together)
+    for mode in flags.peers:
+        workers[f"peer {mode}"] = harness.Worker(make_peer, *start, flags.device, mode)
     sides = {name: lambda w=worker: w(flags.steps) for name, worker in workers.items()}
     spreads = harness.interleave(sides, flags.rounds, warmups=2)
-    spreads = {name: spread.per(flags.steps) for name, spread in spreads.items()}
+    counts = dict.fromkeys(sides, flags.steps) | {"ours together": flags.together}
+    spreads = {name: spread.per(counts[name]) for name, spread in spreads.items()}
     for worker in workers.values():
         worker.close()
-    rate = harness.matmul_rate(1024, jnp.dtype(work.dtype))
-    floor = flops(base.config, real_tokens(work, base), work.settings.adapt == "full") / rate
-    best = min(spread.median for name, spread in spreads.items() if name != "ours")
+    config = base.config
+    tokens = 1024 if jax.default_backend() == "cpu" else 16384
+    rate = harness.matmul_rate(
+        tokens, jnp.dtype(work.dtype), config.hidden_size, config.intermediate_size
+    )
+    floor = flops(config, real_tokens(work, base), work.settings.adapt == "full") / rate
+    peer, ours = (
+        min(spread.median for name, spread in spreads.items() if name.startswith(side))
+        for side in ("peer", "ours")
+    )
     return {
         "variant": work.variant,
         "batch": work.batch_size,
         "dtype": work.dtype,
         **{f"{name} ms": spread for name, spread in spreads.items()},
-        "× peer": best / spreads["ours"].median,
+        "× peer": peer / ours,
         "floor ms": 1e3 * floor,
-        "× floor": spreads["ours"].median / floor,
+        "× floor": ours / floor,
+        "MFU %": 100 * floor / ours,
         "GFLOP/s": rate / 1e9,
     }
 
 
-def make_ours(work: Work, base: str, device: str) -> Callable[[int], Any]:
+def make_ours(work: Work, base: str, together: int = 0) -> Callable[[int], Any]:
     """Our side, compiled, on JAX's default device."""
-    del device
     ours = Ours(work, pretrained.load(base))
+    if together:
+        return lambda _: ours.run_together(together) and None
     ours.compile()
     return lambda steps: ours.run(steps) and None
 
@@ -116,10 +130,10 @@ def make_numbers(work: Work, base: str) -> tuple[Pretrained, list[Group]]:
     return loaded, Ours(work, loaded).groups
 
 
-def make_peer(work: Work, base: str, device: str, compiled: bool = False) -> Callable[[int], Any]:
+def make_peer(work: Work, base: str, device: str, mode: Mode = "eager") -> Callable[[int], Any]:
     """The peer's side: one or three models."""
     loaded, groups = make_numbers(work, base)
-    peers = [Peer(work, loaded, g, compiled=compiled, device=device) for g in groups]
+    peers = [Peer(work, loaded, g, mode=mode, device=device) for g in groups]
     return lambda steps: [peer.run(steps) for peer in peers] and None
 
 
