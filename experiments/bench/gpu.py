@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import jax
 import tyro
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from experiments.bench import harness, memory, pcgrad, predict, start, step
 from jaxlora import bert, pretrained, rundir
 
+Part = Literal["step", "pcgrad", "predict", "start", "memory"]
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -24,6 +26,7 @@ class Flags:
     """Steps, PCGrad, inference, start and memory; the JSON files go to `out`.
 
     Attributes:
+      parts: which benches.
       layers: of the random BERT; bert-base has 12.
       batch_sizes: of the training steps.
       together: steps in one program.
@@ -31,6 +34,7 @@ class Flags:
       out: folder of the JSON files.
     """
 
+    parts: tuple[Part, ...] = ("step", "pcgrad", "predict", "start", "memory")
     layers: int = 12
     batch_sizes: tuple[int, ...] = (8, 64, 256)
     together: int = 8
@@ -55,6 +59,9 @@ def write_random_base(folder: Path, config: bert.BertConfig) -> str:
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     return str(folder)
 
@@ -63,7 +70,13 @@ def main(flags: Flags) -> None:
     """Run them all."""
     config = dataclasses.replace(bert.BertConfig(), num_hidden_layers=flags.layers)
     base = write_random_base(flags.out / "random-base", config)
-    for size in flags.batch_sizes:
+    others = {
+        "pcgrad": lambda: pcgrad.main(pcgrad.Flags(out=flags.out)),
+        "predict": lambda: predict.main(predict.Flags(base=base, out=flags.out)),
+        "start": lambda: start.main(start.Flags(base=base, variants=("lora3",), out=flags.out)),
+        "memory": lambda: memory.main(memory.Flags(base=base, out=flags.out)),
+    }
+    for size in flags.batch_sizes if "step" in flags.parts else ():
         step.main(
             step.Flags(
                 base=base, variants=("lora3",), batch_sizes=(size,), dtypes=("bfloat16",),
@@ -71,10 +84,9 @@ def main(flags: Flags) -> None:
                 rounds=flags.rounds, steps=8, name=f"gpu-step-{size}", out=flags.out,
             )
         )  # fmt: skip
-    pcgrad.main(pcgrad.Flags(out=flags.out))
-    predict.main(predict.Flags(base=base, out=flags.out))
-    start.main(start.Flags(base=base, variants=("lora3",), out=flags.out))
-    memory.main(memory.Flags(base=base, out=flags.out))
+    for part, run in others.items():
+        if part in flags.parts:
+            run()
 
 
 if __name__ == "__main__":

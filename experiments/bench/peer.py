@@ -102,6 +102,8 @@ class Peer:
             )
             if parameters
         ]
+        # CUDA graphs replay one shape; so there are few.
+        self._multiple = 32 if mode == "graphs" else 1
         self._surgery = PCGrad() if len(self.heads) > 1 else None
         self._weights = ours.setup.weights or (1.0,) * len(self.heads)
         self._autocast = work.dtype == "bfloat16"
@@ -146,7 +148,8 @@ class Peer:
     def _loss(self, t: int, numbers: np.ndarray) -> torch.Tensor:
         head: Any = self.heads[t]
         examples = self._examples[head.task.name]
-        tokens, mask = pad(examples, data_batches.sentence_numbers(examples, numbers))
+        chosen = data_batches.sentence_numbers(examples, numbers)
+        tokens, mask = pad(examples, chosen, self._multiple)
         tokens, mask = tokens.to(self.device), mask.to(self.device)
         cast = torch.autocast(self.device.type, torch.bfloat16) if self._autocast else _nothing()
         with cast:
@@ -164,7 +167,6 @@ class Peer:
 def _compiled(model: Any, mode: Mode) -> Any:
     if mode == "eager":
         return model
-    # CUDA graphs replay one shape; each length is its own.
     return torch.compile(
         model,
         dynamic=mode == "compile",
@@ -176,13 +178,16 @@ def _nothing() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def pad(examples: Examples, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sentences padded to the longest, and their mask: `i64[N, S]` each."""
+def pad(
+    examples: Examples, numbers: np.ndarray, multiple: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sentences padded to the longest, or a multiple beyond, and their mask: `i64[N, S]` each."""
     lengths = examples.lengths[numbers]
-    tokens = np.zeros((len(numbers), lengths.max()), np.int64)
+    width = -(-lengths.max() // multiple) * multiple
+    tokens = np.zeros((len(numbers), width), np.int64)
     for row, number in enumerate(numbers):
         tokens[row, : lengths[row]] = examples.sentence(number)
-    mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+    mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
     return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 

@@ -13,7 +13,8 @@ import tyro
 
 from experiments.bench import harness
 from experiments.bench.work import Dtype, Ours, Work
-from jaxlora import pcgrad, pretrained, trees
+from jaxlora import pretrained, trees
+from jaxlora.pcgrad import pcgrad
 from jaxlora.settings import VariantName
 
 
@@ -44,7 +45,7 @@ def make_projection(ours: Ours) -> Callable[[], Any]:
     """PCGrad alone on gradients in the shape of the trained tree."""
     (group,) = ours.groups
     count = len(group.setup.tasks)
-    tx = pcgrad.pcgrad(count)
+    tx = pcgrad(count)
     leaves, structure = jax.tree.flatten(group.state.trainable)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     grads = jax.tree.unflatten(
