@@ -108,7 +108,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Disk space against the number of tasks, both ways, for each base."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, base in zip(figure.subplots(1, len(BASES)), BASES, strict=True):
+    bases = list(dict.fromkeys(row.base for row in rows))
+    panels = figure.subplots(1, len(bases), squeeze=False)[0]
+    for axis, base in zip(panels, bases, strict=True):
         mine = [row for row in rows if row.base == base]
         counts = [row.tasks for row in mine]
         axis.plot(counts, [row.full for row in mine], "o--", label="a full model for each")

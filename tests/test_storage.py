@@ -2,6 +2,7 @@
 
 import pytest
 
+from experiments import storage as weigh
 from jaxlora import storage
 from jaxlora.bert import BertConfig
 from jaxlora.lora import LoraConfig
@@ -89,3 +90,15 @@ def test_two_means_do_not_follow_from_their_rows():
         "baseline3": (63.32, 62.32),
         "lora2": (62.23, 62.41),
     }
+
+
+def test_a_bank_weighs_what_its_parameters_do(tmp_path):
+    """Random numbers hardly shrink, so bytes on disk are four a parameter, and some for names."""
+    row = weigh.measure("MiniLM", 2, 15, tmp_path / "bank")
+    parameters = 2 * (276_480 + 384 * 384 + 384 + 384 + 1)
+    assert 0.88 < row.bank * 1e6 / (4 * parameters) < 1.15
+    assert row.base_size == pytest.approx(4 * 22_565_376 / 1e6)
+    assert row.full == 2 * row.base_size
+    weigh.write([row], weigh.Flags(), tmp_path / "out")
+    assert f"| MiniLM | 2 | {row.bank:,.1f} MB |" in (tmp_path / "out" / "storage.md").read_text()
+    assert (tmp_path / "out" / "storage.png").stat().st_size > 1000
