@@ -24,11 +24,13 @@ from typing import Any
 import filelock
 import jax
 import numpy as np
+from flax import traverse_util
 
-from jaxlora import checkpoint, rundir, trees
+from jaxlora import checkpoint, lora, rundir, trees
 from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
+from jaxlora.settings import flag
 from jaxlora.tasks import Task
 from jaxlora.trained import OF_BASE, Served, Trained, check_plain, load_run
 from jaxlora.trees import Tree
@@ -36,7 +38,8 @@ from jaxlora.trees import Tree
 MANIFEST, LOCK = "bank.json", ".lock"
 ADAPTERS, HEADS = "adapters", "heads"
 FORMAT = 1
-_FIELDS = {"format", *OF_BASE, "tasks", "adapters"}
+_FIELDS = {"format", *OF_BASE, "tasks", "adapters", "checksum"}
+_REPAIR = "put back a copy, or bring the task back with bank update, or take it out: bank remove"
 _TASK_FIELDS = {"task", "adapter", "head", "pair_features", "facts"}
 
 
@@ -53,18 +56,23 @@ def add(folder: Path, source: Trained, names: Sequence[str], *, replace: bool = 
       UserError: if a task is (not) there already, or the base, the pooling or the dtype differ.
     """
     for name in names:
-        if name not in source.served:
-            raise UserError(f"{source.origin}: no task {name!r}; it has {', '.join(source.served)}")
+        source.find(name)
         check_name(name, source.origin)
-    with _locked(folder):
-        manifest = _read(folder) if (folder / MANIFEST).exists() else _empty(folder, source)
+    for name in names:
+        _check_tree(source, name)
+    if not (folder / MANIFEST).exists() and folder.is_dir():
+        _check_empty(folder)
+    with _locked(folder, make=not replace):
+        manifest = _read(folder) if (folder / MANIFEST).exists() else _empty(source)
         _check_fits(folder, manifest, source)
         present = [name for name in names if name in manifest["tasks"]]
         if present and not replace:
-            raise UserError(f"{folder}: has {', '.join(present)} already; use update")
+            raise UserError(
+                f"{folder}: has {', '.join(present)} already; update it, or take another name"
+            )
         absent = [name for name in names if name not in manifest["tasks"]]
         if absent and replace:
-            raise UserError(f"{folder}: has no {', '.join(absent)} yet; use add")
+            raise UserError(f"{folder}: has no {', '.join(absent)} yet; add it instead")
         for name in names:
             manifest["tasks"][name] = _store(folder, manifest, name, source)
         _commit(folder, manifest)
@@ -90,9 +98,26 @@ def load(folder: Path) -> Trained:
     Raises:
       UserError: naming what is missing, damaged or not understood.
     """
+    return _load(folder)[0]
+
+
+def _load(folder: Path) -> tuple[Trained, dict[str, Any]]:
+    """A bank and the manifest that it was read by, as they were at one moment."""
     manifest = _read(folder)
+    try:
+        return _load_by(folder, manifest), manifest
+    except UserError:
+        newer = _read(folder)
+        if newer == manifest:
+            raise
+        return _load_by(folder, newer), newer  # another process has changed it meanwhile
+
+
+def _load_by(folder: Path, manifest: Mapping[str, Any]) -> Trained:
     kept = {name: _load_tree(folder, ADAPTERS, name) for name in manifest["adapters"]}
     configs = {name: _config(plain) for name, plain in manifest["adapters"].items()}
+    for name, config in configs.items():
+        _check_ranks(folder / MANIFEST, name, kept[name], config)
     served = {}
     for name, entry in manifest["tasks"].items():
         head = {} if entry["head"] is None else _load_tree(folder, HEADS, entry["head"])
@@ -159,7 +184,7 @@ def contents(folder: Path) -> list[Stored]:
     Raises:
       UserError: see `load`.
     """
-    trained, manifest = load(folder), _read(folder)
+    trained, manifest = _load(folder)
     rows = []
     for name, one in trained.served.items():
         entry = manifest["tasks"][name]
@@ -183,6 +208,20 @@ def contents(folder: Path) -> list[Stored]:
     return rows
 
 
+def describe(folder: Path, name: str) -> str:
+    """A task's manifest entry as JSON.
+
+    Raises:
+      UserError: if there is none of that name.
+    """
+    manifest = _read(folder)
+    if name not in manifest["tasks"]:
+        raise UserError(f"{folder}: no task {name!r}; it has {', '.join(manifest['tasks'])}")
+    entry = manifest["tasks"][name]
+    shown = {"base": manifest["base"], **entry, "lora": manifest["adapters"].get(entry["adapter"])}
+    return json.dumps(shown, indent=2, ensure_ascii=False)
+
+
 def checksum(tree: Tree) -> str:
     """sha256 of a tree: its paths, shapes, dtypes and numbers.
 
@@ -199,11 +238,8 @@ def checksum(tree: Tree) -> str:
 
 def _store(folder: Path, manifest: dict[str, Any], name: str, source: Trained) -> dict[str, Any]:
     """Write a task's trees, as far as they are not there yet; returns its manifest entry."""
-    one = source.served[name]
+    one, adapter = source.served[name], None
     tree = source.trees[one.tree]
-    if "params" in tree:
-        raise UserError(f"{source.origin}: {name} is a whole fine-tuned BERT; banks keep adapters")
-    adapter = None
     if tree:
         adapter = _save_tree(folder, ADAPTERS, one.tree, tree)
         manifest["adapters"][adapter] = dataclasses.asdict(source.configs[one.tree])
@@ -216,9 +252,22 @@ def _store(folder: Path, manifest: dict[str, Any], name: str, source: Trained) -
     }
 
 
+def _check_tree(source: Trained, name: str) -> None:
+    one = source.served[name]
+    tree = source.trees[one.tree]
+    if "params" in tree:
+        raise UserError(f"{source.origin}: {name} is a whole fine-tuned BERT; banks keep adapters")
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((tree, one.head))):
+        raise UserError(f"{source.origin}: {name} has numbers that are not finite; nothing is kept")
+
+
 def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
     stored = f"{name[:40]}-{checksum(tree)[:16]}"
-    if not (folder / part / stored).is_dir():
+    try:
+        whole = (folder / part / stored).is_dir() and bool(_load_tree(folder, part, stored))
+    except UserError:
+        whole = False
+    if not whole:  # written anew over a damaged one, too
         checkpoint.save_bank(folder / part / stored, tree)
     return stored
 
@@ -226,14 +275,27 @@ def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
 def _load_tree(folder: Path, part: str, stored: str) -> Tree:
     path = folder / part / stored
     try:
+        if not path.is_dir():
+            raise UserError(f"{path}: missing; {_REPAIR}")
         tree = checkpoint.load_bank(path)
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file makes Orbax raise
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); {_REPAIR}") from error
     if not stored.endswith(checksum(tree)[:16]):
-        raise UserError(f"{path}: damaged, its content has another checksum; put back a copy")
+        raise UserError(f"{path}: damaged, its content has another checksum; {_REPAIR}")
     return tree
+
+
+def _check_ranks(path: Path, name: str, tree: Tree, config: LoraConfig) -> None:
+    for place, factor in traverse_util.flatten_dict(tree["lora"]).items():
+        layer, rank = place[:-1], factor.shape[-1 if place[-1] == "A" else -2]
+        adapted = any(lora.matches(target, layer) for target in config.target_modules)
+        if not adapted or rank != config.rank_of(layer):
+            raise UserError(
+                f"{path}: was changed by hand or damaged (adapter {name} has rank {rank} at "
+                f"{'.'.join(layer)}, which is not what is written)"
+            )
 
 
 def _check_fits(folder: Path, manifest: Mapping[str, Any], source: Trained) -> None:
@@ -242,35 +304,41 @@ def _check_fits(folder: Path, manifest: Mapping[str, Any], source: Trained) -> N
             f"{folder}: is a bank of {manifest['base']} (sha256 {manifest['sha256'][:12]}…), and "
             f"{source.origin} was trained on {source.base} (sha256 {source.sha256[:12]}…)"
         )
-    for field in ("pooling", "dtype"):
+    for field in ("pooling", "max_length", "dtype"):
         if manifest[field] != getattr(source, field):
             raise UserError(
                 f"{folder}: has {field} {manifest[field]}, {source.origin} has "
-                f"{getattr(source, field)}; train with --{field}={manifest[field]}"
+                f"{getattr(source, field)}; train with {flag(field)}={manifest[field]}"
             )
-    manifest["max_length"] = max(manifest["max_length"], source.max_length)  # type: ignore[index]
 
 
-def _empty(folder: Path, source: Trained) -> dict[str, Any]:
-    if any(path.name != LOCK for path in folder.iterdir()):
+def _check_empty(folder: Path) -> None:
+    ours = {LOCK, ADAPTERS, HEADS}  # the folders, if the first change was killed
+    if any(path.name not in ours and MANIFEST not in path.name for path in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and holds no bank; name another folder")
-    return {
-        "format": FORMAT,
-        **{field: getattr(source, field) for field in OF_BASE},
-        "tasks": {},
-        "adapters": {},
-    }
+
+
+def _empty(source: Trained) -> dict[str, Any]:
+    of_base = {field: getattr(source, field) for field in OF_BASE}
+    return {"format": FORMAT, **of_base, "tasks": {}, "adapters": {}}
 
 
 def _commit(folder: Path, manifest: dict[str, Any]) -> None:
     used = {entry["adapter"] for entry in manifest["tasks"].values()}
     manifest["adapters"] = {k: v for k, v in manifest["adapters"].items() if k in used}
-    rundir.write_json(folder / MANIFEST, manifest)
+    rundir.write_json(folder / MANIFEST, signed(manifest))
     keep = set(_used(manifest))
     for part in (ADAPTERS, HEADS):
         for path in (folder / part).iterdir() if (folder / part).is_dir() else ():
             if (part, path.name) not in keep:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the checksum of the rest of it."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True, ensure_ascii=False)
+    return rest | {"checksum": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _used(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -288,16 +356,20 @@ def _read(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{folder}: is no bank, it has no {MANIFEST}; make one with bank add")
     manifest = rundir.read_json(path)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
         raise UserError(f"{path}: not a bank's manifest; put back a copy")
     if manifest["format"] > FORMAT:
         raise UserError(
             f"{path}: format {manifest['format']} is newer than this jaxlora's {FORMAT}; update it"
         )
     try:
+        if manifest != signed(manifest):
+            raise ValueError("its checksum is another")
         _check_manifest(manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: was changed by hand or damaged ({error})") from error
+        raise UserError(
+            f"{path}: was changed by hand or damaged ({error}); put back a copy"
+        ) from error
     return manifest
 
 
@@ -365,17 +437,3 @@ def _locked(folder: Path, *, make: bool = True) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def describe(folder: Path, name: str) -> str:
-    """A task's manifest entry as JSON.
-
-    Raises:
-      UserError: if there is none of that name.
-    """
-    manifest = _read(folder)
-    if name not in manifest["tasks"]:
-        raise UserError(f"{folder}: no task {name!r}; it has {', '.join(manifest['tasks'])}")
-    entry = manifest["tasks"][name]
-    shown = {"base": manifest["base"], **entry, "lora": manifest["adapters"].get(entry["adapter"])}
-    return json.dumps(shown, indent=2, ensure_ascii=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
@@ -29,7 +31,7 @@ CONSOLE = Console()
 
 def say(text: str) -> None:
     """A line of its own, however long its paths are."""
-    CONSOLE.print(text, soft_wrap=True)
+    CONSOLE.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def bank_add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
@@ -41,7 +43,7 @@ def bank_add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
       task: which of its tasks; default: all.
     """
     source = load_run(run)
-    names = task or tuple(source.served)
+    names = tuple(dict.fromkeys(task)) or tuple(source.served)
     banks.add(folder, source, names)
     say(f"{folder}: added {', '.join(names)}")
 
@@ -55,7 +57,7 @@ def bank_update(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> Non
       task: which of its tasks; default: all.
     """
     source = load_run(run)
-    names = task or tuple(source.served)
+    names = tuple(dict.fromkeys(task)) or tuple(source.served)
     banks.add(folder, source, names, replace=True)
     say(f"{folder}: updated {', '.join(names)}")
 
@@ -78,14 +80,17 @@ def bank_list(folder: Folder, /) -> None:
       folder: the bank.
     """
     rows, base = banks.contents(folder), banks.load(folder).load_base()
-    table = Table("task", "what", "dev", "adapter", "adapter M", "head M", "kB on disk")
+    table = Table("task", "what", "dev", "adapter", "adapter M", "head M", "kB")
     for row in rows:
         score = "" if row.score is None else f"{row.metric} {row.score:.4f}"
-        shared = f"{row.adapter} (of {row.sharers} tasks)" if row.sharers > 1 else row.adapter
-        table.add_row(
-            row.task, row.title, score, shared, f"{row.adapter_parameters / 1e6:.3f}",
-            f"{row.head_parameters / 1e6:.3f}", f"{row.bytes / 1e3:,.0f}",
+        others = [r.task for r in rows if r.adapter == row.adapter and r.task != row.task]
+        adapter = f"shared with {', '.join(others)}" if others else "own"
+        cells = (
+            row.task, row.title, score, adapter if row.adapter_parameters else "none",
+            f"{row.adapter_parameters / 1e6:.3f}", f"{row.head_parameters / 1e6:.3f}",
+            f"{row.bytes / 1e3:,.0f}",
         )  # fmt: skip
+        table.add_row(*map(escape, cells))
     CONSOLE.print(table)
     each = trees.count(param_shapes(base.config))
     adapters = {row.adapter: row.adapter_parameters for row in rows}
@@ -136,7 +141,7 @@ def predict(
     Args:
       texts: a sentence, or the two of a pair.
       bank: a bank, or the folder of a finished run.
-      task: the task; a table may have a column `task` instead.
+      task: the task; a table may have a column task instead.
       input: a table with a header: sentence (or sentence1, sentence2), task, id.
       output: where its answers go: a .csv, or a .jsonl with all probabilities.
     """
@@ -146,12 +151,13 @@ def predict(
     host.keep_programs(rundir.cache_dir() / "xla")
     predictor = Predictor.load(bank)
     if input is not None and output is not None:
-        with Progress(SpinnerColumn(), TextColumn("{task.completed:,} answered")) as bar:
+        columns = (SpinnerColumn(), TextColumn("{task.completed:,} answered"))
+        with Progress(*columns, transient=True) as bar:
             shown = bar.add_task("")
             count = predict_file(
                 predictor, input, output, task, lambda n: bar.update(shown, completed=n)
             )
-        say(f"{output}: {count:,} answers")
+        say(f"{output}: {count:,} answer{'' if count == 1 else 's'}")
         return
     if task is None:
         raise UserError(f"--task is missing; there are {', '.join(predictor.tasks)}")
@@ -196,8 +202,8 @@ def import_peft(
     /,
     bank: Path,
     name: Annotated[str, tyro.conf.arg(name="as")],
-    base: str = "minilm",
-    pooling: Literal["cls", "mean"] = "mean",
+    base: str | None = None,
+    pooling: Literal["cls", "mean"] | None = None,
     update: bool = False,
 ) -> None:
     """Put an adapter from a PEFT folder into a bank (made if need be).
@@ -209,21 +215,27 @@ def import_peft(
       folder: adapter_config.json and adapter_model.safetensors.
       bank: the bank.
       name: what to call its task there.
-      base: of a new bank, for an adapter that was not exported from here.
-      pooling: likewise.
+      base: of a new bank, for an adapter that was not exported from here; default: minilm.
+      pooling: likewise; default: mean.
       update: replace the task of that name.
     """
     check_name(name, "--as")
-    banks.add(bank, exchange.load(folder, name, _like(bank, base, pooling)), [name], replace=update)
+    trained = exchange.load(folder, name, _like(bank, base, pooling))
+    for flag, wanted in (("base", base), ("pooling", pooling)):
+        if wanted not in (None, getattr(trained, flag)):
+            raise UserError(f"--{flag}={wanted}: it is {getattr(trained, flag)} here; leave it out")
+    banks.add(bank, trained, [name], replace=update)
     say(f"{bank}: {'updated' if update else 'added'} {name}")
 
 
-def _like(bank: Path, base: str, pooling: str) -> Trained:
+def _like(bank: Path, base: str | None, pooling: str | None) -> Trained:
     """What an imported adapter shall fit: the bank, or a new one's base."""
     if (bank / banks.MANIFEST).exists():
         return banks.load(bank)
+    base = base or pretrained.MINILM
     found = pretrained.load(base)
-    return Trained(base, found.sha256, {}, {}, {}, pooling, 128, "float32", str(bank))
+    length = min(128, found.config.max_position_embeddings)
+    return Trained(base, found.sha256, {}, {}, {}, pooling or "mean", length, "float32", str(bank))
 
 
 def combine(
@@ -252,13 +264,15 @@ def combine(
     weights = weight or (1 / len(task),) * len(task)
     if len(weights) != len(task):
         raise UserError(f"--weight: {len(weights)} weights for {len(task)} tasks")
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f"--weight {' '.join(map(str, weights))}: must be finite numbers")
     if rank is not None and rank < 1:
         raise UserError(f"--rank must be at least 1, got {rank}")
-    predictor = Predictor.load(bank)
+    trained = banks.load(bank)
     for one in (*task, head or task[0]):
-        predictor.task(one)
+        trained.find(one)
     parts = dict(zip(task, weights, strict=True))
-    made = combine_tasks(predictor.trained, parts, name, head or task[0], rank)
+    made = combine_tasks(trained, parts, name, head or task[0], rank)
     banks.add(bank, made, [name])
     say(f"{bank}: added {name}")
 

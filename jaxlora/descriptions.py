@@ -40,6 +40,7 @@ _VALUE = re.compile(r"([^=]*)\.([^=.]*)=(.*)", re.DOTALL)  # topic.epochs=3
 OPTIONAL = ("classes", "range", "test", "id", "delimiter", "title", "loss", "metric", "weight")
 # The cosine loss lives on 0–1: this brings it to the scale of the other losses' labels, 0–5.
 COSINE_WEIGHT = 25.0
+MOST_CLASSES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _value(match: re.Match[str]) -> dict[str, Any]:
     """`topic.range=0,5` → `{"topic": {"range": [0, 5]}}`."""
     name, key, text = match.groups()
-    parts = [_plain(key, part) for part in text.split(",")] if key in _LISTS else [text]
+    parts = [_plain(key, part.strip()) for part in text.split(",")] if key in _LISTS else [text]
     return {name: {key: parts if len(parts) > 1 else _plain(key, text)}}
 
 
@@ -220,10 +221,21 @@ def _range(where: str, fields: dict[str, Any]) -> tuple[float, float]:
 
 
 def _classes(where: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, int) and not isinstance(value, bool) and value <= 10_000:
+    """Names of the classes, or from their number; `()` leaves it to the kind."""
+    if value == ():
+        return ()
+    if isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= MOST_CLASSES:
         return tuple(map(str, range(value)))
-    value = [str(v) if isinstance(v, int) else v for v in value] if value else ()
-    return _texts(where, "classes", value) if value else ()
+    if not isinstance(value, list) or len(value) < 2:
+        raise UserError(
+            f"{where} classes: {value!r} is not a list of two or more names, or their number (from "
+            f"2 to {MOST_CLASSES:,})"
+        )
+    named = [str(v) if type(v) is int else v for v in value]
+    names = tuple(name.strip() for name in _texts(where, "classes", named))
+    if "" in names:
+        raise UserError(f"{where} classes: a name is blank")
+    return names
 
 
 def _texts(where: str, key: str, value: Any) -> tuple[str, ...]:

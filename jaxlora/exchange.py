@@ -10,8 +10,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxlora import bert, head_files, peft_files, pretrained
 from jaxlora.errors import UserError
 from jaxlora.folders import whole
@@ -76,12 +74,9 @@ def load(folder: str | Path, name: str, like: Trained | None = None) -> Trained:
     )  # fmt: skip
     config = trained.load_base().config
     adapter, lora_config = peft_files.load(folder, bert.param_shapes(config))
-    shapes = jax.eval_shape(
-        lambda: task.init_head(jax.random.key(0), config.hidden_size, about["pair_features"])
-    )
-    served = Served(
-        task, name, head_files.read(folder, shapes), about["pair_features"], about["facts"]
-    )
+    served = Served(task, name, {}, about["pair_features"], about["facts"])
+    head = head_files.read(folder, served.head_shapes(config.hidden_size))
+    served = dataclasses.replace(served, head=head)
     return dataclasses.replace(
         trained, served={name: served}, trees={name: {"lora": adapter}}, configs={name: lora_config}
     )

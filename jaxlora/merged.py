@@ -107,6 +107,7 @@ _PAIR = {"concat": "u, v", "interaction": "u, v, (u - v).abs(), u * v"}
 def readme(trained: Trained, served: Served) -> str:
     """The folder's README: what it holds, and Python code that applies it."""
     task, last = served.task, "\n\n\n"
+    base = pretrained.MINILM_HUB if trained.base == pretrained.MINILM else trained.base
     code = [_imports(bool(task.outputs)), _encode(trained), _predict(served)]
     example = '("A dog runs.", "A dog is running.")' if task.pair else '"A lovely film."'
     code.append(f"print(predict([{example}]))\n")
@@ -114,7 +115,7 @@ def readme(trained: Trained, served: Served) -> str:
     classes = ", ".join(f"{n}: {name}" for n, name in enumerate(task.classes))
     gives = f"classes ({classes})" if task.integer else f"scores, {task.low:g} to {task.high:g}"
     return (
-        f"# {task.title}\n\nA BERT encoder trained from `{trained.base}` with jaxlora, its adapter "
+        f"# {task.title}\n\nA BERT encoder trained from `{base}` with jaxlora, its adapter "
         "merged into the weights. It has no pooling layer: load it with "
         f"`add_pooling_layer=False`. `predict` takes {takes} and gives {gives}.\n\n"
         f"```python\n{last.join(code)}```\n"

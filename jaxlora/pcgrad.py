@@ -22,6 +22,7 @@ import optax
 from jaxlora.trees import Tree, names
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_FEW = 4  # tasks; a matmul of so few rows takes longer than a dot product of each pair
 
 
 def gram(grads: Tree) -> jax.Array:
@@ -38,12 +39,18 @@ def gram(grads: Tree) -> jax.Array:
     """
 
     def leaf(g: jax.Array) -> jax.Array:
-        flat = g.reshape(g.shape[0], -1)
-        return jnp.einsum(
-            "in,jn->ij", flat, flat, precision=_HIGHEST, preferred_element_type=jnp.float32
-        )
+        rows = g.reshape(g.shape[0], -1)
+        if len(rows) > _FEW:
+            return _dots("in,jn->ij", rows, rows)
+        upper = [[_dots("n,n->", x, y) for y in rows[i:]] for i, x in enumerate(rows)]
+        square = jnp.stack([jnp.pad(jnp.stack(dots), (i, 0)) for i, dots in enumerate(upper)])
+        return square + jnp.triu(square, 1).T
 
     return jnp.asarray(sum(map(leaf, jax.tree.leaves(grads))))
+
+
+def _dots(indices: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(indices, x, y, precision=_HIGHEST, preferred_element_type=jnp.float32)
 
 
 def orders(key: jax.Array, num_tasks: int) -> jax.Array:

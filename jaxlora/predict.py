@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,7 +80,8 @@ class Predictor:
         Raises:
           UserError: for an unknown task, or the wrong number of sentences for one.
         """
-        checked = [self.check(request, f"request {n}") for n, request in enumerate(requests)]
+        which = "request {}" if len(requests) > 1 else "the request"
+        checked = [self.check(request, which.format(n)) for n, request in enumerate(requests)]
         answers: list[Answer] = [None] * len(checked)  # type: ignore[list-item]  # filled below
         for task, numbers, outputs in self._outputs(checked):
             for number, answer in zip(numbers, _answers(task, outputs), strict=True):
@@ -230,13 +230,7 @@ class Predictor:
         Raises:
           UserError: if there is none of that name.
         """
-        if name not in self.trained.served:
-            close = difflib.get_close_matches(name, self.trained.served, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(
-                f"unknown task {name!r}; there are {', '.join(self.trained.served)}{hint}"
-            )
-        return self.trained.served[name].task
+        return self.trained.find(name).task
 
 
 def _check(task: Task, which: str, texts: tuple[Any, ...]) -> tuple[str, ...]:

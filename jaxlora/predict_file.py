@@ -45,8 +45,9 @@ def predict_file(
     Raises:
       UserError: naming the line; then `target` is left as it was.
     """
-    if predictor.tasks and task is not None:
+    if task is not None:
         predictor.task(task)
+    _check_target(source, target)
     temporary = target.with_name(f".{target.name}.part")
     done = 0
     try:
@@ -65,9 +66,22 @@ def predict_file(
     return done
 
 
+def _check_target(source: Path, target: Path) -> None:
+    """Refuse before anything is answered what could not be written at the end."""
+    if target.exists() and source.exists() and target.samefile(source):
+        raise UserError(f"--output {target}: is the --input; name another file")
+    if target.is_dir():
+        raise UserError(f"--output {target}: is a folder; name a file")
+    if not target.absolute().parent.is_dir():
+        raise UserError(f"--output {target}: there is no folder {target.parent}; make it first")
+
+
 def _requests(predictor: Predictor, source: Path, task: str | None) -> Iterator[Request]:
     with _open(source) as file:
-        delimiter = tables.sniff(file.readline(), source)
+        try:
+            delimiter = tables.sniff(file.readline(), source)
+        except UnicodeDecodeError:
+            raise UserError(f"{source}: is not UTF-8 text; save it as UTF-8") from None
         file.seek(0)
         lines = tables.read_lines(file, source, delimiter)
         _, header = next(lines, (0, []))
@@ -81,7 +95,10 @@ def _requests(predictor: Predictor, source: Path, task: str | None) -> Iterator[
             texts = [fields[at[first]]]
             if SECOND in at and fields[at[SECOND]]:
                 texts.append(fields[at[SECOND]])
-            request = (task or fields[at["task"]], *texts)
+            named = fields[at["task"]] if "task" in at else ""
+            if task and named not in ("", task):
+                raise UserError(f"{where}: is for {named!r}; leave out --task={task}")
+            request = (task or named, *texts)
             try:
                 predictor.check(request)
             except UserError as error:

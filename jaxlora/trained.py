@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from jaxlora import checkpoint, combine, pretrained, rundir
 from jaxlora.errors import UserError
@@ -35,6 +38,12 @@ class Served:
     pair_features: str
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def head_shapes(self, hidden_size: int) -> Tree:
+        """A tree of the head's shapes, `{}` for none."""
+        return jax.eval_shape(
+            lambda: self.task.init_head(jax.random.key(0), hidden_size, self.pair_features)
+        )
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Trained:
@@ -60,11 +69,24 @@ class Trained:
     dtype: str
     origin: str
 
+    def find(self, name: str) -> Served:
+        """A task by its name.
+
+        Raises:
+          UserError: if there is none of that name.
+        """
+        if name not in self.served:
+            close = difflib.get_close_matches(name, self.served, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            there = ", ".join(self.served) or "none"
+            raise UserError(f"{self.origin}: no task {name!r}; there are {there}{hint}")
+        return self.served[name]
+
     def load_base(self) -> Pretrained:
         """The base model.
 
         Raises:
-          UserError: if it cannot be had, or its checksum differs.
+          UserError: if it cannot be had, its checksum differs, or what was trained does not fit it.
         """
         base = pretrained.load(self.base)
         if base.sha256 != self.sha256:
@@ -72,7 +94,17 @@ class Trained:
                 f"{self.base}: not the weights that {self.origin} was trained on (sha256 "
                 f"{base.sha256[:12]}… instead of {self.sha256[:12]}…)"
             )
+        limit = base.config.max_position_embeddings
+        if self.max_length > limit:
+            raise UserError(f"{self.origin}: max_length {self.max_length}, {self.base} has {limit}")
+        for name, one in self.served.items():
+            if _shapes(one.head) != _shapes(one.head_shapes(base.config.hidden_size)):
+                raise UserError(f"{self.origin}: the head of {name} is not one of such a task")
         return base
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 # Fields of `Trained` that are plain values, and of `Served`, with what they may be.
@@ -88,7 +120,7 @@ def check_plain(plain: Mapping[str, Any]) -> None:
     """Check those of the plain fields that are there.
 
     Raises:
-      TypeError, ValueError: naming the first that is wrong.
+      AttributeError, TypeError, ValueError: naming the first that is wrong.
     """
     for field, value in plain.items():
         if field in _CHOICES and value not in _CHOICES[field]:
@@ -97,8 +129,10 @@ def check_plain(plain: Mapping[str, Any]) -> None:
             raise TypeError(f"{field} is {value!r}")
         if field == "max_length" and (type(value) is not int or value < 3):
             raise ValueError(f"max_length is {value!r}, not a whole number from 3")
-        if field == "facts" and not isinstance(value, dict):
-            raise TypeError(f"facts is {value!r}")
+        if field == "facts":
+            scores = value.get("dev", {})  # AttributeError if it is no object
+            if not all(isinstance(score, int | float) for score in scores.values()):
+                raise TypeError(f"facts: dev is {scores!r}")
 
 
 def combine_tasks(
@@ -125,7 +159,7 @@ def combine_tasks(
     if rank is not None:
         adapter = combine.svd(adapter, rank)
     source = trained.served[head]
-    task = dataclasses.replace(source.task, name=name)
+    task = dataclasses.replace(source.task, name=name, title=" + ".join(parts))
     served = Served(task, name, source.head, source.pair_features, {"combined from": dict(parts)})
     return dataclasses.replace(
         trained,

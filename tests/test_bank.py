@@ -125,8 +125,8 @@ def test_what_does_not_belong_is_refused(runs, three, tmp_path):
     before = hashes(three) | {"manifest": (three / bank.MANIFEST).read_text()}
     source = load_run(runs / "again")
     for call, message in [
-        (lambda: bank.add(three, source, ["sts"]), "has sts already; use update"),
-        (lambda: bank.add(three, source, ["stss"]), "no task 'stss'; it has sst, para, sts"),
+        (lambda: bank.add(three, source, ["sts"]), "has sts already; update it"),
+        (lambda: bank.add(three, source, ["stss"]), "no task .stss.; there are sst, para, sts"),
         (lambda: bank.remove(three, "topic"), "no task 'topic'; it has"),
         (lambda: bank.describe(three, "topic"), "no task 'topic'"),
         (
@@ -142,7 +142,7 @@ def test_what_does_not_belong_is_refused(runs, three, tmp_path):
             call()
     assert hashes(three) | {"manifest": (three / bank.MANIFEST).read_text()} == before
     bank.remove(three, "para")
-    with pytest.raises(UserError, match="has no para yet; use add"):
+    with pytest.raises(UserError, match="has no para yet; add it"):
         bank.add(three, source, ["para"], replace=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
@@ -159,10 +159,10 @@ def test_another_base_is_refused(three, tiny_base, runs, tmp_path):
     content[-1] ^= 1
     (other / "model.safetensors").write_bytes(content)
     manifest = json.loads((three / bank.MANIFEST).read_text())
-    (three / bank.MANIFEST).write_text(json.dumps(manifest | {"base": str(other)}))
+    (three / bank.MANIFEST).write_text(json.dumps(bank.signed(manifest | {"base": str(other)})))
     with pytest.raises(UserError, match="not the weights that"):
         jaxlora.load(three)
-    (three / bank.MANIFEST).write_text(json.dumps(manifest | {"sha256": "0" * 64}))
+    (three / bank.MANIFEST).write_text(json.dumps(bank.signed(manifest | {"sha256": "0" * 64})))
     with pytest.raises(UserError, match="is a bank of"):
         bank.add(three, load_run(runs / "again"), ["sts"], replace=True)
 
@@ -297,10 +297,101 @@ def test_a_missing_head_is_named(three):
     ],
 )
 def test_a_manifest_changed_by_hand(three, edit, message):
+    """Even one whose checksum has been made to fit."""
     path = three / bank.MANIFEST
-    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+    changed = edit(json.loads(path.read_text()))
+    path.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"bank.json: "):
+        bank.load(three)
+    path.write_text(json.dumps(bank.signed(changed) if isinstance(changed, dict) else changed))
     with pytest.raises(UserError, match=message):
         bank.load(three)
+
+
+def test_any_change_of_the_manifest_is_found(three):
+    """An alpha that fits all else would only change the answers."""
+    path = three / bank.MANIFEST
+    text = path.read_text()
+    assert text.count('"alpha": 4.0') == 3
+    path.write_text(text.replace('"alpha": 4.0', '"alpha": 400.0', 1))
+    with pytest.raises(UserError, match="changed by hand or damaged"):
+        bank.verify(three)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda e, a: a.update(rank=3, alpha=3.0),
+            "has rank 4 at .*, which is not what is written",
+        ),
+        (lambda e, a: a.update(target_modules=["query"]), "which is not what is written"),
+        (lambda e, a: e.update(pair_features="concat"), "the head of para is not one of such"),
+        (lambda e, a: e["task"].update(pair=False), "the head of para is not one of such"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_its_numbers(three, edit, message):
+    path = three / bank.MANIFEST
+    manifest = json.loads(path.read_text())
+    entry = manifest["tasks"]["para"]
+    edit(entry, manifest["adapters"][entry["adapter"]])
+    path.write_text(json.dumps(bank.signed(manifest)))
+    with pytest.raises(UserError, match=message):
+        jaxlora.load(three)
+
+
+def test_longer_texts_than_the_base_can_are_refused(three):
+    path = three / bank.MANIFEST
+    path.write_text(json.dumps(bank.signed(json.loads(path.read_text()) | {"max_length": 65})))
+    with pytest.raises(UserError, match=r"max_length 65, .* has 64"):
+        jaxlora.load(three)
+
+
+def test_an_update_repairs_a_damaged_task(runs, three):
+    answers = values(jaxlora.load(three))
+    head = next((three / bank.HEADS).glob("sst-*"))
+    data = max(head.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data.write_bytes(b"")
+    assert bank.verify(three)
+    bank.add(three, load_run(runs / "lora1"), ["sst"], replace=True)
+    assert bank.verify(three) == []
+    np.testing.assert_array_equal(values(jaxlora.load(three)), answers)
+
+
+def test_a_first_change_that_was_killed_is_no_obstacle(runs, tmp_path, monkeypatch):
+    def die(*args):
+        raise Killed
+
+    monkeypatch.setattr(rundir, "write_json", die)
+    with pytest.raises(Killed):
+        bank.add(tmp_path / "bank", load_run(runs / "lora1"), ["sst"])
+    monkeypatch.undo()
+    assert (tmp_path / "bank" / bank.HEADS).is_dir()
+    bank.add(tmp_path / "bank", load_run(runs / "lora1"), ["sts"])
+    assert list(jaxlora.load(tmp_path / "bank").tasks) == ["sts"]
+    assert not list((tmp_path / "bank" / bank.HEADS).glob("sst-*"))
+
+
+def test_numbers_that_are_not_finite_are_refused(runs, three):
+    source = load_run(runs / "again")
+    source.served["sst"].head["out"]["bias"] = np.full(5, np.nan, np.float32)
+    with pytest.raises(UserError, match="not finite"):
+        bank.add(three, source, ["sst"], replace=True)
+
+
+def test_a_reader_sees_one_moment(three, runs, monkeypatch):
+    """A task is replaced after the manifest was read and before its trees are."""
+    real, calls = bank._read, []
+
+    def read(folder):
+        found = real(folder)
+        if not calls:
+            calls.append(1)
+            bank.add(three, load_run(runs / "again"), ["sts"], replace=True)
+        return found
+
+    monkeypatch.setattr(bank, "_read", read)
+    assert bank.load(three).configs[bank.load(three).served["sts"].tree].rank == 2
 
 
 def test_a_manifest_that_is_no_json(three):
@@ -466,7 +557,7 @@ def test_combined_in_a_bank(runs, three, call):
         ),
         (("combine", "BANK", "--task", "sst", "--rank", "0", "--as", "x"), "--rank must be"),
         (("export", "peft", "OUT", "--bank", "FROZEN", "--task", "sst"), "has no adapter"),
-        (("export", "merged", "OUT", "--bank", "BANK", "--task", "x"), "unknown task 'x'"),
+        (("export", "merged", "OUT", "--bank", "BANK", "--task", "x"), "no task 'x'"),
         (("export", "merged", "FULL", "--bank", "BANK", "--task", "sst"), "is not empty"),
         (("import", "peft", "OUT", "--bank", "BANK", "--as", "x"), "there is no such folder"),
         (("import", "peft", "BANK", "--bank", "BANK", "--as", "x" * 300), "cannot be a name"),
@@ -494,7 +585,8 @@ def test_exchange_and_combination_refuse(runs, three, tmp_path, call, args, mess
         (lambda a: a | {"sha256": "0" * 64}, "not the weights that"),
         (lambda a: a | {"pooling": "max"}, "pooling is 'max'"),
         (lambda a: a | {"max_length": True}, "max_length is True"),
-        (lambda a: a | {"facts": 3}, "facts is 3"),
+        (lambda a: a | {"facts": 3}, "changed by hand"),
+        (lambda a: a | {"facts": {"dev": {"accuracy": "high"}}}, "facts: dev is"),
         (lambda a: a | {"task": a["task"] | {"kind": "x"}}, "kind 'x'"),
         (lambda a: a | {"task": {}}, "changed by hand"),
         (lambda a: a | {"more": 1}, "fields more"),
@@ -546,7 +638,7 @@ def test_a_table_is_answered_in_order_and_in_parts(three, call, tmp_path, monkey
         (HEADER + f"a\tsst\t{'x' * 10_000_000}\t\n", [":2", "field larger than"]),
         (HEADER + 'a\tsst\t"x\t\n', [":2", "quote"]),
         ("id\ttask\n1\tsst\n", [":1", "no column sentence"]),
-        ("", ["no column"]),
+        ("", ["in.tsv: is empty"]),
     ],
     ids=["task", "pair", "blank", "short", "huge", "quote", "columns", "empty"],
 )
@@ -559,6 +651,37 @@ def test_a_bad_table_leaves_no_half_answer(three, call, tmp_path, content, fragm
     assert all(fragment in shown for fragment in fragments)
     assert target.read_text() == "old"
     assert {p.name for p in tmp_path.iterdir()} == {"bank", "in.tsv", "out.csv"}
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("in.tsv", "is the --input"),
+        ("bank", "is a folder"),
+        ("none/out.csv", "there is no folder"),
+    ],
+)
+def test_where_answers_cannot_go(three, call, tmp_path, output, message):
+    source = tmp_path / "in.tsv"
+    source.write_text(HEADER + "a\tsst\tfilm\t\n")
+    code, shown = call("predict", "--bank", three, "--input", source, "--output", tmp_path / output)
+    assert (code, message in shown, "--output" in shown) == (2, True, True)
+    assert source.read_text().startswith(HEADER)
+
+
+def test_a_table_of_another_task_and_one_of_another_encoding(three, call, tmp_path):
+    source, flags = tmp_path / "in.tsv", ("--output", tmp_path / "o.csv")
+    source.write_text(HEADER + "a\tsst\tfilm\t\n")
+    code, shown = call("predict", "--bank", three, "--task", "sts", "--input", source, *flags)
+    assert (code, "is for 'sst'; leave out --task=sts" in shown) == (2, True)
+    source.write_bytes(b"task,sentence1\nsst,caf\xe9\n")
+    code, shown = call("predict", "--bank", three, "--input", source, *flags)
+    assert (code, "UTF-8" in shown) == (2, True)
+
+
+def test_names_with_markup_are_shown_as_they_are(runs, tmp_path, call):
+    code, shown = call("bank", "add", tmp_path / "x[/y]", "--run", runs / "lora1")
+    assert (code, "x[/y]: added sst, para, sts" in shown) == (0, True)
 
 
 def test_an_empty_table_has_no_answers(three, call, tmp_path):

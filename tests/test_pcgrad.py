@@ -300,3 +300,13 @@ def test_empty_tree():
     updates, state = tx.update({}, tx.init({}))
     assert updates == {} and int(state.conflicts) == 0
     np.testing.assert_array_equal(state.cosines, np.zeros((3, 3)))
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 4, 5, 9])
+def test_gram_is_the_matrix_of_dot_products(num_tasks):
+    """Few tasks and many take different ways."""
+    rng = np.random.default_rng(num_tasks)
+    leaves = [rng.normal(size=(num_tasks, *shape)) for shape in ((7,), (3, 5), (1,))]
+    flat = np.concatenate([x.reshape(num_tasks, -1) for x in leaves], axis=1)
+    found = gram([jnp.asarray(x, jnp.float32) for x in leaves])
+    np.testing.assert_allclose(found, flat @ flat.T, rtol=1e-5, atol=1e-5)

@@ -171,8 +171,9 @@ def read_lines(lines: Iterable[str], path: Path, delimiter: str) -> Iterator[tup
             raise UserError(f"{path}:{first}: not UTF-8 from here on; save it as UTF-8.") from None
         except csv.Error as error:
             # An open quote runs on until the next one: the mistake is where the row starts.
+            what = str(error).replace("\t", "a tab")
             raise UserError(
-                f"{path}:{first}: {error} (reached line {reader.line_num}); "
+                f"{path}:{first}: {what} (reached line {reader.line_num}); "
                 "look for a quote that is not closed: a field that starts with a double quote "
                 "must end with one, and a double quote inside it is written twice."
             ) from None
@@ -188,6 +189,11 @@ def find_columns(
     Raises:
       UserError: naming what is missing and what there is.
     """
+    if not any(header):
+        raise UserError(f"{path}: is empty. {who} needs a header with {', '.join(needed)}.")
+    twice = [name for name in needed if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}:1: the column {twice[0]} is there twice; rename one of them.")
     missing = [name for name in needed if name not in header]
     if missing:
         raise UserError(
