@@ -8,11 +8,11 @@ import sys
 import time
 
 BENCHES = (
-    "step --batch-sizes 8 --rounds 4 --steps 3",
+    "step --batch-sizes 8 --rounds 3 --steps 3",
     "step --batch-sizes 32 --rounds 3 --steps 2 --variants lora3 --name step-32",
-    "share",
+    "share --dtypes float32 --rounds 3",
     "pcgrad",
-    "predict",
+    "predict --rounds 7",
     "start",
     "frozen",
     "memory",

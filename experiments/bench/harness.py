@@ -66,6 +66,9 @@ def interleave(
 class Worker:
     """A side in a process of its own: no side meets the other's threads or freed memory.
 
+    It gets ready by itself, so that several can at the same time; its first call waits for that,
+    and must not be timed.
+
     Args:
       factory: a module's function that makes the side, itself a function.
       *args: its arguments.
@@ -77,7 +80,7 @@ class Worker:
         self._process = context.Process(target=_serve, args=(end, factory, args), daemon=True)
         self._process.start()
         end.close()
-        self._pipe.recv()
+        self._ready = False
 
     def __call__(self, *args: Any) -> Any:
         """Call the side, and wait for what it returns.
@@ -85,6 +88,8 @@ class Worker:
         Raises:
           EOFError: if its process has died.
         """
+        if not self._ready:
+            self._ready = self._pipe.recv() == "ready"
         self._pipe.send(args)
         return self._pipe.recv()
 
