@@ -80,8 +80,7 @@ class Predictor:
         Raises:
           UserError: for an unknown task, or the wrong number of sentences for one.
         """
-        which = "request {}" if len(requests) > 1 else "the request"
-        checked = [self.check(request, which.format(n)) for n, request in enumerate(requests)]
+        checked = [self.check(request, f"request {n}") for n, request in enumerate(requests)]
         answers: list[Answer] = [None] * len(checked)  # type: ignore[list-item]  # filled below
         for task, numbers, outputs in self._outputs(checked):
             for number, answer in zip(numbers, _answers(task, outputs), strict=True):

@@ -239,7 +239,7 @@ def test_load_refuses_another_base(make, tmp_path, monkeypatch):
 def test_model_names_what_is_wrong_with_a_request(make, tmp_path):
     train.run(make("baseline1"), tmp_path / "run", Silent())
     model = jaxlora.load(tmp_path / "run")
-    with pytest.raises(UserError, match="unknown task 'stss'"):
+    with pytest.raises(UserError, match="no task 'stss'"):
         model.predict("stss", ["a"])
     with pytest.raises(UserError, match="pairs of sentences; example 1"):
         model.predict("sts", [("a", "b"), "c"])
@@ -290,7 +290,7 @@ def test_mixed_requests_are_answered_as_one_task_at_a_time(variant, make, tmp_pa
         texts = [requests[n][1:] if task != "sst" else requests[n][1] for n in mine]
         np.testing.assert_allclose(answers[mine], model.predict(task, texts), atol=1e-5)
     assert model([]) == []
-    with pytest.raises(UserError, match="unknown task 'stt'"):
+    with pytest.raises(UserError, match="no task 'stt'"):
         model([("stt", "a film")])
     for wrong, message in [
         ([("sst", "a film"), ("sts", "a film")], "sts takes pairs of sentences; request 1"),
