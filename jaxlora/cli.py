@@ -177,9 +177,8 @@ def export_merged(out: Folder, /, bank: Path, task: str) -> None:
       bank: a bank, or the folder of a finished run.
       task: the task.
     """
-    predictor = Predictor.load(bank)
-    predictor.task(task)
-    merged.save(out, predictor.base, predictor.trained, task)
+    trained = banks.load_any(bank)
+    merged.save(out, trained.load_base(), trained, task)
     say(f"{out}: {task}, merged; its {merged.README} says how to apply it")
 
 
@@ -191,9 +190,7 @@ def export_peft(out: Folder, /, bank: Path, task: str) -> None:
       bank: a bank, or the folder of a finished run.
       task: the task.
     """
-    predictor = Predictor.load(bank)
-    predictor.task(task)
-    exchange.save(out, predictor.trained, task)
+    exchange.save(out, banks.load_any(bank), task)
     say(f"{out}: {task} for PEFT")
 
 

@@ -32,7 +32,7 @@ def save(folder: str | Path, trained: Trained, name: str) -> None:
     Raises:
       UserError: if the task has no adapter, or the folder is not empty.
     """
-    served = trained.served[name]
+    served = trained.find(name)
     adapter = trained.trees[served.tree].get("lora")
     if not adapter:
         raise UserError(f"{trained.origin}: {name} has no adapter; use export merged")

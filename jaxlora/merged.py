@@ -36,7 +36,7 @@ def save(folder: str | Path, base: Pretrained, trained: Trained, name: str) -> N
     Raises:
       UserError: if the folder is not empty.
     """
-    served = trained.served[name]
+    served = trained.find(name)
     tensors = pretrained.export(encoder_params(base, trained, name), base.config)
     with whole(folder) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})

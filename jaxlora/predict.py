@@ -81,11 +81,10 @@ class Predictor:
           UserError: for an unknown task, or the wrong number of sentences for one.
         """
         checked = [self.check(request, f"request {n}") for n, request in enumerate(requests)]
-        answers: list[Answer] = [None] * len(checked)  # type: ignore[list-item]  # filled below
+        answers: dict[int, Answer] = {}
         for task, numbers, outputs in self._outputs(checked):
-            for number, answer in zip(numbers, _answers(task, outputs), strict=True):
-                answers[number] = answer
-        return answers
+            answers |= zip(numbers.tolist(), _answers(task, outputs), strict=True)
+        return [answers[number] for number in range(len(checked))]
 
     def predict(self, task: str, examples: Sequence[str | tuple[str, str]]) -> np.ndarray:
         """Predictions of one task on the label's scale: a class's number or a score.
