@@ -10,7 +10,6 @@ import tyro
 from rich.console import Console
 
 from jaxlora import host, report, rundir, settings, train
-from jaxlora.errors import UserError
 
 
 def main(flags: settings.Flags) -> None:
@@ -36,18 +35,10 @@ def main(flags: settings.Flags) -> None:
 
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags and run; returns the exit code (2: bad input, 130: interrupted)."""
-    try:
-        main(tyro.cli(settings.Flags, args=args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; is there room, and may it be written?", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; go on with the same flags and --resume", file=sys.stderr)
-        return 130
-    return 0
+    return host.exit_code(
+        lambda: main(tyro.cli(settings.Flags, args=args)),
+        "interrupted; go on with the same flags and --resume",
+    )
 
 
 if __name__ == "__main__":

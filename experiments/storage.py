@@ -19,8 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from jaxlora import bank, bert, lora, trees
-from jaxlora.errors import UserError
+from jaxlora import bank, bert, host, lora, trees
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks import Task
 from jaxlora.trained import Served, Trained
@@ -139,27 +138,26 @@ def write(rows: Sequence[Row], flags: Flags, out: Path) -> None:
     )
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
-    flags = tyro.cli(Flags, args=args)
+def main(flags: Flags) -> None:
+    """Measure, write and show."""
     rows = []
-    try:
-        for base in BASES:
-            for count in flags.tasks:
-                with tempfile.TemporaryDirectory() as folder:
-                    rows.append(measure(base, count, flags.rank, Path(folder) / "bank"))
-        if flags.out is not None:
-            write(rows, flags, flags.out)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for base in BASES:
+        for count in flags.tasks:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(measure(base, count, flags.rank, Path(folder) / "bank"))
+    if flags.out is not None:
+        write(rows, flags, flags.out)
     head, *cells = table(rows)
     shown: Any = Table(*head)
     for line in cells:
         shown.add_row(*line)
     Console().print(shown)
-    return 0
+
+
+def cli(args: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    return host.exit_code(lambda: main(tyro.cli(Flags, args=args)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli())

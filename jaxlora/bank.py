@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,20 +26,18 @@ import numpy as np
 from flax import traverse_util
 
 from jaxlora import checkpoint, lora, rundir, trees
+from jaxlora import manifest as manifests
 from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
+from jaxlora.manifest import ADAPTERS, HEADS
 from jaxlora.settings import flag
 from jaxlora.tasks import Task
-from jaxlora.trained import OF_BASE, Served, Trained, check_plain, load_run
+from jaxlora.trained import OF_BASE, Served, Trained, load_run
 from jaxlora.trees import Tree
 
-MANIFEST, LOCK = "bank.json", ".lock"
-ADAPTERS, HEADS = "adapters", "heads"
-FORMAT = 1
-_FIELDS = {"format", *OF_BASE, "tasks", "adapters", "checksum"}
+LOCK = ".lock"
 _REPAIR = "put back a copy, or bring the task back with bank update, or take it out: bank remove"
-_TASK_FIELDS = {"task", "adapter", "head", "pair_features", "facts"}
 
 
 def add(folder: Path, source: Trained, names: Sequence[str], *, replace: bool = False) -> None:
@@ -60,10 +57,11 @@ def add(folder: Path, source: Trained, names: Sequence[str], *, replace: bool = 
         check_name(name, source.origin)
     for name in names:
         _check_tree(source, name)
-    if not (folder / MANIFEST).exists() and folder.is_dir():
+    if not manifests.exist(folder) and folder.is_dir():
         _check_empty(folder)
     with _locked(folder, make=not replace):
-        manifest = _read(folder) if (folder / MANIFEST).exists() else _empty(source)
+        there = manifests.exist(folder)
+        manifest = manifests.read(folder) if there else manifests.empty(source)
         _check_fits(folder, manifest, source)
         present = [name for name in names if name in manifest["tasks"]]
         if present and not replace:
@@ -85,7 +83,7 @@ def remove(folder: Path, name: str) -> None:
       UserError: if there is none of that name.
     """
     with _locked(folder, make=False):
-        manifest = _read(folder)
+        manifest = manifests.read(folder)
         if name not in manifest["tasks"]:
             raise UserError(f"{folder}: no task {name!r}; it has {', '.join(manifest['tasks'])}")
         del manifest["tasks"][name]
@@ -103,11 +101,11 @@ def load(folder: Path) -> Trained:
 
 def _load(folder: Path) -> tuple[Trained, dict[str, Any]]:
     """A bank and the manifest that it was read by, as they were at one moment."""
-    manifest = _read(folder)
+    manifest = manifests.read(folder)
     try:
         return _load_by(folder, manifest), manifest
     except UserError:
-        newer = _read(folder)
+        newer = manifests.read(folder)
         if newer == manifest:
             raise
         return _load_by(folder, newer), newer  # another process has changed it meanwhile
@@ -115,9 +113,9 @@ def _load(folder: Path) -> tuple[Trained, dict[str, Any]]:
 
 def _load_by(folder: Path, manifest: Mapping[str, Any]) -> Trained:
     kept = {name: _load_tree(folder, ADAPTERS, name) for name in manifest["adapters"]}
-    configs = {name: _config(plain) for name, plain in manifest["adapters"].items()}
+    configs = {name: manifests.lora_config(plain) for name, plain in manifest["adapters"].items()}
     for name, config in configs.items():
-        _check_ranks(folder / MANIFEST, name, kept[name], config)
+        _check_ranks(folder / manifests.NAME, name, kept[name], config)
     served = {}
     for name, entry in manifest["tasks"].items():
         head = {} if entry["head"] is None else _load_tree(folder, HEADS, entry["head"])
@@ -136,7 +134,9 @@ def load_any(folder: Path) -> Trained:
     Raises:
       UserError: if it is neither, or damaged.
     """
-    return load(folder) if (folder / MANIFEST).exists() else load_run(folder)
+    if not (manifests.exist(folder) or rundir.exists(folder)):
+        raise UserError(f"{folder}: neither a bank nor a finished run")
+    return load(folder) if manifests.exist(folder) else load_run(folder)
 
 
 def verify(folder: Path) -> list[str]:
@@ -145,8 +145,8 @@ def verify(folder: Path) -> list[str]:
     Raises:
       UserError: if the manifest itself cannot be read.
     """
-    manifest, problems = _read(folder), []
-    for part, name in _used(manifest):
+    manifest, problems = manifests.read(folder), []
+    for part, name in manifests.used(manifest):
         try:
             _load_tree(folder, part, name)
         except UserError as error:
@@ -162,7 +162,6 @@ class Stored:
       task: its name.
       title, metric, score: what it is, and how it did on dev.
       adapter: name of its adapter.
-      sharers: tasks that use that adapter, itself included.
       adapter_parameters, head_parameters: numbers of each.
       bytes: on disk, a shared adapter's divided among its tasks.
     """
@@ -172,7 +171,6 @@ class Stored:
     metric: str
     score: float | None
     adapter: str
-    sharers: int
     adapter_parameters: int
     head_parameters: int
     bytes: int
@@ -199,7 +197,6 @@ def contents(folder: Path) -> list[Stored]:
                 one.task.metric_name,
                 score,
                 one.tree or "none",
-                sharers,
                 trees.count(trained.trees[one.tree]),
                 trees.count(one.head),
                 size,
@@ -214,26 +211,12 @@ def describe(folder: Path, name: str) -> str:
     Raises:
       UserError: if there is none of that name.
     """
-    manifest = _read(folder)
+    manifest = manifests.read(folder)
     if name not in manifest["tasks"]:
         raise UserError(f"{folder}: no task {name!r}; it has {', '.join(manifest['tasks'])}")
     entry = manifest["tasks"][name]
     shown = {"base": manifest["base"], **entry, "lora": manifest["adapters"].get(entry["adapter"])}
     return json.dumps(shown, indent=2, ensure_ascii=False)
-
-
-def checksum(tree: Tree) -> str:
-    """sha256 of a tree: its paths, shapes, dtypes and numbers.
-
-    >>> checksum({"a": np.zeros(2)}) == checksum({"a": np.zeros((2, 1))})
-    False
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype};".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 def _store(folder: Path, manifest: dict[str, Any], name: str, source: Trained) -> dict[str, Any]:
@@ -262,27 +245,25 @@ def _check_tree(source: Trained, name: str) -> None:
 
 
 def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
-    stored = f"{name[:40]}-{checksum(tree)[:16]}"
+    stored = f"{name[:40]}-{trees.checksum(tree)[:16]}"
     try:
         whole = (folder / part / stored).is_dir() and bool(_load_tree(folder, part, stored))
     except UserError:
         whole = False
     if not whole:  # written anew over a damaged one, too
-        checkpoint.save_bank(folder / part / stored, tree)
+        checkpoint.save_tree(folder / part / stored, tree)
     return stored
 
 
 def _load_tree(folder: Path, part: str, stored: str) -> Tree:
     path = folder / part / stored
+    if not path.is_dir():
+        raise UserError(f"{path}: missing; {_REPAIR}")
     try:
-        if not path.is_dir():
-            raise UserError(f"{path}: missing; {_REPAIR}")
-        tree = checkpoint.load_bank(path)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a damaged file makes Orbax raise
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); {_REPAIR}") from error
-    if not stored.endswith(checksum(tree)[:16]):
+        tree = checkpoint.load_tree(path)
+    except UserError as error:
+        raise UserError(f"{error}; {_REPAIR}") from error
+    if not stored.endswith(trees.checksum(tree)[:16]):
         raise UserError(f"{path}: damaged, its content has another checksum; {_REPAIR}")
     return tree
 
@@ -314,100 +295,19 @@ def _check_fits(folder: Path, manifest: Mapping[str, Any], source: Trained) -> N
 
 def _check_empty(folder: Path) -> None:
     ours = {LOCK, ADAPTERS, HEADS}  # the folders, if the first change was killed
-    if any(path.name not in ours and MANIFEST not in path.name for path in folder.iterdir()):
+    if any(path.name not in ours and manifests.NAME not in path.name for path in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and holds no bank; name another folder")
-
-
-def _empty(source: Trained) -> dict[str, Any]:
-    of_base = {field: getattr(source, field) for field in OF_BASE}
-    return {"format": FORMAT, **of_base, "tasks": {}, "adapters": {}}
 
 
 def _commit(folder: Path, manifest: dict[str, Any]) -> None:
     used = {entry["adapter"] for entry in manifest["tasks"].values()}
     manifest["adapters"] = {k: v for k, v in manifest["adapters"].items() if k in used}
-    rundir.write_json(folder / MANIFEST, signed(manifest))
-    keep = set(_used(manifest))
+    manifests.write(folder, manifest)
+    keep = set(manifests.used(manifest))
     for part in (ADAPTERS, HEADS):
         for path in (folder / part).iterdir() if (folder / part).is_dir() else ():
             if (part, path.name) not in keep:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest with the checksum of the rest of it."""
-    rest = {key: value for key, value in manifest.items() if key != "checksum"}
-    text = json.dumps(rest, sort_keys=True, ensure_ascii=False)
-    return rest | {"checksum": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _used(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    heads = [entry["head"] for entry in manifest["tasks"].values() if entry["head"] is not None]
-    return [*((ADAPTERS, name) for name in manifest["adapters"]), *((HEADS, h) for h in heads)]
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    """The manifest, checked.
-
-    Raises:
-      UserError: naming what is wrong with it.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        raise UserError(f"{folder}: is no bank, it has no {MANIFEST}; make one with bank add")
-    manifest = rundir.read_json(path)
-    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
-        raise UserError(f"{path}: not a bank's manifest; put back a copy")
-    if manifest["format"] > FORMAT:
-        raise UserError(
-            f"{path}: format {manifest['format']} is newer than this jaxlora's {FORMAT}; update it"
-        )
-    try:
-        if manifest != signed(manifest):
-            raise ValueError("its checksum is another")
-        _check_manifest(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: was changed by hand or damaged ({error}); put back a copy"
-        ) from error
-    return manifest
-
-
-def _check_manifest(manifest: dict[str, Any]) -> None:
-    if manifest.keys() != _FIELDS:
-        raise ValueError(f"fields {', '.join(sorted(manifest.keys() ^ _FIELDS))}")
-    check_plain(manifest)
-    for stored, plain in manifest["adapters"].items():
-        _check_folder(stored)
-        _config(plain)
-    for name, entry in manifest["tasks"].items():
-        check_name(name, "tasks")
-        if entry.keys() != _TASK_FIELDS:
-            raise ValueError(f"fields of {name}: {', '.join(entry.keys() ^ _TASK_FIELDS)}")
-        check_plain(entry)
-        task = Task.from_json(entry["task"])
-        if task.name != name:
-            raise ValueError(f"task {name} is called {task.name}")
-        if entry["adapter"] is not None and entry["adapter"] not in manifest["adapters"]:
-            raise ValueError(f"adapter {entry['adapter']!r} of {name} is not described")
-        if entry["head"] is not None:
-            _check_folder(entry["head"])
-        elif task.outputs:
-            raise ValueError(f"{name} needs a head and has none")
-
-
-def _check_folder(name: str) -> None:
-    if Path(name).name != name or name in (".", ".."):
-        raise ValueError(f"{name!r} is not the name of a folder in the bank")
-
-
-def _config(plain: Mapping[str, Any]) -> LoraConfig:
-    lists = {k: tuple(map(_frozen, v)) for k, v in plain.items() if isinstance(v, list)}
-    return LoraConfig(**{**plain, **lists})
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _size(folder: Path) -> int:
@@ -426,8 +326,8 @@ def _locked(folder: Path, *, make: bool = True) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be a bank ({error.strerror})") from None
-    elif not (folder / MANIFEST).exists():
-        _read(folder)
+    elif not manifests.exist(folder):
+        manifests.read(folder)
     lock = filelock.FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

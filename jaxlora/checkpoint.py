@@ -1,4 +1,4 @@
-"""Orbax: the state of a running group, and the bank of what a run has trained.
+"""Orbax: the state of a running group, and what has been trained.
 
 Both are written to a temporary place and renamed when complete, so a killed run leaves either the
 old checkpoint or the new one.
@@ -67,17 +67,17 @@ class GroupCheckpoints:
         self._manager.close()
 
 
-def save_bank(folder: Path, bank: Tree) -> None:
-    """Write what a run has trained: `{"adapters": {group: tree}, "heads": {task: tree}}`.
+def save_tree(folder: Path, tree: Tree) -> None:
+    """Write a tree of trained arrays.
 
-    Host arrays are written, so that a bank from one kind of device can be read on any other.
+    Host arrays are written, so that what one kind of device trained can be read on any other.
     """
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), jax.device_get(bank), force=True)
+        checkpointer.save(folder.absolute(), jax.device_get(tree), force=True)
 
 
-def load_bank(folder: Path) -> Tree:
-    """Read what `save_bank` wrote.
+def load_tree(folder: Path) -> Tree:
+    """Read what `save_tree` wrote.
 
     Raises:
       UserError: if there is none, or it is damaged.
@@ -87,8 +87,8 @@ def load_bank(folder: Path) -> Tree:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(folder.absolute())
-    except (ValueError, FileNotFoundError, KeyError) as error:
-        raise UserError(f"{folder}: cannot be restored ({error})") from error
+    except Exception as error:  # whatever a damaged file makes Orbax raise
+        raise UserError(f"{folder}: damaged ({type(error).__name__}: {error})") from error
 
 
 def remove_states(folder: Path) -> None:

@@ -15,7 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from jaxlora import bank as banks
-from jaxlora import exchange, host, merged, pretrained, rundir, trees
+from jaxlora import exchange, host, manifest, merged, pretrained, rundir, trees
 from jaxlora.bert import param_shapes
 from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
@@ -227,7 +227,7 @@ def import_peft(
 
 def _like(bank: Path, base: str | None, pooling: str | None) -> Trained:
     """What an imported adapter shall fit: the bank, or a new one's base."""
-    if (bank / banks.MANIFEST).exists():
+    if manifest.exist(bank):
         return banks.load(bank)
     base = base or pretrained.MINILM
     found = pretrained.load(base)
@@ -326,14 +326,4 @@ def run(args: Sequence[str]) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code (2: bad input, 130: interrupted)."""
-    try:
-        run(sys.argv[1:] if args is None else args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; is there room, and may it be written?", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return host.exit_code(lambda: run(sys.argv[1:] if args is None else args))

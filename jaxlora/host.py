@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+
+from jaxlora.errors import UserError
 
 # glibc's <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -35,3 +39,27 @@ def keep_programs(folder: Path) -> None:
     """Keep compiled programs in a folder, for the next run."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def exit_code(main: Callable[[], object], interrupted: str = "interrupted") -> int:
+    """Run a command; what the user can mend is told in a line, anything else is raised.
+
+    Args:
+      main: the command.
+      interrupted: what to say after Ctrl-C.
+
+    Returns:
+      0, 2 for bad input or a file system that refuses, 130 after Ctrl-C.
+    """
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; is there room, and may it be written?", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    return 0

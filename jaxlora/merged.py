@@ -6,6 +6,7 @@ Who gets the folder needs transformers and torch, or sentence-transformers, and 
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -112,14 +113,19 @@ def readme(trained: Trained, served: Served) -> str:
     example = '("A dog runs.", "A dog is running.")' if task.pair else '"A lovely film."'
     code.append(f"print(predict([{example}]))\n")
     takes = "pairs of sentences" if task.pair else "sentences"
-    classes = ", ".join(f"{n}: {name}" for n, name in enumerate(task.classes))
+    classes = ", ".join(f"{n}: {_plain(name)}" for n, name in enumerate(task.classes))
     gives = f"classes ({classes})" if task.integer else f"scores, {task.low:g} to {task.high:g}"
     return (
-        f"# {task.title}\n\nA BERT encoder trained from `{base}` with jaxlora, its adapter "
+        f"# {_plain(task.title)}\n\nA BERT encoder trained from `{base}` with jaxlora, its adapter "
         "merged into the weights. It has no pooling layer: load it with "
         f"`add_pooling_layer=False`. `predict` takes {takes} and gives {gives}.\n\n"
         f"```python\n{last.join(code)}```\n"
     )
+
+
+def _plain(text: str) -> str:
+    """Names of others' as one line of Markdown that means only itself."""
+    return " ".join(re.sub(r"([\\`*_\[\]<>#])", r"\\\1", text).split())
 
 
 def _imports(head: bool) -> str:

@@ -50,6 +50,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
+def exists(out: Path) -> bool:
+    """Whether a folder is a run's, finished or not."""
+    return (out / CONFIG).exists()
+
+
 def read_config(out: Path) -> dict[str, Any]:
     """A run's `config.json`.
 

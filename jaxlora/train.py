@@ -156,7 +156,7 @@ def _train_groups(
         bank["heads"] |= best["heads"]
         progress[group.name] = dataclasses.asdict(done)
         test |= predict_splits(job.out, group, best, job.splits)
-    checkpoint.save_bank(job.out / rundir.MODEL, bank)
+    checkpoint.save_tree(job.out / rundir.MODEL, bank)
     curves.draw(log.records, job.out / "curves.png", settings.variant)
     return summarise(settings, planning.count(settings, job.base), progress, test)
 

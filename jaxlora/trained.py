@@ -180,7 +180,7 @@ def load_run(out: Path) -> Trained:
     """
     config = rundir.read_config(out)
     settings, inputs = Settings.from_json(config["settings"]), config["inputs"]
-    bank = checkpoint.load_bank(out / rundir.MODEL)
+    trained = checkpoint.load_tree(out / rundir.MODEL)
     result = rundir.read_json(out / rundir.RESULT)
     owners = {name: group_name(group) for group in settings.groups for name in group}
     served = {}
@@ -192,9 +192,9 @@ def load_run(out: Path) -> Trained:
             "versions": config.get("versions", {}),
         }
         # Empty trees are not kept in a checkpoint.
-        head = (bank.get("heads") or {}).get(name) or {}
+        head = (trained.get("heads") or {}).get(name) or {}
         served[name] = Served(task, owners[name], head, settings.pair_features, facts)
-    trees = {name: (bank.get("adapters") or {}).get(name) or {} for name in owners.values()}
+    trees = {name: (trained.get("adapters") or {}).get(name) or {} for name in owners.values()}
     return Trained(
         settings.base,
         inputs["the base model"],

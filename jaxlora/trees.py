@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = Any
 
@@ -40,3 +42,17 @@ def names(tree: Tree) -> list[str]:
     """
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+
+
+def checksum(tree: Tree) -> str:
+    """sha256 of a tree: its paths, shapes, dtypes and numbers.
+
+    >>> checksum({"a": np.zeros(2)}) == checksum({"a": np.zeros((2, 1))})
+    False
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype};".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

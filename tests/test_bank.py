@@ -1,6 +1,7 @@
 """The bank: tasks added, updated, removed and served one by one; nothing else touched or lost."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -12,7 +13,8 @@ import pytest
 from tiny import Silent, write_data
 
 import jaxlora
-from jaxlora import bank, checkpoint, cli, exchange, rundir, train
+from jaxlora import bank, checkpoint, cli, exchange, lora, rundir, train, trees
+from jaxlora import manifest as manifests
 from jaxlora.errors import UserError
 from jaxlora.settings import Flags, resolve
 from jaxlora.trained import load_run
@@ -62,7 +64,7 @@ def hashes(folder):
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in (bank.MANIFEST, bank.LOCK)
+        if path.is_file() and path.name not in (manifests.NAME, bank.LOCK)
     }
 
 
@@ -98,7 +100,7 @@ def test_adding_and_removing_leave_every_other_file_as_it_was(runs, tmp_path):
     bank.add(folder, load_run(runs / "lora4"), ["para", "sts"])
     assert first.items() <= hashes(folder).items()
     rows = {row.task: row for row in bank.contents(folder)}
-    assert (rows["para"].sharers, rows["sst"].sharers) == (2, 1)
+    assert rows["para"].adapter == rows["sts"].adapter != rows["sst"].adapter
     assert rows["para"].adapter == rows["sts"].adapter  # stored once
     assert rows["sts"].head_parameters == 0
     bank.remove(folder, "para")
@@ -107,22 +109,34 @@ def test_adding_and_removing_leave_every_other_file_as_it_was(runs, tmp_path):
     assert hashes(folder) == first
 
 
+def with_merged_weights(run, base):
+    """The same tasks, as if each tree were a whole BERT of its own."""
+    merged = {
+        name: {"params": lora.merge(base.params, tree["lora"], run.configs[name])} if tree else {}
+        for name, tree in run.trees.items()
+    }
+    return dataclasses.replace(run, trees=merged, configs={})
+
+
 def test_tasks_of_any_run_are_served_together(runs, tmp_path):
     """Other ranks, alphas and layers, and one without an adapter, in one pass."""
     folder = tmp_path / "bank"
     origin = {"sst": "again", "para": "baseline1", "sts": "lora4"}
     for task, run in origin.items():
         bank.add(folder, load_run(runs / run), [task])
-    mixed = jaxlora.load(folder)(REQUESTS)
+    served = jaxlora.load(folder)
+    mixed = served(REQUESTS)
+    assert served([]) == []
     for request, answer in zip(REQUESTS, mixed, strict=True):
-        (alone,) = jaxlora.load(runs / origin[request[0]])([request])
+        run = load_run(runs / origin[request[0]])
+        (alone,) = jaxlora.Predictor(served.base, with_merged_weights(run, served.base))([request])
         assert answer.value == pytest.approx(alone.value, abs=1e-5)
         if alone.probabilities:
             assert answer.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
 
 
 def test_what_does_not_belong_is_refused(runs, three, tmp_path):
-    before = hashes(three) | {"manifest": (three / bank.MANIFEST).read_text()}
+    before = hashes(three) | {"manifest": (three / manifests.NAME).read_text()}
     source = load_run(runs / "again")
     for call, message in [
         (lambda: bank.add(three, source, ["sts"]), "has sts already; update it"),
@@ -140,7 +154,7 @@ def test_what_does_not_belong_is_refused(runs, three, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             call()
-    assert hashes(three) | {"manifest": (three / bank.MANIFEST).read_text()} == before
+    assert hashes(three) | {"manifest": (three / manifests.NAME).read_text()} == before
     bank.remove(three, "para")
     with pytest.raises(UserError, match="has no para yet; add it"):
         bank.add(three, source, ["para"], replace=True)
@@ -158,11 +172,15 @@ def test_another_base_is_refused(three, tiny_base, runs, tmp_path):
     content = bytearray((other / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (other / "model.safetensors").write_bytes(content)
-    manifest = json.loads((three / bank.MANIFEST).read_text())
-    (three / bank.MANIFEST).write_text(json.dumps(bank.signed(manifest | {"base": str(other)})))
+    manifest = json.loads((three / manifests.NAME).read_text())
+    (three / manifests.NAME).write_text(
+        json.dumps(manifests.signed(manifest | {"base": str(other)}))
+    )
     with pytest.raises(UserError, match="not the weights that"):
         jaxlora.load(three)
-    (three / bank.MANIFEST).write_text(json.dumps(bank.signed(manifest | {"sha256": "0" * 64})))
+    (three / manifests.NAME).write_text(
+        json.dumps(manifests.signed(manifest | {"sha256": "0" * 64}))
+    )
     with pytest.raises(UserError, match="is a bank of"):
         bank.add(three, load_run(runs / "again"), ["sts"], replace=True)
 
@@ -172,7 +190,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("victim", ["save_bank", "write_json", "rmtree"])
+@pytest.mark.parametrize("victim", ["save_tree", "write_json", "rmtree"])
 @pytest.mark.parametrize("change", ["update", "add", "remove"])
 def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
     runs, three, monkeypatch, victim, before, change
@@ -181,7 +199,7 @@ def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
     bank.remove(three, "para")
     old = bank.load(three).served.keys()
     old_value = values_of(three, "sts")
-    module = {"save_bank": checkpoint, "write_json": rundir, "rmtree": shutil}[victim]
+    module = {"save_tree": checkpoint, "write_json": rundir, "rmtree": shutil}[victim]
     real = getattr(module, victim)
 
     def die(*args, **kwargs):
@@ -206,13 +224,15 @@ def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
     new = {"update": old, "add": old | {"para"}, "remove": old - {"sts"}}[change]
     found = bank.load(three).served.keys()
     assert found in (old, new)
-    if "sts" in found and (change != "update" or victim == "save_bank"):
+    if "sts" in found and (change != "update" or victim == "save_tree"):
         assert values_of(three, "sts") == old_value
     # The next change tidies up what the killed one left.
     bank.add(three, load_run(runs / "lora4"), ["sst"], replace=True)
-    manifest = json.loads((three / bank.MANIFEST).read_text())
+    manifest = json.loads((three / manifests.NAME).read_text())
     used = {e["head"] for e in manifest["tasks"].values()} | set(manifest["adapters"])
-    left = {p.name for part in (bank.ADAPTERS, bank.HEADS) for p in (three / part).iterdir()}
+    left = {
+        p.name for part in (manifests.ADAPTERS, manifests.HEADS) for p in (three / part).iterdir()
+    }
     assert left == used - {None}
 
 
@@ -231,7 +251,7 @@ def test_one_writer_at_a_time(runs, three):
 
 def corrupt_every(three):
     for path in sorted(three.rglob("*")):
-        if path.is_file() and path.stat().st_size and path.name not in (bank.MANIFEST, bank.LOCK):
+        if path.is_file() and path.stat().st_size and path.name not in (manifests.NAME, bank.LOCK):
             yield path
 
 
@@ -298,19 +318,19 @@ def test_a_missing_head_is_named(three):
 )
 def test_a_manifest_changed_by_hand(three, edit, message):
     """Even one whose checksum has been made to fit."""
-    path = three / bank.MANIFEST
+    path = three / manifests.NAME
     changed = edit(json.loads(path.read_text()))
     path.write_text(json.dumps(changed))
     with pytest.raises(UserError, match=r"bank.json: "):
         bank.load(three)
-    path.write_text(json.dumps(bank.signed(changed) if isinstance(changed, dict) else changed))
+    path.write_text(json.dumps(manifests.signed(changed) if isinstance(changed, dict) else changed))
     with pytest.raises(UserError, match=message):
         bank.load(three)
 
 
 def test_any_change_of_the_manifest_is_found(three):
     """An alpha that fits all else would only change the answers."""
-    path = three / bank.MANIFEST
+    path = three / manifests.NAME
     text = path.read_text()
     assert text.count('"alpha": 4.0') == 3
     path.write_text(text.replace('"alpha": 4.0', '"alpha": 400.0', 1))
@@ -331,18 +351,18 @@ def test_any_change_of_the_manifest_is_found(three):
     ],
 )
 def test_a_manifest_that_does_not_fit_its_numbers(three, edit, message):
-    path = three / bank.MANIFEST
+    path = three / manifests.NAME
     manifest = json.loads(path.read_text())
     entry = manifest["tasks"]["para"]
     edit(entry, manifest["adapters"][entry["adapter"]])
-    path.write_text(json.dumps(bank.signed(manifest)))
+    path.write_text(json.dumps(manifests.signed(manifest)))
     with pytest.raises(UserError, match=message):
         jaxlora.load(three)
 
 
 def test_longer_texts_than_the_base_can_are_refused(three):
-    path = three / bank.MANIFEST
-    path.write_text(json.dumps(bank.signed(json.loads(path.read_text()) | {"max_length": 65})))
+    path = three / manifests.NAME
+    path.write_text(json.dumps(manifests.signed(json.loads(path.read_text()) | {"max_length": 65})))
     with pytest.raises(UserError, match=r"max_length 65, .* has 64"):
         jaxlora.load(three)
 
@@ -381,7 +401,7 @@ def test_numbers_that_are_not_finite_are_refused(runs, three):
 
 def test_a_reader_sees_one_moment(three, runs, monkeypatch):
     """A task is replaced after the manifest was read and before its trees are."""
-    real, calls = bank._read, []
+    real, calls = manifests.read, []
 
     def read(folder):
         found = real(folder)
@@ -390,12 +410,12 @@ def test_a_reader_sees_one_moment(three, runs, monkeypatch):
             bank.add(three, load_run(runs / "again"), ["sts"], replace=True)
         return found
 
-    monkeypatch.setattr(bank, "_read", read)
+    monkeypatch.setattr(manifests, "read", read)
     assert bank.load(three).configs[bank.load(three).served["sts"].tree].rank == 2
 
 
 def test_a_manifest_that_is_no_json(three):
-    (three / bank.MANIFEST).write_text("{")
+    (three / manifests.NAME).write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         bank.load(three)
 
@@ -448,7 +468,7 @@ def test_the_commands_refuse(three, call, tmp_path):
         (("predict", "--bank", three), "give --task and texts"),
         (
             ("predict", "--bank", tmp_path / "none", "--task", "sts", "a", "b"),
-            "config.json: missing",
+            "neither a bank nor a finished run",
         ),
         (("bnk",), "unknown command 'bnk'"),
     ]:
@@ -467,8 +487,8 @@ def test_exported_and_imported_it_is_the_same_bit_for_bit(runs, three, tmp_path,
     for task in ("sst", "sts"):
         old, new = before.served[task], after.served[task]
         assert (new.task, new.pair_features, new.facts) == (old.task, old.pair_features, old.facts)
-        assert bank.checksum(new.head) == bank.checksum(old.head)
-        assert bank.checksum(after.trees[new.tree]) == bank.checksum(before.trees[old.tree])
+        assert trees.checksum(new.head) == trees.checksum(old.head)
+        assert trees.checksum(after.trees[new.tree]) == trees.checksum(before.trees[old.tree])
         assert after.configs[new.tree] == before.configs[old.tree]
     assert (after.pooling, after.max_length) == (before.pooling, before.max_length)
     code, shown = call("import", "peft", tmp_path / "sst", "--bank", again, "--as", "sst")

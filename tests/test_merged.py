@@ -99,7 +99,12 @@ def test_we_read_it(tiny, adapter, merged_params, tmp_path):
     ]
 
 
-TOPIC = tasks.Task("topic", "classification", classes=("sport", "science", "art"))
+TOPIC = tasks.Task(
+    "topic",
+    "classification",
+    classes=("sport", "a_b_c", "art"),
+    title="# one\n```python\ntwo *three*",
+)
 PRICE = tasks.Task("price", "regression", low=-2.0, high=30.0)
 ALIKE = tasks.Task("alike", "similarity", pair=True, low=-1.0, high=1.0)
 CASES = [

@@ -146,7 +146,7 @@ def test_resume_equals_uninterrupted(make, tmp_path, variant, stop_at):
         jaxlora.load(tmp_path / "parts")
     again = Silent()
     parts = train.run(settings, tmp_path / "parts", again, resume=True)
-    banks = [checkpoint.load_bank(tmp_path / name / rundir.MODEL) for name in ("whole", "parts")]
+    banks = [checkpoint.load_tree(tmp_path / name / rundir.MODEL) for name in ("whole", "parts")]
     leaves_equal(*banks)
     assert parts["dev"] == whole["dev"]
     timeless = [
@@ -195,7 +195,7 @@ def test_killed_process_resumes_to_the_same_parameters(tiny_base, data_dir, tmp_
     assert not (tmp_path / "killed" / "result.json").exists()
     assert start("killed", "--resume").wait() == 0
     assert start("whole").wait() == 0
-    leaves_equal(*(checkpoint.load_bank(tmp_path / n / rundir.MODEL) for n in ("killed", "whole")))
+    leaves_equal(*(checkpoint.load_tree(tmp_path / n / rundir.MODEL) for n in ("killed", "whole")))
 
 
 def test_at_most_three_train_programs(make, tmp_path, monkeypatch):

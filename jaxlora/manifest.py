@@ -1,0 +1,124 @@
+"""A bank's manifest, `bank.json`: read, checked, signed and written.
+
+format      a whole number; a newer jaxlora's is refused
+base, sha256, pooling, max_length, dtype
+            of the base model, and how sentences become vectors
+tasks       name → the task, its adapter and its head (names of folders), scores and versions
+adapters    name of a folder → the LoraConfig of what is in it
+checksum    sha256 of all the rest
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlora import rundir
+from jaxlora.descriptions import check_name
+from jaxlora.errors import UserError
+from jaxlora.lora import LoraConfig
+from jaxlora.tasks import Task
+from jaxlora.trained import OF_BASE, Trained, check_plain
+
+NAME = "bank.json"
+ADAPTERS, HEADS = "adapters", "heads"
+FORMAT = 1
+_FIELDS = {"format", *OF_BASE, "tasks", "adapters", "checksum"}
+_TASK_FIELDS = {"task", "adapter", "head", "pair_features", "facts"}
+
+
+def exist(folder: Path) -> bool:
+    """Whether a folder has one, sound or not."""
+    return (folder / NAME).exists()
+
+
+def empty(source: Trained) -> dict[str, Any]:
+    """That of a new bank, for what has been trained on a base."""
+    of_base = {field: getattr(source, field) for field in OF_BASE}
+    return {"format": FORMAT, **of_base, "tasks": {}, "adapters": {}}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest, checked.
+
+    Raises:
+      UserError: naming what is wrong with it.
+    """
+    path = folder / NAME
+    if not exist(folder):
+        raise UserError(f"{folder}: is no bank, it has no {NAME}; make one with bank add")
+    manifest = rundir.read_json(path)
+    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
+        raise UserError(f"{path}: not a bank's manifest; put back a copy")
+    if manifest["format"] > FORMAT:
+        raise UserError(
+            f"{path}: format {manifest['format']} is newer than this jaxlora's {FORMAT}; update it"
+        )
+    try:
+        if manifest != signed(manifest):
+            raise ValueError("its checksum is another")
+        _check_manifest(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: was changed by hand or damaged ({error}); put back a copy"
+        ) from error
+    return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    if manifest.keys() != _FIELDS:
+        raise ValueError(f"fields {', '.join(sorted(manifest.keys() ^ _FIELDS))}")
+    check_plain(manifest)
+    for stored, plain in manifest["adapters"].items():
+        _check_folder(stored)
+        lora_config(plain)
+    for name, entry in manifest["tasks"].items():
+        check_name(name, "tasks")
+        if entry.keys() != _TASK_FIELDS:
+            raise ValueError(f"fields of {name}: {', '.join(entry.keys() ^ _TASK_FIELDS)}")
+        check_plain(entry)
+        task = Task.from_json(entry["task"])
+        if task.name != name:
+            raise ValueError(f"task {name} is called {task.name}")
+        if entry["adapter"] is not None and entry["adapter"] not in manifest["adapters"]:
+            raise ValueError(f"adapter {entry['adapter']!r} of {name} is not described")
+        if entry["head"] is not None:
+            _check_folder(entry["head"])
+        elif task.outputs:
+            raise ValueError(f"{name} needs a head and has none")
+
+
+def _check_folder(name: str) -> None:
+    if Path(name).name != name or name in (".", ".."):
+        raise ValueError(f"{name!r} is not the name of a folder in the bank")
+
+
+def lora_config(plain: Mapping[str, Any]) -> LoraConfig:
+    """A config from its JSON, where tuples have become lists."""
+    lists = {k: tuple(map(_frozen, v)) for k, v in plain.items() if isinstance(v, list)}
+    return LoraConfig(**{**plain, **lists})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def write(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Put a signed manifest in the old one's place, at once."""
+    rundir.write_json(folder / NAME, signed(manifest))
+
+
+def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the checksum of the rest of it."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True, ensure_ascii=False)
+    return rest | {"checksum": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def used(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The folders in use, as (part, name)."""
+    heads = [entry["head"] for entry in manifest["tasks"].values() if entry["head"] is not None]
+    return [*((ADAPTERS, name) for name in manifest["adapters"]), *((HEADS, h) for h in heads)]
