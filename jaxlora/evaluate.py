@@ -19,7 +19,7 @@ from jaxlora.trees import Tree
 ROWS = 16  # rows of a chunk: enough to keep the device busy, few enough for little padding
 SHORT_ROWS = (32, 64)  # lengths of rows for a few sentences, besides the longest
 FEW_ROWS = (1, 4, 8, ROWS)
-HEAD_BATCHES = (16, 256, 4096)  # examples that a head takes at a time, padded
+PART_SIZES = (16, 256, 4096)  # examples that a head takes at a time, padded
 MIN_TOKENS = 2  # [CLS], [SEP]: a word of characters that BERT drops leaves nothing between
 
 EncodeRows = Callable[..., jax.Array]
@@ -99,15 +99,31 @@ def outputs(
     task: Task, head: Tree, vectors: np.ndarray, sentences: int, pair_features: str
 ) -> np.ndarray:
     """What a task's head says of sentence vectors: `f32[E, K]` or `f32[E]`."""
-    count = len(vectors) // sentences
-    size = next((n for n in HEAD_BATCHES if n >= count), HEAD_BATCHES[-1])
+    u, v = vectors[::sentences], vectors[sentences - 1 :: sentences]
+    return _by_parts(lambda u, v: _apply_head(task, head, u, v, pair_features), u, v)
+
+
+def decode(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """Predictions `f32[E]` on the label's scale: class, 0/1 or score."""
+    return _by_parts(lambda x: _decode(task, x), outputs)
+
+
+def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """Those of a task with classes: `f32[E, classes]`."""
+    return _by_parts(lambda x: _probabilities(task, x), outputs)
+
+
+def _by_parts(compiled: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+    """A compiled function of rows, for any number of rows in programs of a few sizes."""
+    count = len(arrays[0])
+    size = next((n for n in PART_SIZES if n >= count), PART_SIZES[-1])
     parts = []
     for start in range(0, count, size):
-        part = vectors[start * sentences : (start + size) * sentences]
-        padded = np.zeros((size * sentences, vectors.shape[1]), np.float32)
-        padded[: len(part)] = part
-        u, v = padded[::sentences], padded[sentences - 1 :: sentences]
-        parts.append(np.asarray(_apply_head(task, head, u, v, pair_features)))
+        padded = [np.zeros((size, *x.shape[1:]), x.dtype) for x in arrays]
+        for whole, x in zip(padded, arrays, strict=True):
+            part = x[start : start + size]
+            whole[: len(part)] = part
+        parts.append(np.asarray(compiled(*padded)))
     return np.concatenate(parts)[:count]
 
 
@@ -116,9 +132,14 @@ def _apply_head(task: Task, head: Tree, u: jax.Array, v: jax.Array, kind: str) -
     return task.apply_head(head, u, v, pair_features=kind)
 
 
-def decode(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """Predictions `f32[E]` on the label's scale: class, 0/1 or score."""
-    return np.asarray(task.decode(jnp.asarray(outputs)))
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(task: Task, outputs: jax.Array) -> jax.Array:
+    return task.decode(outputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probabilities(task: Task, outputs: jax.Array) -> jax.Array:
+    return jnp.asarray(task.probabilities(outputs))
 
 
 def untrained(task: Task, examples: Examples, vectors: np.ndarray) -> float:

@@ -243,15 +243,14 @@ def _check(task: Task, which: str, texts: tuple[Any, ...]) -> tuple[str, ...]:
 
 def _answers(task: Task, outputs: np.ndarray) -> list[Answer]:
     values = evaluate.decode(task, outputs)
-    found = task.probabilities(jnp.asarray(outputs))
-    if found is None:
+    if not task.integer:
         return [Answer(task.name, float(value), None, None) for value in values]
     return [
         Answer(
             task.name, float(v), task.classes[int(v)],
             dict(zip(task.classes, p.tolist(), strict=True)),
         )
-        for v, p in zip(values, np.asarray(found), strict=True)
+        for v, p in zip(values, evaluate.probabilities(task, outputs), strict=True)
     ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 
 import filelock
+import jax
 import numpy as np
 import peft_oracle
 import pytest
@@ -133,6 +134,18 @@ def test_tasks_of_any_run_are_served_together(runs, tmp_path):
         assert answer.value == pytest.approx(alone.value, abs=1e-5)
         if alone.probabilities:
             assert answer.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
+def test_any_number_of_requests_takes_programs_that_are_there(three, caplog):
+    """Requests come in ever new numbers; compiling for each would cost time and memory."""
+    model = jaxlora.load(three)
+    for count in (5, 6, 7):  # the same few rows
+        model(REQUESTS * 4 + REQUESTS[:count])
+    caplog.clear()
+    with jax.log_compiles():
+        for count in range(1, 5):
+            model(REQUESTS * 4 + REQUESTS[:count])
+    assert [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()] == []
 
 
 def test_what_does_not_belong_is_refused(runs, three, tmp_path):
