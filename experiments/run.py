@@ -9,14 +9,15 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from jaxlora import host, report, rundir, settings, train
+from jaxlora import cluster, host, report, rundir, settings, train
 
 
 def main(flags: settings.Flags) -> None:
     """Run what the flags ask for."""
+    cluster.join(flags.coordinator, flags.processes, flags.process)
     host.reuse_memory()
     host.keep_programs(rundir.cache_dir() / "xla")
-    console = Console()
+    console = Console(quiet=not cluster.first())
     listener = report.ConsoleListener(console)
     out = flags.out or Path("runs") / flags.variant
     with listener.live():
@@ -26,6 +27,8 @@ def main(flags: settings.Flags) -> None:
             listener,
             resume=flags.resume,
             predict_test=flags.predict_test,
+            mesh=flags.mesh,
+            skip_nonfinite=flags.skip_nonfinite,
         )
     console.print(report.result_table(result))
     for line in report.notes(result):
@@ -34,11 +37,8 @@ def main(flags: settings.Flags) -> None:
 
 
 def cli(args: Sequence[str] | None = None) -> int:
-    """Parse flags and run; returns the exit code (2: bad input, 130: interrupted)."""
-    return host.exit_code(
-        lambda: main(tyro.cli(settings.Flags, args=args)),
-        "interrupted; go on with the same flags and --resume",
-    )
+    """Parse flags and run; returns the exit code, see `host.exit_code`."""
+    return host.exit_code(lambda: main(tyro.cli(settings.Flags, args=args)))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ old checkpoint or the new one.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,38 +14,64 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxlora import cluster
 from jaxlora.errors import UserError
+from jaxlora.rundir import read_json, write_json
 from jaxlora.trees import Tree
+
+KEPT = 2  # the newest may be damaged
 
 
 class GroupCheckpoints:
-    """The latest state of one group's training, with its progress.
+    """The latest states of one group's training, each with its progress.
+
+    Beside a checkpoint's folder stands a file with the checksums of what is in it. One that does
+    not fit them, or has none since the process was killed, is dropped when the folder is opened.
 
     Args:
       folder: where they live; made if need be.
+
+    Attributes:
+      dropped: the folders of the damaged ones.
     """
 
     def __init__(self, folder: Path) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._folder = folder.absolute()
+        self.dropped = _drop_damaged(self._folder) if cluster.first() else []
+        cluster.wait(f"checked {folder}")
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, tree: Tree, progress: dict[str, Any]) -> None:
-        """Replace the checkpoint: a pytree of arrays (PRNG keys too) and plain JSON values."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_keys_to_data(tree)),
-                progress=ocp.args.JsonSave(progress),
-            ),
-            force=True,
-        )
-        self._manager.wait_until_finished()
+        """Add a checkpoint: a pytree of arrays (PRNG keys too) and plain JSON values.
+
+        Raises:
+          UserError: if it cannot be written; the earlier ones stay.
+        """
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_keys_to_data(tree)),
+                    progress=ocp.args.JsonSave(progress),
+                ),
+                force=True,
+            )
+            self._manager.wait_until_finished()
+            if cluster.first():
+                write_json(_sums_file(self._folder / str(step)), _sums(self._folder / str(step)))
+        except Exception as error:  # whatever a full disk makes Orbax and TensorStore raise
+            raise UserError(
+                f"{self._folder / str(step)}: the checkpoint cannot be written ({error}); make "
+                "room, then go on with --resume"
+            ) from error
 
     def restore(self, like: Tree) -> tuple[Tree, dict[str, Any]] | None:
         """The latest checkpoint as (tree, progress), or None if there is none.
 
         Args:
-          like: a tree of the same structure, shapes and dtypes.
+          like: a tree of the same structure, shapes and dtypes; the arrays come to where its own
+            are, wherever they were when they were saved.
         """
         step = self.latest_step()
         if not step:
@@ -67,13 +94,45 @@ class GroupCheckpoints:
         self._manager.close()
 
 
+def _drop_damaged(folder: Path) -> list[Path]:
+    damaged = []
+    for path in sorted(folder.glob("[0-9]*")) if folder.is_dir() else []:
+        if path.is_dir() and not _fits(path):
+            shutil.rmtree(path)
+            damaged.append(path)
+    for path in folder.glob("*.sha256.json"):
+        if not (folder / path.name.split(".")[0]).is_dir():
+            path.unlink()
+    return damaged
+
+
+def _fits(path: Path) -> bool:
+    try:
+        return bool(read_json(_sums_file(path)) == _sums(path))
+    except UserError:
+        return False
+
+
+def _sums_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256.json")
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """sha256 of each file below a folder."""
+    sums = {}
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        with file.open("rb") as content:
+            sums[str(file.relative_to(path))] = hashlib.file_digest(content, "sha256").hexdigest()
+    return sums
+
+
 def save_tree(folder: Path, tree: Tree) -> None:
     """Write a tree of trained arrays.
 
     Host arrays are written, so that what one kind of device trained can be read on any other.
     """
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), jax.device_get(tree), force=True)
+        checkpointer.save(folder.absolute(), cluster.host_tree(tree), force=True)
 
 
 def load_tree(folder: Path) -> Tree:

@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can fix."""
+"""What a user should hear of in a line."""
 
 from __future__ import annotations
 
@@ -8,3 +8,15 @@ class UserError(ValueError):
 
     Scripts print the message alone and exit with code 2; library code may catch it.
     """
+
+
+class Stopped(BaseException):
+    """A signal ended the run; like `KeyboardInterrupt`, no handler of errors should catch it.
+
+    Attributes:
+      signal: its number; scripts exit with 128 + this.
+    """
+
+    def __init__(self, signal: int, where: str = "at once; nothing was saved") -> None:
+        super().__init__(f"stopped {where}")
+        self.signal = signal

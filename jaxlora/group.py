@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxlora import evaluate, step
+from jaxlora import mesh as meshes
 from jaxlora.data import batches as data_batches
 from jaxlora.plan import Data, make_steps
 from jaxlora.pretrained import Pretrained
@@ -41,6 +43,7 @@ class Group:
       eval_every: steps between evaluations.
       vectors: `(trainable, task, split) → f32[sentences, H]`.
       data: its tasks' examples.
+      mesh: the devices it runs on.
     """
 
     name: str
@@ -52,9 +55,23 @@ class Group:
     eval_every: int
     vectors: Vectors
     data: Data
+    mesh: Mesh
+
+    def train_step(self) -> Callable[..., tuple[step.TrainState, step.StepMetrics]]:
+        """Its compiled step, see `step.make_train_step`."""
+        shardings = (meshes.of_state(self.mesh, self.state), meshes.whole(self.mesh))
+        return step.make_train_step(self.setup, shardings)
+
+    def prefetch(self, start: int) -> Iterator[step.Batch]:
+        """Its batches from a step on, on their devices."""
+        return data_batches.prefetch(
+            self.batches, start, self.steps, lambda b: meshes.put(b, meshes.of_batch(self.mesh, b))
+        )
 
 
-def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[str, ...]) -> Group:
+def make_group(
+    settings: Settings, base: Pretrained, data: Data, names: tuple[str, ...], mesh: Mesh
+) -> Group:
     """Assemble a group: its parameters, its order, its packing and its optimizers."""
     dtype = jnp.dtype(settings.dtype)
     settings = settings.of_group(names)
@@ -64,6 +81,7 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
     frozen, trainable = step.split_params(
         settings.adapt, base.params, settings.lora, tree_key, dtype
     )
+    frozen = meshes.put(frozen, meshes.of_tree(mesh, frozen))
     config = base.config.with_dropout(settings.encoder_dropout)
     encode = step.encoder(config, dtype, settings.lora, settings.pooling)
     mine = {n: data[n] for n in names}
@@ -71,7 +89,7 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
     sizes = {n: len(examples) for n, examples in train.items()}
     steps = make_steps(settings, train)
     order = data_batches.make_order(sizes, settings.batch_size, settings.seed)
-    vectors = live_vectors(encode, frozen, mine, settings.max_length)
+    vectors = live_vectors(encode, frozen, mine, settings.max_length, mesh)
     batches: data_batches.PackedBatches | data_batches.VectorBatches
     if settings.adapt == "frozen":
         vectors = cached_vectors(vectors)
@@ -79,7 +97,9 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
         batches = data_batches.VectorBatches(train, order, ready)
     else:
         most, mixed = max(1, MOST_PROGRAMS // len(settings.groups)), settings.adapt == "lora"
-        batches = data_batches.plan(train, order, steps, settings.max_length, most, mixed)
+        batches = data_batches.plan(
+            train, order, steps, settings.max_length, most, mixed, mesh.size
+        )
     weights = {d.task.name: d.weight for d in settings.tasks}
     setup = step.Setup(
         chosen,
@@ -98,8 +118,9 @@ def make_group(settings: Settings, base: Pretrained, data: Data, names: tuple[st
         weights=tuple(weights[name] for name in names),
     )
     state = step.init_state(setup, trainable, state_key)
+    state = meshes.put(state, meshes.of_state(mesh, state))
     eval_every = settings.eval_every or -(-order.steps_per_epoch // 2)
-    return Group(name, setup, frozen, state, batches, steps, eval_every, vectors, mine)
+    return Group(name, setup, frozen, state, batches, steps, eval_every, vectors, mine, mesh)
 
 
 def schedule(settings: Settings, peak: float, steps: int) -> optax.Schedule:
@@ -123,9 +144,14 @@ def named_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def live_vectors(encode: step.Encode, frozen: Tree, data: Data, max_length: int) -> Vectors:
+def live_vectors(
+    encode: step.Encode, frozen: Tree, data: Data, max_length: int, mesh: Mesh
+) -> Vectors:
     """Encode a split anew at each call."""
-    encode_rows = step.make_encode(encode)
+    compiled = step.make_encode(encode, meshes.whole(mesh))
+
+    def encode_rows(frozen: Tree, trainable: Tree, rows: step.Rows) -> jax.Array:
+        return compiled(frozen, trainable, meshes.put(rows, meshes.of_rows(mesh, rows)))
 
     def vectors(trainable: Tree, task: str, split: str) -> np.ndarray:
         return evaluate.encode(encode_rows, frozen, trainable, data[task][split], max_length)

@@ -1,16 +1,19 @@
-"""The process on its host."""
+"""The process on its host: its memory, its signals, its exit code."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 
-from jaxlora.errors import UserError
+from jaxlora.errors import Stopped, UserError
 
 # glibc's <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -41,15 +44,39 @@ def keep_programs(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def exit_code(main: Callable[[], object], interrupted: str = "interrupted") -> int:
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """While this lasts, Ctrl-C and SIGTERM are remembered instead of ending the process.
+
+    The second one ends it at once. Threads other than the main one cannot be told of signals; there
+    this does nothing.
+
+    Yields:
+      A function that gives the signal's number, or 0 if there was none.
+    """
+    received: list[int] = []
+
+    def remember(number: int, frame: object) -> None:
+        if received:
+            raise Stopped(number)
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_code(main: Callable[[], object]) -> int:
     """Run a command; what the user can mend is told in a line, anything else is raised.
 
-    Args:
-      main: the command.
-      interrupted: what to say after Ctrl-C.
-
     Returns:
-      0, 2 for bad input or a file system that refuses, 130 after Ctrl-C.
+      0, 2 for bad input or a file system that refuses, 130 after Ctrl-C, 143 after SIGTERM.
     """
     try:
         main()
@@ -59,7 +86,10 @@ def exit_code(main: Callable[[], object], interrupted: str = "interrupted") -> i
     except OSError as error:
         print(f"error: {error}; is there room, and may it be written?", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0

@@ -39,18 +39,21 @@ def gram(grads: Tree) -> jax.Array:
     """
 
     def leaf(g: jax.Array) -> jax.Array:
-        rows = g.reshape(g.shape[0], -1)
-        if len(rows) > _FEW:
-            return _dots("in,jn->ij", rows, rows)
-        upper = [[_dots("n,n->", x, y) for y in rows[i:]] for i, x in enumerate(rows)]
+        if len(g) > _FEW:
+            return _dots(g, g, range(1, g.ndim))
+        upper = [[_dots(x, y, range(x.ndim)) for y in g[i:]] for i, x in enumerate(g)]
         square = jnp.stack([jnp.pad(jnp.stack(dots), (i, 0)) for i, dots in enumerate(upper)])
         return square + jnp.triu(square, 1).T
 
     return jnp.asarray(sum(map(leaf, jax.tree.leaves(grads))))
 
 
-def _dots(indices: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(indices, x, y, precision=_HIGHEST, preferred_element_type=jnp.float32)
+def _dots(x: jax.Array, y: jax.Array, axes: range) -> jax.Array:
+    # Flattening first would gather leaves whose parts lie on several devices.
+    contract = (tuple(axes), tuple(axes))
+    return jax.lax.dot_general(
+        x, y, (contract, ((), ())), precision=_HIGHEST, preferred_element_type=jnp.float32
+    )
 
 
 def orders(key: jax.Array, num_tasks: int) -> jax.Array:

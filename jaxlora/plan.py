@@ -8,8 +8,8 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlora import lora, rundir, storage
 from jaxlora.data.batches import make_order
@@ -117,7 +117,7 @@ def count(settings: Settings, base: Pretrained) -> storage.Storage:
     )  # fmt: skip
 
 
-def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data) -> Plan:
+def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data, mesh: Mesh) -> Plan:
     """Say what the run will do."""
     steps = {
         group_name(names): make_steps(
@@ -136,7 +136,7 @@ def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data) -> Pl
         unlabelled={t: sum(e.unlabelled for e in splits.values()) for t, splits in data.items()},
         storage=count(settings, base),
         steps=steps,
-        device=f"{jax.device_count()} × {jax.devices()[0].device_kind}, {settings.dtype} matmuls",
+        device=f"{mesh.size} × {mesh.devices.flat[0].device_kind}, {settings.dtype} matmuls",
     )
 
 

@@ -70,6 +70,10 @@ class ConsoleListener:
             f"{record['group']} step {record['step']}: dev {scores}  mean {record['score']:.4f}"
         )
 
+    def note(self, text: str) -> None:
+        """Print it above the bar."""
+        self._console.print(text, markup=False, highlight=False)
+
 
 def plan_table(plan: Plan) -> Table:
     """The plan as two columns."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
+
+from jaxlora import cluster
 from jaxlora.errors import UserError
 from jaxlora.settings import flag
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
-STATES, MODEL = "states", "model"
+STATES, MODEL, LOCK = "states", "model", ".lock"
 
 
 def cache_dir() -> Path:
@@ -24,7 +29,9 @@ def cache_dir() -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole: into a temporary name, then renamed."""
+    """Write a file whole: into a temporary name, then renamed. Of many processes the first does."""
+    if not cluster.first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
@@ -82,7 +89,7 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
     if not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
     if not (out / CONFIG).exists():
-        if any(out.iterdir()):
+        if any(path.name != LOCK for path in out.iterdir()):
             raise UserError(f"--out {out}: is not empty and holds no run; name another folder")
         return
     read_config(out)
@@ -125,6 +132,28 @@ def write_predictions(path: Path, ids: Iterable[str], predictions: Iterable[str]
     write_text(path, text.getvalue())
 
 
+@contextlib.contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """While this lasts, no other run may use the folder.
+
+    Raises:
+      UserError: if one does.
+    """
+    if not cluster.first():
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"--out {out}: another run is writing to it; name another") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class MetricsLog:
     """`metrics.jsonl` and TensorBoard events, one record at a time.
 
@@ -137,6 +166,8 @@ class MetricsLog:
     def __init__(self, out: Path, keep: Mapping[str, int]) -> None:
         from tensorboardX import SummaryWriter
 
+        if not cluster.first():
+            out = Path(tempfile.mkdtemp())  # so that the first one alone writes
         self.records = [r for r in read_records(out) if r["step"] <= keep.get(r["group"], 0)]
         write_text(out / METRICS, "".join(json.dumps(r) + "\n" for r in self.records))
         shutil.rmtree(out / "tensorboard", ignore_errors=True)

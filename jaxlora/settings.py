@@ -73,6 +73,12 @@ class Flags:
       out: folder of the run; default: runs/<variant>.
       resume: go on with the run in --out, if there is one.
       predict_test: write predictions for the test sets, too.
+      mesh: devices: "data=4,fsdp=2" splits rows over all eight and the encoder's trees in two;
+        auto splits rows over all there are.
+      skip_nonfinite: leave steps out whose loss is not finite, and count them.
+      coordinator: host:port of the first of many processes, where no launcher says it.
+      processes: how many there are.
+      process: which one this is, from 0.
     """
 
     variant: VariantName
@@ -112,6 +118,11 @@ class Flags:
     out: Path | None = None
     resume: bool = False
     predict_test: bool = True
+    mesh: str = "auto"
+    skip_nonfinite: bool = False
+    coordinator: str | None = None
+    processes: int = 1
+    process: int = 0
 
 
 _TUNED: dict[str, Any] = {

@@ -87,12 +87,14 @@ class StepMetrics(NamedTuple):
       update_norm: `f32[]`, norm of the encoder's update.
       conflicts: `i32[]`, pairs of tasks in conflict.
       cosines: `f32[T, T]`, between the tasks' gradients.
+      finite: `bool[]`; if not, the step changed nothing.
     """
 
     losses: jax.Array
     update_norm: jax.Array
     conflicts: jax.Array
     cosines: jax.Array
+    finite: jax.Array
 
 
 class Encode(Protocol):
@@ -336,7 +338,10 @@ def task_losses(
 def train_step(
     setup: Setup, state: TrainState, frozen: Tree, batch: Batch
 ) -> tuple[TrainState, StepMetrics]:
-    """One update of a group; jit it with `make_train_step`."""
+    """One update of a group; jit it with `make_train_step`.
+
+    A step with a loss or an update that is not finite changes nothing but the step's number.
+    """
     key = jax.random.fold_in(state.key, state.step)
     stack = trees.broadcast(state.trainable, len(setup.tasks))
     weights = jnp.array(setup.weights or (1.0,) * len(setup.tasks))
@@ -359,25 +364,37 @@ def train_step(
         head_opt_state=head_opt_state,
         key=state.key,
     )
-    norm = jnp.asarray(optax.tree.norm(updates))
-    return new, StepMetrics(per_task, norm, surgery.conflicts, surgery.cosines)
+    norm, head_norm = (jnp.asarray(optax.tree.norm(u)) for u in (updates, head_updates))
+    finite = jnp.isfinite(per_task).all() & jnp.isfinite(norm) & jnp.isfinite(head_norm)
+    kept = state.replace(step=new.step)  # type: ignore[attr-defined]
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+    return new, StepMetrics(per_task, norm, surgery.conflicts, surgery.cosines, finite)
 
 
 def make_train_step(
-    setup: Setup,
+    setup: Setup, shardings: Any = None
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, StepMetrics]]:
     """`train_step` compiled for a setup: `(state, frozen, batch) → (state, metrics)`.
 
     The old state's memory is given to the new one, so do not use the old state again.
+
+    Args:
+      setup: what the step is made of.
+      shardings: where the new state and the metrics live; None: XLA decides.
     """
     return jax.jit(
-        lambda state, frozen, batch: train_step(setup, state, frozen, batch), donate_argnums=0
+        lambda state, frozen, batch: train_step(setup, state, frozen, batch),
+        donate_argnums=0,
+        out_shardings=shardings,
     )
 
 
-def make_encode(encode: Encode) -> Callable[[Tree, Tree, Rows], jax.Array]:
+def make_encode(encode: Encode, sharding: Any = None) -> Callable[[Tree, Tree, Rows], jax.Array]:
     """The evaluation step: `(frozen, trainable, Rows) → f32[N, H]`, compiled, without dropout."""
-    return jax.jit(lambda frozen, trainable, rows: encode(frozen, trainable, rows, None))
+    return jax.jit(
+        lambda frozen, trainable, rows: encode(frozen, trainable, rows, None),
+        out_shardings=sharding,
+    )
 
 
 def make_mixed_encode(encode: Encode) -> Callable[[Tree, Tree, Rows, jax.Array], jax.Array]:

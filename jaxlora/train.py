@@ -6,16 +6,17 @@ import contextlib
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxlora import checkpoint, curves, pretrained, rundir, step, storage
+from jaxlora import checkpoint, cluster, curves, host, pretrained, rundir, step, storage, trees
+from jaxlora import mesh as meshes
 from jaxlora import plan as planning
-from jaxlora.data import batches as data_batches
-from jaxlora.errors import UserError
+from jaxlora.errors import Stopped, UserError
 from jaxlora.group import Group, evaluate_group, make_group, predict, untrained_scores
 from jaxlora.plan import Data
 from jaxlora.pretrained import Pretrained
@@ -38,6 +39,9 @@ class Listener(Protocol):
     def record(self, record: dict[str, Any]) -> None:
         """A line of `metrics.jsonl`."""
 
+    def note(self, text: str) -> None:
+        """Something that its user should know."""
+
 
 @dataclasses.dataclass
 class Progress:
@@ -49,6 +53,7 @@ class Progress:
       best_step, best_score, best_scores: the best evaluation.
       stale: evaluations since then.
       untrained: dev scores that need no training (see `evaluate.untrained`).
+      skipped: steps left out since a loss was not finite.
       done: nothing is left to do.
     """
 
@@ -59,6 +64,7 @@ class Progress:
     best_scores: dict[str, float] = dataclasses.field(default_factory=dict)
     stale: int = 0
     untrained: dict[str, float] = dataclasses.field(default_factory=dict)
+    skipped: int = 0
     done: bool = False
 
     def note(self, score: float, scores: dict[str, float], patience: int) -> bool:
@@ -79,6 +85,8 @@ def run(
     *,
     resume: bool = False,
     predict_test: bool = True,
+    mesh: str = "auto",
+    skip_nonfinite: bool = False,
 ) -> dict[str, Any]:
     """Train all groups of a run, keep each one's best, and write everything to `out`.
 
@@ -88,42 +96,52 @@ def run(
       listener: is told what happens.
       resume: go on with the run in `out`, if there is one.
       predict_test: write predictions for the test sets, too.
+      mesh: the devices, see `mesh.make_mesh`; any will do to go on with a run.
+      skip_nonfinite: leave steps out whose loss is not finite, instead of ending the run.
 
     Returns:
       The content of `result.json`.
 
     Raises:
       UserError: for bad input, before anything is written; for a loss that is not finite.
+      Stopped: after Ctrl-C or SIGTERM, when the state has been saved.
     """
+    devices = meshes.make_mesh(mesh)
     rundir.check(out, settings.to_json(), resume)
     base = pretrained.load(settings.base)
     planning.check_base(settings, base)
-    data = planning.load_data(settings, base)
+    with cluster.first_before_others("data"):
+        data = planning.load_data(settings, base)
     inputs = planning.fingerprints(base, data, settings.seed)
     rundir.check_same_inputs(out, inputs)
-    listener.plan(planning.make_plan(settings, out, base, data))
-    if (out / rundir.RESULT).exists():
+    listener.plan(planning.make_plan(settings, out, base, data, devices))
+    with rundir.only_run(out):
+        rundir.check(out, settings.to_json(), resume)  # another may have come in between
+        cluster.wait("nothing is written before all have looked")
+        if not (out / rundir.RESULT).exists():
+            versions = planning.versions()
+            config = {"settings": settings.to_json(), "inputs": inputs, "versions": versions}
+            if not rundir.exists(out):
+                rundir.write_json(out / rundir.CONFIG, config)
+            splits = ("dev", "test") if predict_test else ("dev",)
+            job = Job(settings, base, data, out, splits, devices, skip_nonfinite)
+            rundir.write_json(out / rundir.RESULT, _train_all(job, listener))
+            cluster.wait("the result is written")
         checkpoint.remove_states(out / rundir.STATES)
         return rundir.read_json(out / rundir.RESULT)
-    if not (out / rundir.CONFIG).exists():
-        config = {"settings": settings.to_json(), "inputs": inputs, "versions": planning.versions()}
-        rundir.write_json(out / rundir.CONFIG, config)
-    splits = ("dev", "test") if predict_test else ("dev",)
-    result = _train_all(Job(settings, base, data, out, splits), listener)
-    rundir.write_json(out / rundir.RESULT, result)
-    checkpoint.remove_states(out / rundir.STATES)
-    return result
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Job:
-    """What a run works on, and where: `splits` are those to predict."""
+    """What a run works on, where and how: `splits` are those to predict."""
 
     settings: Settings
     base: Pretrained
     data: Data
     out: Path
     splits: tuple[str, ...]
+    mesh: Mesh
+    skip_nonfinite: bool
 
 
 def _train_all(job: Job, listener: Listener) -> dict[str, Any]:
@@ -133,6 +151,11 @@ def _train_all(job: Job, listener: Listener) -> dict[str, Any]:
         for name in map(group_name, job.settings.groups):
             states = checkpoint.GroupCheckpoints(job.out / rundir.STATES / name)
             saved[name] = stack.enter_context(contextlib.closing(states))
+            for path in states.dropped:
+                listener.note(
+                    f"{path} was damaged, or not written to its end, and is left out; "
+                    f"{name} goes on from step {states.latest_step()}"
+                )
         steps = {name: states.latest_step() for name, states in saved.items()}
         log = stack.enter_context(contextlib.closing(rundir.MetricsLog(job.out, steps)))
         return _train_groups(job, saved, log, listener)
@@ -149,16 +172,19 @@ def _train_groups(
     progress: dict[str, dict[str, Any]] = {}
     test: dict[str, float] = {}
     for names in settings.groups:
-        group = make_group(settings, job.base, job.data, names)
+        group = make_group(settings, job.base, job.data, names, job.mesh)
         patience = settings.of_group(names).patience
-        best, done = train_group(group, saved[group.name], log, listener, patience)
+        window = Window(group, job.skip_nonfinite)
+        best, done = train_group(group, saved[group.name], log, listener, window, patience)
+        best = cluster.host_tree(best)
         bank["adapters"][group.name] = best["trainable"]
         bank["heads"] |= best["heads"]
         progress[group.name] = dataclasses.asdict(done)
         test |= predict_splits(job.out, group, best, job.splits)
     checkpoint.save_tree(job.out / rundir.MODEL, bank)
     curves.draw(log.records, job.out / "curves.png", settings.variant)
-    return summarise(settings, planning.count(settings, job.base), progress, test)
+    result = summarise(settings, planning.count(settings, job.base), progress, test)
+    return result | {"model": trees.checksum(bank)}
 
 
 def train_group(
@@ -166,6 +192,7 @@ def train_group(
     saved: checkpoint.GroupCheckpoints,
     log: rundir.MetricsLog,
     listener: Listener,
+    window: Window,
     patience: int = 0,
 ) -> tuple[dict[str, Tree], Progress]:
     """Train one group from its checkpoint, or from the start, to its end.
@@ -175,44 +202,60 @@ def train_group(
 
     Returns:
       The best `{"trainable", "heads"}` and the final progress.
+
+    Raises:
+      UserError: for a loss that is not finite; no state that it has touched is kept.
+      Stopped: after a signal; the state has been saved.
     """
     state, best, progress = _restore(group, saved)
     listener.group(group.name, progress.step, group.steps)
     if progress.done:
         return best, progress
     progress.untrained = progress.untrained or untrained_scores(group, state.trainable)
-    train_step = step.make_train_step(group.setup)
-    window = Window(group)
-    for batch in data_batches.prefetch(group.batches, progress.step, group.steps):
-        state, metrics = train_step(state, group.frozen, batch)
-        progress.step += 1
-        window.add(metrics)
-        evaluate_now = progress.step % group.eval_every == 0 or progress.step == group.steps
-        if evaluate_now or window.full:
-            record = window.flush(progress)
-            log.write(record)
-            listener.record(record)
-        if not evaluate_now:
-            continue
-        record = evaluate_group(group, state)
+    train_step = group.train_step()
+
+    def tell(record: dict[str, Any]) -> None:
         log.write(record)
         listener.record(record)
-        if progress.note(record["score"], record["dev"], patience):
-            best = jax.tree.map(jnp.copy, {"trainable": state.trainable, "heads": state.heads})
-        progress.done |= progress.step == group.steps
-        saved.save(progress.step, {"state": state, "best": best}, dataclasses.asdict(progress))
-        window.restart()
-        if progress.done:
-            break
+
+    window.restart()
+    with host.stop_signals() as stopped:
+        for batch in group.prefetch(progress.step):
+            state, metrics = train_step(state, group.frozen, batch)
+            progress.step += 1
+            window.add(metrics)
+            signal = stopped()
+            evaluate_now = progress.step % group.eval_every == 0 or progress.step == group.steps
+            if evaluate_now or signal or window.full:
+                tell(window.flush(progress))
+            if evaluate_now:
+                record = evaluate_group(group, state)
+                tell(record)
+                if progress.note(record["score"], record["dev"], patience):
+                    best = _copy_of(state)
+                progress.done |= progress.step == group.steps
+            if evaluate_now or signal:
+                kept = {"state": state, "best": best}
+                saved.save(progress.step, kept, dataclasses.asdict(progress))
+                window.restart()
+            if signal:
+                where = f"{group.name} at step {progress.step} of {group.steps}"
+                raise Stopped(signal, f"{where}, saved; go on with the same flags and --resume")
+            if progress.done:
+                break
     return best, progress
+
+
+def _copy_of(state: step.TrainState) -> dict[str, Tree]:
+    """What is kept of a state; a copy, since the step takes the state's own memory."""
+    return jax.tree.map(jnp.copy, {"trainable": state.trainable, "heads": state.heads})
 
 
 def _restore(
     group: Group, saved: checkpoint.GroupCheckpoints
 ) -> tuple[step.TrainState, dict[str, Tree], Progress]:
     state = group.state
-    # A copy: the step takes the state's own memory.
-    best = jax.tree.map(jnp.copy, {"trainable": state.trainable, "heads": state.heads})
+    best = _copy_of(state)
     found = saved.restore({"state": state, "best": best})
     if found is None:
         return state, best, Progress()
@@ -224,10 +267,15 @@ class Window:
     """The steps since the last record: their metrics, fetched together, and their time.
 
     Fetching waits for the device, so it is done once for `LOG_EVERY` steps.
+
+    Args:
+      group: whose steps.
+      skip_nonfinite: count steps that are not finite instead of refusing them.
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, skip_nonfinite: bool = False) -> None:
         self._group = group
+        self._skip = skip_nonfinite
         self._metrics: list[step.StepMetrics] = []
         self.restart()
 
@@ -253,13 +301,14 @@ class Window:
         metrics = jax.device_get(self._metrics)
         seconds = time.perf_counter() - self._began
         progress.seconds += seconds
-        mean = jax.tree.map(lambda *xs: np.mean(np.stack(xs), axis=0), *metrics)
+        finite = [one for one in metrics if one.finite]
+        skipped = len(metrics) - len(finite)
+        if skipped and not (self._skip and finite):
+            number = next(n for n, one in enumerate(metrics) if not one.finite)
+            self._refuse(progress.step - len(metrics) + number, metrics[number])
+        progress.skipped += skipped
+        mean = jax.tree.map(lambda *xs: np.mean(np.stack(xs), axis=0), *finite)
         names = [task.name for task in self._group.setup.tasks]
-        if not np.all(np.isfinite([*mean.losses, mean.update_norm])):
-            raise UserError(
-                f"the loss of {self._group.name} is not finite near step {progress.step}; "
-                "lower --learning-rate or --head-learning-rate, in another --out"
-            )
         record = {
             "kind": "train",
             "group": self._group.name,
@@ -270,9 +319,26 @@ class Window:
             "cosine": _pairs(names, mean.cosines),
             "steps_per_second": len(metrics) / seconds,
         }
+        if skipped:
+            record["skipped"] = skipped
         self._metrics = []
         self.restart()
         return record
+
+    def _refuse(self, number: int, metrics: step.StepMetrics) -> NoReturn:
+        """Say which step (from 0), which task and which examples."""
+        batches = self._group.batches
+        named = zip(batches.examples.items(), batches.order.at(number), metrics.losses, strict=True)
+        bad = [
+            f"the loss of {name} is {loss} (examples {', '.join(examples.ids[drawn[:3]])}, …)"
+            for (name, examples), drawn, loss in named
+            if not np.isfinite(loss)
+        ]
+        raise UserError(
+            f"step {number + 1} of {self._group.name}: {' and '.join(bad) or 'the update'} is not "
+            "finite; lower --learning-rate or --head-learning-rate in another --out, or leave such "
+            "steps out with --resume --skip-nonfinite"
+        )
 
 
 def _pairs(names: list[str], matrix: np.ndarray) -> dict[str, float]:

@@ -16,7 +16,7 @@ from jaxlora.lora import LoraConfig
 from jaxlora.pretrained import Pretrained
 from jaxlora.settings import Settings
 from jaxlora.tasks import Task
-from jaxlora.trees import Tree
+from jaxlora.trees import Tree, checksum
 from jaxlora.variants import group_name
 
 
@@ -182,6 +182,8 @@ def load_run(out: Path) -> Trained:
     settings, inputs = Settings.from_json(config["settings"]), config["inputs"]
     trained = checkpoint.load_tree(out / rundir.MODEL)
     result = rundir.read_json(out / rundir.RESULT)
+    if result.get("model") != checksum(trained):
+        raise UserError(f"{out / rundir.MODEL}: damaged, its content has another checksum")
     owners = {name: group_name(group) for group in settings.groups for name in group}
     served = {}
     for name, task in settings.named.items():

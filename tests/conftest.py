@@ -119,3 +119,25 @@ def tiny(tiny_base):
     from jaxlora import pretrained
 
     return pretrained.load(str(tiny_base))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A small folder of data in the CS224N format."""
+    from tiny import write_data
+
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def make(tiny_base, data_dir):
+    """Settings of a short run of a variant on that data."""
+    from tiny import short
+
+    from jaxlora.settings import Flags, resolve
+
+    def settings(variant, **more):
+        flags = short(variant, **more)
+        return resolve(Flags(variant, base=str(tiny_base), data_dir=data_dir, **flags))
+
+    return settings

@@ -127,15 +127,19 @@ class Recorded(NamedTuple):
     cosines: Any
 
 
-def recorder():
+def recorder(num_tasks):
     """A transform that keeps the per-task gradients and updates nothing."""
+
+    def init(params):
+        zeros = jax.tree.map(lambda x: jnp.zeros((num_tasks, *x.shape)), params)
+        return (Recorded(zeros, jnp.zeros(()), jnp.zeros(())),)
 
     def update(grads, state, params=None):
         del state, params
         none = jax.tree.map(lambda g: jnp.zeros_like(g[0]), grads)
         return none, (Recorded(grads, jnp.zeros(()), jnp.zeros(())),)
 
-    return optax.GradientTransformation(lambda params: (Recorded((), 0, 0),), update)
+    return optax.GradientTransformation(init, update)
 
 
 # ---- gradients
@@ -155,7 +159,7 @@ def losses_and_gradients(group, trainable):
 
 @pytest.mark.parametrize("adapt", ["lora", "full"])
 def test_each_tasks_gradient_is_its_own(adapt, tiny):
-    group = make(tiny, adapt, dropout=0.0, tx=recorder())
+    group = make(tiny, adapt, dropout=0.0, tx=recorder(3))
     start = warm(group.state.trainable) if adapt == "lora" else group.state.trainable
     with jax.default_matmul_precision("highest"):
         train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
@@ -247,7 +251,7 @@ def test_mean_is_over_real_examples():
 
 
 def test_step_and_key_decide_the_dropout(tiny):
-    group = make(tiny, tx=recorder(), head_tx=optax.sgd(0.0))
+    group = make(tiny, tx=recorder(3), head_tx=optax.sgd(0.0))
     train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
 
     def run(at, key=2):

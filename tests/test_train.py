@@ -10,57 +10,24 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import Silent, write_data
+from tiny import SHORT, Silent, leaves_equal
 
 import jaxlora
 from jaxlora import checkpoint, group, plan, pretrained, rundir, train, trees
 from jaxlora.errors import UserError
-from jaxlora.settings import Flags, resolve
+from jaxlora.mesh import make_mesh
 from jaxlora.tasks import NAMES
 
 ROOT = Path(__file__).parents[1]
-# Seven steps a group, evaluations after 2, 4, 6 and 7: the kill below falls between two.
-SHORT = {
-    "preset": "cs224n",
-    "batch_size": 6,
-    "epochs": 1,
-    "eval_every": 2,
-    "warmup_steps": 2,
-    "rank": 4,
-    "encoder_dropout": 0.1,
-    "max_length": 16,
-}
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def make(tiny_base, data_dir):
-    def settings(variant, **more):
-        flags = SHORT | more
-        if not variant.startswith("lora"):
-            del flags["rank"]
-        if variant == "baseline1":
-            del flags["encoder_dropout"]
-        return resolve(Flags(variant, base=str(tiny_base), data_dir=data_dir, **flags))
-
-    return settings
-
-
-def leaves_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize(("rate", "same"), [(0.0, True), (0.5, False)])
 def test_encoder_dropout_reaches_the_encoder(make, rate, same):
     settings = make("lora2", encoder_dropout=rate)
     base = pretrained.load(settings.base)
-    made = group.make_group(settings, base, plan.load_data(settings, base), ("sts",))
+    made = group.make_group(
+        settings, base, plan.load_data(settings, base), ("sts",), make_mesh("data=1")
+    )
     stack = trees.broadcast(made.state.trainable, 1)
     one, other = (
         made.setup.encode(made.frozen, stack, made.batches[0].inputs, jax.random.key(n))
@@ -202,8 +169,8 @@ def test_at_most_three_train_programs(make, tmp_path, monkeypatch):
     compiled = []
     make_train_step = train.step.make_train_step
 
-    def counting(setup):
-        compiled.append(make_train_step(setup))
+    def counting(setup, shardings):
+        compiled.append(make_train_step(setup, shardings))
         return compiled[-1]
 
     monkeypatch.setattr(train.step, "make_train_step", counting)
@@ -223,7 +190,9 @@ def test_patience_stops_a_group(make, tmp_path):
 
 def test_a_loss_that_is_not_finite_says_so(make, tmp_path):
     settings = make("baseline2", learning_rate=1e30, warmup_steps=0, epochs=3)
-    with pytest.raises(UserError, match="--learning-rate"):
+    with pytest.raises(
+        UserError, match=r"step \d of sst\+para\+sts: .* not finite; lower --learning-rate"
+    ):
         train.run(settings, tmp_path / "run", Silent())
 
 

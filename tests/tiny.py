@@ -1,10 +1,40 @@
-"""A small data folder in the CS224N format, and a listener that can stop a run."""
+"""Small runs: a data folder in the CS224N format, settings, and a listener that can stop a run."""
 
 import random
 from pathlib import Path
 
+import jax
+import numpy as np
+
 WORDS = ("the", "a", "film", "was", "good", "bad", "not", "very", "dog", "cat", "runs", "in")
 SIZES = {"sst": 26, "para": 40, "sts": 19}
+# Seven steps a group, evaluations after 2, 4, 6 and 7: a stop in between loses some steps.
+SHORT = {
+    "preset": "cs224n",
+    "batch_size": 6,
+    "epochs": 1,
+    "eval_every": 2,
+    "warmup_steps": 2,
+    "rank": 4,
+    "encoder_dropout": 0.1,
+    "max_length": 16,
+}
+
+
+def short(variant: str, **more: object) -> dict[str, object]:
+    """Flags of a short run, as far as they mean something to a variant."""
+    flags = SHORT | more
+    if not variant.startswith("lora"):
+        del flags["rank"]
+    if variant == "baseline1":
+        del flags["encoder_dropout"]
+    return flags
+
+
+def leaves_equal(a: object, b: object) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def sentence(rng: random.Random) -> str:
@@ -43,10 +73,13 @@ class Silent:
 
     def __init__(self, stop_at: tuple[str, int] | None = None) -> None:
         self.stop_at = stop_at
-        self.plans, self.records = [], []
+        self.plans, self.records, self.notes = [], [], []
 
     def plan(self, plan) -> None:
         self.plans.append(plan)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def group(self, name: str, start: int, steps: int) -> None:
         self.started = (name, start, steps)

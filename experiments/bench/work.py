@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from jaxlora import group, settings
-from jaxlora.data import batches as data_batches
+from jaxlora import mesh as meshes
 from jaxlora.data.examples import Examples
 from jaxlora.plan import Data
 from jaxlora.pretrained import Pretrained
-from jaxlora.step import Batch, StepMetrics, TrainState, make_train_step
+from jaxlora.step import Batch, StepMetrics, TrainState
 from jaxlora.tasks import Task, paper_tasks
 
 # Tokens of a training sentence at 0, 5, … 100 % (SST-5, Quora, STS-B; BERT's tokenizer).
@@ -102,8 +102,8 @@ class Ours:
     """
 
     def __init__(self, work: Work, base: Pretrained) -> None:
-        data, chosen = make_data(work, base), work.settings
-        self.groups = [group.make_group(chosen, base, data, g) for g in chosen.groups]
+        data, chosen, mesh = make_data(work, base), work.settings, meshes.make_mesh("data=1")
+        self.groups = [group.make_group(chosen, base, data, g, mesh) for g in chosen.groups]
         self.groups = [
             dataclasses.replace(g, setup=dataclasses.replace(g.setup, dropout=work.dropout))
             for g in self.groups
@@ -111,11 +111,9 @@ class Ours:
         self.waited = 0.0
         self.stacks: list[Batch] = []
         self._scans: list[Any] = []
-        self._steps = [make_train_step(g.setup) for g in self.groups]
+        self._steps = [g.train_step() for g in self.groups]
         self.states: list[TrainState] = [g.state for g in self.groups]
-        self._batches: list[Iterator[Batch]] = [
-            data_batches.prefetch(g.batches, 0, g.steps) for g in self.groups
-        ]
+        self._batches: list[Iterator[Batch]] = [g.prefetch(0) for g in self.groups]
 
     def run(self, steps: int) -> list[StepMetrics]:
         """Take some steps with every group, and wait for them; returns the last metrics."""

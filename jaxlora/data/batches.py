@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import grain
 import numpy as np
@@ -165,6 +165,7 @@ def plan(
     max_length: int,
     most: int,
     mixed: bool,
+    multiple: int = 1,
 ) -> PackedBatches:
     """Look at all batches of a run and choose the shapes they are packed into.
 
@@ -175,6 +176,7 @@ def plan(
       max_length: the longest row, and the longest sentence.
       most: how many shapes (compiled programs) at the most.
       mixed: whether the tasks share rows.
+      multiple: the number of rows is a multiple of this, the number of devices.
     """
     lengths = packing.row_lengths(max_length)
     needs = np.zeros((steps, len(lengths)), np.int64)
@@ -188,11 +190,23 @@ def plan(
         for column, length in enumerate(lengths):
             if longest <= length:
                 needs[step, column] = max(packing.place(n, length).rows for n in packs)
+    needs = -(-needs // multiple) * multiple
     shapes = packing.choose_shapes(needs, lengths, most)
     return PackedBatches(examples, order, tuple(shapes), mixed)
 
 
-def prefetch(batches: PackedBatches | VectorBatches, start: int, stop: int) -> Iterator[Batch]:
-    """Batches of steps `start … stop - 1`, made by Grain in a thread while the device works."""
-    steps = grain.MapDataset.range(start, stop).map(batches.__getitem__)
+def prefetch(
+    batches: PackedBatches | VectorBatches,
+    start: int,
+    stop: int,
+    put: Callable[[Batch], Batch] = lambda batch: batch,
+) -> Iterator[Batch]:
+    """Batches of steps `start … stop - 1`, made by Grain in a thread while the device works.
+
+    Args:
+      batches: indexable by step.
+      start, stop: which steps.
+      put: brings a batch to the devices.
+    """
+    steps = grain.MapDataset.range(start, stop).map(batches.__getitem__).map(put)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -1,0 +1,341 @@
+"""What may happen to a run: it is stopped, its files are damaged, a loss is not finite, …"""
+
+import dataclasses
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import Silent, leaves_equal, short, write_data
+
+from jaxlora import checkpoint, host, rundir, train
+from jaxlora.errors import Stopped, UserError
+from jaxlora.trained import load_run
+
+ROOT = Path(__file__).parents[1]
+GROUP = "sst+para+sts"
+
+
+class Signalling(Silent):
+    """Sends a signal to this very process at a training record."""
+
+    def __init__(self, step, number, times=1):
+        super().__init__()
+        self.at, self.number, self.times = step, number, times
+
+    def record(self, record):
+        super().record(record)
+        if (record["kind"], record["step"]) == ("train", self.at):
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+def models(tmp_path, *names):
+    return [checkpoint.load_tree(tmp_path / name / rundir.MODEL) for name in names]
+
+
+def timeless(out):
+    """The records of a run, all but the time they took."""
+    records = rundir.read_records(out)
+    return [{k: v for k, v in r.items() if k != "steps_per_second"} for r in records]
+
+
+@pytest.fixture
+def whole(make, tmp_path):
+    """An uninterrupted run."""
+    train.run(make("lora3"), tmp_path / "whole", Silent())
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_so(make, whole, tmp_path, number):
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=r"at step 3 of 7, saved; .* --resume") as stopped:
+        train.run(make("lora3"), tmp_path / "parts", Signalling(2, number))
+    assert stopped.value.signal == number
+    assert signal.getsignal(number) == before
+    listener = Silent()
+    train.run(make("lora3"), tmp_path / "parts", listener, resume=True)
+    assert listener.started == (GROUP, 3, 7)
+    leaves_equal(*models(tmp_path, "whole", "parts"))
+
+
+def test_a_second_signal_stops_at_once(make, tmp_path):
+    with pytest.raises(Stopped, match="nothing was saved"):
+        train.run(make("lora3"), tmp_path / "run", Signalling(2, signal.SIGTERM, times=2))
+
+
+def test_outside_the_main_thread_a_run_trains_all_the_same(make, tmp_path):
+    thread = threading.Thread(
+        target=train.run, args=(make("baseline1"), tmp_path / "run", Silent())
+    )
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run" / rundir.RESULT).exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (Stopped(signal.SIGTERM, "here"), 143, "stopped here"),
+        (Stopped(signal.SIGINT), 130, "nothing was saved"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (UserError("--rank is wrong"), 2, "error: --rank is wrong"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "is there room"),
+        (None, 0, ""),
+    ],
+)
+def test_exit_codes(raised, code, said, capsys):
+    def main():
+        if raised is not None:
+            raise raised
+
+    assert host.exit_code(main) == code
+    assert said in capsys.readouterr().err
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def biggest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+DAMAGE = {
+    "truncated": lambda step: truncate(biggest(step)),
+    "emptied": lambda step: empty(biggest(step)),
+    "one bit": lambda step: flip(biggest(step)),
+    "progress": lambda step: flip(biggest(step / "progress")),
+    "a file gone": lambda step: biggest(step).unlink(),
+    "a file more": lambda step: (step / "more").write_text("x"),
+    "no checksums": lambda step: step.with_name(f"{step.name}.sha256.json").unlink(),
+    "checksums cut off": lambda step: truncate(step.with_name(f"{step.name}.sha256.json")),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_base, data_dir, tmp_path_factory):
+    """A run that was stopped after step 6: its checkpoints are those of steps 4 and 6."""
+    from jaxlora.settings import Flags, resolve
+
+    folder = tmp_path_factory.mktemp("stopped")
+    settings = resolve(Flags("lora3", base=str(tiny_base), data_dir=data_dir, **short("lora3")))
+    train.run(settings, folder / "whole", Silent())
+    with pytest.raises(KeyboardInterrupt):
+        train.run(settings, folder / "parts", Silent((GROUP, 7)))
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_of_damaged_checkpoints_the_last_good_one_is_taken(make, stopped, tmp_path, damage):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    states = tmp_path / "parts" / rundir.STATES / GROUP
+    DAMAGE[damage](states / "6")
+    listener = Silent()
+    train.run(make("lora3"), tmp_path / "parts", listener, resume=True)
+    assert listener.started == (GROUP, 4, 7)
+    (note,) = listener.notes
+    assert str(states / "6") in note and "goes on from step 4" in note
+    leaves_equal(*models(tmp_path, "whole", "parts"))
+    assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
+
+
+def test_without_a_good_checkpoint_the_group_starts_again(make, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "parts" / rundir.STATES / GROUP).glob("[0-9]"):
+        flip(biggest(path))
+    listener = Silent()
+    train.run(make("lora3"), tmp_path / "parts", listener, resume=True)
+    assert listener.started == (GROUP, 0, 7)
+    assert len(listener.notes) == 2 and "from step 0" in listener.notes[-1]
+    leaves_equal(*models(tmp_path, "whole", "parts"))
+
+
+def test_a_damaged_model_is_not_loaded(whole):
+    flip(biggest(whole / rundir.MODEL))
+    with pytest.raises(UserError, match="model: damaged"):
+        load_run(whole)
+
+
+def test_a_result_of_another_model_is_refused(make, whole, tmp_path):
+    train.run(make("lora3", seed=1), tmp_path / "other", Silent())
+    shutil.copy(tmp_path / "other" / rundir.RESULT, whole)
+    with pytest.raises(UserError, match="another checksum"):
+        load_run(whole)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(
+    make, stopped, tmp_path, monkeypatch
+):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"make room.*--resume"):
+        patch.setattr(checkpoint, "_sums", full)  # the third thing that a save does
+        train.run(make("lora3"), run, Silent())
+    assert not (run / rundir.RESULT).exists()
+    train.run(make("lora3"), run, Silent(), resume=True)
+    leaves_equal(*models(tmp_path, "run"), *models(stopped, "whole"))
+
+
+def run_with_files_of(limit, out, flags):
+    """A run whose files may have so many bytes: writing more fails, as on a full disk."""
+
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, str(ROOT / "experiments" / "run.py"), *flags, f"--out={out}"]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False,
+        preexec_fn=small_files if limit else None,
+    )  # fmt: skip
+
+
+def flags_of(tiny_base, data_dir, **more):
+    flags = {"variant": "lora3", "base": tiny_base, "data_dir": data_dir, **short("lora3", **more)}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+
+
+@pytest.mark.slow
+def test_no_room_for_a_checkpoint(tiny_base, data_dir, stopped, tmp_path):
+    """The files of a checkpoint are the largest; those before it are smaller than the limit."""
+    shutil.copytree(stopped / "parts", tmp_path / "run")
+    flags = flags_of(tiny_base, data_dir)
+    done = run_with_files_of(20_000, tmp_path / "run", [*flags, "--resume"])
+    assert done.returncode == 2, done.stderr
+    assert "error: " in done.stderr and "Traceback" not in done.stderr
+    done = run_with_files_of(0, tmp_path / "run", [*flags, "--resume"])
+    assert done.returncode == 0, done.stderr
+    leaves_equal(*models(tmp_path, "run"), *models(stopped, "whole"))
+
+
+def test_one_run_at_a_time_in_a_folder(make, tmp_path):
+    class Second(Silent):
+        def record(self, record):
+            super().record(record)
+            with pytest.raises(UserError, match="another run is writing"):
+                train.run(make("baseline1"), tmp_path / "run", Silent(), resume=True)
+
+    first = Second()
+    train.run(make("baseline1"), tmp_path / "run", first)
+    assert first.records
+
+
+def with_nan(monkeypatch, task, number):
+    """One training label of a task is not a number."""
+    load_data = train.planning.load_data
+
+    def damaged(settings, base):
+        data = load_data(settings, base)
+        examples = data[task]["train"]
+        labels = examples.labels.copy()
+        labels[number] = np.nan
+        data[task]["train"] = dataclasses.replace(examples, labels=labels)
+        return data
+
+    monkeypatch.setattr(train.planning, "load_data", damaged)
+
+
+@pytest.mark.parametrize("variant", ["lora3", "baseline1"])
+def test_a_loss_that_is_not_finite_is_named(make, tmp_path, monkeypatch, variant):
+    with_nan(monkeypatch, "sts", 11)
+    with pytest.raises(UserError, match=r"step \d of .*: the loss of sts is nan \(examples sts-"):
+        train.run(make(variant), tmp_path / "run", Silent())
+
+
+def test_steps_that_are_not_finite_are_left_out_and_counted(make, tmp_path, monkeypatch):
+    with_nan(monkeypatch, "sts", 11)
+    with pytest.raises(UserError, match="--skip-nonfinite"):
+        train.run(make("lora3"), tmp_path / "run", Silent())
+    result = train.run(make("lora3"), tmp_path / "run", Silent(), resume=True, skip_nonfinite=True)
+    # 19 examples are drawn 40 times in 7 steps of 6, so this one in two steps or three.
+    assert result["groups"][GROUP]["skipped"] in (2, 3)
+    records = rundir.read_records(tmp_path / "run")
+    assert sum(r.get("skipped", 0) for r in records) == result["groups"][GROUP]["skipped"]
+    assert all(np.isfinite(r["loss"]["sts"]) for r in records if r["kind"] == "train")
+    (model,) = models(tmp_path, "run")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(model))
+
+
+def test_data_deleted_while_training(make, whole, tiny_base, tmp_path):
+    from jaxlora.settings import Flags, resolve
+
+    folder = write_data(tmp_path / "data")
+
+    class Deleting(Silent):
+        def record(self, record):
+            super().record(record)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    settings = resolve(Flags("lora3", base=str(tiny_base), data_dir=folder, **short("lora3")))
+    train.run(settings, tmp_path / "run", Deleting())
+    assert not folder.exists()
+    leaves_equal(*models(tmp_path, "run", "whole"))
+
+
+def test_a_clock_that_is_set_back(make, whole, tmp_path, monkeypatch):
+    now = iter(range(2_000_000_000, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    result = train.run(make("lora3"), tmp_path / "run", Silent())
+    assert result["train_seconds"] > 0
+    leaves_equal(*models(tmp_path, "run", "whole"))
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_as_if_it_never_was(tiny_base, data_dir, tmp_path):
+    """At random moments: some fall into a checkpoint, some into an evaluation."""
+    flags = flags_of(tiny_base, data_dir, epochs=40)  # 280 steps, 140 checkpoints
+    rng, kills = random.Random(0), 0
+
+    def start(out):
+        command = [sys.executable, str(ROOT / "experiments" / "run.py"), *flags, "--resume"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([*command, f"--out={tmp_path / out}"], **quiet)
+
+    def written():
+        return (tmp_path / "killed" / "metrics.jsonl").stat().st_mtime_ns
+
+    while kills < 20:
+        process, began = start("killed"), time.monotonic()
+        log = tmp_path / "killed" / "metrics.jsonl"
+        seen = written() if log.exists() else 0
+        while process.poll() is None and not (log.exists() and written() > seen):
+            time.sleep(0.01)
+            assert time.monotonic() - began < 120
+        time.sleep(rng.uniform(0, 1.5))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills >= 10
+    assert start("killed").wait() == 0
+    assert start("whole").wait() == 0
+    leaves_equal(*models(tmp_path, "killed", "whole"))
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
+    assert (tmp_path / "killed" / "predictions" / "sst-dev.csv").read_bytes() == (
+        tmp_path / "whole" / "predictions" / "sst-dev.csv"
+    ).read_bytes()
