@@ -2,13 +2,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-slow lint bench clean
 
 demo: .venv/ready  ## train lora3 on the built-in data (or go on with it, or show its result)
 	$(BIN)/python experiments/run.py --variant=lora3 --resume
 
-test: .venv/ready-for-tests lint  ## the whole test suite
-	$(BIN)/python -m pytest -n 2
+test: .venv/ready-for-tests lint  ## all checks, and the quick tests
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: .venv/ready-for-tests  ## the long tests: kills, many devices, soaks
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: .venv/ready-for-tests  ## all checks of the code itself
 	$(BIN)/ruff format --check .

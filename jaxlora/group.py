@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxlora import evaluate, step
 from jaxlora import mesh as meshes
 from jaxlora.data import batches as data_batches
-from jaxlora.plan import Data, make_steps
+from jaxlora.prepare import Data, make_steps
 from jaxlora.pretrained import Pretrained
 from jaxlora.settings import Settings
 from jaxlora.tasks import Task

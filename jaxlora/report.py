@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 from jaxlora.descriptions import Description
-from jaxlora.plan import Plan
+from jaxlora.prepare import Plan
 from jaxlora.tasks import NAMES
 from jaxlora.variants import VARIANTS, Variant
 

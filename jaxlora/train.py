@@ -13,12 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora import checkpoint, cluster, curves, host, pretrained, rundir, step, storage, trees
+from jaxlora import (
+    checkpoint,
+    cluster,
+    curves,
+    host,
+    prepare,
+    pretrained,
+    rundir,
+    step,
+    storage,
+    trees,
+)
 from jaxlora import mesh as meshes
-from jaxlora import plan as planning
 from jaxlora.errors import Stopped, UserError
 from jaxlora.group import Group, evaluate_group, make_group, predict, untrained_scores
-from jaxlora.plan import Data
+from jaxlora.prepare import Data
 from jaxlora.pretrained import Pretrained
 from jaxlora.settings import Settings
 from jaxlora.trees import Tree
@@ -30,7 +40,7 @@ LOG_EVERY = 10
 class Listener(Protocol):
     """Someone who watches a run (the console does)."""
 
-    def plan(self, plan: planning.Plan) -> None:
+    def plan(self, plan: prepare.Plan) -> None:
         """Before anything is trained."""
 
     def group(self, name: str, start: int, steps: int) -> None:
@@ -109,17 +119,17 @@ def run(
     devices = meshes.make_mesh(mesh)
     rundir.check(out, settings.to_json(), resume)
     base = pretrained.load(settings.base)
-    planning.check_base(settings, base)
+    prepare.check_base(settings, base)
     with cluster.first_before_others("data"):
-        data = planning.load_data(settings, base)
-    inputs = planning.fingerprints(base, data, settings.seed)
+        data = prepare.load_data(settings, base)
+    inputs = prepare.fingerprints(base, data, settings.seed)
     rundir.check_same_inputs(out, inputs)
-    listener.plan(planning.make_plan(settings, out, base, data, devices))
+    listener.plan(prepare.make_plan(settings, out, base, data, devices))
     with rundir.only_run(out):
         rundir.check(out, settings.to_json(), resume)  # another may have come in between
         cluster.wait("nothing is written before all have looked")
         if not (out / rundir.RESULT).exists():
-            versions = planning.versions()
+            versions = prepare.versions()
             config = {"settings": settings.to_json(), "inputs": inputs, "versions": versions}
             if not rundir.exists(out):
                 rundir.write_json(out / rundir.CONFIG, config)
@@ -183,7 +193,7 @@ def _train_groups(
         test |= predict_splits(job.out, group, best, job.splits)
     checkpoint.save_tree(job.out / rundir.MODEL, bank)
     curves.draw(log.records, job.out / "curves.png", settings.variant)
-    result = summarise(settings, planning.count(settings, job.base), progress, test)
+    result = summarise(settings, prepare.count(settings, job.base), progress, test)
     return result | {"model": trees.checksum(bank)}
 
 

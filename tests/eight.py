@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from tiny import Silent, short
 
-from jaxlora import bert, group, lora, plan, pretrained, step, train
+from jaxlora import bert, group, lora, prepare, pretrained, step, train
 from jaxlora import mesh as meshes
 from jaxlora.settings import Flags, resolve
 from jaxlora.tasks import paper_tasks
@@ -35,7 +35,7 @@ def curves(variant, base, data, *texts):
     meshes.LEAST_SPLIT = 64  # the tiny model has no large leaf
     chosen = settings(variant, base, data)
     loaded = pretrained.load(base)
-    examples = plan.load_data(chosen, loaded)
+    examples = prepare.load_data(chosen, loaded)
     found = {}
     for text in texts:
         losses = []

@@ -214,14 +214,14 @@ def test_a_run_trains_and_serves_them(folder, tiny_base, variant):
 
 
 def test_an_edited_table_is_read_anew(folder, tiny):
-    from jaxlora import plan
+    from jaxlora import prepare
 
     path = write(folder, PRICE)
     settings = resolve(Flags("lora1", tasks=(path,)))
-    before = plan.load_data(settings, tiny)["price"]["dev"].labels
+    before = prepare.load_data(settings, tiny)["price"]["dev"].labels
     text = (folder / "price.txt").read_text().replace(";60\n", ";90\n")
     (folder / "price.txt").write_text(text)
-    after = plan.load_data(settings, tiny)["price"]["dev"].labels
+    after = prepare.load_data(settings, tiny)["price"]["dev"].labels
     assert np.flatnonzero(before != after).tolist() == [7]
 
 

@@ -246,7 +246,7 @@ def test_one_run_at_a_time_in_a_folder(make, tmp_path):
 
 def with_nan(monkeypatch, task, number):
     """One training label of a task is not a number."""
-    load_data = train.planning.load_data
+    load_data = train.prepare.load_data
 
     def damaged(settings, base):
         data = load_data(settings, base)

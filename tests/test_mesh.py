@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import leaves_equal, short
 
-from jaxlora import checkpoint, cluster, group, plan, rundir
+from jaxlora import checkpoint, cluster, group, prepare, rundir
 from jaxlora import mesh as meshes
 from jaxlora.data import batches
 from jaxlora.errors import UserError
@@ -74,7 +74,7 @@ def test_the_axis_that_is_split(shape, parts, axis):
 
 def test_a_dozen_rows_on_eight_devices_become_sixteen(make, tiny):
     settings = make("lora3")
-    data = plan.load_data(settings, tiny)
+    data = prepare.load_data(settings, tiny)
     one = group.make_group(settings, tiny, data, settings.groups[0], meshes.make_mesh("data=1"))
     order, train = one.batches.order, {n: data[n]["train"] for n in settings.groups[0]}
     for count in (1, 8):

@@ -13,7 +13,7 @@ import pytest
 from tiny import SHORT, Silent, leaves_equal
 
 import jaxlora
-from jaxlora import checkpoint, group, plan, pretrained, rundir, train, trees
+from jaxlora import checkpoint, group, prepare, pretrained, rundir, train, trees
 from jaxlora.errors import UserError
 from jaxlora.mesh import make_mesh
 from jaxlora.tasks import NAMES
@@ -26,7 +26,7 @@ def test_encoder_dropout_reaches_the_encoder(make, rate, same):
     settings = make("lora2", encoder_dropout=rate)
     base = pretrained.load(settings.base)
     made = group.make_group(
-        settings, base, plan.load_data(settings, base), ("sts",), make_mesh("data=1")
+        settings, base, prepare.load_data(settings, base), ("sts",), make_mesh("data=1")
     )
     stack = trees.broadcast(made.state.trainable, 1)
     one, other = (

@@ -13,7 +13,7 @@ import numpy as np
 from jaxlora import group, settings
 from jaxlora import mesh as meshes
 from jaxlora.data.examples import Examples
-from jaxlora.plan import Data
+from jaxlora.prepare import Data
 from jaxlora.pretrained import Pretrained
 from jaxlora.step import Batch, StepMetrics, TrainState
 from jaxlora.tasks import Task, paper_tasks
