@@ -81,6 +81,11 @@ def first_before_others(name: str) -> Iterator[None]:
 
 def host_tree(tree: Tree) -> Tree:
     """Whole NumPy arrays of a tree whose parts may lie with other processes."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))
+    return jax.tree.map(_whole, tree)
+
+
+def _whole(x: jax.Array | np.ndarray) -> np.ndarray:
+    # What this process has already would come back once for each process.
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)

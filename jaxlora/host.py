@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -78,6 +79,8 @@ def exit_code(main: Callable[[], object]) -> int:
     Returns:
       0, 2 for bad input or a file system that refuses, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    # Orbax's threads print the traceback of what is raised, and told, here.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         main()
     except UserError as error:
