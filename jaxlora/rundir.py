@@ -190,8 +190,12 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close both."""
+        writer = self._board.file_writer.event_writer
         self._file.close()
-        self._board.close()
+        try:
+            self._board.close()
+        finally:
+            writer.close = lambda: None  # a full disk would be told again, at the process's end
 
 
 def flatten(record: Mapping[str, Any]) -> Iterable[tuple[str, float]]:

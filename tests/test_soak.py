@@ -1,0 +1,97 @@
+"""Long runs: both dtypes stay close, memory stays as it is, and nothing is compiled again."""
+
+import logging
+import os
+import resource
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import Silent, short, write_data
+
+from jaxlora import train
+from jaxlora.settings import Flags, resolve
+
+STEPS = 5000
+SIZES = {"sst": 260, "para": 400, "sts": 190}  # 67 steps an epoch
+WARM = 200  # steps: two epochs and all their evaluations are over
+# How far the losses of the two dtypes may be apart, as a share of the loss: docs/reliability.md.
+DISTANCE = 0.1
+
+pytestmark = pytest.mark.slow
+
+
+class Watching(Silent):
+    """Notes the process's memory, and what is compiled once it is warm."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory, self.compiled = {}, []
+
+    def record(self, record):
+        super().record(record)
+        if record["kind"] == "train":
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+            self.memory[record["step"]] = pages * resource.getpagesize()
+
+
+class Compilations(logging.Handler):
+    """What JAX's own log says it compiles, with the step after which it did."""
+
+    def __init__(self, listener):
+        super().__init__()
+        self.listener, self.found = listener, []
+
+    def emit(self, record):
+        if "Compiling" in record.getMessage():
+            self.found.append((max(self.listener.memory, default=0), record.getMessage()))
+
+
+def soak(tiny_base, folder, dtype):
+    flags = short("lora3", epochs=STEPS, max_steps=STEPS, eval_every=100, dtype=dtype)
+    settings = resolve(Flags("lora3", base=str(tiny_base), data_dir=folder / "data", **flags))
+    listener = Watching()
+    handler, logger = Compilations(listener), logging.getLogger("jax")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles(True):
+            train.run(settings, folder / dtype, listener)
+    finally:
+        logger.removeHandler(handler)
+    return listener, handler.found
+
+
+@pytest.fixture(scope="module")
+def soaked(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("soak")
+    write_data(folder / "data", SIZES)
+    return {dtype: soak(tiny_base, folder, dtype) for dtype in ("float32", "bfloat16")}
+
+
+def test_the_two_dtypes_stay_close(soaked):
+    losses = [
+        np.array([list(r["loss"].values()) for r in listener.records if r["kind"] == "train"])
+        for listener, _ in soaked.values()
+    ]
+    assert all(len(found) == STEPS // 10 for found in losses)
+    means = [found.reshape(10, -1, 3).mean(1) for found in losses]  # of 500 steps, by task
+    print("\n", means)
+    np.testing.assert_allclose(means[1], means[0], rtol=DISTANCE, atol=0.01)
+    assert (means[0][-1] < 0.5 * means[0][0]).all()  # something was learnt meanwhile
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_does_not_grow(soaked, dtype):
+    memory = soaked[dtype][0].memory
+    begin, end = memory[STEPS - 2000], memory[STEPS]
+    print("\n", dtype, begin, end)
+    assert end - begin < 8 * 2**20
+    assert os.environ["JAXLORA_CACHE"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_is_compiled_after_the_first_epochs(soaked, dtype):
+    found = soaked[dtype][1]
+    assert any("train_step" in message or "lambda" in message for step, message in found)
+    assert [message for step, message in found if WARM < step < STEPS] == []
