@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxlora import lora, rundir, storage
 from jaxlora.data.batches import make_order
 from jaxlora.data.examples import Examples, load_examples
+from jaxlora.data.sources import Place
 from jaxlora.errors import UserError
 from jaxlora.pretrained import Pretrained
 from jaxlora.settings import Settings
@@ -77,13 +78,17 @@ def load_data(settings: Settings, base: Pretrained) -> Data:
     Raises:
       UserError: for bad data, naming the file and the line.
     """
-    return {
-        name: load_examples(
-            task, settings.source, settings.place(name), base.tokenizer, base.tokenizer_key,
+
+    def load(name: str, source: str, place: Place) -> dict[str, Examples]:
+        return load_examples(
+            settings.named[name], source, place, base.tokenizer, base.tokenizer_key,
             settings.max_length, rundir.cache_dir(),
-        )
-        for name, task in settings.named.items()
-    }  # fmt: skip
+        )  # fmt: skip
+
+    data = {name: load(name, settings.source, settings.place(name)) for name in settings.named}
+    if settings.synthetic_sts:
+        data["sts"]["train"] = data["sts"]["train"].join(load("sts", "demo", None)["train"])
+    return data
 
 
 def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
