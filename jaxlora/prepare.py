@@ -124,12 +124,6 @@ def count(settings: Settings, base: Pretrained) -> storage.Storage:
 
 def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data, mesh: Mesh) -> Plan:
     """Say what the run will do."""
-    steps = {
-        group_name(names): make_steps(
-            settings.of_group(names), {n: data[n]["train"] for n in names}
-        )
-        for names in settings.groups
-    }
     shape = base.config
     return Plan(
         settings=settings,
@@ -140,9 +134,19 @@ def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data, mesh:
         truncated={t: sum(e.truncated for e in splits.values()) for t, splits in data.items()},
         unlabelled={t: sum(e.unlabelled for e in splits.values()) for t, splits in data.items()},
         storage=count(settings, base),
-        steps=steps,
+        steps=count_steps(settings, data),
         device=f"{mesh.size} × {mesh.devices.flat[0].device_kind}, {settings.dtype} matmuls",
     )
+
+
+def count_steps(settings: Settings, data: Data) -> dict[str, int]:
+    """How many steps each group takes, in the order in which they are trained."""
+    return {
+        group_name(names): make_steps(
+            settings.of_group(names), {n: data[n]["train"] for n in names}
+        )
+        for names in settings.groups
+    }
 
 
 def make_steps(settings: Settings, train: Mapping[str, Examples]) -> int:

@@ -286,12 +286,6 @@ def resolve(flags: Flags) -> Settings:
     """
     chosen = variant(flags.variant)
     given = {k: v for k, v in dataclasses.asdict(flags).items() if v is not None}
-    for name, adapts in _ONLY_FOR.items():
-        if given.get(name, False) is not False and chosen.adapt not in adapts:
-            raise UserError(
-                f"{flag(name)} means nothing to {chosen.name}: its encoder is not "
-                f"adapted that way; leave it out"
-            )
     values = _paper_rates(chosen) | PRESETS[flags.preset] | given
     for name, key in (("learning_rate", chosen.adapt), ("sts_weight", chosen.sts_loss)):
         if isinstance(values[name], dict):
@@ -321,11 +315,8 @@ def resolve(flags: Flags) -> Settings:
         | {"data_dir": None if flags.data_dir is None else str(flags.data_dir.absolute())}
         | {"base": _absolute(values["base"])}
     )
+    _refuse_meaningless(given, settings)
     _check(settings)
-    if flags.surgery is not None and all(len(group) == 1 for group in settings.groups):
-        raise UserError(
-            f"--surgery means nothing where no tasks share: {chosen.name} trains them apart"
-        )
     for group in settings.groups:
         _check(settings.of_group(group))
     return settings
@@ -382,6 +373,17 @@ _ONLY_FOR = {
     "encoder_dropout": ("lora", "full"),
     "surgery": ("lora", "full"),
 }
+
+
+def _refuse_meaningless(given: dict[str, Any], settings: Settings) -> None:
+    for name, adapts in _ONLY_FOR.items():
+        if given.get(name, False) is not False and settings.adapt not in adapts:
+            raise UserError(
+                f"{flag(name)} means nothing to {settings.variant}: its encoder is not "
+                f"adapted that way; leave it out"
+            )
+    if "surgery" in given and all(len(group) == 1 for group in settings.groups):
+        raise UserError("--surgery means nothing where each task is trained alone; leave it out")
 
 
 def _check(settings: Settings) -> None:
