@@ -112,6 +112,7 @@ def make_group(
             weight_decay=settings.weight_decay,
             seed=settings.seed,
             lora_plus_ratio=settings.lora_plus_ratio,
+            surgery=settings.surgery == "pcgrad",
         ),
         base.config.hidden_size,
         settings.pair_features,
@@ -170,8 +171,8 @@ def evaluate_group(group: Group, state: step.TrainState) -> dict[str, Any]:
     scores = {}
     for task in group.setup.tasks:
         dev = group.data[task.name]["dev"]
-        predictions = predict(group, task, state.trainable, state.heads, "dev")
-        scores[task.name] = task.score(predictions, dev.labels)
+        found = outputs(group, task, state.trainable, state.heads, "dev")
+        scores[task.name] = task.score(evaluate.decode(task, found), dev.labels)
     return {
         "kind": "eval",
         "group": group.name,
@@ -181,15 +182,14 @@ def evaluate_group(group: Group, state: step.TrainState) -> dict[str, Any]:
     }
 
 
-def predict(
+def outputs(
     group: Group, task: Task, trainable: Tree, heads: dict[str, Tree], split: str
 ) -> np.ndarray:
-    """Predictions `f32[E]` of one task on one split."""
+    """What a task's head says of one split, see `evaluate.outputs`."""
     vectors = group.vectors(trainable, task.name, split)
-    outputs = evaluate.outputs(
+    return evaluate.outputs(
         task, heads[task.name], vectors, task.sentences, group.setup.pair_features
     )
-    return evaluate.decode(task, outputs)
 
 
 def untrained_scores(group: Group, trainable: Tree) -> dict[str, float]:

@@ -135,7 +135,7 @@ class PCGradState(NamedTuple):
     cosines: jax.Array
 
 
-def pcgrad(num_tasks: int, seed: int = 0) -> optax.GradientTransformation:
+def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.GradientTransformation:
     """Combine per-task gradients by PCGrad; an optax transform to put first in a chain.
 
     `update` takes leaves `[num_tasks, ...]` (one gradient per task, for instance from
@@ -148,6 +148,8 @@ def pcgrad(num_tasks: int, seed: int = 0) -> optax.GradientTransformation:
     Args:
       num_tasks: T, the size of every leaf's leading axis; 1 makes it the identity.
       seed: seed of the random visiting orders.
+      surgery: False only sums the gradients, to compare with; the state tells what it would have
+        met all the same.
 
     Returns:
       An `optax.GradientTransformation` whose state is a `PCGradState`.
@@ -182,7 +184,9 @@ def pcgrad(num_tasks: int, seed: int = 0) -> optax.GradientTransformation:
         _check_leading_axis(updates, num_tasks)
         key, order_key = jax.random.split(state.key)
         K = gram(updates) + jnp.zeros((num_tasks, num_tasks))  # zeros for an empty tree
-        weights = project(K, orders(order_key, num_tasks)).sum(0)
+        weights = jnp.ones(num_tasks)
+        if surgery:
+            weights = project(K, orders(order_key, num_tasks)).sum(0)
         conflicts = jnp.sum(jnp.triu(K < 0, 1), dtype=jnp.int32)
         return combine(updates, weights), PCGradState(key, conflicts, cosines(K))
 

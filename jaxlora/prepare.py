@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxlora import lora, rundir, storage
 from jaxlora.data.batches import make_order
 from jaxlora.data.examples import Examples, load_examples
+from jaxlora.data.sources import Place
 from jaxlora.errors import UserError
 from jaxlora.pretrained import Pretrained
 from jaxlora.settings import Settings
@@ -77,13 +78,17 @@ def load_data(settings: Settings, base: Pretrained) -> Data:
     Raises:
       UserError: for bad data, naming the file and the line.
     """
-    return {
-        name: load_examples(
-            task, settings.source, settings.place(name), base.tokenizer, base.tokenizer_key,
+
+    def load(name: str, source: str, place: Place) -> dict[str, Examples]:
+        return load_examples(
+            settings.named[name], source, place, base.tokenizer, base.tokenizer_key,
             settings.max_length, rundir.cache_dir(),
-        )
-        for name, task in settings.named.items()
-    }  # fmt: skip
+        )  # fmt: skip
+
+    data = {name: load(name, settings.source, settings.place(name)) for name in settings.named}
+    if settings.synthetic_sts:
+        data["sts"]["train"] = data["sts"]["train"].join(load("sts", "demo", None)["train"])
+    return data
 
 
 def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
@@ -119,12 +124,6 @@ def count(settings: Settings, base: Pretrained) -> storage.Storage:
 
 def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data, mesh: Mesh) -> Plan:
     """Say what the run will do."""
-    steps = {
-        group_name(names): make_steps(
-            settings.of_group(names), {n: data[n]["train"] for n in names}
-        )
-        for names in settings.groups
-    }
     shape = base.config
     return Plan(
         settings=settings,
@@ -135,9 +134,19 @@ def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data, mesh:
         truncated={t: sum(e.truncated for e in splits.values()) for t, splits in data.items()},
         unlabelled={t: sum(e.unlabelled for e in splits.values()) for t, splits in data.items()},
         storage=count(settings, base),
-        steps=steps,
+        steps=count_steps(settings, data),
         device=f"{mesh.size} × {mesh.devices.flat[0].device_kind}, {settings.dtype} matmuls",
     )
+
+
+def count_steps(settings: Settings, data: Data) -> dict[str, int]:
+    """How many steps each group takes, in the order in which they are trained."""
+    return {
+        group_name(names): make_steps(
+            settings.of_group(names), {n: data[n]["train"] for n in names}
+        )
+        for names in settings.groups
+    }
 
 
 def make_steps(settings: Settings, train: Mapping[str, Examples]) -> int:

@@ -86,7 +86,7 @@ def plan_table(plan: Plan) -> Table:
         "encoder": {"frozen": "frozen", "full": "trained", "lora": _lora_line(plan)}[s.adapt],
         "sharing": " | ".join(",".join(group) for group in s.groups)
         + (
-            "  (PCGrad within a group)"
+            ("  (PCGrad within a group)" if s.surgery == "pcgrad" else "  (gradients summed)")
             if s.adapt != "frozen" and any(len(g) > 1 for g in s.groups)
             else ""
         ),
@@ -126,7 +126,10 @@ def _counts(plan: Plan, task: str) -> str:
     note = f"; {cut} sentences cut to {plan.settings.max_length} tokens" if cut else ""
     left_out = plan.unlabelled[task]
     note += f"; {left_out} without a label left out" if left_out else ""
-    return f"{plan.settings.source}: {counts}{note}"
+    extra = (
+        " (with the demo grammar's pairs)" if plan.settings.synthetic_sts and task == "sts" else ""
+    )
+    return f"{plan.settings.source}: {counts}{extra}{note}"
 
 
 def result_table(result: dict[str, Any]) -> Table:

@@ -123,12 +123,12 @@ def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
                 )
 
 
-def write_predictions(path: Path, ids: Iterable[str], predictions: Iterable[str]) -> None:
-    """Write a CSV `id,prediction`, whole."""
+def write_table(path: Path, columns: Mapping[str, Iterable[str]]) -> None:
+    """Write a CSV with a header, whole."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("id", "prediction"))
-    writer.writerows(zip(ids, predictions, strict=True))
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
     write_text(path, text.getvalue())
 
 

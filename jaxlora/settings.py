@@ -60,6 +60,7 @@ class Flags:
       schedule: of the learning rates after the warm-up.
       weight_decay: AdamW's.
       clip: largest norm of a group's combined gradient; larger ones are scaled down.
+      surgery: how the gradients of tasks that share are combined: by PCGrad, or only summed.
       sts_weight: factor of the STS loss beside the other tasks'; the cosine loss lives on 0–1, so
         25 brings it to the scale of the labels.
       batch_size: examples of each task in a step.
@@ -68,6 +69,7 @@ class Flags:
       eval_every: steps between evaluations and checkpoints; default: twice an epoch.
       patience: stop a group after so many evaluations without a better score; 0: never.
       max_length: tokens a sentence is cut to, and the longest row.
+      synthetic_sts: train STS on the demo grammar's pairs, too.
       seed: of everything random.
       dtype: of matmul inputs; default: bfloat16 on accelerators, float32 on CPU.
       out: folder of the run; default: runs/<variant>.
@@ -106,6 +108,7 @@ class Flags:
     schedule: Literal["constant", "linear"] | None = None
     weight_decay: float | None = None
     clip: float = 1.0
+    surgery: Literal["pcgrad", "none"] | None = None
     sts_weight: float | None = None
     batch_size: int | None = None
     epochs: int | None = None
@@ -113,6 +116,7 @@ class Flags:
     eval_every: int | None = None
     patience: int = 0
     max_length: int | None = None
+    synthetic_sts: bool = False
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
     out: Path | None = None
@@ -137,6 +141,7 @@ _TUNED: dict[str, Any] = {
     "warmup_steps": 50,
     "schedule": "linear",
     "weight_decay": 0.01,
+    "surgery": "pcgrad",
     "sts_weight": {"mse": 1.0, "cosine": 25.0},
     "batch_size": 16,
     "max_length": 128,
@@ -156,6 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 0,
         "schedule": "constant",
         "weight_decay": 0.0,
+        "surgery": "pcgrad",
         "sts_weight": 1.0,
         "batch_size": 8,
         "epochs": 10,
@@ -193,12 +199,14 @@ class Settings:
     schedule: str
     weight_decay: float
     clip: float
+    surgery: str
     batch_size: int
     epochs: int
     max_steps: int | None
     eval_every: int | None
     patience: int
     max_length: int
+    synthetic_sts: bool
     seed: int
     dtype: str
 
@@ -278,12 +286,6 @@ def resolve(flags: Flags) -> Settings:
     """
     chosen = variant(flags.variant)
     given = {k: v for k, v in dataclasses.asdict(flags).items() if v is not None}
-    for name, adapts in _ONLY_FOR.items():
-        if given.get(name, False) is not False and chosen.adapt not in adapts:
-            raise UserError(
-                f"{flag(name)} means nothing to {chosen.name}: its encoder is not "
-                f"adapted that way; leave it out"
-            )
     values = _paper_rates(chosen) | PRESETS[flags.preset] | given
     for name, key in (("learning_rate", chosen.adapt), ("sts_weight", chosen.sts_loss)):
         if isinstance(values[name], dict):
@@ -313,6 +315,7 @@ def resolve(flags: Flags) -> Settings:
         | {"data_dir": None if flags.data_dir is None else str(flags.data_dir.absolute())}
         | {"base": _absolute(values["base"])}
     )
+    _refuse_meaningless(given, settings)
     _check(settings)
     for group in settings.groups:
         _check(settings.of_group(group))
@@ -368,7 +371,19 @@ _ONLY_FOR = {
     "lora_plus_ratio": ("lora",),
     "learning_rate": ("lora", "full"),
     "encoder_dropout": ("lora", "full"),
+    "surgery": ("lora", "full"),
 }
+
+
+def _refuse_meaningless(given: dict[str, Any], settings: Settings) -> None:
+    for name, adapts in _ONLY_FOR.items():
+        if given.get(name, False) is not False and settings.adapt not in adapts:
+            raise UserError(
+                f"{flag(name)} means nothing to {settings.variant}: its encoder is not "
+                f"adapted that way; leave it out"
+            )
+    if "surgery" in given and all(len(group) == 1 for group in settings.groups):
+        raise UserError("--surgery means nothing where each task is trained alone; leave it out")
 
 
 def _check(settings: Settings) -> None:
@@ -384,6 +399,13 @@ def _check(settings: Settings) -> None:
         )
     if (settings.source == "files") != any(d.table for d in settings.tasks):
         raise UserError("--tasks goes with --source=files, and that with --tasks")
+    if settings.synthetic_sts and (
+        settings.source not in ("cs224n", "official") or "sts" not in settings.named
+    ):
+        raise UserError(
+            "--synthetic-sts adds the demo grammar's pairs to real STS pairs; it goes with "
+            "--source=cs224n or official, and not with --only that leaves sts out"
+        )
     if settings.source != "cs224n" and settings.data_dir is not None:
         raise UserError(
             f"--data-dir goes with --source=cs224n, not with --source={settings.source}"

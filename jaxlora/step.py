@@ -259,15 +259,17 @@ def optimizers(
     weight_decay: float = 0.0,
     seed: int = 0,
     lora_plus_ratio: float = 1.0,
+    surgery: bool = True,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """The encoder's chain (PCGrad → clip → AdamW) and the heads' (AdamW).
 
     Clipping comes after projection, on the combined gradient, and sees no head. Biases and
     LayerNorm are not decayed. With a `lora_plus_ratio` the adapters' B has so many times the
-    learning rate of A (Hayou et al. 2024, "LoRA+", section 4).
+    learning rate of A (Hayou et al. 2024, "LoRA+", section 4). Without `surgery` the tasks'
+    gradients are only summed.
     """
     steps = [
-        pcgrad(num_tasks, seed),
+        pcgrad(num_tasks, seed, surgery=surgery),
         optax.clip_by_global_norm(clip),
         optax.adamw(learning_rate, weight_decay=weight_decay, mask=_decayed),
     ]

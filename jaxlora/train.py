@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -17,6 +18,7 @@ from jaxlora import (
     checkpoint,
     cluster,
     curves,
+    evaluate,
     host,
     prepare,
     pretrained,
@@ -26,11 +28,13 @@ from jaxlora import (
     trees,
 )
 from jaxlora import mesh as meshes
+from jaxlora.data.examples import Examples
 from jaxlora.errors import Stopped, UserError
-from jaxlora.group import Group, evaluate_group, make_group, predict, untrained_scores
+from jaxlora.group import Group, evaluate_group, make_group, outputs, untrained_scores
 from jaxlora.prepare import Data
 from jaxlora.pretrained import Pretrained
 from jaxlora.settings import Settings
+from jaxlora.tasks import Task
 from jaxlora.trees import Tree
 from jaxlora.variants import group_name
 
@@ -61,6 +65,7 @@ class Progress:
       step: steps taken.
       seconds: time spent training.
       best_step, best_score, best_scores: the best evaluation.
+      best_seconds: time spent training until then.
       stale: evaluations since then.
       untrained: dev scores that need no training (see `evaluate.untrained`).
       skipped: steps left out since a loss was not finite.
@@ -72,6 +77,7 @@ class Progress:
     best_step: int = 0
     best_score: float = -float("inf")
     best_scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    best_seconds: float = 0.0
     stale: int = 0
     untrained: dict[str, float] = dataclasses.field(default_factory=dict)
     skipped: int = 0
@@ -81,7 +87,7 @@ class Progress:
         """Take an evaluation in; returns whether it is the best so far."""
         if score > self.best_score:
             self.best_step, self.best_score, self.best_scores = self.step, score, scores
-            self.stale = 0
+            self.best_seconds, self.stale = self.seconds, 0
             return True
         self.stale += 1
         self.done = 0 < patience <= self.stale
@@ -370,13 +376,25 @@ def predict_splits(
             examples = group.data[task.name][split]
             if not len(examples):
                 continue
-            predictions = predict(group, task, best["trainable"], best["heads"], split)
+            found = outputs(group, task, best["trainable"], best["heads"], split)
+            predictions = evaluate.decode(task, found)
             path = out / "predictions" / f"{task.name}-{split}.csv"
             shown = [f"{p:.0f}" if task.integer else f"{p:.4f}" for p in predictions]
-            rundir.write_predictions(path, examples.ids, shown)
+            columns: dict[str, Iterable[str]] = {"id": examples.ids, "prediction": shown}
+            if split == "dev":
+                columns |= _compared(task, examples, found)
+            rundir.write_table(path, columns)
             if split == "test" and examples.labelled:
                 scores[task.name] = task.score(predictions, examples.labels)
     return scores
+
+
+def _compared(task: Task, examples: Examples, found: np.ndarray) -> dict[str, list[str]]:
+    """The labels, and the probability of each predicted class (none for scores)."""
+    confidence = [""] * len(examples)
+    if task.integer:
+        confidence = [f"{p:.4f}" for p in evaluate.probabilities(task, found).max(-1)]
+    return {"label": [f"{label:g}" for label in examples.labels], "confidence": confidence}
 
 
 def summarise(

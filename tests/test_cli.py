@@ -225,6 +225,6 @@ def test_help_names_every_flag(capsys):
     flags = """variant preset data-dir base groups pooling pair-features rank alpha target-modules
     rslora rank-pattern alpha-pattern lora-dropout lora-plus-ratio tasks
     learning-rate head-learning-rate warmup-steps batch-size epochs max-steps seed dtype out resume
-    predict-test"""
+    predict-test surgery synthetic-sts"""
     for flag in flags.split():
         assert f"--{flag}" in shown

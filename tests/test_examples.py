@@ -151,6 +151,19 @@ def test_a_damaged_cache_file_is_rebuilt(tokenizer, source, tmp_path, damage):
     assert len(source) == 2
 
 
+def test_examples_are_joined(tokenizer, source, tmp_path):
+    splits = load(tokenizer, tmp_path)
+    joined = splits["train"].join(splits["dev"])
+    assert joined.ids.tolist() == ["x", "y", "z"] and joined.labels.tolist() == [1, 0, 1]
+    assert words_of(joined, 4) == ["[CLS]", "a", "[SEP]"]
+    assert words_of(joined, 5) == ["[CLS]", "b", "[SEP]"]
+    for number in range(4):
+        assert words_of(joined, number) == words_of(splits["train"], number)
+    assert joined.offsets[-1] == len(joined.tokens) and len(joined.lengths) == 6
+    with pytest.raises(ValueError, match="sentences: 2 and 1"):
+        joined.join(load(tokenizer, tmp_path, task=SST)["train"])
+
+
 def test_a_cache_file_cannot_run_code(tokenizer, source, tmp_path):
     load(tokenizer, tmp_path)
     (path,) = (tmp_path / "tokens").iterdir()

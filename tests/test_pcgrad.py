@@ -252,6 +252,15 @@ def test_state_tells_conflicts_and_cosines():
     np.testing.assert_allclose(state.cosines, [[1, -half, 0], [-half, 1, 0], [0, 0, 0]], rtol=1e-6)
 
 
+def test_without_surgery_the_sum_and_what_pcgrad_would_have_met():
+    tx = pcgrad(3, surgery=False)
+    update, state = tx.update(array(J3), tx.init(None))
+    np.testing.assert_array_equal(update, [-1, 0, 1])
+    _, met = pcgrad(3).update(array(J3), pcgrad(3).init(None))
+    assert int(state.conflicts) == int(met.conflicts) == 2  # of J3's rows 0 and 1, 0 and 2
+    np.testing.assert_array_equal(state.cosines, met.cosines)
+
+
 def test_cosines_stay_within_one():
     J = jnp.full((2, 1000), 0.1)
     assert float(jnp.abs(cosines(gram(J))).max()) <= 1

@@ -33,7 +33,9 @@ def test_write_text_leaves_nothing_behind_when_it_fails(tmp_path):
 
 
 def test_predictions_are_csv(tmp_path):
-    rundir.write_predictions(tmp_path / "p" / "x.csv", ["a,b", "c"], ["1", "0.5000"])
+    rundir.write_table(
+        tmp_path / "p" / "x.csv", {"id": ["a,b", "c"], "prediction": ["1", "0.5000"]}
+    )
     assert (tmp_path / "p" / "x.csv").read_text() == 'id,prediction\n"a,b",1\nc,0.5000\n'
 
 

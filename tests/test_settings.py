@@ -103,6 +103,25 @@ def test_adapter_flags_out_of_range(values):
         resolve(Flags("lora3", **values))
 
 
+def test_surgery_is_for_tasks_that_share():
+    assert resolve(Flags("lora3")).surgery == "pcgrad"
+    assert resolve(Flags("lora1")).surgery == "pcgrad"
+    assert resolve(Flags("baseline2", surgery="none")).surgery == "none"
+    assert resolve(Flags("lora1", surgery="none", groups="sst|para,sts")).surgery == "none"
+    for variant, more in (("lora1", {}), ("baseline1", {}), ("lora3", {"only": ("sst",)})):
+        with pytest.raises(UserError, match="--surgery means nothing"):
+            resolve(Flags(variant, surgery="none", **more))
+
+
+def test_synthetic_sts_goes_with_real_sts():
+    data = Path("x")
+    assert resolve(Flags("lora3", data_dir=data, synthetic_sts=True)).synthetic_sts
+    assert resolve(Flags("lora3", "paper", synthetic_sts=True)).synthetic_sts
+    for more in ({}, {"data_dir": data, "only": ("sst", "para")}):
+        with pytest.raises(UserError, match="--synthetic-sts"):
+            resolve(Flags("lora3", synthetic_sts=True, **more))
+
+
 def test_only_some_of_the_tasks():
     settings = resolve(Flags("lora3", only=("sts", "sst")))
     assert list(settings.named) == ["sst", "sts"]

@@ -195,6 +195,30 @@ def test_encoder_is_projected_and_clipped_and_heads_are_not(tiny):
     assert metrics.conflicts == jnp.sum(jnp.triu(metrics.cosines, 1) < 0)
 
 
+def test_without_surgery_the_tasks_gradients_are_summed(tiny):
+    """Plain gradient descent on the summed loss, which knows of no task axis."""
+    tx = optax.chain(pcgrad(3, surgery=False), optax.sgd(1.0))
+    group = make(tiny, dropout=0.0, tx=tx)
+    state = group.state.replace(trainable=warm(group.state.trainable))
+    stack = lambda tree: trees.broadcast(tree, 3)  # noqa: E731
+
+    def total(tree):
+        batch, key = group.batch, jax.random.key(0)
+        return step.task_losses(
+            group.setup, stack(tree), state.heads, group.frozen, batch, key
+        ).sum()
+
+    after, metrics = step.train_step(group.setup, state, group.frozen, group.batch)
+    by_hand = jax.tree.map(lambda p, g: p - g, state.trainable, jax.grad(total)(state.trainable))
+    for x, y in zip(jax.tree.leaves(after.trainable), jax.tree.leaves(by_hand), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    surgical = dataclasses.replace(group.setup, tx=optax.chain(pcgrad(3), optax.sgd(1.0)))
+    surgical_state = state.replace(opt_state=surgical.tx.init(state.trainable))
+    other, met = step.train_step(surgical, surgical_state, group.frozen, group.batch)
+    assert metrics.conflicts == met.conflicts > 0
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, after.trainable, other.trainable)) > 1e-3
+
+
 # ---- what a step may depend on
 
 

@@ -92,6 +92,57 @@ def test_predictions_match_the_restored_model(make, data_dir, tmp_path):
             assert all(r["prediction"] in "01234" for r in written)
 
 
+@pytest.mark.parametrize("variant", ["lora3", "lora2"])
+def test_dev_predictions_stand_beside_their_labels(make, data_dir, tmp_path, variant):
+    result = train.run(make(variant), tmp_path / "run", Silent())
+    model = jaxlora.load(tmp_path / "run")
+    for task, file in (("sst", "ids-sst"), ("para", "quora"), ("sts", "sts")):
+        with (data_dir / f"{file}-dev.csv").open() as source:
+            given = list(csv.DictReader(source, delimiter="\t"))
+        with (tmp_path / "run" / "predictions" / f"{task}-dev.csv").open() as predicted:
+            written = list(csv.DictReader(predicted))
+        assert list(written[0]) == ["id", "prediction", "label", "confidence"]
+        assert [r["id"] for r in written] == [r["id"] for r in given]
+        label = {"sst": "sentiment", "para": "is_duplicate", "sts": "similarity"}[task]
+        labels = [float(r[label]) for r in given]
+        np.testing.assert_allclose([float(r["label"]) for r in written], labels, rtol=1e-6)
+        predictions = np.array([float(r["prediction"]) for r in written])
+        score = model.tasks[task].score(predictions, np.array(labels, np.float32))
+        assert score == pytest.approx(result["dev"][task], abs=1e-4)
+        texts = [
+            r["sentence"] if task == "sst" else (r["sentence1"], r["sentence2"]) for r in given
+        ]
+        asked = [(task, text) if task == "sst" else (task, *text) for text in texts]
+        for answer, row in zip(model(asked), written, strict=True):
+            if task == "sts":
+                assert row["confidence"] == ""
+            else:
+                chosen = answer.probabilities[answer.label]
+                assert float(row["confidence"]) == pytest.approx(chosen, abs=2e-4)
+
+
+def test_the_time_to_the_best_score():
+    progress = train.Progress()
+    for step, seconds, score in ((2, 1.5, 0.3), (4, 3.0, 0.7), (6, 4.5, 0.5)):
+        progress.step, progress.seconds = step, seconds
+        progress.note(score, {}, 0)
+    assert (progress.best_step, progress.best_seconds) == (4, 3.0)
+
+
+def test_synthetic_pairs_are_trained_on_and_belong_to_the_inputs(make):
+    plain, more = (make("lora4", synthetic_sts=added) for added in (False, True))
+    base = pretrained.load(plain.base)
+    without, added = (prepare.load_data(settings, base) for settings in (plain, more))
+    own = without["sts"]["train"]
+    assert len(added["sts"]["train"]) == len(own) + 2000
+    assert added["sts"]["train"].ids[: len(own)].tolist() == own.ids.tolist()
+    for task, split in (("sts", "dev"), ("sts", "test"), ("sst", "train"), ("para", "train")):
+        assert len(added[task][split]) == len(without[task][split])
+    prints = [prepare.fingerprints(base, data, 0) for data in (without, added)]
+    differ = {name for name in prints[0] if prints[0][name] != prints[1][name]}
+    assert differ == {"the data of sts", "the order of examples"}
+
+
 def test_no_test_predictions_when_not_asked(make, tmp_path):
     train.run(make("baseline1"), tmp_path / "run", Silent(), predict_test=False)
     names = {p.name for p in (tmp_path / "run" / "predictions").iterdir()}

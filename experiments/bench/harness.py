@@ -11,9 +11,9 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -47,14 +47,17 @@ class Spread:
         return f"{1e3 * self.median:.1f} ({1e3 * self.low:.1f}–{1e3 * self.high:.1f})"
 
 
+K = TypeVar("K", bound=Hashable)
+
+
 def interleave(
-    sides: Mapping[str, Callable[[], object]], rounds: int, warmups: int = 1
-) -> dict[str, Spread]:
+    sides: Mapping[K, Callable[[], object]], rounds: int, warmups: int = 1
+) -> dict[K, Spread]:
     """Run the sides in turn, A B A B …, and time each call; `warmups` rounds are not counted.
 
     Each side must wait for its own results, and none may go on working after that.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    seconds: dict[K, list[float]] = {name: [] for name in sides}
     for _ in range(warmups + rounds):
         for name, side in sides.items():
             began = time.perf_counter()

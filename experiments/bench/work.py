@@ -91,8 +91,8 @@ def real_tokens(work: Work, base: Pretrained) -> float:
     return sum(work.batch_size * t.sentences * means[name] for name, t in work.tasks.items())
 
 
-class Ours:
-    """Our side: the groups of a variant, each with its step and its batches (20 epochs).
+class Steps:
+    """The steps of some groups, each on its batches, over and over.
 
     Attributes:
       groups: see `group.Group`.
@@ -101,24 +101,25 @@ class Ours:
       waited: seconds that steps have waited for their batches so far.
     """
 
-    def __init__(self, work: Work, base: Pretrained) -> None:
-        data, chosen, mesh = make_data(work, base), work.settings, meshes.make_mesh("data=1")
-        self.groups = [group.make_group(chosen, base, data, g, mesh) for g in chosen.groups]
-        self.groups = [
-            dataclasses.replace(g, setup=dataclasses.replace(g.setup, dropout=work.dropout))
-            for g in self.groups
-        ]
+    def __init__(self, groups: list[group.Group]) -> None:
+        self.groups = groups
         self.waited = 0.0
         self.stacks: list[Batch] = []
         self._scans: list[Any] = []
         self._steps = [g.train_step() for g in self.groups]
         self.states: list[TrainState] = [g.state for g in self.groups]
-        self._batches: list[Iterator[Batch]] = [g.prefetch(0) for g in self.groups]
+        self._batches: list[Iterator[Batch]] = [_over_and_over(g) for g in self.groups]
 
     def run(self, steps: int) -> list[StepMetrics]:
         """Take some steps with every group, and wait for them; returns the last metrics."""
         for _ in range(steps):
             metrics = [self._step(i) for i in range(len(self.groups))]
+        return jax.block_until_ready(metrics)
+
+    def run_group(self, i: int, steps: int) -> StepMetrics:
+        """As `run`, with one group."""
+        for _ in range(steps):
+            metrics = self._step(i)
         return jax.block_until_ready(metrics)
 
     def compile(self) -> None:
@@ -148,6 +149,25 @@ class Ours:
         state, metrics = self._steps[i](self.states[i], self.groups[i].frozen, batch)
         self.states[i] = state
         return metrics
+
+
+class Ours(Steps):
+    """Our side: the groups of a variant."""
+
+    def __init__(self, work: Work, base: Pretrained) -> None:
+        data, chosen, mesh = make_data(work, base), work.settings, meshes.make_mesh("data=1")
+        groups = [group.make_group(chosen, base, data, g, mesh) for g in chosen.groups]
+        super().__init__(
+            [
+                dataclasses.replace(g, setup=dataclasses.replace(g.setup, dropout=work.dropout))
+                for g in groups
+            ]
+        )
+
+
+def _over_and_over(of: group.Group) -> Iterator[Batch]:
+    while True:
+        yield from of.prefetch(0)
 
 
 def _make_scan(train_step: Any) -> Any:

@@ -62,6 +62,20 @@ class Examples:
         offsets = np.concatenate([[0], np.cumsum([len(t) for t in tokens])])
         return Examples(self.ids[numbers], np.concatenate(tokens), offsets, self.labels[numbers], 1)
 
+    def join(self, other: Examples) -> Examples:
+        """These examples and then another's of as many sentences."""
+        if self.sentences != other.sentences:
+            raise ValueError(f"sentences: {self.sentences} and {other.sentences}")
+        return Examples(
+            np.concatenate([self.ids, other.ids]),
+            np.concatenate([self.tokens, other.tokens]),
+            np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]),
+            np.concatenate([self.labels, other.labels]),
+            self.sentences,
+            self.truncated + other.truncated,
+            self.unlabelled + other.unlabelled,
+        )
+
     @property
     def labelled(self) -> bool:
         """Whether every example has a label."""

@@ -1,0 +1,162 @@
+"""The runs of a reproduction: what each is, whether it may be (gone on) run, how far it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.studies import Study, arguments
+from jaxlora import prepare, pretrained, rundir
+from jaxlora.errors import UserError
+from jaxlora.prepare import Data
+from jaxlora.pretrained import Pretrained
+from jaxlora.settings import Flags, Settings, resolve
+
+SCRIPT = Path(__file__).with_name("run.py")
+LOGS = "logs"
+_LAST_RECORD = 1 << 14  # bytes; more than a record of metrics.jsonl has
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One study with one seed.
+
+    Attributes:
+      study: what is run.
+      flags: all its flags.
+      settings: what they resolve to.
+      root: the folder of the reproduction.
+      steps: group → steps, in the order in which groups are trained.
+    """
+
+    study: Study
+    flags: Flags
+    settings: Settings
+    root: Path
+    steps: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.study.name} seed {self.flags.seed}"
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return self.root / self.study.name / f"seed{self.flags.seed}"
+
+    @property
+    def log(self) -> Path:
+        """Where its process writes what it says."""
+        return self.root / LOGS / f"{self.study.name}-seed{self.flags.seed}.log"
+
+    @property
+    def command(self) -> Sequence[str]:
+        """What its process runs: it goes on with what is there."""
+        flags = dataclasses.replace(self.flags, out=self.out, resume=True)
+        return [sys.executable, str(SCRIPT), *arguments(flags)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is a result."""
+        return (self.out / rundir.RESULT).exists()
+
+    @property
+    def total(self) -> int:
+        """Steps of all groups."""
+        return sum(self.steps.values())
+
+    def done(self) -> int:
+        """Steps taken so far, by the last record of its log."""
+        if self.finished:
+            return self.total
+        last = _last_record(self.out / rundir.METRICS)
+        if last is None or last["group"] not in self.steps:
+            return 0
+        names = list(self.steps)
+        before = names[: names.index(last["group"])]
+        return sum(self.steps[name] for name in before) + int(last["step"])
+
+    def result(self) -> dict[str, Any]:
+        """The content of `result.json`."""
+        content: dict[str, Any] = rundir.read_json(self.out / rundir.RESULT)
+        return content
+
+
+def _last_record(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a file that another process may be writing to."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LAST_RECORD))
+            *lines, _ = file.read().split(b"\n")
+        record: dict[str, Any] = json.loads(lines[-1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return record
+
+
+class Inputs:
+    """Bases and data, loaded once for all runs that read the same."""
+
+    def __init__(self) -> None:
+        self._base = functools.cache(pretrained.load)
+        self._data: dict[tuple[Any, ...], Data] = {}
+
+    def of(self, settings: Settings) -> tuple[Pretrained, Data]:
+        """What a run will read.
+
+        Raises:
+          UserError: for anything wrong with it.
+        """
+        s = settings
+        base = self._base(s.base)
+        prepare.check_base(s, base)
+        key = (s.base, s.source, s.data_dir, s.max_length, s.synthetic_sts)
+        if key not in self._data:
+            self._data[key] = prepare.load_data(s, base)
+        return base, self._data[key]
+
+
+def make_run(study: Study, flags: Flags, root: Path, inputs: Inputs) -> Run:
+    """Resolve and check a run; nothing is written.
+
+    Raises:
+      UserError: for flags or data that will not do, and for a folder that holds another run.
+    """
+    try:
+        settings = resolve(flags)
+        base, data = inputs.of(settings)
+        run = Run(study, flags, settings, root, prepare.count_steps(settings, data))
+        rundir.check(run.out, settings.to_json(), resume=True)
+        rundir.check_same_inputs(run.out, prepare.fingerprints(base, data, settings.seed))
+    except UserError as error:
+        raise UserError(f"{study.name}: {error}") from error
+    return run
+
+
+def twins(runs: Iterable[Run]) -> dict[Run, Run]:
+    """Runs that would repeat another: each with the one whose results are its own, too.
+
+    A study may ask for what is a preset's default, say lora4 with rank 15. Of equal runs the one
+    that has begun is kept, else the first.
+    """
+    first: dict[Settings, Run] = {}
+    found = {}
+    for run in sorted(runs, key=lambda r: r.out.is_symlink() or not r.out.exists()):
+        same = first.setdefault(run.settings, run)
+        if same is not run and not run.out.exists():
+            found[run] = same
+    return found
+
+
+def link(run: Run, same: Run) -> None:
+    """Let a run's folder be another's."""
+    run.out.parent.mkdir(parents=True, exist_ok=True)
+    run.out.unlink(missing_ok=True)
+    run.out.symlink_to(os.path.relpath(same.out, run.out.parent))

@@ -1,0 +1,134 @@
+"""What is run and compared: the paper's eight variants, and the questions it left open, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxlora.errors import UserError
+from jaxlora.settings import Flags, flag
+from jaxlora.variants import VARIANTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A variant, and how it is run.
+
+    Attributes:
+      name: of its folder.
+      variant: what it is based on.
+      flags: values of `settings.Flags` that make it what it is.
+      about: a line for people.
+      real_data: whether it means nothing to the built-in data.
+    """
+
+    name: str
+    variant: str
+    flags: Mapping[str, Any]
+    about: str
+    real_data: bool = False
+
+    def to_flags(self, **given: Any) -> Flags:
+        """Its flags, with `given` ones wherever the study leaves them open.
+
+        >>> STUDIES["rank4"].to_flags(rank=8, seed=1) == Flags("lora4", rank=4, alpha=15.0, seed=1)
+        True
+        """
+        return Flags(self.variant, **given | dict(self.flags))  # type: ignore[arg-type]
+
+
+_ABOUT = {
+    "baseline1": "frozen BERT, heads only, squared error for STS",
+    "baseline2": "all weights shared, PCGrad, squared error",
+    "baseline3": "all weights shared, PCGrad, cosine",
+    "baseline4": "all weights, one BERT a task, cosine",
+    "lora1": "an adapter a task, squared error",
+    "lora2": "an adapter a task, cosine",
+    "lora3": "one adapter shared, PCGrad, squared error",
+    "lora4": "one adapter shared, PCGrad, cosine",
+}
+FIXED_ALPHA = 15.0
+RANKS = (1, 4, 15, 64)
+LORA_RATES = ("1e-5", "1e-4", "1e-3")
+FULL_RATES = ("1e-5", "5e-5", "1e-4")
+
+
+def _table() -> Iterable[tuple[str, str, dict[str, Any], str]]:
+    for name in VARIANTS:
+        yield name, name, {}, _ABOUT[name]
+    for name in ("lora3", "lora4", "baseline3"):
+        about = f"{name} with its gradients only summed, no PCGrad"
+        yield f"{name}-summed", name, {"surgery": "none"}, about
+    yield (
+        "pairs",
+        "lora4",
+        {"groups": "sst|para,sts"},
+        "an adapter for SST, one for both pair tasks",
+    )
+    slow = {"batch_size": 24, "warmup_steps": 200}
+    yield "warmup24", "lora3", slow, "lora3 with batch 24 and a warm-up of 200 steps"
+    for rank in RANKS:
+        fixed = {"rank": rank, "alpha": FIXED_ALPHA}
+        yield f"rank{rank}", "lora4", fixed, f"lora4 with rank {rank}, alpha {FIXED_ALPHA:g}"
+        scaled = {"rank": rank, "alpha": float(rank)}
+        yield f"rank{rank}-scaled", "lora4", scaled, f"lora4 with rank and alpha {rank}"
+    for kind, variant, rates in (("lora", "lora4", LORA_RATES), ("full", "baseline3", FULL_RATES)):
+        for rate in rates:
+            about = f"{variant} with the encoder's learning rate {rate}"
+            yield f"{kind}-lr-{rate}", variant, {"learning_rate": float(rate)}, about
+    cls, concat = {"pooling": "cls"}, {"pair_features": "concat"}
+    yield "cls", "lora4", cls, "lora4 on [CLS] vectors"
+    yield "concat", "lora4", concat, "lora4 with pairs as u, v"
+    yield "cls-concat", "lora4", cls | concat, "lora4 on [CLS] vectors, pairs as u, v"
+
+
+_SYNTHETIC = Study(
+    "synthetic", "lora4", {"synthetic_sts": True}, "lora4 with the demo grammar's STS pairs", True
+)
+STUDIES: dict[str, Study] = {row[0]: Study(*row) for row in _table()} | {"synthetic": _SYNTHETIC}
+EXTRAS = tuple(name for name in STUDIES if name not in VARIANTS)
+
+
+def study(name: str) -> Study:
+    """Look a study up.
+
+    Raises:
+      UserError: for an unknown name, with one like it.
+    """
+    if name not in STUDIES:
+        close = difflib.get_close_matches(name, STUDIES, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"--variants {name}: unknown (known: {', '.join(STUDIES)}){hint}")
+    return STUDIES[name]
+
+
+def arguments(flags: Flags) -> list[str]:
+    """The command line that gives these flags.
+
+    >>> arguments(Flags("lora3", rank=4, seed=1, resume=True))
+    ['--variant=lora3', '--rank=4', '--seed=1', '--resume']
+    """
+    words = []
+    for field in dataclasses.fields(flags):
+        value = getattr(flags, field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(field.name) if value else flag(f"no_{field.name}"))
+        elif isinstance(value, tuple):
+            words += [flag(field.name), *map(str, value)]
+        else:
+            words.append(f"{flag(field.name)}={value}")
+    return words
+
+
+def command(flags: Flags) -> str:
+    """What to type for these flags.
+
+    >>> command(Flags("lora4", groups="sst|para,sts"))
+    "python experiments/run.py --variant=lora4 '--groups=sst|para,sts'"
+    """
+    return shlex.join(["python", "experiments/run.py", *arguments(flags)])

@@ -1,0 +1,93 @@
+"""Step times of variants, measured in turn: a slow minute of the machine harms all alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.bench import harness
+from experiments.bench.work import Steps
+from experiments.runs import Run
+from jaxlora import group, mesh, prepare, pretrained, rundir
+from jaxlora.settings import Settings
+
+FILE = "timing.json"
+ROUNDS = 10
+STEPS = 4  # in a round, of each group
+
+
+def timed(runs: Sequence[Run]) -> list[Run]:
+    """The runs whose time is asked about: the variants, with PCGrad and without, once each."""
+    first = {run.study.name: run for run in reversed(runs) if set(run.study.flags) <= {"surgery"}}
+    return list(reversed(first.values()))
+
+
+def make_side(settings: Settings) -> Callable[[int, int], None]:
+    """A study's groups on its own data, compiled: `(number of the group, steps)` takes steps."""
+    base = pretrained.load(settings.base)
+    data, devices = prepare.load_data(settings, base), mesh.make_mesh("auto")
+    groups = [group.make_group(settings, base, data, names, devices) for names in settings.groups]
+    steps = Steps(groups)
+    steps.compile()
+
+    def side(number: int, count: int) -> None:
+        steps.run_group(number, count)
+
+    return side
+
+
+def measure(
+    runs: Sequence[Run], path: Path, rounds: int = ROUNDS, steps: int = STEPS
+) -> dict[str, Any]:
+    """Time the steps of each group of each study, and write `timing.json`.
+
+    A study's time a step is the mean over its groups' steps, as many as each takes in a run.
+    """
+    runs = timed(runs)
+    Console().print(f"timing {len(runs)} variants in turn: they get ready first …")
+    workers = {run: harness.Worker(make_side, run.settings) for run in runs}
+    sides = {
+        (run, number): lambda w=worker, n=number: w(n, steps)
+        for run, worker in workers.items()
+        for number in range(len(run.steps))
+    }
+    spreads = harness.interleave(sides, rounds, warmups=1)
+    for worker in workers.values():
+        worker.close()
+    found = {
+        "machine": harness.machine(),
+        "rounds": rounds,
+        "studies": {
+            run.study.name: {
+                "ms_per_step": mean_step(
+                    list(run.steps.values()),
+                    [spreads[run, n].per(steps) for n in range(len(run.steps))],
+                ),
+                "steps": run.total,
+            }
+            for run in runs
+        },
+    }
+    rundir.write_json(path, found)
+    return found
+
+
+def mean_step(counts: Sequence[int], spreads: Sequence[harness.Spread]) -> dict[str, float]:
+    """Milliseconds a step, of groups with so many steps each.
+
+    >>> quick, slow = harness.Spread(0.01, 0.01, 0.02), harness.Spread(0.03, 0.05, 0.06)
+    >>> mean_step([3, 1], [quick, slow])
+    {'low': 15.0, 'median': 20.0, 'high': 30.0}
+    """
+    parts = [dataclasses.asdict(spread) for spread in spreads]
+    return {
+        name: round(
+            1e3 * sum(n * part[name] for n, part in zip(counts, parts, strict=True)) / sum(counts),
+            6,
+        )
+        for name in parts[0]
+    }
