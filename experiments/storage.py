@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from jaxlora import bank, bert, host, lora, rundir, trees
+from jaxlora import bank, bert, host, lora, trees
 from jaxlora.lora import LoraConfig
-from jaxlora.storage import Storage
 from jaxlora.tasks import Task
 from jaxlora.trained import Served, Trained
 
 MB = 1e6
-_BYTES = 4  # of a float32
 BASES = {
     "MiniLM": bert.BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
     "bert-base": bert.BertConfig(),
@@ -88,85 +86,8 @@ def measure(base: str, count: int, rank: int, folder: Path) -> Row:
         dict.fromkeys(served, adapter), "mean", 128, "float32", "made up",
     )  # fmt: skip
     bank.add(folder, trained, list(served))
-    return Row(base, count, weigh(folder) / MB, _BYTES * trees.count(shapes) / MB)
-
-
-def weigh(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """What a way of adapting stores for so many tasks.
-
-    Attributes:
-      tasks: how many.
-      incremental, bundled: numbers of parameters, see `jaxlora.storage.Storage`.
-      disk, disk_bundled: the same in MB on disk.
-    """
-
-    tasks: int
-    incremental: int
-    bundled: int
-    disk: float
-    disk_bundled: float
-
-
-def of_run(out: Path, counts: Sequence[int] = (3, 10, 100)) -> list[Stored]:
-    """What a finished run's way stores for its number of tasks and for others.
-
-    Raises:
-      UserError: if it is not a finished run.
-    """
-    settings = rundir.read_config(out)["settings"]
-    found = Storage(**rundir.read_json(out / rundir.RESULT)["parameters"])
-    sizes = [len(group) for group in settings["groups"]]
-    own_base = settings["adapt"] == "full"
-    return [extrapolate(found, sizes, own_base, weigh(out / rundir.MODEL), n) for n in counts]
-
-
-def extrapolate(
-    found: Storage, sizes: Sequence[int], own_base: bool, disk: int, tasks: int
-) -> Stored:
-    """Each task more has a head of the average size; groups grow in number as the tasks do.
-
-    But where all share one tree, they go on to share it.
-
-    Args:
-      found: what the run stores.
-      sizes: tasks in each group.
-      own_base: whether the base is not needed, since all weights were trained.
-      disk: bytes of the run's model.
-      tasks: how many.
-
-    >>> shared = Storage(base=100, encoder=30, heads=12, incremental=42, bundled=142)
-    >>> extrapolate(shared, [3], False, 420, 10).incremental  # 30 + 10 × 4
-    70
-    >>> apart = Storage(base=100, encoder=90, heads=12, incremental=102, bundled=202)
-    >>> extrapolate(apart, [1, 1, 1], False, 1020, 10).incremental  # 10 × 30 + 10 × 4
-    340
-    """
-    ratio = tasks / sum(sizes)
-    encoder = found.encoder * (1 if len(sizes) == 1 else ratio)
-    incremental = round(encoder + found.heads * ratio)
-    base = 0 if own_base else found.base
-    size = disk * incremental / found.incremental
-    return Stored(tasks, incremental, incremental + base, size / MB, (size + _BYTES * base) / MB)
-
-
-def stored_table(found: Mapping[str, Sequence[Stored]]) -> list[list[str]]:
-    """Cells of a table of runs by name, the header first."""
-    head = ["run", "tasks", "incremental", "bundled", "on disk", "with the base"]
-    cells = [
-        [
-            name, str(one.tasks), f"{one.incremental / 1e6:,.2f}M", f"{one.bundled / 1e6:,.2f}M",
-            f"{one.disk:,.1f} MB", f"{one.disk_bundled:,.1f} MB",
-        ]
-        for name, several in found.items()
-        for one in several
-    ]  # fmt: skip
-    return [head, *cells]
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Row(base, count, size / MB, 4 * trees.count(shapes) / MB)
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:

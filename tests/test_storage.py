@@ -1,13 +1,10 @@
 """Storage: bert-base by shapes alone, and the paper's Table 3 row by row."""
 
-import json
-
 import pytest
 
 from experiments import storage as weigh
 from jaxlora import storage
 from jaxlora.bert import BertConfig
-from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks import paper_tasks
 from jaxlora.variants import SEPARATE, SHARED, VARIANTS
@@ -93,47 +90,6 @@ def test_two_means_do_not_follow_from_their_rows():
         "baseline3": (63.32, 62.32),
         "lora2": (62.23, 62.41),
     }
-
-
-def run_folder(folder, adapt, groups, parameters, disk):
-    (folder / "model" / "d").mkdir(parents=True)
-    (folder / "model" / "a").write_bytes(b"x" * (disk - 10))
-    (folder / "model" / "d" / "b").write_bytes(b"x" * 10)
-    settings = {"adapt": adapt, "groups": groups}
-    (folder / "config.json").write_text(json.dumps({"settings": settings, "inputs": {}}))
-    result = {"parameters": dict(zip(storage.Storage._fields, parameters, strict=True))}
-    (folder / "result.json").write_text(json.dumps(result))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("adapt", "groups", "parameters", "at_ten"),
-    [
-        # base, encoder, heads, incremental, bundled; ten tasks have heads of 4 each.
-        ("lora", [["a", "b", "c"]], (1000, 30, 12, 42, 1042), (70, 1070)),
-        ("lora", [["a"], ["b"], ["c"]], (1000, 90, 12, 102, 1102), (340, 1340)),
-        ("lora", [["a"], ["b", "c"]], (1000, 60, 12, 72, 1072), (240, 1240)),
-        ("frozen", [["a"], ["b"], ["c"]], (1000, 0, 12, 12, 1012), (40, 1040)),
-        ("full", [["a", "b", "c"]], (1000, 1000, 12, 1012, 1012), (1040, 1040)),
-        ("full", [["a"], ["b"], ["c"]], (1000, 3000, 12, 3012, 3012), (10040, 10040)),
-    ],
-)
-def test_a_run_for_more_tasks(tmp_path, adapt, groups, parameters, at_ten):
-    disk = 5 * parameters[3]  # five bytes a parameter
-    run = run_folder(tmp_path, adapt, groups, parameters, disk)
-    three, ten = weigh.of_run(run, (3, 10))
-    assert (three.incremental, three.bundled) == parameters[3:]
-    assert (ten.incremental, ten.bundled) == at_ten
-    assert (three.disk, ten.disk) == pytest.approx((disk / 1e6, 5 * at_ten[0] / 1e6))
-    base = 0 if adapt == "full" else 4 * 1000
-    assert ten.disk_bundled == pytest.approx((5 * at_ten[0] + base) / 1e6)
-    assert weigh.stored_table({"x": [ten]})[1][:2] == ["x", "10"]
-
-
-def test_an_unfinished_run_is_not_weighed(tmp_path):
-    (run_folder(tmp_path, "lora", [["a"]], (1, 1, 1, 2, 3), 10) / "result.json").unlink()
-    with pytest.raises(UserError, match=r"result\.json"):
-        weigh.of_run(tmp_path)
 
 
 def test_a_bank_weighs_what_its_parameters_do(tmp_path):
