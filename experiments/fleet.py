@@ -110,6 +110,7 @@ class Fleet(Generic[J]):
             for process in processes:
                 if process.poll() is None:
                     process.terminate()
+                    process.wait()
 
 
 def start(job: Job) -> subprocess.Popen[bytes]:

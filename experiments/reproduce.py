@@ -137,12 +137,12 @@ def write_plan(runs: Sequence[Run], flags: Flags) -> None:
     if old.get("preset", flags.preset) != flags.preset:
         raise UserError(f"--out {flags.root}: holds runs of --preset={old['preset']}; name another")
     asked = {*old["studies"], *(run.study.name for run in runs)}
-    commands = {r.study.name: command(dataclasses.replace(r.flags, seed=0)) for r in runs}
+    commands = {r.study.name: command(dataclasses.replace(r.flags, out=r.out)) for r in runs}
     plan = {
         "preset": flags.preset,
         "studies": [name for name in STUDIES if name in asked],
         "seeds": sorted({*old["seeds"], *flags.seeds}),
-        "commands": old["commands"] | commands,
+        "commands": commands | old["commands"],
     }
     rundir.write_json(path, plan)
 
