@@ -120,7 +120,7 @@ def make_group(
     )
     state = step.init_state(setup, trainable, state_key)
     state = meshes.put(state, meshes.of_state(mesh, state))
-    eval_every = settings.eval_every or -(-order.steps_per_epoch // 2)
+    eval_every = settings.eval_every or -(-order.steps_per_epoch // 4)
     return Group(name, setup, frozen, state, batches, steps, eval_every, vectors, mine, mesh)
 
 

@@ -22,7 +22,7 @@ from jaxlora import trees
 from jaxlora.trees import Tree
 
 PAPER_TARGETS = ("query", "key", "value", "attention.output.dense")
-
+ALL_TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")  # every layer's
 
 Path = tuple[str, ...]
 
