@@ -59,13 +59,14 @@ class Board:
         self._progress.remove_task(self._bars.pop(run))
         took = duration(time.monotonic() - self._began[run][0])
         if code == 0 and run.finished:
-            self._console.print(f"{run.name}: done in {took}, dev {_scores(run)}")
-            return
-        self._failed.add(run)
-        self._console.print(
-            f"{run.name}: failed after {took}: {fleet.reason(run.log, code)}",
-            markup=False, highlight=False,
-        )  # fmt: skip
+            self.say(f"{run.name}: done in {took}, dev {_scores(run)}")
+        else:
+            self._failed.add(run)
+            self.say(f"{run.name}: failed after {took}: {fleet.reason(run.log, code)}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def look(self) -> None:
         """Move the bars."""

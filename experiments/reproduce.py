@@ -164,7 +164,7 @@ def run_all(runs: Sequence[Run], jobs: int, console: Console) -> list[tuple[Run,
     for run, other in same.items():
         if other.finished:
             link(run, other)
-            console.print(f"{run.name}: the same settings as {other.name}, and so its results")
+            board.say(f"{run.name}: the same settings as {other.name}, and so its results")
     return [(run, code) for run, code in ended if code or not run.finished]
 
 

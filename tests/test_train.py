@@ -36,6 +36,20 @@ def test_encoder_dropout_reaches_the_encoder(make, rate, same):
     assert bool((one == other).all()) == same
 
 
+@pytest.mark.parametrize(("surgery", "sign"), [("pcgrad", -1), ("none", 1)])
+def test_surgery_reaches_the_optimizer(make, surgery, sign):
+    """The sum of these is (-2, 1), PCGrad's (0.1, 1.3); Adam's first step has the other sign."""
+    settings = make("lora3", surgery=surgery)
+    base = pretrained.load(settings.base)
+    data = prepare.load_data(settings, base)
+    made = group.make_group(settings, base, data, settings.groups[0], make_mesh("data=1"))
+    params = {"kernel": jax.numpy.zeros(2)}
+    gradients = {"kernel": jax.numpy.array([[1.0, 0.0], [-3.0, 1.0], [0.0, 0.0]])}
+    state = made.setup.tx.init(params)
+    updates, _ = jax.jit(made.setup.tx.update)(gradients, state, params)
+    assert np.sign(updates["kernel"]).tolist() == [sign, -1]
+
+
 @pytest.mark.parametrize(
     ("variant", "groups"),
     [
