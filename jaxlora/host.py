@@ -26,11 +26,13 @@ def reuse_memory() -> bool:
     XLA allocates a program's temporary memory anew each time it runs it. glibc takes so large a
     piece from the kernel and gives it back, so on CPU every train step faults hundreds of megabytes
     in again, page by page: a quarter to a third of its time. The price is that the process keeps
-    its peak memory until it ends.
+    its peak memory until it ends; so that this is one step's, the next waits for it (on CPU both
+    would use the same cores).
 
     Returns:
       Whether the C library could be told (it is glibc).
     """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:
         return False

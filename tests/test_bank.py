@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import hashlib
 import json
+import resource
 import shutil
+from pathlib import Path
 
 import filelock
 import jax
@@ -17,6 +19,7 @@ import jaxlora
 from jaxlora import bank, checkpoint, cli, exchange, lora, rundir, train, trees
 from jaxlora import manifest as manifests
 from jaxlora.errors import UserError
+from jaxlora.predict_file import predict_file
 from jaxlora.settings import Flags, resolve
 from jaxlora.trained import load_run
 
@@ -662,6 +665,24 @@ def test_a_table_is_answered_in_order_and_in_parts(three, call, tmp_path, monkey
         assert row["probabilities"] == (
             answer.probabilities and pytest.approx(answer.probabilities)
         )
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_table(three, tmp_path, monkeypatch):
+    """It is read and answered part by part."""
+    monkeypatch.setattr("jaxlora.predict_file.PART", 256)
+    source, parts, memory = tmp_path / "in.tsv", 24, {}
+    text = " ".join(["film"] * 40)  # cut to the bank's length: cheap to answer, costly to keep
+    lines = [f"r{n}\tsst\t{n} {text}\t\n" for n in range(256 * parts)]
+    source.write_text(HEADER + "".join(lines))
+
+    def note(done):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        memory[done] = pages * resource.getpagesize()
+
+    predictor = jaxlora.load(three)
+    assert predict_file(predictor, source, tmp_path / "out.jsonl", None, note) == 256 * parts
+    assert memory[256 * parts] - memory[256 * 8] < 3 * 2**20
 
 
 @pytest.mark.parametrize(
