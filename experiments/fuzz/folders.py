@@ -21,6 +21,8 @@ from jaxlora import bank, exchange, lora, manifest, peft_files, pretrained, rund
 from jaxlora.bert import param_shapes
 from jaxlora.descriptions import NAME
 from jaxlora.errors import UserError
+from jaxlora.lora import LoraConfig
+from jaxlora.plain import build
 from jaxlora.settings import Settings
 
 INDEX = "model.safetensors.index.json"
@@ -40,7 +42,9 @@ def targets(folder: Path) -> dict[str, tuple[Inputs, Callable[..., None]]]:
         "base index": (hostile.json_files({"weight_map": {"x": "model.safetensors"}}), read_index),
         "base weights": (_tensors(base / "model.safetensors"), read_weights),
         "tokenizer file": (_json(base / "tokenizer.json"), read_tokenizer),
-        "PEFT config": (_json(peft / peft_files.CONFIG), _in_copy(peft, peft_files.CONFIG, adapter)),
+        "PEFT config": (
+            _json(peft / peft_files.CONFIG), _in_copy(peft, peft_files.CONFIG, adapter)
+        ),
         "PEFT tensors": (
             _tensors(peft / peft_files.TENSORS), _in_copy(peft, peft_files.TENSORS, adapter)
         ),
@@ -58,7 +62,7 @@ def _json(path: Path) -> st.SearchStrategy[bytes]:
 
 
 def _tensors(path: Path) -> st.SearchStrategy[bytes]:
-    """safetensors files: damaged, or with another header that has the right length."""
+    """Safetensors files: damaged, or with another header that has the right length."""
     content = path.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
@@ -153,7 +157,7 @@ def _check_trained(found: trained.Trained, names: list[str]) -> None:
     assert list(found.served) == names
     for name, one in found.served.items():
         assert NAME.fullmatch(name) and one.task.name == name and one.tree in found.trees
-        assert 0 <= one.task.outputs
+        assert one.task.outputs >= 0
         json.dumps(dict(one.facts))
     for config in found.configs.values():
         assert math.isfinite(config.scale_of(("self", "query")))
@@ -173,7 +177,7 @@ def read_bank(value: tuple[bytes, bool], scratch: Path) -> None:
     for name in found["tasks"]:
         bank.describe(scratch, name)
     for plain in found["adapters"].values():
-        assert math.isfinite(manifest.lora_config(plain).scale_of(("self", "query")))
+        assert math.isfinite(build(LoraConfig, plain).scale_of(("self", "query")))
     with contextlib.suppress(UserError):
         bank.load(scratch)
 

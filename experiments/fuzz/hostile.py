@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 # What has broken readers before.
 NASTY = (
-    "", " ", "\t", "\n", "\r\n", "\r", "\0", "\ufeff", '"', '""', "'", ",", ";", "|", "\\", "=", "..",
-    "../", "/", "~", "~nobody", "e\u0301\u0323", "\u05e9\u05dc\u05d5\u05dd", "\u202eabc\u202c",
-    "\U0001f937\U0001f3fd\u200d\u2640\ufe0f", "\u2028", "\u0085", "\x1a", "\ud800", "\udcff", "[CLS]",
-    "[SEP]", "nan", "inf", "-1", "1e400", "1_0", "\u0663", "²", "9" * 5000, "NULL", "%s", "{}",
+    "", " ", "\t", "\n", "\r\n", "\r", "\0", "\ufeff", '"', '""', "'", ",", ";", "|", "\\", "=",
+    "..", "../", "/", "~", "~nobody", "e\u0301\u0323", "\u05e9\u05dc\u05d5\u05dd",
+    "\u202eabc\u202c",    "\U0001f937\U0001f3fd\u200d\u2640\ufe0f", "\u2028", "\u0085", "\x1a", "\ud800", "\udcff",
+    "[CLS]", "[SEP]", "nan", "inf", "-1", "1e400", "1_0", "\u0663", "²",
+    "9" * 5000, "NULL", "%s", "{}",
 )  # fmt: skip
 
 texts = st.lists(
@@ -74,7 +75,7 @@ def tables(sample: bytes, delimiter: str) -> st.SearchStrategy[bytes]:
       sample: the sound table.
       delimiter: what separates its fields.
     """
-    header, *found = csv.reader(sample.decode().splitlines(), delimiter=delimiter)
+    header, *found = csv.reader(sample.decode().splitlines(keepends=True), delimiter=delimiter)
     right = st.sampled_from(found).flatmap(
         lambda row: st.tuples(*(st.one_of(st.just(cell), st.just(cell), texts) for cell in row))
     )
@@ -99,9 +100,7 @@ numbers = st.one_of(
 )
 values = st.recursive(
     st.one_of(st.none(), numbers, texts),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=3)
-    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=3)),
     max_leaves=5,
 )
 _GONE = object()
@@ -117,8 +116,10 @@ def changed(document: Any, most: int = 3) -> st.SearchStrategy[Any]:
 
 def _places(document: Any, path: tuple[Any, ...] = ()) -> Any:
     """Paths of all parts; a dict has one more, a key that is not there."""
-    keys = {dict: lambda d: [*d, "extra"], list: lambda d: range(len(d))}
-    for key in keys.get(type(document), lambda _: ())(document):
+    keys: Any = ()
+    if isinstance(document, dict | list):
+        keys = [*document, "extra"] if isinstance(document, dict) else range(len(document))
+    for key in keys:
         yield (*path, key)
         if key != "extra":
             yield from _places(document[key], (*path, key))

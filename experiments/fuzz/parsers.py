@@ -1,7 +1,8 @@
-"""Targets that parse what a user writes: groups, meshes, tasks; and packing, whose input they decide."""
+"""Targets that parse what a user writes: groups, meshes, tasks; and packing, which serves all."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -101,7 +102,7 @@ def _partitions() -> st.SearchStrategy[str]:
 def groups(text: str, scratch: Path) -> None:
     """`variants.parse_groups`: taken if and only if it is a partition without an empty group."""
     parts = [[n.strip() for n in part.split(",") if n.strip()] for part in text.split("|")]
-    partition = Counter(sum(parts, [])) == Counter(NAMES) and all(parts)
+    partition = Counter(itertools.chain(*parts)) == Counter(NAMES) and all(parts)
     try:
         assert parse_groups(text) == tuple(map(tuple, parts)) and partition
     except UserError:
@@ -153,9 +154,7 @@ def pack(value: tuple[list[int], int], scratch: Path) -> None:
         raise UserError("as documented") from None
     assert fits
     tokens = [np.arange(n) + 100 * k + 1 for k, n in enumerate(lengths)]
-    rows = packing.fill(
-        tokens, range(len(lengths)), len(lengths), packing.Shape(where.rows, size)
-    )
+    rows = packing.fill(tokens, range(len(lengths)), len(lengths), packing.Shape(where.rows, size))
     assert rows.tokens.shape == (where.rows, size)
     assert sorted(rows.tokens[rows.tokens > 0].tolist()) == sorted(
         number for sentence in tokens for number in sentence.tolist()

@@ -24,7 +24,7 @@ TOPIC = Task("topic", "classification", classes=("sport", "science", "2"))
 PRICE = Task("price", "regression", pair=True, low=-10, high=90.5)
 TSV = {
     "sst": b'\tid\tsentence\tsentiment\n0\ta\tA good dog .\t3\n1\tb\t"A ""bad"" dog"\t0.0\n',
-    "para": b"\tid\tsentence1\tsentence2\tis_duplicate\n0\ta\tOne ?\tTwo \xd7 ?\t1.0\n",
+    "para": b"\tid\tsentence1\tsentence2\tis_duplicate\n0\ta\tOne ?\tTwo \xc3\x97 ?\t1.0\n",
     "sts": b'\tid\tsentence1\tsentence2\tsimilarity\r\n0\ta\t"One\r\ntwo"\tTwo\t4.6\r\n',
 }
 CSV = b'key,first,second,label\nx,"A, dog",A cat,1\ny,"A ""dog""",A cat,2\nz,A dog,cat,\n'
@@ -208,5 +208,3 @@ def _cache(folder: Path) -> tuple[st.SearchStrategy[bytes], Callable[..., None]]
                 np.testing.assert_array_equal(a, b)
 
     return hostile.damaged(path.read_bytes()), check
-
-

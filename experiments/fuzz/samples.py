@@ -51,7 +51,9 @@ def trained(base_folder: Path) -> Trained:
     weights = base_folder / "model.safetensors"
     shapes, key = param_shapes(BERT), jax.random.key(0)
     served = {
-        task.name: Served(task, task.name, task.init_head(key, BERT.hidden_size, "concat"), "concat")
+        task.name: Served(
+            task, task.name, task.init_head(key, BERT.hidden_size, "concat"), "concat"
+        )
         for task in TASKS
     }
     return Trained(
@@ -90,14 +92,14 @@ def run(folder: Path, source: Trained) -> Path:
     """A finished run."""
     settings = resolve(Flags("lora1", base=source.base, rank=2, max_length=16, max_steps=1))
     tree = {
-        "adapters": {name: found for name, found in source.trees.items()},
+        "adapters": dict(source.trees),
         "heads": {name: one.head for name, one in source.served.items() if one.head},
     }
     checkpoint.save_tree(folder / rundir.MODEL, tree)
     inputs = {"the base model": source.sha256, "the data of sst": "0" * 64}
     config = {"settings": settings.to_json(), "inputs": inputs, "versions": {"jax": "0"}}
     rundir.write_json(folder / rundir.CONFIG, config)
-    dev = {name: 0.5 for name in source.served}
+    dev = dict.fromkeys(source.served, 0.5)
     model = trees.checksum(checkpoint.load_tree(folder / rundir.MODEL))
     rundir.write_json(folder / rundir.RESULT, {"dev": dev, "model": model})
     return folder
