@@ -7,7 +7,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # names of models are inputs, too
 
 import dataclasses
-import shutil
 import sys
 import tempfile
 import time
@@ -95,8 +94,6 @@ def _chunk(target: Target, count: int, seed: int, scratch: Path, tally: Tally) -
     )
     @hypothesis.given(target.inputs)
     def attempt(value: Any) -> None:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
         try:
             accepted = target.accepts(value, scratch)
         except Exception as error:
@@ -132,7 +129,8 @@ def main(flags: Flags) -> None:
         names = flags.only or tuple(targets)
         for name in names:
             share = -(-flags.inputs // len(names))
-            tallies[name] = fuzz(targets[name], share, flags.seed, Path(folder) / "scratch")
+            with tempfile.TemporaryDirectory() as scratch:
+                tallies[name] = fuzz(targets[name], share, flags.seed, Path(scratch))
     console.print(_table(tallies))
     for tally in tallies.values():
         if tally.failure:

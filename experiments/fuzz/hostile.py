@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 NASTY = (
     "", " ", "\t", "\n", "\r\n", "\r", "\0", "\ufeff", '"', '""', "'", ",", ";", "|", "\\", "=",
     "..", "../", "/", "~", "~nobody", "e\u0301\u0323", "\u05e9\u05dc\u05d5\u05dd",
-    "\u202eabc\u202c",    "\U0001f937\U0001f3fd\u200d\u2640\ufe0f", "\u2028", "\u0085", "\x1a", "\ud800", "\udcff",
+    "\u202eabc\u202c",
+    "\U0001f937\U0001f3fd\u200d\u2640\ufe0f", "\u2028", "\u0085", "\x1a", "\ud800", "\udcff",
     "[CLS]", "[SEP]", "nan", "inf", "-1", "1e400", "1_0", "\u0663", "²",
     "9" * 5000, "NULL", "%s", "{}",
 )  # fmt: skip

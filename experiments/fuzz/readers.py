@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import shutil
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,7 +124,11 @@ def answer(echo: Echo, value: tuple[bytes, str | None, str], scratch: Path) -> N
         assert not target.exists()
         raise
     finally:
-        assert {path.name for path in scratch.iterdir()} <= {source.name, target.name}
+        assert {path.name for path in scratch.iterdir()} <= {
+            source.name,
+            "answers.csv",
+            "answers.jsonl",
+        }
     text = target.read_bytes().decode()
     if suffix == ".csv":
         assert len(list(csv.reader(io.StringIO(text, newline="")))) == count + 1
@@ -176,7 +181,8 @@ def _archives() -> st.SearchStrategy[bytes]:
 def unpack(content: bytes, scratch: Path) -> None:
     """`official.unzip`: nothing outside of its folder."""
     place = scratch / "place"
-    place.mkdir(exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
     archive = place / "x.zip"
     archive.write_bytes(content)
     try:

@@ -27,7 +27,7 @@ class Target:
     Attributes:
       name: of the target.
       inputs: makes inputs.
-      check: `(input, an empty scratch folder)`.
+      check: `(input, a scratch folder of the target's own)`.
       errors: the documented ones.
     """
 

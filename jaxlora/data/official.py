@@ -170,7 +170,8 @@ def unzip(archive: Path) -> Path:
         scratch.rename(target)
     except _UNREADABLE as error:
         raise UserError(
-            f"--source official: {archive} is damaged or cannot be unpacked ({error}); delete it and run again."
+            f"--source official: {archive} is damaged or cannot be unpacked ({error}); "
+            "delete it and run again."
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
