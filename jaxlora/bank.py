@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxlora import checkpoint, lora, rundir, trees
+from jaxlora import checkpoint, folders, lora, rundir, trees
 from jaxlora import manifest as manifests
 from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
@@ -318,11 +318,20 @@ def _size(folder: Path) -> int:
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, make: bool = True) -> Iterator[None]:
-    """One writer at a time.
+    """One writer at a time, and nothing that everybody may write to.
 
     Raises:
       UserError: if another process is writing, or the folder cannot be made.
     """
+    with folders.guarded():
+        lock = _lock(folder, make=make)
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _lock(folder: Path, *, make: bool) -> filelock.FileLock:
     if make:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -335,7 +344,4 @@ def _locked(folder: Path, *, make: bool = True) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder}: another process is changing it; try again") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    return lock

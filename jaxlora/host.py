@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 
+from jaxlora import folders
 from jaxlora.errors import Stopped, UserError
 
 # glibc's <malloc.h>
@@ -79,7 +80,8 @@ def exit_code(main: Callable[[], object]) -> int:
       0, 2 for bad input or a file system that refuses, 130 after Ctrl-C, 143 after SIGTERM.
     """
     try:
-        main()
+        with folders.guarded():
+            main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -27,7 +27,7 @@ from jaxlora.errors import UserError
 from jaxlora.folders import whole
 from jaxlora.json_files import read_object
 from jaxlora.lora import LoraConfig
-from jaxlora.pretrained import read_safetensors
+from jaxlora.pretrained import read_safetensors, split_revision
 from jaxlora.rundir import write_json
 from jaxlora.trees import Tree
 
@@ -100,10 +100,12 @@ def _dense_layers() -> frozenset[lora.Path]:
 def _to_peft(config: LoraConfig, base_name: str, layers: int) -> dict[str, Any]:
     # A name that would also mean the pooler, which our encoder has not.
     pooler = any(lora.matches(name, _POOLER) for name in config.target_modules)
+    name, revision = split_revision(base_name)
     return {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": config.alpha,

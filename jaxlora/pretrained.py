@@ -37,6 +37,9 @@ _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNor
 # Sizes beyond any BERT, which only a damaged config has.
 MOST, _MOST = 10_000_000, {"num_hidden_layers": 1000}
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
+_PATH = (".", "/", "~")  # how what cannot be a hub id begins
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_REVISION = re.compile(r"[A-Za-z0-9](?!.*\.\.)[A-Za-z0-9._/-]*")  # it becomes part of a path
 _HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.txt")
 
 
@@ -61,40 +64,69 @@ class Pretrained:
     sha256: str
 
 
-def load(base: str) -> Pretrained:
+def load(base: str, sha256: str | None = None) -> Pretrained:
     """Load a base model.
 
     Args:
-      base: `minilm`, a local Hugging Face folder, or a hub id such as `bert-base-uncased`.
+      base: `minilm`, a local Hugging Face folder, or a hub id such as `bert-base-uncased`, which
+        `@` and a revision (a commit, a tag, a branch) may follow.
+      sha256: the checksum that its weights must have, see `checksum`; None: any.
 
     Raises:
-      UserError: if it cannot be found, is not a BERT we can run, or a tensor does not fit.
+      UserError: if it cannot be found, has another checksum, is not a BERT we can run, or a tensor
+        does not fit.
     """
+    if sha256 is not None and not _SHA256.fullmatch(sha256):
+        raise UserError(f"--base-sha256 {sha256}: a checksum has 64 hexadecimal digits")
     folder = find(base)
     config = read_config(folder / "config.json")
     files = weight_files(folder)
-    sha256 = checksum(files)
-    if base == MINILM and sha256 != MINILM_SHA256:
+    found = checksum(files)
+    if sha256 not in (None, found):
         raise UserError(
-            f"{files[0]}: sha256 is {sha256}, not the published {MINILM_SHA256}; "
+            f"--base {base}: the weights in {folder} have sha256 {found}, not {sha256} as "
+            "--base-sha256 says; they are not used"
+        )
+    if base == MINILM and found != MINILM_SHA256:
+        raise UserError(
+            f"{files[0]}: sha256 is {found}, not the published {MINILM_SHA256}; "
             f"reinstall it: {MINILM_PIP} --force-reinstall"
         )
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, config, folder)
     key = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    return Pretrained(base, config, convert(read_tensors(files), config), tokenizer, key, sha256)
+    return Pretrained(base, config, convert(read_tensors(files), config), tokenizer, key, found)
 
 
 def find(base: str) -> Path:
-    """The local folder of a base model; a hub id is downloaded (or taken from the hub's cache)."""
+    """The local folder of a base model; a hub id is downloaded (or taken from the hub's cache).
+
+    Raises:
+      UserError: if there is none.
+    """
     if base == MINILM:
         return _packaged_minilm()
     folder = local_folder(base)
     if folder is not None:
         return folder
-    if base.startswith((".", "/", "~")) or base.count("/") > 1:
+    name, revision = split_revision(base)
+    if name.startswith(_PATH) or name.count("/") > 1:
         raise UserError(f"--base {base}: no such folder")
-    return _download(base)
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise UserError(f"--base {base}: {revision!r} is no revision; give a commit, tag or branch")
+    return _download(name, revision)
+
+
+def split_revision(base: str) -> tuple[str, str | None]:
+    """A base's name, and the revision that it is pinned to; a path is left whole.
+
+    >>> split_revision("bert-base-uncased@v1"), split_revision("minilm")
+    (('bert-base-uncased', 'v1'), ('minilm', None))
+    """
+    if base.startswith(_PATH):
+        return base, None
+    name, at, revision = base.partition("@")
+    return name, revision if at else None
 
 
 def local_folder(base: str) -> Path | None:
@@ -113,16 +145,21 @@ def _packaged_minilm() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
-def _download(base: str) -> Path:
+def _download(base: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(base, allow_patterns=list(_HUB_FILES)))
+        return Path(
+            huggingface_hub.snapshot_download(
+                base, revision=revision, allow_patterns=list(_HUB_FILES)
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"--base {base}: not a local folder, and the hub gave no such model ({reason}); "
+            f"--base {base}{'@' * bool(revision)}{revision or ''}: not a local folder, and the hub "
+            f"gave no such model ({reason}); "
             "give a folder with config.json and model.safetensors, or --base minilm"
         ) from error
 

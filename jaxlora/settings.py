@@ -46,7 +46,10 @@ class Flags:
       tasks: tasks of your own instead of the paper's: TOML files, and values such as
         topic.epochs=3.
       only: train these of the tasks and leave the others out.
-      base: minilm, a local Hugging Face folder, or a hub id.
+      base: minilm, a local Hugging Face folder, or a hub id, best pinned to a revision, as in
+        bert-base-uncased@COMMIT.
+      base_sha256: refuse the base if its weights have another checksum; the config.json of a run
+        says which they have.
       groups: which tasks share a trainable encoder tree, e.g. "sst|para,sts"; default: the
         variant's.
       pooling: sentence vector: the [CLS] token's (the paper's) or the mean over the tokens.
@@ -94,6 +97,7 @@ class Flags:
     tasks: tuple[str, ...] | None = None
     only: tuple[str, ...] | None = None
     base: str | None = None
+    base_sha256: str | None = None
     groups: str | None = None
     pooling: Pooling | None = None
     pair_features: PairFeatures | None = None

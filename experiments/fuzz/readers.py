@@ -124,11 +124,7 @@ def answer(echo: Echo, value: tuple[bytes, str | None, str], scratch: Path) -> N
         assert not target.exists()
         raise
     finally:
-        assert {path.name for path in scratch.iterdir()} <= {
-            source.name,
-            "answers.csv",
-            "answers.jsonl",
-        }
+        assert not list(scratch.glob(".*"))
     text = target.read_bytes().decode()
     if suffix == ".csv":
         assert len(list(csv.reader(io.StringIO(text, newline="")))) == count + 1
