@@ -188,7 +188,7 @@ def _table(where: str, fields: dict[str, Any], text: tuple[str, ...]) -> Table:
         if split in fields
     }
     for split, file in files.items():
-        if not os.path.isfile(file):
+        if not os.path.isfile(file):  # Path.is_file raises for names that no file can have
             raise UserError(f"{where} {split}: there is no file {file}")
     delimiter = fields.get("delimiter")
     if delimiter is not None and (

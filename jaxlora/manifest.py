@@ -98,10 +98,10 @@ def check_folder(name: str) -> None:
     """Refuse what is not the name of a folder, and of nothing above or below it.
 
     Raises:
-      ValueError: if it is not.
+      UserError: if it is not.
     """
     if not _FOLDER.fullmatch(name):
-        raise ValueError(f"{name!r} is not the name of a folder in the bank")
+        raise UserError(f"{name!r} is not the name of a folder in the bank")
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:

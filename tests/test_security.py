@@ -296,7 +296,7 @@ def test_a_tree_with_a_bad_name_is_not_stored(run, tmp_path):
     trees = {served.tree: source.trees["sst"]}
     configs = {served.tree: source.configs["sst"]}
     source = dataclasses.replace(source, served={"sst": served}, trees=trees, configs=configs)
-    with pytest.raises(ValueError, match="is not the name of a folder"):
+    with pytest.raises(UserError, match="is not the name of a folder"):
         bank.add(tmp_path / "bank", source, ["sst"])
     assert not list(tmp_path.rglob("outside*"))
 
