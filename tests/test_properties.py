@@ -163,8 +163,8 @@ floats = st.floats(-1e9, 1e9)
 ranks = st.lists(st.tuples(names, st.integers(1, 9)), max_size=3).map(tuple)
 alphas = st.lists(st.tuples(names, floats), max_size=3).map(tuple)
 configs = st.builds(
-    LoraConfig, st.integers(1, 64), floats, st.lists(names).map(tuple), st.booleans(), ranks, alphas,
-    st.floats(0, 0.9),
+    LoraConfig, st.integers(1, 64), floats, st.lists(names).map(tuple), st.booleans(), ranks,
+    alphas, st.floats(0, 0.9),
 )  # fmt: skip
 descriptions = st.builds(
     Description,
