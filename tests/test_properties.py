@@ -45,6 +45,17 @@ def test_every_target_gives_a_right_result_or_refuses(targets, tmp_path):
     assert min(tally.accepted + tally.refused for tally in tallies.values()) > 0
 
 
+def test_the_command_fails_where_a_target_does(monkeypatch, capsys):
+    def check(value, scratch):
+        assert value != "mesh"
+
+    words = Target("words", st.sampled_from(("mesh", "groups")), check)
+    monkeypatch.setattr("experiments.fuzz.__main__.all_targets", lambda folder: {"words": words})
+    assert cli(["--inputs=10"]) == 1
+    assert "words, seed 0: AssertionError" in capsys.readouterr().out
+    assert cli(["--only=other"]) == 2
+
+
 @pytest.mark.slow
 def test_thousands_of_inputs(capsys):
     assert cli(["--inputs=5000", "--seed=1"]) == 0

@@ -114,11 +114,14 @@ def _chunk(target: Target, count: int, seed: int, scratch: Path, tally: Tally) -
     return None
 
 
-def main(flags: Flags) -> None:
+def main(flags: Flags) -> list[str]:
     """Try all targets and show what became of the inputs.
 
+    Returns:
+      The failures, each with its seed and the smallest input that shows it.
+
     Raises:
-      UserError: with the smallest inputs that raised what is not documented.
+      UserError: for an unknown target.
     """
     console, tallies = Console(), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -132,10 +135,10 @@ def main(flags: Flags) -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 tallies[name] = fuzz(targets[name], share, flags.seed, Path(scratch))
     console.print(_table(tallies))
-    for tally in tallies.values():
-        if tally.failure:
-            console.print(tally.failure, soft_wrap=True, markup=False, highlight=False)
-    sys.exit(any(tally.failure for tally in tallies.values()))
+    failures = [tally.failure for tally in tallies.values() if tally.failure]
+    for failure in failures:
+        console.print(failure, soft_wrap=True, markup=False, highlight=False)
+    return failures
 
 
 def _table(tallies: dict[str, Tally]) -> Table:
@@ -157,7 +160,9 @@ def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags and run; 1 if a target failed, else see `host.exit_code`."""
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", hypothesis.errors.HypothesisWarning)  # of large inputs
-    return host.exit_code(lambda: main(tyro.cli(Flags, args=args)))
+    failures: list[str] = []
+    code = host.exit_code(lambda: failures.extend(main(tyro.cli(Flags, args=args))))
+    return code or int(bool(failures))
 
 
 if __name__ == "__main__":
