@@ -29,6 +29,7 @@ def main(flags: settings.Flags) -> None:
             predict_test=flags.predict_test,
             mesh=flags.mesh,
             skip_nonfinite=flags.skip_nonfinite,
+            base_sha256=flags.base_sha256,
         )
     console.print(report.result_table(result))
     for line in report.notes(result):

@@ -25,12 +25,13 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxlora import checkpoint, lora, rundir, trees
+from jaxlora import checkpoint, folders, lora, rundir, trees
 from jaxlora import manifest as manifests
 from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
 from jaxlora.manifest import ADAPTERS, HEADS
+from jaxlora.plain import build
 from jaxlora.settings import flag
 from jaxlora.tasks import Task
 from jaxlora.trained import OF_BASE, Served, Trained, load_run
@@ -113,14 +114,14 @@ def _load(folder: Path) -> tuple[Trained, dict[str, Any]]:
 
 def _load_by(folder: Path, manifest: Mapping[str, Any]) -> Trained:
     kept = {name: _load_tree(folder, ADAPTERS, name) for name in manifest["adapters"]}
-    configs = {name: manifests.lora_config(plain) for name, plain in manifest["adapters"].items()}
+    configs = {name: build(LoraConfig, plain) for name, plain in manifest["adapters"].items()}
     for name, config in configs.items():
         _check_ranks(folder / manifests.NAME, name, kept[name], config)
     served = {}
     for name, entry in manifest["tasks"].items():
         head = {} if entry["head"] is None else _load_tree(folder, HEADS, entry["head"])
         tree = entry["adapter"] or ""
-        task = Task.from_json(entry["task"])
+        task = build(Task, entry["task"])
         served[name] = Served(task, tree, head, entry["pair_features"], entry["facts"])
     if any(one.tree == "" for one in served.values()):
         kept[""] = {}  # the frozen base itself
@@ -246,6 +247,7 @@ def _check_tree(source: Trained, name: str) -> None:
 
 def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
     stored = f"{name[:40]}-{trees.checksum(tree)[:16]}"
+    manifests.check_folder(stored)
     try:
         whole = (folder / part / stored).is_dir() and bool(_load_tree(folder, part, stored))
     except UserError:
@@ -316,11 +318,20 @@ def _size(folder: Path) -> int:
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, make: bool = True) -> Iterator[None]:
-    """One writer at a time.
+    """One writer at a time, and nothing that everybody may write to.
 
     Raises:
       UserError: if another process is writing, or the folder cannot be made.
     """
+    with folders.guarded():
+        lock = _lock(folder, make=make)
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _lock(folder: Path, *, make: bool) -> filelock.FileLock:
     if make:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -333,7 +344,4 @@ def _locked(folder: Path, *, make: bool = True) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder}: another process is changing it; try again") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    return lock

@@ -11,6 +11,7 @@ Shapes: R rows, S tokens a row, H hidden size, L layers, N sentences.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -396,8 +397,9 @@ def _layer_norm(config: BertConfig) -> nn.LayerNorm:
     )
 
 
+@functools.lru_cache(maxsize=8)
 def param_shapes(config: BertConfig) -> dict[str, Any]:
-    """The parameter tree as `jax.ShapeDtypeStruct`s, without allocating it.
+    """The parameter tree as `jax.ShapeDtypeStruct`s, without allocating it; not to be changed.
 
     >>> sum(x.size for x in jax.tree.leaves(param_shapes(BertConfig())))
     108891648

@@ -200,6 +200,7 @@ def import_peft(
     bank: Path,
     name: Annotated[str, tyro.conf.arg(name="as")],
     base: str | None = None,
+    base_sha256: str | None = None,
     pooling: Literal["cls", "mean"] | None = None,
     update: bool = False,
 ) -> None:
@@ -213,11 +214,12 @@ def import_peft(
       bank: the bank.
       name: what to call its task there.
       base: of a new bank, for an adapter that was not exported from here; default: minilm.
+      base_sha256: refuse that base if its weights have another checksum.
       pooling: likewise; default: mean.
       update: replace the task of that name.
     """
     check_name(name, "--as")
-    trained = exchange.load(folder, name, _like(bank, base, pooling))
+    trained = exchange.load(folder, name, _like(bank, base, base_sha256, pooling))
     for flag, wanted in (("base", base), ("pooling", pooling)):
         if wanted not in (None, getattr(trained, flag)):
             raise UserError(f"--{flag}={wanted}: it is {getattr(trained, flag)} here; leave it out")
@@ -225,12 +227,12 @@ def import_peft(
     say(f"{bank}: {'updated' if update else 'added'} {name}")
 
 
-def _like(bank: Path, base: str | None, pooling: str | None) -> Trained:
+def _like(bank: Path, base: str | None, base_sha256: str | None, pooling: str | None) -> Trained:
     """What an imported adapter shall fit: the bank, or a new one's base."""
     if manifest.exist(bank):
         return banks.load(bank)
     base = base or pretrained.MINILM
-    found = pretrained.load(base)
+    found = pretrained.load(base, base_sha256)
     length = min(128, found.config.max_position_embeddings)
     return Trained(base, found.sha256, {}, {}, {}, pooling or "mean", length, "float32", str(bank))
 

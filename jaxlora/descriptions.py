@@ -20,12 +20,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
+import os
 import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlora import plain
 from jaxlora.data.tables import Columns, Table
 from jaxlora.errors import UserError
 from jaxlora.tasks import STS_LOSSES, Task, paper_tasks
@@ -57,18 +60,7 @@ class Description:
     task: Task
     table: Table | None = None
     weight: float = 1.0
-    own: tuple[tuple[str, float], ...] = ()
-
-    @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> Description:
-        """The inverse of `dataclasses.asdict`, also after JSON made lists of tuples."""
-        task = Task.from_json(plain["task"])
-        table = plain["table"]
-        if table is not None:
-            columns = table["columns"]
-            columns = Columns(tuple(columns["text"]), columns["label"], columns["id"])
-            table = Table(**table | {"columns": columns})
-        return cls(task, table, plain["weight"], tuple((k, v) for k, v in plain["own"]))
+    own: tuple[tuple[str, int | float], ...] = ()
 
 
 def paper_descriptions(sts_loss: str, sts_weight: float) -> tuple[Description, ...]:
@@ -110,7 +102,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--tasks {path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also UTF-8, long numbers, deep nesting
         raise UserError(f"--tasks {path}: not a TOML file ({error})") from None
     if not content:
         raise UserError(f"--tasks {path}: describes no task; add a table such as [topic]")
@@ -174,9 +166,10 @@ def _describe(origin: str, name: str, fields: dict[str, Any]) -> Description:
     text = _texts(where, "text", fields["text"])
     if len(text) not in (1, 2):
         raise UserError(f"{where} text: name one column, or two for pairs, not {len(text)}")
+    kind: Any = _string(where, "kind", fields["kind"])
     try:
         task = Task(
-            name, fields["kind"], len(text) == 2, *_range(where, fields),
+            name, kind, len(text) == 2, *_range(where, fields),
             _classes(where, fields.get("classes", ())),
             *(_string(where, key, fields.get(key, "")) for key in ("loss", "metric", "title")),
         )  # fmt: skip
@@ -195,15 +188,16 @@ def _table(where: str, fields: dict[str, Any], text: tuple[str, ...]) -> Table:
         if split in fields
     }
     for split, file in files.items():
-        if not Path(file).is_file():
+        if not os.path.isfile(file):  # Path.is_file raises for names that no file can have
             raise UserError(f"{where} {split}: there is no file {file}")
     delimiter = fields.get("delimiter")
-    if delimiter is not None and (not isinstance(delimiter, str) or len(delimiter) != 1):
+    if delimiter is not None and (
+        len(_string(where, "delimiter", delimiter)) != 1 or delimiter in '"\r\n'
+    ):
         raise UserError(f'{where} delimiter: {delimiter!r} is not one character, such as "\\t"')
     name = fields.get("id")
-    columns = Columns(
-        text, _string(where, "label", fields["label"]), name and _string(where, "id", name)
-    )
+    label = _string(where, "label", fields["label"])
+    columns = Columns(text, label, None if name is None else _string(where, "id", name))
     return Table(columns, files["train"], files["dev"], files.get("test"), delimiter)
 
 
@@ -246,16 +240,19 @@ def _texts(where: str, key: str, value: Any) -> tuple[str, ...]:
 
 
 def _string(where: str, key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where} {key}: {value!r} is not a text in quotes")
-    return value
+    try:
+        return plain.text(value)
+    except ValueError:
+        raise UserError(f"{where} {key}: {value!r} is not a text in quotes") from None
 
 
 def _number(where: str, key: str, value: Any, low: float) -> Any:
     whole = isinstance(low, int)
-    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    above = fits and (value >= low if whole else low < value < float("inf"))
-    if not above:
+    try:
+        found = plain.read(int if whole else float, value)
+    except ValueError:
+        found = math.nan
+    if not (found >= low if whole else found > low):  # NaN fails the comparison
         least = f"a whole number from {low}" if whole else f"a number above {low:g}"
         raise UserError(f"{where} {key}: {value!r} is not {least}")
-    return value
+    return found

@@ -13,6 +13,8 @@ from typing import Any
 from jaxlora import bert, head_files, peft_files, pretrained
 from jaxlora.errors import UserError
 from jaxlora.folders import whole
+from jaxlora.json_files import read_object
+from jaxlora.plain import build
 from jaxlora.rundir import write_json
 from jaxlora.tasks import Task
 from jaxlora.trained import OF_BASE, Served, Trained, check_plain
@@ -94,11 +96,11 @@ def _about_others(folder: Path, like: Trained | None) -> dict[str, Any]:
 
 
 def _read_about(path: Path) -> dict[str, Any]:
-    about = pretrained.read_object(path)
+    about = read_object(path)
     try:
         if about.keys() != _FIELDS:
             raise ValueError(f"fields {', '.join(sorted(about.keys() ^ _FIELDS))}")
         check_plain(about)
-        return about | {"task": Task.from_json(about["task"])}
+        return about | {"task": build(Task, about["task"])}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: was changed by hand or damaged ({error})") from error

@@ -1,4 +1,4 @@
-"""A folder that is written whole, or not at all."""
+"""Folders that are written whole, or not at all, and that not everybody may write to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxlora.errors import UserError
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """While this lasts, whatever the umask, nothing is made that everybody may write to.
+
+    The umask is the process's, so threads are guarded, too.
+    """
+    before = os.umask(0o077)  # it can be read only by setting it
+    os.umask(before | 0o002)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 @contextlib.contextmanager
@@ -25,11 +39,12 @@ def whole(folder: str | Path) -> Iterator[Path]:
         raise UserError(f"{folder}: is not empty; name a new folder, or remove it first")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # a killed process of the same number
-        temporary.mkdir()
-        yield temporary
-        temporary.replace(folder)
+        with guarded():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)  # a killed process of the same number
+            temporary.mkdir()
+            yield temporary
+            temporary.replace(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error})") from error
     finally:

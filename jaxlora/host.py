@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 
+from jaxlora import folders
 from jaxlora.errors import Stopped, UserError
 
 # glibc's <malloc.h>
@@ -84,7 +85,8 @@ def exit_code(main: Callable[[], object]) -> int:
     # Orbax's threads print the traceback of what is raised, and told, here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        main()
+        with folders.guarded():
+            main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jaxlora import rundir
 from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
+from jaxlora.plain import build
 from jaxlora.tasks import Task
 from jaxlora.trained import OF_BASE, Trained, check_plain
 
@@ -28,6 +30,7 @@ ADAPTERS, HEADS = "adapters", "heads"
 FORMAT = 1
 _FIELDS = {"format", *OF_BASE, "tasks", "adapters", "checksum"}
 _TASK_FIELDS = {"task", "adapter", "head", "pair_features", "facts"}
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # tasks joined by +, and a checksum
 
 
 def exist(folder: Path) -> bool:
@@ -61,7 +64,7 @@ def read(folder: Path) -> dict[str, Any]:
         if manifest != signed(manifest):
             raise ValueError("its checksum is another")
         _check_manifest(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: was changed by hand or damaged ({error}); put back a copy"
         ) from error
@@ -73,37 +76,32 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError(f"fields {', '.join(sorted(manifest.keys() ^ _FIELDS))}")
     check_plain(manifest)
     for stored, plain in manifest["adapters"].items():
-        _check_folder(stored)
-        lora_config(plain)
+        check_folder(stored)
+        build(LoraConfig, plain)
     for name, entry in manifest["tasks"].items():
         check_name(name, "tasks")
         if entry.keys() != _TASK_FIELDS:
             raise ValueError(f"fields of {name}: {', '.join(entry.keys() ^ _TASK_FIELDS)}")
         check_plain(entry)
-        task = Task.from_json(entry["task"])
+        task = build(Task, entry["task"])
         if task.name != name:
             raise ValueError(f"task {name} is called {task.name}")
         if entry["adapter"] is not None and entry["adapter"] not in manifest["adapters"]:
             raise ValueError(f"adapter {entry['adapter']!r} of {name} is not described")
         if entry["head"] is not None:
-            _check_folder(entry["head"])
+            check_folder(entry["head"])
         elif task.outputs:
             raise ValueError(f"{name} needs a head and has none")
 
 
-def _check_folder(name: str) -> None:
-    if Path(name).name != name or name in (".", ".."):
-        raise ValueError(f"{name!r} is not the name of a folder in the bank")
+def check_folder(name: str) -> None:
+    """Refuse what is not the name of a folder, and of nothing above or below it.
 
-
-def lora_config(plain: Mapping[str, Any]) -> LoraConfig:
-    """A config from its JSON, where tuples have become lists."""
-    lists = {k: tuple(map(_frozen, v)) for k, v in plain.items() if isinstance(v, list)}
-    return LoraConfig(**{**plain, **lists})
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    Raises:
+      UserError: if it is not.
+    """
+    if not _FOLDER.fullmatch(name):
+        raise UserError(f"{name!r} is not the name of a folder in the bank")
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -116,8 +116,8 @@ def readme(trained: Trained, served: Served) -> str:
     classes = ", ".join(f"{n}: {_plain(name)}" for n, name in enumerate(task.classes))
     gives = f"classes ({classes})" if task.integer else f"scores, {task.low:g} to {task.high:g}"
     return (
-        f"# {_plain(task.title)}\n\nA BERT encoder trained from `{base}` with jaxlora, its adapter "
-        "merged into the weights. It has no pooling layer: load it with "
+        f"# {_plain(task.title)}\n\nA BERT encoder trained from `{_code(base)}` with jaxlora, its "
+        "adapter merged into the weights. It has no pooling layer: load it with "
         f"`add_pooling_layer=False`. `predict` takes {takes} and gives {gives}.\n\n"
         f"```python\n{last.join(code)}```\n"
     )
@@ -126,6 +126,11 @@ def readme(trained: Trained, served: Served) -> str:
 def _plain(text: str) -> str:
     """Names of others' as one line of Markdown that means only itself."""
     return " ".join(re.sub(r"([\\`*_\[\]<>#])", r"\\\1", text).split())
+
+
+def _code(text: str) -> str:
+    """Likewise, between backticks."""
+    return " ".join(text.replace("`", "'").split())
 
 
 def _imports(head: bool) -> str:

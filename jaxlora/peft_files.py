@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,18 +21,19 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from jaxlora import lora
+from jaxlora import lora, plain
 from jaxlora.bert import BertConfig, param_shapes
 from jaxlora.errors import UserError
 from jaxlora.folders import whole
+from jaxlora.json_files import read_object
 from jaxlora.lora import LoraConfig
-from jaxlora.pretrained import read_object, read_safetensors
+from jaxlora.pretrained import read_safetensors, split_revision
 from jaxlora.rundir import write_json
 from jaxlora.trees import Tree
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(
-    r"base_model\.model\.(?P<module>(?:bert\.)?encoder\.layer\.(?P<layer>\d+)\.(?P<name>.+))"
+    r"base_model\.model\.(?P<module>(?:bert\.)?encoder\.layer\.(?P<layer>[0-9]{1,5})\.(?P<name>.+))"
     r"\.lora_(?P<factor>[AB])\.weight"
 )
 _LAYER = re.compile(r"(?:bert\.)?encoder\.layer\.\d+\.")
@@ -98,10 +100,12 @@ def _dense_layers() -> frozenset[lora.Path]:
 def _to_peft(config: LoraConfig, base_name: str, layers: int) -> dict[str, Any]:
     # A name that would also mean the pooler, which our encoder has not.
     pooler = any(lora.matches(name, _POOLER) for name in config.target_modules)
+    name, revision = split_revision(base_name)
     return {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": config.alpha,
@@ -235,9 +239,6 @@ def _read_config(path: Path) -> Written:
     for name in raw.keys() - _ONLY.keys() - _NO_MATTER - set(Written._fields):
         if raw[name]:
             raise UserError(_unsupported(path, name, raw[name]))
-    layers: Any = raw.get("layers_to_transform")
-    if layers is None:
-        layers = []
     return Written(
         _number(path, "r", raw.get("r", 8), int),
         _number(path, "lora_alpha", raw.get("lora_alpha", 8), float),
@@ -246,7 +247,7 @@ def _read_config(path: Path) -> Written:
         raw.get("target_modules"),
         _pattern(path, "rank_pattern", raw.get("rank_pattern") or {}, int),
         _pattern(path, "alpha_pattern", raw.get("alpha_pattern") or {}, float),
-        tuple(layers) if isinstance(layers, list) else (layers,),
+        _layers(path, raw.get("layers_to_transform")),
     )
 
 
@@ -258,12 +259,21 @@ def _unsupported(path: Path, name: str, value: Any) -> str:
 
 
 def _number(path: Path, name: str, value: Any, kind: type) -> Any:
-    accepted = (int,) if kind is int else (int, float)
-    fits = isinstance(value, accepted) and not isinstance(value, bool)
-    if not fits or not 0 < value < float("inf"):
+    try:
+        found = plain.read(kind, value)
+    except ValueError:
+        found = 0
+    if found <= 0:
         wanted = "a whole number" if kind is int else "a number"
         raise UserError(f"{path}: {name} is {value!r}; it must be {wanted} above 0")
-    return kind(value)
+    return found
+
+
+def _layers(path: Path, value: Any) -> tuple[int, ...]:
+    layers = value if isinstance(value, list) else [value]
+    if not all(type(layer) is int for layer in layers if value is not None):
+        raise UserError(f"{path}: layers_to_transform is {value!r}; it must be numbers of layers")
+    return () if value is None else tuple(layers)
 
 
 def _fraction(path: Path, name: str, value: Any) -> float:
@@ -283,8 +293,9 @@ def _pattern(path: Path, name: str, value: Any, kind: type) -> dict[str, Any]:
         raise UserError(f"{path}: {name} is {value!r}; it must map module names to numbers")
     for key in value:
         try:
-            re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
+            with warnings.catch_warnings(action="ignore"):  # of what a later Python may refuse
+                re.compile(rf"(.*\.)?({key})$")
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(
                 f"{path}: {name} has {key!r}, which is no regular expression ({error})"
             ) from error

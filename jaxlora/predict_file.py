@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from jaxlora.data import tables
 from jaxlora.errors import UserError
+from jaxlora.folders import guarded
 from jaxlora.predict import Answer, Predictor
 
 PART = 4096  # requests at a time
@@ -20,6 +21,7 @@ FIRST, SECOND = ("sentence1", "sentence", "text"), "sentence2"
 Request = tuple[str, tuple[str, ...]]  # its id, and what the predictor is asked
 
 
+@guarded()
 def predict_file(
     predictor: Predictor,
     source: Path,

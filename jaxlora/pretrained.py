@@ -21,8 +21,10 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from jaxlora import plain
 from jaxlora.bert import ACTIVATIONS, BertConfig, param_shapes
 from jaxlora.errors import UserError
+from jaxlora.json_files import read_object
 
 MINILM = "minilm"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -32,6 +34,12 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 IGNORED = re.compile(r"pooler\.|cls\.|embeddings\.position_ids$|embeddings\.token_type_ids$")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+# Sizes beyond any BERT, which only a damaged config has.
+MOST, _MOST = 10_000_000, {"num_hidden_layers": 1000}
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
+_PATH = (".", "/", "~")  # how what cannot be a hub id begins
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_REVISION = re.compile(r"[A-Za-z0-9](?!.*\.\.)[A-Za-z0-9._/-]*")  # it becomes part of a path
 _HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.txt")
 
 
@@ -56,40 +64,78 @@ class Pretrained:
     sha256: str
 
 
-def load(base: str) -> Pretrained:
+def load(base: str, sha256: str | None = None) -> Pretrained:
     """Load a base model.
 
     Args:
-      base: `minilm`, a local Hugging Face folder, or a hub id such as `bert-base-uncased`.
+      base: `minilm`, a local Hugging Face folder, or a hub id such as `bert-base-uncased`, which
+        `@` and a revision (a commit, a tag, a branch) may follow.
+      sha256: the checksum that its weights must have, see `checksum`; None: any.
 
     Raises:
-      UserError: if it cannot be found, is not a BERT we can run, or a tensor does not fit.
+      UserError: if it cannot be found, has another checksum, is not a BERT we can run, or a tensor
+        does not fit.
     """
+    if sha256 is not None and not _SHA256.fullmatch(sha256):
+        raise UserError(f"--base-sha256 {sha256}: a checksum has 64 hexadecimal digits")
     folder = find(base)
     config = read_config(folder / "config.json")
     files = weight_files(folder)
-    sha256 = checksum(files)
-    if base == MINILM and sha256 != MINILM_SHA256:
+    found = checksum(files)
+    if sha256 not in (None, found):
         raise UserError(
-            f"{files[0]}: sha256 is {sha256}, not the published {MINILM_SHA256}; "
+            f"--base {base}: the weights in {folder} have sha256 {found}, not {sha256} as "
+            "--base-sha256 says; they are not used"
+        )
+    if base == MINILM and found != MINILM_SHA256:
+        raise UserError(
+            f"{files[0]}: sha256 is {found}, not the published {MINILM_SHA256}; "
             f"reinstall it: {MINILM_PIP} --force-reinstall"
         )
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, config, folder)
     key = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    return Pretrained(base, config, convert(read_tensors(files), config), tokenizer, key, sha256)
+    return Pretrained(base, config, convert(read_tensors(files), config), tokenizer, key, found)
 
 
 def find(base: str) -> Path:
-    """The local folder of a base model; a hub id is downloaded (or taken from the hub's cache)."""
+    """The local folder of a base model; a hub id is downloaded (or taken from the hub's cache).
+
+    Raises:
+      UserError: if there is none.
+    """
     if base == MINILM:
         return _packaged_minilm()
-    folder = Path(base).expanduser()
-    if folder.is_dir():
+    folder = local_folder(base)
+    if folder is not None:
         return folder
-    if base.startswith((".", "/", "~")) or base.count("/") > 1:
+    name, revision = split_revision(base)
+    if name.startswith(_PATH) or name.count("/") > 1:
         raise UserError(f"--base {base}: no such folder")
-    return _download(base)
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise UserError(f"--base {base}: {revision!r} is no revision; give a commit, tag or branch")
+    return _download(name, revision)
+
+
+def split_revision(base: str) -> tuple[str, str | None]:
+    """A base's name, and the revision that it is pinned to; a path is left whole.
+
+    >>> split_revision("bert-base-uncased@v1"), split_revision("minilm")
+    (('bert-base-uncased', 'v1'), ('minilm', None))
+    """
+    if base.startswith(_PATH):
+        return base, None
+    name, at, revision = base.partition("@")
+    return name, revision if at else None
+
+
+def local_folder(base: str) -> Path | None:
+    """The folder of that name; None if there is none, or nothing can have that name."""
+    try:
+        folder = Path(base).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, a NUL
+        return None
 
 
 def _packaged_minilm() -> Path:
@@ -99,16 +145,21 @@ def _packaged_minilm() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
-def _download(base: str) -> Path:
+def _download(base: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(base, allow_patterns=list(_HUB_FILES)))
+        return Path(
+            huggingface_hub.snapshot_download(
+                base, revision=revision, allow_patterns=list(_HUB_FILES)
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"--base {base}: not a local folder, and the hub gave no such model ({reason}); "
+            f"--base {base}{'@' * bool(revision)}{revision or ''}: not a local folder, and the hub "
+            f"gave no such model ({reason}); "
             "give a folder with config.json and model.safetensors, or --base minilm"
         ) from error
 
@@ -133,7 +184,12 @@ def read_config(path: Path) -> BertConfig:
     missing = fields - raw.keys() - {"hidden_dropout_prob", "attention_probs_dropout_prob"}
     if missing:
         raise UserError(f"{path}: has no {', '.join(sorted(missing))}; is this a BERT config?")
-    config = BertConfig(**{k: v for k, v in raw.items() if k in fields})
+    known = dataclasses.asdict(BertConfig()) | {k: v for k, v in raw.items() if k in fields}
+    try:
+        config = plain.build(BertConfig, known)
+        _check_sizes(config)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"{path}: hidden_size {config.hidden_size} is not a multiple of "
@@ -142,36 +198,34 @@ def read_config(path: Path) -> BertConfig:
     return config
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object.
-
-    Raises:
-      UserError: if the file is missing, or not that.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
+def _check_sizes(config: BertConfig) -> None:
+    for name, value in dataclasses.asdict(config).items():
+        if type(value) is int and not 1 <= value <= _MOST.get(name, MOST):
+            raise ValueError(f"{name}: {value} is not from 1 to {_MOST.get(name, MOST):,}")
+        if name.endswith("_prob") and not 0 <= value < 1:
+            raise ValueError(f"{name}: {value} is not from 0 to below 1")
+    if config.layer_norm_eps <= 0:
+        raise ValueError(f"layer_norm_eps: {config.layer_norm_eps} is not above 0")
 
 
 def _require(path: Path, field: str, value: Any, known: Iterable[str]) -> None:
-    if value not in known:
+    if value not in list(known):  # a list, since not every value can be looked up in a dict
         raise UserError(f"{path}: {field} {value!r} is not supported (only {', '.join(known)})")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The folder's fast tokenizer (`tokenizer.json`, or `vocab.txt` through transformers)."""
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_str(json.dumps(read_object(folder / "tokenizer.json")))
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        text = json.dumps(read_object(path))
+        try:
+            tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # it has no type of its own
+            raise UserError(f"{path}: not a tokenizer ({error})") from error
     elif (folder / "vocab.txt").is_file():
-        from transformers import AutoTokenizer
+        from transformers import BertTokenizer  # this one, whatever the folder would have
 
-        tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+        tokenizer = BertTokenizer.from_pretrained(folder).backend_tokenizer
     else:
         raise UserError(f"{folder}: no tokenizer.json or vocab.txt; --base needs a tokenizer")
     tokenizer.no_padding()
@@ -204,8 +258,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(read_object(index).get("weight_map", {}).values()))
-        return [folder / name for name in names]
+        return [folder / name for name in _shards(index)]
     hint = ""
     if (folder / "pytorch_model.bin").exists():
         hint = (
@@ -213,6 +266,15 @@ def weight_files(folder: Path) -> list[Path]:
             "with transformers' save_pretrained(..., safe_serialization=True)"
         )
     raise UserError(f"{folder}: no model.safetensors{hint or '; --base needs the weights'}")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; they must stand beside it."""
+    where = read_object(index).get("weight_map")
+    names = list(where.values()) if isinstance(where, dict) else []
+    if not names or not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in names):
+        raise UserError(f"{index}: its weight_map does not name safetensors files beside it")
+    return sorted(set(names))
 
 
 def checksum(files: list[Path]) -> str:

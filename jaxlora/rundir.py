@@ -15,12 +15,13 @@ from typing import Any
 
 import filelock
 
-from jaxlora import cluster
+from jaxlora import cluster, json_files
 from jaxlora.errors import UserError
 from jaxlora.settings import flag
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 STATES, MODEL, LOCK = "states", "model", ".lock"
+_PARTS = ("settings", "inputs")  # of config.json
 
 
 def cache_dir() -> Path:
@@ -49,12 +50,9 @@ def read_json(path: Path) -> Any:
     Raises:
       UserError: if the file is missing or broken.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: missing; is {path.parent} the folder of a run?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not path.exists():
+        raise UserError(f"{path}: missing; is {path.parent} the folder of a run?")
+    return json_files.read(path)
 
 
 def exists(out: Path) -> bool:
@@ -69,7 +67,8 @@ def read_config(out: Path) -> dict[str, Any]:
       UserError: if it is missing, broken, or not a run's.
     """
     config = read_json(out / CONFIG)
-    if not isinstance(config, dict) or not {"settings", "inputs"} <= config.keys():
+    parts = [config.get(part) for part in _PARTS] if isinstance(config, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{out / CONFIG}: not the config of a jaxlora run; name another folder")
     return config
 
@@ -208,13 +207,21 @@ def flatten(record: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`; a half-written last line (a killed run's) is left out."""
+    """The records of `metrics.jsonl`, up to one that is none, as a killed run's last may be."""
     if not (out / METRICS).exists():
         return []
-    records = []
-    for line in (out / METRICS).read_text(encoding="utf-8").splitlines():
+    records: list[dict[str, Any]] = []
+    for line in (out / METRICS).read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not _is_record(record):
+            break
+        records.append(record)
     return records
+
+
+def _is_record(value: Any) -> bool:
+    kinds = {"kind": str, "group": str, "step": int}
+    return isinstance(value, dict) and all(type(value.get(k)) is t for k, t in kinds.items())

@@ -10,9 +10,15 @@ from typing import Any, Literal
 import jax
 
 from jaxlora.data.sources import Place
-from jaxlora.descriptions import Description, paper_descriptions, read_tasks
+from jaxlora.descriptions import Description, check_name, paper_descriptions, read_tasks
 from jaxlora.errors import UserError
+<<<<<<< HEAD
 from jaxlora.lora import ALL_TARGETS, PAPER_TARGETS, LoraConfig
+=======
+from jaxlora.lora import PAPER_TARGETS, LoraConfig
+from jaxlora.plain import build
+from jaxlora.pretrained import local_folder
+>>>>>>> helper-a
 from jaxlora.tasks import Task
 from jaxlora.variants import Adapt, Groups, Variant, groups_like, parse_groups, variant
 
@@ -21,6 +27,10 @@ VariantName = Literal[
 ]
 PresetName = Literal["demo", "cs224n", "paper"]
 Source = Literal["demo", "cs224n", "official", "files"]
+Pooling = Literal["cls", "mean"]
+PairFeatures = Literal["concat", "interaction"]
+Schedule = Literal["constant", "linear"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +50,10 @@ class Flags:
       tasks: tasks of your own instead of the paper's: TOML files, and values such as
         topic.epochs=3.
       only: train these of the tasks and leave the others out.
-      base: minilm, a local Hugging Face folder, or a hub id.
+      base: minilm, a local Hugging Face folder, or a hub id, best pinned to a revision, as in
+        bert-base-uncased@COMMIT.
+      base_sha256: refuse the base if its weights have another checksum; the config.json of a run
+        says which they have.
       groups: which tasks share a trainable encoder tree, e.g. "sst|para,sts"; default: the
         variant's.
       pooling: sentence vector: the [CLS] token's (the paper's) or the mean over the tokens.
@@ -90,9 +103,10 @@ class Flags:
     tasks: tuple[str, ...] | None = None
     only: tuple[str, ...] | None = None
     base: str | None = None
+    base_sha256: str | None = None
     groups: str | None = None
-    pooling: Literal["cls", "mean"] | None = None
-    pair_features: Literal["concat", "interaction"] | None = None
+    pooling: Pooling | None = None
+    pair_features: PairFeatures | None = None
     rank: int | None = None
     alpha: float | None = None
     target_modules: tuple[str, ...] | None = None
@@ -105,7 +119,7 @@ class Flags:
     head_learning_rate: float | None = None
     encoder_dropout: float | None = None
     warmup_steps: int | None = None
-    schedule: Literal["constant", "linear"] | None = None
+    schedule: Schedule | None = None
     weight_decay: float | None = None
     clip: float = 1.0
     surgery: Literal["pcgrad", "none"] | None = None
@@ -118,7 +132,7 @@ class Flags:
     max_length: int | None = None
     synthetic_sts: bool = False
     seed: int = 0
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     out: Path | None = None
     resume: bool = False
     predict_test: bool = True
@@ -177,16 +191,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Settings:
     """A run's settings, nothing left open; `config.json` holds them. Fields as in `Flags`."""
 
-    variant: str
+    variant: VariantName
     adapt: Adapt
     groups: Groups
     tasks: tuple[Description, ...]
-    preset: str
+    preset: PresetName
     source: Source
     data_dir: str | None
     base: str
-    pooling: str
-    pair_features: str
+    pooling: Pooling
+    pair_features: PairFeatures
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
@@ -199,7 +213,7 @@ class Settings:
     head_learning_rate: float
     encoder_dropout: float
     warmup_steps: int
-    schedule: str
+    schedule: Schedule
     weight_decay: float
     clip: float
     surgery: str
@@ -211,7 +225,7 @@ class Settings:
     max_length: int
     synthetic_sts: bool
     seed: int
-    dtype: str
+    dtype: Dtype
 
     @property
     def lora(self) -> LoraConfig:
@@ -254,28 +268,25 @@ class Settings:
         return plain
 
     @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> Settings:
+    def from_json(cls, plain: Any) -> Settings:
         """The inverse of `to_json`.
 
         Raises:
-          UserError: if the fields are not ours.
+          UserError: if the fields are not ours, or a value cannot be.
 
         >>> settings = resolve(Flags("lora3"))
         >>> Settings.from_json(settings.to_json()) == settings
         True
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if plain.keys() != names:
-            odd = ", ".join(sorted(plain.keys() ^ names))
-            raise UserError(f"the settings were written by another version of jaxlora ({odd})")
-        rebuilt = {
-            "groups": tuple(tuple(group) for group in plain["groups"]),
-            "tasks": tuple(map(Description.from_json, plain["tasks"])),
-            "target_modules": tuple(plain["target_modules"]),
-            "rank_pattern": tuple(map(tuple, plain["rank_pattern"])),
-            "alpha_pattern": tuple(map(tuple, plain["alpha_pattern"])),
-        }
-        return cls(**plain | rebuilt)
+        try:
+            settings = build(cls, plain)
+            _check(settings)
+            _check_groups(settings)
+        except ValueError as error:
+            raise UserError(
+                f"the settings were changed, or another version of jaxlora wrote them ({error})"
+            ) from error
+        return settings
 
 
 def resolve(flags: Flags) -> Settings:
@@ -348,8 +359,8 @@ def _described(flags: Flags, chosen: Variant, sts_weight: float) -> tuple[Descri
 
 def _absolute(base: str) -> str:
     """A local folder by its whole path, so that a run can be loaded from anywhere."""
-    folder = Path(base).expanduser()
-    return str(folder.absolute()) if folder.is_dir() else base
+    folder = local_folder(base)
+    return base if folder is None else str(folder.absolute())
 
 
 def _paper_rates(chosen: Variant) -> dict[str, Any]:
@@ -413,6 +424,14 @@ def _check(settings: Settings) -> None:
         raise UserError(
             f"--data-dir goes with --source=cs224n, not with --source={settings.source}"
         )
+
+
+def _check_groups(settings: Settings) -> None:
+    for description in settings.tasks:
+        check_name(description.task.name, "tasks")
+    grouped = [name for group in settings.groups for name in group]
+    if sorted(grouped) != sorted(d.task.name for d in settings.tasks) or () in settings.groups:
+        raise UserError("the groups are not a partition of the tasks")
 
 
 def _check_numbers(settings: Settings) -> None:

@@ -97,15 +97,6 @@ class Task:
                 )
         self._check_labels()
 
-    @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> Task:
-        """The inverse of `dataclasses.asdict`, also after JSON made lists of tuples.
-
-        Raises:
-          KeyError, TypeError, ValueError: for what is no task.
-        """
-        return cls(**plain | {"classes": tuple(plain["classes"])})
-
     def _check_labels(self) -> None:
         if len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes: a name stands there twice ({', '.join(self.classes)})")

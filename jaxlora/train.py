@@ -18,7 +18,11 @@ from jaxlora import (
     checkpoint,
     cluster,
     curves,
+<<<<<<< HEAD
     evaluate,
+=======
+    folders,
+>>>>>>> helper-a
     host,
     prepare,
     pretrained,
@@ -94,6 +98,7 @@ class Progress:
         return False
 
 
+@folders.guarded()
 def run(
     settings: Settings,
     out: Path,
@@ -103,6 +108,7 @@ def run(
     predict_test: bool = True,
     mesh: str = "auto",
     skip_nonfinite: bool = False,
+    base_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Train all groups of a run, keep each one's best, and write everything to `out`.
 
@@ -114,6 +120,7 @@ def run(
       predict_test: write predictions for the test sets, too.
       mesh: the devices, see `mesh.make_mesh`; any will do to go on with a run.
       skip_nonfinite: leave steps out whose loss is not finite, instead of ending the run.
+      base_sha256: what the base's weights must have, see `pretrained.load`.
 
     Returns:
       The content of `result.json`.
@@ -124,7 +131,7 @@ def run(
     """
     devices = meshes.make_mesh(mesh)
     rundir.check(out, settings.to_json(), resume)
-    base = pretrained.load(settings.base)
+    base = pretrained.load(settings.base, base_sha256)
     prepare.check_base(settings, base)
     with cluster.first_before_others("data"):
         data = prepare.load_data(settings, base)

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
-from jaxlora import checkpoint, combine, pretrained, rundir
+from jaxlora import checkpoint, combine, plain, pretrained, rundir
 from jaxlora.errors import UserError
+from jaxlora.json_files import read_object
 from jaxlora.lora import LoraConfig
 from jaxlora.pretrained import Pretrained
 from jaxlora.settings import Settings
@@ -116,17 +117,17 @@ _CHOICES = {
 }
 
 
-def check_plain(plain: Mapping[str, Any]) -> None:
+def check_plain(values: Mapping[str, Any]) -> None:
     """Check those of the plain fields that are there.
 
     Raises:
       AttributeError, TypeError, ValueError: naming the first that is wrong.
     """
-    for field, value in plain.items():
+    for field, value in values.items():
         if field in _CHOICES and value not in _CHOICES[field]:
             raise ValueError(f"{field} is {value!r}, not one of {', '.join(_CHOICES[field])}")
-        if field in ("base", "sha256") and not isinstance(value, str):
-            raise TypeError(f"{field} is {value!r}")
+        if field in ("base", "sha256"):
+            plain.text(value)
         if field == "max_length" and (type(value) is not int or value < 3):
             raise ValueError(f"max_length is {value!r}, not a whole number from 3")
         if field == "facts":
@@ -179,16 +180,19 @@ def load_run(out: Path) -> Trained:
       UserError: if it is no finished run.
     """
     config = rundir.read_config(out)
-    settings, inputs = Settings.from_json(config["settings"]), config["inputs"]
+    inputs = config["inputs"]
+    try:
+        settings = Settings.from_json(config["settings"])
+        sha256 = plain.text(inputs.get("the base model"))
+    except ValueError as error:
+        raise UserError(f"{out / rundir.CONFIG}: {error}") from error
     trained = checkpoint.load_tree(out / rundir.MODEL)
-    result = rundir.read_json(out / rundir.RESULT)
-    if result.get("model") != checksum(trained):
-        raise UserError(f"{out / rundir.MODEL}: damaged, its content has another checksum")
+    scores = _scores(out, list(settings.named), checksum(trained))
     owners = {name: group_name(group) for group in settings.groups for name in group}
     served = {}
     for name, task in settings.named.items():
         facts = {
-            "dev": {task.metric: result["dev"][name]},
+            "dev": {task.metric: scores[name]},
             "data": inputs.get(f"the data of {name}"),
             "variant": settings.variant,
             "versions": config.get("versions", {}),
@@ -199,7 +203,7 @@ def load_run(out: Path) -> Trained:
     trees = {name: (trained.get("adapters") or {}).get(name) or {} for name in owners.values()}
     return Trained(
         settings.base,
-        inputs["the base model"],
+        sha256,
         served,
         trees,
         {name: settings.lora for name, tree in trees.items() if "lora" in tree},
@@ -208,3 +212,16 @@ def load_run(out: Path) -> Trained:
         settings.dtype,
         str(out),
     )
+
+
+def _scores(out: Path, names: list[str], model: str) -> dict[str, float]:
+    """The scores of a finished run whose trained tree has this checksum."""
+    result = read_object(out / rundir.RESULT)
+    if result.get("model") != model:
+        raise UserError(f"{out / rundir.MODEL}: damaged, its content has another checksum")
+    scores = result.get("dev")
+    if not isinstance(scores, dict) or not all(
+        type(scores.get(name)) in (int, float) for name in names
+    ):
+        raise UserError(f"{out / rundir.RESULT}: lacks the scores of {', '.join(names)}")
+    return scores

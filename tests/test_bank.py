@@ -626,7 +626,7 @@ def test_exchange_and_combination_refuse(runs, three, tmp_path, call, args, mess
         (lambda a: a | {"max_length": True}, "max_length is True"),
         (lambda a: a | {"facts": 3}, "changed by hand"),
         (lambda a: a | {"facts": {"dev": {"accuracy": "high"}}}, "facts: dev is"),
-        (lambda a: a | {"task": a["task"] | {"kind": "x"}}, "kind 'x'"),
+        (lambda a: a | {"task": a["task"] | {"kind": "x"}}, "kind: 'x' is not one of"),
         (lambda a: a | {"task": {}}, "changed by hand"),
         (lambda a: a | {"more": 1}, "fields more"),
         (lambda a: a | {"task": a["task"] | {"classes": ["a", "b"]}}, "head"),

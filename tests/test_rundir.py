@@ -5,7 +5,8 @@ from jaxlora.errors import UserError
 
 
 def test_a_half_written_last_line_is_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "group": "a"}\n{"step": 2, "gro')
+    whole = '{"kind": "train", "step": 1, "group": "a"}'
+    (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{whole[:-5]}")
     assert [r["step"] for r in rundir.read_records(tmp_path)] == [1]
 
 

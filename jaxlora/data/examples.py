@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 
 from jaxlora.data import sources
 from jaxlora.data.rows import Row, sentences
+from jaxlora.errors import UserError
+from jaxlora.plain import encodable
 from jaxlora.tasks import Task
 
 
@@ -140,7 +142,13 @@ def tokenize(
 
     Returns:
       `(tokens i32[total], offsets i64[len(texts) + 1], how many were cut)`.
+
+    Raises:
+      UserError: for half a surrogate pair, which is no character.
     """
+    for text in texts:
+        if not encodable(text):
+            raise UserError(f"{ascii(text)[:60]}: is not Unicode text; take the surrogates out")
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)

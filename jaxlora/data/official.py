@@ -10,14 +10,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import lzma
 import os
 import re
 import shutil
+import stat
+import struct
 import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from pathlib import Path
+import zlib
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
 from jaxlora.data.rows import UNLABELLED, Row, parse_label
@@ -34,6 +39,12 @@ GLUE = {
     "sts": ("stsb", "sentence1", "sentence2"),
 }
 GLUE_SPLITS = {"train": "train", "validation": "dev", "test": "test"}
+MOST_BYTES = 1_000_000_000  # unpacked; ten times the largest of them
+# What reading a damaged archive may raise.
+_UNREADABLE = (
+    zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError,
+    zlib.error, lzma.LZMAError, struct.error,
+)  # fmt: skip
 ESCAPES = {
     "-LRB-": "(", "-RRB-": ")", "-LSB-": "[", "-RSB-": "]", "-LCB-": "{", "-RCB-": "}",
 }  # fmt: skip
@@ -132,12 +143,7 @@ def fetch(manager: tfds.download.DownloadManager, url: str) -> Path:
             f"--source official: cannot download {url} ({error}). Check the network, or use "
             "--data-dir with the CS224N files, or the source 'demo', which needs neither."
         ) from error
-    try:
-        return unzip(archive)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(
-            f"--source official: {archive} is damaged ({error}); delete it and run again."
-        ) from error
+    return unzip(archive)
 
 
 def _reach(url: str) -> None:
@@ -148,14 +154,44 @@ def _reach(url: str) -> None:
 
 
 def unzip(archive: Path) -> Path:
-    """Unpack into `<archive>.files`, all or nothing."""
+    """Unpack into `<archive>.files`, all or nothing, and nothing anywhere else.
+
+    Raises:
+      UserError: if the archive is damaged, too large, or names a place outside of the folder.
+    """
     target = archive.with_name(archive.name + ".files")
-    if not target.is_dir():
-        scratch = Path(tempfile.mkdtemp(dir=archive.parent))
-        try:
-            with zipfile.ZipFile(archive) as bundle:
-                bundle.extractall(scratch)
-            scratch.rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    if target.is_dir():
+        return target
+    scratch = Path(tempfile.mkdtemp(dir=archive.parent))
+    try:
+        with zipfile.ZipFile(archive) as bundle:
+            _check_members(bundle.infolist())
+            bundle.extractall(scratch)
+        scratch.rename(target)
+    except _UNREADABLE as error:
+        raise UserError(
+            f"--source official: {archive} is damaged or cannot be unpacked ({error}); "
+            "delete it and run again."
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _check_members(members: Iterable[zipfile.ZipInfo]) -> None:
+    """Refuse what leads out of the folder, and more than a disk should be filled with.
+
+    Raises:
+      BadZipFile: naming the member.
+    """
+    size = 0
+    for member in members:
+        path = PurePosixPath(member.filename.replace("\\", "/"))
+        drive = PureWindowsPath(member.filename).drive
+        if path.is_absolute() or drive or ".." in path.parts:
+            raise zipfile.BadZipFile(f"{member.filename!r} leads out of its folder")
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise zipfile.BadZipFile(f"{member.filename!r} is a link")
+        size += member.file_size
+    if size > MOST_BYTES:
+        raise zipfile.BadZipFile(f"{size:,} bytes, at most {MOST_BYTES:,} are expected")

@@ -55,7 +55,7 @@ def place(lengths: Sequence[int] | np.ndarray, row_length: int) -> Placement:
       row_length: S.
 
     Raises:
-      ValueError: if a sentence is longer than a row (truncate it first).
+      ValueError: if a sentence is longer than a row (truncate it first), or has no token.
 
     >>> place([5, 3, 4, 2], 8).rows
     2
@@ -63,6 +63,8 @@ def place(lengths: Sequence[int] | np.ndarray, row_length: int) -> Placement:
     lengths = np.asarray(lengths)
     if lengths.size and lengths.max() > row_length:
         raise ValueError(f"a sentence of {lengths.max()} tokens does not fit rows of {row_length}")
+    if lengths.size and lengths.min() < 1:
+        raise ValueError(f"a sentence of {lengths.min()} tokens")
     row, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
     with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by free tokens
     rows = 0

@@ -1,0 +1,211 @@
+"""Targets that are folders of others: base models, PEFT adapters, banks and runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from hypothesis import strategies as st
+
+from experiments.fuzz import hostile, samples
+from jaxlora import bank, exchange, lora, manifest, peft_files, pretrained, rundir, trained
+from jaxlora.bert import param_shapes
+from jaxlora.descriptions import NAME
+from jaxlora.errors import UserError
+from jaxlora.lora import LoraConfig
+from jaxlora.plain import build
+from jaxlora.settings import Settings
+
+INDEX = "model.safetensors.index.json"
+Inputs = st.SearchStrategy[Any]
+
+
+def targets(folder: Path) -> dict[str, tuple[Inputs, Callable[..., None]]]:
+    """Inputs and checks by name."""
+    base = samples.base(folder / "base")
+    source = samples.trained(base)
+    peft = samples.peft(folder / "peft", source)
+    run = samples.run(folder / "run", source)
+    plain = samples.bank_manifest(source)
+    return {
+        "base name": (_names(), find_base),
+        "base config": (_json(base / "config.json"), read_base_config),
+        "base index": (hostile.json_files({"weight_map": {"x": "model.safetensors"}}), read_index),
+        "base weights": (_tensors(base / "model.safetensors"), read_weights),
+        "tokenizer file": (_json(base / "tokenizer.json"), read_tokenizer),
+        "PEFT config": (
+            _json(peft / peft_files.CONFIG), _in_copy(peft, peft_files.CONFIG, adapter)
+        ),
+        "PEFT tensors": (
+            _tensors(peft / peft_files.TENSORS), _in_copy(peft, peft_files.TENSORS, adapter)
+        ),
+        "head": (_tensors(peft / "head.safetensors"), _in_copy(peft, "head.safetensors", imported)),
+        "jaxlora.json": (_json(peft / exchange.ABOUT), _in_copy(peft, exchange.ABOUT, imported)),
+        "bank manifest": (st.tuples(hostile.json_files(plain), st.booleans()), read_bank),
+        "run config": (_json(run / rundir.CONFIG), _in_copy(run, rundir.CONFIG, read_run)),
+        "run result": (_json(run / rundir.RESULT), _in_copy(run, rundir.RESULT, read_run)),
+        "run metrics": (_records(), read_metrics),
+    }  # fmt: skip
+
+
+def _json(path: Path) -> st.SearchStrategy[bytes]:
+    return hostile.json_files(json.loads(path.read_text()))
+
+
+def _tensors(path: Path) -> st.SearchStrategy[bytes]:
+    """Safetensors files: damaged, or with another header that has the right length."""
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+
+    def packed(other: Any) -> bytes:
+        text = json.dumps(other).encode()
+        return struct.pack("<Q", len(text)) + text + data
+
+    return st.one_of(hostile.damaged(content), hostile.changed(header, 1).map(packed))
+
+
+def _in_copy(folder: Path, name: str, check: Callable[[Path], None]) -> Callable[..., None]:
+    """A check that sees the folder with one file of it replaced."""
+
+    def with_content(content: bytes, scratch: Path) -> None:
+        copy = scratch / "copy"
+        if not copy.exists():
+            shutil.copytree(folder, copy)
+        (copy / name).write_bytes(content)
+        check(copy)
+
+    return with_content
+
+
+def _names() -> st.SearchStrategy[str]:
+    part = st.one_of(st.sampled_from(("minilm", "~", "..", "bert-base", "a", "@")), hostile.texts)
+    return st.lists(part, min_size=1, max_size=3).map("/".join)
+
+
+def find_base(name: str, scratch: Path) -> None:
+    """`pretrained.find`, without a network."""
+    assert pretrained.find(name).is_dir()
+
+
+def read_base_config(content: bytes, scratch: Path) -> None:
+    """`pretrained.read_config`, and whether the network it describes can be built."""
+    (scratch / "config.json").write_bytes(content)
+    config = pretrained.read_config(scratch / "config.json")
+    with contextlib.suppress(UserError):  # nothing is there to be converted
+        pretrained.convert({}, config)
+
+
+def read_index(content: bytes, scratch: Path) -> None:
+    """`pretrained.weight_files`: nothing outside of the folder."""
+    (scratch / INDEX).write_bytes(content)
+    for path in pretrained.weight_files(scratch):
+        assert path.parent == scratch and path.suffix == ".safetensors"
+        assert path.name.encode() and "\0" not in path.name
+
+
+def read_weights(content: bytes, scratch: Path) -> None:
+    """`pretrained.read_tensors` and `convert`."""
+    (scratch / "model.safetensors").write_bytes(content)
+    params = pretrained.convert(
+        pretrained.read_tensors([scratch / "model.safetensors"]), samples.BERT
+    )
+    _check_shapes(params, param_shapes(samples.BERT))
+
+
+def _check_shapes(tree: Any, like: Any) -> None:
+    assert jax.tree.map(np.shape, tree) == jax.tree.map(np.shape, like)
+
+
+def read_tokenizer(content: bytes, scratch: Path) -> None:
+    """`pretrained.load_tokenizer` and `check_tokenizer`."""
+    (scratch / "tokenizer.json").write_bytes(content)
+    tokenizer = pretrained.load_tokenizer(scratch)
+    pretrained.check_tokenizer(tokenizer, samples.BERT, scratch)
+    assert len(tokenizer.encode("").ids) == 2
+
+
+def adapter(folder: Path) -> None:
+    """`peft_files.load`."""
+    shapes = param_shapes(samples.BERT)
+    found, config = peft_files.load(folder, shapes)
+    factors, kernels = traverse_util.flatten_dict(found), lora.targets(shapes, config)
+    assert {path[:-1] for path in factors} == kernels.keys()
+    for path, kernel in kernels.items():
+        (layers, fan_in, fan_out), rank = kernel.shape, config.rank_of(path)
+        assert factors[*path, "A"].shape == (layers, fan_in, rank)
+        assert factors[*path, "B"].shape == (layers, rank, fan_out)
+        assert math.isfinite(config.scale_of(path))
+
+
+def imported(folder: Path) -> None:
+    """`exchange.load`."""
+    found = exchange.load(folder, "similar")
+    _check_trained(found, ["similar"])
+
+
+def _check_trained(found: trained.Trained, names: list[str]) -> None:
+    assert list(found.served) == names
+    for name, one in found.served.items():
+        assert NAME.fullmatch(name) and one.task.name == name and one.tree in found.trees
+        assert one.task.outputs >= 0
+        json.dumps(dict(one.facts))
+    for config in found.configs.values():
+        assert math.isfinite(config.scale_of(("self", "query")))
+
+
+def read_bank(value: tuple[bytes, bool], scratch: Path) -> None:
+    """`manifest.read` (also of one that was signed anew) and what stands on it."""
+    content, sign = value
+    if sign:
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            content = json.dumps(manifest.signed(json.loads(content))).encode()
+    (scratch / manifest.NAME).write_bytes(content)
+    found = manifest.read(scratch)
+    for part, name in manifest.used(found):
+        assert name and (scratch / part / name).resolve().parent == (scratch / part).resolve()
+    assert len(bank.verify(scratch)) == len(manifest.used(found))  # its trees are not there
+    for name in found["tasks"]:
+        bank.describe(scratch, name)
+    for plain in found["adapters"].values():
+        assert math.isfinite(build(LoraConfig, plain).scale_of(("self", "query")))
+    with contextlib.suppress(UserError):
+        bank.load(scratch)
+
+
+def read_run(folder: Path) -> None:
+    """`trained.load_run`, and what a run that goes on there compares."""
+    config = rundir.read_config(folder)
+    with contextlib.suppress(UserError):
+        rundir.check(folder, config["settings"], resume=True)
+        rundir.check_same_inputs(folder, {"the base model": "0"})
+    settings = Settings.from_json(config["settings"])
+    found = trained.load_run(folder)
+    _check_trained(found, [d.task.name for d in settings.tasks])
+    assert all(NAME.fullmatch(part) for tree in found.trees for part in tree.split("+"))
+
+
+def _records() -> st.SearchStrategy[bytes]:
+    record = {"kind": "train", "group": "sst", "step": 1, "loss": {"sst": 0.5}}
+    line = json.dumps(record).encode() + b"\n"
+    other = hostile.changed(record, 1).map(lambda value: json.dumps(value).encode() + b"\n")
+    return st.one_of(
+        hostile.damaged(line * 3), st.lists(other, max_size=3).map(b"".join).map(line.__add__)
+    )
+
+
+def read_metrics(content: bytes, scratch: Path) -> None:
+    """`rundir.read_records`, and what is kept of them."""
+    (scratch / rundir.METRICS).write_bytes(content)
+    kept = [r for r in rundir.read_records(scratch) if r["step"] <= {"sst": 1}.get(r["group"], 0)]
+    for record in kept:
+        assert all(math.isfinite(value) or value for _, value in rundir.flatten(record))

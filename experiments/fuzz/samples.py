@@ -1,0 +1,105 @@
+"""Sound folders, as small as can be, for the generators to spoil."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from jaxlora import checkpoint, exchange, lora, manifest, pretrained, rundir, trees
+from jaxlora.bert import BertConfig, param_shapes
+from jaxlora.lora import LoraConfig
+from jaxlora.settings import Flags, resolve
+from jaxlora.tasks import PARA, SST, STS_COSINE, Task
+from jaxlora.trained import Served, Trained
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "runs", "##s", ".", "e")
+BERT = BertConfig(len(WORDS), 8, 2, 2, 16, 32)
+ADAPTER = LoraConfig(2, 4.0, ("query", "output.dense"), rank_pattern=(("query", 1),))
+TASKS = (SST, PARA, STS_COSINE)
+
+
+def tokenizer() -> Tokenizer:
+    """A WordPiece tokenizer of ten words, set up as BERT's is."""
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    built = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    built.normalizer = normalizers.BertNormalizer(lowercase=True)
+    built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    built.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return built
+
+
+def base(folder: Path) -> Path:
+    """A Hugging Face folder with a BERT of zeros."""
+    folder.mkdir(parents=True)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), param_shapes(BERT))
+    save_file(pretrained.export(params, BERT), folder / "model.safetensors")
+    config = {"model_type": "bert", **dataclasses.asdict(BERT)}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def trained(base_folder: Path) -> Trained:
+    """Three tasks, an adapter each, untrained."""
+    weights = base_folder / "model.safetensors"
+    shapes, key = param_shapes(BERT), jax.random.key(0)
+    served = {
+        task.name: Served(
+            task, task.name, task.init_head(key, BERT.hidden_size, "concat"), "concat"
+        )
+        for task in TASKS
+    }
+    return Trained(
+        base=str(base_folder),
+        sha256=pretrained.checksum([weights]),
+        served=served,
+        trees={task.name: {"lora": lora.init(key, shapes, ADAPTER)} for task in TASKS},
+        configs={task.name: ADAPTER for task in TASKS},
+        pooling="mean",
+        max_length=16,
+        dtype="float32",
+        origin="a sample",
+    )
+
+
+def peft(folder: Path, source: Trained, task: Task = SST) -> Path:
+    """An exported task."""
+    exchange.save(folder, source, task.name)
+    return folder
+
+
+def bank_manifest(source: Trained) -> dict[str, Any]:
+    """The manifest of a bank with one task, unsigned."""
+    entry = {
+        "task": dataclasses.asdict(SST), "adapter": "sst-0123456789abcdef",
+        "head": "sst-fedcba9876543210", "pair_features": "concat",
+        "facts": {"dev": {"accuracy": 0.5}, "variant": "lora1"},
+    }  # fmt: skip
+    adapters = {entry["adapter"]: dataclasses.asdict(ADAPTER)}
+    whole = manifest.empty(source) | {"tasks": {"sst": entry}, "adapters": adapters}
+    plain: dict[str, Any] = json.loads(json.dumps(whole))
+    return plain
+
+
+def run(folder: Path, source: Trained) -> Path:
+    """A finished run."""
+    settings = resolve(Flags("lora1", base=source.base, rank=2, max_length=16, max_steps=1))
+    tree = {
+        "adapters": dict(source.trees),
+        "heads": {name: one.head for name, one in source.served.items() if one.head},
+    }
+    checkpoint.save_tree(folder / rundir.MODEL, tree)
+    inputs = {"the base model": source.sha256, "the data of sst": "0" * 64}
+    config = {"settings": settings.to_json(), "inputs": inputs, "versions": {"jax": "0"}}
+    rundir.write_json(folder / rundir.CONFIG, config)
+    dev = dict.fromkeys(source.served, 0.5)
+    model = trees.checksum(checkpoint.load_tree(folder / rundir.MODEL))
+    rundir.write_json(folder / rundir.RESULT, {"dev": dev, "model": model})
+    return folder

@@ -1,0 +1,35 @@
+"""JSON files that may hold anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxlora.errors import UserError
+
+
+def read(path: Path) -> Any:
+    """A file's JSON.
+
+    Raises:
+      UserError: if the file cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # also UTF-8, long numbers, deep nesting
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+      UserError: see `read`; or if it is no object.
+    """
+    value = read(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
