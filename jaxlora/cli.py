@@ -311,7 +311,7 @@ def plan(
         sentence_length=sentence_length, row_length=row_length, dtype=dtype,
         adapter=LoraConfig(rank, float(rank)),
     )  # fmt: skip
-    table = Table(*head)
+    table = Table(*head, caption=plan_table.CAPTION)
     for row in rows:
         table.add_row(*map(escape, row))
     CONSOLE.print(table)

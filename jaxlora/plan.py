@@ -165,19 +165,22 @@ class Traffic(NamedTuple):
       all_reduce: gradients of leaves that are whole everywhere, and embeddings looked up in parts.
       reduce_scatter: gradients of split leaves; a device keeps only its part of the sum. (XLA on
         CPU sums all and cuts the part out.)
+      all_to_all: embeddings whose columns are split.
     """
 
     all_gather: float
     all_reduce: float
     reduce_scatter: float
+    all_to_all: float
 
     def wire(self, devices: int) -> float:
         """Bytes a device sends when each operation goes round in a ring.
 
-        >>> Traffic(0, 8.0, 0).wire(4)
+        >>> Traffic(0, 8.0, 0, 0).wire(4)
         12.0
         """
-        return (self.all_gather + 2 * self.all_reduce + self.reduce_scatter) * (1 - 1 / devices)
+        once = self.all_gather + self.reduce_scatter + self.all_to_all
+        return (once + 2 * self.all_reduce) * (1 - 1 / devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,28 +384,35 @@ def _part(tree: Tree, parts: int) -> float:
 def _traffic(work: Work, found: _Trees) -> Traffic:
     """Rows over both axes, split leaves over `fsdp`; see `Traffic`."""
     if work.devices == 1 or work.adapt == "frozen":  # vectors are whole everywhere
-        return Traffic(0, 0, 0)
-    count = len(work.tasks)
-    copies = count if work.adapt == "full" else 1
+        return Traffic(0, 0, 0, 0)
+    count, full = len(work.tasks), work.adapt == "full"
     kernels = _kernels(found.params)
-    word = found.params["embeddings"]["word_embeddings"]
-    fetched = 2.0 * copies * work.width * _split(kernels, work.fsdp)
-    if work.adapt == "lora" and work.fsdp > 1:  # see `_flops`: the first layer's are read once
+    fetched = 2.0 * (count if full else 1) * work.width * _split(kernels, work.fsdp)
+    if not full and work.fsdp > 1:  # see `_flops`: the first layer's are read once
         fetched -= 3.0 * work.width * work.config.hidden_size**2
-    looked_up = 0.0
-    if _split([word], work.fsdp):  # each device looks all its neighbours' words up in its part
-        looked_up = FLOAT * work.tokens / work.data * work.config.hidden_size
-    if work.adapt == "full":
-        fetched += looked_up  # and their gradients come back
-        words = FLOAT * count * word.size
-        split = FLOAT * count * _split(found.trained, work.fsdp)
-        whole = FLOAT * count * trees.count(found.trained) - split
-        table = words if _split([word], work.fsdp) else 0.0
-        # What is split over fsdp is summed there first; then its parts over data.
-        again = (split / work.fsdp) if work.data > 1 else 0.0
-        return Traffic(fetched, whole + looked_up, split - table + again)
+    looked_up, exchanged = _lookups(work, found)
     gradients = FLOAT * count * trees.count(found.trained)
-    return Traffic(fetched, gradients + looked_up, 0)
+    if not full:
+        return Traffic(fetched, gradients + looked_up, 0, exchanged)
+    split = FLOAT * count * _split(found.trained, work.fsdp)
+    words = FLOAT * count * _split(found.params["embeddings"]["word_embeddings"], work.fsdp)
+    # Summed over fsdp first (a table gets its own part's gradients), then the parts over data.
+    again = split / work.fsdp if work.data > 1 else 0.0
+    return Traffic(
+        fetched + looked_up, gradients - split + looked_up, split - words + again, 2 * exchanged
+    )
+
+
+def _lookups(work: Work, found: _Trees) -> tuple[float, float]:
+    """Bytes of rows looked up in a table's parts and added up, and of columns exchanged."""
+    hidden = FLOAT * work.config.hidden_size
+    by_rows = by_columns = 0.0
+    for name in ("word_embeddings", "position_embeddings"):
+        shape = found.params["embeddings"][name].shape
+        axis = mesh.split_axis(shape, work.fsdp) if work.fsdp > 1 else None
+        by_rows += hidden * work.tokens / work.data * (axis == 0)
+        by_columns += hidden * work.tokens / work.devices * (axis == 1)
+    return by_rows, by_columns
 
 
 def _split(tree: Tree, parts: int) -> int:

@@ -13,10 +13,11 @@ from jaxlora.errors import UserError
 from jaxlora.plan import Estimate
 
 HEAD = (
-    "base", "variant", "group", "mesh", "rows", "TFLOP a step",
-    "parameters GB", "optimizer GB", "temporary GB", "GB a device", "sent MB",
+    "base", "variant", "mesh", "rows", "TFLOP", "parameters", "moments", "temporary", "in all",
+    "sent",
 )  # fmt: skip
-GB, MB, TERA = 1e9, 1e6, 1e12
+CAPTION = "a step's TFLOP on all devices; GB on each device, and GB that each sends in a step"
+GIGA, TERA = 1e9, 1e12
 
 
 def find_base(name: str) -> BertConfig:
@@ -47,15 +48,15 @@ def find_mesh(text: str) -> dict[str, int]:
     return meshes.sizes(text, 2**31)
 
 
-def cells(base: str, variant: str, group: str, found: Estimate) -> tuple[str, ...]:
+def cells(base: str, variant: str, found: Estimate) -> tuple[str, ...]:
     """A line of the table, in the order of `HEAD`."""
     work, memory = found.work, found.memory
     split = ",".join(f"{axis}={getattr(work, axis)}" for axis in meshes.AXES)
     sizes = (memory.frozen + memory.trained, memory.moments, memory.temporary, memory.total)
+    sent = found.traffic.wire(work.devices)
     return (
-        base, variant, group, split, str(work.rows), f"{found.flops.total / TERA:,.2f}",
-        *(f"{size / GB:,.2f}" for size in sizes),
-        f"{found.traffic.wire(work.devices) / MB:,.0f}",
+        base, variant, split, str(work.rows), f"{found.flops.total / TERA:,.2f}",
+        *(f"{size / GIGA:,.2f}" for size in (*sizes, sent)),
     )  # fmt: skip
 
 
@@ -88,7 +89,8 @@ def lines(
                 for group, work in works.items():
                     found = plan.estimate(work)
                     time = () if rates is None else (f"{found.seconds(*rates):.3f}",)
-                    table.append((*cells(base, variant, group, found), *time))
+                    name = variant if len(works) == 1 else f"{variant} {group}"
+                    table.append((*cells(base, name, found), *time))
     return table
 
 
