@@ -1,4 +1,4 @@
-"""The command `jaxlora`: banks of adapters, predictions, exports and imports."""
+"""The command `jaxlora`: banks of adapters, predictions, exports and imports, and plans."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from jaxlora import bank as banks
-from jaxlora import exchange, host, manifest, merged, pretrained, rundir, trees
+from jaxlora import exchange, host, manifest, merged, plan_table, pretrained, rundir, trees
 from jaxlora.bert import param_shapes
 from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
+from jaxlora.lora import LoraConfig
 from jaxlora.predict import Predictor
 from jaxlora.predict_file import predict_file
 from jaxlora.trained import Trained, combine_tasks, load_run
@@ -276,6 +277,48 @@ def combine(
     say(f"{bank}: added {name}")
 
 
+def plan(
+    *,
+    variant: tuple[str, ...],
+    base: tuple[str, ...] = ("bert-base",),
+    mesh: tuple[str, ...] = ("data=1",),
+    batch_size: int = 16,
+    sentence_length: float = 20.0,
+    row_length: int = 64,
+    rank: int = 15,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    flops: float | None = None,
+    link: float | None = None,
+) -> None:
+    """Say what a step will cost, before there are devices: FLOPs, memory, traffic, time.
+
+    Args:
+      variant: the paper's variants, one or more.
+      base: minilm, bert-base, bert-large, 1b, 3b, 10b, or Hugging Face folders.
+      mesh: devices, as `experiments/run.py --mesh` takes them.
+      batch_size: examples of each task in a step.
+      sentence_length: tokens of a sentence on the average.
+      row_length: tokens of a row, into which sentences are packed.
+      rank: of the adapters.
+      dtype: of matmul inputs.
+      flops: FLOP/s that a device reaches; adds the time of a step when nothing overlaps.
+      link: bytes/s between devices.
+    """
+    numbers = {"batch-size": batch_size, "sentence-length": sentence_length, "rank": rank}
+    for name, number in {**numbers, "row-length": row_length}.items():
+        if not 0 < number < math.inf:
+            raise UserError(f"--{name} {number}: must be above 0")
+    head, *rows = plan_table.lines(
+        base, variant, mesh, plan_table.check_rates(flops, link), batch_size=batch_size,
+        sentence_length=sentence_length, row_length=row_length, dtype=dtype,
+        adapter=LoraConfig(rank, float(rank)),
+    )  # fmt: skip
+    table = Table(*head, caption=plan_table.CAPTION)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    CONSOLE.print(table)
+
+
 class Commands(NamedTuple):
     """Commands under one word."""
 
@@ -300,7 +343,11 @@ GROUPS = {
     ),
     "import": Commands("Take over a task from other programs.", {"peft": import_peft}),
 }
-ALONE: dict[str, Callable[..., None]] = {"predict": predict, "combine": combine}
+ALONE: dict[str, Callable[..., None]] = {
+    "predict": predict,
+    "combine": combine,
+    "plan": plan,
+}
 
 
 def run(args: Sequence[str]) -> None:

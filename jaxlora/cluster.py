@@ -19,9 +19,12 @@ from jaxlora.trees import Tree
 
 # What launchers that JAX knows tell of the number of processes.
 _LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
+# Where Kubernetes writes a pod's number in an Indexed Job. It does not say how many pods there are,
+# and JAX's own look at the cluster needs a client and the right to list pods; two flags do not.
+_INDEX = "JOB_COMPLETION_INDEX"
 
 
-def join(coordinator: str | None = None, processes: int = 1, process: int = 0) -> None:
+def join(coordinator: str | None = None, processes: int = 1, process: int | None = None) -> None:
     """Join the other processes, if there are any; call it before all else of JAX.
 
     Slurm and Open MPI tell JAX what it needs. Elsewhere (Kubernetes, ssh) the arguments do.
@@ -29,7 +32,7 @@ def join(coordinator: str | None = None, processes: int = 1, process: int = 0) -
     Args:
       coordinator: `host:port` of the first process.
       processes: how many there are.
-      process: which one this is, from 0.
+      process: which one this is, from 0; None: what an Indexed Job of Kubernetes says, or 0.
 
     Raises:
       UserError: if the arguments do not fit each other, or the processes do not meet.
@@ -37,6 +40,8 @@ def join(coordinator: str | None = None, processes: int = 1, process: int = 0) -
     launcher = next((x for name, x in _LAUNCHERS.items() if _count(name) > 1), None)
     if coordinator is None and processes > 1:
         raise UserError("--processes goes with --coordinator=host:port, the first one's address")
+    if process is None:
+        process = _count(_INDEX, 0)
     if coordinator is not None and not (0 <= process < processes and ":" in coordinator):
         raise UserError(
             f"--coordinator={coordinator} --processes={processes} --process={process}: write "
@@ -53,9 +58,9 @@ def join(coordinator: str | None = None, processes: int = 1, process: int = 0) -
         ) from error
 
 
-def _count(name: str) -> int:
+def _count(name: str, default: int = 1) -> int:
     value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else 1
+    return int(value) if value.isdecimal() else default
 
 
 def first() -> bool:

@@ -93,7 +93,7 @@ class Flags:
       skip_nonfinite: leave steps out whose loss is not finite, and count them.
       coordinator: host:port of the first of many processes, where no launcher says it.
       processes: how many there are.
-      process: which one this is, from 0.
+      process: which one this is, from 0; default: a pod's number in an Indexed Job, or 0.
     """
 
     variant: VariantName
@@ -140,7 +140,7 @@ class Flags:
     skip_nonfinite: bool = False
     coordinator: str | None = None
     processes: int = 1
-    process: int = 0
+    process: int | None = None
 
 
 _TUNED: dict[str, Any] = {

@@ -5,25 +5,22 @@ The number of devices is fixed when JAX starts, so this needs a process of its o
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from compiled import analyses, collectives, compile_step, mesh_of, shapes, wide
 from tiny import Silent, short
 
-from jaxlora import bert, group, lora, prepare, pretrained, step, train
+from jaxlora import group, lora, prepare, pretrained, train
 from jaxlora import mesh as meshes
 from jaxlora.settings import Flags, resolve
-from jaxlora.tasks import paper_tasks
 
 STEPS = 5
-BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
 
 
 def settings(variant, base, data):
@@ -67,66 +64,12 @@ def resumed(base, data, out):
     return [str(path) for path in sorted(first.iterdir())]
 
 
-def wide_group(adapt, mesh):
-    """The compiled step of a wider network, and its state's shapes."""
-    config = bert.BertConfig(
-        vocab_size=4096, hidden_size=256, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=1024, max_position_embeddings=64,
-    )  # fmt: skip
-    tasks = paper_tasks("mse")
-    adapter = lora.LoraConfig(8, 8.0)
-    encode = step.encoder(config, jnp.float32, adapter, "mean")
-    setup = step.Setup(
-        tasks, step.task_encoder(adapt, encode, len(tasks)),
-        *step.optimizers(len(tasks), 1e-4, 1e-3, weight_decay=0.01), config.hidden_size,
-    )  # fmt: skip
-
-    def start():
-        params = jax.tree.map(lambda x: jnp.zeros(x.shape), bert.param_shapes(config))
-        frozen, trainable = step.split_params(
-            adapt, params, adapter, jax.random.key(0), jnp.float32
-        )
-        return frozen, step.init_state(setup, trainable, jax.random.key(1))
-
-    frozen, state = jax.eval_shape(start)
-    lead = (3,) if adapt == "full" else ()
-    rows = jax.ShapeDtypeStruct((*lead, 16, 64), jnp.int32)
-    sentences = jax.ShapeDtypeStruct((*lead, 32 if lead else 96), jnp.int32)
-    numbers = jax.ShapeDtypeStruct((3, 16), jnp.float32)
-    batch = step.Batch(step.Rows(rows, rows, rows, sentences), numbers, numbers)
-    shardings = meshes.of_state(mesh, state)
-    placed = [
-        jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where
-        )
-        for tree, where in (
-            (state, shardings), (frozen, meshes.of_tree(mesh, frozen)),
-            (batch, meshes.of_batch(mesh, batch)),
-        )
-    ]  # fmt: skip
-    compiled = step.make_train_step(setup, (shardings, meshes.whole(mesh))).lower(*placed).compile()
-    return setup, state, compiled
-
-
-def collectives(text):
-    """Operation → bytes of each result, of a compiled program's text."""
-    found = {}
-    pattern = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\("
-    for shapes, name in re.findall(pattern, text):
-        size = sum(
-            BYTES[kind] * int(np.prod([int(n) for n in dims.split(",") if n] or [1]))
-            for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        )
-        found.setdefault(name, []).append(size)
-    return found
-
-
 def memory():
     """Bytes a device holds, and collectives, of full fine-tuning and adapters on some meshes."""
     found = {}
     for adapt in ("full", "lora"):
         for text in ("data=1", "data=8", "fsdp=2", "fsdp=4", "fsdp=8"):
-            _, _, compiled = wide_group(adapt, meshes.make_mesh(text))
+            compiled = compile_step(wide(adapt, text))
             analysis = compiled.memory_analysis()
             found[f"{adapt} {text}"] = {
                 "state": analysis.argument_size_in_bytes,
@@ -136,10 +79,21 @@ def memory():
     return found
 
 
+def planned(*texts):
+    """What XLA says of some steps on some meshes."""
+    found = {}
+    for text in texts:
+        for adapt, rows in (("full", 16), ("lora", 48)):
+            work = wide(adapt, text, rows=rows, adapter=lora.LoraConfig())
+            found[f"{adapt} {text}"] = analyses(compile_step(work))
+    return found
+
+
 def update():
     """The collectives of the update alone: gradients in, parameters and moments out."""
-    mesh = meshes.make_mesh("fsdp=8")
-    setup, state, _ = wide_group("full", mesh)
+    work = wide("full", "fsdp=8")
+    mesh = mesh_of(work)
+    setup, _, state = shapes(work)
     where = meshes.of_state(mesh, state)
     stack = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(
@@ -164,5 +118,5 @@ def update():
 
 
 if __name__ == "__main__":
-    commands = {f.__name__: f for f in (curves, resumed, memory, update)}
+    commands = {f.__name__: f for f in (curves, resumed, memory, planned, update)}
     print(json.dumps(commands[sys.argv[1]](*sys.argv[2:])))

@@ -1,0 +1,60 @@
+"""What the pages in docs/ say: their Python runs, their commands' flags exist, tables are true."""
+
+import dataclasses
+import doctest
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jaxlora import plan_table
+from jaxlora.cli import ALONE, GROUPS
+from jaxlora.settings import Flags, VariantName
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+WITH_PYTHON = [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_snippets_run(page):
+    failed, tried = doctest.testfile(str(page), module_relative=False)
+    assert tried > 3 and failed == 0
+
+
+def commands(page, program):
+    """The words after a program's name, in each shell or manifest line of a page."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    for line in "\n".join(blocks).splitlines():
+        if program in line:
+            yield shlex.split(line.split(program, 1)[1], comments=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_runs_have_flags_that_exist(page):
+    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Flags)}
+    text = page.read_text(encoding="utf-8")
+    in_manifests = re.findall(r"^ +- (--[\w-]+)=?.*$", text, re.MULTILINE)
+    given = [w.split("=")[0] for words in commands(page, "run.py") for w in words]
+    for flag in [*given, *in_manifests]:
+        assert not flag.startswith("--") or flag in known
+    for words in commands(page, "run.py"):
+        (variant,) = [w.split("=")[1] for w in words if w.startswith("--variant=")]
+        assert variant in VariantName.__args__
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page):
+    for first, *rest in commands(page, "jaxlora "):
+        assert first in ALONE or rest[0] in GROUPS[first].by_name
+
+
+def test_the_table_of_scaling_is_the_calculators():
+    lines = [line for line in (DOCS / "scaling.md").read_text().splitlines() if line[:1] == "|"]
+    head, _, *rows = [tuple(cell.strip() for cell in line[1:-1].split("|")) for line in lines]
+    bases = ("bert-base", "bert-large", "1b", "3b", "10b")
+    meshes = ("data=1", "fsdp=8", "data=8,fsdp=8")
+    table = plan_table.lines(bases, ("lora3", "baseline2"), meshes, batch_size=64, dtype="bfloat16")
+    assert [head, *rows[: len(table) - 1]] == table
