@@ -12,13 +12,9 @@ import jax
 from jaxlora.data.sources import Place
 from jaxlora.descriptions import Description, check_name, paper_descriptions, read_tasks
 from jaxlora.errors import UserError
-<<<<<<< HEAD
 from jaxlora.lora import ALL_TARGETS, PAPER_TARGETS, LoraConfig
-=======
-from jaxlora.lora import PAPER_TARGETS, LoraConfig
 from jaxlora.plain import build
 from jaxlora.pretrained import local_folder
->>>>>>> helper-a
 from jaxlora.tasks import Task
 from jaxlora.variants import Adapt, Groups, Variant, groups_like, parse_groups, variant
 

@@ -18,11 +18,8 @@ from jaxlora import (
     checkpoint,
     cluster,
     curves,
-<<<<<<< HEAD
     evaluate,
-=======
     folders,
->>>>>>> helper-a
     host,
     prepare,
     pretrained,
