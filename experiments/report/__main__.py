@@ -1,0 +1,48 @@
+"""Build the report without training: `python -m experiments.report --from ROOT --out report`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from experiments import report
+from experiments.report import statistics
+from jaxlora import host
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Write the report of finished runs; what is missing is named in it.
+
+    Attributes:
+      root: folder that experiments/reproduce.py wrote: <study>/seed<k>/ runs.
+      out: folder for report.html, results.md, tables/ and figures/.
+      resamples: of the bootstrap.
+      seed: of the bootstrap.
+    """
+
+    root: Annotated[Path, tyro.conf.arg(name="from")]
+    out: Path = Path("report")
+    resamples: int = statistics.RESAMPLES
+    seed: int = 0
+
+
+def main(flags: Flags) -> None:
+    """Build it and say where it is."""
+    path = report.build(flags.root, flags.out, resamples=flags.resamples, seed=flags.seed)
+    Console().print(f"The report is {path}", soft_wrap=True)
+
+
+def cli(args: Sequence[str] | None = None) -> int:
+    """Parse flags and build; returns the exit code, see `host.exit_code`."""
+    return host.exit_code(lambda: main(tyro.cli(Flags, args=args)))
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

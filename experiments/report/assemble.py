@@ -1,0 +1,49 @@
+"""From the runs on disk to the whole report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.report import (
+    claims,
+    facts,
+    figures,
+    page,
+    results,
+    scores,
+    statistics,
+    tables,
+    times,
+)
+from experiments.report.collect import collect
+from jaxlora.rundir import write_text
+
+PAGE, MARKDOWN, TABLES, FIGURES = "report.html", "results.md", "tables", "figures"
+
+
+def build(root: Path, out: Path, *, resamples: int = statistics.RESAMPLES, seed: int = 0) -> Path:
+    """Write the report of a root; what is missing from it, the report names.
+
+    Args:
+      root: what `experiments/reproduce.py` wrote, see `collect`.
+      out: folder for `report.html`, `results.md`, `tables/*.csv` and `figures/*.{png,svg}`.
+      resamples, seed: of the bootstrap.
+
+    Returns:
+      The path of `report.html`.
+
+    Raises:
+      UserError: if the root holds no runs, or a file in it is broken.
+    """
+    collection = collect(root)
+    context = claims.Context(
+        collection, scores.score(collection, resamples, seed), times.measure(collection)
+    )
+    findings = claims.examine(context)
+    parts, found = facts.parts(findings), tables.make(context, findings)
+    command = f"python -m experiments.report --from {root} --out {out}"
+    drawn = figures.render(figures.plans(context), out / FIGURES)
+    tables.write_csv(found, out / TABLES)
+    write_text(out / MARKDOWN, results.markdown(context, parts, found, command))
+    write_text(out / PAGE, page.html(context, parts, found, drawn, command))
+    return out / PAGE

@@ -1,0 +1,251 @@
+"""Read what `experiments/reproduce.py` left on disk: runs by study and seed, and what is missing.
+
+root/<study>/seed<k>/     run folders, see `jaxlora.train`
+root/plan.json            what was asked for
+root/timing.json          step times measured on an idle machine; optional
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlora import rundir
+from jaxlora.errors import UserError
+from jaxlora.tasks import NAMES
+from jaxlora.variants import VARIANTS
+
+PLAN, TIMING = "plan.json", "timing.json"
+SEED_FOLDER = re.compile(r"seed(\d+)")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predictions:
+    """A run's answers to the dev examples of a task, `E` of them.
+
+    Attributes:
+      ids: `str[E]`.
+      predictions, labels: `f64[E]`.
+      confidence: `f64[E]`, the probability of the predicted class; NaN for scores.
+    """
+
+    ids: np.ndarray
+    predictions: np.ndarray
+    labels: np.ndarray
+    confidence: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run.
+
+    Attributes:
+      study, seed: its place among the others.
+      folder: where it lies.
+      settings, versions: from `config.json`.
+      result: `result.json`.
+      records: the lines of `metrics.jsonl`.
+      answers: task → its dev predictions; empty where they hold no labels.
+      disk_bytes: what its trained model takes on disk.
+    """
+
+    study: str
+    seed: int
+    folder: Path
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    result: Mapping[str, Any]
+    records: tuple[Mapping[str, Any], ...]
+    answers: Mapping[str, Predictions]
+    disk_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """A run that was asked for, or begun, and is not finished."""
+
+    study: str
+    seed: int
+    why: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Collection:
+    """All that a report is made of.
+
+    Attributes:
+      root: the folder.
+      plan, timing: the content of the two files, `{}` where there are none.
+      runs: the finished ones, by study in the order of the plan, then by seed.
+      missing: the others.
+    """
+
+    root: Path
+    plan: Mapping[str, Any]
+    timing: Mapping[str, Any]
+    runs: tuple[Run, ...]
+    missing: tuple[Missing, ...]
+
+    @cached_property
+    def studies(self) -> dict[str, tuple[Run, ...]]:
+        """Study → its finished runs."""
+        found: dict[str, list[Run]] = {}
+        for run in self.runs:
+            found.setdefault(run.study, []).append(run)
+        return {study: tuple(runs) for study, runs in found.items()}
+
+    @property
+    def variants(self) -> dict[str, tuple[Run, ...]]:
+        """The paper's among them."""
+        return {name: self.studies[name] for name in VARIANTS if name in self.studies}
+
+    @property
+    def extras(self) -> dict[str, tuple[Run, ...]]:
+        """The others."""
+        return {name: runs for name, runs in self.studies.items() if name not in VARIANTS}
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the finished runs."""
+        return tuple(sorted({run.seed for run in self.runs}))
+
+    @property
+    def machine(self) -> Mapping[str, Any]:
+        """What it ran on, as far as that was written down."""
+        machine: Mapping[str, Any] = self.plan.get("machine") or self.timing.get("machine") or {}
+        return machine
+
+
+def collect(root: Path) -> Collection:
+    """Read a root.
+
+    Raises:
+      UserError: if it is no folder, holds no run at all, or a file in it is broken.
+    """
+    if not root.is_dir():
+        raise UserError(
+            f"--from {root}: no such folder; name the --out of experiments/reproduce.py"
+        )
+    plan, timing = (_optional(root / name) for name in (PLAN, TIMING))
+    wanted = {(s, k) for s in plan.get("studies", ()) for k in plan.get("seeds", ())}
+    folders = {
+        (path.parent.name, int(match[1])): path
+        for path in root.glob("*/seed*")
+        if (match := SEED_FOLDER.fullmatch(path.name)) and path.is_dir()
+    }
+    if not wanted and not folders:
+        raise UserError(
+            f"--from {root}: holds no runs (<study>/seed<k>); train some with "
+            "python experiments/reproduce.py"
+        )
+    order = _order(plan.get("studies", ()))
+    places = sorted(wanted | folders.keys(), key=lambda place: (order(place[0]), place))
+    runs, missing = [], []
+    for study, seed in places:
+        folder = folders.get((study, seed), root / study / f"seed{seed}")
+        why = _unfinished(folder)
+        if why:
+            missing.append(Missing(study, seed, why))
+        else:
+            runs.append(read_run(folder, study, seed))
+    _check_same_examples(runs)
+    return Collection(root, plan, timing, tuple(runs), tuple(missing))
+
+
+def read_run(folder: Path, study: str, seed: int) -> Run:
+    """Read a finished run.
+
+    Raises:
+      UserError: for a file that is missing or broken.
+    """
+    config = rundir.read_config(folder)
+    result = rundir.read_json(folder / rundir.RESULT)
+    answers = {
+        task: read_predictions(path)
+        for task in NAMES
+        if (path := folder / "predictions" / f"{task}-dev.csv").exists()
+    }
+    model = folder / rundir.MODEL
+    return Run(
+        study=study,
+        seed=seed,
+        folder=folder,
+        settings=config["settings"],
+        versions=config.get("versions", {}),
+        result=result,
+        records=tuple(rundir.read_records(folder)),
+        answers={task: found for task, found in answers.items() if len(found.labels)},
+        disk_bytes=sum(path.stat().st_size for path in model.rglob("*") if path.is_file()),
+    )
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read `id,prediction,label,confidence`; no rows where the file has no labels.
+
+    Raises:
+      UserError: for a line that cannot be read, with its number.
+    """
+    ids, numbers = [], []
+    with path.open(encoding="utf-8", newline="") as file:
+        for line, row in enumerate(csv.DictReader(file), 2):
+            if "label" not in row:
+                break
+            try:
+                confidence = float(row.get("confidence") or "nan")
+                numbers.append((float(row["prediction"]), float(row["label"]), confidence))
+                ids.append(row["id"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{path}, line {line}: not id,prediction,label,confidence ({error}); "
+                    "train the run anew"
+                ) from error
+    columns = np.array(numbers, np.float64).reshape(-1, 3).T
+    return Predictions(np.array(ids, str), *columns)
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return rundir.read_json(path) if path.exists() else {}
+
+
+def _order(planned: Iterable[str]) -> Any:
+    """The paper's variants first, then the plan's order; others come last."""
+    names = list(dict.fromkeys([*VARIANTS, *planned]))
+    return lambda study: names.index(study) if study in names else len(names)
+
+
+def _unfinished(folder: Path) -> str:
+    """Why a run cannot be reported, or nothing."""
+    if (folder / rundir.RESULT).exists():
+        return ""
+    if not rundir.exists(folder):
+        return "not begun"
+    last = {record["group"]: record["step"] for record in rundir.read_records(folder)}
+    reached = ", ".join(f"{group} at step {step:,}" for group, step in last.items())
+    return f"not finished: {reached}" if reached else "begun, no step logged yet"
+
+
+def _check_same_examples(runs: Iterable[Run]) -> None:
+    """Runs are compared example by example, so they must have answered the same ones.
+
+    Raises:
+      UserError: naming two runs that did not.
+    """
+    first: dict[str, Run] = {}
+    for run in runs:
+        for task, found in run.answers.items():
+            other = first.setdefault(task, run)
+            same = other.answers[task]
+            if not (
+                np.array_equal(found.ids, same.ids) and np.array_equal(found.labels, same.labels)
+            ):
+                raise UserError(
+                    f"{run.folder}: its dev examples of {task} are not those of {other.folder}; "
+                    "keep runs over other data in a root of their own"
+                )

@@ -1,0 +1,146 @@
+"""What a report says in words: the summary, the commands, the seeds, the versions, the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.report import tables
+from experiments.report.claims import PARTS, Context, Finding, Verdict
+from experiments.report.collect import Collection
+from experiments.report.scores import MEAN
+from jaxlora.report import duration
+from jaxlora.tasks import NAMES
+from jaxlora.variants import VARIANTS
+
+VERDICTS: tuple[Verdict, ...] = ("reproduced", "not reproduced", "not decidable")
+# What the measured quantities of a part say, in words; {range} is their lowest to highest.
+SENTENCES = {
+    ("a", "sts"): "Cosine instead of squared error changes r × 100 on STS-B by {range}.",
+    ("b", "sst"): "Sharing instead of separate parameters changes SST-5 by {range}",
+    ("b", "para"): "Quora by {range}",
+    ("b", "sts"): "and STS-B by {range} points.",
+    ("c", MEAN): "LoRA's mean score differs from full fine-tuning's by {range} points",
+    ("c", "parameters"): "with {plain} of the incremental parameters.",
+    ("d", MEAN): "PCGrad instead of summed gradients changes the mean by {range} points.",
+    ("e", "step"): "LoRA changes the time of a step by {range} %",
+    ("e", "best"): "and the time to the best dev score by {range} %.",
+}
+NOTHING = "Nothing measured yet."
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A group of claims with its findings and a sentence that sums them up."""
+
+    letter: str
+    title: str
+    sentence: str
+    counts: Mapping[str, int]
+    findings: tuple[Finding, ...]
+
+
+def parts(findings: Sequence[Finding]) -> list[Part]:
+    """The findings by the claims' letters."""
+    found = []
+    for letter, title in PARTS.items():
+        mine = tuple(f for f in findings if f.claim.part == letter)
+        counts = Counter(f.verdict for f in mine)
+        ordered = {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
+        found.append(Part(letter, title, _sentence(letter, mine), ordered, mine))
+    return found
+
+
+def _sentence(letter: str, findings: Sequence[Finding]) -> str:
+    said = []
+    for (part, measure), text in SENTENCES.items():
+        values = [
+            f.evidence.interval.value
+            for f in findings
+            if (part, measure) == (letter, f.claim.measure) and f.evidence.interval
+        ]
+        if values:
+            ends = [tables.signed(x, 1) for x in (min(values), max(values))]
+            span = " to ".join(dict.fromkeys(ends))
+            plain = "–".join(dict.fromkeys(f"{x:.1f}" for x in (min(values), max(values)))) + " %"
+            said.append(text.format(range=span, plain=plain))
+    joined = ", ".join(said).replace(", and", " and")
+    return f"{joined.rstrip('.')}." if said else NOTHING
+
+
+def headline(context: Context) -> str:
+    """The best adapters beside the best of full fine-tuning, and frozen heads."""
+    said = []
+    for adapt, what in (
+        ("lora", "adapters"),
+        ("full", "all weights trained"),
+        ("frozen", "a frozen encoder"),
+    ):
+        best = context.scores.best([n for n, v in VARIANTS.items() if v.adapt == adapt])
+        if best is not None:
+            mean = tables.show(context.scores.summary(best, MEAN).scaled(100), 1)
+            stored = context.collection.studies[best][0].result["parameters"]["incremental"]
+            said.append(
+                f"{mean} with {what} ({best}, {stored / tables.MILLION:,.2f}M parameters stored)"
+            )
+    return f"Best mean of the three dev scores: {'; '.join(said)}." if said else NOTHING
+
+
+def missing(collection: Collection) -> list[str]:
+    """What is not there, one line for each reason and study."""
+    grouped: dict[tuple[str, str], list[int]] = {}
+    for run in collection.missing:
+        grouped.setdefault((run.study, run.why), []).append(run.seed)
+    lines = [
+        f"{study}, seed {', '.join(map(str, seeds))}: {why}"
+        for (study, why), seeds in grouped.items()
+    ]
+    planned = {run.study for run in collection.missing} | collection.studies.keys()
+    absent = [name for name in VARIANTS if name not in planned]
+    if absent:
+        lines.append(f"not asked for: {', '.join(absent)}")
+    unlabelled = sorted({run.study for run in collection.runs if set(NAMES) - run.answers.keys()})
+    if unlabelled:
+        lines.append(
+            f"dev predictions without labels, so no intervals: {', '.join(unlabelled)} "
+            "(written by an earlier version; train them anew)"
+        )
+    return lines
+
+
+def about(collection: Collection) -> dict[str, str]:
+    """Seeds, versions, machine and time of the runs."""
+    settings = [run.settings for run in collection.runs]
+    versions = _distinct(
+        ", ".join(f"{name} {version}" for name, version in run.versions.items())
+        for run in collection.runs
+    )
+    planned = len(collection.runs) + len(collection.missing)
+    seconds = sum(run.result["train_seconds"] for run in collection.runs)
+    return {
+        "runs": f"{len(collection.runs)} of {planned} finished",
+        "preset": _distinct(s["preset"] for s in settings),
+        "base model": _distinct(s["base"] for s in settings),
+        "data": _distinct(s["source"] for s in settings),
+        "matmuls": _distinct(s["dtype"] for s in settings),
+        "seeds": ", ".join(map(str, collection.seeds)) or "–",
+        "training time, all runs": duration(seconds),
+        "machine": _machine(collection.machine),
+        "versions": versions,
+    }
+
+
+def _distinct(values: Any) -> str:
+    return "; ".join(dict.fromkeys(map(str, values))) or "–"
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    plain = {k: v for k, v in machine.items() if not isinstance(v, Mapping)}
+    return ", ".join(f"{k} {v}" for k, v in plain.items()) or "not written down by these runs"
+
+
+def commands(collection: Collection) -> dict[str, str]:
+    """Study → the command that trains it, as the plan says."""
+    return dict(collection.plan.get("commands", {}))

@@ -1,0 +1,117 @@
+"""`report.html`: one file that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from experiments.report import facts, results, tables
+from experiments.report.claims import Context, Finding
+from experiments.report.facts import Part
+from experiments.report.figures import Drawn
+from experiments.report.statistics import Interval, Summary
+from experiments.report.tables import Table
+
+TEMPLATE = "report.html.j2"
+MARKS = {"reproduced": "✓", "not reproduced": "✕", "not decidable": "?"}
+
+
+def html(
+    context: Context,
+    parts: Sequence[Part],
+    found: Sequence[Table],
+    drawn: Sequence[Drawn],
+    command: str,
+) -> str:
+    """The whole page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"show": tables.show, "sort_key": sort_key, "slug": slug}
+    return environment.get_template(TEMPLATE).render(
+        about=facts.about(context.collection),
+        command=command,
+        commands=facts.commands(context.collection),
+        estimate=results.estimate_table(context),
+        estimate_command=results.estimate.COMMAND,
+        figures={figure.name: figure for figure in drawn},
+        footnotes=tables.footnotes(),
+        headline=facts.headline(context),
+        marks=MARKS,
+        missing=facts.missing(context.collection),
+        parts=[(part, bars(part.findings)) for part in parts],
+        tables={table.name: table for table in found},
+        measured=measured,
+    )
+
+
+def slug(text: str) -> str:
+    """For the class of an element."""
+    return text.replace(" ", "-")
+
+
+def sort_key(value: Any) -> float | str:
+    """What a column is sorted by; empty for nothing, which goes last."""
+    if value is None:
+        return ""
+    if isinstance(value, Summary):
+        return value.mean
+    return value.value if isinstance(value, Interval) else value
+
+
+def measured(finding: Finding) -> str:
+    """The quantity with its interval and unit."""
+    found = finding.evidence.interval
+    if found is None:
+        return "not measured"
+    unit = " points" if finding.claim.unit == "points" else " %"
+    digits = 1 if finding.claim.measure not in tables.TITLES else 2
+    if found.low == found.high and finding.claim.measure == "parameters":
+        return f"{found.value:.{digits}f}{unit}"
+    return f"{tables.signed(found.value, digits)}{unit}, {tables.signed(found.low, digits)} to {tables.signed(found.high, digits)}"
+
+
+def bars(findings: Sequence[Finding]) -> list[dict[str, float] | None]:
+    """Each finding's interval and claimed region as percent of a strip's width.
+
+    Findings in the same measure and unit share a scale, so that strips can be compared.
+    """
+    scales: dict[bool, list[float]] = {}
+    for finding in findings:
+        found = finding.evidence.interval
+        if found is not None:
+            ends = scales.setdefault(_scale(finding), [0.0])
+            ends += [found.low, found.high]
+    return [_bar(finding, scales.get(_scale(finding), [])) for finding in findings]
+
+
+def _scale(finding: Finding) -> Any:
+    claim = finding.claim
+    return claim.measure if claim.unit == "%" else "points"
+
+
+def _bar(finding: Finding, ends: Sequence[float]) -> dict[str, float] | None:
+    found = finding.evidence.interval
+    if found is None:
+        return None
+    low, high = min(ends), max(ends)
+    margin = 0.06 * (high - low) or 1.0
+    low, high = low - margin, high + margin
+
+    def at(x: float) -> float:
+        return round(100 * (min(max(x, low), high) - low) / (high - low), 2)
+
+    start, end = map(at, finding.claim.region)
+    bar = {
+        "region": start, "region_width": end - start, "zero": at(0.0), "value": at(found.value),
+        "low": at(found.low), "width": at(found.high) - at(found.low),
+    }  # fmt: skip
+    paper = finding.claim.paper
+    return bar if paper is None or not low < paper < high else bar | {"paper": at(paper)}

@@ -1,0 +1,112 @@
+"""Dev scores of all studies, as measured and as each bootstrap resample would have them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from experiments.report import statistics
+from experiments.report.collect import Collection, Run
+from experiments.report.statistics import Interval, Summary
+from jaxlora.tasks import NAMES, paper_tasks
+
+MEAN = "mean"
+SCORES = (*NAMES, MEAN)
+TITLES = {task.name: task.title for task in paper_tasks()} | {MEAN: "mean"}
+RESAMPLED: dict[str, Callable[..., dict[str, np.ndarray]]] = {
+    "accuracy": statistics.resampled_accuracy,
+    "pearson": statistics.resampled_pearson,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores from -1 to 1, for each task and their `mean`.
+
+    Attributes:
+      by_seed: study → score → seed → value.
+      resampled: study → score → `f64[resamples]`, averaged over seeds; lacks what has no labels.
+    """
+
+    by_seed: Mapping[str, Mapping[str, Mapping[int, float]]]
+    resampled: Mapping[str, Mapping[str, np.ndarray]]
+
+    def __contains__(self, study: str) -> bool:
+        return study in self.by_seed
+
+    def summary(self, study: str, score: str) -> Summary:
+        """Mean and deviation over the study's seeds."""
+        return Summary.of(list(self.by_seed[study][score].values()))
+
+    def interval(self, study: str, score: str) -> Interval | None:
+        """A score's own interval, or None without labels."""
+        drawn = self.resampled.get(study, {}).get(score)
+        if drawn is None:
+            return None
+        return statistics.interval(self.summary(study, score).mean, drawn)
+
+    def difference(self, first: str, second: str, score: str) -> Interval | None:
+        """First minus second, paired by example."""
+        drawn = [self.resampled.get(study, {}).get(score) for study in (first, second)]
+        if drawn[0] is None or drawn[1] is None:
+            return None
+        value = self.summary(first, score).mean - self.summary(second, score).mean
+        return statistics.interval(value, drawn[0] - drawn[1])
+
+    def difference_over_seeds(self, first: str, second: str, score: str) -> Summary | None:
+        """First minus second for each seed that both have, or None if there is none."""
+        one, other = (self.by_seed[study][score] for study in (first, second))
+        common = sorted(one.keys() & other.keys())
+        return Summary.of([one[seed] - other[seed] for seed in common]) if common else None
+
+    def best(self, studies: list[str]) -> str | None:
+        """The one with the highest mean, or None of none."""
+        there = [study for study in studies if study in self]
+        return max(there, key=lambda study: self.summary(study, MEAN).mean, default=None)
+
+
+def score(collection: Collection, resamples: int, seed: int) -> Scores:
+    """Score all finished runs.
+
+    Args:
+      collection: from `collect.collect`.
+      resamples, seed: of the bootstrap.
+    """
+    by_seed = {
+        study: {
+            name: {run.seed: _measured(run, name) for run in runs} for name in SCORES
+        }
+        for study, runs in collection.studies.items()
+    }  # fmt: skip
+    resampled: dict[str, dict[str, np.ndarray]] = {study: {} for study in collection.studies}
+    for task in paper_tasks():
+        answers = _answers(collection, task.name)
+        if not answers:
+            continue
+        labels = next(iter(answers.values()))[0].labels
+        predictions = {
+            study: np.stack([found.predictions for found in runs])
+            for study, runs in answers.items()
+        }
+        drawn = RESAMPLED[task.metric](predictions, labels, resamples, seed)
+        for study, values in drawn.items():
+            resampled[study][task.name] = values
+    for values in resampled.values():
+        if set(NAMES) <= values.keys():
+            values[MEAN] = np.mean([values[name] for name in NAMES], axis=0)
+    return Scores(by_seed, resampled)
+
+
+def _measured(run: Run, name: str) -> float:
+    return float(run.result["dev_mean"] if name == MEAN else run.result["dev"][name])
+
+
+def _answers(collection: Collection, task: str) -> dict[str, list]:
+    """The studies all of whose runs have labelled answers."""
+    return {
+        study: [run.answers[task] for run in runs]
+        for study, runs in collection.studies.items()
+        if all(task in run.answers for run in runs)
+    }

@@ -1,0 +1,186 @@
+"""Means over seeds, and paired bootstrap intervals over dev examples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+_CHUNK = 500  # resamples at a time: a few megabytes of counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Mean and sample standard deviation of `count` values; the latter NaN for fewer than two."""
+
+    mean: float
+    deviation: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Summary:
+        """Of some values, at least one.
+
+        >>> Summary.of([1.0, 3.0])
+        Summary(mean=2.0, deviation=1.4142135623730951, count=2)
+        """
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+        return cls(float(np.mean(values)), deviation, len(values))
+
+    def scaled(self, factor: float) -> Summary:
+        """In another unit."""
+        return Summary(self.mean * factor, self.deviation * factor, self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A measured value and the interval it lies in."""
+
+    value: float
+    low: float
+    high: float
+
+    def scaled(self, factor: float) -> Interval:
+        """In another unit."""
+        return Interval(self.value * factor, self.low * factor, self.high * factor)
+
+
+class Range(Interval):
+    """An interval of a quantity that has no sign, such as a time."""
+
+
+def draws(examples: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
+    """Bootstrap resamples as counts, `f64[chunk, examples]`: how often each example was drawn.
+
+    The same arguments give the same draws, which is what makes comparisons paired.
+    """
+    rng = np.random.default_rng(seed)
+    for start in range(0, resamples, _CHUNK):
+        rows = min(_CHUNK, resamples - start)
+        drawn = rng.integers(examples, size=(rows, examples))
+        drawn += examples * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * examples)
+        yield counts.reshape(rows, examples).astype(np.float64)
+
+
+def resampled_accuracy(
+    predictions: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Accuracy of each study on each resample, averaged over its seeds: `f64[resamples]`.
+
+    Args:
+      predictions: study → `f64[seeds, E]`.
+      labels: `f64[E]`.
+      resamples, seed: see `draws`.
+    """
+    right = np.stack([(p == labels).mean(axis=0) for p in predictions.values()], axis=1)
+    sums = np.concatenate([counts @ right for counts in draws(len(labels), resamples, seed)])
+    return dict(zip(predictions, sums.T / len(labels), strict=True))
+
+
+def resampled_pearson(
+    predictions: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Pearson's r of each study on each resample, averaged over its seeds: `f64[resamples]`.
+
+    A resample's r needs only five weighted means, so all resamples are a matrix product. As in
+    `jaxlora.metrics.pearson`, r is 0 where a side is constant. Arguments as above.
+    """
+    columns = np.concatenate([_standard(p) for p in predictions.values()])  # [all seeds, E]
+    y = _standard(labels)
+    features = np.concatenate([columns, columns**2, columns * y, [y, y**2]]).T
+    n = len(columns)
+    parts = []
+    for counts in draws(len(labels), resamples, seed):
+        means = counts @ features / len(labels)
+        x, xx, xy = means[:, :n], means[:, n : 2 * n], means[:, 2 * n : 3 * n]
+        y_mean, yy = means[:, -2:-1], means[:, -1:]
+        parts.append(_correlation(xy - x * y_mean, xx - x**2, yy - y_mean**2))
+    found = np.concatenate(parts)
+    ends = np.cumsum([len(p) for p in predictions.values()])
+    split = np.split(found, ends[:-1], axis=1)
+    return {study: part.mean(axis=1) for study, part in zip(predictions, split, strict=True)}
+
+
+def _standard(values: np.ndarray) -> np.ndarray:
+    """Centred and of scale 1, which changes no r and keeps the sums well conditioned."""
+    centred = values - values.mean(axis=-1, keepdims=True)
+    scale = centred.std(axis=-1, keepdims=True)
+    return centred / np.where(scale > 0, scale, 1.0)
+
+
+def _correlation(
+    covariance: np.ndarray, x_variance: np.ndarray, y_variance: np.ndarray
+) -> np.ndarray:
+    tiny = 1e-12  # what rounding leaves of a constant's variance, of scale 1 before
+    defined = (x_variance > tiny) & (y_variance > tiny)
+    scale = np.sqrt(np.where(defined, x_variance * y_variance, 1.0))
+    return np.where(defined, np.clip(covariance / scale, -1, 1), 0.0)
+
+
+def interval(value: float, resampled: np.ndarray, level: float = LEVEL) -> Interval:
+    """The percentile interval around a measured value.
+
+    >>> interval(0.5, np.linspace(0, 1, 101), level=0.9)
+    Interval(value=0.5, low=0.05, high=0.95)
+    """
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(value), float(low), float(high))
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Reliability of a classifier: bins of equal width over the confidence 0 … 1.
+
+    Attributes:
+      confidence, accuracy: `f64[bins]`, means within each bin that is not empty.
+      share: `f64[bins]`, the part of all examples in it.
+      error: the expected calibration error, Σ share · |accuracy − confidence| (Guo et al. 2017).
+    """
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    share: np.ndarray
+    error: float
+
+
+def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> Calibration:
+    """Compare how sure a classifier was with how often it was right.
+
+    Args:
+      confidence: `f64[E]`, the probability of the predicted class.
+      right: `bool[E]`.
+      bins: how many.
+
+    >>> found = calibration(np.array([0.95, 0.95, 0.55, 0.55]), np.array([1, 1, 1, 0]))
+    >>> found.accuracy.tolist(), round(found.error, 6)
+    ([0.5, 1.0], 0.05)
+    """
+    numbers = np.minimum((confidence * bins).astype(int), bins - 1)
+    counts = np.bincount(numbers, minlength=bins)
+    used = counts > 0
+    of_bin = [
+        np.bincount(numbers, weights=x, minlength=bins)[used] / counts[used]
+        for x in (confidence, right.astype(float))
+    ]
+    share = counts[used] / len(confidence)
+    return Calibration(*of_bin, share, float(share @ np.abs(of_bin[1] - of_bin[0])))
+
+
+def confusion(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """`i64[classes, classes]`: examples by label (row) and prediction (column).
+
+    >>> confusion(np.array([0, 1, 1]), np.array([0, 1, 0]), 2).tolist()
+    [[1, 1], [0, 1]]
+    """
+    pairs = labels.astype(int) * classes + predictions.astype(int)
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)

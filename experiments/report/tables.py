@@ -1,0 +1,450 @@
+"""The report's tables as plain rows; how they are written is the business of `page` and `results`."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.report import claims, statistics
+from experiments.report.claims import Context, Finding
+from experiments.report.collect import Run
+from experiments.report.scores import MEAN, SCORES, TITLES
+from experiments.report.statistics import Interval, Range, Summary
+from jaxlora import storage
+from jaxlora.bert import BertConfig
+from jaxlora.lora import LoraConfig
+from jaxlora.rundir import write_text
+from jaxlora.tasks import NAMES, paper_tasks
+from jaxlora.variants import VARIANTS, Groups
+
+Value = Summary | Interval | str | float | int | None
+MILLION = 1e6
+MEGABYTE = 1e6
+TASK_COUNTS = (3, 10, 100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column: its name in CSV, its heading, and the decimals its numbers are shown with."""
+
+    name: str
+    title: str
+    digits: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+      name: of its CSV file.
+      title: above it.
+      about: what must be known to read it.
+      columns: as many as each row has values.
+      rows: the values, None where nothing was measured.
+    """
+
+    name: str
+    title: str
+    about: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Value, ...], ...]
+
+
+def show(value: Value, digits: int = 2) -> str:
+    """A value as people read it.
+
+    >>> show(Summary(50.0, 0.25, 3)), show(Summary(50.0, float("nan"), 1)), show(None)
+    ('50.00 ± 0.25', '50.00', '–')
+    >>> show(Interval(1.0, -0.5, 2.5), 1), show(1776)
+    ('+1.0 (−0.5 to +2.5)', '1,776')
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, Summary):
+        spread = f" ± {value.deviation:,.{digits}f}" if value.count > 1 else ""
+        return f"{value.mean:,.{digits}f}{spread}"
+    if isinstance(value, Range):
+        return f"{value.value:,.{digits}f} ({value.low:,.{digits}f}–{value.high:,.{digits}f})"
+    if isinstance(value, Interval):
+        middle, low, high = (signed(x, digits) for x in dataclasses.astuple(value))
+        return middle if value.low == value.high else f"{middle} ({low} to {high})"
+    if isinstance(value, float):
+        return f"{value:,.{digits}f}".replace("-", "−")
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """With its sign, a real minus.
+
+    >>> signed(-1.5), signed(0.0)
+    ('−1.50', '+0.00')
+    """
+    return f"{value:+,.{digits}f}".replace("-", "−")
+
+
+def to_csv(table: Table) -> str:
+    """As CSV: a mean and its deviation, an interval and its ends in columns of their own."""
+    ends = [_ends(row[n] for row in table.rows) for n in range(len(table.columns))]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        c.name + end for c, named in zip(table.columns, ends, strict=True) for end in named
+    )
+    for row in table.rows:
+        cells = zip(row, ends, strict=True)
+        writer.writerow(part for value, named in cells for part in _parts(value, len(named)))
+    return text.getvalue()
+
+
+def write_csv(tables: Sequence[Table], folder: Path) -> None:
+    """One file a table."""
+    for table in tables:
+        write_text(folder / f"{table.name}.csv", to_csv(table))
+
+
+def _ends(values: Any) -> tuple[str, ...]:
+    """What a column's CSV columns are called after its name, by the values that it holds."""
+    for value in values:
+        if isinstance(value, Summary):
+            return ("", "_deviation", "_seeds")
+        if isinstance(value, Interval):
+            return ("", "_low", "_high")
+    return ("",)
+
+
+def _parts(value: Value, count: int) -> tuple[Any, ...]:
+    if isinstance(value, Summary | Interval):
+        return dataclasses.astuple(value)
+    return (value, *[None] * (count - 1))
+
+
+def make(context: Context, findings: Sequence[Finding]) -> list[Table]:
+    """All tables that have rows."""
+    every = [
+        verdicts(findings), variants(context), scores(context), parameters(context),
+        training_time(context), storage_table(context), extras(context), calibrations(context),
+    ]  # fmt: skip
+    return [table for table in every if table.rows]
+
+
+def verdicts(findings: Sequence[Finding]) -> Table:
+    """Each claim with its numbers."""
+    columns = (
+        Column("claim", ""), Column("text", "the paper's claim"), Column("first", "study"),
+        Column("second", "against"), Column("verdict", "verdict"),
+        Column("measured", "measured (95 % interval)"), Column("unit", "unit"),
+        Column("over_seeds", "sd over seeds"),
+        Column("paper", "paper"), Column("seeds", "seeds", 0), Column("note", "from"),
+    )  # fmt: skip
+    rows = tuple(
+        (
+            f.claim.part, f.claim.text, f.claim.first, f.claim.second, f.verdict,
+            f.evidence.interval, f.claim.unit, _number(f.evidence.deviation), f.claim.paper,
+            f.evidence.seeds, f.evidence.note,
+        )
+        for f in findings
+    )  # fmt: skip
+    about = (
+        "Study minus other study in points of the score (percent of accuracy, r × 100), or as a "
+        "share or change in percent. Reproduced: the whole interval lies where the claim says; not "
+        "reproduced: none of it does; else the runs cannot decide. Intervals say what other dev "
+        "examples might have given; the sd over seeds says what other seeds do."
+    )
+    return Table("claims", "Claims and verdicts", about, columns, rows)
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value
+
+
+def variants(context: Context) -> Table:
+    """Table 1: how each variant adapts BERT, ours and the paper's rates."""
+    columns = (
+        Column("variant", "variant"), Column("bert", "BERT"),
+        Column("together", "trained together"), Column("surgery", "gradients"),
+        Column("sts_loss", "STS loss"), Column("rate", "learning rate"),
+        Column("paper_rate", "paper's"), Column("seeds", "seeds", 0),
+    )  # fmt: skip
+    rows = []
+    for name, variant in VARIANTS.items():
+        runs = context.collection.variants.get(name, ())
+        settings = runs[0].settings if runs else {}
+        rate = settings.get("head_learning_rate" if variant.adapt == "frozen" else "learning_rate")
+        rows.append((
+            name,
+            {"frozen": "frozen", "full": "trained", "lora": "frozen + LoRA"}[variant.adapt],
+            "–" if variant.adapt == "frozen" else _sharing(variant.groups),
+            "PCGrad" if max(map(len, variant.groups)) > 1 else "–",
+            {"mse": "squared error", "cosine": "cosine"}[variant.sts_loss],
+            None if rate is None else f"{rate:g}",
+            f"{variant.learning_rate:g}",
+            len(runs),
+        ))  # fmt: skip
+    about = "What each variant trains, and the learning rate of these runs beside the paper's."
+    return Table("table1", "Table 1: the variants", about, columns, tuple(rows))
+
+
+def _sharing(groups: Groups) -> str:
+    return " | ".join(", ".join(group) for group in groups)
+
+
+def scores(context: Context) -> Table:
+    """Table 2: dev scores in percent beside the paper's."""
+    columns = (
+        Column("variant", "variant"),
+        *(Column(f"{name}", TITLES[name]) for name in SCORES),
+        *(Column(f"paper_{name}", f"paper: {TITLES[name]}") for name in NAMES),
+        Column("paper_mean_printed", "paper: mean as printed"),
+        Column("paper_mean_recomputed", "paper: mean recomputed"),
+    )
+    rows = []
+    for name, variant in VARIANTS.items():
+        paper = variant.paper
+        ours = [
+            context.scores.summary(name, score).scaled(100) if name in context.scores else None
+            for score in SCORES
+        ]
+        theirs = (paper.sst, paper.para, paper.sts, paper.mean, paper.mean_recomputed)
+        rows.append((name, *ours, *theirs))
+    about = (
+        "Accuracy on SST-5 and Quora and Pearson's r × 100 on STS-B, all on dev: mean ± standard "
+        "deviation over seeds. The paper used bert-base, five times as large, and its own splits, "
+        "so compare orders and differences rather than values."
+    )
+    return Table("table2", "Table 2: dev scores", about, columns, tuple(rows))
+
+
+def parameters(context: Context) -> Table:
+    """Table 3: stored parameters of these runs, of bert-base as we count it, and the paper's."""
+    columns = (
+        Column("variant", "variant"),
+        Column("incremental", "incremental, M"), Column("bundled", "bundled, M"),
+        Column("base_incremental", "bert-base: incremental, M"),
+        Column("base_bundled", "bert-base: bundled, M"),
+        Column("paper_incremental", "paper: incremental, M"),
+        Column("paper_bundled_printed", "paper: bundled as printed, M"),
+        Column("paper_bundled_recomputed", "paper: bundled recomputed, M"),
+    )  # fmt: skip
+    rows = []
+    for name, variant in VARIANTS.items():
+        runs = context.collection.variants.get(name, ())
+        stored = runs[0].result["parameters"] if runs else {}
+        ours = [stored[k] / MILLION if runs else None for k in ("incremental", "bundled")]
+        exact = storage.count(
+            BertConfig(), variant.adapt, variant.groups, paper_tasks(variant.sts_loss), LoraConfig()
+        )
+        paper = variant.paper
+        rows.append((
+            name, *ours, exact.incremental / MILLION, exact.bundled / MILLION,
+            paper.incremental, paper.bundled, paper.bundled_recomputed,
+        ))  # fmt: skip
+    about = (
+        "Incremental: what a disk that holds the base must add; bundled: all that is needed to "
+        "answer all three tasks. The middle columns are bert-base with the paper's heads, counted "
+        "from shapes: they lack the STS head that the cosine loss does not use, and the paper "
+        "rounds BERT up to 110M."
+    )
+    return Table("table3", "Table 3: stored parameters", about, columns, tuple(rows))
+
+
+def training_time(context: Context) -> Table:
+    """Figure 1 as a table."""
+    columns = (
+        Column("study", "study"), Column("ms_per_step", "ms a step (range)", 1),
+        Column("steps", "steps"), Column("seconds", "training, s", 0),
+        Column("best_seconds", "to the best dev score, s", 0), Column("source", "steps timed by"),
+    )  # fmt: skip
+    rows = tuple(
+        (study, t.step, t.steps, t.total, t.best, t.source) for study, t in context.times.items()
+    )
+    about = (
+        "A step takes one batch of every task of a group; variants whose tasks are trained apart "
+        "take more, smaller steps. The paper found LoRA about 10 % faster than full fine-tuning "
+        "on an A10G."
+    )
+    return Table("time", "Training time", about, columns, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a study stores, of numbers of parameters or of bytes.
+
+    Attributes:
+      base: the pretrained encoder.
+      tree: one trainable tree of the encoder; 0 if there is none.
+      head: a task's head, on average.
+      apart: whether each further task brings a tree of its own.
+      full: whether the trees replace the base.
+    """
+
+    base: float
+    tree: float
+    head: float
+    apart: bool
+    full: bool
+
+    def incremental(self, tasks: int) -> float:
+        """For so many tasks, beside the base."""
+        return self.tree * (tasks if self.apart else 1) + self.head * tasks
+
+    def bundled(self, tasks: int) -> float:
+        """For so many tasks, with the base where it is still used."""
+        return self.incremental(tasks) + (0 if self.full else self.base)
+
+    def scaled(self, factor: float) -> Stored:
+        """In another unit; the base is float32, 4 bytes a number, whatever the factor."""
+        return Stored(
+            4.0 * self.base, self.tree * factor, self.head * factor, self.apart, self.full
+        )
+
+
+def stored(run: Run) -> Stored:
+    """What a run stores, by numbers of parameters."""
+    count, groups = run.result["parameters"], run.settings["groups"]
+    tasks = sum(map(len, groups))
+    return Stored(
+        base=count["base"],
+        tree=count["encoder"] / len(groups),
+        head=count["heads"] / tasks,
+        apart=len(groups) == tasks,
+        full=run.settings["adapt"] == "full",
+    )
+
+
+def storage_table(context: Context) -> Table:
+    """Parameters and bytes for 3, 10 and 100 tasks."""
+    columns = (
+        Column("variant", "variant"), Column("tasks", "tasks"),
+        Column("incremental", "incremental, M parameters"),
+        Column("bundled", "bundled, M parameters"),
+        Column("incremental_mb", "incremental, MB on disk", 1),
+        Column("bundled_mb", "bundled, MB on disk", 1),
+    )  # fmt: skip
+    rows = []
+    for name, runs in context.collection.variants.items():
+        numbers = stored(runs[0])
+        bytes_each = runs[0].disk_bytes / runs[0].result["parameters"]["incremental"]
+        on_disk = numbers.scaled(bytes_each)
+        for tasks in TASK_COUNTS:
+            rows.append((
+                name, tasks,
+                numbers.incremental(tasks) / MILLION, numbers.bundled(tasks) / MILLION,
+                on_disk.incremental(tasks) / MEGABYTE if bytes_each else None,
+                on_disk.bundled(tasks) / MEGABYTE if bytes_each else None,
+            ))  # fmt: skip
+    about = (
+        "Three tasks are measured: the files of the run's model, and the base in float32. Ten and "
+        "a hundred are extrapolated: a head of average size for each task, and a tree of its own "
+        "where tasks are apart; tasks that share go on sharing one."
+    )
+    return Table("storage", "Storage for 3, 10 and 100 tasks", about, columns, tuple(rows))
+
+
+def extras(context: Context) -> Table:
+    """What the paper only proposes, beside the variant each is based on."""
+    columns = (
+        Column("study", "study"), Column("variant", "based on"),
+        Column("differs", "differs in"),
+        *(Column(name, TITLES[name]) for name in SCORES),
+        Column("change", "mean against its variant (95 % interval)"),
+        Column("incremental", "incremental, M"), Column("seconds", "training, s", 0),
+    )  # fmt: skip
+    rows = []
+    for name, runs in context.collection.extras.items():
+        variant = runs[0].settings["variant"]
+        change = (
+            context.scores.difference(name, variant, MEAN) if variant in context.scores else None
+        )
+        rows.append((
+            name, variant, differs(runs[0], context.collection.variants.get(variant, ())),
+            *(context.scores.summary(name, score).scaled(100) for score in SCORES),
+            change.scaled(100) if change else None,
+            runs[0].result["parameters"]["incremental"] / MILLION,
+            context.times[name].total,
+        ))  # fmt: skip
+    about = "Named studies beyond the paper's eight; scores in percent on dev, changes in points."
+    return Table("extras", "Beyond the paper", about, columns, tuple(rows))
+
+
+_NOT_SHOWN = {"seed", "data_dir", "variant"}
+
+
+def differs(run: Run, base: Sequence[Run]) -> str:
+    """The settings in which a run differs from its variant's, as flags.
+
+    Runs of a variant that is not there cannot be compared with: then the groups and rank stand in.
+    """
+    if not base:
+        return f"groups {_sharing(run.settings['groups'])}; rank {run.settings['rank']}"
+    other = base[0].settings
+    changed = {
+        name: value
+        for name, value in run.settings.items()
+        if name not in _NOT_SHOWN and value != other.get(name)
+    }
+    return (
+        ", ".join(f"{k.replace('_', ' ')} {_flag(k, v)}" for k, v in changed.items()) or "nothing"
+    )
+
+
+def _flag(name: str, value: Any) -> str:
+    if name == "groups":
+        return _sharing(value)
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def calibrations(context: Context) -> Table:
+    """Expected calibration errors."""
+    named = {task.name: task for task in paper_tasks() if task.integer}
+    columns = (
+        Column("study", "study"),
+        *(Column(f"{name}_ece", f"{task.title}: ECE, %") for name, task in named.items()),
+    )
+    rows = []
+    for study, runs in context.collection.studies.items():
+        found = [_calibration_error(runs, name) for name in named]
+        if any(error is not None for error in found):
+            rows.append((study, *found))
+    about = (
+        "Expected calibration error on dev in percent, ten bins: how far the confidence in an "
+        "answer is from how often such answers are right. Lower is better."
+    )
+    return Table("calibration", "Calibration", about, columns, tuple(rows))
+
+
+def _calibration_error(runs: Sequence[Run], task: str) -> Summary | None:
+    answers = [run.answers[task] for run in runs if task in run.answers]
+    errors = [
+        statistics.calibration(a.confidence, a.predictions == a.labels).error
+        for a in answers
+        if not (a.confidence != a.confidence).any()
+    ]
+    return Summary.of(errors).scaled(100) if errors else None
+
+
+def footnotes() -> list[str]:
+    """The paper's slips, printed and recomputed."""
+    notes = [
+        f"The paper prints {name}'s {what} as {printed:.2f}{unit}; its own row gives "
+        f"{recomputed:.2f}{unit}."
+        for what, unit in (("mean", ""), ("bundled", "M"))
+        for name, variant in VARIANTS.items()
+        if (printed := getattr(variant.paper, what))
+        != (recomputed := getattr(variant.paper, f"{what}_recomputed"))
+    ]
+    means = {name: v.paper.mean for name, v in VARIANTS.items()}
+    share = 100 * means["lora2"] / max(means.values())
+    return [
+        *notes,
+        f"The paper says that LoRA keeps 98 % of the performance gain: that is lora2's printed mean "
+        f"over baseline3's ({share:.1f} %), not a gain. From the rows, lora2 has "
+        f"{claims.paper_gain('lora2'):.1f} % of the best baseline's gain over baseline1 (with the "
+        f"printed means {claims.paper_gain('lora2', printed=True):.1f} %).",
+        "The paper counts an STS head also where the cosine loss does not use one; jaxlora stores "
+        "none there.",
+    ]

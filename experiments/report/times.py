@@ -1,0 +1,92 @@
+"""How long training takes: a step, all of it, and up to the best dev score."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments.report.collect import TIMING, Collection, Run
+from experiments.report.statistics import Interval, Range, Summary
+
+OWN = "the runs' own logs"
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """A study's training time.
+
+    Attributes:
+      step: ms a step: median, and the range it lies in.
+      steps: of all groups of a run.
+      total, best: seconds of training, to the end and to the best dev score, over seeds.
+      source: where `step` was measured.
+    """
+
+    step: Range
+    steps: int
+    total: Summary
+    best: Summary
+    source: str
+
+
+def measure(collection: Collection) -> dict[str, Time]:
+    """The times of every study."""
+    timed = collection.timing.get("studies", {})
+    return {
+        study: Time(
+            step=_timed(timed[study]) if study in timed else _own(runs),
+            steps=sum(group["step"] for group in runs[0].result["groups"].values()),
+            total=Summary.of([run.result["train_seconds"] for run in runs]),
+            best=Summary.of([to_best(run) for run in runs]),
+            source=TIMING if study in timed else OWN,
+        )
+        for study, runs in collection.studies.items()
+    }
+
+
+def to_best(run: Run) -> float:
+    """Seconds of training until each group's best dev score, added up over the groups.
+
+    Runs of earlier versions wrote down only the step; the seconds then follow from the run's rate.
+    """
+    return sum(
+        group.get("best_seconds", group["seconds"] * group["best_step"] / max(group["step"], 1))
+        for group in run.result["groups"].values()
+    )
+
+
+def ratio(first: Interval, second: Interval) -> Interval:
+    """First over second, by interval arithmetic: as wide as the two ranges allow.
+
+    >>> ratio(Interval(2.0, 1.0, 3.0), Interval(4.0, 2.0, 4.0))
+    Interval(value=0.5, low=0.25, high=1.5)
+    """
+    return Interval(first.value / second.value, first.low / second.high, first.high / second.low)
+
+
+def _timed(study: Mapping[str, Any]) -> Range:
+    ms = study["ms_per_step"]
+    return Range(ms["median"], ms["low"], ms["high"])
+
+
+def _own(runs: tuple[Run, ...]) -> Range:
+    """Quantiles of the logged windows, by group, then averaged over groups by their steps."""
+    windows: dict[str, list[float]] = {}
+    for run in runs:
+        for record in run.records:
+            if record["kind"] == "train":
+                windows.setdefault(record["group"], []).append(1e3 / record["steps_per_second"])
+    steps = {name: group["step"] for name, group in runs[0].result["groups"].items()}
+    known = [name for name in steps if name in windows]
+    if not known:
+        rate = sum(run.result["train_seconds"] for run in runs) / len(runs) / sum(steps.values())
+        return Range(1e3 * rate, 1e3 * rate, 1e3 * rate)
+    weights = [steps[name] for name in known]
+    low, median, high = np.average(
+        [np.quantile(windows[name], QUANTILES) for name in known], axis=0, weights=weights
+    )
+    return Range(float(median), float(low), float(high))
