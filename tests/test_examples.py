@@ -138,8 +138,9 @@ def test_the_cache_is_keyed_by_all_that_decides_the_tokens(tokenizer, source, tm
 @pytest.mark.parametrize(
     "damage",
     [lambda raw: b"", lambda raw: b"not a zip", lambda raw: raw[: len(raw) // 2],
-     lambda raw: raw.replace(raw[200:300], bytes(100))],
-    ids=["empty", "text", "half", "bits"],
+     lambda raw: raw.replace(raw[200:300], bytes(100)),
+     lambda raw: raw.replace(b"PK\1\2-\3-", b"PK\1\2-\3\xff")],
+    ids=["empty", "text", "half", "bits", "version"],
 )  # fmt: skip
 def test_a_damaged_cache_file_is_rebuilt(tokenizer, source, tmp_path, damage):
     first = load(tokenizer, tmp_path)

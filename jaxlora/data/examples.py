@@ -88,8 +88,12 @@ class Examples:
 FORMAT = "2"
 # Encodings are bulky: turn this many at a time into arrays.
 _CHUNK = 10_000
-# What reading a damaged or half-copied .npz may raise.
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+# What reading a damaged or half-copied .npz may raise (zipfile has an error for what it does not
+# know, and one for what looks encrypted).
+_DAMAGED = (
+    OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError,
+    RuntimeError,
+)  # fmt: skip
 
 
 def load_examples(

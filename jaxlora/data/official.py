@@ -186,6 +186,8 @@ def _check_members(members: Iterable[zipfile.ZipInfo]) -> None:
     """
     size = 0
     for member in members:
+        if not member.filename:
+            raise zipfile.BadZipFile("a member has no name")
         path = PurePosixPath(member.filename.replace("\\", "/"))
         drive = PureWindowsPath(member.filename).drive
         if path.is_absolute() or drive or ".." in path.parts:
