@@ -38,7 +38,7 @@ class Part:
     letter: str
     title: str
     sentence: str
-    counts: Mapping[str, int]
+    counts: Mapping[Verdict, int]
     findings: tuple[Finding, ...]
 
 

@@ -37,7 +37,7 @@ LINES = {
     "baseline1": "#8a8f98", "baseline2": "#f0a35e", "baseline3": "#d9622b", "baseline4": "#a8434f",
     "lora1": "#7fb8ec", "lora2": "#2f86d1", "lora3": "#46b08c", "lora4": "#8b6fd0",
 }  # fmt: skip
-STYLE = {
+STYLE: dict[Any, Any] = {  # of matplotlib, whose keys are a long list of literals
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -114,7 +114,7 @@ def render(plans: Sequence[Plan], folder: Path) -> list[Drawn]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for plan in plans:
-        with mpl.rc_context(STYLE | {"svg.hashsalt": plan.name}):
+        with mpl.rc_context({**STYLE, "svg.hashsalt": plan.name}):
             wide, narrow = (to_svg(draw(plan, narrow)) for narrow in (False, True))
             draw(plan, narrow=False).savefig(folder / f"{plan.name}.png", dpi=120, facecolor="w")
         write_text(folder / f"{plan.name}.svg", wide)
@@ -404,8 +404,8 @@ def confusions(shown: Mapping[str, Run]) -> Plan:
         _confusion(run, task) for task in paper_tasks() if task.integer for run in shown.values()
     ]
     caption = (
-        "Rows are labels, columns predictions, numbers dev examples; shade is the share of the row. "
-        "The best run with adapters beside the best with all weights trained."
+        "Rows are labels, columns predictions, numbers dev examples; shade is the share of the "
+        "row. The best run with adapters beside the best with all weights trained."
     )
     return Plan("confusion", "Which classes are taken for which", caption, tuple(panels), 3.6, 2)
 

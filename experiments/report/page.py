@@ -75,7 +75,8 @@ def measured(finding: Finding) -> str:
     digits = 1 if finding.claim.measure not in tables.TITLES else 2
     if found.low == found.high and finding.claim.measure == "parameters":
         return f"{found.value:.{digits}f}{unit}"
-    return f"{tables.signed(found.value, digits)}{unit}, {tables.signed(found.low, digits)} to {tables.signed(found.high, digits)}"
+    value, low, high = (tables.signed(x, digits) for x in (found.value, found.low, found.high))
+    return f"{value}{unit}, {low} to {high}"
 
 
 def bars(findings: Sequence[Finding]) -> list[dict[str, float] | None]:

@@ -93,9 +93,9 @@ def score(collection: Collection, resamples: int, seed: int) -> Scores:
         drawn = RESAMPLED[task.metric](predictions, labels, resamples, seed)
         for study, values in drawn.items():
             resampled[study][task.name] = values
-    for values in resampled.values():
-        if set(NAMES) <= values.keys():
-            values[MEAN] = np.mean([values[name] for name in NAMES], axis=0)
+    for by_score in resampled.values():
+        if set(NAMES) <= by_score.keys():
+            by_score[MEAN] = np.mean([by_score[name] for name in NAMES], axis=0)
     return Scores(by_seed, resampled)
 
 

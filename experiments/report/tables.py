@@ -1,10 +1,11 @@
-"""The report's tables as plain rows; how they are written is the business of `page` and `results`."""
+"""The report's tables as plain rows; how they are written is up to `page` and `results`."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def verdicts(findings: Sequence[Finding]) -> Table:
 
 
 def _number(value: float) -> float | None:
-    return None if value != value else value
+    return None if math.isnan(value) else value
 
 
 def variants(context: Context) -> Table:
@@ -441,8 +442,8 @@ def footnotes() -> list[str]:
     share = 100 * means["lora2"] / max(means.values())
     return [
         *notes,
-        f"The paper says that LoRA keeps 98 % of the performance gain: that is lora2's printed mean "
-        f"over baseline3's ({share:.1f} %), not a gain. From the rows, lora2 has "
+        "The paper says that LoRA keeps 98 % of the performance gain: that is lora2's printed "
+        f"mean over baseline3's ({share:.1f} %), not a gain. From the rows, lora2 has "
         f"{claims.paper_gain('lora2'):.1f} % of the best baseline's gain over baseline1 (with the "
         f"printed means {claims.paper_gain('lora2', printed=True):.1f} %).",
         "The paper counts an STS head also where the cosine loss does not use one; jaxlora stores "
