@@ -27,6 +27,7 @@ LENGTHS = {
 TASKS = paper_tasks("mse")
 Dtype = Literal["float32", "bfloat16"]
 FIRST_WORD = 1000  # of BERT's vocabulary; what stands before are special and unused tokens
+LOOK_AT = 200  # steps, to find the shapes of batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Steps:
     def compile(self) -> None:
         """Run a batch of every shape once, so that no timed step compiles."""
         for g, train_step in zip(self.groups, self._steps, strict=True):
-            for batch in one_of_each_shape(g.batches):
+            for batch in one_of_each_shape(g.batches, min(g.steps, LOOK_AT)):
                 state = jax.tree.map(lambda x: x.copy(), g.state)
                 jax.block_until_ready(train_step(state, g.frozen, batch))
 
@@ -191,7 +192,7 @@ def _next_of_one_shape(batches: Iterator[Batch], count: int) -> Batch:
     return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *found))
 
 
-def one_of_each_shape(batches: Any, look_at: int = 200) -> list[Batch]:
+def one_of_each_shape(batches: Any, look_at: int) -> list[Batch]:
     """The first batch of each shape among the first steps."""
     found: dict[Any, Batch] = {}
     for step in range(look_at):
