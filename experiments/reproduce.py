@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `experiments` is not installed
 
-from experiments import fleet, timing
+from experiments import fleet, report, timing
 from experiments.board import Board
 from experiments.runs import Inputs, Run, link, make_run, twins
 from experiments.studies import EXTRAS, STUDIES, command, study
@@ -168,12 +167,6 @@ def run_all(runs: Sequence[Run], jobs: int, console: Console) -> list[tuple[Run,
     return [(run, code) for run, code in ended if code or not run.finished]
 
 
-def build_report(root: Path, out: Path) -> Path:
-    """Write the report; returns its page."""
-    page: Path = importlib.import_module("experiments.report").build(root, out)
-    return page
-
-
 def main(flags: Flags) -> list[tuple[Run, int]]:
     """Run, measure, report; returns the runs that failed."""
     # The children need the accelerator's memory; this process only looks at settings and data.
@@ -190,7 +183,7 @@ def main(flags: Flags) -> list[tuple[Run, int]]:
         raise UserError(f"--from {root}: is not a folder; name that of the runs")
     for run, code in failed:
         print(f"failed: {run.name}: {fleet.reason(run.log, code)} ({run.log})", file=sys.stderr)
-    console.print(f"The report: {build_report(root, flags.report)}")
+    console.print(f"The report: {report.build(root, flags.report)}")
     return failed
 
 

@@ -334,7 +334,9 @@ def _frozen(work: Work, found: _Trees) -> float:
 
 def _copies(work: Work, found: _Trees) -> float:
     """Bytes of kernels cut out of their stack; they are whole wherever they are used."""
-    kernels = work.width * trees.count(_kernels(found.params))
+    layers = work.config.num_hidden_layers
+    at_once = min(layers, bert.MOST_UNROLLED) / layers  # a loop cuts out those of its pass
+    kernels = at_once * work.width * trees.count(_kernels(found.params))
     if work.adapt != "full":
         return kernels * (work.adapt == "lora")
     # The gradient of looking words up starts as zeros for the whole table.

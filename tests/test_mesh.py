@@ -173,6 +173,30 @@ def test_launchers_are_noticed(monkeypatch, launcher, count, called):
     assert calls == called
 
 
+@pytest.mark.parametrize(
+    ("index", "process", "joined"),
+    [("1", None, 1), ("0", None, 0), ("1", 0, 0), (None, None, 0), ("", None, 0)],
+)
+def test_a_pod_knows_its_number(monkeypatch, index, process, joined):
+    """The flag comes first; without a coordinator a pod is alone, as in a sweep."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    if index is None:
+        monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
+    else:
+        monkeypatch.setenv("JOB_COMPLETION_INDEX", index)
+    cluster.join()
+    assert calls == []
+    cluster.join("train-0.train:8476", 2, process)
+    assert calls == [("train-0.train:8476", 2, joined)]
+
+
+def test_a_pod_too_many(monkeypatch):
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
+    with pytest.raises(UserError, match="--processes=2 --process=2"):
+        cluster.join("train-0.train:8476", 2)
+
+
 @pytest.mark.slow
 def test_two_processes_end_as_one(tiny_base, data_dir, tmp_path):
     with socket.socket() as probe:

@@ -195,7 +195,7 @@ def call(tiny_base, data_dir, tmp_path, monkeypatch, quick):
     """Call the script; the report is only noted."""
     reports = []
     monkeypatch.setattr(
-        reproduce, "build_report", lambda root, out: reports.append((root, out)) or out
+        reproduce.report, "build", lambda root, out: reports.append((root, out)) or out
     )
 
     def cli(*flags, defaults=(*TINY, f"--base={tiny_base}", f"--data-dir={data_dir}")):

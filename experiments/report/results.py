@@ -72,7 +72,7 @@ def _commands(context: Context) -> list[str]:
     if not commands:
         return []
     lines = "\n".join(commands.values())
-    return [f"One run at a time (`--seed` and `--out` as above):\n\n```sh\n{lines}\n```"]
+    return [f"One run at a time:\n\n```sh\n{lines}\n```"]
 
 
 def not_run_here(context: Context) -> str:

@@ -1,0 +1,230 @@
+"""The figures of docs/tour.md, from numbers that the library computes.
+
+python experiments/tour.py --out docs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+from jaxlora import host, lora, losses, storage
+from jaxlora.bert import BertConfig
+from jaxlora.curves import COLOURS
+from jaxlora.lora import LoraConfig
+from jaxlora.pcgrad import gram, project
+from jaxlora.tasks import NAMES, paper_tasks
+from jaxlora.variants import VARIANTS, Groups, Variant
+
+SIZE, RANK = 24, 3  # of the kernel in the first figure, and of its adapter
+GREY = "#777777"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Draw the tour's figures.
+
+    Attributes:
+      out: folder for tour-lora.png, tour-pcgrad.png, tour-losses.png and tour-variants.png.
+    """
+
+    out: Path = Path("docs")
+
+
+class Learnt(NamedTuple):
+    """A kernel, the change wanted of it and the one learnt, `f32[in, out]`."""
+
+    kernel: jax.Array
+    wanted: jax.Array
+    change: jax.Array
+
+
+def learn(steps: int = 500) -> Learnt:
+    """Teach a frozen kernel a change of rank `RANK` through an adapter of that rank."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    kernel = jax.random.normal(keys[0], (SIZE, SIZE)) / SIZE**0.5
+    left, right = (jax.random.normal(k, (SIZE, RANK)) for k in keys[1:3])
+    wanted = left @ right.T / SIZE
+    base, config = {"dense": {"kernel": kernel}}, LoraConfig(RANK, float(RANK), ("dense",))
+    x = jax.random.normal(keys[3], (256, SIZE))
+    adapter, tx = lora.init(keys[4], base, config), optax.adam(0.02)
+
+    def loss(adapter: Any) -> jax.Array:
+        merged = lora.merge(base, adapter, config)["dense"]["kernel"]
+        return jnp.mean((x @ merged - x @ (kernel + wanted)) ** 2)
+
+    @jax.jit
+    def step(adapter: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(jax.grad(loss)(adapter), state)
+        return optax.apply_updates(adapter, updates), state
+
+    state = tx.init(adapter)
+    for _ in range(steps):
+        adapter, state = step(adapter, state)
+    merged = lora.merge(base, adapter, config)["dense"]["kernel"]
+    return Learnt(kernel, wanted, merged - kernel)
+
+
+def draw_lora(figure: Any) -> None:
+    """W + A B = W', and the singular values of W and of A B."""
+    found = learn()
+    panels = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.4))
+    added = found.kernel + found.change
+    names = ("W: frozen", f"(α/r)·A B: learnt, rank {RANK}", "W' = W + (α/r)·A B")
+    for axes, name, matrix in zip(panels, names, (found.kernel, found.change, added), strict=False):
+        axes.imshow(np.asarray(matrix), cmap="RdBu", vmin=-0.7, vmax=0.7)
+        axes.set(title=name, xticks=[], yticks=[])
+    axes, number = panels[3], np.arange(1, SIZE + 1)
+    for label, matrix, style in (
+        ("W", found.kernel, "o-"), ("A B", found.change, "s-"),
+        ("the change wanted", found.wanted, "k+"),
+    ):  # fmt: skip
+        axes.plot(number, np.linalg.svd(np.asarray(matrix), compute_uv=False), style, label=label)
+    axes.set(title="singular values", xlabel="number", xlim=(0.5, 12.5))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+class Surgery(NamedTuple):
+    """Two gradients, what PCGrad makes of each, and the two sums; rows are vectors."""
+
+    gradients: np.ndarray
+    projected: np.ndarray
+
+    @property
+    def sums(self) -> np.ndarray:
+        """Of the gradients, and of the projected ones."""
+        return np.stack([self.gradients.sum(0), self.projected.sum(0)])
+
+
+def operate(first: Sequence[float], second: Sequence[float]) -> Surgery:
+    """PCGrad on two gradients of two numbers."""
+    gradients = jnp.array([first, second])
+    weights = project(gram({"w": gradients}), jnp.array([[1, 0], [0, 1]]))
+    return Surgery(np.asarray(gradients), np.asarray(weights @ gradients))
+
+
+def draw_pcgrad(figure: Any) -> None:
+    """The conflict, its projection, and what is added up; then two that agree."""
+    conflict, peace = operate((3.0, 1.0), (-1.5, 1.5)), operate((3.0, 1.0), (1.0, 2.0))
+    panels = figure.subplots(1, 3)
+    titles = (
+        "a conflict: the angle is obtuse",
+        "projected: what conflicts is taken away",
+        "no conflict",
+    )
+    drawn = (
+        (*conflict.gradients, conflict.sums[0], ("g₁", "g₂", "g₁ + g₂"), GREY),
+        (*conflict.projected, conflict.sums[1], ("g₁'", "g₂'", "g₁' + g₂'"), "black"),
+        (*peace.projected, peace.sums[1], ("g₁", "g₂", "g₁ + g₂"), "black"),
+    )
+    for axes, title, (*vectors, labels, colour) in zip(panels, titles, drawn, strict=True):
+        colours = (COLOURS["sst"], COLOURS["para"], colour)
+        for (x, y), label, own in zip(vectors, labels, colours, strict=True):
+            arrow = {"arrowstyle": "-|>", "color": own, "lw": 2}
+            axes.annotate("", (x, y), (0, 0), arrowprops=arrow)
+            above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(label, (x, y), color=own, **above)
+        axes.set(title=title, xlim=(-2.2, 4.6), ylim=(-0.5, 4.4), aspect="equal")
+        axes.grid(alpha=0.3)
+    for before, after in zip(conflict.gradients, conflict.projected, strict=True):
+        panels[1].plot(*zip(before, after, strict=True), ":", color=GREY)  # what is taken away
+
+
+def draw_losses(figure: Any) -> None:
+    """Each loss against what it judges, for three labels."""
+    scores, cosines = jnp.linspace(-1, 6, 141), jnp.linspace(-1, 1, 141)
+    panels = figure.subplots(1, 2)
+    shown: tuple[tuple[str, str, jax.Array, Callable[..., jax.Array]], ...] = (
+        ("squared error: (score − y)²", "the head's score", scores, losses.squared_error),
+        ("cosine: (cos(u, v) − y/5)²", "cos(u, v)", cosines, losses.cosine_error),
+    )
+    for axes, (title, unit, x, loss) in zip(panels, shown, strict=True):
+        for label, colour in zip((0.0, 2.5, 5.0), COLOURS.values(), strict=True):
+            axes.plot(x, loss(x, jnp.full_like(x, label)), color=colour, label=f"y = {label:g}")
+        axes.set(title=title, xlabel=unit, ylabel="loss")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    panels[1].set_xticks((-1, -0.5, 0, 0.5, 1))
+
+
+def trained_millions(found: Variant) -> float:
+    """Millions of parameters that a variant trains upon bert-base."""
+    tasks = paper_tasks(found.sts_loss)
+    count = storage.count(BertConfig(), found.adapt, found.groups, tasks, LoraConfig())
+    return count.incremental / 1e6
+
+
+def draw_variants(figure: Any) -> None:
+    """A line a variant: which tasks share a tree, what the tree is, and what is trained."""
+    axes = figure.subplots()
+    what = {"frozen": "frozen", "lora": "adapter", "full": "whole BERT"}
+    for row, found in enumerate(VARIANTS.values()):
+        y = len(VARIANTS) - row
+        axes.text(-0.15, y, found.name, ha="right", va="center", weight="bold")
+        for left, width in spans(found.groups):
+            filled = {"frozen": "white", "lora": "#FFF3C4", "full": "#FFD0B5"}[found.adapt]
+            box = FancyBboxPatch(
+                (left + 0.05, y - 0.32), width - 0.1, 0.64, facecolor=filled, edgecolor=GREY,
+                boxstyle="round,pad=0,rounding_size=0.1",
+                linestyle="--" if found.adapt == "frozen" else "-",
+            )  # fmt: skip
+            axes.add_patch(box)
+        for column, name in enumerate(NAMES):
+            axes.text(column + 0.5, y, name, ha="center", va="center")
+        pcgrad_or_not = ", PCGrad" if len(found.groups) == 1 else ""
+        text = (
+            f"{what[found.adapt]}{pcgrad_or_not}; STS by {found.sts_loss}; "
+            f"{trained_millions(found):,.1f}M trained"
+        )
+        axes.text(3.1, y, text, va="center")
+    axes.set(xlim=(-1.0, 6.6), ylim=(0.4, len(VARIANTS) + 0.6))
+    axes.axis("off")
+
+
+def spans(groups: Groups) -> list[tuple[int, int]]:
+    """Where each group's box begins, and how wide it is, in tasks.
+
+    >>> spans((("sst",), ("para", "sts")))
+    [(0, 1), (1, 2)]
+    """
+    return [(NAMES.index(group[0]), len(group)) for group in groups]
+
+
+FIGURES: dict[str, tuple[Callable[[Any], None], tuple[float, float]]] = {
+    "lora": (draw_lora, (12, 3.0)),
+    "pcgrad": (draw_pcgrad, (12, 3.4)),
+    "losses": (draw_losses, (9, 3.2)),
+    "variants": (draw_variants, (9, 3.6)),
+}
+
+
+def main(flags: Flags) -> None:
+    """Draw them all."""
+    flags.out.mkdir(parents=True, exist_ok=True)
+    for name, (draw, size) in FIGURES.items():
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        figure.savefig(flags.out / f"tour-{name}.png", dpi=100)
+
+
+def cli(args: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    return host.exit_code(lambda: main(tyro.cli(Flags, args=args)))
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
