@@ -162,7 +162,7 @@ class Traffic(NamedTuple):
 
     Attributes:
       all_gather: split kernels, fetched for the forward pass and again for the backward pass.
-      all_reduce: gradients of leaves that are whole everywhere, and embeddings looked up in parts.
+      all_reduce: gradients of leaves that are whole everywhere, words looked up in parts, vectors.
       reduce_scatter: gradients of split leaves; a device keeps only its part of the sum. (XLA on
         CPU sums all and cuts the part out.)
       all_to_all: embeddings whose columns are split.
@@ -333,15 +333,20 @@ def _frozen(work: Work, found: _Trees) -> float:
 
 
 def _copies(work: Work, found: _Trees) -> float:
-    """Bytes of kernels cut out of their stack; they are whole wherever they are used."""
-    layers = work.config.num_hidden_layers
-    at_once = min(layers, bert.MOST_UNROLLED) / layers  # a loop cuts out those of its pass
-    kernels = at_once * work.width * trees.count(_kernels(found.params))
+    """Bytes of kernels cut out of their stack; they are whole wherever they are used.
+
+    A loop cuts out those of its pass alone. But it takes and gives stacks: whole encoders' kernels
+    are laid out for it once for each task, and so are their gradients.
+    """
+    layers, kernels = work.config.num_hidden_layers, _kernels(found.params)
+    at_once = min(layers, bert.MOST_UNROLLED) / layers
+    cut = at_once * work.width * trees.count(kernels)
     if work.adapt != "full":
-        return kernels * (work.adapt == "lora")
+        return cut * (work.adapt == "lora")
+    stacks = 2 * FLOAT * _part(kernels, work.fsdp) * (layers > bert.MOST_UNROLLED)
     # The gradient of looking words up starts as zeros for the whole table.
     table = FLOAT * _part(found.params["embeddings"]["word_embeddings"], work.fsdp)
-    return len(work.tasks) * (kernels + table)
+    return len(work.tasks) * (cut + stacks + table)
 
 
 def _kept(work: Work, found: _Trees) -> float:
@@ -393,28 +398,29 @@ def _traffic(work: Work, found: _Trees) -> Traffic:
     if not full and work.fsdp > 1:  # see `_flops`: the first layer's are read once
         fetched -= 3.0 * work.width * work.config.hidden_size**2
     looked_up, exchanged = _lookups(work, found)
-    gradients = FLOAT * count * trees.count(found.trained)
+    # Sums of vectors over sentences whose rows lie on any device.
+    pooled = FLOAT * count * (2 * work.batch_size + 1) * (work.config.hidden_size + 1)
+    gradients, whole = FLOAT * count * trees.count(found.trained), looked_up + pooled
     if not full:
-        return Traffic(fetched, gradients + looked_up, 0, exchanged)
+        return Traffic(fetched, gradients + whole, 0, exchanged)
     split = FLOAT * count * _split(found.trained, work.fsdp)
     words = FLOAT * count * _split(found.params["embeddings"]["word_embeddings"], work.fsdp)
     # Summed over fsdp first (a table gets its own part's gradients), then the parts over data.
     again = split / work.fsdp if work.data > 1 else 0.0
     return Traffic(
-        fetched + looked_up, gradients - split + looked_up, split - words + again, 2 * exchanged
+        fetched + looked_up, gradients - split + whole, split - words + again, 2 * exchanged
     )
 
 
 def _lookups(work: Work, found: _Trees) -> tuple[float, float]:
-    """Bytes of rows looked up in a table's parts and added up, and of columns exchanged."""
-    hidden = FLOAT * work.config.hidden_size
-    by_rows = by_columns = 0.0
-    for name in ("word_embeddings", "position_embeddings"):
-        shape = found.params["embeddings"][name].shape
-        axis = mesh.split_axis(shape, work.fsdp) if work.fsdp > 1 else None
-        by_rows += hidden * work.tokens / work.data * (axis == 0)
-        by_columns += hidden * work.tokens / work.devices * (axis == 1)
-    return by_rows, by_columns
+    """Bytes of words looked up in parts of the table: by rows and added up, by columns exchanged.
+
+    A device that has some rows looks up its neighbours' tokens too.
+    """
+    shape = found.params["embeddings"]["word_embeddings"].shape
+    axis = mesh.split_axis(shape, work.fsdp) if work.fsdp > 1 else None
+    vectors = FLOAT * work.config.hidden_size * work.tokens
+    return (vectors / work.data * (axis == 0), vectors / work.devices * (axis == 1))
 
 
 def _split(tree: Tree, parts: int) -> int:

@@ -72,6 +72,16 @@ def test_what_xla_finds_of_larger_networks(asked):
     check(asked)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("adapt", "rows"), [("lora", 20), ("full", 4)])
+def test_the_memory_of_a_loop(adapt, rows):
+    """XLA counts a loop's FLOPs once, so those are not compared."""
+    deep = work(adapt, dataclasses.replace(NARROW, num_hidden_layers=24), rows=rows)
+    found, xla = plan.estimate(deep).memory, analyses(compile_step(deep))
+    assert found.arguments == pytest.approx(xla["arguments"], rel=0.01)
+    assert found.temporary == pytest.approx(xla["temporary"], rel=0.1)
+
+
 MESHES = ("data=8,fsdp=1", "data=1,fsdp=8", "data=4,fsdp=2")
 
 
@@ -91,8 +101,8 @@ def test_what_xla_finds_on_eight_devices(sharded, adapt, text):
     assert found.flops.total / 8 == pytest.approx(xla["flops"], rel=0.1)
     traffic, sent = found.traffic, xla["collectives"]
     summed = traffic.all_reduce + traffic.reduce_scatter  # one operation to XLA on CPU
-    assert summed == pytest.approx(sent["all-reduce"], rel=0.1)
-    assert traffic.all_gather == pytest.approx(sent.get("all-gather", 0), rel=0.1)
+    assert summed == pytest.approx(sent["all-reduce"], rel=0.02)
+    assert traffic.all_gather == pytest.approx(sent.get("all-gather", 0), rel=0.02)
 
 
 def test_a_step_counted_by_hand():
