@@ -37,7 +37,7 @@ ANSWERS = {
     "baseline3": Answers((10, 12), (16, 16), 0.8),
     "baseline4": Answers((12, 12), (16, 16), 1.0, best=(10.0, 12.0)),
     "lora1": Answers((10, 10), (16, 16), 0.6),
-    "lora2": Answers((12, 12), (15, 15), 1.0, best=(6.0, 8.0)),
+    "lora2": Answers((12, 12), (15, 15), 0.96, best=(6.0, 8.0)),
     "lora3": Answers((10, 11), (16, 16), 0.8),
     "lora3-summed": Answers((10, 11), (16, 16), 0.8),
 }

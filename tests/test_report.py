@@ -171,17 +171,17 @@ def test_papers_gain_is_not_its_98_percent():
 
 
 def test_gain_is_a_share_of_the_best_baselines(findings):
-    """Means 80 (baseline4), 78 1/3 (lora2) and 56 2/3 (baseline1): 21 2/3 of 23 1/3 points."""
+    """Means 80 (baseline4), 77 (lora2) and 56 2/3 (baseline1): 20 1/3 of 23 1/3 points."""
     finding = findings["lora2", "baseline1", "gain"]
-    assert finding.evidence.interval.value == pytest.approx(100 * 65 / 70)
-    assert finding.evidence.interval.low < 100 * 65 / 70 <= finding.evidence.interval.high
+    assert finding.evidence.interval.value == pytest.approx(100 * 61 / 70)
+    assert finding.evidence.interval.low < 100 * 61 / 70 <= finding.evidence.interval.high
     assert "best baseline on dev is baseline4" in finding.evidence.note
 
 
 def test_claims_on_these_runs(findings):
-    """r is 1 against 0.6 on all resamples; of the parameters, LoRA has 1.8 in 66.6."""
+    """r is 0.96 against 0.6; of the parameters, LoRA has 1.8 in 66.6."""
     cosine = findings["lora2", "lora1", "sts"]
-    assert cosine.evidence.interval.value == pytest.approx(40.0)
+    assert cosine.evidence.interval.value == pytest.approx(36.0)
     assert (cosine.verdict, cosine.evidence.seeds) == ("reproduced", 2)
     small = findings["lora2", "baseline4", "parameters"]
     assert small.evidence.interval.value == pytest.approx(100 * 1.8 / 66.6)
@@ -418,7 +418,7 @@ def test_predictions_without_labels_give_scores_without_intervals(tmp_path):
     finding = next(f for f in found if (f.claim.first, f.claim.second) == ("lora2", "lora1"))
     assert finding.evidence.interval is None
     assert "no labels" in finding.evidence.note
-    assert by_name(tables.scores(context))["lora2"]["sts"].mean == pytest.approx(100.0)
+    assert by_name(tables.scores(context))["lora2"]["sts"].mean == pytest.approx(96.0)
     assert context.scores.interval("lora2", "sts") is None
     assert math.isnan(context.scores.summary("lora2", "sst").deviation)
 
