@@ -52,9 +52,7 @@ def context(root):
 
 @pytest.fixture(scope="module")
 def findings(root):
-    return {
-        (f.claim.first, f.claim.second, f.claim.measure): f for f in examine(root)[1]
-    }  # fmt: skip
+    return {(f.claim.first, f.claim.second, f.claim.measure): f for f in examine(root)[1]}
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +429,7 @@ def test_one_seed_says_nothing_of_time_to_the_best_score(tmp_path):
     assert found.evidence.note.startswith("-40 % with one seed")  # 6 s against 10
 
 
-def test_runs_over_other_examples_are_not_compared(root, tmp_path):
+def test_runs_over_other_examples_are_not_compared(tmp_path):
     for study in ("lora1", "lora2"):
         write_run(tmp_path, study, 0, ANSWERS[study])
     path = tmp_path / "lora2" / "seed0" / "predictions" / "sst-dev.csv"
