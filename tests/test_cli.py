@@ -206,7 +206,7 @@ def test_run_prints_plan_and_table(folders, capsys):
     assert call(folders, variant="lora4") == 0
     shown = capsys.readouterr().out
     for fragment in (
-        "LoRA rank 15",
+        "LoRA rank 8",
         "train 26, dev 26, test 26",
         "untrained",
         "the paper",

@@ -274,7 +274,7 @@ def with_nan(monkeypatch, task, number):
         data[task]["train"] = dataclasses.replace(examples, labels=labels)
         return data
 
-    monkeypatch.setattr(train.planning, "load_data", damaged)
+    monkeypatch.setattr(train.prepare, "load_data", damaged)
 
 
 @pytest.mark.parametrize("variant", ["lora3", "baseline1"])
