@@ -81,7 +81,7 @@ def lines(
     """
     chosen = {base: find_base(base) for base in bases}
     sizes = [find_mesh(text) for text in texts]
-    table = [HEAD if rates is None else (*HEAD, "seconds")]
+    table: list[tuple[str, ...]] = [HEAD if rates is None else (*HEAD, "seconds")]
     for base, config in chosen.items():
         for variant in variants:
             for size in sizes:
