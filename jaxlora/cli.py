@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from jaxlora import bank as banks
 from jaxlora import exchange, host, manifest, merged, plan_table, pretrained, rundir, trees
@@ -313,7 +313,8 @@ def plan(
         sentence_length=sentence_length, row_length=row_length, dtype=dtype,
         adapter=LoraConfig(rank, float(rank)),
     )  # fmt: skip
-    table = Table(*head, caption=plan_table.CAPTION)
+    columns = (Column(name, overflow="fold") for name in head)
+    table = Table(*columns, caption=plan_table.CAPTION, padding=0)
     for row in rows:
         table.add_row(*map(escape, row))
     CONSOLE.print(table)

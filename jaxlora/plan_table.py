@@ -13,7 +13,7 @@ from jaxlora.errors import UserError
 from jaxlora.plan import Estimate
 
 HEAD = (
-    "base", "variant", "mesh", "rows", "TFLOP", "parameters", "moments", "temporary", "in all",
+    "base", "variant", "mesh", "rows", "TFLOP", "weights", "moments", "temporary", "in all",
     "sent",
 )  # fmt: skip
 CAPTION = "a step's TFLOP on all devices; GB on each device, and GB that each sends in a step"
