@@ -283,7 +283,7 @@ def test_damage_is_found_and_never_loaded(three, how):
         changed = {
             "truncated": whole[:middle],
             "emptied": b"",
-            "flipped": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
+            "flipped": whole[: middle // 2] + bytes(b ^ 1 for b in whole[middle // 2 :]),
         }
         if how == "gone":
             path.unlink()

@@ -88,8 +88,8 @@ BAD_FLAGS = {
     "rank 0": (["--rank=0"], ["--rank", "at least 1"]),
     "rank above the width": (["--rank=33"], ["--rank", "32"]),
     "pattern": (
-        ["--rank-pattern", "intermediate.dense", "4"],
-        ["--rank-pattern", "'intermediate.dense' matches no adapted module"],
+        ["--rank-pattern", "pooler", "4"],
+        ["--rank-pattern", "'pooler' matches no adapted module"],
     ),
     "target": (["--target-modules", "querry"], ["--target-modules", "querry", "query"]),
     "epochs": (["--epochs=0"], ["--epochs"]),

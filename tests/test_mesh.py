@@ -93,7 +93,9 @@ def test_the_losses_of_one_device(tiny_base, data_dir, variant):
     found = eight("curves", variant, tiny_base, data_dir, "data=1", *many)
     one = found["data=1"]["losses"]
     groups = 1 if variants.VARIANTS[variant].groups == variants.SHARED else 3
-    assert len(one) == 5 * groups and all(np.ptp(curve) > 0 for curve in np.split(one, groups))
+    assert len(one) == 5 * groups and all(
+        np.ptp(curve) > 0 for curve in np.split(np.array(one), groups)
+    )
     for text in many:
         np.testing.assert_allclose(found[text]["losses"], one, rtol=0, atol=1e-5)
         assert found[text]["split"] == ("fsdp" in text and variant != "baseline1")
