@@ -5,9 +5,10 @@ import math
 
 import pytest
 from compiled import analyses, compile_step, wide
+from rich.console import Console
 from test_mesh import eight
 
-from jaxlora import bert, plan, plan_table
+from jaxlora import bert, cli, plan, plan_table
 from jaxlora.cli import main
 from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
@@ -166,7 +167,7 @@ def test_time_is_work_and_traffic_one_after_the_other():
 
 
 def test_the_command(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "CONSOLE", Console(width=200))
     flags = ["--variant", "lora3", "--base=bert-base", "--batch-size=16"]
     assert main(["plan", *flags, "--mesh", "data=4,fsdp=2", "--flops=1e13", "--link=1e10"]) == 0
     said = capsys.readouterr().out
