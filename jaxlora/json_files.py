@@ -9,6 +9,27 @@ from typing import Any
 from jaxlora.errors import UserError
 
 
+def loads(text: str | bytes) -> Any:
+    """Any JSON, but for whole numbers that no float could hold.
+
+    Raises:
+      ValueError, RecursionError: if it is none.
+
+    >>> loads("[1, 2.5]")
+    [1, 2.5]
+    """
+    return json.loads(text, parse_int=_whole)
+
+
+def _whole(digits: str) -> int:
+    value = int(digits)
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"a number of {len(digits)} digits") from None
+    return value
+
+
 def read(path: Path) -> Any:
     """A file's JSON.
 
@@ -16,7 +37,7 @@ def read(path: Path) -> Any:
       UserError: if the file cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # also UTF-8, long numbers, deep nesting

@@ -213,7 +213,7 @@ def read_records(out: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for line in (out / METRICS).read_bytes().splitlines():
         try:
-            record = json.loads(line)
+            record = json_files.loads(line)
         except (ValueError, RecursionError):
             break
         if not _is_record(record):

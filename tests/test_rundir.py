@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from jaxlora import rundir
@@ -46,3 +48,16 @@ def test_read_json_names_the_file(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
         rundir.read_json(tmp_path / "config.json")
+
+
+def test_a_number_that_no_float_holds_ends_the_records(tmp_path):
+    record = {"kind": "train", "group": "sst", "step": 1, "loss": 1}
+    lines = [json.dumps(record), json.dumps(record | {"loss": 10**400})]
+    (tmp_path / rundir.METRICS).write_text("\n".join(lines))
+    assert rundir.read_records(tmp_path) == [record]
+
+
+def test_a_number_that_no_float_holds_is_no_json(tmp_path):
+    (tmp_path / "x.json").write_text(f'{{"alpha": {10**400}}}')
+    with pytest.raises(UserError, match="a number of 401 digits"):
+        rundir.read_json(tmp_path / "x.json")
