@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments.report import (
     claims,
+    drawing,
     facts,
     figures,
     page,
@@ -42,7 +43,7 @@ def build(root: Path, out: Path, *, resamples: int = statistics.RESAMPLES, seed:
     findings = claims.examine(context)
     parts, found = facts.parts(findings), tables.make(context, findings)
     command = f"python -m experiments.report --from {root} --out {out}"
-    drawn = figures.render(figures.plans(context), out / FIGURES)
+    drawn = drawing.render(figures.plans(context), out / FIGURES)
     tables.write_csv(found, out / TABLES)
     write_text(out / MARKDOWN, results.markdown(context, parts, found, command))
     write_text(out / PAGE, page.html(context, parts, found, drawn, command))

@@ -62,6 +62,11 @@ class Claim:
         """Of the quantity."""
         return "points" if self.measure in TITLES else "%"
 
+    @property
+    def change(self) -> bool:
+        """Whether the quantity is a change, and not a share."""
+        return self.measure not in ("gain", "parameters")
+
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
@@ -71,13 +76,13 @@ class Evidence:
       interval: of the quantity; None where it cannot be had.
       seeds: of the study that has fewer.
       note: where it comes from, or why it is not there.
-      deviation: of the quantity over seeds; NaN where there are fewer than two.
+      deviation: of the quantity over seeds; None where there are fewer than two.
     """
 
     interval: Interval | None
     seeds: int
     note: str
-    deviation: float = float("nan")
+    deviation: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +150,7 @@ def _difference(context: Context, claim: Claim) -> Evidence:
     if found is None:
         return Evidence(None, seeds, "the dev predictions hold no labels: train the runs anew")
     over_seeds = context.scores.difference_over_seeds(*pair)
-    deviation = over_seeds.deviation * 100 if over_seeds else float("nan")
+    deviation = over_seeds.scaled(100).deviation if over_seeds else None
     return Evidence(found.scaled(100), seeds, "paired bootstrap of dev examples", deviation)
 
 
@@ -270,12 +275,12 @@ def _small(first: str, second: str) -> Claim:
 
 PAPER_SHARE = 98.0  # of the gain, as the paper's text says
 PAPER_SPEED = -10.0  # change of training time by LoRA, in percent, on its A10G
-_COSINE = (("baseline3", "baseline2"), ("lora2", "lora1"), ("lora4", "lora3"))
+_LOSSES = (("baseline3", "baseline2"), ("lora2", "lora1"), ("lora4", "lora3"))
 _SHARING = (("baseline3", "baseline4"), ("lora3", "lora1"), ("lora4", "lora2"))
 _LORA_OR_FULL = (("lora2", "baseline4"), ("lora3", "baseline2"), ("lora4", "baseline3"))
 
 CLAIMS: tuple[Claim, ...] = (
-    *(_cosine(*pair) for pair in _COSINE),
+    *(_cosine(*pair) for pair in _LOSSES),
     *(_shared(*pair, task) for pair in _SHARING for task in NAMES),
     *(_keeps_up(*pair) for pair in _LORA_OR_FULL),
     Claim(

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.bench import harness
 from experiments.report import tables
 from experiments.report.claims import PARTS, Context, Finding, Verdict
 from experiments.report.collect import Collection
 from experiments.report.scores import MEAN
-from jaxlora.report import duration
 from jaxlora.tasks import NAMES
 from jaxlora.variants import VARIANTS
 
@@ -111,7 +111,10 @@ def missing(collection: Collection) -> list[str]:
 
 
 def about(collection: Collection) -> dict[str, str]:
-    """Seeds, versions, machine and time of the runs."""
+    """Seeds, versions, machine and time of the runs.
+
+    Only timed runs write their machine down; else it is the one that the report is made on.
+    """
     settings = [run.settings for run in collection.runs]
     versions = _distinct(
         ", ".join(f"{name} {version}" for name, version in run.versions.items())
@@ -126,8 +129,8 @@ def about(collection: Collection) -> dict[str, str]:
         "data": _distinct(s["source"] for s in settings),
         "matmuls": _distinct(s["dtype"] for s in settings),
         "seeds": ", ".join(map(str, collection.seeds)) or "–",
-        "training time, all runs": duration(seconds),
-        "machine": _machine(collection.machine),
+        "training time, all runs": f"{seconds / 3600:.1f} hours",
+        "machine": _machine(collection.machine or harness.machine()),
         "versions": versions,
     }
 
@@ -138,7 +141,7 @@ def _distinct(values: Any) -> str:
 
 def _machine(machine: Mapping[str, Any]) -> str:
     plain = {k: v for k, v in machine.items() if not isinstance(v, Mapping)}
-    return ", ".join(f"{k} {v}" for k, v in plain.items()) or "not written down by these runs"
+    return ", ".join(f"{name} {value}" for name, value in plain.items())
 
 
 def commands(collection: Collection) -> dict[str, str]:

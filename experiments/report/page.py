@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import jinja2
 
 from experiments.report import facts, results, tables
 from experiments.report.claims import Context, Finding
+from experiments.report.drawing import Drawn
 from experiments.report.facts import Part
-from experiments.report.figures import Drawn
-from experiments.report.statistics import Interval, Summary
+from experiments.report.statistics import Interval, Range, Summary
 from experiments.report.tables import Table
 
 TEMPLATE = "report.html.j2"
@@ -48,6 +49,7 @@ def html(
         missing=facts.missing(context.collection),
         parts=[(part, bars(part.findings)) for part in parts],
         tables={table.name: table for table in found},
+        in_the_paper=in_the_paper,
         measured=measured,
     )
 
@@ -68,15 +70,22 @@ def sort_key(value: Any) -> float | str:
 
 def measured(finding: Finding) -> str:
     """The quantity with its interval and unit."""
-    found = finding.evidence.interval
+    claim, found = finding.claim, finding.evidence.interval
     if found is None:
         return "not measured"
-    unit = " points" if finding.claim.unit == "points" else " %"
-    digits = 1 if finding.claim.measure not in tables.TITLES else 2
-    if found.low == found.high and finding.claim.measure == "parameters":
-        return f"{found.value:.{digits}f}{unit}"
-    value, low, high = (tables.signed(x, digits) for x in (found.value, found.low, found.high))
-    return f"{value}{unit}, {low} to {high}"
+    kind = Interval if claim.change else Range
+    digits = 2 if claim.unit == "points" else 1
+    return f"{tables.show(kind(*dataclasses.astuple(found)), digits)} {claim.unit}"
+
+
+def in_the_paper(finding: Finding) -> str:
+    """The paper's own figure, or nothing."""
+    claim = finding.claim
+    if claim.paper is None:
+        return ""
+    digits = 2 if claim.unit == "points" else 1
+    shown = tables.signed(claim.paper, digits) if claim.change else f"{claim.paper:.{digits}f}"
+    return f"paper {shown}"
 
 
 def bars(findings: Sequence[Finding]) -> list[dict[str, float] | None]:

@@ -72,7 +72,9 @@ def _commands(context: Context) -> list[str]:
     if not commands:
         return []
     lines = "\n".join(commands.values())
-    return [f"One run at a time:\n\n```sh\n{lines}\n```"]
+    return [
+        f"One run of each study (other seeds: `--seed` and another `--out`):\n\n```sh\n{lines}\n```"
+    ]
 
 
 def not_run_here(context: Context) -> str:
@@ -92,8 +94,8 @@ def estimate_table(context: Context) -> Table:
     found, how = estimate.costs(context.collection)
     columns = (
         tables.Column("variant", "variant"),
-        tables.Column("paper_hours", "hours a seed, the paper's data", 0),
-        tables.Column("official_hours", "hours a seed, official data", 0),
+        tables.Column("paper_hours", "hours a seed, the paper's data", 1),
+        tables.Column("official_hours", "hours a seed, official data", 1),
         tables.Column("gigabytes", "memory, GB", 1),
     )
     cells = tuple((c.variant, c.paper_hours, c.official_hours, c.gigabytes) for c in found)

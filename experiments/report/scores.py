@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from experiments.report import statistics
-from experiments.report.collect import Collection, Run
+from experiments.report.collect import Collection, Predictions, Run
 from experiments.report.statistics import Interval, Summary
 from jaxlora.tasks import NAMES, paper_tasks
 
@@ -93,9 +93,9 @@ def score(collection: Collection, resamples: int, seed: int) -> Scores:
         drawn = RESAMPLED[task.metric](predictions, labels, resamples, seed)
         for study, values in drawn.items():
             resampled[study][task.name] = values
-    for by_score in resampled.values():
-        if set(NAMES) <= by_score.keys():
-            by_score[MEAN] = np.mean([by_score[name] for name in NAMES], axis=0)
+    for of_study in resampled.values():
+        if set(NAMES) <= of_study.keys():
+            of_study[MEAN] = np.mean([of_study[name] for name in NAMES], axis=0)
     return Scores(by_seed, resampled)
 
 
@@ -103,7 +103,7 @@ def _measured(run: Run, name: str) -> float:
     return float(run.result["dev_mean"] if name == MEAN else run.result["dev"][name])
 
 
-def _answers(collection: Collection, task: str) -> dict[str, list]:
+def _answers(collection: Collection, task: str) -> dict[str, list[Predictions]]:
     """The studies all of whose runs have labelled answers."""
     return {
         study: [run.answers[task] for run in runs]

@@ -14,10 +14,10 @@ _CHUNK = 500  # resamples at a time: a few megabytes of counts
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Mean and sample standard deviation of `count` values; the latter NaN for fewer than two."""
+    """Mean and sample standard deviation of `count` values; the latter None for fewer than two."""
 
     mean: float
-    deviation: float
+    deviation: float | None
     count: int
 
     @classmethod
@@ -27,12 +27,13 @@ class Summary:
         >>> Summary.of([1.0, 3.0])
         Summary(mean=2.0, deviation=1.4142135623730951, count=2)
         """
-        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
         return cls(float(np.mean(values)), deviation, len(values))
 
     def scaled(self, factor: float) -> Summary:
         """In another unit."""
-        return Summary(self.mean * factor, self.deviation * factor, self.count)
+        deviation = None if self.deviation is None else self.deviation * factor
+        return Summary(self.mean * factor, deviation, self.count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> Ca
         for x in (confidence, right.astype(float))
     )
     share = counts[used] / len(confidence)
-    return Calibration(sure, accuracy, share, float(share @ np.abs(accuracy - sure)))
+    return Calibration(of_bin[0], of_bin[1], share, float(share @ np.abs(of_bin[1] - of_bin[0])))
 
 
 def confusion(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

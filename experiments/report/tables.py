@@ -1,4 +1,4 @@
-"""The report's tables as plain rows; how they are written is up to `page` and `results`."""
+"""The report's tables as plain rows; `page` and `results` decide how they are written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from jaxlora.variants import VARIANTS, Groups
 
 Value = Summary | Interval | str | float | int | None
 MILLION = 1e6
-MEGABYTE = 1e6
 TASK_COUNTS = (3, 10, 100)
 
 
@@ -59,24 +58,30 @@ class Table:
 def show(value: Value, digits: int = 2) -> str:
     """A value as people read it.
 
-    >>> show(Summary(50.0, 0.25, 3)), show(Summary(50.0, float("nan"), 1)), show(None)
+    >>> show(Summary(50.0, 0.25, 3)), show(Summary(50.0, None, 1)), show(None)
     ('50.00 ± 0.25', '50.00', '–')
-    >>> show(Interval(1.0, -0.5, 2.5), 1), show(1776)
-    ('+1.0 (−0.5 to +2.5)', '1,776')
+    >>> show(Interval(1.0, -0.5, 2.5), 1), show(Range(3.0, 2.0, 4.0), 0), show(1776)
+    ('+1.0 (−0.5 to +2.5)', '3 (2–4)', '1,776')
     """
-    if value is None:
-        return "–"
     if isinstance(value, Summary):
-        spread = f" ± {value.deviation:,.{digits}f}" if value.count > 1 else ""
+        spread = "" if value.deviation is None else f" ± {value.deviation:,.{digits}f}"
         return f"{value.mean:,.{digits}f}{spread}"
-    if isinstance(value, Range):
-        return f"{value.value:,.{digits}f} ({value.low:,.{digits}f}–{value.high:,.{digits}f})"
     if isinstance(value, Interval):
-        middle, low, high = (signed(x, digits) for x in dataclasses.astuple(value))
-        return middle if value.low == value.high else f"{middle} ({low} to {high})"
+        return _show_interval(value, digits)
     if isinstance(value, float):
         return f"{value:,.{digits}f}".replace("-", "−")
-    return f"{value:,}" if isinstance(value, int) else value
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else value
+
+
+def _show_interval(found: Interval, digits: int) -> str:
+    """With signs, unless it is a `Range`; alone where it has no width."""
+    plain = isinstance(found, Range)
+    middle, low, high = (
+        f"{x:,.{digits}f}" if plain else signed(x, digits) for x in dataclasses.astuple(found)
+    )
+    if found.low == found.high:
+        return middle
+    return f"{middle} ({low}–{high})" if plain else f"{middle} ({low} to {high})"
 
 
 def signed(value: float, digits: int = 2) -> str:
@@ -145,7 +150,7 @@ def verdicts(findings: Sequence[Finding]) -> Table:
     rows = tuple(
         (
             f.claim.part, f.claim.text, f.claim.first, f.claim.second, f.verdict,
-            f.evidence.interval, f.claim.unit, _number(f.evidence.deviation), f.claim.paper,
+            f.evidence.interval, f.claim.unit, f.evidence.deviation, f.claim.paper,
             f.evidence.seeds, f.evidence.note,
         )
         for f in findings
@@ -157,10 +162,6 @@ def verdicts(findings: Sequence[Finding]) -> Table:
         "examples might have given; the sd over seeds says what other seeds do."
     )
     return Table("claims", "Claims and verdicts", about, columns, rows)
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def variants(context: Context) -> Table:
@@ -319,31 +320,36 @@ def stored(run: Run) -> Stored:
 
 def storage_table(context: Context) -> Table:
     """Parameters and bytes for 3, 10 and 100 tasks."""
-    columns = (
-        Column("variant", "variant"), Column("tasks", "tasks"),
-        Column("incremental", "incremental, M parameters"),
-        Column("bundled", "bundled, M parameters"),
-        Column("incremental_mb", "incremental, MB on disk", 1),
-        Column("bundled_mb", "bundled, MB on disk", 1),
-    )  # fmt: skip
+    kinds = {"incremental": "added", "bundled": "in all"}
+    units = {"m": "M parameters", "mb": "MB"}
+    columns = [
+        Column(f"{kind}_{unit}_{tasks}", f"{tasks} tasks: {kinds[kind]}, {units[unit]}", 1)
+        for unit in units
+        for kind in kinds
+        for tasks in TASK_COUNTS
+    ]
     rows = []
     for name, runs in context.collection.variants.items():
         numbers = stored(runs[0])
-        bytes_each = runs[0].disk_bytes / runs[0].result["parameters"]["incremental"]
-        on_disk = numbers.scaled(bytes_each)
-        for tasks in TASK_COUNTS:
-            rows.append((
-                name, tasks,
-                numbers.incremental(tasks) / MILLION, numbers.bundled(tasks) / MILLION,
-                on_disk.incremental(tasks) / MEGABYTE if bytes_each else None,
-                on_disk.bundled(tasks) / MEGABYTE if bytes_each else None,
-            ))  # fmt: skip
+        on_disk = numbers.scaled(runs[0].disk_bytes / numbers.incremental(3))
+        rows.append((
+            name,
+            *(
+                getattr(sizes, kind)(tasks) / MILLION
+                for sizes in (numbers, on_disk)
+                for kind in kinds
+                for tasks in TASK_COUNTS
+            ),
+        ))  # fmt: skip
     about = (
-        "Three tasks are measured: the files of the run's model, and the base in float32. Ten and "
-        "a hundred are extrapolated: a head of average size for each task, and a tree of its own "
-        "where tasks are apart; tasks that share go on sharing one."
+        "Added: what a disk that holds the base must add (incremental); in all: with the base "
+        "where it is still used (bundled). Three tasks are measured: the files of the run's model, "
+        "and the base in float32. Ten and a hundred are extrapolated: a head of average size for "
+        "each task, and a tree of its own where tasks are apart; tasks that share go on sharing "
+        "one. Trained models are compressed on disk, the base is not."
     )
-    return Table("storage", "Storage for 3, 10 and 100 tasks", about, columns, tuple(rows))
+    title = "Storage for 3, 10 and 100 tasks"
+    return Table("storage", title, about, (Column("variant", "variant"), *columns), tuple(rows))
 
 
 def extras(context: Context) -> Table:
@@ -442,7 +448,7 @@ def footnotes() -> list[str]:
     share = 100 * means["lora2"] / max(means.values())
     return [
         *notes,
-        "The paper says that LoRA keeps 98 % of the performance gain: that is lora2's printed "
+        f"The paper says that LoRA keeps 98 % of the performance gain: that is lora2's printed "
         f"mean over baseline3's ({share:.1f} %), not a gain. From the rows, lora2 has "
         f"{claims.paper_gain('lora2'):.1f} % of the best baseline's gain over baseline1 (with the "
         f"printed means {claims.paper_gain('lora2', printed=True):.1f} %).",
