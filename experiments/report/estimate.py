@@ -26,12 +26,13 @@ BENCHED = {"frozen": "lora3", "lora": "lora3", "full": "baseline2"}
 HOW = (
     "Hours: this root's own seconds a step, by group, × {flops:.1f} (matmul parameters of "
     "bert-base's layers over MiniLM's) × {batch} / batch (as many examples fewer a step) × the "
-    "steps of {epochs} epochs at batch {batch}: over the paper's data (8,544 SST-5, 141,000 Quora "
-    "and 6,040 STS-B examples), and over the official releases that this command downloads "
-    "(8,544, 363,849 and 5,749). For baseline1 that leaves out encoding everything once. Memory: "
-    "the base in float32, and what the bench measured that training steps add at batch 8 (MiniLM, lora3 or "
-    "baseline2, see experiments/bench/RESULTS.md) × {activations:.1f} (layers × width) with a "
-    "frozen base or × {parameters:.1f} (parameters) where all weights are trained."
+    "steps of {epochs} epochs at batch {batch}: over the paper's data (8,544 SST-5, 141,000 "
+    "Quora and 6,040 STS-B examples), and over the official releases that this command "
+    "downloads (8,544, 363,849 and 5,749). For baseline1 that leaves out encoding everything "
+    "once. Memory: the base in float32, and what the bench measured that training steps add at "
+    "batch 8 (MiniLM, lora3 or baseline2, see experiments/bench/RESULTS.md) × {activations:.1f} "
+    "(layers × width) with a frozen base or × {parameters:.1f} (parameters) where all weights "
+    "are trained."
 )
 
 
@@ -61,9 +62,7 @@ def costs(collection: Collection) -> tuple[list[Cost], str]:
         if run.settings["base"] != BASE or set(run.result["dev"]) != set(NAMES):
             continue
         factor = flops * preset["batch_size"] / run.settings["batch_size"] / 3600
-        papers, official = (
-            factor * _seconds(run, preset, data) for data in (PAPER_DATA, OFFICIAL_DATA)
-        )
+        hours = [factor * _seconds(run, preset, data) for data in (PAPER_DATA, OFFICIAL_DATA)]
         adapt = VARIANTS[name].adapt
         added = peaks.get(BENCHED[adapt])
         more = parameters if adapt == "full" else activations

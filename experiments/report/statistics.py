@@ -169,10 +169,10 @@ def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> Ca
     numbers = np.minimum((confidence * bins).astype(int), bins - 1)
     counts = np.bincount(numbers, minlength=bins)
     used = counts > 0
-    sure, accuracy = (
+    of_bin = [
         np.bincount(numbers, weights=x, minlength=bins)[used] / counts[used]
         for x in (confidence, right.astype(float))
-    )
+    ]
     share = counts[used] / len(confidence)
     return Calibration(of_bin[0], of_bin[1], share, float(share @ np.abs(of_bin[1] - of_bin[0])))
 
