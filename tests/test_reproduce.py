@@ -264,7 +264,7 @@ def test_the_commands_are_those_of_single_runs(call, stub, tmp_path):
     words = command.split()
     assert words[:3] == ["python", "experiments/run.py", "--variant=lora4"]
     given = {"--rank=4", "--alpha=15.0", "--epochs=3", "--seed=5", "--batch-size=6"}
-    assert given | {f"--out={tmp_path}/root/rank4/seed5"} <= set(words)
+    assert given | {f"--out={tmp_path / 'root' / 'rank4' / 'seed5'}"} <= set(words)
     ran = (tmp_path / "root" / "rank4" / "seed5" / "calls").read_text()
     assert set(ran.split()) == {*words[2:], "--resume"}
 
