@@ -62,11 +62,13 @@ class Group:
         shardings = (meshes.of_state(self.mesh, self.state), meshes.whole(self.mesh))
         return step.make_train_step(self.setup, shardings)
 
+    def place(self, batch: step.Batch) -> step.Batch:
+        """A batch, on its devices."""
+        return meshes.put(batch, meshes.of_batch(self.mesh, batch))
+
     def prefetch(self, start: int) -> Iterator[step.Batch]:
         """Its batches from a step on, on their devices."""
-        return data_batches.prefetch(
-            self.batches, start, self.steps, lambda b: meshes.put(b, meshes.of_batch(self.mesh, b))
-        )
+        return data_batches.prefetch(self.batches, start, self.steps, self.place)
 
 
 def make_group(

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import tyro
+
 BENCHES = (
     "step --batch-sizes 8 --rounds 3 --steps 3",
     "step --batch-sizes 32 --rounds 3 --steps 2 --variants lora3 --name step-32",
@@ -34,4 +36,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tyro.cli(main))

@@ -127,8 +127,9 @@ class Steps:
         """Run a batch of every shape once, so that no timed step compiles."""
         for g, train_step in zip(self.groups, self._steps, strict=True):
             for batch in one_of_each_shape(g.batches, min(g.steps, LOOK_AT)):
+                # Placed as in a run: elsewhere it would be another program.
                 state = jax.tree.map(lambda x: x.copy(), g.state)
-                jax.block_until_ready(train_step(state, g.frozen, batch))
+                jax.block_until_ready(train_step(state, g.frozen, g.place(batch)))
 
     def run_together(self, steps: int) -> list[StepMetrics]:
         """As `run`, in one program of `steps` steps, on batches that are on the device already."""
