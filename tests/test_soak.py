@@ -19,7 +19,8 @@ WARM = 200  # steps: two epochs and all their evaluations are over
 # How far the losses of the two dtypes may be apart, as a share of the loss: docs/reliability.md.
 DISTANCE = 0.1
 
-pytestmark = pytest.mark.slow
+# Its runs are made once: all of it in one of xdist's workers.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("soak")]
 
 
 class Watching(Silent):

@@ -27,6 +27,7 @@ MARGIN = 1.0  # points within which two scores count as equal
 SAME: Region = (-MARGIN, MARGIN)
 NOT_LOWER: Region = (-MARGIN, INFINITY)
 
+NO_LABELS = "the dev predictions hold no labels: train the runs anew"
 PARTS = {
     "a": "Cosine loss for STS",
     "b": "Sharing parameters between tasks",
@@ -148,7 +149,7 @@ def _difference(context: Context, claim: Claim) -> Evidence:
     seeds = context.seeds(*pair[:2])
     found = context.scores.difference(*pair)
     if found is None:
-        return Evidence(None, seeds, "the dev predictions hold no labels: train the runs anew")
+        return Evidence(None, seeds, NO_LABELS)
     over_seeds = context.scores.difference_over_seeds(*pair)
     deviation = over_seeds.scaled(100).deviation if over_seeds else None
     return Evidence(found.scaled(100), seeds, "paired bootstrap of dev examples", deviation)
@@ -163,11 +164,14 @@ def _gain(context: Context, claim: Claim) -> Evidence:
         return Evidence(None, seeds, "no finished run of baseline2, baseline3 or baseline4")
     whole = scores.difference(best, claim.second, MEAN)
     part = scores.difference(claim.first, claim.second, MEAN)
-    if whole is None or part is None or whole.low <= 0:
-        return Evidence(None, seeds, f"{best} gains nothing certain over {claim.second}")
+    if whole is None or part is None:
+        return Evidence(None, seeds, NO_LABELS)
     drawn = {study: scores.resampled[study][MEAN] for study in (claim.first, best, claim.second)}
     start = drawn[claim.second]
-    shares = (drawn[claim.first] - start) / (drawn[best] - start)
+    gained = drawn[best] - start
+    if gained.min() <= 0:  # a share of it would have no meaning in every resample
+        return Evidence(None, seeds, f"{best} gains nothing certain over {claim.second}")
+    shares = (drawn[claim.first] - start) / gained
     found = statistics.interval(part.value / whole.value, shares).scaled(100)
     return Evidence(found, seeds, f"paired bootstrap; the best baseline on dev is {best}")
 
