@@ -6,3 +6,5 @@ from jaxlora.pcgrad import PCGradState, pcgrad
 from jaxlora.predict import Answer, Predictor, load
 
 __all__ = ["Answer", "PCGradState", "Predictor", "UserError", "load", "lora", "pcgrad"]
+
+__version__ = "0.1.0"

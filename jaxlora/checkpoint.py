@@ -60,6 +60,7 @@ class GroupCheckpoints:
             self._manager.wait_until_finished()
             if cluster.first():
                 write_json(_sums_file(self._folder / str(step)), _sums(self._folder / str(step)))
+                _drop_lone_sums(self._folder)
         except Exception as error:  # whatever a full disk makes Orbax and TensorStore raise
             raise UserError(
                 f"{self._folder / str(step)}: the checkpoint cannot be written ({error}); make "
@@ -100,10 +101,15 @@ def _drop_damaged(folder: Path) -> list[Path]:
         if path.is_dir() and not _fits(path):
             shutil.rmtree(path)
             damaged.append(path)
+    _drop_lone_sums(folder)
+    return damaged
+
+
+def _drop_lone_sums(folder: Path) -> None:
+    """Of checkpoints that are there no more."""
     for path in folder.glob("*.sha256.json"):
         if not (folder / path.name.split(".")[0]).is_dir():
             path.unlink()
-    return damaged
 
 
 def _fits(path: Path) -> bool:
