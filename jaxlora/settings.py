@@ -159,7 +159,7 @@ _TUNED: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": _TUNED | {"source": "demo", "epochs": 3, "max_length": 64},
-    # A little dropout, and narrow adapters everywhere: what dev liked best (RESULTS.md).
+    # A little dropout, and narrow adapters everywhere: what dev liked best (docs/tuning.md).
     "cs224n": _TUNED
     | {"source": "cs224n", "epochs": 2, "encoder_dropout": 0.05}
     | {"rank": 8, "target_modules": ALL_TARGETS},
