@@ -55,4 +55,4 @@ def _plain(value: Any) -> Hashable:
         return tuple(map(_plain, value))
     if isinstance(value, Mapping):
         return tuple((name, _plain(item)) for name, item in value.items())
-    return value  # type: ignore[no-any-return]
+    return value
