@@ -16,13 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `experiments` is not insta
 
 from experiments import fleet, report, timing
 from experiments.board import Board
+from experiments.report.collect import PLAN
+from experiments.report.files import read_plan
 from experiments.runs import Inputs, Run, link, make_run, twins
 from experiments.studies import EXTRAS, STUDIES, command, study
 from jaxlora import host, rundir, settings
 from jaxlora.errors import UserError
+from jaxlora.report import say
 from jaxlora.variants import VARIANTS
-
-PLAN = "plan.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Flags(Common):
       out: folder of all runs; default: runs/reproduce/<preset>.
       report: folder of the report.
       rebuild: only write the report anew, from the runs in this folder.
-      timing: at the end also measure the variants' steps in turn: keep the machine idle meanwhile.
+      timing: at the end also measure the steps of this call's variants in turn, instead of those
+        measured before: keep the machine idle meanwhile.
     """
 
     variants: tuple[str, ...] = tuple(VARIANTS)
@@ -132,16 +134,19 @@ def write_plan(runs: Sequence[Run], flags: Flags) -> None:
       UserError: if the folder holds the runs of another preset.
     """
     path = flags.root / PLAN
-    old = rundir.read_json(path) if path.exists() else {"studies": [], "seeds": [], "commands": {}}
+    old = read_plan(path)
     if old.get("preset", flags.preset) != flags.preset:
         raise UserError(f"--out {flags.root}: holds runs of --preset={old['preset']}; name another")
     asked = {*old["studies"], *(run.study.name for run in runs)}
-    commands = {r.study.name: command(dataclasses.replace(r.flags, out=r.out)) for r in runs}
+    commands = {
+        run.study.name: command(dataclasses.replace(run.flags, out=run.out))
+        for run in reversed(runs)  # so that each study's first seed stays
+    }
     plan = {
         "preset": flags.preset,
         "studies": [name for name in STUDIES if name in asked],
         "seeds": sorted({*old["seeds"], *flags.seeds}),
-        "commands": commands | old["commands"],
+        "commands": old["commands"] | commands,  # flags may be others than before
     }
     rundir.write_json(path, plan)
 
@@ -171,19 +176,21 @@ def main(flags: Flags) -> list[tuple[Run, int]]:
     """Run, measure, report; returns the runs that failed."""
     # The children need the accelerator's memory; this process only looks at settings and data.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    console, failed = Console(), []
+    console, failed, runs = Console(), [], []
     root = flags.rebuild or flags.root
     if flags.rebuild is None:
         runs = make_runs(flags)
         write_plan(runs, flags)
         failed = run_all(runs, flags.jobs, console)
-        if flags.timing:
-            timing.measure([run for run in runs if run.finished], root / timing.FILE)
     elif not root.is_dir():
         raise UserError(f"--from {root}: is not a folder; name that of the runs")
     for run, code in failed:
         print(f"failed: {run.name}: {fleet.reason(run.log, code)} ({run.log})", file=sys.stderr)
-    console.print(f"The report: {report.build(root, flags.report)}")
+    say(console, f"The report: {report.build(root, flags.report)}")
+    finished = [run for run in runs if run.finished]
+    if flags.timing and finished:  # after a report, so that there is one if this fails
+        timing.measure(finished, root / timing.FILE)
+        say(console, f"The report with these times: {report.build(root, flags.report)}")
     return failed
 
 

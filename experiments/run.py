@@ -34,7 +34,7 @@ def main(flags: settings.Flags) -> None:
     console.print(report.result_table(result))
     for line in report.notes(result):
         console.print(f"  {line}")
-    console.print(f"Everything is in {out}; use it with jaxlora.load({str(out)!r}).")
+    report.say(console, f"Everything is in {out}; use it with jaxlora.load({str(out)!r}).")
 
 
 def cli(args: Sequence[str] | None = None) -> int:

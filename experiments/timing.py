@@ -13,6 +13,7 @@ from experiments.bench import harness
 from experiments.bench.work import Steps
 from experiments.runs import Run
 from jaxlora import group, mesh, prepare, pretrained, rundir
+from jaxlora.errors import UserError
 from jaxlora.settings import Settings
 
 FILE = "timing.json"
@@ -45,7 +46,11 @@ def measure(
 ) -> dict[str, Any]:
     """Time the steps of each group of each study, and write `timing.json`.
 
-    A study's time a step is the mean over its groups' steps, as many as each takes in a run.
+    A study's time a step is the mean over its groups' steps, as many as each takes in a run. Times
+    of an earlier call are replaced: only what is measured in turn can be compared.
+
+    Raises:
+      UserError: if a process that takes steps dies, e.g. for want of memory.
     """
     runs = timed(runs)
     Console().print(f"timing {len(runs)} variants in turn: they get ready first …")
@@ -55,7 +60,13 @@ def measure(
         for run, worker in workers.items()
         for number in range(len(run.steps))
     }
-    spreads = harness.interleave(sides, rounds, warmups=1)
+    try:
+        spreads = harness.interleave(sides, rounds, warmups=1)
+    except (EOFError, ConnectionError) as error:
+        raise UserError(
+            "--timing: a process that takes a variant's steps died; each holds a model of its own, "
+            "so give the same command with fewer --variants"
+        ) from error
     for worker in workers.values():
         worker.close()
     found = {

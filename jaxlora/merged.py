@@ -108,7 +108,8 @@ _PAIR = {"concat": "u, v", "interaction": "u, v, (u - v).abs(), u * v"}
 def readme(trained: Trained, served: Served) -> str:
     """The folder's README: what it holds, and Python code that applies it."""
     task, last = served.task, "\n\n\n"
-    base = pretrained.MINILM_HUB if trained.base == pretrained.MINILM else trained.base
+    base = _code(_base_name(trained.base))
+    merged = ", its adapter merged into the weights" if "lora" in trained.trees[served.tree] else ""
     code = [_imports(bool(task.outputs)), _encode(trained), _predict(served)]
     example = '("A dog runs.", "A dog is running.")' if task.pair else '"A lovely film."'
     code.append(f"print(predict([{example}]))\n")
@@ -116,16 +117,27 @@ def readme(trained: Trained, served: Served) -> str:
     classes = ", ".join(f"{n}: {_plain(name)}" for n, name in enumerate(task.classes))
     gives = f"classes ({classes})" if task.integer else f"scores, {task.low:g} to {task.high:g}"
     return (
-        f"# {_plain(task.title)}\n\nA BERT encoder trained from `{_code(base)}` with jaxlora, its "
-        "adapter merged into the weights. It has no pooling layer: load it with "
-        f"`add_pooling_layer=False`. `predict` takes {takes} and gives {gives}.\n\n"
+        f"# {_plain(task.title)}\n\nA BERT encoder trained from `{base}` with jaxlora"
+        f"{merged}. It has no pooling layer: load it with `add_pooling_layer=False`. "
+        f"`predict` takes {takes} and gives {gives}.\n\n"
         f"```python\n{last.join(code)}```\n"
     )
 
 
+def _base_name(base: str) -> str:
+    """A base as others may know it: of a local folder its name alone."""
+    if base == pretrained.MINILM:
+        return pretrained.MINILM_HUB
+    return Path(base).name if Path(base).is_absolute() else base
+
+
 def _plain(text: str) -> str:
-    """Names of others' as one line of Markdown that means only itself."""
-    return " ".join(re.sub(r"([\\`*_\[\]<>#])", r"\\\1", text).split())
+    """Names of others' as one line of Markdown that means only itself.
+
+    Sites make links and mentions after Markdown's escapes are gone: a space of no width hinders it.
+    """
+    escaped = re.sub(r"([\\`*_\[\]<>#~&])", r"\\\1", text)
+    return " ".join(re.sub(r"(?i)@|:(?=//)|www(?=\.)", "\\g<0>\u200b", escaped).split())
 
 
 def _code(text: str) -> str:

@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )  # fmt: skip
 from rich.table import Table
+from rich.text import Text
 
 from jaxlora.descriptions import Description
 from jaxlora.prepare import Plan
@@ -72,7 +73,12 @@ class ConsoleListener:
 
     def note(self, text: str) -> None:
         """Print it above the bar."""
-        self._console.print(text, markup=False, highlight=False)
+        say(self._console, text)
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is, however long its paths are."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def plan_table(plan: Plan) -> Table:
@@ -106,7 +112,7 @@ def plan_table(plan: Plan) -> Table:
         "out": str(plan.out),
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # not a str: brackets in names and paths are no markup
     return table
 
 
@@ -162,7 +168,7 @@ def result_table(result: dict[str, Any]) -> Table:
     for name in columns:
         table.add_column(name, justify="right")
     for label, *cells in zip(labels, *columns.values(), strict=True):
-        table.add_row(label, *cells)
+        table.add_row(*map(Text, (label, *cells)))
     return table
 
 

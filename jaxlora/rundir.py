@@ -165,8 +165,10 @@ class MetricsLog:
     def __init__(self, out: Path, keep: Mapping[str, int]) -> None:
         from tensorboardX import SummaryWriter
 
-        if not cluster.first():
-            out = Path(tempfile.mkdtemp())  # so that the first one alone writes
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        if not cluster.first():  # so that the first one alone writes
+            self._scratch = tempfile.TemporaryDirectory()
+            out = Path(self._scratch.name)
         self.records = [r for r in read_records(out) if r["step"] <= keep.get(r["group"], 0)]
         write_text(out / METRICS, "".join(json.dumps(r) + "\n" for r in self.records))
         shutil.rmtree(out / "tensorboard", ignore_errors=True)
@@ -195,6 +197,8 @@ class MetricsLog:
             self._board.close()
         finally:
             writer.close = lambda: None  # a full disk would be told again, at the process's end
+            if self._scratch:
+                self._scratch.cleanup()
 
 
 def flatten(record: Mapping[str, Any]) -> Iterable[tuple[str, float]]:

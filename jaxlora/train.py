@@ -202,7 +202,8 @@ def _train_groups(
         progress[group.name] = dataclasses.asdict(done)
         test |= predict_splits(job.out, group, best, job.splits)
     checkpoint.save_tree(job.out / rundir.MODEL, bank)
-    curves.draw(log.records, job.out / "curves.png", settings.variant)
+    if cluster.first():
+        curves.draw(log.records, job.out / "curves.png", settings.variant)
     result = summarise(settings, prepare.count(settings, job.base), progress, test)
     return result | {"model": trees.checksum(bank)}
 

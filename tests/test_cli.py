@@ -1,12 +1,18 @@
 """Bad input: a message that names file, line or flag, exit code 2, and nothing written."""
 
+import dataclasses
 import importlib.util
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny import write_data
+
+from jaxlora import report, settings
 
 SPEC = importlib.util.spec_from_file_location(
     "run", Path(__file__).parents[1] / "experiments" / "run.py"
@@ -221,10 +227,33 @@ def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
         run.cli(["--help"])
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    flags = """variant preset data-dir base groups pooling pair-features rank alpha target-modules
-    rslora rank-pattern alpha-pattern lora-dropout lora-plus-ratio tasks
-    learning-rate head-learning-rate warmup-steps batch-size epochs max-steps seed dtype out resume
-    predict-test surgery synthetic-sts"""
-    for flag in flags.split():
-        assert f"--{flag}" in shown
+    named = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert {settings.flag(field.name) for field in dataclasses.fields(settings.Flags)} <= named
+
+
+def result(titles):
+    """A run's result with a score of 0.5 everywhere."""
+    scores = dict.fromkeys(titles, 0.5)
+    return {
+        "variant": "lora3", "source": "files", "metrics": titles, "dev": scores,
+        "untrained": scores, "train_seconds": 60.0,
+        "parameters": {"incremental": 1e6, "bundled": 2e6, "base": 1e6},
+    }  # fmt: skip
+
+
+def shown(call):
+    """What a function of a console shows on a narrow one."""
+    console = Console(file=io.StringIO(), width=60)
+    call(console)
+    return console.file.getvalue()
+
+
+def test_titles_of_tasks_are_no_markup():
+    table = report.result_table(result({"a": "Topic [news]", "b": "[/news] :cat:"}))
+    text = shown(lambda console: console.print(table))
+    assert "Topic [news]" in text and "[/news] :cat:" in text
+
+
+def test_paths_are_told_as_they_are():
+    text = f"Everything is in {'x' * 80}/[best]/lora3."
+    assert shown(lambda console: report.say(console, text)) == f"{text}\n"

@@ -1,4 +1,4 @@
-"""What the pages in docs/ say: their Python runs, their commands' flags exist, tables are true."""
+"""What the pages say: their Python runs, their commands' flags exist, tables are true."""
 
 import dataclasses
 import doctest
@@ -11,10 +11,13 @@ import pytest
 from jaxlora import plan_table
 from jaxlora.cli import ALONE, GROUPS
 from jaxlora.settings import Flags, VariantName
+from jaxlora.settings import flag as flag_of
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
-WITH_PYTHON = [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")]
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
+# README.md's are run in test_readme.py.
+WITH_PYTHON = [page for page in PAGES[1:] if ">>> " in page.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
@@ -34,13 +37,15 @@ def commands(page, program):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_runs_have_flags_that_exist(page):
-    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Flags)}
+    known = {"--help", *(flag_of(field.name) for field in dataclasses.fields(Flags))}
     text = page.read_text(encoding="utf-8")
     in_manifests = re.findall(r"^ +- (--[\w-]+)=?.*$", text, re.MULTILINE)
     given = [w.split("=")[0] for words in commands(page, "run.py") for w in words]
     for flag in [*given, *in_manifests]:
         assert not flag.startswith("--") or flag in known
     for words in commands(page, "run.py"):
+        if words == ["--help"]:
+            continue
         (variant,) = [w.split("=")[1] for w in words if w.startswith("--variant=")]
         assert variant in VariantName.__args__
 

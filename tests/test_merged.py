@@ -1,5 +1,6 @@
 """Merged folders: transformers reads them, and their README's code predicts what we do."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -146,6 +147,36 @@ def test_the_readmes_code_predicts_what_we_do(
     assert len(set(ours.tolist())) > 1
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
     assert (tmp_path / "m" / head_files.HEAD).exists() == bool(head)
+
+
+def test_the_readme_says_what_the_encoder_is(tiny, adapter):
+    made = trained(tiny, adapter)
+    assert "its adapter merged into the weights" in merged.readme(made, made.find("sts"))
+    for tree in ({}, {"params": tiny.params}):  # frozen, fully trained
+        made.trees["tree"] = tree
+        assert "adapter" not in merged.readme(made, made.find("sts"))
+
+
+@pytest.mark.parametrize(
+    ("base", "shown"),
+    [
+        ("/home/someone/models/mine", "`mine`"),
+        ("bert-base-uncased", "`bert-base-uncased`"),
+        (pretrained.MINILM, f"`{pretrained.MINILM_HUB}`"),
+    ],
+)
+def test_the_readme_names_the_base_and_no_folder_of_ours(tiny, adapter, base, shown):
+    made = dataclasses.replace(trained(tiny, adapter), base=base)
+    text = merged.readme(made, made.find("sts"))
+    assert f"trained from {shown} with" in text and "someone" not in text
+
+
+def test_the_readmes_title_means_only_itself(tiny, adapter):
+    title = "~~gone~~ &lt;img&gt; https://x.org www.x.org @someone"
+    made = trained(tiny, adapter, dataclasses.replace(tasks.STS_COSINE, title=title))
+    first = merged.readme(made, made.find("sts")).splitlines()[0]
+    assert first.replace("\u200b", "").replace("\\", "") == f"# {title}"
+    assert not re.search(r"(?<!\\)[~&]|://|www\.|@\w", first)
 
 
 def test_nothing_is_overwritten(tiny, adapter, tmp_path):

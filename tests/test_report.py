@@ -1,11 +1,14 @@
 """The report: statistics, verdicts and tables of runs written by hand, and what is missing."""
 
 import csv
+import dataclasses
 import html.parser
 import io
+import json
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from report_runs import (
 
 from experiments import report
 from experiments.report import __main__ as command
-from experiments.report import assemble, claims, scores, statistics, tables, times
+from experiments.report import assemble, claims, facts, scores, statistics, tables, times
 from experiments.report.claims import HIGHER, LOWER, NOT_LOWER, SAME
 from experiments.report.collect import collect
 from experiments.report.statistics import Interval
@@ -288,6 +291,33 @@ def test_extras_stand_beside_their_variant(context):
     assert row["change"] == Interval(0.0, 0.0, 0.0)
 
 
+def test_settings_are_shown_by_their_kind(context):
+    (base, *_), (run, *_) = (context.collection.studies[n] for n in ("lora3", "lora3-summed"))
+    changed = {"synthetic_sts": True, "rank": 4, "pooling": "cls"}
+    run = dataclasses.replace(run, settings=base.settings | changed)
+    assert tables.differs(run, [base]) == "rank 4, synthetic sts on, pooling cls"
+
+
+def test_linked_runs_are_trained_once(tmp_path):
+    write_run(tmp_path, "lora2", 0, ANSWERS["lora2"])
+    path = tmp_path / "lora2" / "seed0" / "result.json"
+    write_json(path, json.loads(path.read_text()) | {"train_seconds": 7200.0})
+    (tmp_path / "rank15").mkdir()
+    (tmp_path / "rank15" / "seed0").symlink_to("../lora2/seed0")
+    about = facts.about(collect(tmp_path))
+    assert about["runs"] == "2 of 2 finished"
+    assert about["training time, all runs"] == "2.0 hours"
+    assert "machine" not in about and "date" in about["report made on"]
+
+
+def test_times_say_what_they_leave_out_and_what_their_intervals_are(built):
+    text = (built / assemble.MARKDOWN).read_text(encoding="utf-8")
+    assert "baseline1 leave out that it first encodes" in text.split("## Training time")[1]
+    assert "measured (interval)" in text and "measured (95 % interval)" not in text
+    page = (built / assemble.PAGE).read_text(encoding="utf-8")
+    assert page.count("baseline1 leave out that it first encodes") >= 2  # the table, the figure
+
+
 def test_calibration_error_is_the_gap_to_the_confidence(context):
     """All answers are given with 75 %: 12 of 20 right on SST-5 is 15 too few, 15 of 20 is none."""
     row = by_name(tables.calibrations(context))["lora2"]
@@ -324,7 +354,7 @@ def test_results_can_be_made_again(built, root):
     assert "- lora4, seed 0: not finished: sst+para+sts at step 20\n" in text
     assert "- lora4, seed 1: not begun\n" in text
     not_run = text.split("## Not run here")[1]
-    assert "python experiments/reproduce.py --preset=paper" in not_run
+    assert "python experiments/reproduce.py --preset=paper --dtype=float32\n" in not_run
     assert "| lora2 | " in not_run
     assert "| baseline3 | 55.00 ± 7.07 | 80.00 ± 0.00 | 80.00 ± 0.00 |" in text
 
@@ -440,6 +470,75 @@ def test_runs_over_other_examples_are_not_compared(tmp_path):
     path = tmp_path / "lora2" / "seed0" / "predictions" / "sst-dev.csv"
     path.write_text(path.read_text().replace("\n0,", "\nother,"))
     with pytest.raises(UserError, match=r"lora2.*dev examples of sst are not those of .*lora1"):
+        collect(tmp_path)
+
+
+def change(path, **values):
+    """Change settings of a run."""
+    config = json.loads(path.read_text())
+    write_json(path, config | {"settings": config["settings"] | values})
+
+
+def test_runs_that_were_not_made_alike_are_named(tmp_path):
+    for study, seeds in {"lora1": (0, 1), "lora2": (0,), "baseline4": (0,)}.items():
+        for seed in seeds:
+            write_run(tmp_path, study, seed, ANSWERS[study])
+    change(tmp_path / "lora1" / "seed1" / "config.json", learning_rate=1e-3)
+    change(tmp_path / "lora2" / "seed0" / "config.json", batch_size=24, data_dir="elsewhere")
+    change(tmp_path / "baseline4" / "seed0" / "config.json", rank=4)  # means nothing to it
+    assert facts.missing(collect(tmp_path))[-2:] == [
+        "not alike: seeds of lora1 differ in learning_rate: 0.0002 (0); 0.001 (1)",
+        "not alike: studies differ in batch_size: 16 (baseline4, lora1); 24 (lora2)",
+    ]
+
+
+def test_what_a_study_is_about_may_differ(tmp_path):
+    for study, values in {
+        "lora3-summed": {"surgery": "none"}, "warmup24": {"batch_size": 24},
+        "rank4": {"rank": 4, "alpha": 15.0}, "mine": {"batch_size": 8}, "lora3": {"alpha": 8.0},
+    }.items():  # fmt: skip
+        write_run(tmp_path, "lora3", 0, ANSWERS["lora3"])
+        change(tmp_path / "lora3" / "seed0" / "config.json", **{"alpha": 8.0} | values)
+        if study != "lora3":
+            (tmp_path / "lora3").rename(tmp_path / study)
+    assert not [line for line in facts.missing(collect(tmp_path)) if "not alike" in line]
+
+
+CONFIG = "lora2/seed0/config.json"
+RESULT = "lora2/seed0/result.json"
+DEV = "lora2/seed0/predictions/sts-dev.csv"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("plan.json", b"[]", "not a JSON object"),
+        ("plan.json", b"{}", "studies: None is not a list"),
+        ("plan.json", b'{"studies": [], "seeds": [], "commands": {"a": 1}}', "1 is not a text"),
+        ("timing.json", b"[]", "not a JSON object"),
+        ("timing.json", b'{"studies": {"lora2": {}}}', "lora2: ms_per_step: not a JSON object"),
+        (CONFIG, b'{"settings": {}, "inputs": {}}', "settings: variant: None is not a text"),
+        (CONFIG, b'{"settings": [], "inputs": {}}', "not the config of a jaxlora run"),
+        (RESULT, b"{}", "dev_mean: None is not a finite number"),
+        (RESULT, b"[]", "not a JSON object"),
+        (RESULT, b'{"dev_mean": 1, "train_seconds": 1, "dev": {"sst": 1}}', "dev: para: None"),
+        (DEV, "id,prediction,label\né,1,2\n".encode("latin-1"), "not UTF-8"),
+        ("lora2/seed0/model/d/arrays", b"", "lora2/seed0/model: missing or empty"),
+    ],
+)
+def test_damaged_files_are_told_by_name(tmp_path, name, content, said):
+    write_run(tmp_path, "lora2", 0, ANSWERS["lora2"])
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        collect(tmp_path)
+    message = str(refused.value)
+    assert said in message and message.startswith(str(tmp_path / Path(name).parts[0]))
+
+
+def test_runs_of_other_tasks_are_refused(tmp_path):
+    write_run(tmp_path, "lora2", 0, ANSWERS["lora2"])
+    change(tmp_path / CONFIG, groups=[["topic"]])
+    with pytest.raises(UserError, match="its tasks are not sst, para, sts"):
         collect(tmp_path)
 
 

@@ -269,6 +269,43 @@ def test_the_commands_are_those_of_single_runs(call, stub, tmp_path):
     assert set(ran.split()) == {*words[2:], "--resume"}
 
 
+def test_a_command_is_that_of_the_last_call(call, stub, tmp_path):
+    """Its runs may have other flags; of the seeds of a call the first stands for all."""
+    for epochs, seeds in ((1, "0"), (2, "1 2")):
+        assert call("--variants", "lora3", f"--epochs={epochs}", "--seeds", *seeds.split()) == 0
+        plan = json.loads((tmp_path / "root" / "plan.json").read_text())
+    command = plan["commands"]["lora3"].split()
+    assert {"--epochs=2", "--seed=1"} <= set(command)
+
+
+def test_a_broken_plan_is_told(call, stub, tmp_path, capfd):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "plan.json").write_text("[]")
+    assert call("--variants", "lora3") == 2
+    assert "plan.json: not a JSON object" in capfd.readouterr().err
+
+
+def test_where_timing_fails_there_is_a_report(call, stub, tmp_path, capfd, monkeypatch):
+    class Dead:
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, *_):
+            raise EOFError
+
+    monkeypatch.setattr(timing.harness, "Worker", Dead)
+    assert call("--variants", "lora3", "--timing") == 2
+    assert "--timing: a process that takes a variant's steps died" in capfd.readouterr().err
+    assert call.reports == [(tmp_path / "root", Path("report"))]
+
+
+def test_the_report_has_the_times(call, stub, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(timing, "measure", lambda runs, path: measured.append(len(call.reports)))
+    assert call("--variants", "lora3", "--timing") == 0
+    assert measured == [1] and len(call.reports) == 2
+
+
 def test_what_resolves_to_the_same_is_run_once(call, stub, tmp_path):
     root = tmp_path / "root"
     assert call("--variants", "rank15-scaled", "rank15", "lora3") == 0

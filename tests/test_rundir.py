@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from jaxlora import rundir
+from jaxlora import cluster, rundir
 from jaxlora.errors import UserError
 
 
@@ -21,6 +21,16 @@ def test_log_drops_what_came_after_the_checkpoint(tmp_path):
     log.close()
     assert [(r["group"], r["step"]) for r in rundir.read_records(tmp_path)] == [("a", 1), ("a", 2)]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_of_many_processes_the_others_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "first", lambda: False)
+    monkeypatch.setattr(rundir.tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    log = rundir.MetricsLog(tmp_path / "run", {})
+    log.write({"kind": "train", "group": "a", "step": 1, "loss": {"sst": 1.0}})
+    log.close()
+    assert not list((tmp_path / "temporary").iterdir()) and not (tmp_path / "run").exists()
 
 
 def test_flatten():

@@ -14,6 +14,7 @@ from rich.console import Console
 from experiments import report
 from experiments.report import statistics
 from jaxlora import host
+from jaxlora.report import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Flags:
 def main(flags: Flags) -> None:
     """Build it and say where it is."""
     path = report.build(flags.root, flags.out, resamples=flags.resamples, seed=flags.seed)
-    Console().print(f"The report is {path}", soft_wrap=True)
+    say(Console(), f"The report is {path}")
 
 
 def cli(args: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.report import files
 from jaxlora import rundir
 from jaxlora.errors import UserError
 from jaxlora.tasks import NAMES
@@ -82,7 +84,7 @@ class Collection:
 
     Attributes:
       root: the folder.
-      plan, timing: the content of the two files, `{}` where there are none.
+      plan, timing: the content of the two files; nothing in it where there are none.
       runs: the finished ones, by study in the order of the plan, then by seed.
       missing: the others.
     """
@@ -133,8 +135,8 @@ def collect(root: Path) -> Collection:
         raise UserError(
             f"--from {root}: no such folder; name the --out of experiments/reproduce.py"
         )
-    plan, timing = (_optional(root / name) for name in (PLAN, TIMING))
-    wanted = {(s, k) for s in plan.get("studies", ()) for k in plan.get("seeds", ())}
+    plan, timing = files.read_plan(root / PLAN), files.read_timing(root / TIMING)
+    wanted = {(s, k) for s in plan["studies"] for k in plan["seeds"]}
     folders = {
         (path.parent.name, int(match[1])): path
         for path in root.glob("*/seed*")
@@ -145,7 +147,7 @@ def collect(root: Path) -> Collection:
             f"--from {root}: holds no runs (<study>/seed<k>); train some with "
             "python experiments/reproduce.py"
         )
-    order = _order(plan.get("studies", ()))
+    order = _order(plan["studies"])
     places = sorted(wanted | folders.keys(), key=lambda place: (order(place[0]), place))
     runs, missing = [], []
     for study, seed in places:
@@ -165,24 +167,22 @@ def read_run(folder: Path, study: str, seed: int) -> Run:
     Raises:
       UserError: for a file that is missing or broken.
     """
-    config = rundir.read_config(folder)
-    result = rundir.read_json(folder / rundir.RESULT)
+    settings, versions = files.read_config(folder)
     answers = {
         task: read_predictions(path)
         for task in NAMES
         if (path := folder / "predictions" / f"{task}-dev.csv").exists()
     }
-    model = folder / rundir.MODEL
     return Run(
         study=study,
         seed=seed,
         folder=folder,
-        settings=config["settings"],
-        versions=config.get("versions", {}),
-        result=result,
+        settings=settings,
+        versions=versions,
+        result=files.read_result(folder, settings),
         records=tuple(rundir.read_records(folder)),
         answers={task: found for task, found in answers.items() if len(found.labels)},
-        disk_bytes=sum(path.stat().st_size for path in model.rglob("*") if path.is_file()),
+        disk_bytes=files.model_bytes(folder),
     )
 
 
@@ -190,28 +190,31 @@ def read_predictions(path: Path) -> Predictions:
     """Read `id,prediction,label,confidence`; no rows where the file has no labels.
 
     Raises:
-      UserError: for a line that cannot be read, with its number.
+      UserError: for a line that cannot be read, with its number; for what is not UTF-8.
     """
+    rows = csv.DictReader(io.StringIO(_text(path), newline=""))
     ids, numbers = [], []
-    with path.open(encoding="utf-8", newline="") as file:
-        for line, row in enumerate(csv.DictReader(file), 2):
+    try:
+        for row in rows:
             if "label" not in row:
                 break
-            try:
-                confidence = float(row.get("confidence") or "nan")
-                numbers.append((float(row["prediction"]), float(row["label"]), confidence))
-                ids.append(row["id"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{path}, line {line}: not id,prediction,label,confidence ({error}); "
-                    "train the run anew"
-                ) from error
+            confidence = float(row.get("confidence") or "nan")
+            numbers.append((float(row["prediction"]), float(row["label"]), confidence))
+            ids.append(row["id"])
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path}, line {rows.line_num}: not id,prediction,label,confidence ({error}); "
+            f"{files.ANEW}"
+        ) from error
     columns = np.array(numbers, np.float64).reshape(-1, 3).T
     return Predictions(np.array(ids, str), *columns)
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    return rundir.read_json(path) if path.exists() else {}
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); {files.ANEW}") from error
 
 
 def _order(planned: Iterable[str]) -> Any:

@@ -75,6 +75,12 @@ def costs(collection: Collection) -> tuple[list[Cost], str]:
     return found, how
 
 
+def command(collection: Collection) -> str:
+    """What runs it, with the dtype that the hours were measured in."""
+    dtypes = {runs[0].settings["dtype"] for runs in collection.variants.values()}
+    return f"{COMMAND} --dtype={dtypes.pop()}" if len(dtypes) == 1 else COMMAND
+
+
 def bench_peaks(text: str, batch: int = 8) -> dict[str, float]:
     """Variant → MB that training steps add, from the bench's table.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.bench import harness
-from experiments.report import tables
+from experiments.report import alike, tables
 from experiments.report.claims import PARTS, Context, Finding, Verdict
 from experiments.report.collect import Collection
 from experiments.report.scores import MEAN
@@ -89,7 +89,7 @@ def headline(context: Context) -> str:
 
 
 def missing(collection: Collection) -> list[str]:
-    """What is not there, one line for each reason and study."""
+    """What is not there, one line for each reason and study; what was not made alike."""
     grouped: dict[tuple[str, str], list[int]] = {}
     for run in collection.missing:
         grouped.setdefault((run.study, run.why), []).append(run.seed)
@@ -107,13 +107,13 @@ def missing(collection: Collection) -> list[str]:
             f"dev predictions without labels, so no intervals: {', '.join(unlabelled)} "
             "(written by an earlier version; train them anew)"
         )
-    return lines
+    return lines + alike.differing(collection)
 
 
 def about(collection: Collection) -> dict[str, str]:
     """Seeds, versions, machine and time of the runs.
 
-    Only timed runs write their machine down; else it is the one that the report is made on.
+    Only timed runs write their machine down; else it is told which the report was made on.
     """
     settings = [run.settings for run in collection.runs]
     versions = _distinct(
@@ -121,7 +121,9 @@ def about(collection: Collection) -> dict[str, str]:
         for run in collection.runs
     )
     planned = len(collection.runs) + len(collection.missing)
-    seconds = sum(run.result["train_seconds"] for run in collection.runs)
+    trained = {run.folder.resolve(): run for run in collection.runs}  # twins are links to one run
+    seconds = sum(run.result["train_seconds"] for run in trained.values())
+    machine = collection.machine
     return {
         "runs": f"{len(collection.runs)} of {planned} finished",
         "preset": _distinct(s["preset"] for s in settings),
@@ -130,7 +132,7 @@ def about(collection: Collection) -> dict[str, str]:
         "matmuls": _distinct(s["dtype"] for s in settings),
         "seeds": ", ".join(map(str, collection.seeds)) or "–",
         "training time, all runs": f"{seconds / 3600:.1f} hours",
-        "machine": _machine(collection.machine or harness.machine()),
+        "machine" if machine else "report made on": _machine(machine or harness.machine()),
         "versions": versions,
     }
 

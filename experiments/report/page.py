@@ -41,7 +41,7 @@ def html(
         command=command,
         commands=facts.commands(context.collection),
         estimate=results.estimate_table(context),
-        estimate_command=results.estimate.COMMAND,
+        estimate_command=results.estimate.command(context.collection),
         figures={figure.name: figure for figure in drawn},
         footnotes=tables.footnotes(),
         headline=facts.headline(context),

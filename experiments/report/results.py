@@ -84,7 +84,7 @@ def not_run_here(context: Context) -> str:
     found = estimate_table(context)
     text = (
         "## Not run here\n\nThe paper's own setting, bert-base on the full Quora set, was not run. "
-        f"This does it:\n\n```sh\n{estimate.COMMAND}\n```"
+        f"This does it:\n\n```sh\n{estimate.command(context.collection)}\n```"
     )
     return f"{text}\n\n{found.about}\n\n{rows(found)}" if found.rows else text
 

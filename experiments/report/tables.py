@@ -14,6 +14,7 @@ from experiments.report.claims import Context, Finding
 from experiments.report.collect import Run
 from experiments.report.scores import MEAN, SCORES, TITLES
 from experiments.report.statistics import Interval, Range, Summary
+from experiments.report.times import OWN
 from jaxlora import storage
 from jaxlora.bert import BertConfig
 from jaxlora.lora import LoraConfig
@@ -24,6 +25,10 @@ from jaxlora.variants import VARIANTS, Groups
 Value = Summary | Interval | str | float | int | None
 MILLION = 1e6
 TASK_COUNTS = (3, 10, 100)
+ENCODING = (
+    "The times of baseline1 leave out that it first encodes each training set once, with the base "
+    "as it is."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +147,7 @@ def verdicts(findings: Sequence[Finding]) -> Table:
     columns = (
         Column("claim", ""), Column("text", "the paper's claim"), Column("first", "study"),
         Column("second", "against"), Column("verdict", "verdict"),
-        Column("measured", "measured (95 % interval)"), Column("unit", "unit"),
+        Column("measured", "measured (interval)"), Column("unit", "unit"),
         Column("over_seeds", "sd over seeds"),
         Column("paper", "paper"), Column("seeds", "seeds", 0), Column("note", "from"),
     )  # fmt: skip
@@ -157,8 +162,11 @@ def verdicts(findings: Sequence[Finding]) -> Table:
     about = (
         "Study minus other study in points of the score (percent of accuracy, r × 100), or as a "
         "share or change in percent. Reproduced: the whole interval lies where the claim says; not "
-        "reproduced: none of it does; else the runs cannot decide. Intervals say what other dev "
-        "examples might have given; the sd over seeds says what other seeds do."
+        "reproduced: none of it does; else the runs cannot decide. Intervals of scores are 95 % "
+        "ones, and say what other dev examples might have given; the sd over seeds says what other "
+        "seeds do. Intervals of times are as wide as the two ranges allow: of a step, the lowest "
+        "to the highest round in timing.json, or the middle 90 % of the logged windows in "
+        f"{OWN}; of the best dev score, the lowest to the highest seed."
     )
     return Table("claims", "Claims and verdicts", about, columns, rows)
 
@@ -265,8 +273,8 @@ def training_time(context: Context) -> Table:
     )
     about = (
         "A step takes one batch of every task of a group; variants whose tasks are trained apart "
-        "take more, smaller steps. The paper found LoRA about 10 % faster than full fine-tuning "
-        "on an A10G."
+        f"take more, smaller steps. {ENCODING} The paper found LoRA about 10 % faster than full "
+        "fine-tuning on an A10G."
     )
     return Table("time", "Training time", about, columns, rows)
 
@@ -401,6 +409,8 @@ def differs(run: Run, base: Sequence[Run]) -> str:
 def _flag(name: str, value: Any) -> str:
     if name == "groups":
         return _sharing(value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 

@@ -1,0 +1,122 @@
+"""The JSON files of a root and its runs; each holds what a report uses of it, or is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlora import json_files, plain, rundir
+from jaxlora.errors import UserError
+from jaxlora.tasks import NAMES
+from jaxlora.variants import Adapt, Groups, group_name
+
+ANEW = "train the run anew"
+ASIDE = "repair it, or move it away"
+# Field → type, see `plain.read`.
+_PLAN = {"studies": tuple[str, ...], "seeds": tuple[int, ...]}
+_STEP = dict.fromkeys(("low", "median", "high"), float)
+_SETTINGS = {
+    "variant": str, "adapt": Adapt, "groups": Groups, "preset": str, "source": str, "base": str,
+    "dtype": str, "rank": int, "batch_size": int, "learning_rate": float,
+    "head_learning_rate": float,
+}  # fmt: skip
+_RESULT = {"dev_mean": float, "train_seconds": float}
+_DEV = dict.fromkeys(NAMES, float)
+_PARAMETERS = dict.fromkeys(("base", "encoder", "heads", "incremental", "bundled"), int)
+_GROUP = {"step": int, "best_step": int, "seconds": float}
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """Read `plan.json`, see `reproduce.write_plan`; nothing in it if there is none.
+
+    Raises:
+      UserError: if it is broken.
+    """
+    if not path.exists():
+        return {"studies": [], "seeds": [], "commands": {}}
+    plan = json_files.read_object(path)
+    commands = plan.setdefault("commands", {})
+    _check(plan, _PLAN, path, remedy=ASIDE)
+    _check(commands, {}, path, "commands", ASIDE)
+    _check(commands, dict.fromkeys(commands, str), path, "commands", ASIDE)
+    _check(plan.get("machine", {}), {}, path, "machine", ASIDE)
+    return plan
+
+
+def read_timing(path: Path) -> dict[str, Any]:
+    """Read `timing.json`, see `timing.measure`; `{}` if there is none.
+
+    Raises:
+      UserError: if it is broken.
+    """
+    if not path.exists():
+        return {}
+    timing = json_files.read_object(path)
+    _check(timing.get("machine", {}), {}, path, "machine", ASIDE)
+    _check(timing.get("studies"), {}, path, "studies", ASIDE)
+    for name, study in timing["studies"].items():
+        _check(study, {}, path, name, ASIDE)
+        _check(study.get("ms_per_step"), _STEP, path, f"{name}: ms_per_step", ASIDE)
+    return timing
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and versions of a run.
+
+    Raises:
+      UserError: if its `config.json` is missing or broken.
+    """
+    path, config = folder / rundir.CONFIG, rundir.read_config(folder)
+    settings, versions = config["settings"], config.get("versions", {})
+    _check(settings, _SETTINGS, path, "settings")
+    _check(versions, {}, path, "versions")
+    if sorted(name for group in settings["groups"] for name in group) != sorted(NAMES):
+        raise UserError(
+            f"{path}: its tasks are not {', '.join(NAMES)}; the report compares runs of all three, "
+            "so keep it in a root of its own"
+        )
+    return settings, versions
+
+
+def read_result(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's `result.json`.
+
+    Raises:
+      UserError: if it is missing or broken.
+    """
+    path = folder / rundir.RESULT
+    result: dict[str, Any] = rundir.read_json(path)
+    _check(result, _RESULT, path)
+    for part, fields in (("dev", _DEV), ("parameters", _PARAMETERS), ("groups", {})):
+        _check(result.get(part), fields, path, part)
+    for name in map(group_name, settings["groups"]):
+        _check(result["groups"].get(name), _GROUP, path, f"groups: {name}")
+    return result
+
+
+def model_bytes(folder: Path) -> int:
+    """What a run's trained model takes on disk.
+
+    Raises:
+      UserError: if it is not there.
+    """
+    model = folder / rundir.MODEL
+    size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
+    if not size:
+        raise UserError(f"{model}: missing or empty, so nobody knows what it stores; {ANEW}")
+    return size
+
+
+def _check(
+    value: Any, fields: Mapping[str, Any], path: Path, part: str = "", remedy: str = ANEW
+) -> None:
+    """Refuse what is no object with these fields; it may have others, too."""
+    where = f"{path}: {part}: " if part else f"{path}: "
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}not a JSON object; {remedy}")
+    for name, hint in fields.items():
+        try:
+            plain.read(hint, value.get(name))
+        except ValueError as error:
+            raise UserError(f"{where}{name}: {error}; {remedy}") from error

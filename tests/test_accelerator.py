@@ -1,0 +1,37 @@
+"""The accelerator's check: its verdict, and what it says of a base that cannot be had."""
+
+import numpy as np
+import pytest
+
+from experiments import accelerator
+from experiments.accelerator import TOLERANCE
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("differences", "agree"),
+    [([0.0, TOLERANCE], True), ([0.0, 2 * TOLERANCE], False), ([NAN, 0.0], False),
+     ([0.0, NAN], False)],
+)  # fmt: skip
+def test_what_is_above_the_tolerance_or_no_number_does_not_agree(differences, agree):
+    assert accelerator.agree(differences) == agree
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_nan_in_any_leaf_is_seen(place):
+    a, b = [np.ones(2), np.ones(2)], [np.ones(2), np.ones(2)]
+    assert accelerator.difference(a, b) == 0
+    a[place] = np.array([1.0, NAN])
+    assert np.isnan(accelerator.difference(a, b))
+
+
+@pytest.mark.parametrize(("agree", "code"), [(True, 0), (False, 1)])
+def test_exit_code(monkeypatch, agree, code):
+    monkeypatch.setattr(accelerator, "main", lambda: agree)
+    assert accelerator.cli([]) == code
+
+
+def test_a_bad_base_is_no_difference(capsys):
+    assert accelerator.cli(["--base=nowhere/x/y"]) == 2
+    assert "error: --base" in capsys.readouterr().err
