@@ -143,7 +143,7 @@ def test_dropout_out_of_range(dropout):
 def test_alpha_out_of_range(alpha):
     with pytest.raises(ValueError, match="alpha must be a number above 0"):
         LoraConfig(alpha=alpha)
-    with pytest.raises(ValueError, match="alpha must be a number above 0, got .* for 'key'"):
+    with pytest.raises(ValueError, match=r"alpha must be a number above 0, got .* for 'key'"):
         LoraConfig(alpha_pattern=(("key", alpha),))
 
 
