@@ -171,10 +171,11 @@ def test_any_mesh_that_fits_is_read_as_written(data, fsdp, count, swapped):
 
 names = st.text(string.ascii_letters, min_size=1, max_size=5)
 floats = st.floats(-1e9, 1e9)
+above_0 = st.floats(0, 1e9, exclude_min=True)
 ranks = st.lists(st.tuples(names, st.integers(1, 9)), max_size=3).map(tuple)
-alphas = st.lists(st.tuples(names, floats), max_size=3).map(tuple)
+alphas = st.lists(st.tuples(names, above_0), max_size=3).map(tuple)
 configs = st.builds(
-    LoraConfig, st.integers(1, 64), floats, st.lists(names).map(tuple), st.booleans(), ranks,
+    LoraConfig, st.integers(1, 64), above_0, st.lists(names).map(tuple), st.booleans(), ranks,
     alphas, st.floats(0, 0.9),
 )  # fmt: skip
 descriptions = st.builds(
