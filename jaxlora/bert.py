@@ -40,7 +40,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
 }
-POOLINGS = ("cls", "mean")
 # Layers in a row without a loop: a loop stacks what the backward pass needs (10–20 % of a step on
 # CPU), unrolled layers take longer to compile.
 MOST_UNROLLED = 12

@@ -1,7 +1,8 @@
 """Orbax: the state of a running group, and what has been trained.
 
-Both are written to a temporary place and renamed when complete, so a killed run leaves either the
-old checkpoint or the new one.
+Both are written to a temporary place and renamed when complete, so nothing half written bears their
+names. A state never takes another's place, so a killed run leaves the earlier ones; a tree does,
+see `save_tree`.
 """
 
 from __future__ import annotations
@@ -135,7 +136,9 @@ def _sums(path: Path) -> dict[str, str]:
 def save_tree(folder: Path, tree: Tree) -> None:
     """Write a tree of trained arrays.
 
-    Host arrays are written, so that what one kind of device trained can be read on any other.
+    Host arrays are written, so that what one kind of device trained can be read on any other. What
+    `folder` held is deleted first: a process that is killed then leaves no tree, and must write it
+    again (a run does with --resume, a bank with the next change).
     """
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), cluster.host_tree(tree), force=True)

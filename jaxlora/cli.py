@@ -22,11 +22,11 @@ from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
 from jaxlora.predict import Predictor
 from jaxlora.predict_file import predict_file
+from jaxlora.settings import absolute
 from jaxlora.trained import Trained, combine_tasks, load_run
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
-Names = Annotated[tuple[str, ...], tyro.conf.Positional]
 CONSOLE = Console()
 
 
@@ -220,10 +220,14 @@ def import_peft(
       update: replace the task of that name.
     """
     check_name(name, "--as")
-    trained = exchange.load(folder, name, _like(bank, base, base_sha256, pooling))
+    base = None if base is None else absolute(base)
+    like = None if exchange.described(folder) else _like(bank, base, base_sha256, pooling)
+    trained = exchange.load(folder, name, like)
     for flag, wanted in (("base", base), ("pooling", pooling)):
         if wanted not in (None, getattr(trained, flag)):
             raise UserError(f"--{flag}={wanted}: it is {getattr(trained, flag)} here; leave it out")
+    if base_sha256 not in (None, trained.sha256):
+        raise UserError(f"--base-sha256 {base_sha256}: {trained.base} has sha256 {trained.sha256}")
     banks.add(bank, trained, [name], replace=update)
     say(f"{bank}: {'updated' if update else 'added'} {name}")
 
@@ -259,6 +263,8 @@ def combine(
         sum, whose rank is the sum of ranks.
     """
     check_name(name, "--as")
+    if not task:
+        raise UserError("--task: name at least one task whose adapter to take")
     if len(set(task)) != len(task):
         raise UserError(f"--task {' '.join(task)}: names a task twice; add up the weights")
     weights = weight or (1 / len(task),) * len(task)
@@ -304,10 +310,8 @@ def plan(
       flops: FLOP/s that a device reaches; adds the time of a step when nothing overlaps.
       link: bytes/s between devices.
     """
-    numbers = {"batch-size": batch_size, "sentence-length": sentence_length, "rank": rank}
-    for name, number in {**numbers, "row-length": row_length}.items():
-        if not 0 < number < math.inf:
-            raise UserError(f"--{name} {number}: must be above 0")
+    if rank < 1:
+        raise UserError(f"--rank {rank}: must be above 0")
     head, *rows = plan_table.lines(
         base, variant, mesh, plan_table.check_rates(flops, link), batch_size=batch_size,
         sentence_length=sentence_length, row_length=row_length, dtype=dtype,

@@ -81,12 +81,17 @@ def _truncate(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Arr
     """`[..., in, r]`, `[..., r, out]` → the same with at most `rank`; never forms `[in, out]`."""
     left, ra = jnp.linalg.qr(a)
     right, rb = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
-    u, sizes, vt = jnp.linalg.svd(ra @ jnp.swapaxes(rb, -1, -2), full_matrices=False)
+    u, sizes, vt = jnp.linalg.svd(_exact(ra, jnp.swapaxes(rb, -1, -2)), full_matrices=False)
     root = jnp.sqrt(sizes[..., None, :rank])
     return (
-        left @ (u[..., :rank] * root),
-        jnp.swapaxes(root, -1, -2) * (vt[..., :rank, :] @ jnp.swapaxes(right, -1, -2)),
+        _exact(left, u[..., :rank] * root),
+        jnp.swapaxes(root, -1, -2) * _exact(vt[..., :rank, :], jnp.swapaxes(right, -1, -2)),
     )
+
+
+def _exact(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b` in float32, where an accelerator would take fewer bits."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _unscaled(factors: dict[lora.Path, tuple[jax.Array, jax.Array]]) -> Adapter:

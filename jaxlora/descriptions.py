@@ -119,8 +119,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _value(match: re.Match[str]) -> dict[str, Any]:
     """`topic.range=0,5` → `{"topic": {"range": [0, 5]}}`."""
     name, key, text = match.groups()
-    parts = [_plain(key, part.strip()) for part in text.split(",")] if key in _LISTS else [text]
-    return {name: {key: parts if len(parts) > 1 else _plain(key, text)}}
+    parts = [part.strip() for part in text.split(",")] if key in _LISTS else [text]
+    if len(parts) == 1:
+        return {name: {key: _plain(key, text)}}
+    # The names of classes stay as they are, a single number says how many there are.
+    return {name: {key: parts if key == "classes" else [_plain(key, part) for part in parts]}}
 
 
 def _plain(key: str, text: str) -> Any:
@@ -167,12 +170,11 @@ def _describe(origin: str, name: str, fields: dict[str, Any]) -> Description:
     if len(text) not in (1, 2):
         raise UserError(f"{where} text: name one column, or two for pairs, not {len(text)}")
     kind: Any = _string(where, "kind", fields["kind"])
+    low, high = _range(where, fields)
+    classes = _classes(where, fields.get("classes", ()))
+    named = [_string(where, key, fields.get(key, "")) for key in ("loss", "metric", "title")]
     try:
-        task = Task(
-            name, kind, len(text) == 2, *_range(where, fields),
-            _classes(where, fields.get("classes", ())),
-            *(_string(where, key, fields.get(key, "")) for key in ("loss", "metric", "title")),
-        )  # fmt: skip
+        task = Task(name, kind, len(text) == 2, low, high, classes, *named)
     except ValueError as error:
         raise UserError(f"{where} {error}") from None
     weight = 1.0 if task.loss != "cosine" else COSINE_WEIGHT

@@ -50,6 +50,11 @@ def save(folder: str | Path, trained: Trained, name: str) -> None:
         write_json(temporary / ABOUT, about)
 
 
+def described(folder: str | Path) -> bool:
+    """Whether a PEFT folder says itself what its task and its base are."""
+    return (Path(folder).expanduser() / ABOUT).exists()
+
+
 def load(folder: str | Path, name: str, like: Trained | None = None) -> Trained:
     """Read a task from a PEFT folder.
 
@@ -67,8 +72,7 @@ def load(folder: str | Path, name: str, like: Trained | None = None) -> Trained:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
-    described = (folder / ABOUT).exists()
-    about = _read_about(folder / ABOUT) if described else _about_others(folder, like)
+    about = _read_about(folder / ABOUT) if described(folder) else _about_others(folder, like)
     task = dataclasses.replace(about["task"], name=name)
     trained = Trained(
         **{field: about[field] for field in OF_BASE},

@@ -6,8 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-PAIR_FEATURES = ("concat", "interaction")
-
 
 def pair_vector(u: jax.Array, v: jax.Array, kind: str) -> jax.Array:
     """What a pair head sees of two sentence vectors.

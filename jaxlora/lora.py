@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ class LoraConfig:
     """How to adapt (the names are Hugging Face PEFT's).
 
     A module's name matches a layer whose dotted path is it or ends with `.` + it, so `query` and
-    `attention.output.dense` both work, and `output.dense` means both layers that end so.
+    `attention.output.dense` both work, and `output.dense` means both layers that end so. Lists
+    become tuples, and so do patterns that are dicts as in PEFT.
 
     Attributes:
       rank: r, the inner width of the adapters.
@@ -47,7 +49,8 @@ class LoraConfig:
       dropout: of the adapter's input, in training.
 
     Raises:
-      ValueError: for a rank below 1, or a dropout that is not from 0 to below 1.
+      ValueError: for a rank below 1, an alpha that is not a finite number above 0, a dropout that
+        is not from 0 to below 1, or target modules that are one text.
 
     >>> config = LoraConfig(4, 8.0, rank_pattern=(("query", 16),), rslora=True)
     >>> config.rank_of(("self", "query")), config.scale_of(("self", "query"))
@@ -65,16 +68,26 @@ class LoraConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, rank in (("rank", self.rank), *self.rank_pattern):
+        if isinstance(self.target_modules, str):
+            raise ValueError(f"target_modules must be a tuple of names: ({self.target_modules!r},)")
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for field in ("rank_pattern", "alpha_pattern"):
+            given = getattr(self, field)
+            items = map(tuple, given.items() if isinstance(given, Mapping) else given)
+            # In one order, so that two configurations that mean the same are equal.
+            ordered = sorted(items, key=lambda item: (-len(item[0]), item[0]))
+            object.__setattr__(self, field, tuple(ordered))
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for name, rank in (("", self.rank), *self.rank_pattern):
             if rank < 1:
-                where = "" if name == "rank" else f" for {name!r}"
-                raise ValueError(f"rank must be at least 1, got {rank}{where}")
+                raise ValueError(f"rank must be at least 1, got {rank}{_for(name)}")
+        for name, alpha in (("", self.alpha), *self.alpha_pattern):
+            if not 0 < alpha < math.inf:
+                raise ValueError(f"alpha must be a number above 0, got {alpha}{_for(name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
-        # In one order, so that two configurations that mean the same are equal.
-        for field in ("rank_pattern", "alpha_pattern"):
-            ordered = sorted(getattr(self, field), key=lambda item: (-len(item[0]), item[0]))
-            object.__setattr__(self, field, tuple(ordered))
 
     def rank_of(self, path: Path) -> int:
         """Inner width of the module's adapter."""
@@ -88,6 +101,10 @@ class LoraConfig:
         """`alpha / r` (rsLoRA: `alpha / √r`) of the module, the factor of its `A B`."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _for(name: str) -> str:
+    return f" for {name!r}" if name else ""
 
 
 Adapter = tuple[Tree, LoraConfig]
@@ -126,13 +143,16 @@ def describe(
 def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:
     """The kernels that `config` adapts: path of the Dense layer → kernel `[..., in, out]`.
 
+    All but a kernel's last two axes are taken for stacked layers, so the kernels of Flax's
+    `DenseGeneral`, with several axes for the input or the output, cannot be adapted.
+
     Args:
       params: a parameter tree, of arrays or of `jax.ShapeDtypeStruct`s.
       config: what to adapt.
 
     Raises:
-      ValueError: if a target matches nothing (with the names there are), a pattern no target, or a
-        rank is above the smaller side of its kernel.
+      ValueError: if a target matches nothing (with the names there are), a pattern no target, a
+        kernel is not `[..., in, out]`, or a rank is above the smaller side of its kernel.
 
     >>> params = {"self": {"query": {"kernel": jnp.zeros((4, 4))}}}
     >>> list(targets(params, LoraConfig(rank=2, target_modules=("query",))))
@@ -166,6 +186,10 @@ def _unknown_target(target: str, kernels: dict[Path, jax.Array]) -> str:
 
 
 def _check_rank(rank: int, path: Path, kernel: jax.Array) -> None:
+    if len(kernel.shape) < 2:
+        raise ValueError(
+            f"{'.'.join(path)} has a kernel of shape {kernel.shape}, not [..., in, out]"
+        )
     limit = min(kernel.shape[-2:])
     if rank > limit:
         raise ValueError(
@@ -218,10 +242,11 @@ def merge(params: Tree, adapter: Tree, config: LoraConfig) -> Tree:
     Args:
       params: base parameters; not changed.
       adapter: from `init`, trained.
-      config: the adapter's configuration (only its scales are read).
+      config: the adapter's configuration (only its ranks and scales are read).
 
     Raises:
-      ValueError: if the adapter has a layer that the base has not.
+      ValueError: if the adapter has a layer that the base has not, lacks one of a layer's factors,
+        or has factors that fit neither the kernel nor the configuration.
 
     >>> params = {"query": {"kernel": jnp.zeros((1, 1))}}
     >>> adapter = {"query": {"A": jnp.array([[2.0]]), "B": jnp.array([[3.0]])}}
@@ -248,15 +273,31 @@ def _fold(
     op: Callable[[jax.Array, jax.Array], jax.Array],
     config: LoraConfig,
 ) -> Tree:
-    flat = traverse_util.flatten_dict(params)
+    flat = traverse_util.flatten_dict(params, keep_empty_nodes=True)
     factors = traverse_util.flatten_dict(adapter)
     for path in {p[:-1] for p in factors}:
         kernel = (*path, "kernel")
         if kernel not in flat:
             raise ValueError(f"the adapter has {'.'.join(path)}, which the base model has not")
-        change = delta(factors[*path, "A"], factors[*path, "B"], config.scale_of(path))
+        a, b = (factors.get((*path, name)) for name in "AB")
+        _check_factors(path, a, b, flat[kernel].shape, config.rank_of(path))
+        change = delta(a, b, config.scale_of(path))
         flat[kernel] = op(flat[kernel].astype(jnp.float32), change).astype(flat[kernel].dtype)
     return traverse_util.unflatten_dict(flat)
+
+
+def _check_factors(path: Path, a: Any, b: Any, kernel: tuple[int, ...], rank: int) -> None:
+    """Refuse what would broadcast, or would be scaled as another rank's."""
+    name = ".".join(path)
+    if a is None or b is None:
+        raise ValueError(f"the adapter of {name} lacks {'A' if a is None else 'B'}")
+    *lead, fan_in, fan_out = kernel
+    wanted = (*lead, fan_in, rank), (*lead, rank, fan_out)
+    if (a.shape, b.shape) != wanted:
+        raise ValueError(
+            f"the adapter of {name} has A {a.shape} and B {b.shape}; a kernel {kernel} and a "
+            f"configuration with rank {rank} want {wanted[0]} and {wanted[1]}"
+        )
 
 
 def count_params(adapter: Tree) -> int:

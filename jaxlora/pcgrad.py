@@ -9,6 +9,9 @@ T×T numbers (the *Gram form*): with `K = G Gᵀ`, task i starts from coefficien
 each other task j with `K[j]·w < 0`, subtracts `(K[j]·w) / K[j, j]` from `w[j]`. The gradients are
 read twice (dot products, weighted sum) and never flattened, copied or concatenated. There is no
 epsilon: the result scales exactly with the gradients.
+
+`jaxlora.pcgrad` is the function `pcgrad`, and `import jaxlora.pcgrad as name` gives it, too; write
+`from jaxlora.pcgrad import gram` for what else is here.
 """
 
 from __future__ import annotations
@@ -183,8 +186,10 @@ def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.Grad
         del params
         _check_leading_axis(updates, num_tasks)
         key, order_key = jax.random.split(state.key)
-        K = gram(updates) + jnp.zeros((num_tasks, num_tasks))  # zeros for an empty tree
-        weights = jnp.ones(num_tasks)
+        K = gram(updates) + jnp.zeros(
+            (num_tasks, num_tasks), jnp.float32
+        )  # zeros for an empty tree
+        weights = jnp.ones(num_tasks, jnp.float32)
         if surgery:
             weights = project(K, orders(order_key, num_tasks)).sum(0)
         conflicts = jnp.sum(jnp.triu(K < 0, 1), dtype=jnp.int32)

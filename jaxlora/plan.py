@@ -14,7 +14,6 @@ layer's width, L layers, r rank.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 
 from jaxlora import bert, lora, mesh, trees
 from jaxlora.bert import BertConfig
+from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks import Task, paper_tasks
 from jaxlora.trees import Tree
@@ -234,12 +234,13 @@ def for_variant(
       rest: other fields of `Work`.
 
     Raises:
-      UserError: for an unknown variant.
+      UserError: for an unknown variant, and for lengths that cannot be, naming their flags.
 
     >>> [(n, w.rows) for n, w in for_variant("lora1", SIZES["minilm"], 16).items()]
     [('sst', 6), ('para', 12), ('sts', 12)]
     """
     chosen = variant(name)
+    _check_lengths(config, batch_size, sentence_length, row_length)
     named = {task.name: task for task in paper_tasks(chosen.sts_loss)}
     works = {}
     for group in chosen.groups:
@@ -253,6 +254,23 @@ def for_variant(
     return works
 
 
+def _check_lengths(
+    config: BertConfig, batch_size: int, sentence_length: float, row_length: int
+) -> None:
+    numbers = {"batch-size": batch_size, "sentence-length": sentence_length}
+    for name, number in {**numbers, "row-length": row_length}.items():
+        if not 0 < number < math.inf:
+            raise UserError(f"--{name} {number}: must be above 0")
+    limit = config.max_position_embeddings
+    if row_length > limit:
+        raise UserError(f"--row-length {row_length}: the base has {limit} positions")
+    if sentence_length > row_length:
+        raise UserError(
+            f"--sentence-length {sentence_length:g}: a sentence must fit into a row, which has "
+            f"--row-length {row_length}"
+        )
+
+
 class _Trees(NamedTuple):
     """Shapes of a step's parameters: the encoder's, the adapter's, what is trained, the heads'."""
 
@@ -262,11 +280,8 @@ class _Trees(NamedTuple):
     heads: Tree
 
 
-_params = functools.cache(bert.param_shapes)
-
-
 def _trees(work: Work) -> _Trees:
-    params = _params(work.config)
+    params = bert.param_shapes(work.config)
     key, hidden = jax.random.key(0), work.config.hidden_size
     adapter: Tree = {}
     if work.adapt == "lora":

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from jaxlora import lora, plan, pretrained
 from jaxlora import mesh as meshes
-from jaxlora import plan, pretrained
-from jaxlora.bert import BertConfig
+from jaxlora.bert import BertConfig, param_shapes
 from jaxlora.errors import UserError
-from jaxlora.plan import Estimate
+from jaxlora.plan import Estimate, Work
 
 HEAD = (
     "base", "variant", "mesh", "rows", "TFLOP", "weights", "moments", "temporary", "in all",
@@ -77,7 +77,7 @@ def lines(
       asked: the rest of `plan.for_variant`'s arguments.
 
     Raises:
-      UserError: see `find_base`, `find_mesh` and `variants.variant`.
+      UserError: see `find_base`, `find_mesh` and `plan.for_variant`; for a rank that does not fit.
     """
     chosen = {base: find_base(base) for base in bases}
     sizes = [find_mesh(text) for text in texts]
@@ -87,11 +87,20 @@ def lines(
             for size in sizes:
                 works = plan.for_variant(variant, config, **asked, **size)  # type: ignore[arg-type]
                 for group, work in works.items():
+                    _check_rank(base, work)
                     found = plan.estimate(work)
                     time = () if rates is None else (f"{found.seconds(*rates):.3f}",)
                     name = variant if len(works) == 1 else f"{variant} {group}"
                     table.append((*cells(base, name, found), *time))
     return table
+
+
+def _check_rank(base: str, work: Work) -> None:
+    if work.adapt == "lora":
+        try:
+            lora.targets(param_shapes(work.config), work.adapter)
+        except ValueError as error:
+            raise UserError(f"--rank: {error}; choose another for --base {base}") from error
 
 
 def check_rates(flops: float | None, link: float | None) -> tuple[float, float] | None:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer
 
 from jaxlora import bank, bert, evaluate, step
 from jaxlora.align import align
-from jaxlora.data.examples import Examples, tokenize
+from jaxlora.data.examples import Examples, tokenize, truncating
 from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
 from jaxlora.pretrained import Pretrained
@@ -60,7 +61,7 @@ class Predictor:
         Raises:
           UserError: if it is neither, is damaged, or the base is not the one it was trained on.
         """
-        trained = bank.load_any(Path(folder))
+        trained = bank.load_any(Path(folder).expanduser())
         return Predictor(trained.load_base(), trained)
 
     @property
@@ -136,7 +137,7 @@ class Predictor:
     def _vectors(self, checked: list[tuple[Task, tuple[str, ...]]]) -> np.ndarray:
         """Vectors of all sentences, each through its own task's tree."""
         texts = [text for _, parts in checked for text in parts]
-        tokens, offsets, cut = tokenize(self.base.tokenizer, texts, self.trained.max_length)
+        tokens, offsets, cut = tokenize(self._tokenizer, texts)
         nowhere = np.full(len(texts), np.nan, np.float32)
         examples = Examples(nowhere.astype(str), tokens, offsets, nowhere, 1, cut)
         trees = [self.trained.served[task.name].tree for task, parts in checked for _ in parts]
@@ -171,6 +172,10 @@ class Predictor:
     @property
     def _dtype(self) -> Any:
         return jnp.dtype(self.trained.dtype)
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return truncating(self.base.tokenizer, self.trained.max_length)
 
     @functools.cached_property
     def _full(self) -> bool:

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -50,7 +51,7 @@ def predict_file(
     if task is not None:
         predictor.task(task)
     _check_target(source, target)
-    temporary = target.with_name(f".{target.name}.part")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     done = 0
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
@@ -81,7 +82,8 @@ def _check_target(source: Path, target: Path) -> None:
 def _requests(predictor: Predictor, source: Path, task: str | None) -> Iterator[Request]:
     with _open(source) as file:
         try:
-            delimiter = tables.sniff(file.readline(), source)
+            first_line = next((line for line in file if line.strip("\r\n")), "")
+            delimiter = tables.sniff(first_line, source)
         except UnicodeDecodeError:
             raise UserError(f"{source}: is not UTF-8 text; save it as UTF-8") from None
         file.seek(0)
@@ -89,7 +91,8 @@ def _requests(predictor: Predictor, source: Path, task: str | None) -> Iterator[
         _, header = next(lines, (0, []))
         first = next((name for name in FIRST if name in header), FIRST[1])
         needed = [first] if task else [first, "task"]
-        tables.find_columns(header, needed, source, delimiter, "A table of requests")
+        optional = ("id", "task", SECOND)
+        tables.find_columns(header, needed, source, delimiter, "A table of requests", optional)
         at = {name: header.index(name) for name in header}
         for number, (line, fields) in enumerate(lines):
             where = f"{source}:{line}"

@@ -323,7 +323,7 @@ def resolve(flags: Flags) -> Settings:
         | {k: v for k, v in values.items() if k in fields}
         | {"adapt": chosen.adapt}
         | {"data_dir": None if flags.data_dir is None else str(flags.data_dir.absolute())}
-        | {"base": _absolute(values["base"])}
+        | {"base": absolute(values["base"])}
     )
     _refuse_meaningless(given, settings)
     _check(settings)
@@ -348,12 +348,14 @@ def _described(flags: Flags, chosen: Variant, sts_weight: float) -> tuple[Descri
         if not 0 < sts_weight < float("inf"):
             raise UserError(f"--sts-weight {sts_weight}: must be above 0")
         return paper_descriptions(chosen.sts_loss, sts_weight)
+    if flags.tasks == ():
+        raise UserError("--tasks: name at least one TOML file, or values such as topic.epochs=3")
     if flags.sts_weight is not None:
         raise UserError("--sts-weight is for the paper's tasks; set its weight in --tasks")
     return read_tasks(flags.tasks)
 
 
-def _absolute(base: str) -> str:
+def absolute(base: str) -> str:
     """A local folder by its whole path, so that a run can be loaded from anywhere."""
     folder = local_folder(base)
     return base if folder is None else str(folder.absolute())
@@ -400,8 +402,10 @@ def _check(settings: Settings) -> None:
     _check_numbers(settings)
     if settings.seed > _MAX_SEED:
         raise UserError(f"--seed {settings.seed}: must be at most {_MAX_SEED}")
-    if not settings.weight_decay >= 0:
-        raise UserError(f"--weight-decay {settings.weight_decay}: must be 0 or more")
+    if not 0 <= settings.weight_decay < float("inf"):
+        raise UserError(f"--weight-decay {settings.weight_decay}: must be a number from 0")
+    if settings.adapt == "lora" and not settings.target_modules:
+        raise UserError("--target-modules: name at least one module, such as query")
     if settings.source == "cs224n" and settings.data_dir is None:
         raise UserError(
             "--data-dir is missing: the cs224n data needs the folder with ids-sst-train.csv, "

@@ -40,6 +40,7 @@ from jaxlora.trees import Tree
 from jaxlora.variants import group_name
 
 LOG_EVERY = 10
+MOST_BAD = 10  # steps in a row that are not finite: more data will not mend that
 
 
 class Listener(Protocol):
@@ -70,6 +71,8 @@ class Progress:
       stale: evaluations since then.
       untrained: dev scores that need no training (see `evaluate.untrained`).
       skipped: steps left out since a loss was not finite.
+      unlogged: those of them that no record counts yet.
+      bad: those of them since the last step that was taken.
       done: nothing is left to do.
     """
 
@@ -82,6 +85,8 @@ class Progress:
     stale: int = 0
     untrained: dict[str, float] = dataclasses.field(default_factory=dict)
     skipped: int = 0
+    unlogged: int = 0
+    bad: int = 0
     done: bool = False
 
     def note(self, score: float, scores: dict[str, float], patience: int) -> bool:
@@ -116,7 +121,8 @@ def run(
       resume: go on with the run in `out`, if there is one.
       predict_test: write predictions for the test sets, too.
       mesh: the devices, see `mesh.make_mesh`; any will do to go on with a run.
-      skip_nonfinite: leave steps out whose loss is not finite, instead of ending the run.
+      skip_nonfinite: leave steps out whose loss is not finite, instead of ending the run, unless
+        there are `MOST_BAD` in a row.
       base_sha256: what the base's weights must have, see `pretrained.load`.
 
     Returns:
@@ -248,7 +254,9 @@ def train_group(
             signal = stopped()
             evaluate_now = progress.step % group.eval_every == 0 or progress.step == group.steps
             if evaluate_now or signal or window.full:
-                tell(window.flush(progress))
+                taken = window.flush(progress)
+                if taken is not None:
+                    tell(taken)
             if evaluate_now:
                 record = evaluate_group(group, state)
                 tell(record)
@@ -291,7 +299,7 @@ class Window:
 
     Args:
       group: whose steps.
-      skip_nonfinite: count steps that are not finite instead of refusing them.
+      skip_nonfinite: count steps that are not finite, and refuse `MOST_BAD` in a row only.
     """
 
     def __init__(self, group: Group, skip_nonfinite: bool = False) -> None:
@@ -313,8 +321,12 @@ class Window:
         """Whether a record is due."""
         return len(self._metrics) >= LOG_EVERY
 
-    def flush(self, progress: Progress) -> dict[str, Any]:
+    def flush(self, progress: Progress) -> dict[str, Any] | None:
         """The record of these steps; adds their time to `progress`.
+
+        Returns:
+          None if none of them was finite; then the next record counts them (and `progress`, which
+          a checkpoint keeps, until then).
 
         Raises:
           UserError: if a loss is not finite.
@@ -322,12 +334,12 @@ class Window:
         metrics = jax.device_get(self._metrics)
         seconds = time.perf_counter() - self._began
         progress.seconds += seconds
+        self._count(metrics, progress)
+        self._metrics = []
+        self.restart()
         finite = [one for one in metrics if one.finite]
-        skipped = len(metrics) - len(finite)
-        if skipped and not (self._skip and finite):
-            number = next(n for n, one in enumerate(metrics) if not one.finite)
-            self._refuse(progress.step - len(metrics) + number, metrics[number])
-        progress.skipped += skipped
+        if not finite:
+            return None
         mean = jax.tree.map(lambda *xs: np.mean(np.stack(xs), axis=0), *finite)
         names = [task.name for task in self._group.setup.tasks]
         record = {
@@ -340,11 +352,21 @@ class Window:
             "cosine": _pairs(names, mean.cosines),
             "steps_per_second": len(metrics) / seconds,
         }
-        if skipped:
-            record["skipped"] = skipped
-        self._metrics = []
-        self.restart()
+        if progress.unlogged:
+            record["skipped"], progress.unlogged = progress.unlogged, 0
         return record
+
+    def _count(self, metrics: list[step.StepMetrics], progress: Progress) -> None:
+        """Count the steps that were left out, or refuse them."""
+        for number, one in enumerate(metrics, progress.step - len(metrics)):
+            if one.finite:
+                progress.bad = 0
+                continue
+            progress.bad += 1
+            if not self._skip or progress.bad >= MOST_BAD:
+                self._refuse(number, one)
+            progress.skipped += 1
+            progress.unlogged += 1
 
     def _refuse(self, number: int, metrics: step.StepMetrics) -> NoReturn:
         """Say which step (from 0), which task and which examples."""
@@ -355,10 +377,14 @@ class Window:
             for (name, examples), drawn, loss in named
             if not np.isfinite(loss)
         ]
+        remedy = "lower --learning-rate or --head-learning-rate in another --out"
+        if self._skip:
+            remedy = f"nor was any of the {MOST_BAD - 1} steps before; {remedy}"
+        else:
+            remedy += ", or leave such steps out with --resume --skip-nonfinite"
         raise UserError(
             f"step {number + 1} of {self._group.name}: {' and '.join(bad) or 'the update'} is not "
-            "finite; lower --learning-rate or --head-learning-rate in another --out, or leave such "
-            "steps out with --resume --skip-nonfinite"
+            f"finite; {remedy}"
         )
 
 
@@ -414,6 +440,7 @@ def summarise(
     for group in progress.values():
         dev |= group.pop("best_scores")
         untrained |= group.pop("untrained")
+        del group["unlogged"], group["bad"]
         group["steps_per_second"] = group["step"] / group["seconds"]
     return {
         "variant": settings.variant,

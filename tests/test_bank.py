@@ -16,7 +16,7 @@ import pytest
 from tiny import Silent, write_data
 
 import jaxlora
-from jaxlora import bank, checkpoint, cli, exchange, lora, rundir, train, trees
+from jaxlora import bank, checkpoint, cli, exchange, lora, predict, rundir, train, trees
 from jaxlora import manifest as manifests
 from jaxlora.errors import UserError
 from jaxlora.predict_file import predict_file
@@ -137,6 +137,21 @@ def test_tasks_of_any_run_are_served_together(runs, tmp_path):
         assert answer.value == pytest.approx(alone.value, abs=1e-5)
         if alone.probabilities:
             assert answer.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
+def test_a_predictor_keeps_its_tokenizer(three, monkeypatch):
+    made = []
+    whole = predict.truncating
+    monkeypatch.setattr(predict, "truncating", lambda *args: made.append(args) or whole(*args))
+    predictor = jaxlora.load(three)
+    for _ in range(2):
+        predictor(REQUESTS)
+    assert len(made) == 1
+
+
+def test_a_bank_below_the_home_folder(three, monkeypatch):
+    monkeypatch.setenv("HOME", str(three.parent))
+    assert "sst" in jaxlora.load(f"~/{three.name}").tasks
 
 
 def test_any_number_of_requests_takes_programs_that_are_there(three, caplog):
@@ -558,6 +573,25 @@ def test_an_adapter_of_others_compares_texts(three, tiny_base, tmp_path, call):
     assert alone.value == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_base_of_an_import(three, tiny, tiny_base, tmp_path, call, monkeypatch):
+    """It is kept by its whole path, and its checksum is compared wherever it comes from."""
+    assert call("export", "peft", tmp_path / "ours", "--bank", three, "--task", "sst")[0] == 0
+    theirs = shutil.copytree(tmp_path / "ours", tmp_path / "theirs")
+    (theirs / "jaxlora.json").unlink()
+    (theirs / "head.safetensors").unlink()
+    monkeypatch.chdir(tiny_base.parent)
+    new = ("--bank", tmp_path / "new")
+    flags = ("--base", tiny_base.name, "--base-sha256", tiny.sha256)
+    assert call("import", "peft", theirs, *new, "--as", "one", *flags)[0] == 0
+    assert bank.load(tmp_path / "new").base == str(tiny_base)
+    assert call("import", "peft", theirs, *new, "--as", "two", *flags)[0] == 0
+    assert call("import", "peft", tmp_path / "ours", *new, "--as", "three", *flags)[0] == 0
+    for number, folder in enumerate((theirs, tmp_path / "ours")):
+        wrong = ("--as", f"no-{number}", "--base-sha256", "0" * 64)
+        code, shown = call("import", "peft", folder, *new, *wrong)
+        assert code == 2 and "--base-sha256 000" in shown
+
+
 def test_a_merged_export_gives_the_banks_vectors(three, tmp_path, call):
     pytest.importorskip("torch")
     from transformers import AutoModel, AutoTokenizer
@@ -595,6 +629,7 @@ def test_combined_in_a_bank(runs, three, call):
     [
         (("combine", "BANK", "--task", "sst", "stss", "--as", "x"), "did you mean sts?"),
         (("combine", "BANK", "--task", "sst", "sst", "--as", "x"), "names a task twice"),
+        (("combine", "BANK", "--as", "x", "--task"), "--task: name at least one"),
         (("combine", "BANK", "--task", "sst", "--as", "sts"), "has sts already"),
         (("combine", "BANK", "--task", "sst", "--as", "../x"), "cannot be a name"),
         (
@@ -702,9 +737,13 @@ def test_memory_does_not_grow_with_the_table(three, tmp_path, monkeypatch):
         (HEADER + f"a\tsst\t{'x' * 10_000_000}\t\n", [":2", "field larger than"]),
         (HEADER + 'a\tsst\t"x\t\n', [":2", "quote"]),
         ("id\ttask\n1\tsst\n", [":1", "no column sentence"]),
+        (
+            HEADER.replace("id", "sentence2", 1) + "a\tsst\tb\tc\n",
+            [":1", "sentence2 is there twice"],
+        ),
         ("", ["in.tsv: is empty"]),
     ],
-    ids=["task", "pair", "blank", "short", "huge", "quote", "columns", "empty"],
+    ids=["task", "pair", "blank", "short", "huge", "quote", "columns", "twice", "empty"],
 )
 def test_a_bad_table_leaves_no_half_answer(three, call, tmp_path, content, fragments):
     source, target = tmp_path / "in.tsv", tmp_path / "out.csv"
@@ -715,6 +754,13 @@ def test_a_bad_table_leaves_no_half_answer(three, call, tmp_path, content, fragm
     assert all(fragment in shown for fragment in fragments)
     assert target.read_text() == "old"
     assert {p.name for p in tmp_path.iterdir()} == {"bank", "in.tsv", "out.csv"}
+
+
+def test_a_table_that_begins_with_a_blank_line(three, call, tmp_path):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("\nid,task,sentence\na,sst,film\n")
+    assert call("predict", "--bank", three, "--input", source, "--output", target)[0] == 0
+    assert target.read_text().splitlines()[1].startswith("a,sst,")
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_packed_equals_one_sentence_a_row(minilm, alone, together):
         np.testing.assert_allclose(
             tokens_of(b, together, slot), tokens_of(a, alone, slot), atol=1e-5
         )
-    for kind in bert.POOLINGS:
+    for kind in ("cls", "mean"):
         np.testing.assert_allclose(
             pool(b, together.segment_ids, together.cls_index, kind),
             pool(a, alone.segment_ids, alone.cls_index, kind),
@@ -144,7 +144,7 @@ def test_positions_count_within_the_sentence(tiny):
     np.testing.assert_allclose(tokens_of(hidden, rows, 0), tokens_of(hidden, rows, 1), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", bert.POOLINGS)
+@pytest.mark.parametrize("kind", ["cls", "mean"])
 def test_pooling_by_numpy(kind):
     rng = np.random.default_rng(0)
     sentences = [rng.integers(5, 200, n) for n in (9, 1, 14, 5, 7)]

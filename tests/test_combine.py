@@ -56,6 +56,16 @@ def test_cat_is_the_sum_of_the_deltas(adapters):
         np.testing.assert_allclose(found[path], delta, atol=1e-5)
 
 
+def test_no_product_takes_fewer_bits_on_an_accelerator():
+    a, b = jnp.ones((8, 2)), jnp.ones((2, 6))
+    program = jax.make_jaxpr(lambda a, b: combine._truncate(a, b, 1))(a, b)
+    products = [p for p in str(program).split("\n") if "dot_general" in p]
+    text = " ".join(str(program).split())
+    assert products and text.count("dot_general[") == text.count(
+        "precision=(Precision.HIGHEST, Precision.HIGHEST)"
+    )
+
+
 def test_its_configuration_describes_it(tiny, adapters):
     """What `merge` and the network read from it gives the same sum."""
     tree, config = combine.cat(adapters, WEIGHTS)

@@ -291,6 +291,16 @@ def test_official_sst_is_read_from_trees(internet, tmp_path):
     assert len(internet) == 1
 
 
+def test_official_sst_keeps_words_with_other_white_space(tmp_path, monkeypatch):
+    (tmp_path / "trees").mkdir()
+    tree = "(3 (2 (2 2\N{NO-BREAK SPACE}1/2) (2 a\x85b)) (4 hours))"
+    for split in ("train", "dev", "test"):
+        (tmp_path / "trees" / f"{split}.txt").write_text(f"{tree}\n{tree}\n", encoding="utf-8")
+    monkeypatch.setattr(official, "fetch", lambda manager, url: tmp_path)
+    rows = official.read_treebank(SST, None)["dev"]
+    assert [row.sentence1 for row in rows] == ["2\N{NO-BREAK SPACE}1/2 a\x85b hours"] * 2
+
+
 def test_official_quora_is_read_from_glue(internet, tmp_path):
     splits, _ = load_rows(PARA, "official", None, tmp_path)
     assert splits["train"] == [

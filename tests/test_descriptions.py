@@ -106,7 +106,7 @@ def test_the_papers_tasks_are_three_such_descriptions():
         (TOPIC + "weight = true", ["weight: True"]),
         (TOPIC + 'delimiter = "ab"', ["delimiter"]),
         (TOPIC + 'metric = "bleu"', ["metric 'bleu' does not go with classification"]),
-        (TOPIC + "range = [0, 1]", ["range", "name the classes"]),
+        (TOPIC + "range = [0, 1]", ["[topic] range", "name the classes"]),
         (TOPIC.replace('"headline"', '["a", "b", "c"]'), ["two for pairs, not 3"]),
         (PRICE.replace("range = [-10, 90.5]", ""), ["lacks range"]),
         (PRICE.replace("[-10, 90.5]", "[5, 5]"), ["5 to 5 is empty"]),
@@ -120,6 +120,7 @@ def test_mistakes_are_named(folder, text, fragments):
     with pytest.raises(UserError) as caught:
         read_tasks([path])
     assert all(fragment in str(caught.value) for fragment in [str(path), *fragments])
+    assert str(caught.value).count(str(path)) == 1
 
 
 def test_a_task_by_flags_alone(folder):
@@ -139,6 +140,14 @@ def test_flags_change_what_a_file_says(folder):
     assert topic.own == (("epochs", 7),)
     assert topic.task.classes == ("sport", "science", "3")
     assert price == read_tasks([path])[1]
+
+
+def test_names_of_classes_stay_as_they_are_written(folder):
+    for names in ("01,02", "nan,1.5", "1e3,+1"):
+        (topic,) = read_tasks([write(folder, TOPIC), f"topic.classes={names}"])
+        assert topic.task.classes == tuple(names.split(","))
+    (topic,) = read_tasks([write(folder, TOPIC), "topic.classes=3"])
+    assert topic.task.classes == ("0", "1", "2")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +181,8 @@ def test_flags_that_do_not_go_with_a_file_of_tasks(folder):
         resolve(Flags("lora1", tasks=(path,), data_dir=folder))
     with pytest.raises(UserError, match="--source=files"):
         resolve(Flags("lora1", source="files"))
+    with pytest.raises(UserError, match="--tasks: name at least one"):
+        resolve(Flags("lora1", tasks=(), groups="a"))
     with pytest.raises(UserError, match="cannot be read"):
         resolve(Flags("lora1", tasks=(str(folder / "none.toml"),)))
     with pytest.raises(UserError, match=r"unknown task 'sst' \(topic, price"):
@@ -232,10 +243,21 @@ def test_an_edited_table_is_read_anew(folder, tiny):
 def test_the_delimiter_is_found_out(tmp_path, header, delimiter):
     path = tmp_path / "x"
     if delimiter is None:
-        with pytest.raises(UserError, match="give the delimiter"):
+        with pytest.raises(UserError, match="cannot tell what separates"):
             tables.sniff(header, path)
     else:
         assert tables.sniff(header + "\n1,2;3\t4|5|6|7|8", path) == delimiter
+
+
+def test_a_label_column_that_is_there_twice(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("a,label,label\nx,0,1\n")
+    columns = tables.Columns(("a",), "label")
+    task = Task("topic", "classification", classes=("0", "1"))
+    for labelled in (True, None):
+        with pytest.raises(UserError, match="label is there twice"):
+            tables.read(task, path, columns, labelled=labelled)
+    tables.read(task, path, columns, labelled=False)
 
 
 def test_labels_by_name_and_by_number(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from jaxlora.data import examples, sources
-from jaxlora.data.examples import load_examples, tokenize
+from jaxlora.data.examples import load_examples, tokenize, truncating
 from jaxlora.data.rows import Row
 from jaxlora.tasks import PARA, SST
 
@@ -65,7 +65,9 @@ def assert_equal(first, second):
 
 
 def test_tokenize_cuts_long_sentences_and_counts_them(tokenizer):
-    tokens, offsets, truncated = tokenize(tokenizer, ["a b", "a b c d e", "good films"], 5)
+    tokens, offsets, truncated = tokenize(
+        truncating(tokenizer, 5), ["a b", "a b c d e", "good films"]
+    )
     assert tokens.dtype == np.int32
     assert offsets.dtype == np.int64
     assert offsets.tolist() == [0, 4, 9, 14]
@@ -75,16 +77,16 @@ def test_tokenize_cuts_long_sentences_and_counts_them(tokenizer):
 
 
 def test_tokenize_nothing(tokenizer):
-    tokens, offsets, truncated = tokenize(tokenizer, [], 8)
+    tokens, offsets, truncated = tokenize(truncating(tokenizer, 8), [])
     assert tokens.dtype == np.int32
     assert (len(tokens), offsets.tolist(), truncated) == (0, [0], 0)
 
 
 def test_tokenize_in_chunks_gives_the_same(tokenizer, monkeypatch):
     texts = ["a", "b c", "d e a", "good film", "bad"]
-    whole = tokenize(tokenizer, texts, 4)
+    whole = tokenize(truncating(tokenizer, 4), texts)
     monkeypatch.setattr(examples, "_CHUNK", 2)
-    for a, b in zip(whole, tokenize(tokenizer, texts, 4), strict=True):
+    for a, b in zip(whole, tokenize(truncating(tokenizer, 4), texts), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -92,7 +94,7 @@ def test_tokenize_leaves_the_tokenizer_alone(tokenizer):
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=9)
     before = tokenizer.to_str()
-    tokens, _, truncated = tokenize(tokenizer, ["a b c", "a"], 8)
+    tokens, _, truncated = tokenize(truncating(tokenizer, 8), ["a b c", "a"])
     assert tokenizer.to_str() == before
     assert (len(tokens), truncated) == (8, 0)
 

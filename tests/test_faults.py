@@ -299,6 +299,33 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(make, tmp_path, monk
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(model))
 
 
+def test_a_record_counts_the_steps_left_out_before_it(make, tmp_path, monkeypatch):
+    """Each window is one step here; a bad one has no record, also when the run dies after it."""
+    with_nan(monkeypatch, "sts", 11)
+    settings, skip = make("lora3", eval_every=1), {"skip_nonfinite": True}
+    result = train.run(settings, tmp_path / "whole", Silent(), **skip)
+    records = timeless(tmp_path / "whole")
+    logged = [r["step"] for r in records if r["kind"] == "train"]
+    assert len(logged) == 7 - result["groups"][GROUP]["skipped"]
+    after_bad = next(step for step in logged if step > 1 and step - 1 not in logged)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(settings, tmp_path / "parts", Silent((GROUP, after_bad)), **skip)
+    again = train.run(settings, tmp_path / "parts", Silent(), resume=True, **skip)
+    assert timeless(tmp_path / "parts") == records
+    assert again["groups"][GROUP]["skipped"] == result["groups"][GROUP]["skipped"]
+    assert next(r for r in records if r["step"] == after_bad)["skipped"] >= 1
+    leaves_equal(*models(tmp_path, "whole", "parts"))
+
+
+def test_too_many_steps_in_a_row_are_not_left_out(make, tmp_path, monkeypatch):
+    with_nan(monkeypatch, "sts", slice(None))
+    monkeypatch.setattr(train, "MOST_BAD", 5)
+    for resume in (False, True):  # the checkpoints of steps 2 and 4 know how many there were
+        with pytest.raises(UserError, match=r"step 5 of .* the 4 steps before; lower") as caught:
+            train.run(make("lora3"), tmp_path / "run", Silent(), resume=resume, skip_nonfinite=True)
+        assert "--skip-nonfinite" not in str(caught.value)
+
+
 def test_data_deleted_while_training(make, whole, tiny_base, tmp_path):
     from jaxlora.settings import Flags, resolve
 

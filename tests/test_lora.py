@@ -139,6 +139,32 @@ def test_dropout_out_of_range(dropout):
         LoraConfig(dropout=dropout)
 
 
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_alpha_out_of_range(alpha):
+    with pytest.raises(ValueError, match="alpha must be a number above 0"):
+        LoraConfig(alpha=alpha)
+    with pytest.raises(ValueError, match=r"alpha must be a number above 0, got .* for 'key'"):
+        LoraConfig(alpha_pattern=(("key", alpha),))
+
+
+def test_one_text_is_no_list_of_modules():
+    with pytest.raises(ValueError, match=r"must be a tuple of names: \('query',\)"):
+        LoraConfig(target_modules="query")
+
+
+def test_lists_and_pefts_dicts_become_tuples():
+    given = LoraConfig(4, 8.0, ["query"], False, {"query": 2}, [["query", 3.0]])
+    assert given == LoraConfig(4, 8.0, ("query",), False, (("query", 2),), (("query", 3.0),))
+    assert isinstance(hash(given), int)
+
+
+def test_a_kernel_of_one_axis():
+    with pytest.raises(ValueError, match=r"query has a kernel of shape \(4,\)"):
+        lora.init(
+            jax.random.key(0), {"query": {"kernel": jnp.ones(4)}}, LoraConfig(1, 1.0, ("query",))
+        )
+
+
 @pytest.mark.parametrize("rank", [0, -1])
 def test_rank_below_one(rank):
     with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank}"):
@@ -238,6 +264,31 @@ def test_merging_an_alien_adapter_raises(tiny):
     for fold in (lora.merge, lora.unmerge):
         with pytest.raises(ValueError, match=r"layers\.attention\.self\.values"):
             fold(tiny.params, alien, LoraConfig(1, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "a", "b", "rank", "said"),
+    [
+        ((4, 4), (3, 4, 2), (3, 2, 4), 2, r"query has A \(3, 4, 2\)"),  # would be three kernels
+        ((3, 4, 4), (4, 2), (2, 4), 2, r"want \(3, 4, 2\) and \(3, 2, 4\)"),  # one for three
+        ((4, 4), (4, 2), (2, 4), 8, "configuration with rank 8"),  # another scale
+        ((4, 4), (4, 2), (2, 1), 2, r"B \(2, 1\)"),
+        ((4, 4), (4, 2), None, 2, "query lacks B"),
+        ((4, 4), None, (2, 4), 2, "query lacks A"),
+    ],
+)
+def test_merging_factors_that_do_not_fit_raises(kernel, a, b, rank, said):
+    params = {"query": {"kernel": jnp.ones(kernel)}}
+    shapes = {"A": a, "B": b}
+    adapter = {"query": {name: jnp.ones(s) for name, s in shapes.items() if s is not None}}
+    for fold in (lora.merge, lora.unmerge):
+        with pytest.raises(ValueError, match=said):
+            fold(params, adapter, LoraConfig(rank, 2.0, ("query",)))
+
+
+def test_merging_keeps_empty_parts_of_the_tree():
+    params = {"query": {"kernel": jnp.ones((3, 2))}, "none": {}}
+    assert lora.merge(params, {}, LoraConfig()).keys() == params.keys()
 
 
 def test_merging_obeys_the_patterns():

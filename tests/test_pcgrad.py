@@ -242,6 +242,15 @@ def test_bfloat16_gradients():
     assert tx.update(half, tx.init(None))[0].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("surgery", [True, False])
+def test_the_state_keeps_its_dtypes_in_x64(surgery):
+    with jax.enable_x64(True):
+        tx = pcgrad(3, surgery=surgery)
+        state = tx.init(None)
+        _, after = tx.update(array(J3), state)
+    assert [x.dtype for x in after] == [x.dtype for x in state]
+
+
 def test_state_tells_conflicts_and_cosines():
     tx = pcgrad(3)
     state = tx.init(None)

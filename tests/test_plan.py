@@ -187,6 +187,11 @@ def test_a_folder_is_a_base(tiny_base, tiny):
         (["--variant=lora3", "--mesh=data"], "write data=4,fsdp=2"),
         (["--variant=lora3", "--batch-size=0"], "--batch-size 0"),
         (["--variant=lora3", "--sentence-length=nan"], "--sentence-length nan"),
+        (["--variant=lora3", "--sentence-length=1e308"], "must fit into a row"),
+        (["--variant=lora3", "--sentence-length=65"], "--row-length 64"),
+        (["--variant=lora3", "--row-length=5000"], "--row-length 5000: the base has 512"),
+        (["--variant=lora3", "--base=minilm", "--rank=500"], "--rank: rank must be between 1 and"),
+        (["--variant=lora3", "--rank=0"], "--rank 0: must be above 0"),
         (["--variant=lora3", "--link=1e9"], "--link goes with --flops"),
         (["--variant=lora3", "--flops=-1"], "rates above 0"),
     ],
@@ -195,6 +200,12 @@ def test_bad_flags(flags, message, capsys):
     assert main(["plan", *flags]) == 2
     said = capsys.readouterr()
     assert message in " ".join((said.out + said.err).split())
+
+
+@pytest.mark.parametrize("lengths", [(0, 20.0, 64), (16, -1.0, 64), (16, 20.0, -64)])
+def test_lengths_that_cannot_be(lengths):
+    with pytest.raises(UserError, match="must be above 0"):
+        plan.for_variant("lora3", MINILM, *lengths)
 
 
 def test_rates():

@@ -18,7 +18,7 @@ from experiments.fuzz.targets import Target, all_targets
 from jaxlora import mesh
 from jaxlora.data import cs224n, tables
 from jaxlora.data.batches import make_order, plan
-from jaxlora.data.examples import Examples, tokenize
+from jaxlora.data.examples import Examples, tokenize, truncating
 from jaxlora.descriptions import Description
 from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
@@ -116,7 +116,7 @@ def test_a_sentence_is_kept_as_it_is(tmp_path, sentence):
     path.write_bytes(f"id\tsentence\tsentiment\r\na\t{sentence}\t3\r\n".encode())
     (row,) = cs224n.read(SST, path)
     assert row.sentence1 == sentence
-    tokens, offsets, _ = tokenize(tokenizer(), [sentence], 16)
+    tokens, offsets, _ = tokenize(truncating(tokenizer(), 16), [sentence])
     assert (tokens[0], tokens[-1], offsets.tolist()) == (2, 3, [0, len(tokens)])
 
 
@@ -131,14 +131,14 @@ def test_a_line_of_ten_megabytes_is_refused(tmp_path):
 
 
 def test_a_sentence_of_ten_megabytes_is_cut():
-    tokens, _, truncated = tokenize(tokenizer(), ["x" * 10_000_000 + " dog" * 10], 8)
+    tokens, _, truncated = tokenize(truncating(tokenizer(), 8), ["x" * 10_000_000 + " dog" * 10])
     assert (tokens.tolist(), truncated) == ([2, 1, 5, 5, 5, 5, 5, 3], 1)
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a dog \udcff runs"])
 def test_half_a_surrogate_pair_is_no_text(text):
     with pytest.raises(UserError, match="is not Unicode text"):
-        tokenize(tokenizer(), ["fine", text], 8)
+        tokenize(truncating(tokenizer(), 8), ["fine", text])
 
 
 # --- what users write on the command line
@@ -171,10 +171,11 @@ def test_any_mesh_that_fits_is_read_as_written(data, fsdp, count, swapped):
 
 names = st.text(string.ascii_letters, min_size=1, max_size=5)
 floats = st.floats(-1e9, 1e9)
+above_0 = st.floats(0, 1e9, exclude_min=True)
 ranks = st.lists(st.tuples(names, st.integers(1, 9)), max_size=3).map(tuple)
-alphas = st.lists(st.tuples(names, floats), max_size=3).map(tuple)
+alphas = st.lists(st.tuples(names, above_0), max_size=3).map(tuple)
 configs = st.builds(
-    LoraConfig, st.integers(1, 64), floats, st.lists(names).map(tuple), st.booleans(), ranks,
+    LoraConfig, st.integers(1, 64), above_0, st.lists(names).map(tuple), st.booleans(), ranks,
     alphas, st.floats(0, 0.9),
 )  # fmt: skip
 descriptions = st.builds(

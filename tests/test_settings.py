@@ -95,12 +95,18 @@ def test_adapter_flags_mean_nothing_without_adapters(values):
         {"lora_plus_ratio": 0.0},
         {"rank_pattern": (("query", 0),)},
         {"alpha_pattern": (("query", -1.0),)},
+        {"weight_decay": float("inf")},
     ],
 )
 def test_adapter_flags_out_of_range(values):
     flag = next(iter(values)).replace("_", "-")
     with pytest.raises(UserError, match=f"--{flag} .*must be"):
         resolve(Flags("lora3", **values))
+
+
+def test_some_module_is_adapted():
+    with pytest.raises(UserError, match="--target-modules: name at least one"):
+        resolve(Flags("lora3", target_modules=()))
 
 
 def test_surgery_is_for_tasks_that_share():

@@ -136,14 +136,14 @@ def ask(echo: Echo, request: Any) -> None:
     """`Predictor.check`, and the tokenizer behind it."""
     task, texts = echo.check(request)
     assert len(texts) == task.sentences
-    examples.tokenize(echo.base.tokenizer, texts, 8)
+    examples.tokenize(examples.truncating(echo.base.tokenizer, 8), texts)
 
 
 def tokenize(value: tuple[list[str], int], scratch: Path) -> None:
     """`examples.tokenize`."""
     texts, most = value
     tokenizer = samples.tokenizer()
-    tokens, offsets, truncated = examples.tokenize(tokenizer, texts, most)
+    tokens, offsets, truncated = examples.tokenize(examples.truncating(tokenizer, most), texts)
     assert offsets[0] == 0 and offsets[-1] == len(tokens) and len(offsets) == len(texts) + 1
     whole = [tokenizer.encode(text).ids for text in texts]
     for text, start, stop in zip(whole, offsets, offsets[1:], strict=False):

@@ -134,15 +134,25 @@ def load_examples(
     return splits
 
 
-def tokenize(
-    tokenizer: Tokenizer, texts: Sequence[str], max_length: int
-) -> tuple[np.ndarray, np.ndarray, int]:
+def truncating(tokenizer: Tokenizer, max_length: int) -> Tokenizer:
+    """A copy that cuts sentences to a length and pads none; the copy takes some 25 ms.
+
+    Args:
+      tokenizer: a fast tokenizer; its own truncation and padding stay as set.
+      max_length: longer sentences lose their last words and keep `[CLS]` and `[SEP]`.
+    """
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_padding()
+    copy.enable_truncation(max_length)
+    return copy
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
     """Token ids of sentences, end to end.
 
     Args:
-      tokenizer: a fast tokenizer; a copy is used, its own truncation and padding stay as set.
+      tokenizer: from `truncating`.
       texts: the sentences.
-      max_length: longer ones lose their last words and keep `[CLS]` and `[SEP]`.
 
     Returns:
       `(tokens i32[total], offsets i64[len(texts) + 1], how many were cut)`.
@@ -153,9 +163,6 @@ def tokenize(
     for text in texts:
         if not encodable(text):
             raise UserError(f"{ascii(text)[:60]}: is not Unicode text; take the surrogates out")
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
     parts, lengths, truncated = [np.zeros(0, np.int32)], [0], 0
     for start in range(0, len(texts), _CHUNK):
         for encoding in tokenizer.encode_batch(list(texts[start : start + _CHUNK])):
@@ -171,7 +178,7 @@ def _examples(
     found = len(rows)
     rows = [row for row in rows if not (labelled and math.isnan(row.label))]
     texts = [text for row in rows for text in sentences(row, task).values()]
-    tokens, offsets, truncated = tokenize(tokenizer, texts, max_length)
+    tokens, offsets, truncated = tokenize(truncating(tokenizer, max_length), texts)
     ids = np.array([row.id for row in rows], dtype=np.str_)
     labels = np.array([row.label for row in rows], np.float32)
     return Examples(

@@ -74,7 +74,8 @@ def read_treebank(task: Task, manager: tfds.download.DownloadManager) -> dict[st
     folder = fetch(manager, TREEBANK) / "trees"
     splits = {}
     for split in ("train", "dev", "test"):
-        lines = (folder / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+        # Words may have other white space in them, such as 2 1/2's no-break space.
+        lines = (folder / f"{split}.txt").read_text(encoding="utf-8").split("\n")
         splits[split] = [
             Row(f"{split}-{n}", sentence, "", parse_label(label, task, f"{split}.txt:{n}"))
             for n, (label, sentence) in enumerate(map(parse_tree, filter(None, lines)), 1)
@@ -88,7 +89,7 @@ def parse_tree(tree: str) -> tuple[str, str]:
     >>> parse_tree(r"(3 (2 (2 Writer\/director) (2 -LRB-)) (4 shines))")
     ('3', 'Writer/director ( shines')
     """
-    leaves = re.findall(r"\(\d ([^()\s]+)\)", tree)
+    leaves = re.findall(r"\(\d ([^() ]+)\)", tree)
     words = [ESCAPES.get(leaf, leaf.replace("\\", "")) for leaf in leaves]
     return tree[1:2], " ".join(words)
 

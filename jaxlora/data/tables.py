@@ -99,7 +99,8 @@ def read(
         raise UserError(f"{path} is empty: not even a header line; replace the file.")
     needed = [*([columns.id] if columns.id else []), *columns.text]
     needed += [columns.label] if labelled else []
-    find_columns(header, needed, path, delimiter, task.title)
+    optional = [columns.label] if labelled is None else []
+    find_columns(header, needed, path, delimiter, task.title, optional)
     at = {name: header.index(name) for name in header}
     rows: list[Row] = []
     for line, fields in lines:
@@ -149,7 +150,10 @@ def sniff(text: str, path: Path) -> str:
     header = text.lstrip("\r\n").split("\n", 1)[0]
     best = max(DELIMITERS, key=header.count)
     if sum(header.count(d) == header.count(best) > 0 for d in DELIMITERS) > 1:
-        raise UserError(f"{path}:1: cannot tell what separates the fields; give the delimiter.")
+        raise UserError(
+            f"{path}:1: cannot tell what separates the fields; of tab, comma, semicolon and bar "
+            "use one alone in the header (a task's description may name its delimiter)."
+        )
     return best
 
 
@@ -182,16 +186,21 @@ def read_lines(lines: Iterable[str], path: Path, delimiter: str) -> Iterator[tup
 
 
 def find_columns(
-    header: Sequence[str], needed: Sequence[str], path: Path, delimiter: str, who: str
+    header: Sequence[str],
+    needed: Sequence[str],
+    path: Path,
+    delimiter: str,
+    who: str,
+    optional: Sequence[str] = (),
 ) -> None:
-    """Refuse a header that lacks a column.
+    """Refuse a header that lacks a needed column, or has one that is read twice.
 
     Raises:
       UserError: naming what is missing and what there is.
     """
     if not any(header):
         raise UserError(f"{path}: is empty. {who} needs a header with {', '.join(needed)}.")
-    twice = [name for name in needed if header.count(name) > 1]
+    twice = [name for name in (*needed, *optional) if header.count(name) > 1]
     if twice:
         raise UserError(f"{path}:1: the column {twice[0]} is there twice; rename one of them.")
     missing = [name for name in needed if name not in header]
