@@ -585,7 +585,8 @@ def test_the_base_of_an_import(three, tiny, tiny_base, tmp_path, call, monkeypat
     assert call("import", "peft", theirs, *new, "--as", "one", *flags)[0] == 0
     assert bank.load(tmp_path / "new").base == str(tiny_base)
     assert call("import", "peft", theirs, *new, "--as", "two", *flags)[0] == 0
-    assert call("import", "peft", tmp_path / "ours", *new, "--as", "three", *flags)[0] == 0
+    ours = ("import", "peft", tmp_path / "ours", "--bank", tmp_path / "ours-alone")
+    assert call(*ours, "--as", "three", *flags) == (0, f"{tmp_path / 'ours-alone'}: added three\n")
     for number, folder in enumerate((theirs, tmp_path / "ours")):
         wrong = ("--as", f"no-{number}", "--base-sha256", "0" * 64)
         code, shown = call("import", "peft", folder, *new, *wrong)
