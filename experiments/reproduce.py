@@ -36,7 +36,8 @@ class Common:
       data_dir: folder with the tab-separated files of the CS224N default project.
       source: where the data comes from; cs224n if --data-dir is given, else the preset's.
       base: minilm, a local Hugging Face folder, or a hub id.
-      epochs: passes over each group's largest training set.
+      epochs: passes over each group's largest training set; default: one in the demo, so that all
+        eight variants take minutes, else the preset's.
       max_steps: train a group for so many steps at the most.
       batch_size: examples of each task in a step.
       eval_every: steps between evaluations and checkpoints.
@@ -56,9 +57,10 @@ class Common:
     dtype: Literal["float32", "bfloat16"] | None = None
 
     def given(self) -> dict[str, Any]:
-        """Those that are given."""
+        """Those that are given, and the demo's single epoch."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Common)}
-        return {name: value for name, value in values.items() if value is not None}
+        default = {"epochs": 1} if self.preset == "demo" else {}
+        return default | {name: value for name, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,6 +83,12 @@ def test_every_study_resolves_and_its_command_gives_its_flags(preset, name):
     )
 
 
+def test_the_demo_takes_one_epoch_unless_told_otherwise():
+    assert reproduce.Flags().given() == {"preset": "demo", "epochs": 1}
+    assert reproduce.Flags(epochs=3).given()["epochs"] == 3
+    assert "epochs" not in reproduce.Flags(preset="cs224n").given()
+
+
 def test_what_a_study_is_comes_before_what_is_given():
     flags = studies.STUDIES["warmup24"].to_flags(batch_size=8, epochs=1)
     assert (flags.batch_size, flags.epochs) == (24, 1)

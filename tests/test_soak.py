@@ -1,7 +1,6 @@
 """Long runs: both dtypes stay close, memory stays as it is, and nothing is compiled again."""
 
 import logging
-import os
 import resource
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from jaxlora.settings import Flags, resolve
 
 STEPS = 5000
 SIZES = {"sst": 260, "para": 400, "sts": 190}  # 67 steps an epoch
-WARM = 200  # steps: two epochs and all their evaluations are over
+WARM = 600  # steps: some epochs and the first evaluation are over
 # How far the losses of the two dtypes may be apart, as a share of the loss: docs/reliability.md.
 DISTANCE = 0.1
 
@@ -50,7 +49,7 @@ class Compilations(logging.Handler):
 
 
 def soak(tiny_base, folder, dtype):
-    flags = short("lora3", epochs=STEPS, max_steps=STEPS, eval_every=100, dtype=dtype)
+    flags = short("lora3", epochs=STEPS, max_steps=STEPS, eval_every=500, dtype=dtype)
     settings = resolve(Flags("lora3", base=str(tiny_base), data_dir=folder / "data", **flags))
     listener = Watching()
     handler, logger = Compilations(listener), logging.getLogger("jax")
@@ -79,7 +78,7 @@ def test_the_two_dtypes_stay_close(soaked):
     means = [found.reshape(10, -1, 3).mean(1) for found in losses]  # of 500 steps, by task
     print("\n", means)
     np.testing.assert_allclose(means[1], means[0], rtol=DISTANCE, atol=0.01)
-    assert (means[0][-1] < 0.95 * means[0][0]).all()  # labels are random, so it learns them by heart
+    assert (means[0][-1] < 0.95 * means[0][0]).all()  # it learns random labels by heart
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -87,8 +86,7 @@ def test_memory_does_not_grow(soaked, dtype):
     memory = soaked[dtype][0].memory
     begin, end = memory[STEPS - 2000], memory[STEPS]
     print("\n", dtype, {step: memory[step] // 2**20 for step in range(500, STEPS + 1, 500)})
-    assert end - begin < 8 * 2**20
-    assert os.environ["JAXLORA_CACHE"]
+    assert end - begin < 8 * 2**20  # each checkpoint leaves up to half a megabyte with Orbax
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
