@@ -100,16 +100,21 @@ class Predictor:
         Raises:
           UserError: for an unknown task, or sentences where pairs are needed.
         """
-        checked = self._checked(task, examples)
+        chosen = self.task(task)
+        checked = _check_all(chosen, examples, chosen.pair)
         parts = [evaluate.decode(t, outputs) for t, _, outputs in self._outputs(checked)]
         return parts[0] if parts else np.zeros(0, np.float32)
 
-    def encode(self, task: str, examples: Sequence[str | tuple[str, str]]) -> np.ndarray:
-        """Sentence vectors as a task sees them, `f32[len(examples) · sentences, H]`.
+    def encode(self, task: str, sentences: Sequence[str]) -> np.ndarray:
+        """The vectors of single sentences as a task sees them, be it of pairs or not.
 
-        Args and errors as in `predict`.
+        Returns:
+          `f32[len(sentences), H]`.
+
+        Raises:
+          UserError: for an unknown task, or what is no sentence.
         """
-        checked = self._checked(task, examples)
+        checked = _check_all(self.task(task), sentences, pairs=False)
         if not checked:
             return np.zeros((0, self.base.config.hidden_size), np.float32)
         return self._vectors(checked)
@@ -216,16 +221,7 @@ class Predictor:
         if len(request) < 2:
             raise UserError(f"{which} is {request!r}, without a sentence; give {WANTED}")
         task = self.task(request[0])
-        return task, _check(task, which, tuple(request[1:]))
-
-    def _checked(
-        self, task: str, examples: Sequence[str | tuple[str, str]]
-    ) -> list[tuple[Task, tuple[str, ...]]]:
-        chosen = self.task(task)
-        if isinstance(examples, str):
-            raise UserError(f"{task}: give a list of examples, not one string")
-        parts = [tuple(e) if isinstance(e, tuple | list) else (e,) for e in examples]
-        return [(chosen, _check(chosen, f"example {n}", part)) for n, part in enumerate(parts)]
+        return task, _check(task, which, tuple(request[1:]), task.pair)
 
     def task(self, name: str) -> Task:
         """A task by its name.
@@ -236,9 +232,18 @@ class Predictor:
         return self.trained.find(name).task
 
 
-def _check(task: Task, which: str, texts: tuple[Any, ...]) -> tuple[str, ...]:
-    if len(texts) != task.sentences or not all(isinstance(s, str) for s in texts):
-        wanted = "pairs of sentences" if task.pair else "single sentences"
+def _check_all(
+    task: Task, examples: Sequence[str | tuple[str, str]], pairs: bool
+) -> list[tuple[Task, tuple[str, ...]]]:
+    if isinstance(examples, str):
+        raise UserError(f"{task.name}: give a list of examples, not one string")
+    parts = [tuple(e) if isinstance(e, tuple | list) else (e,) for e in examples]
+    return [(task, _check(task, f"example {n}", part, pairs)) for n, part in enumerate(parts)]
+
+
+def _check(task: Task, which: str, texts: tuple[Any, ...], pairs: bool) -> tuple[str, ...]:
+    if len(texts) != 1 + pairs or not all(isinstance(s, str) for s in texts):
+        wanted = "pairs of sentences" if pairs else "single sentences"
         shown = texts[0] if len(texts) == 1 else texts
         raise UserError(f"{task.name} takes {wanted}; {which} is {shown!r}")
     if not all(sentence.strip() for sentence in texts):

@@ -593,17 +593,18 @@ def test_the_base_of_an_import(three, tiny, tiny_base, tmp_path, call, monkeypat
         assert code == 2 and "--base-sha256 000" in shown
 
 
-def test_a_merged_export_gives_the_banks_vectors(three, tmp_path, call):
+@pytest.mark.parametrize("task", ["sst", "sts"])
+def test_a_merged_export_gives_the_banks_vectors(three, tmp_path, call, task):
     pytest.importorskip("torch")
     from transformers import AutoModel, AutoTokenizer
 
-    code, _ = call("export", "merged", tmp_path / "m", "--bank", three, "--task", "sst")
+    code, _ = call("export", "merged", tmp_path / "m", "--bank", three, "--task", task)
     assert code == 0
     model = AutoModel.from_pretrained(tmp_path / "m", add_pooling_layer=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
     batch = tokenizer(["a very good film"], return_tensors="pt")
     theirs = model(**batch).last_hidden_state.mean(1).detach().numpy()
-    ours = jaxlora.load(three).encode("sst", ["a very good film"])
+    ours = jaxlora.load(three).encode(task, ["a very good film"])
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
