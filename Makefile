@@ -11,7 +11,7 @@ test: .venv/ready-for-tests lint  ## all checks, and the quick tests
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: .venv/ready-for-tests  ## the long tests: kills, many devices, soaks
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: .venv/ready-for-tests  ## all checks of the code itself
 	$(BIN)/ruff format --check .

@@ -186,9 +186,8 @@ def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.Grad
         del params
         _check_leading_axis(updates, num_tasks)
         key, order_key = jax.random.split(state.key)
-        K = gram(updates) + jnp.zeros(
-            (num_tasks, num_tasks), jnp.float32
-        )  # zeros for an empty tree
+        empty = jnp.zeros((num_tasks, num_tasks), jnp.float32)  # what a tree without leaves has
+        K = gram(updates) + empty
         weights = jnp.ones(num_tasks, jnp.float32)
         if surgery:
             weights = project(K, orders(order_key, num_tasks)).sum(0)

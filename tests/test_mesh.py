@@ -107,7 +107,6 @@ def memory():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("memory")
 def test_memory_falls_with_the_number_of_parts(memory):
     """Of full fine-tuning: parameters and two moments; the heads are whole everywhere."""
     heads = memory["full data=1"]["state"] - 8 / 7 * (
@@ -122,7 +121,6 @@ def test_memory_falls_with_the_number_of_parts(memory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("memory")
 def test_the_collectives_are_those_expected(memory):
     assert memory["full data=1"]["collectives"] == memory["lora data=1"]["collectives"] == {}
     for adapt in ("full", "lora"):  # rows alone: gradients are added up, nothing is fetched

@@ -18,8 +18,7 @@ WARM = 600  # steps: some epochs and the first evaluation are over
 # How far the losses of the two dtypes may be apart, as a share of the loss: docs/reliability.md.
 DISTANCE = 0.1
 
-# Its runs are made once: all of it in one of xdist's workers.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("soak")]
+pytestmark = pytest.mark.slow
 
 
 class Watching(Silent):
