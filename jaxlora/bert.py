@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -133,9 +134,9 @@ class Dense(nn.Module):
     """`x W + b`, plus `scale · x A B` where the `lora` collection has this layer.
 
     Several adapters side by side (`A: [T, in, r]`, `B: [T, r, out]`) are one of rank T·r, of which
-    each token uses the share it is given. In training the adapter's input has its own dropout;
-    adapters side by side see the same. Matmul inputs are `dtype`; products are summed, and
-    returned, in float32.
+    each token uses the share it is given; in training they are taken for copies of one, each with
+    its own tokens' gradient. In training the adapter's input has its own dropout. Matmul inputs are
+    `dtype`; products are summed, and returned, in float32.
     """
 
     features: int
@@ -155,7 +156,11 @@ class Dense(nn.Module):
         if self.has_variable("lora", "A"):
             a, b = (jnp.asarray(self.get_variable("lora", name)) for name in "AB")
             x = _dropout(self, x, self.lora.dropout, train)
-            y = y + self.lora.scale_of(self.path) * low_rank(x, a, b, share, self.dtype)
+            if train and share is not None:
+                low = low_rank_of_copies(x, a, b, share, self.dtype)
+            else:
+                low = low_rank(x, a, b, share, self.dtype)
+            y = y + self.lora.scale_of(self.path) * low
         return y
 
 
@@ -180,6 +185,59 @@ def low_rank(
     beside = jnp.moveaxis(a, 0, 1).reshape(fan_in, count * rank)
     inner = matmul(x, beside, dtype) * jnp.repeat(share, rank, axis=-1)
     return matmul(inner, b.reshape(count * rank, -1), dtype)
+
+
+def low_rank_of_copies(
+    x: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array, dtype: Any
+) -> jax.Array:
+    """`low_rank` where all T adapters are copies of one and each token uses one: for training.
+
+    The product is computed once, with the first copy; each copy's gradient is that of its tokens.
+    """
+    return matmul_of_copies(matmul_of_copies(x, a, share, dtype), b, share, dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def matmul_of_copies(x: jax.Array, w: jax.Array, share: jax.Array, dtype: Any) -> jax.Array:
+    """`matmul` by one of T equal matrices; copy t's gradient is that of the tokens it has.
+
+    Args:
+      x: `[..., in]`.
+      w: `[T, in, out]`, T times the same.
+      share: `f32[..., T]`, how much of each copy a token uses; its sum is not multiplied with.
+      dtype: of the inputs of all matmuls.
+
+    Returns:
+      `f32[..., out]`.
+    """
+    del share
+    return matmul(x, w[0], dtype)
+
+
+def _copies_forward(
+    x: jax.Array, w: jax.Array, share: jax.Array, dtype: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    y, kept = _matmul_forward(x, w[0], dtype)
+    return y, (kept, share)
+
+
+def _copies_backward(
+    dtype: Any, kept: tuple[Any, ...], grad: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    of_one, share = kept
+    dx, _ = _matmul_backward(dtype, of_one, grad)
+    x, _, _, like_w = of_one
+    grad = grad.astype(dtype)
+    # The narrower side is parted by task: one matmul then makes all gradients.
+    narrow, wide = sorted((x, grad), key=lambda side: side.shape[-1])
+    parts = share.astype(dtype)[..., :, None] * narrow[..., None, :]
+    lead = tuple(range(x.ndim - 1))
+    dw = jnp.tensordot(parts, wide, (lead, lead), preferred_element_type=jnp.float32)
+    dw = dw if narrow is x else dw.swapaxes(1, 2)
+    return dx, dw.astype(like_w.dtype), None
+
+
+matmul_of_copies.defvjp(_copies_forward, _copies_backward)
 
 
 class SelfAttention(nn.Module):
@@ -337,7 +395,8 @@ class Encoder(nn.Module):
             attends to the tokens of its row that have its id.
           train: apply dropout (needs a `dropout` rng).
           share: `f32[R, S, T]`, how much of each of T adapters a token uses (leaves of `lora` are
-            `[L, T, ...]` then); None for one adapter (`[L, ...]`), or none.
+            `[L, T, ...]` then, and with `train` T copies of one); None for one adapter
+            (`[L, ...]`), or none.
 
         Returns:
           `f32[R, S, H]`, the last layer.
@@ -408,12 +467,29 @@ def param_shapes(config: BertConfig) -> dict[str, Any]:
 
 
 def matmul_ready(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """Cast the Dense kernels to `dtype` once, so that no step converts them again.
+    """Frozen parameters as the programs want them, so that no step does this again.
 
-    Embeddings, biases and LayerNorm stay float32.
+    Dense kernels are in `dtype`; embeddings, biases and LayerNorm stay float32. Few layers lie
+    apart, in a list: the programs would copy each out of the stack. `stack_layers` is the way back.
     """
 
     def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         return jnp.asarray(x, dtype if path[-1].key == "kernel" else jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    params = jax.tree_util.tree_map_with_path(leaf, params)
+    count = len(jax.tree.leaves(params["layers"])[0])
+    if count > MOST_UNROLLED:
+        return params
+    layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(count)]
+    return params | {"layers": layers}
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """The layers along one axis again, as the module has them.
+
+    In a program that unrolls them this costs nothing: XLA takes a slice of a stack for what was put
+    there.
+    """
+    if isinstance(params["layers"], dict):
+        return params
+    return params | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *params["layers"])}

@@ -1,8 +1,8 @@
 """The one train step, for every variant, over T ≥ 1 tasks.
 
-The group's trainable tree is broadcast along a task axis, so one backward pass gives each task's
-own gradient; an optax chain that begins with PCGrad brings the task axis down again. Heads belong
-to one task each: their gradients go straight to their own optimizer.
+One backward pass gives each task's own gradient of the group's trainable tree, along a task axis;
+an optax chain that begins with PCGrad brings that axis down again. Heads belong to one task each:
+their gradients go straight to their own optimizer.
 
 Shapes: T tasks, R rows, S tokens a row, N sentences and B examples a task, H hidden size.
 """
@@ -111,7 +111,13 @@ class Encode(Protocol):
         """Sentence vectors `f32[N, H]`; dropout is on when a key is given."""
 
 
-EncodeTasks = Callable[[Tree, Tree, Any, jax.Array], jax.Array]
+class EncodeTasks(Protocol):
+    """Encodes the sentences of all tasks of a group with its one tree; see `task_encoder`."""
+
+    def __call__(
+        self, frozen: Tree, trainable: Tree, inputs: Any, key: jax.Array
+    ) -> tuple[jax.Array, Callable[[jax.Array], Tree]]:
+        """Vectors `f32[T, N, H]`, and from their cotangents to each task's gradient `[T, ...]`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +126,7 @@ class Setup:
 
     Attributes:
       tasks: the group's tasks, in the order of the task axis.
-      encode: `(frozen, stack, inputs, key) -> f32[T, N, H]`, where the stack is the trainable tree
-        with leading `[T]`.
+      encode: from `task_encoder`.
       tx: the encoder's optimizer, from `optimizers`.
       head_tx: the heads' optimizer.
       hidden_size: H.
@@ -157,9 +162,10 @@ def encoder(config: bert.BertConfig, dtype: Any, adapter: lora.LoraConfig, pooli
         key: jax.Array | None,
         share: jax.Array | None = None,
     ) -> jax.Array:
+        collections = {**frozen, **trainable}
         hidden = jnp.asarray(
             module.apply(
-                {**frozen, **trainable},
+                collections | {"params": bert.stack_layers(collections["params"])},
                 rows.tokens,
                 rows.positions,
                 rows.segment_ids,
@@ -183,14 +189,16 @@ def task_encoder(adapt: Adapt, encode: Encode, num_tasks: int) -> EncodeTasks:
       num_tasks: T.
 
     Returns:
-      `(frozen, stack, inputs, key) -> f32[T, N, H]`; the inputs are `Batch.inputs`.
+      `(frozen, trainable, inputs, key) -> (vectors, pull)`, with the inputs of a `Batch`:
+      `vectors: f32[T, N, H]` and `pull(gradient of the vectors)`, the trainable tree's gradient for
+      each task: leaves `[T, ...]`.
     """
     return {"frozen": _ready, "lora": _mixed, "full": _separate}[adapt](encode, num_tasks)
 
 
 def _ready(encode: Encode, num_tasks: int) -> EncodeTasks:
     del encode, num_tasks
-    return lambda frozen, stack, vectors, key: vectors
+    return lambda frozen, trainable, inputs, key: (inputs, lambda grad: trainable)
 
 
 def _separate(encode: Encode, num_tasks: int) -> EncodeTasks:
@@ -200,7 +208,7 @@ def _separate(encode: Encode, num_tasks: int) -> EncodeTasks:
     def encode_tasks(frozen: Tree, stack: Tree, rows: Rows, key: jax.Array) -> jax.Array:
         return encode_each(frozen, stack, rows, jax.random.split(key, num_tasks))
 
-    return encode_tasks
+    return _copied(encode_tasks, num_tasks)
 
 
 def _mixed(encode: Encode, num_tasks: int) -> EncodeTasks:
@@ -216,7 +224,18 @@ def _mixed(encode: Encode, num_tasks: int) -> EncodeTasks:
         vectors = _encode_mixed(encode, frozen, stack, rows, owner, key)
         return vectors.reshape(num_tasks, sentences, -1)
 
-    return encode_tasks
+    return _copied(encode_tasks, num_tasks)
+
+
+def _copied(encode_tasks: Callable[..., jax.Array], num_tasks: int) -> EncodeTasks:
+    """Each task uses a copy of the trainable tree: the copies' gradients are the tasks'."""
+
+    def encode(frozen: Tree, trainable: Tree, inputs: Any, key: jax.Array) -> Any:
+        stack = trees.broadcast(trainable, num_tasks)
+        vectors, pull = jax.vjp(lambda stack: encode_tasks(frozen, stack, inputs, key), stack)
+        return vectors, lambda grad: pull(grad)[0]
+
+    return encode
 
 
 def _encode_mixed(
@@ -310,26 +329,23 @@ def init_state(setup: Setup, trainable: Tree, key: jax.Array) -> TrainState:
 
 
 def task_losses(
-    setup: Setup, stack: Tree, heads: dict[str, Tree], frozen: Tree, batch: Batch, key: jax.Array
+    setup: Setup, heads: dict[str, Tree], vectors: jax.Array, batch: Batch, keys: jax.Array
 ) -> jax.Array:
-    """Mean loss of every task, `f32[T]`, each through its own copy of the trainable tree.
+    """Mean loss of every task, `f32[T]`.
 
     Args:
-      setup: the group's tasks and encoder.
-      stack: trainable tree with leading `[T]` (`trees.broadcast`).
+      setup: the group's tasks.
       heads: head parameters by task.
-      frozen: the frozen collections, shared by all tasks.
-      batch: see `Batch`.
-      key: PRNG key for dropout.
+      vectors: `f32[T, N, H]`, of the batch's sentences.
+      batch: see `Batch`; its inputs are not read.
+      keys: PRNG keys `[T]` for dropout in the heads.
     """
-    encode_key, *head_keys = jax.random.split(key, 1 + len(setup.tasks))
-    vectors = setup.encode(frozen, stack, batch.inputs, encode_key)
     size = batch.labels.shape[1]
     per_task = []
     for t, task in enumerate(setup.tasks):
         outputs = task.apply_head(
             heads[task.name], vectors[t, :size], vectors[t, size:],
-            pair_features=setup.pair_features, dropout=setup.dropout, key=head_keys[t],
+            pair_features=setup.pair_features, dropout=setup.dropout, key=keys[t],
         )  # fmt: skip
         per_task.append(
             losses.masked_mean(task.per_example_loss(outputs, batch.labels[t]), batch.weights[t])
@@ -344,16 +360,16 @@ def train_step(
 
     A step with a loss or an update that is not finite changes nothing but the step's number.
     """
-    key = jax.random.fold_in(state.key, state.step)
-    stack = trees.broadcast(state.trainable, len(setup.tasks))
+    keys = jax.random.split(jax.random.fold_in(state.key, state.step), 1 + len(setup.tasks))
     weights = jnp.array(setup.weights or (1.0,) * len(setup.tasks))
+    vectors, pull = setup.encode(frozen, state.trainable, batch.inputs, keys[0])
 
-    def total(stack: Tree, heads: dict[str, Tree]) -> tuple[jax.Array, jax.Array]:
-        per_task = task_losses(setup, stack, heads, frozen, batch, key)
+    def total(vectors: jax.Array, heads: dict[str, Tree]) -> tuple[jax.Array, jax.Array]:
+        per_task = task_losses(setup, heads, vectors, batch, keys[1:])
         return jnp.sum(per_task * weights), per_task
 
-    (grads, head_grads), per_task = jax.grad(total, (0, 1), has_aux=True)(stack, state.heads)
-    updates, opt_state = setup.tx.update(grads, state.opt_state, state.trainable)
+    (grad, head_grads), per_task = jax.grad(total, (0, 1), has_aux=True)(vectors, state.heads)
+    updates, opt_state = setup.tx.update(pull(grad), state.opt_state, state.trainable)
     head_updates, head_opt_state = setup.head_tx.update(
         head_grads, state.head_opt_state, state.heads
     )

@@ -241,7 +241,7 @@ def test_backward_matmuls_are_bfloat16_too():
 
 def test_bfloat16_encoder_stays_close_and_float32_outside(tiny):
     rows = fill([np.arange(10, 30)], [0], 1, Shape(1, 24))
-    params = bert.matmul_ready(tiny.params, jnp.bfloat16)
+    params = bert.stack_layers(bert.matmul_ready(tiny.params, jnp.bfloat16))
     hidden = Encoder(tiny.config, jnp.bfloat16).apply({"params": params}, *rows[:3])
     assert hidden.dtype == jnp.float32
     expected = encode(tiny, rows)

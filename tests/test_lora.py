@@ -330,7 +330,6 @@ def test_adapters_side_by_side_drop_what_one_alone_drops(tiny):
     rng = np.random.default_rng(0)
     rows = fill([rng.integers(5, 200, n) for n in (9, 30, 4)], range(3), 3, Shape(2, 32))
     pair = [random_adapter(tiny.params, config, size) for size in (0.05, 0.2)]
-    stack = jax.tree.map(lambda *x: jnp.stack(x, 1), *pair)
     frozen = tiny.config.with_dropout(0.0)
 
     def run(config, adapter, share=None):
@@ -342,6 +341,7 @@ def test_adapters_side_by_side_drop_what_one_alone_drops(tiny):
     for t, adapter in enumerate(pair):
         share = jnp.broadcast_to(jax.nn.one_hot(t, 2), (*rows.tokens.shape, 2))
         alone = run(config, adapter)
+        stack = jax.tree.map(lambda x: jnp.stack([x, x], 1), adapter)
         np.testing.assert_allclose(run(config, stack, share), alone, rtol=0, atol=1e-5)
         assert jnp.abs(alone - run(plain, adapter)).max() > 0.01
 
