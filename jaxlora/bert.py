@@ -21,20 +21,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxlora import ops
 from jaxlora.lora import LoraConfig
 
-
-def gelu(x: jax.Array) -> jax.Array:
-    """`x Φ(x)`, by the error function (Hendrycks & Gimpel 2016); `erfc` costs more on CPU.
-
-    >>> round(gelu(jnp.array(1.0)).item(), 4)
-    0.8413
-    """
-    return 0.5 * x * (1 + jax.lax.erf(x * jnp.float32(0.5**0.5)))
-
-
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": gelu,
+    "gelu": ops.gelu,
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -72,64 +63,6 @@ class BertConfig:
         )
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """Zero elements with probability `rate` and scale up the others, so that the mean stays.
-
-    Random bits are a large part of a step on CPU, so an element gets 8 of them: the rate is rounded
-    to a multiple of 1/256 (0.1 is 26/256), and the scale fits the rounded rate.
-
-    Args:
-      x: any shape.
-      rate: from 0 (below 1/512 nothing is dropped) to 255/256 (more is taken for that).
-      key: PRNG key.
-
-    >>> sorted(set(dropout(jnp.ones(64), 0.5, jax.random.key(0)).tolist()))
-    [0.0, 2.0]
-    """
-    words = jax.random.bits(key, (-(-x.size // 4),), jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: x.size].reshape(x.shape)
-    dropped = min(round(rate * 256), 255)
-    return jnp.where(bits >= dropped, x * (256 / (256 - dropped)), 0.0)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
-    """`x w` with inputs in `dtype` and sums in float32, in the backward pass too.
-
-    Without its own derivative JAX would multiply the float32 cotangent by the `dtype` kernel, at
-    the float32 rate.
-
-    Args:
-      x: `[..., in]`.
-      w: `[in, out]`.
-      dtype: of the inputs of all three matmuls.
-
-    Returns:
-      `f32[..., out]`.
-    """
-    return jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _matmul_forward(x: jax.Array, w: jax.Array, dtype: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    # The cast inputs are what the backward pass reads; the empty arrays remember the dtypes.
-    kept = (x.astype(dtype), w.astype(dtype), jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
-    return matmul(x, w, dtype), kept
-
-
-def _matmul_backward(
-    dtype: Any, kept: tuple[Any, ...], grad: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, w, like_x, like_w = kept
-    grad = grad.astype(dtype)
-    lead = tuple(range(x.ndim - 1))
-    dx = jnp.matmul(grad, w.T, preferred_element_type=jnp.float32)
-    dw = jnp.tensordot(x, grad, (lead, lead), preferred_element_type=jnp.float32)
-    return dx.astype(like_x.dtype), dw.astype(like_w.dtype)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
 class Dense(nn.Module):
     """`x W + b`, plus `scale · x A B` where the `lora` collection has this layer.
 
@@ -152,92 +85,16 @@ class Dense(nn.Module):
             "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), jnp.float32
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        y = matmul(x, kernel, self.dtype) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+        y = ops.matmul(x, kernel, self.dtype) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
         if self.has_variable("lora", "A"):
             a, b = (jnp.asarray(self.get_variable("lora", name)) for name in "AB")
             x = _dropout(self, x, self.lora.dropout, train)
             if train and share is not None:
-                low = low_rank_of_copies(x, a, b, share, self.dtype)
+                low = ops.low_rank_of_copies(x, a, b, share, self.dtype)
             else:
-                low = low_rank(x, a, b, share, self.dtype)
+                low = ops.low_rank(x, a, b, share, self.dtype)
             y = y + self.lora.scale_of(self.path) * low
         return y
-
-
-def low_rank(
-    x: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array | None, dtype: Any
-) -> jax.Array:
-    """`x A B`, or `Σ_t share_t · x A_t B_t` in the same two matmuls.
-
-    Args:
-      x: `[..., in]`.
-      a: `[in, r]`; with a share `[T, in, r]`.
-      b: `[r, out]`; with a share `[T, r, out]`.
-      share: `f32[..., T]`, how much of each adapter a token uses, or None for the only one.
-      dtype: of the matmuls' inputs.
-
-    Returns:
-      `f32[..., out]`.
-    """
-    if share is None:
-        return matmul(matmul(x, a, dtype), b, dtype)
-    count, fan_in, rank = a.shape
-    beside = jnp.moveaxis(a, 0, 1).reshape(fan_in, count * rank)
-    inner = matmul(x, beside, dtype) * jnp.repeat(share, rank, axis=-1)
-    return matmul(inner, b.reshape(count * rank, -1), dtype)
-
-
-def low_rank_of_copies(
-    x: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array, dtype: Any
-) -> jax.Array:
-    """`low_rank` where all T adapters are copies of one and each token uses one: for training.
-
-    The product is computed once, with the first copy; each copy's gradient is that of its tokens.
-    """
-    return matmul_of_copies(matmul_of_copies(x, a, share, dtype), b, share, dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def matmul_of_copies(x: jax.Array, w: jax.Array, share: jax.Array, dtype: Any) -> jax.Array:
-    """`matmul` by one of T equal matrices; copy t's gradient is that of the tokens it has.
-
-    Args:
-      x: `[..., in]`.
-      w: `[T, in, out]`, T times the same.
-      share: `f32[..., T]`, how much of each copy a token uses; its sum is not multiplied with.
-      dtype: of the inputs of all matmuls.
-
-    Returns:
-      `f32[..., out]`.
-    """
-    del share
-    return matmul(x, w[0], dtype)
-
-
-def _copies_forward(
-    x: jax.Array, w: jax.Array, share: jax.Array, dtype: Any
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    y, kept = _matmul_forward(x, w[0], dtype)
-    return y, (kept, share)
-
-
-def _copies_backward(
-    dtype: Any, kept: tuple[Any, ...], grad: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    of_one, share = kept
-    dx, _ = _matmul_backward(dtype, of_one, grad)
-    x, _, _, like_w = of_one
-    grad = grad.astype(dtype)
-    # The narrower side is parted by task: one matmul then makes all gradients.
-    narrow, wide = sorted((x, grad), key=lambda side: side.shape[-1])
-    parts = share.astype(dtype)[..., :, None] * narrow[..., None, :]
-    lead = tuple(range(x.ndim - 1))
-    dw = jnp.tensordot(parts, wide, (lead, lead), preferred_element_type=jnp.float32)
-    dw = dw if narrow is x else dw.swapaxes(1, 2)
-    return dx, dw.astype(like_w.dtype), None
-
-
-matmul_of_copies.defvjp(_copies_forward, _copies_backward)
 
 
 class SelfAttention(nn.Module):
@@ -260,18 +117,29 @@ class SelfAttention(nn.Module):
             .astype(self.dtype)
             for name in ("query", "key", "value")
         )
-        scores = jnp.einsum("rqhd,rkhd->rhqk", query, key, preferred_element_type=jnp.float32) * (
-            shape[-1] ** -0.5
-        )
-        weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
-        weights = _dropout(self, weights, c.attention_probs_dropout_prob, train)
-        y = jnp.einsum(
-            "rhqk,rkhd->rqhd",
-            weights.astype(self.dtype),
-            value,
-            preferred_element_type=jnp.float32,
-        )
+        kept, scale = None, 1.0
+        if train and c.attention_probs_dropout_prob:
+            rows, tokens, heads, _ = shape
+            weights = (rows, heads, tokens, tokens)
+            kept, scale = ops.keep(
+                weights, c.attention_probs_dropout_prob, self.make_rng("dropout")
+            )
+        y = ops.attend(query, key, value, mask, kept, scale)
         return y.reshape(x.shape)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation in float32."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`f32[..., H]` → the same shape."""
+        width = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, width, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, width, jnp.float32)
+        return ops.layer_norm(x, scale, bias, self.epsilon)
 
 
 class Output(nn.Module):
@@ -289,7 +157,7 @@ class Output(nn.Module):
         c = self.config
         y = Dense(c.hidden_size, self.dtype, self.lora, name="dense")(x, share, train)
         y = _dropout(self, y, c.hidden_dropout_prob, train)
-        return _layer_norm(c)(y + residual)
+        return LayerNorm(c.layer_norm_eps, name="LayerNorm")(y + residual)
 
 
 class Attention(nn.Module):
@@ -355,7 +223,7 @@ class Embeddings(nn.Module):
         x = self._table("word_embeddings", c.vocab_size)[tokens]
         x = x + self._table("position_embeddings", c.max_position_embeddings)[positions]
         x = x + self._table("token_type_embeddings", c.type_vocab_size)[0][None, None]
-        x = _layer_norm(c)(x)
+        x = LayerNorm(c.layer_norm_eps, name="LayerNorm")(x)
         return _dropout(self, x, c.hidden_dropout_prob, train)
 
     def _table(self, name: str, rows: int) -> jax.Array:
@@ -443,16 +311,7 @@ def pool(hidden: jax.Array, segment_ids: jax.Array, cls_index: jax.Array, kind: 
 
 
 def _dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
-    return dropout(x, rate, module.make_rng("dropout")) if train and rate else x
-
-
-def _layer_norm(config: BertConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_eps,
-        dtype=jnp.float32,
-        name="LayerNorm",
-        use_fast_variance=False,
-    )
+    return ops.dropout(x, rate, module.make_rng("dropout")) if train and rate else x
 
 
 @functools.lru_cache(maxsize=8)

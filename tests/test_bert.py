@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlora import bert, step
-from jaxlora.bert import Encoder, matmul, pool
+from jaxlora import bert, ops, step
+from jaxlora.bert import Encoder, pool
 from jaxlora.data.packing import Shape, fill
 from jaxlora.lora import LoraConfig
+from jaxlora.ops import matmul
 
 SENTENCES = (
     "A film.",
@@ -260,7 +261,7 @@ def test_bfloat16_encoder_stays_close_and_float32_outside(tiny):
 
 def test_dropout_keeps_the_rate_and_the_mean():
     x = jnp.full((257, 1001), 2.0)  # no multiple of four elements
-    y = np.asarray(bert.dropout(x, 0.1, jax.random.key(0)))
+    y = np.asarray(ops.dropout(x, 0.1, jax.random.key(0)))
     kept = y != 0
     assert abs(kept.mean() - 230 / 256) < 3e-3
     np.testing.assert_allclose(y[kept], 2 * 256 / 230, rtol=1e-6)
@@ -268,8 +269,8 @@ def test_dropout_keeps_the_rate_and_the_mean():
 
 def test_dropout_is_independent_from_element_to_element():
     """The four elements that share a random word, too."""
-    kept = np.asarray(bert.dropout(jnp.ones(400_000), 0.5, jax.random.key(3)) != 0).astype(float)
+    kept = np.asarray(ops.dropout(jnp.ones(400_000), 0.5, jax.random.key(3)) != 0).astype(float)
     for shift in (1, 2, 3, 4, 384):
         assert abs(np.corrcoef(kept[:-shift], kept[shift:])[0, 1]) < 0.01
-    other = np.asarray(bert.dropout(jnp.ones(400_000), 0.5, jax.random.key(4)) != 0).astype(float)
+    other = np.asarray(ops.dropout(jnp.ones(400_000), 0.5, jax.random.key(4)) != 0).astype(float)
     assert abs(np.corrcoef(kept, other)[0, 1]) < 0.01

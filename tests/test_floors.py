@@ -12,7 +12,7 @@ import jaxlora
 PACKAGE = Path(jaxlora.__file__).parent
 FLOORS = {
     "errors": 0, "plain": 0, "trees": 0, "lora": 0, "pcgrad": 0, "losses": 0, "metrics": 0,
-    "align": 0, "combine": 0,
+    "align": 0, "combine": 0, "ops": 0,
     "bert": 1, "heads": 1,
     "tasks": 2, "variants": 2, "storage": 2, "step": 2,
 }  # fmt: skip

@@ -1,0 +1,304 @@
+"""What a transformer's layers compute: pure functions, with derivatives of their own.
+
+Each keeps for its backward pass what costs least memory: a step's time on CPU, and its size
+everywhere, is in what it keeps. Sums are float32; matmul inputs have the dtype that is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """`x Φ(x)`, by the error function (Hendrycks & Gimpel 2016); `erfc` costs more on CPU.
+
+    >>> round(gelu(jnp.array(1.0)).item(), 4)
+    0.8413
+    """
+    return x * _normal_cdf(x)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(x * jnp.float32(0.5**0.5)))
+
+
+def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    # Φ(x) as 1 − Φ(−x), lest XLA keep the forward pass's error function for here.
+    slope = (1 - _normal_cdf(-x)) + x * jnp.exp(-0.5 * x * x) * jnp.float32((2 * jnp.pi) ** -0.5)
+    return (slope * grad,)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """`scale · (x − mean) / √(variance + ε) + bias` over the last axis (Ba et al. 2016).
+
+    Args:
+      x: `f32[..., H]`.
+      scale: `f32[H]`.
+      bias: `f32[H]`.
+      epsilon: ε.
+
+    >>> layer_norm(jnp.array([1.0, 3.0]), jnp.ones(2), jnp.zeros(2), 0.0).tolist()
+    [-1.0, 1.0]
+    """
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    centred = x - x.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+    normal = centred * inverse
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    return normal * scale.reshape(shape) + bias.reshape(shape), (normal, inverse, scale)
+
+
+def _layer_norm_backward(
+    epsilon: float, kept: tuple[jax.Array, ...], grad: jax.Array
+) -> tuple[jax.Array, ...]:
+    del epsilon
+    normal, inverse, scale = kept
+    lead = tuple(range(grad.ndim - 1))
+    inner = grad * scale.reshape((1,) * (grad.ndim - 1) + (-1,))
+    inner = inner - normal * (inner * normal).mean(-1, keepdims=True)
+    dx = inverse * (inner - inner.mean(-1, keepdims=True))
+    return dx, (grad * normal).sum(lead), grad.sum(lead)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def keep(shape: tuple[int, ...], rate: float, key: jax.Array) -> tuple[jax.Array, float]:
+    """Which elements dropout keeps, and what it multiplies them by, so that the mean stays.
+
+    Random bits are a large part of a step on CPU, so an element gets 8 of them: the rate is rounded
+    to a multiple of 1/256 (0.1 is 26/256), and the scale fits the rounded rate.
+
+    Args:
+      shape: of the elements.
+      rate: from 0 (below 1/512 nothing is dropped) to 255/256 (more is taken for that).
+      key: PRNG key.
+
+    Returns:
+      `bool[*shape]`, and the scale.
+
+    >>> kept, scale = keep((400, 400), 0.1, jax.random.key(0))
+    >>> bool(abs(kept.mean() - 230 / 256) < 0.01), round(scale, 4)
+    (True, 1.113)
+    """
+    size = math.prod(shape)
+    words = jax.random.bits(key, (-(-size // 4),), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[:size].reshape(shape)
+    dropped = min(round(rate * 256), 255)
+    return bits >= dropped, 256 / (256 - dropped)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Zero elements with probability `rate` and scale up the others; see `keep`.
+
+    >>> sorted(set(dropout(jnp.ones(64), 0.5, jax.random.key(0)).tolist()))
+    [0.0, 2.0]
+    """
+    kept, scale = keep(x.shape, rate, key)
+    return jnp.where(kept, x * scale, 0.0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+    """`x w` with inputs in `dtype` and sums in float32, in the backward pass too.
+
+    Without its own derivative JAX would multiply the float32 cotangent by the `dtype` kernel, at
+    the float32 rate.
+
+    Args:
+      x: `[..., in]`.
+      w: `[in, out]`.
+      dtype: of the inputs of all three matmuls.
+
+    Returns:
+      `f32[..., out]`.
+    """
+    return jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(x: jax.Array, w: jax.Array, dtype: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    # The cast inputs are what the backward pass reads; the empty arrays remember the dtypes.
+    kept = (x.astype(dtype), w.astype(dtype), jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
+    return matmul(x, w, dtype), kept
+
+
+def _matmul_backward(
+    dtype: Any, kept: tuple[Any, ...], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w, like_x, like_w = kept
+    grad = grad.astype(dtype)
+    lead = tuple(range(x.ndim - 1))
+    dx = jnp.matmul(grad, w.T, preferred_element_type=jnp.float32)
+    dw = jnp.tensordot(x, grad, (lead, lead), preferred_element_type=jnp.float32)
+    return dx.astype(like_x.dtype), dw.astype(like_w.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def low_rank(
+    x: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array | None, dtype: Any
+) -> jax.Array:
+    """`x A B`, or `Σ_t share_t · x A_t B_t` in the same two matmuls.
+
+    Args:
+      x: `[..., in]`.
+      a: `[in, r]`; with a share `[T, in, r]`.
+      b: `[r, out]`; with a share `[T, r, out]`.
+      share: `f32[..., T]`, how much of each adapter a token uses, or None for the only one.
+      dtype: of the matmuls' inputs.
+
+    Returns:
+      `f32[..., out]`.
+    """
+    if share is None:
+        return matmul(matmul(x, a, dtype), b, dtype)
+    count, fan_in, rank = a.shape
+    beside = jnp.moveaxis(a, 0, 1).reshape(fan_in, count * rank)
+    inner = matmul(x, beside, dtype) * jnp.repeat(share, rank, axis=-1)
+    return matmul(inner, b.reshape(count * rank, -1), dtype)
+
+
+def low_rank_of_copies(
+    x: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array, dtype: Any
+) -> jax.Array:
+    """`low_rank` where all T adapters are copies of one and each token uses one: for training.
+
+    The product is computed once, with the first copy; each copy's gradient is that of its tokens.
+    """
+    return matmul_of_copies(matmul_of_copies(x, a, share, dtype), b, share, dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def matmul_of_copies(x: jax.Array, w: jax.Array, share: jax.Array, dtype: Any) -> jax.Array:
+    """`matmul` by one of T equal matrices; copy t's gradient is that of the tokens it has.
+
+    Args:
+      x: `[..., in]`.
+      w: `[T, in, out]`, T times the same.
+      share: `f32[..., T]`, how much of each copy a token uses; its sum is not multiplied with.
+      dtype: of the inputs of all matmuls.
+
+    Returns:
+      `f32[..., out]`.
+    """
+    del share
+    return matmul(x, w[0], dtype)
+
+
+def _copies_forward(
+    x: jax.Array, w: jax.Array, share: jax.Array, dtype: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    y, kept = _matmul_forward(x, w[0], dtype)
+    return y, (kept, share)
+
+
+def _copies_backward(
+    dtype: Any, kept: tuple[Any, ...], grad: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    of_one, share = kept
+    dx, _ = _matmul_backward(dtype, of_one, grad)
+    x, _, _, like_w = of_one
+    grad = grad.astype(dtype)
+    # The narrower side is parted by task: one matmul then makes all gradients.
+    narrow, wide = sorted((x, grad), key=lambda side: side.shape[-1])
+    parts = share.astype(dtype)[..., :, None] * narrow[..., None, :]
+    lead = tuple(range(x.ndim - 1))
+    dw = jnp.tensordot(parts, wide, (lead, lead), preferred_element_type=jnp.float32)
+    dw = dw if narrow is x else dw.swapaxes(1, 2)
+    return dx, dw.astype(like_w.dtype), None
+
+
+matmul_of_copies.defvjp(_copies_forward, _copies_backward)
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    kept: jax.Array | None = None,
+    scale: float = 1.0,
+) -> jax.Array:
+    """`dropout(softmax(Q Kᵀ / √d)) V` (Vaswani et al. 2017, section 3.2.1).
+
+    Args:
+      query: `[R, S, heads, d]`, and so `key` and `value`; their dtype is that of all matmul inputs.
+      key: see `query`.
+      value: see `query`.
+      mask: `bool[R, 1, S, S]`, which tokens (last axis) a token sees.
+      kept: `bool[R, heads, S, S]`, which weights dropout keeps; None: all.
+      scale: what dropout multiplies those by.
+
+    Returns:
+      `f32[R, S, heads, d]`.
+    """
+    return _attend(query, key, value, mask, kept, scale)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array,
+    kept: jax.Array | None, scale: float,
+) -> jax.Array:  # fmt: skip
+    return _attend_forward(query, key, value, mask, kept, scale)[0]
+
+
+def _attend_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array,
+    kept: jax.Array | None, scale: float,
+) -> tuple[jax.Array, tuple[Any, ...]]:  # fmt: skip
+    scores = _product("rqhd,rkhd->rhqk", query, key) * query.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
+    used = _thin_out(weights, kept, scale).astype(value.dtype)
+    return _product("rhqk,rkhd->rhqd", used, value).swapaxes(1, 2), (
+        query,
+        key,
+        value,
+        weights,
+        kept,
+    )
+
+
+def _attend_backward(
+    scale: float, saved: tuple[Any, ...], grad: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    # The masks and the weights after dropout are made anew; masked weights are 0 and stay so.
+    query, key, value, weights, kept = saved
+    dtype = query.dtype
+    grad = grad.astype(dtype)
+    used = _thin_out(weights, kept, scale).astype(dtype)
+    dvalue = _product("rqhd,rhqk->rhdk", grad, used)
+    dweights = _thin_out(_product("rqhd,rkhd->rhqk", grad, value), kept, scale)
+    dscores = weights * (dweights - jnp.sum(dweights * weights, -1, keepdims=True))
+    dscores = (dscores * query.shape[-1] ** -0.5).astype(dtype)
+    dquery = _product("rhqk,rkhd->rhqd", dscores, key).swapaxes(1, 2)
+    dkey = _product("rqhd,rhqk->rhdk", query, dscores)
+    back = tuple(jnp.moveaxis(x, -1, 1).astype(dtype) for x in (dkey, dvalue))
+    return dquery.astype(dtype), *back, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+def _thin_out(x: jax.Array, kept: jax.Array | None, scale: float) -> jax.Array:
+    return x if kept is None else jnp.where(kept, x * scale, 0.0)
