@@ -266,24 +266,19 @@ def _attend_forward(
     scores = _product("rqhd,rkhd->rhqk", query, key) * query.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
     used = _thin_out(weights, kept, scale).astype(value.dtype)
-    return _product("rhqk,rkhd->rhqd", used, value).swapaxes(1, 2), (
-        query,
-        key,
-        value,
-        weights,
-        kept,
-    )
+    y = _product("rhqk,rkhd->rhqd", used, value).swapaxes(1, 2)
+    return y, (query, key, value, weights.astype(value.dtype), kept)
 
 
 def _attend_backward(
     scale: float, saved: tuple[Any, ...], grad: jax.Array
 ) -> tuple[jax.Array | None, ...]:
-    # The masks and the weights after dropout are made anew; masked weights are 0 and stay so.
+    # Masked weights are 0, and so are the gradients of their scores.
     query, key, value, weights, kept = saved
     dtype = query.dtype
     grad = grad.astype(dtype)
-    used = _thin_out(weights, kept, scale).astype(dtype)
-    dvalue = _product("rqhd,rhqk->rhdk", grad, used)
+    dvalue = _product("rqhd,rhqk->rhdk", grad, _thin_out(weights, kept, scale))
+    weights = weights.astype(jnp.float32)
     dweights = _thin_out(_product("rqhd,rkhd->rhqk", grad, value), kept, scale)
     dscores = weights * (dweights - jnp.sum(dweights * weights, -1, keepdims=True))
     dscores = (dscores * query.shape[-1] ** -0.5).astype(dtype)
@@ -301,4 +296,4 @@ def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _thin_out(x: jax.Array, kept: jax.Array | None, scale: float) -> jax.Array:
-    return x if kept is None else jnp.where(kept, x * scale, 0.0)
+    return x if kept is None else jnp.where(kept, x * scale, jnp.zeros((), x.dtype))

@@ -50,10 +50,11 @@ PACKED = 0.9  # of a row's tokens are real where tasks share rows
 # Element-wise operations of a trained number in an update: AdamW with decay, norms, clipping, the
 # choice between the new state and the old one.
 UPDATE = 30
-# Of each layer and token, in float32: two LayerNorms with their input, the centred input and the
-# output; query, key and value; softmax's exponentials, its quotients and what dropout makes of
-# them; the feed-forward layer before its activation, and the error function's values.
-KEPT_HIDDEN, KEPT_WEIGHTS, KEPT_WIDE = 9, 3, 2
+# Of each layer and token, in float32: two LayerNorms' input and what they have normalised; what
+# dropout makes of softmax's weights, and of its own bits; the feed-forward layer before its
+# activation. And in the matmuls' dtype: query, key and value.
+KEPT_HIDDEN, KEPT_DROPPED, KEPT_WIDE = 4, 2, 1
+KEPT_HEADS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,9 +304,9 @@ def _flops(work: Work, found: _Trees) -> Flops:
     c, count, length = work.config, len(work.tasks), work.row_length
     dense = 2.0 * trees.count(_kernels(found.params)) * work.tokens
     attention = 4.0 * c.num_hidden_layers * length * c.hidden_size * work.tokens
-    low_rank = 2.0 * count * trees.count(found.adapter) * work.tokens
+    low_rank = 2.0 * trees.count(found.adapter) * work.tokens
     heads = 2.0 * trees.count(found.heads) * work.batch_size
-    backward = 2 * attention + 2 * low_rank + 2 * heads + dense
+    backward = 2 * attention + (1 + count) * low_rank + 2 * heads + dense
     if work.adapt == "full":
         backward += dense  # the kernels' own gradients
     if work.adapt == "lora":  # below the first layer nothing is trained: no gradient of its input
@@ -333,7 +334,7 @@ def _memory(work: Work, found: _Trees) -> Memory:
         batch=FLOAT * (inputs + 2 * count * work.batch_size),
         activations=here * _kept_layers(c) * _kept(work, found),
         copies=_copies(work, found),
-        workspace=3 * heads + here * FLOAT * (_weights(work) + c.intermediate_size),
+        workspace=3 * heads + here * FLOAT * (2 * _weights(work) + 1.6 * c.intermediate_size),
         gradients=count * trained + heads,
         update=3 * (trained + heads),
     )
@@ -350,14 +351,15 @@ def _frozen(work: Work, found: _Trees) -> float:
 def _copies(work: Work, found: _Trees) -> float:
     """Bytes of kernels cut out of their stack; they are whole wherever they are used.
 
-    A loop cuts out those of its pass alone. But it takes and gives stacks: whole encoders' kernels
-    are laid out for it once for each task, and so are their gradients.
+    A loop cuts out those of its pass alone; few frozen layers lie apart from the start. But a loop
+    takes and gives stacks: whole encoders' kernels are laid out for it once for each task, and so
+    are their gradients.
     """
     layers, kernels = work.config.num_hidden_layers, _kernels(found.params)
     at_once = min(layers, bert.MOST_UNROLLED) / layers
     cut = at_once * work.width * trees.count(kernels)
     if work.adapt != "full":
-        return cut * (work.adapt == "lora")
+        return cut * (work.adapt == "lora" and layers > bert.MOST_UNROLLED)
     stacks = 2 * FLOAT * _part(kernels, work.fsdp) * (layers > bert.MOST_UNROLLED)
     # The gradient of looking words up starts as zeros for the whole table.
     table = FLOAT * _part(found.params["embeddings"]["word_embeddings"], work.fsdp)
@@ -368,7 +370,10 @@ def _kept(work: Work, found: _Trees) -> float:
     """Bytes that a layer leaves to the backward pass, of each token."""
     c = work.config
     plain = KEPT_HIDDEN * c.hidden_size + KEPT_WIDE * c.intermediate_size
-    return FLOAT * (plain + KEPT_WEIGHTS * _weights(work)) + work.width * _inputs(work, found)
+    if c.attention_probs_dropout_prob:
+        plain += KEPT_DROPPED * _weights(work)
+    inputs = KEPT_HEADS * c.hidden_size + _weights(work) + _inputs(work, found)
+    return FLOAT * plain + work.width * inputs
 
 
 def _weights(work: Work) -> int:
@@ -385,13 +390,13 @@ def _inputs(work: Work, found: _Trees) -> int:
     paths = lora.targets(found.params, work.adapter)
     shared = {path[:-1] if path[-2] == "self" else path: kernel for path, kernel in paths.items()}
     ranks = sum(map(work.adapter.rank_of, paths))
-    return sum(kernel.shape[-2] for kernel in shared.values()) + len(work.tasks) * ranks
+    return sum(kernel.shape[-2] for kernel in shared.values()) + ranks
 
 
 def _kept_layers(config: BertConfig) -> int:
-    """Layers whose leavings are held: a loop holds those of its last pass twice."""
+    """Layers whose leavings are held: a loop holds 2/3 of its last pass's twice (measured)."""
     layers = config.num_hidden_layers
-    return layers if layers <= bert.MOST_UNROLLED else layers + bert.MOST_UNROLLED
+    return layers if layers <= bert.MOST_UNROLLED else layers + 2 * bert.MOST_UNROLLED // 3
 
 
 def _part(tree: Tree, parts: int) -> float:

@@ -1,0 +1,85 @@
+"""The layers' functions beside JAX's own derivatives of the same formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlora import ops
+
+KEYS = jax.random.split(jax.random.key(0), 8)
+HIDDEN = jax.random.normal(KEYS[0], (3, 5, 16)) * 2 + 1
+
+
+def compare(found, expected, *inputs, rtol=1e-5):
+    """Values, and gradients by all inputs under random cotangents."""
+    with jax.default_matmul_precision("highest"):
+        (y, pull), (z, pull_expected) = jax.vjp(found, *inputs), jax.vjp(expected, *inputs)
+        cotangent = jax.random.normal(KEYS[1], y.shape)
+        pairs = [(y, z), *zip(pull(cotangent), pull_expected(cotangent), strict=True)]
+    for a, b in pairs:
+        assert jnp.abs(b).max() > 1e-3
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()))
+
+
+def test_gelu():
+    x = jnp.linspace(-6, 6, 101)
+    compare(ops.gelu, lambda x: jax.nn.gelu(x, approximate=False), x)
+
+
+def test_layer_norm():
+    def by_formula(x, scale, bias):
+        deviation = jnp.sqrt(x.var(-1, keepdims=True) + 1e-3)
+        return (x - x.mean(-1, keepdims=True)) / deviation * scale[None, None] + bias[None, None]
+
+    scale, bias = jax.random.normal(KEYS[2], (2, 16))
+    compare(lambda *x: ops.layer_norm(*x, 1e-3), by_formula, HIDDEN, scale, bias)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_attention(rate):
+    """Two sentences and padding in a row; dropout by the same draws."""
+    sentences = jnp.array([[1, 1, 1, 2, 2, 0]])
+    mask = sentences[:, None, :, None] == sentences[:, None, None, :]
+    inputs = jax.random.normal(KEYS[3], (3, 1, 6, 2, 4))
+    kept, scale = ops.keep((1, 2, 6, 6), rate, KEYS[4]) if rate else (None, 1.0)
+
+    def by_formula(query, key, value):
+        scores = jnp.einsum("rqhd,rkhd->rhqk", query, key) / 2
+        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
+        weights = weights if kept is None else weights * kept * scale
+        return jnp.einsum("rhqk,rkhd->rqhd", weights, value)
+
+    compare(lambda *x: ops.attend(*x, mask, kept, scale), by_formula, *inputs)
+
+
+def test_attention_in_bfloat16_multiplies_in_bfloat16_both_ways():
+    inputs = jax.random.normal(KEYS[3], (3, 1, 6, 2, 4), jnp.bfloat16)
+    mask = jnp.ones((1, 1, 6, 6), bool)
+
+    def loss(*x):
+        return jnp.sum(ops.attend(*x, mask) ** 2)
+
+    gradients = jax.grad(loss, (0, 1, 2))(*inputs)
+    assert {g.dtype for g in gradients} == {jnp.dtype(jnp.bfloat16)}
+    exact = jax.grad(loss, (0, 1, 2))(*inputs.astype(jnp.float32))
+    for a, b in zip(gradients, exact, strict=True):
+        assert 0 < jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b) < 2**-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_copies_of_an_adapter_have_the_gradients_of_adapters_side_by_side(dtype):
+    a, b = (jax.random.normal(k, s) for k, s in zip(KEYS[5:7], ((16, 4), (4, 8)), strict=True))
+    a, b = (jnp.broadcast_to(w[None], (3, *w.shape)) for w in (a, b))
+    owner = jnp.array([[0, 1, 2, 1, -1]] * 3)  # the last token is padding
+    share = jax.nn.one_hot(owner, 3)
+    real = (owner >= 0)[..., None]
+
+    def copies(x, a, b):
+        return real * ops.low_rank_of_copies(x, a, b, share, dtype)
+
+    def side_by_side(x, a, b):
+        return ops.low_rank(x, a, b, share, dtype)
+
+    rtol = 1e-5 if dtype == jnp.float32 else 2**-6
+    compare(copies, side_by_side, HIDDEN, a, b, rtol=rtol)
