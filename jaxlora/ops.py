@@ -1,7 +1,7 @@
-"""What a transformer's layers compute: pure functions, with derivatives of their own.
+"""What a transformer's layers compute: pure functions, most with a derivative of their own.
 
-Each keeps for its backward pass what costs least memory: a step's time on CPU, and its size
-everywhere, is in what it keeps. Sums are float32; matmul inputs have the dtype that is asked for.
+JAX's own would be as right, but keep more for the backward pass, which takes memory everywhere and,
+on CPU, time. Sums are float32; matmul inputs have the dtype that is asked for.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def _layer_norm_backward(
     normal, inverse, scale = kept
     lead = tuple(range(grad.ndim - 1))
     inner = grad * scale.reshape((1,) * (grad.ndim - 1) + (-1,))
+    # One mean after the other: as two at once, XLA on CPU would fuse everything, and so make the
+    # residual stream's gradient anew in every layer, from the top.
     inner = inner - normal * (inner * normal).mean(-1, keepdims=True)
     dx = inverse * (inner - inner.mean(-1, keepdims=True))
     return dx, (grad * normal).sum(lead), grad.sum(lead)
@@ -110,7 +112,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     [0.0, 2.0]
     """
     kept, scale = keep(x.shape, rate, key)
-    return jnp.where(kept, x * scale, 0.0)
+    return _thin_out(x, kept, scale)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -180,6 +182,10 @@ def low_rank_of_copies(
     """`low_rank` where all T adapters are copies of one and each token uses one: for training.
 
     The product is computed once, with the first copy; each copy's gradient is that of its tokens.
+
+    >>> a, b, share = jnp.ones((2, 3, 1)), jnp.ones((2, 1, 4)), jax.nn.one_hot(jnp.array([0, 1]), 2)
+    >>> low_rank_of_copies(jnp.ones((2, 3)), a, b, share, jnp.float32).tolist()
+    [[3.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]]
     """
     return matmul_of_copies(matmul_of_copies(x, a, share, dtype), b, share, dtype)
 
@@ -247,6 +253,10 @@ def attend(
 
     Returns:
       `f32[R, S, heads, d]`.
+
+    >>> x = jnp.ones((1, 3, 2, 4))
+    >>> attend(x, x, x, jnp.ones((1, 1, 3, 3), bool)).shape
+    (1, 3, 2, 4)
     """
     return _attend(query, key, value, mask, kept, scale)
 

@@ -10,15 +10,15 @@ import time
 import tyro
 
 BENCHES = (
-    "step --batch-sizes 8 --rounds 3 --steps 3",
+    "step --batch-sizes 8 --rounds 3 --steps 2",
     "step --batch-sizes 32 --rounds 3 --steps 2 --variants lora3 --name step-32",
     "share --dtypes float32 --rounds 3",
     "pcgrad",
     "predict --rounds 7",
     "start",
-    "frozen",
+    "frozen --examples 1024 --rounds 3",
     "memory",
-    "scaling",
+    "scaling --rounds 5",
 )
 
 
