@@ -18,6 +18,8 @@ import jax.numpy as jnp
 def gelu(x: jax.Array) -> jax.Array:
     """`x Φ(x)`, by the error function (Hendrycks & Gimpel 2016); `erfc` costs more on CPU.
 
+    `f32[...]` → the same shape.
+
     >>> round(gelu(jnp.array(1.0)).item(), 4)
     0.8413
     """
@@ -46,6 +48,9 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
       scale: `f32[H]`.
       bias: `f32[H]`.
       epsilon: ε.
+
+    Returns:
+      The shape of x.
 
     >>> layer_norm(jnp.array([1.0, 3.0]), jnp.ones(2), jnp.zeros(2), 0.0).tolist()
     [-1.0, 1.0]
@@ -197,7 +202,8 @@ def matmul_of_copies(x: jax.Array, w: jax.Array, share: jax.Array, dtype: Any) -
     Args:
       x: `[..., in]`.
       w: `[T, in, out]`, T times the same.
-      share: `f32[..., T]`, how much of each copy a token uses; its sum is not multiplied with.
+      share: `f32[..., T]`, which copy a token uses; read by the gradient alone, so a token that
+        uses none is multiplied all the same.
       dtype: of the inputs of all matmuls.
 
     Returns:
@@ -233,6 +239,7 @@ def _copies_backward(
 matmul_of_copies.defvjp(_copies_forward, _copies_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -247,7 +254,7 @@ def attend(
       query: `[R, S, heads, d]`, and so `key` and `value`; their dtype is that of all matmul inputs.
       key: see `query`.
       value: see `query`.
-      mask: `bool[R, 1, S, S]`, which tokens (last axis) a token sees.
+      mask: `bool[R, 1, S, S]`, which tokens (last axis) a token sees: at least one.
       kept: `bool[R, heads, S, S]`, which weights dropout keeps; None: all.
       scale: what dropout multiplies those by.
 
@@ -258,14 +265,6 @@ def attend(
     >>> attend(x, x, x, jnp.ones((1, 1, 3, 3), bool)).shape
     (1, 3, 2, 4)
     """
-    return _attend(query, key, value, mask, kept, scale)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array,
-    kept: jax.Array | None, scale: float,
-) -> jax.Array:  # fmt: skip
     return _attend_forward(query, key, value, mask, kept, scale)[0]
 
 
@@ -287,7 +286,7 @@ def _attend_backward(
     query, key, value, weights, kept = saved
     dtype = query.dtype
     grad = grad.astype(dtype)
-    dvalue = _product("rqhd,rhqk->rhdk", grad, _thin_out(weights, kept, scale))
+    dvalue = _product("rqhd,rhqk->rhdk", grad, _thin_out(weights, kept, 1.0)) * scale
     weights = weights.astype(jnp.float32)
     dweights = _thin_out(_product("rqhd,rkhd->rhqk", grad, value), kept, scale)
     dscores = weights * (dweights - jnp.sum(dweights * weights, -1, keepdims=True))
@@ -298,7 +297,7 @@ def _attend_backward(
     return dquery.astype(dtype), *back, None, None
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:

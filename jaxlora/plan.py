@@ -50,9 +50,9 @@ PACKED = 0.9  # of a row's tokens are real where tasks share rows
 # Element-wise operations of a trained number in an update: AdamW with decay, norms, clipping, the
 # choice between the new state and the old one.
 UPDATE = 30
-# Of each layer and token, in float32: two LayerNorms' input and what they have normalised; what
-# dropout makes of softmax's weights, and of its own bits; the feed-forward layer before its
-# activation. And in the matmuls' dtype: query, key and value.
+# Of each layer and token, in float32: two LayerNorms' input and what they have normalised; with
+# dropout two more of softmax's weights (those it leaves, and its mask); the feed-forward layer
+# before its activation. And in the matmuls' dtype: softmax's weights, query, key and value.
 KEPT_HIDDEN, KEPT_DROPPED, KEPT_WIDE = 4, 2, 1
 KEPT_HEADS = 3
 
@@ -295,7 +295,7 @@ def _trees(work: Work) -> _Trees:
 
 
 def _kernels(params: Tree) -> list[Any]:
-    """The layers' kernels, `[L, in, out]`."""
+    """The layers' kernels, `[L, in, out]` or L times `[in, out]`."""
     paths = jax.tree_util.tree_leaves_with_path(params["layers"])
     return [leaf for path, leaf in paths if path[-1].key == "kernel"]
 
@@ -304,6 +304,7 @@ def _flops(work: Work, found: _Trees) -> Flops:
     c, count, length = work.config, len(work.tasks), work.row_length
     dense = 2.0 * trees.count(_kernels(found.params)) * work.tokens
     attention = 4.0 * c.num_hidden_layers * length * c.hidden_size * work.tokens
+    # Copies of one adapter: computed once, but each has a gradient.
     low_rank = 2.0 * trees.count(found.adapter) * work.tokens
     heads = 2.0 * trees.count(found.heads) * work.batch_size
     backward = 2 * attention + (1 + count) * low_rank + 2 * heads + dense
@@ -334,6 +335,7 @@ def _memory(work: Work, found: _Trees) -> Memory:
         batch=FLOAT * (inputs + 2 * count * work.batch_size),
         activations=here * _kept_layers(c) * _kept(work, found),
         copies=_copies(work, found),
+        # Of the layer at hand, by trial: softmax's weights twice, the wide layer 1.6 times.
         workspace=3 * heads + here * FLOAT * (2 * _weights(work) + 1.6 * c.intermediate_size),
         gradients=count * trained + heads,
         update=3 * (trained + heads),
@@ -344,8 +346,14 @@ def _frozen(work: Work, found: _Trees) -> float:
     """Bytes of the parameters that no step changes; kernels are in the matmuls' dtype."""
     if work.adapt == "full":
         return 0.0
-    kernels = _part(_kernels(found.params), work.fsdp)
-    return FLOAT * (_part(found.params, work.fsdp) - kernels) + work.width * kernels
+    params = _laid_out(found.params)
+    kernels = _part(_kernels(params), work.fsdp)
+    return FLOAT * (_part(params, work.fsdp) - kernels) + work.width * kernels
+
+
+def _laid_out(params: Tree) -> Tree:
+    """Shapes of the frozen parameters as a device has them: few layers lie apart."""
+    return jax.eval_shape(lambda params: bert.matmul_ready(params, jnp.float32), params)
 
 
 def _copies(work: Work, found: _Trees) -> float:
@@ -413,7 +421,7 @@ def _traffic(work: Work, found: _Trees) -> Traffic:
     if work.devices == 1 or work.adapt == "frozen":  # vectors are whole everywhere
         return Traffic(0, 0, 0, 0)
     count, full = len(work.tasks), work.adapt == "full"
-    kernels = _kernels(found.params)
+    kernels = _kernels(found.params if full else _laid_out(found.params))
     fetched = 2.0 * (count if full else 1) * work.width * _split(kernels, work.fsdp)
     if not full and work.fsdp > 1:  # see `_flops`: the first layer's are read once
         fetched -= 3.0 * work.width * work.config.hidden_size**2

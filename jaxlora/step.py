@@ -150,8 +150,8 @@ def encoder(config: bert.BertConfig, dtype: Any, adapter: lora.LoraConfig, pooli
 
     Returns:
       `(frozen, trainable, Rows, key or None, share=None) -> f32[N, H]`. `{**frozen, **trainable}`
-      are the Flax collections, so a trainable `params` takes the place of the frozen one; for the
-      share see `bert.Encoder`.
+      are the Flax collections (with `params` as `bert.stack_layers` takes them), so a trainable
+      `params` takes the place of the frozen one; for the share see `bert.Encoder`.
     """
     module = bert.Encoder(config, dtype, adapter)
 
@@ -198,7 +198,7 @@ def task_encoder(adapt: Adapt, encode: Encode, num_tasks: int) -> EncodeTasks:
 
 def _ready(encode: Encode, num_tasks: int) -> EncodeTasks:
     del encode, num_tasks
-    return lambda frozen, trainable, inputs, key: (inputs, lambda grad: trainable)
+    return lambda frozen, trainable, inputs, key: (inputs, lambda grad: {})
 
 
 def _separate(encode: Encode, num_tasks: int) -> EncodeTasks:
@@ -214,8 +214,7 @@ def _separate(encode: Encode, num_tasks: int) -> EncodeTasks:
 def _mixed(encode: Encode, num_tasks: int) -> EncodeTasks:
     """The frozen kernels are applied once to tightly packed rows.
 
-    Side by side, T adapters of rank r are one of rank T·r in which a token uses its own task's
-    part; its gradient then falls into one part for each task.
+    So is the adapter: only its gradient is parted by the tasks of the tokens.
     """
 
     def encode_tasks(frozen: Tree, stack: Tree, rows: Rows, key: jax.Array) -> jax.Array:
@@ -230,7 +229,9 @@ def _mixed(encode: Encode, num_tasks: int) -> EncodeTasks:
 def _copied(encode_tasks: Callable[..., jax.Array], num_tasks: int) -> EncodeTasks:
     """Each task uses a copy of the trainable tree: the copies' gradients are the tasks'."""
 
-    def encode(frozen: Tree, trainable: Tree, inputs: Any, key: jax.Array) -> Any:
+    def encode(
+        frozen: Tree, trainable: Tree, inputs: Any, key: jax.Array
+    ) -> tuple[jax.Array, Callable[[jax.Array], Tree]]:
         stack = trees.broadcast(trainable, num_tasks)
         vectors, pull = jax.vjp(lambda stack: encode_tasks(frozen, stack, inputs, key), stack)
         return vectors, lambda grad: pull(grad)[0]
@@ -258,7 +259,7 @@ def split_params(
       params: the pretrained `params` collection.
       config: the adapter, used by `lora`.
       key: PRNG key of the adapter's start.
-      dtype: dtype of matmul inputs; frozen kernels are cast to it once, here.
+      dtype: dtype of matmul inputs, for which `bert.matmul_ready` prepares what is frozen.
 
     Raises:
       ValueError: see `lora.targets`.

@@ -256,6 +256,16 @@ def test_bfloat16_encoder_stays_close_and_float32_outside(tiny):
     }
 
 
+@pytest.mark.parametrize("count", [2, bert.MOST_UNROLLED + 1])
+def test_layers_apart_are_stacked_again_as_they_were(count):
+    shapes = bert.param_shapes(bert.BertConfig(20, 8, count, 2, 16, 16))
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    params = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), shapes)
+    ready = bert.matmul_ready(params, jnp.float32)
+    assert isinstance(ready["layers"], list) == (count == 2)
+    jax.tree.map(np.testing.assert_array_equal, bert.stack_layers(ready), params)
+
+
 # ---- dropout
 
 

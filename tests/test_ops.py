@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_bert import dot_inputs
 
 from jaxlora import ops
 
@@ -56,10 +57,13 @@ def test_attention(rate):
 def test_attention_in_bfloat16_multiplies_in_bfloat16_both_ways():
     inputs = jax.random.normal(KEYS[3], (3, 1, 6, 2, 4), jnp.bfloat16)
     mask = jnp.ones((1, 1, 6, 6), bool)
+    kept, scale = ops.keep((1, 2, 6, 6), 0.5, KEYS[4])
 
     def loss(*x):
-        return jnp.sum(ops.attend(*x, mask) ** 2)
+        return jnp.sum(ops.attend(*x, mask, kept, scale) ** 2)
 
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*inputs)
+    assert list(dot_inputs(jaxpr.jaxpr)) == [(jnp.bfloat16, jnp.bfloat16)] * 6
     gradients = jax.grad(loss, (0, 1, 2))(*inputs)
     assert {g.dtype for g in gradients} == {jnp.dtype(jnp.bfloat16)}
     exact = jax.grad(loss, (0, 1, 2))(*inputs.astype(jnp.float32))

@@ -3,12 +3,13 @@
 import dataclasses
 import math
 
+import jax
 import pytest
-from compiled import analyses, compile_step, wide
+from compiled import analyses, compile_step, shapes, wide
 from rich.console import Console
 from test_mesh import eight
 
-from jaxlora import bert, cli, plan, plan_table
+from jaxlora import bert, cli, mesh, plan, plan_table
 from jaxlora.cli import main
 from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
@@ -59,6 +60,7 @@ def test_what_xla_finds(asked):
     "asked",
     [
         work("lora", WIDE, rows=48, dropout=0.1),
+        work("lora", WIDE, rows=48, dtype="bfloat16", dropout=0.1),
         work("lora", WIDE, tasks=THREE[:1], dtype="bfloat16"),
         work("full", WIDE, rows=16, dtype="bfloat16"),
         work("full", WIDE, tasks=THREE[:1], rows=16),
@@ -81,6 +83,17 @@ def test_the_memory_of_a_loop(adapt, rows):
     found, xla = plan.estimate(deep).memory, analyses(compile_step(deep))
     assert found.arguments == pytest.approx(xla["arguments"], rel=0.01)
     assert found.temporary == pytest.approx(xla["temporary"], rel=0.1)
+
+
+def test_a_device_holds_the_parts_of_single_layers():
+    """Of twelve stacked biases a device could hold a part, but the layers lie apart."""
+    asked = work("lora", plan.SIZES["bert-base"], fsdp=8)
+    _, frozen, _ = shapes(asked)
+    held = sum(
+        4 * x.size / (1 if mesh.split_axis(x.shape, 8) is None else 8)
+        for x in jax.tree.leaves(frozen)
+    )
+    assert plan.estimate(asked).memory.frozen == pytest.approx(held, rel=1e-6)
 
 
 MESHES = ("data=8,fsdp=1", "data=1,fsdp=8", "data=4,fsdp=2")
