@@ -210,7 +210,7 @@ def estimate(work: Work) -> Estimate:
     >>> work = Work(SIZES["bert-base"], "lora", paper_tasks("mse"), batch_size=8, rows=16)
     >>> found = estimate(work)
     >>> round(found.flops.total / 1e9), round(found.memory.total / 1e6)
-    (372, 1686)
+    (363, 1125)
     """
     found = _trees(work)
     return Estimate(work, _flops(work, found), _memory(work, found), _traffic(work, found))
