@@ -128,20 +128,6 @@ class SelfAttention(nn.Module):
         return y.reshape(x.shape)
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation in float32."""
-
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`f32[..., H]` → the same shape."""
-        width = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, width, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, width, jnp.float32)
-        return ops.layer_norm(x, scale, bias, self.epsilon)
-
-
 class Output(nn.Module):
     """Dense → Dropout → add the residual → LayerNorm (float32)."""
 
@@ -157,7 +143,7 @@ class Output(nn.Module):
         c = self.config
         y = Dense(c.hidden_size, self.dtype, self.lora, name="dense")(x, share, train)
         y = _dropout(self, y, c.hidden_dropout_prob, train)
-        return LayerNorm(c.layer_norm_eps, name="LayerNorm")(y + residual)
+        return _layer_norm(c)(y + residual)
 
 
 class Attention(nn.Module):
@@ -223,7 +209,7 @@ class Embeddings(nn.Module):
         x = self._table("word_embeddings", c.vocab_size)[tokens]
         x = x + self._table("position_embeddings", c.max_position_embeddings)[positions]
         x = x + self._table("token_type_embeddings", c.type_vocab_size)[0][None, None]
-        x = LayerNorm(c.layer_norm_eps, name="LayerNorm")(x)
+        x = _layer_norm(c)(x)
         return _dropout(self, x, c.hidden_dropout_prob, train)
 
     def _table(self, name: str, rows: int) -> jax.Array:
@@ -312,6 +298,15 @@ def pool(hidden: jax.Array, segment_ids: jax.Array, cls_index: jax.Array, kind: 
 
 def _dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
     return ops.dropout(x, rate, module.make_rng("dropout")) if train and rate else x
+
+
+def _layer_norm(config: BertConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=config.layer_norm_eps,
+        dtype=jnp.float32,
+        name="LayerNorm",
+        use_fast_variance=False,
+    )
 
 
 @functools.lru_cache(maxsize=8)

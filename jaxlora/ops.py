@@ -39,52 +39,6 @@ def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """`scale · (x − mean) / √(variance + ε) + bias` over the last axis (Ba et al. 2016).
-
-    Args:
-      x: `f32[..., H]`.
-      scale: `f32[H]`.
-      bias: `f32[H]`.
-      epsilon: ε.
-
-    Returns:
-      The shape of x.
-
-    >>> layer_norm(jnp.array([1.0, 3.0]), jnp.ones(2), jnp.zeros(2), 0.0).tolist()
-    [-1.0, 1.0]
-    """
-    return _layer_norm_forward(x, scale, bias, epsilon)[0]
-
-
-def _layer_norm_forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    centred = x - x.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
-    normal = centred * inverse
-    shape = (1,) * (x.ndim - 1) + (-1,)
-    return normal * scale.reshape(shape) + bias.reshape(shape), (normal, inverse, scale)
-
-
-def _layer_norm_backward(
-    epsilon: float, kept: tuple[jax.Array, ...], grad: jax.Array
-) -> tuple[jax.Array, ...]:
-    del epsilon
-    normal, inverse, scale = kept
-    lead = tuple(range(grad.ndim - 1))
-    inner = grad * scale.reshape((1,) * (grad.ndim - 1) + (-1,))
-    # One mean after the other: as two at once, XLA on CPU would fuse everything, and so make the
-    # residual stream's gradient anew in every layer, from the top.
-    inner = inner - normal * (inner * normal).mean(-1, keepdims=True)
-    dx = inverse * (inner - inner.mean(-1, keepdims=True))
-    return dx, (grad * normal).sum(lead), grad.sum(lead)
-
-
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
-
-
 def keep(shape: tuple[int, ...], rate: float, key: jax.Array) -> tuple[jax.Array, float]:
     """Which elements dropout keeps, and what it multiplies them by, so that the mean stays.
 

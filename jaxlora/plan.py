@@ -50,10 +50,10 @@ PACKED = 0.9  # of a row's tokens are real where tasks share rows
 # Element-wise operations of a trained number in an update: AdamW with decay, norms, clipping, the
 # choice between the new state and the old one.
 UPDATE = 30
-# Of each layer and token, in float32: two LayerNorms' input and what they have normalised; with
+# Of each layer and token, in float32: two LayerNorms' input, the centred input and the output; with
 # dropout two more of softmax's weights (those it leaves, and its mask); the feed-forward layer
 # before its activation. And in the matmuls' dtype: softmax's weights, query, key and value.
-KEPT_HIDDEN, KEPT_DROPPED, KEPT_WIDE = 4, 2, 1
+KEPT_HIDDEN, KEPT_DROPPED, KEPT_WIDE = 6, 2, 1
 KEPT_HEADS = 3
 
 
@@ -210,7 +210,7 @@ def estimate(work: Work) -> Estimate:
     >>> work = Work(SIZES["bert-base"], "lora", paper_tasks("mse"), batch_size=8, rows=16)
     >>> found = estimate(work)
     >>> round(found.flops.total / 1e9), round(found.memory.total / 1e6)
-    (363, 1125)
+    (363, 1200)
     """
     found = _trees(work)
     return Estimate(work, _flops(work, found), _memory(work, found), _traffic(work, found))
@@ -359,15 +359,15 @@ def _laid_out(params: Tree) -> Tree:
 def _copies(work: Work, found: _Trees) -> float:
     """Bytes of kernels cut out of their stack; they are whole wherever they are used.
 
-    A loop cuts out those of its pass alone; few frozen layers lie apart from the start. But a loop
-    takes and gives stacks: whole encoders' kernels are laid out for it once for each task, and so
-    are their gradients.
+    A loop cuts out those of its pass alone; few frozen layers lie apart from the start, and are
+    only brought together from `fsdp`. But a loop takes and gives stacks: whole encoders' kernels
+    are laid out for it once for each task, and so are their gradients.
     """
     layers, kernels = work.config.num_hidden_layers, _kernels(found.params)
     at_once = min(layers, bert.MOST_UNROLLED) / layers
     cut = at_once * work.width * trees.count(kernels)
     if work.adapt != "full":
-        return cut * (work.adapt == "lora" and layers > bert.MOST_UNROLLED)
+        return cut * (work.adapt == "lora" and (work.fsdp > 1 or layers > bert.MOST_UNROLLED))
     stacks = 2 * FLOAT * _part(kernels, work.fsdp) * (layers > bert.MOST_UNROLLED)
     # The gradient of looking words up starts as zeros for the whole table.
     table = FLOAT * _part(found.params["embeddings"]["word_embeddings"], work.fsdp)
@@ -402,9 +402,9 @@ def _inputs(work: Work, found: _Trees) -> int:
 
 
 def _kept_layers(config: BertConfig) -> int:
-    """Layers whose leavings are held: a loop holds 2/3 of its last pass's twice (measured)."""
+    """Layers whose leavings are held: a loop holds those of its last pass twice."""
     layers = config.num_hidden_layers
-    return layers if layers <= bert.MOST_UNROLLED else layers + 2 * bert.MOST_UNROLLED // 3
+    return layers if layers <= bert.MOST_UNROLLED else layers + bert.MOST_UNROLLED
 
 
 def _part(tree: Tree, parts: int) -> float:

@@ -28,15 +28,6 @@ def test_gelu():
     compare(ops.gelu, lambda x: jax.nn.gelu(x, approximate=False), x)
 
 
-def test_layer_norm():
-    def by_formula(x, scale, bias):
-        deviation = jnp.sqrt(x.var(-1, keepdims=True) + 1e-3)
-        return (x - x.mean(-1, keepdims=True)) / deviation * scale[None, None] + bias[None, None]
-
-    scale, bias = jax.random.normal(KEYS[2], (2, 16))
-    compare(lambda *x: ops.layer_norm(*x, 1e-3), by_formula, HIDDEN, scale, bias)
-
-
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_attention(rate):
     """Two sentences and padding in a row; dropout by the same draws."""

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import tyro
 
 from experiments.bench import harness
 from experiments.bench.work import Ours, Work, make_data
-from jaxlora import evaluate, pretrained, step
+from jaxlora import bert, evaluate, pretrained, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,7 @@ def make_encoding(work: Work, base: str) -> Callable[[], None]:
     encode = step.make_encode(
         step.encoder(loaded.config, work.dtype, settings.lora, settings.pooling)
     )
-    frozen = {"params": jax.device_put(loaded.params)}
+    frozen = {"params": bert.matmul_ready(loaded.params, work.dtype)}
     data = make_data(work, loaded)
 
     def epoch() -> None:

@@ -14,7 +14,7 @@ import tyro
 
 from experiments.bench import harness
 from experiments.bench.work import TASKS, Work, make_examples
-from jaxlora import evaluate, lora, pretrained, step
+from jaxlora import bert, evaluate, lora, pretrained, step
 from jaxlora.data.examples import Examples
 from jaxlora.pretrained import Pretrained
 from jaxlora.trees import Tree
@@ -66,7 +66,7 @@ def make_ours(size: int, base: str) -> Callable[[], np.ndarray]:
     loaded, chosen = pretrained.load(base), WORK.settings
     encode = step.encoder(loaded.config, jnp.float32, chosen.lora, chosen.pooling)
     encode_mixed = step.make_mixed_encode(encode)
-    frozen = {"params": jax.device_put(loaded.params)}
+    frozen = {"params": bert.matmul_ready(loaded.params, jnp.float32)}
     stack = {"lora": jax.tree.map(lambda *x: jnp.stack(x), *make_adapters(loaded))}
     requests, owner = make_requests(size, loaded)
     return lambda: evaluate.encode(encode_mixed, frozen, stack, requests, chosen.max_length, owner)

@@ -13,6 +13,7 @@ import numpy as np
 import tyro
 
 from experiments.bench import harness
+from experiments.bench.memory import megabytes
 from experiments.bench.work import make_examples
 from jaxlora import lora, pretrained, step, tasks
 from jaxlora.data import batches as data_batches
@@ -55,8 +56,8 @@ class Flags:
     out: Path = harness.OUT
 
 
-def make_ours(case: Case, flags: Flags) -> Callable[[], None]:
-    """A step on one batch, again and again."""
+def make_ours(case: Case, flags: Flags) -> Callable[[], float]:
+    """A step on one batch, again and again; returns the process's peak memory in MB."""
     base, adapter = pretrained.load(flags.base), lora.LoraConfig()
     layers = jax.tree.map(lambda x: x[: case.layers], base.params["layers"])
     config = dataclasses.replace(base.config, num_hidden_layers=case.layers)
@@ -81,10 +82,11 @@ def make_ours(case: Case, flags: Flags) -> Callable[[], None]:
     state = step.init_state(setup, trainable, jax.random.key(1))
     frozen, train_step = jax.device_put(frozen), step.make_train_step(setup)
 
-    def run() -> None:
+    def run() -> float:
         nonlocal state
         state, metrics = train_step(state, frozen, batch)
         jax.block_until_ready(metrics)
+        return megabytes("ours", jax.default_backend())
 
     return run
 
@@ -102,10 +104,11 @@ def first_batch(train: Mapping[str, Examples], order: data_batches.Order, length
 def measure(axis: str, flags: Flags) -> list[dict[str, Any]]:
     """The rows of one axis, and the slope of the curve in logarithms (1: in proportion)."""
     values = AXES[axis]
-    spreads = []
+    spreads, peaks = [], []
     for value in values:
         worker = harness.Worker(make_ours, dataclasses.replace(Case(), **{axis: value}), flags)
         spreads.append(harness.interleave({"": worker}, flags.rounds, warmups=2)[""])
+        peaks.append(round(worker()))
         worker.close()
     logs = np.log([s.median for s in spreads])
     slopes = [None, *np.diff(logs) / np.diff(np.log(values))]
@@ -116,8 +119,9 @@ def measure(axis: str, flags: Flags) -> list[dict[str, Any]]:
             "ms": spread,
             "steps a second": 1 / spread.median,
             "slope": "" if slope is None else round(float(slope), 2),
+            "peak MB": peak,
         }
-        for value, spread, slope in zip(values, spreads, slopes, strict=True)
+        for value, spread, slope, peak in zip(values, spreads, slopes, peaks, strict=True)
     ]
 
 
