@@ -2,9 +2,11 @@
 
 from jaxlora import lora
 from jaxlora.errors import UserError
-from jaxlora.pcgrad import PCGradState, pcgrad
+from jaxlora.pcgrad import PCGradState, pcgrad, sum_tasks
 from jaxlora.predict import Answer, Predictor, load
 
-__all__ = ["Answer", "PCGradState", "Predictor", "UserError", "load", "lora", "pcgrad"]
+__all__ = [
+    "Answer", "PCGradState", "Predictor", "UserError", "load", "lora", "pcgrad", "sum_tasks",
+]  # fmt: skip
 
 __version__ = "0.1.0"

@@ -6,6 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxlora.ops import precision_of
+
+_EXACT = precision_of(jnp.float32)
+
 
 def pair_vector(u: jax.Array, v: jax.Array, kind: str) -> jax.Array:
     """What a pair head sees of two sentence vectors.
@@ -35,7 +39,7 @@ def cosine(u: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class Head(nn.Module):
-    """Linear → ReLU → Dropout → Linear (the paper, section 3).
+    """Linear → ReLU → Dropout → Linear (the paper, section 3), in float32.
 
     Attributes:
       hidden: width of the hidden layer.
@@ -50,7 +54,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """`f32[B, F]` → `f32[B, outputs]`, or `f32[B]` for one output."""
-        x = nn.relu(nn.Dense(self.hidden, name="hidden")(x))
+        x = nn.relu(nn.Dense(self.hidden, precision=_EXACT, name="hidden")(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        y = nn.Dense(self.outputs, name="out")(x)
+        y = nn.Dense(self.outputs, precision=_EXACT, name="out")(x)
         return y[..., 0] if self.outputs == 1 else y

@@ -25,6 +25,7 @@ import optax
 from jaxlora.trees import Tree, names
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_RANDOM = "threefry2x32"  # fixed, so that a state's key data means the same under any JAX setting
 _FEW = 4  # tasks; a matmul of so few rows takes longer than a dot product of each pair
 
 
@@ -128,7 +129,8 @@ class PCGradState(NamedTuple):
     """State of `pcgrad`, with what the last update saw.
 
     Attributes:
-      key: PRNG key for the next update's orders.
+      key: `u32[2]`, raw data of the PRNG key for the next update's orders. Raw, as in optax, so
+        that the state can be saved by anything that saves arrays (flax, NumPy, pickle, Orbax).
       conflicts: `i32[]`, pairs of tasks whose raw gradients had a negative dot product.
       cosines: `f32[T, T]`, cosines between the raw gradients.
     """
@@ -144,9 +146,17 @@ def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.Grad
     `update` takes leaves `[num_tasks, ...]` (one gradient per task, for instance from
     `jax.vmap(jax.grad(loss))` or `jax.jacrev`) and returns leaves `[...]`: the sum of the
     projected gradients. It only sees what it is given: keep the parameters that belong to one task
-    (heads) out of the tree. Under gradient accumulation, accumulate per task and project once.
+    (heads) away from it, for instance by `optax.partition` with `sum_tasks` for the heads.
     Call it inside `jax.jit`, as any optax transform. Dot products are float32: gradient norms
     between about 1e-18 and 1e18 are projected, smaller ones are only summed.
+
+    Optax's wrappers: `inject_hyperparams`, `named_chain`, `partition` and `masked` work around it
+    (what `masked` leaves out keeps its task axis: give that to `sum_tasks`). `MultiSteps` around it
+    accumulates each task's gradients and projects their mean once, if its accumulator is given the
+    task axis (see below). `apply_if_finite`, `conditionally_mask` and `conditionally_transform`
+    cannot be around it, since they must return the shapes that came in, with the task axis; put
+    them behind it, `chain(pcgrad(T), apply_if_finite(adamw(…), 5))`. A gradient that is not finite
+    makes the sum so, too.
 
     Args:
       num_tasks: T, the size of every leaf's leading axis; 1 makes it the identity.
@@ -158,7 +168,8 @@ def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.Grad
       An `optax.GradientTransformation` whose state is a `PCGradState`.
 
     Raises:
-      ValueError: if `num_tasks < 1` or a leaf's leading axis is not `num_tasks`.
+      ValueError: if `num_tasks < 1`, or a leaf is not `[num_tasks, ...]` (with `params` given to
+        `update`, also if the rest is not its parameter's shape).
 
     >>> tx = optax.chain(pcgrad(num_tasks=2), optax.sgd(1.0))
     >>> state = tx.init({"w": jnp.zeros(2)})
@@ -168,14 +179,24 @@ def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.Grad
     [-0.5, -1.5]
     >>> int(state[0].conflicts), round(float(state[0].cosines[0, 1]), 4)
     (1, -0.7071)
+
+    Accumulate over four batches:
+
+    >>> steps = optax.MultiSteps(tx, every_k_schedule=4)
+    >>> state = steps.init({"w": jnp.zeros(2)})
+    >>> stacked = jax.tree.map(lambda x: jnp.stack([x] * 2), state.acc_grads)
+    >>> state = state._replace(acc_grads=stacked)
+    >>> for _ in range(4):
+    ...     updates, state = steps.update(grads, state)
+    >>> updates["w"].tolist()
+    [-0.5, -1.5]
     """
-    if num_tasks < 1:
-        raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+    _check_number(num_tasks)
 
     def init(params: optax.Params) -> PCGradState:
         del params
         return PCGradState(
-            jax.random.key(seed),
+            jax.random.key_data(jax.random.key(seed, impl=_RANDOM)),
             jnp.zeros((), jnp.int32),
             jnp.zeros((num_tasks, num_tasks), jnp.float32),
         )
@@ -183,24 +204,73 @@ def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.Grad
     def update(
         updates: optax.Updates, state: PCGradState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, PCGradState]:
-        del params
-        _check_leading_axis(updates, num_tasks)
-        key, order_key = jax.random.split(state.key)
+        _check_task_axis("pcgrad", num_tasks, updates, params)
+        key, order_key = jax.random.split(jax.random.wrap_key_data(state.key, impl=_RANDOM))
         empty = jnp.zeros((num_tasks, num_tasks), jnp.float32)  # what a tree without leaves has
         K = gram(updates) + empty
         weights = jnp.ones(num_tasks, jnp.float32)
         if surgery:
             weights = project(K, orders(order_key, num_tasks)).sum(0)
         conflicts = jnp.sum(jnp.triu(K < 0, 1), dtype=jnp.int32)
-        return combine(updates, weights), PCGradState(key, conflicts, cosines(K))
+        return combine(updates, weights), PCGradState(
+            jax.random.key_data(key), conflicts, cosines(K)
+        )
 
     return optax.GradientTransformation(init, update)
 
 
-def _check_leading_axis(tree: Tree, num_tasks: int) -> None:
-    for name, leaf in zip(names(tree), jax.tree.leaves(tree), strict=True):
-        if leaf.ndim == 0 or leaf.shape[0] != num_tasks:
+def sum_tasks(num_tasks: int) -> optax.GradientTransformation:
+    """Sum per-task gradients; the optax transform for heads beside `pcgrad`.
+
+    A head's gradient of every other task is zero, so the sum is the gradient of its own task.
+    Without it, leaves that still have the task axis reach `optax.apply_updates`, which broadcasts
+    the parameter to `[num_tasks, ...]` without an error.
+
+    Args:
+      num_tasks: T, the size of every leaf's leading axis.
+
+    Returns:
+      An `optax.GradientTransformation` without a state: leaves `[T, ...]` → `[...]`.
+
+    Raises:
+      ValueError: see `pcgrad`.
+
+    >>> params = {"trunk": jnp.zeros(2), "heads": {"a": jnp.zeros(()), "b": jnp.zeros(())}}
+    >>> shared = optax.chain(pcgrad(2), optax.sgd(1.0))
+    >>> own = optax.chain(sum_tasks(2), optax.sgd(1.0))
+    >>> tx = optax.partition({"shared": shared, "own": own}, {"trunk": "shared", "heads": "own"})
+    >>> heads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([0.0, 5.0])}
+    >>> grads = {"trunk": jnp.array([[1.0, 0.0], [-1.0, 1.0]]), "heads": heads}
+    >>> updates, _ = tx.update(grads, tx.init(params), params)
+    >>> jax.tree.map(lambda x: x.tolist(), updates)
+    {'heads': {'a': -3.0, 'b': -5.0}, 'trunk': [-0.5, -1.5]}
+    """
+    _check_number(num_tasks)
+
+    def update(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        _check_task_axis("sum_tasks", num_tasks, updates, params)
+        return combine(updates, jnp.ones(num_tasks, jnp.float32)), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def _check_number(num_tasks: int) -> None:
+    if num_tasks < 1:
+        raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+
+
+def _check_task_axis(who: str, num_tasks: int, grads: Tree, params: Tree | None) -> None:
+    """Refuse leaves that are not `[num_tasks, *shape of the parameter]`, as far as it is known."""
+    leaves, treedef = jax.tree.flatten(grads)
+    shapes = [x.shape[1:] for x in leaves]
+    if jax.tree.structure(params) == treedef:
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
+    for name, leaf, shape in zip(names(grads), leaves, shapes, strict=True):
+        if leaf.shape != (num_tasks, *shape):
             raise ValueError(
-                f"pcgrad(num_tasks={num_tasks}) needs one gradient per task along the first axis, "
-                f"but leaf {name!r} has shape {tuple(leaf.shape)}; stack the tasks' gradients"
+                f"{who}(num_tasks={num_tasks}) needs one gradient per task along the first axis, "
+                f"but leaf {name!r} has shape {leaf.shape} instead of {(num_tasks, *shape)}; stack "
+                "the tasks' gradients (and under optax.MultiSteps its acc_grads)"
             )

@@ -80,7 +80,8 @@ class Flags:
       max_length: tokens a sentence is cut to, and the longest row.
       synthetic_sts: train STS on the demo grammar's pairs, too.
       seed: of everything random.
-      dtype: of matmul inputs; default: bfloat16 on accelerators, float32 on CPU.
+      dtype: of matmul inputs; default: bfloat16 on accelerators, float32 on CPU. float32 is
+        computed as such, not as TF32.
       out: folder of the run; default: runs/<variant>.
       resume: go on with the run in --out, if there is one.
       predict_test: write predictions for the test sets, too.

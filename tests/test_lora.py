@@ -38,8 +38,7 @@ def packed(base, sentences=SENTENCES, rows=2):
 
 
 def encode(base, variables, rows, config=DEFAULT):
-    with jax.default_matmul_precision("highest"):
-        return Encoder(base.config, lora=config).apply(variables, *rows[:3])
+    return Encoder(base.config, lora=config).apply(variables, *rows[:3])
 
 
 # ---- what is adapted

@@ -1,17 +1,20 @@
 """PCGrad: exact cases by hand, torchjd as a live oracle, and what must hold for any gradients."""
 
 import itertools
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlora
-from jaxlora.pcgrad import PCGradState, combine, cosines, gram, orders, pcgrad, project
+from jaxlora.pcgrad import PCGradState, combine, cosines, gram, orders, pcgrad, project, sum_tasks
 
 J_BASE = [[-4, 1, 1], [6, 1, 1]]
 J3 = [[1, 0, 0], [-1, 1, 0], [-1, -1, 1]]
@@ -311,6 +314,199 @@ def test_wrong_leading_axis_names_the_leaf():
             tx.update({"bias": good, "layer": {"kernel": bad}}, tx.init(None))
     with pytest.raises(ValueError, match="num_tasks"):
         pcgrad(0)
+
+
+# ---- beside heads, inside optax's wrappers, and saved
+
+
+TRUNK_AND_HEADS = {"trunk": "shared", "heads": "own"}
+
+
+def two_tasks():
+    """Gradients `[T, ...]` and parameters: shared (1, 0) and (-1, 1), of the heads 3 and 5."""
+
+    def losses(params):
+        w, heads = params["trunk"]["w"], params["heads"]
+        return jnp.stack(
+            [w[0] + 3 * heads["a"]["b"].sum(), w[1] - w[0] + 5 * heads["b"]["b"].sum()]
+        )
+
+    heads = {name: {"b": jnp.zeros(1)} for name in "ab"}
+    params = {"trunk": {"w": jnp.zeros(2)}, "heads": heads}
+    return jax.jacrev(losses)(params), params
+
+
+def test_heads_in_one_tree_with_what_is_shared():
+    grads, params = two_tasks()
+    rest = optax.sgd(1.0)
+    tx = optax.partition(
+        {"shared": optax.chain(pcgrad(2), rest), "own": optax.chain(sum_tasks(2), rest)},
+        TRUNK_AND_HEADS,
+    )
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, state = update(grads, tx.init(params), params)
+        params_after = optax.apply_updates(params, updates)
+        assert jax.tree.map(jnp.shape, params_after) == jax.tree.map(jnp.shape, params)
+        np.testing.assert_allclose(params_after["trunk"]["w"], [-0.5, -1.5], atol=1e-7)
+        assert {k: x["b"].tolist() for k, x in updates["heads"].items()} == {"a": [-3], "b": [-5]}
+        assert optax.tree.get(state, "conflicts") == 1
+
+
+@pytest.mark.parametrize("make", [pcgrad, sum_tasks])
+def test_a_leaf_that_is_not_its_parameters_stack_is_refused(make):
+    """Three numbers that three tasks would broadcast to, and a gradient summed already."""
+    tx = make(3)
+    params = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}
+    good = {"w": jnp.zeros((3, 3, 2)), "b": jnp.zeros((3, 2))}
+    tx.update(good, tx.init(params), params)
+    for name, bad in (("w", jnp.zeros((3, 2))), ("b", jnp.zeros(3)), ("b", jnp.zeros((3, 1)))):
+        with pytest.raises(
+            ValueError, match=rf"{make.__name__}\(num_tasks=3\) .*'{name}' has shape"
+        ):
+            tx.update(good | {name: bad}, tx.init(params), params)
+
+
+def test_sum_tasks_sums_in_float32_and_keeps_the_dtype():
+    half = jnp.full((300, 2), 1.0, jnp.bfloat16)  # 257 is no bfloat16: sums would stay at 256
+    total, _ = sum_tasks(300).update(half, optax.EmptyState())
+    assert total.dtype == jnp.bfloat16 and total.tolist() == [300.0, 300.0]
+    with pytest.raises(ValueError, match="num_tasks"):
+        sum_tasks(0)
+
+
+def params_of(tx, grads, params, steps):
+    state = tx.init(params)
+    if isinstance(state, optax.MultiStepsState):
+        stacked = jax.tree.map(lambda x: jnp.stack([x] * 3), state.acc_grads)
+        state = state._replace(acc_grads=stacked)
+    update = jax.jit(tx.update)
+    for number in range(steps):
+        scaled = jax.tree.map(lambda g, number=number: g * (number + 1), grads)
+        updates, state = update(scaled, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+WRAPPERS = {
+    "named_chain": lambda: optax.named_chain(("pcgrad", pcgrad(3)), ("rest", optax.sgd(0.1))),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(
+        lambda learning_rate: optax.chain(pcgrad(3), optax.sgd(learning_rate))
+    )(learning_rate=0.1),
+    "masked": lambda: optax.chain(
+        optax.masked(pcgrad(3), {"w": True}), optax.masked(sum_tasks(3), {"w": False}),
+        optax.sgd(0.1),
+    ),
+    "apply_if_finite": lambda: optax.chain(pcgrad(3), optax.apply_if_finite(optax.sgd(0.1), 2)),
+    "conditionally_mask": lambda: optax.chain(
+        pcgrad(3), optax.conditionally_mask(optax.sgd(0.1), lambda step: step >= 0)
+    ),
+    "conditionally_transform": lambda: optax.chain(
+        pcgrad(3), optax.conditionally_transform(optax.sgd(0.1), lambda step: step >= 0)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_optax_wrappers(name):
+    """Each as its docstring says, with the result of the plain chain."""
+    grads, params = {"w": array(J3)}, {"w": jnp.zeros(3)}
+    expected = params_of(optax.chain(pcgrad(3), optax.sgd(0.1)), grads, params, 3)
+    found = params_of(WRAPPERS[name](), grads, params, 3)
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)
+
+
+def test_one_task_that_is_not_finite_is_left_out_by_apply_if_finite():
+    tx = WRAPPERS["apply_if_finite"]()
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    updates, state = tx.update({"w": array(J3).at[1, 0].set(jnp.nan)}, state, params)
+    assert updates["w"].tolist() == [0, 0, 0]
+    updates, _ = tx.update({"w": array(J3)}, state, params)
+    assert jnp.isfinite(updates["w"]).all() and jnp.abs(updates["w"]).max() > 0.01
+
+
+def test_accumulation_projects_each_tasks_mean_once():
+    """Means of 1, 2 and 3 times J3: twice J3; the same orders as one update of that."""
+    grads, params = {"w": array(J3)}, {"w": jnp.zeros(3)}
+    inner = optax.chain(pcgrad(3), optax.sgd(0.1))
+    found = params_of(optax.MultiSteps(inner, 3), grads, params, 3)
+    expected = params_of(inner, {"w": 2 * array(J3)}, params, 1)
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)
+    assert params_of(optax.MultiSteps(inner, 3), grads, params, 2)["w"].tolist() == [0, 0, 0]
+
+
+def test_accumulation_without_the_task_axis_is_told_how():
+    steps, params = optax.MultiSteps(pcgrad(3), 2), {"w": jnp.zeros((3, 2))}
+    with pytest.raises(
+        ValueError, match=r"'w' has shape \(3, 2\) instead of \(3, 3, 2\).*acc_grads"
+    ):
+        steps.update({"w": jnp.zeros((3, 3, 2))}, steps.init(params), params)
+
+
+def by_orbax(state, folder):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "state", state)
+
+
+def by_numpy(state, folder):
+    np.savez(folder / "state.npz", *jax.tree.leaves(state))
+    with np.load(folder / "state.npz") as arrays:
+        return jax.tree.unflatten(jax.tree.structure(state), arrays.values())
+
+
+SAVED = {
+    "orbax": by_orbax,
+    "numpy": by_numpy,
+    "flax bytes": lambda state, _: serialization.from_bytes(state, serialization.to_bytes(state)),
+    "msgpack": lambda state, _: serialization.from_state_dict(
+        state,
+        serialization.msgpack_restore(
+            serialization.msgpack_serialize(serialization.to_state_dict(state))
+        ),
+    ),
+    "pickle": lambda state, _: pickle.loads(pickle.dumps(state)),
+    "tree arithmetic": lambda state, _: optax.tree.add(optax.tree.zeros_like(state), state),
+    "device_get": lambda state, _: jax.device_get(state),
+}
+
+
+@pytest.mark.parametrize("way", SAVED)
+def test_a_saved_state_goes_on_as_if_nothing_had_been(way, tmp_path):
+    tx = optax.chain(pcgrad(3, seed=4), optax.adam(0.1))
+    grads, update = {"w": array(J3)}, jax.jit(tx.update)
+    _, state = update(grads, tx.init({"w": jnp.zeros(3)}))
+    back = SAVED[way](state, tmp_path)
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    for _ in range(4):
+        expected, state = update(grads, state)
+        found, back = update(grads, back)
+        np.testing.assert_array_equal(found["w"], expected["w"])
+    np.testing.assert_array_equal(back[0].key, state[0].key)
+
+
+def test_the_orders_are_those_of_a_typed_key_of_the_seed():
+    """As before states kept raw data, so that runs stopped then go on with the same orders."""
+    key, order_key = jax.random.split(jax.random.key(7))
+    W = project(gram(array(J3)), orders(order_key, 3))
+    update, state = pcgrad(3, seed=7).update(array(J3), pcgrad(3, seed=7).init(None))
+    np.testing.assert_allclose(update, W.sum(0) @ array(J3), rtol=1e-6)
+    np.testing.assert_array_equal(state.key, jax.random.key_data(key))
+
+
+def test_jaxs_default_generator_changes_nothing():
+    def run():
+        return pcgrad(3, seed=7).update(array(J3), pcgrad(3, seed=7).init(None))
+
+    expected, state = run()
+    jax.config.update("jax_default_prng_impl", "rbg")
+    try:
+        found, again = run()
+    finally:
+        jax.config.update("jax_default_prng_impl", "threefry2x32")
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(again.key, state.key)
 
 
 def test_empty_tree():

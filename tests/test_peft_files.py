@@ -46,8 +46,7 @@ def vectors(base, adapter=None, config=None):
     ids = [np.array(base.tokenizer.encode(s).ids) for s in SENTENCES]
     rows = fill(ids, range(len(ids)), len(ids), Shape(2, 48))
     variables = {"params": base.params} | ({"lora": adapter} if adapter else {})
-    with jax.default_matmul_precision("highest"):
-        hidden = Encoder(base.config, lora=config or LoraConfig()).apply(variables, *rows[:3])
+    hidden = Encoder(base.config, lora=config or LoraConfig()).apply(variables, *rows[:3])
     return np.asarray(pool(hidden, rows.segment_ids, rows.cls_index, "cls"))
 
 
