@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -143,21 +143,28 @@ def _probabilities(task: Task, outputs: jax.Array) -> jax.Array:
 
 
 def untrained(task: Task, examples: Examples, vectors: np.ndarray) -> float:
-    """What needs no training: the score a trained model must beat.
+    """Score what needs no training, which a trained model must beat, by the task's own metric.
 
-    Pairs: the cosine of the untrained vectors, for a 0/1 label cut at the threshold that does best
-    on these very examples (so it is generous). Else the most frequent class, or for scores 0.
+    Pairs of a binary task: the best threshold on the cosine of the untrained vectors (chosen on
+    these very examples, so it is generous; equal cosines are on one side). Pairs with a score: that
+    cosine, on the label's scale. Other classes: the best constant answer. A score of one sentence:
+    a constant, that is 0.
     """
     labels = examples.labels
-    if task.integer and not (task.kind == "binary" and task.pair and task.metric == "accuracy"):
-        values, counts = np.unique(labels, return_counts=True)
-        return task.score(np.full(len(labels), values[counts.argmax()]), labels)
+    if task.integer and not (task.kind == "binary" and task.pair):
+        return _best(task, [np.full(len(labels), value) for value in np.unique(labels)], labels)
     if not task.pair:
-        return 0.0
-    scores = np.asarray(heads.cosine(jnp.asarray(vectors[::2]), jnp.asarray(vectors[1::2])))
+        return task.score(np.zeros(len(labels)), labels)
+    cosines = heads.cosine(jnp.asarray(vectors[::2]), jnp.asarray(vectors[1::2]))
     if not task.integer:
-        return task.score(scores, labels)
-    ranked = labels[np.argsort(-scores, kind="stable")]
-    true_above = np.concatenate([[0], np.cumsum(ranked == 1)])
-    false_below = (ranked == 0).sum() - np.concatenate([[0], np.cumsum(ranked == 0)])
-    return float((true_above + false_below).max() / len(labels))
+        return task.score(np.asarray(task.decode_cosine(cosines)), labels)
+    scores = np.asarray(cosines)
+    if np.isnan(scores).any():
+        return float("nan")
+    # A threshold between negatives only gives away: one at each positive's cosine, and one above.
+    cuts = [*np.unique(scores[labels == 1]), np.inf]
+    return _best(task, (scores >= cut for cut in cuts), labels)
+
+
+def _best(task: Task, answers: Iterable[np.ndarray], labels: np.ndarray) -> float:
+    return max((task.score(found, labels) for found in answers), default=float("nan"))

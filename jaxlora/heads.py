@@ -34,8 +34,8 @@ def cosine(u: jax.Array, v: jax.Array) -> jax.Array:
     1.0
     """
     squares = jnp.sum(u * u, -1) * jnp.sum(v * v, -1)
-    safe = jnp.where(squares > 0, squares, 1.0)
-    return jnp.where(squares > 0, jnp.sum(u * v, -1) * jax.lax.rsqrt(safe), 0.0)
+    zero = squares == 0  # not where one holds NaN: so does its cosine
+    return jnp.where(zero, 0.0, jnp.sum(u * v, -1) * jax.lax.rsqrt(jnp.where(zero, 1.0, squares)))
 
 
 class Head(nn.Module):

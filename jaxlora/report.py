@@ -23,8 +23,8 @@ from jaxlora.tasks import NAMES
 from jaxlora.variants import VARIANTS, Variant
 
 UNTRAINED = (
-    "untrained: the most frequent class; for pairs, the cosine of the base's vectors (a yes or no: "
-    "at the best threshold)."
+    "untrained: the best constant answer; for pairs, the cosine of the base's vectors (a yes or "
+    "no: at the best threshold)."
 )
 
 

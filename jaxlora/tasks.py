@@ -24,8 +24,8 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[str, Kind] = {
-    "classification": Kind(True, ("cross_entropy",), ("accuracy", "f1")),
-    "binary": Kind(True, ("binary_cross_entropy",), ("accuracy", "f1")),
+    "classification": Kind(True, ("cross_entropy",), ("accuracy", "f1", "macro_f1")),
+    "binary": Kind(True, ("binary_cross_entropy",), ("accuracy", "f1", "macro_f1")),
     "regression": Kind(False, ("squared_error",), ("pearson", "spearman")),
     "similarity": Kind(False, ("cosine", "squared_error"), ("pearson", "spearman")),
 }
@@ -40,6 +40,7 @@ SPAN = 5.0
 METRICS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], float]]] = {
     "accuracy": ("accuracy", metrics.accuracy),
     "f1": ("F1", metrics.f1),
+    "macro_f1": ("macro F1", metrics.macro_f1),
     "pearson": ("Pearson r", metrics.pearson),
     "spearman": ("Spearman ρ", metrics.spearman),
 }
@@ -57,7 +58,8 @@ class Task:
       classes: names of the classes, in the order of their numbers.
       loss: `cross_entropy`, `binary_cross_entropy`, `squared_error`, or `cosine`, which has no head
         and reads the cosine of the two vectors; default: the kind's.
-      metric: see `METRICS`; default: the kind's.
+      metric: see `METRICS`; default: the kind's. `f1` is that of the second class where there are
+        two, and with more classes another name of `macro_f1`.
       title: the name people know it by; default: the name.
 
     Raises:
@@ -124,11 +126,16 @@ class Task:
     @property
     def metric_name(self) -> str:
         """What to call the metric."""
-        return METRICS[self.metric][0]
+        return METRICS[self._metric][0]
 
     def score(self, predictions: np.ndarray, labels: np.ndarray) -> float:
-        """The metric of predictions; higher is better."""
-        return METRICS[self.metric][1](predictions, labels)
+        """The metric of predictions; higher is better, and NaN where a prediction is NaN."""
+        return METRICS[self._metric][1](predictions, labels)
+
+    @property
+    def _metric(self) -> str:
+        # By the task's classes, not by those that happen to occur.
+        return "macro_f1" if self.metric == "f1" and len(self.classes) > 2 else self.metric
 
     def per_example_loss(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
         """`(outputs, labels f32[B]) → f32[B]`; scores are on a scale of 0 to `SPAN` here."""
@@ -137,12 +144,22 @@ class Task:
         return LOSSES[self.loss](outputs, labels)
 
     def decode(self, outputs: jax.Array) -> jax.Array:
-        """Outputs → predictions `f32[B]` on the label's scale: a class's number, or a score."""
+        """Outputs → predictions `f32[B]` on the label's scale: a class's number, or a score.
+
+        An output that is NaN gives NaN, for classes too.
+        """
         if self.loss == "cross_entropy":
-            return jnp.argmax(outputs, -1).astype(jnp.float32)
+            classes = jnp.argmax(outputs, -1).astype(jnp.float32)
+            return jnp.where(jnp.isnan(outputs).any(-1), jnp.nan, classes)
         if self.loss == "binary_cross_entropy":
-            return (outputs > 0).astype(jnp.float32)
-        inner = SPAN * outputs if self.loss == "cosine" else outputs
+            return jnp.where(jnp.isnan(outputs), jnp.nan, (outputs > 0).astype(jnp.float32))
+        return self.decode_cosine(outputs) if self.loss == "cosine" else self._on_scale(outputs)
+
+    def decode_cosine(self, cosines: jax.Array) -> jax.Array:
+        """Cosines → scores `f32[B]` on the label's scale, as `decode` does with the cosine loss."""
+        return self._on_scale(SPAN * cosines)
+
+    def _on_scale(self, inner: jax.Array) -> jax.Array:
         scores = self.low + inner * ((self.high - self.low) / SPAN)
         return jnp.clip(scores, self.low, self.high)
 

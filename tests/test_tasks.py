@@ -1,12 +1,17 @@
 """Kinds of tasks: their losses, decodings, probabilities and metrics; F1 and rank correlation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 
 from jaxlora import metrics
-from jaxlora.tasks import KINDS, STS_COSINE, STS_MSE, Task
+from jaxlora.tasks import KINDS, PARA, SST, STS_COSINE, STS_MSE, Task
 
 TOPIC = Task("topic", "classification", classes=("sport", "science", "art"))
 BINARY = Task("spam", "binary", classes=("ham", "spam"), metric="f1")
@@ -89,13 +94,94 @@ def test_every_kinds_metrics_can_be_computed():
             assert task.score(truth, truth) == 1
 
 
-def test_f1():
+def test_f1_by_hand():
     truth, found = np.array([0, 0, 1, 1, 1, 0]), np.array([1, 0, 1, 1, 0, 0])
     assert metrics.f1(found, truth) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert metrics.f1(np.zeros(6), truth) == 0
-    # Three classes by hand: F1 of 0 is 1, of 1 is 2/3, of 2 is 0 (never right).
+    # Three classes: F1 of 0 is 1, of 1 is 2/3, of 2 is 0 (never right).
     truth, found = np.array([0, 1, 2]), np.array([0, 1, 1])
-    assert metrics.f1(found, truth) == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert metrics.macro_f1(found, truth) == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+THREE = Task("x", "classification", classes=("a", "b", "c"), metric="f1")
+TWO = Task("x", "classification", classes=("a", "b"), metric="f1")
+
+
+def test_f1_is_chosen_by_the_tasks_classes_not_by_those_that_occur():
+    zeros, one_wrong = np.zeros(10), np.arange(10) == 9
+    assert THREE.score(zeros, zeros) == 1
+    assert THREE.score(one_wrong, zeros) == pytest.approx((18 / 19 + 0) / 2)
+    assert TWO.score(zeros, zeros) == 0  # no positive is found, nor there
+    assert dataclasses.replace(TWO, metric="macro_f1").score(zeros, zeros) == 1
+    assert THREE.metric_name == "macro F1" and TWO.metric_name == "F1"
+    assert dataclasses.replace(THREE, metric="macro_f1").metric_name == "macro F1"
+
+
+CLASSES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30)
+ORACLE = {"zero_division": 0.0}
+
+
+@settings(max_examples=100, deadline=None)
+@given(CLASSES)
+def test_accuracy_and_f1_are_scikit_learns(pairs):
+    oracle = pytest.importorskip("sklearn.metrics")
+    found, truth = np.array(pairs, np.float32).T
+    assert metrics.accuracy(found, truth) == pytest.approx(oracle.accuracy_score(truth, found))
+    expected = oracle.f1_score(truth, found, average="macro", **ORACLE)
+    assert metrics.macro_f1(found, truth) == pytest.approx(expected)
+    found, truth = np.minimum(found, 1), np.minimum(truth, 1)
+    expected = oracle.f1_score(truth, found, average="binary", pos_label=1, **ORACLE)
+    assert metrics.f1(found, truth) == pytest.approx(expected)
+
+
+# Few values, so that there are ties and constants; and such as differ in the last bits alone.
+NUMBERS = st.one_of(
+    st.integers(-2, 2).map(float),
+    st.floats(-(2.0**100), 2.0**100, width=32),
+    st.sampled_from([5.0, 5.0 + 1e-12, 1e-30]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=2, max_size=20))
+@pytest.mark.filterwarnings("ignore::scipy.stats.DegenerateDataWarning")
+def test_correlations_are_scipys(pairs):
+    x, y = np.array(pairs).T
+    constant = len(set(x)) == 1 or len(set(y)) == 1
+    for ours, theirs in ((metrics.pearson, stats.pearsonr), (metrics.spearman, stats.spearmanr)):
+        expected = 0.0 if constant else theirs(x, y).statistic
+        assert ours(x, y) == pytest.approx(expected, nan_ok=True)
+
+
+def test_correlations_of_float32_are_computed_in_float64():
+    x = np.float32(4) + np.arange(100, dtype=np.float32) / 2**20
+    y = np.sin(np.arange(100)).astype(np.float32)
+    expected = stats.pearsonr(x.astype(np.float64), y.astype(np.float64)).statistic
+    assert metrics.pearson(x, y) == pytest.approx(expected, rel=1e-12)
+
+
+ALL = (metrics.accuracy, metrics.f1, metrics.macro_f1, metrics.pearson, metrics.spearman)
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_degenerate_input_has_one_answer(metric):
+    """One example, all the same, none; and any NaN, on either side, is NaN and not a score."""
+    correlation = metric in (metrics.pearson, metrics.spearman)
+    for count in (1, 5):
+        assert metric(np.ones(count), np.ones(count)) == (0 if correlation else 1)
+    if correlation:
+        assert metric(np.arange(3), np.ones(3)) == metric(np.ones(3), np.arange(3)) == 0
+    assert np.isnan(metric(np.zeros(0), np.zeros(0)))
+    good, bad = np.array([0.0, 1, 1, 0]), np.array([0.0, 1, np.nan, 0])
+    for found, truth in ((bad, good), (good, bad), (np.full(4, np.nan), good)):
+        assert np.isnan(metric(found, truth))
+
+
+@pytest.mark.parametrize("task", [SST, PARA, TOPIC, BINARY, PRICE, STS_COSINE, STS_MSE])
+def test_an_output_that_is_no_number_is_no_prediction(task):
+    shape = (3, task.outputs) if task.outputs > 1 else (3,)
+    found = task.decode(jnp.zeros(shape).at[1].set(jnp.nan))
+    assert jnp.isnan(found).tolist() == [False, True, False] and found.dtype == jnp.float32
 
 
 def test_spearman_sees_the_order_alone_and_shares_ranks_among_ties():
