@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,21 +47,39 @@ class Answer(NamedTuple):
 class Predictor:
     """A base model with the adapters and heads of any number of tasks.
 
+    It can be pickled at any time (compiled programs are left out), so that
+    `multiprocessing.get_context("spawn")` can send it to workers. A forked process cannot use
+    one: JAX's threads are not there and it would wait for ever, so it is refused.
+
     Attributes:
       base: the base model.
       trained: the tasks, their trees and their heads.
+
+    Raises:
+      UserError: in a process that was forked from one with a predictor.
     """
 
     base: Pretrained
     trained: Trained
 
+    def __post_init__(self) -> None:
+        _refuse_forked()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made of its fields alone: what is cached belongs to this process.
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
     @staticmethod
     def load(folder: str | Path) -> Predictor:
         """Restore a finished run, or a bank: the base by name and checksum, the rest by Orbax.
 
+        Load it in each worker process, or send it there, see `Predictor`; not before a fork.
+
         Raises:
-          UserError: if it is neither, is damaged, or the base is not the one it was trained on.
+          UserError: if it is neither, is damaged, or the base is not the one it was trained on; in
+            a process that was forked from one with a predictor.
         """
+        _refuse_forked()
         trained = bank.load_any(Path(folder).expanduser())
         return Predictor(trained.load_base(), trained)
 
@@ -141,6 +160,7 @@ class Predictor:
 
     def _vectors(self, checked: list[tuple[Task, tuple[str, ...]]]) -> np.ndarray:
         """Vectors of all sentences, each through its own task's tree."""
+        _refuse_forked()
         texts = [text for _, parts in checked for text in parts]
         tokens, offsets, cut = tokenize(self._tokenizer, texts)
         nowhere = np.full(len(texts), np.nan, np.float32)
@@ -232,6 +252,21 @@ class Predictor:
         return self.trained.find(name).task
 
 
+@functools.cache
+def _first_process() -> int:
+    """Return the id of the process that had the first predictor; a fork inherits it."""
+    return os.getpid()
+
+
+def _refuse_forked() -> None:
+    if os.getpid() != _first_process():
+        raise UserError(
+            "a predictor cannot be used in a process that was forked from one with a predictor, "
+            "since JAX would wait there for ever; start workers with "
+            'multiprocessing.get_context("spawn") and send it to them, or load it there'
+        )
+
+
 def _check_all(
     task: Task, examples: Sequence[str | tuple[str, str]], pairs: bool
 ) -> list[tuple[Task, tuple[str, ...]]]:
@@ -253,6 +288,11 @@ def _check(task: Task, which: str, texts: tuple[Any, ...], pairs: bool) -> tuple
 
 def _answers(task: Task, outputs: np.ndarray) -> list[Answer]:
     values = evaluate.decode(task, outputs)
+    if np.isnan(values).any():
+        raise UserError(
+            f"{task.name}: {np.isnan(values).sum()} of {len(values)} answers are not numbers "
+            "(NaN); the weights of its adapter, its head or the base hold such or are too large"
+        )
     if not task.integer:
         return [Answer(task.name, float(value), None, None) for value in values]
     return [

@@ -90,7 +90,7 @@ class Progress:
     done: bool = False
 
     def note(self, score: float, scores: dict[str, float], patience: int) -> bool:
-        """Take an evaluation in; returns whether it is the best so far."""
+        """Take an evaluation in; returns whether it is the best so far (NaN never is)."""
         if score > self.best_score:
             self.best_step, self.best_score, self.best_scores = self.step, score, scores
             self.best_seconds, self.stale = self.seconds, 0
@@ -202,6 +202,7 @@ def _train_groups(
         patience = settings.of_group(names).patience
         window = Window(group, job.skip_nonfinite)
         best, done = train_group(group, saved[group.name], log, listener, window, patience)
+        _refuse_unscored(group, done)
         best = cluster.host_tree(best)
         bank["adapters"][group.name] = best["trainable"]
         bank["heads"] |= best["heads"]
@@ -212,6 +213,15 @@ def _train_groups(
         curves.draw(log.records, job.out / "curves.png", settings.variant)
     result = summarise(settings, prepare.count(settings, job.base), progress, test)
     return result | {"model": trees.checksum(bank)}
+
+
+def _refuse_unscored(group: Group, done: Progress) -> None:
+    """Raise UserError where no evaluation had a score, since there is no best then."""
+    if not done.best_scores:
+        raise UserError(
+            f"{group.name}: predictions for its dev set were not finite (NaN) at every evaluation, "
+            "so nothing is kept; lower --learning-rate or --head-learning-rate in another --out"
+        )
 
 
 def train_group(

@@ -13,7 +13,7 @@ import pytest
 from tiny import SHORT, Silent, leaves_equal
 
 import jaxlora
-from jaxlora import checkpoint, group, prepare, pretrained, rundir, train
+from jaxlora import checkpoint, evaluate, group, prepare, pretrained, rundir, train
 from jaxlora.errors import UserError
 from jaxlora.mesh import make_mesh
 from jaxlora.tasks import NAMES
@@ -305,6 +305,26 @@ def test_a_bank_trained_on_another_device_loads_here(make, tmp_path):
     np.testing.assert_array_equal(
         jaxlora.load(tmp_path / "run").predict("sst", ["a film"]), expected
     )
+
+
+def test_a_score_that_is_no_number_is_never_the_best():
+    progress = train.Progress(step=2)
+    assert not progress.note(float("nan"), {"a": float("nan")}, 0)
+    assert progress.best_scores == {} and progress.stale == 1
+    progress.step = 4
+    assert progress.note(0.25, {"a": 0.25}, 0)
+    progress.step = 6
+    assert not progress.note(float("nan"), {"a": float("nan")}, 0)
+    assert (progress.best_step, progress.best_score) == (4, 0.25)
+
+
+def test_a_run_without_any_score_keeps_nothing(make, tmp_path, monkeypatch):
+    decode = evaluate.decode
+    monkeypatch.setattr(evaluate, "decode", lambda *args: decode(*args) * np.nan)
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"not finite \(NaN\) at every evaluation"):
+            train.run(make("baseline1"), tmp_path / "run", Silent(), resume=resume)
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_warm_up_wastes_no_step_and_the_rate_ends_at_nothing(make):
