@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from jaxlora import plain
 from jaxlora.bert import ACTIVATIONS, BertConfig, param_shapes
 from jaxlora.errors import UserError
+from jaxlora.fingerprint import Fingerprint
 from jaxlora.json_files import read_object
 
 MINILM = "minilm"
@@ -43,25 +44,31 @@ _REVISION = re.compile(r"[A-Za-z0-9](?!.*\.\.)[A-Za-z0-9._/-]*")  # it becomes p
 _HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.txt")
 
 
+# Fields that say how to train, and do not change what a trained network computes.
+_OF_TRAINING = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+class MissingBaseError(UserError):
+    """There is no such folder, or the hub has no such model."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
-    """A base model: never trained, shared by all tasks, named by its checksum.
+    """A base model: never trained, shared by all tasks, known by its fingerprint.
 
     Attributes:
       name: what the user asked for.
       config: the network's shape.
       params: `params` collection of `bert.Encoder`, float32 NumPy arrays.
       tokenizer: fast tokenizer that adds `[CLS] … [SEP]`.
-      tokenizer_key: checksum of the tokenizer.
-      sha256: checksum of the weights.
+      fingerprint: checksums of weights, config and tokenizer.
     """
 
     name: str
     config: BertConfig
     params: dict[str, Any]
     tokenizer: Tokenizer
-    tokenizer_key: str
-    sha256: str
+    fingerprint: Fingerprint
 
 
 def load(base: str, sha256: str | None = None) -> Pretrained:
@@ -94,8 +101,21 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
         )
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, config, folder)
-    key = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    return Pretrained(base, config, convert(read_tensors(files), config), tokenizer, key, found)
+    known = Fingerprint(found, _config_key(config), _tokenizer_key(tokenizer))
+    return Pretrained(base, config, convert(read_tensors(files), config), tokenizer, known)
+
+
+def _config_key(config: BertConfig) -> str:
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OF_TRAINING}
+    return _sha256_of(fields)
+
+
+def _tokenizer_key(tokenizer: Tokenizer) -> str:
+    return _sha256_of(json.loads(tokenizer.to_str()) | {"truncation": None, "padding": None})
+
+
+def _sha256_of(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def find(base: str) -> Path:
@@ -111,7 +131,7 @@ def find(base: str) -> Path:
         return folder
     name, revision = split_revision(base)
     if name.startswith(_PATH) or name.count("/") > 1:
-        raise UserError(f"--base {base}: no such folder")
+        raise MissingBaseError(f"--base {base}: no such folder")
     if revision is not None and not _REVISION.fullmatch(revision):
         raise UserError(f"--base {base}: {revision!r} is no revision; give a commit, tag or branch")
     return _download(name, revision)
@@ -141,7 +161,7 @@ def local_folder(base: str) -> Path | None:
 def _packaged_minilm() -> Path:
     spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the package without running it
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"--base minilm: the weights are not installed; run: {MINILM_PIP}")
+        raise MissingBaseError(f"--base minilm: the weights are not installed; run: {MINILM_PIP}")
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
@@ -157,7 +177,7 @@ def _download(base: str, revision: str | None) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
+        raise MissingBaseError(
             f"--base {base}{'@' * bool(revision)}{revision or ''}: not a local folder, and the hub "
             f"gave no such model ({reason}); "
             "give a folder with config.json and model.safetensors, or --base minilm"

@@ -196,7 +196,7 @@ def test_shards_are_read(folder, tiny):
     names = shard(folder)
     loaded = pretrained.load(str(folder))
     assert_same_tree(loaded.params, tiny.params)
-    assert loaded.sha256 != tiny.sha256
+    assert loaded.fingerprint.weights != tiny.fingerprint.weights
     (folder / names[1]).unlink()
     with pytest.raises(UserError, match=names[1]):
         pretrained.load(str(folder))
@@ -206,16 +206,16 @@ def test_tokenizer(tiny, folder):
     assert tiny.tokenizer.encode("Ba lonk").tokens == ["[CLS]", "ba", "lon", "##k", "[SEP]"]
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace('"lowercase": true', '"lowercase": false'))
-    assert pretrained.load(str(folder)).tokenizer_key != tiny.tokenizer_key
+    assert pretrained.load(str(folder)).fingerprint.tokenizer != tiny.fingerprint.tokenizer
     path.unlink()
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         pretrained.load(str(folder))
 
 
 def test_checksum_names_the_weights(folder, tiny):
-    assert pretrained.load(str(folder)).sha256 == tiny.sha256
+    assert pretrained.load(str(folder)).fingerprint.weights == tiny.fingerprint.weights
     changed = rewrite(folder, lambda tensors: {**tensors, WORD: tensors[WORD] + 1})
-    assert pretrained.load(changed).sha256 != tiny.sha256
+    assert pretrained.load(changed).fingerprint.weights != tiny.fingerprint.weights
 
 
 @pytest.mark.parametrize("base", ["./nowhere", "/nowhere/at/all", "~/no/such/folder", "a/b/c"])
@@ -236,7 +236,7 @@ def test_minilm_not_installed(monkeypatch):
 
 
 def test_minilm_must_have_its_published_checksum(minilm, monkeypatch):
-    assert minilm.sha256 == pretrained.MINILM_SHA256
+    assert minilm.fingerprint.weights == pretrained.MINILM_SHA256
     monkeypatch.setattr(pretrained, "MINILM_SHA256", "0" * 64)
     with pytest.raises(UserError, match=r"sha256 is .* not the published 0000"):
         pretrained.load("minilm")

@@ -318,11 +318,12 @@ def hub(tiny_base, monkeypatch):
 
 
 def test_a_base_is_pinned_to_a_revision_and_a_checksum(hub, tiny):
-    assert pretrained.load("some/bert").sha256 == tiny.sha256
-    pinned = pretrained.load("some/bert@0123abc", tiny.sha256)
+    found = tiny.fingerprint.weights
+    assert pretrained.load("some/bert").fingerprint == tiny.fingerprint
+    pinned = pretrained.load("some/bert@0123abc", found)
     assert pinned.name == "some/bert@0123abc"
     assert hub == [("some/bert", None), ("some/bert", "0123abc")]
-    with pytest.raises(UserError, match=rf"have sha256 {tiny.sha256}, not {'0' * 64}"):
+    with pytest.raises(UserError, match=f"have sha256 {found}, not {'0' * 64}"):
         pretrained.load("some/bert@0123abc", "0" * 64)
 
 
@@ -350,7 +351,7 @@ def test_a_run_is_of_the_pinned_base(hub, tiny, data_dir, tmp_path):
     with pytest.raises(UserError, match="--base-sha256"):
         train.run(settings, tmp_path / "run", Silent(), base_sha256="0" * 64, **more)
     assert not (tmp_path / "run").exists()
-    train.run(settings, tmp_path / "run", Silent(), base_sha256=tiny.sha256, **more)
+    train.run(settings, tmp_path / "run", Silent(), base_sha256=tiny.fingerprint.weights, **more)
     jaxlora.load(tmp_path / "run").predict("sst", ["a film"])
     assert set(hub) == {("some/bert", "v1")}
     exchange.save(tmp_path / "peft", load_run(tmp_path / "run"), "sst")
