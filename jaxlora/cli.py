@@ -247,6 +247,8 @@ def _like(bank: Path, base: str | None, base_sha256: str | None, pooling: str | 
         return banks.load(bank)
     base = base or pretrained.MINILM
     found = pretrained.load(base, base_sha256)
+    if found.left_out:
+        say(f"{base}{found.without}")
     length = min(128, found.config.max_position_embeddings)
     return Trained(
         base, found.fingerprint, {}, {}, {}, pooling or "mean", length, "float32", str(bank)

@@ -130,7 +130,7 @@ def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data, mesh:
         settings=settings,
         out=out,
         base=f"{base.name}: BERT, {shape.num_hidden_layers} layers, {shape.hidden_size} wide, "
-        f"{shape.num_attention_heads} heads, sha256 {base.fingerprint.weights[:12]}…",
+        f"{shape.num_attention_heads} heads, sha256 {base.fingerprint.weights[:12]}…{base.without}",
         examples={task: {k: len(v) for k, v in splits.items()} for task, splits in data.items()},
         truncated={t: sum(e.truncated for e in splits.values()) for t, splits in data.items()},
         unlabelled={t: sum(e.unlabelled for e in splits.values()) for t, splits in data.items()},

@@ -195,8 +195,11 @@ def test_code_in_a_base_is_not_run(tiny, tiny_base, tmp_path, vocabulary):
         words = tiny.tokenizer.get_vocab()
         (base / "tokenizer.json").unlink()
         (base / "vocab.txt").write_text("\n".join(sorted(words, key=words.get)) + "\n")
-    loaded = pretrained.load(str(base))
-    assert loaded.tokenizer.encode("Ba lonk").tokens == ["[CLS]", "ba", "lon", "##k", "[SEP]"]
+        with pytest.raises(UserError, match="transformers cannot load its tokenizer"):
+            pretrained.load(str(base))
+    else:
+        loaded = pretrained.load(str(base))
+        assert loaded.tokenizer.encode("Ba lonk").tokens == ["[CLS]", "ba", "lon", "##k", "[SEP]"]
     assert not sprung.exists()
 
 
