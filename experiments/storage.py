@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxlora import bank, bert, host, lora, trees
+from jaxlora.fingerprint import Fingerprint
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks import Task
 from jaxlora.trained import Served, Trained
@@ -82,7 +83,7 @@ def measure(base: str, count: int, rank: int, folder: Path) -> Row:
         t.name: Served(t, t.name, head, "concat") for t, head in zip(tasks, heads, strict=True)
     }
     trained = Trained(
-        base, "0" * 64, served, dict(zip(served, found, strict=True)),
+        base, Fingerprint("0" * 64), served, dict(zip(served, found, strict=True)),
         dict.fromkeys(served, adapter), "mean", 128, "float32", "made up",
     )  # fmt: skip
     bank.add(folder, trained, list(served))

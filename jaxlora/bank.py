@@ -1,6 +1,6 @@
 """A bank: a folder that keeps the adapters and heads of many tasks of one base model.
 
-    bank.json                 the manifest: the base by name and checksum, and for each task what it
+    bank.json                 the manifest: the base by name and checksums; for each task what it
                               is, which adapter and head it uses, its scores, data and versions
     adapters/<name>-<hash>/   an Orbax tree; tasks that were trained together share one
     heads/<task>-<hash>/      an Orbax tree (a task judged by the cosine has none)
@@ -29,12 +29,13 @@ from jaxlora import checkpoint, folders, lora, rundir, trees
 from jaxlora import manifest as manifests
 from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
+from jaxlora.fingerprint import Fingerprint
 from jaxlora.lora import LoraConfig
 from jaxlora.manifest import ADAPTERS, HEADS
 from jaxlora.plain import build
 from jaxlora.settings import flag
 from jaxlora.tasks import Task
-from jaxlora.trained import OF_BASE, Served, Trained, load_run
+from jaxlora.trained import Served, Trained, from_of_base, load_run
 from jaxlora.trees import Tree
 
 LOCK = ".lock"
@@ -72,6 +73,7 @@ def add(folder: Path, source: Trained, names: Sequence[str], *, replace: bool = 
         absent = [name for name in names if name not in manifest["tasks"]]
         if absent and replace:
             raise UserError(f"{folder}: has no {', '.join(absent)} yet; add it instead")
+        _complete_fingerprint(folder, manifest, source)
         for name in names:
             manifest["tasks"][name] = _store(folder, manifest, name, source)
         _commit(folder, manifest)
@@ -125,8 +127,9 @@ def _load_by(folder: Path, manifest: Mapping[str, Any]) -> Trained:
         served[name] = Served(task, tree, head, entry["pair_features"], entry["facts"])
     if any(one.tree == "" for one in served.values()):
         kept[""] = {}  # the frozen base itself
-    plain = {field: manifest[field] for field in OF_BASE}
-    return Trained(**plain, served=served, trees=kept, configs=configs, origin=str(folder))
+    return Trained(
+        **from_of_base(manifest), served=served, trees=kept, configs=configs, origin=str(folder)
+    )
 
 
 def load_any(folder: Path) -> Trained:
@@ -140,8 +143,12 @@ def load_any(folder: Path) -> Trained:
     return load(folder) if manifests.exist(folder) else load_run(folder)
 
 
-def verify(folder: Path) -> list[str]:
-    """What is wrong with a bank's files, one line each; nothing if all is well.
+def verify(folder: Path, base: str | None = None) -> list[str]:
+    """What is wrong with a bank's files and its base, one line each; nothing if all is well.
+
+    Args:
+      folder: the bank.
+      base: where its base is now; None: where it was.
 
     Raises:
       UserError: if the manifest itself cannot be read.
@@ -152,7 +159,16 @@ def verify(folder: Path) -> list[str]:
             _load_tree(folder, part, name)
         except UserError as error:
             problems.append(str(error))
+    try:
+        whole = _without_tasks(folder, manifest) if problems else _load_by(folder, manifest)
+        whole.at(base).load_base()
+    except UserError as error:
+        problems.append(str(error))
     return problems
+
+
+def _without_tasks(folder: Path, manifest: Mapping[str, Any]) -> Trained:
+    return Trained(**from_of_base(manifest), served={}, trees={}, configs={}, origin=str(folder))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,10 +298,10 @@ def _check_ranks(path: Path, name: str, tree: Tree, config: LoraConfig) -> None:
 
 
 def _check_fits(folder: Path, manifest: Mapping[str, Any], source: Trained) -> None:
-    if manifest["sha256"] != source.sha256:
+    if other := _fingerprint(manifest).differing(source.fingerprint):
         raise UserError(
-            f"{folder}: is a bank of {manifest['base']} (sha256 {manifest['sha256'][:12]}…), and "
-            f"{source.origin} was trained on {source.base} (sha256 {source.sha256[:12]}…)"
+            f"{folder}: is a bank of {manifest['base']}; {source.base}, which {source.origin} was "
+            f"trained on, has another {' and another '.join(other)}"
         )
     for field in ("pooling", "max_length", "dtype"):
         if manifest[field] != getattr(source, field):
@@ -293,6 +309,19 @@ def _check_fits(folder: Path, manifest: Mapping[str, Any], source: Trained) -> N
                 f"{folder}: has {field} {manifest[field]}, {source.origin} has "
                 f"{getattr(source, field)}; train with {flag(field)}={manifest[field]}"
             )
+
+
+def _fingerprint(manifest: Mapping[str, Any]) -> Fingerprint:
+    return build(Fingerprint, manifest["fingerprint"])
+
+
+def _complete_fingerprint(folder: Path, manifest: dict[str, Any], source: Trained) -> None:
+    """Take from new tasks what a bank of format 1 does not know of its base."""
+    known = _fingerprint(manifest)
+    if manifest["tasks"]:
+        known.note_if_partial(str(folder))
+    source.fingerprint.note_if_partial(source.origin)
+    manifest["fingerprint"] = dataclasses.asdict(known.completed(source.fingerprint))
 
 
 def _check_empty(folder: Path) -> None:

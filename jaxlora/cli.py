@@ -74,13 +74,14 @@ def bank_remove(folder: Folder, task: Name, /) -> None:
     say(f"{folder}: removed {task}")
 
 
-def bank_list(folder: Folder, /) -> None:
+def bank_list(folder: Folder, /, base: str | None = None) -> None:
     """Show a bank's tasks: scores, parameters and bytes, beside one full model for each task.
 
     Args:
       folder: the bank.
+      base: where its base is now, if it has moved.
     """
-    rows, base = banks.contents(folder), banks.load(folder).load_base()
+    rows, found = banks.contents(folder), banks.load(folder).at(base).load_base()
     table = Table("task", "what", "dev", "adapter", "adapter M", "head M", "kB")
     for row in rows:
         score = "" if row.score is None else f"{row.metric} {row.score:.4f}"
@@ -93,7 +94,7 @@ def bank_list(folder: Folder, /) -> None:
         )  # fmt: skip
         table.add_row(*map(escape, cells))
     CONSOLE.print(table)
-    each = trees.count(param_shapes(base.config))
+    each = trees.count(param_shapes(found.config))
     adapters = {row.adapter: row.adapter_parameters for row in rows}
     heads = sum(row.head_parameters for row in rows)
     added = sum(adapters.values()) + heads
@@ -115,16 +116,16 @@ def bank_show(folder: Folder, task: Name, /) -> None:
     print(banks.describe(folder, task))
 
 
-def bank_verify(folder: Folder, /) -> None:
+def bank_verify(folder: Folder, /, base: str | None = None) -> None:
     """Compare every file of a bank with its checksum, and the base with its own.
 
     Args:
       folder: the bank.
+      base: where its base is now, if it has moved.
     """
-    problems = banks.verify(folder)
+    problems = banks.verify(folder, base)
     if problems:
         raise UserError("\n".join(problems))
-    banks.load(folder).load_base()
     say(f"{folder}: all is well")
 
 
@@ -136,6 +137,7 @@ def predict(
     task: str | None = None,
     input: Path | None = None,
     output: Path | None = None,
+    base: str | None = None,
 ) -> None:
     """Predict one example given by its texts, or a whole table.
 
@@ -145,12 +147,13 @@ def predict(
       task: the task; a table may have a column task instead.
       input: a table with a header: sentence (or sentence1, sentence2), task, id.
       output: where its answers go: a .csv, or a .jsonl with all probabilities.
+      base: where the base is now, if it has moved; it must be the same.
     """
     if (input is None) == (not texts) or (input is None) != (output is None):
         raise UserError('give --task and texts ("a" "b"), or --input and --output')
     host.reuse_memory()
     host.keep_programs(rundir.cache_dir() / "xla")
-    predictor = Predictor.load(bank)
+    predictor = Predictor.load(bank, base)
     if input is not None and output is not None:
         columns = (SpinnerColumn(), TextColumn("{task.completed:,} answered"))
         with Progress(*columns, transient=True) as bar:
@@ -170,28 +173,33 @@ def predict(
     print(f"{answer.label}  ({each})")
 
 
-def export_merged(out: Folder, /, bank: Path, task: str) -> None:
+def export_merged(out: Folder, /, bank: Path, task: str, base: str | None = None) -> None:
     """Write a task as a Hugging Face folder, its adapter merged into the weights.
 
     Args:
       out: a new folder.
       bank: a bank, or the folder of a finished run.
       task: the task.
+      base: where the base is now, if it has moved; it must be the same.
     """
-    trained = banks.load_any(bank)
+    trained = banks.load_any(bank).at(base)
     merged.save(out, trained.load_base(), trained, task)
     say(f"{out}: {task}, merged; its {merged.README} says how to apply it")
 
 
-def export_peft(out: Folder, /, bank: Path, task: str) -> None:
+def export_peft(out: Folder, /, bank: Path, task: str, base: str | None = None) -> None:
     """Write a task's adapter as a PEFT folder, with its head beside it.
 
     Args:
       out: a new folder.
       bank: a bank, or the folder of a finished run.
       task: the task.
+      base: where the base is now, if it has moved; it must be the same.
     """
-    exchange.save(out, banks.load_any(bank), task)
+    trained = banks.load_any(bank).at(base)
+    if base is not None:
+        trained.load_base()  # the folder would name it, so it must be the right one
+    exchange.save(out, trained, task)
     say(f"{out}: {task} for PEFT")
 
 
@@ -214,20 +222,21 @@ def import_peft(
       folder: adapter_config.json and adapter_model.safetensors.
       bank: the bank.
       name: what to call its task there.
-      base: of a new bank, for an adapter that was not exported from here; default: minilm.
+      base: of a new bank, for an adapter that was not exported from here (default: minilm); else
+        where the base is now, if it has moved.
       base_sha256: refuse that base if its weights have another checksum.
-      pooling: likewise; default: mean.
+      pooling: of a new bank, for an adapter that was not exported from here; default: mean.
       update: replace the task of that name.
     """
     check_name(name, "--as")
     base = None if base is None else absolute(base)
     like = None if exchange.described(folder) else _like(bank, base, base_sha256, pooling)
-    trained = exchange.load(folder, name, like)
-    for flag, wanted in (("base", base), ("pooling", pooling)):
-        if wanted not in (None, getattr(trained, flag)):
-            raise UserError(f"--{flag}={wanted}: it is {getattr(trained, flag)} here; leave it out")
-    if base_sha256 not in (None, trained.sha256):
-        raise UserError(f"--base-sha256 {base_sha256}: {trained.base} has sha256 {trained.sha256}")
+    trained = exchange.load(folder, name, like, base)
+    if pooling not in (None, trained.pooling):
+        raise UserError(f"--pooling={pooling}: it is {trained.pooling} here; leave it out")
+    weights = trained.fingerprint.weights
+    if base_sha256 not in (None, weights):
+        raise UserError(f"--base-sha256 {base_sha256}: {trained.base} has sha256 {weights}")
     banks.add(bank, trained, [name], replace=update)
     say(f"{bank}: {'updated' if update else 'added'} {name}")
 
@@ -238,8 +247,12 @@ def _like(bank: Path, base: str | None, base_sha256: str | None, pooling: str | 
         return banks.load(bank)
     base = base or pretrained.MINILM
     found = pretrained.load(base, base_sha256)
+    if found.left_out:
+        say(f"{base}{found.without}")
     length = min(128, found.config.max_position_embeddings)
-    return Trained(base, found.sha256, {}, {}, {}, pooling or "mean", length, "float32", str(bank))
+    return Trained(
+        base, found.fingerprint, {}, {}, {}, pooling or "mean", length, "float32", str(bank)
+    )
 
 
 def combine(

@@ -20,3 +20,7 @@ class Stopped(BaseException):
     def __init__(self, signal: int, where: str = "at once; nothing was saved") -> None:
         super().__init__(f"stopped {where}")
         self.signal = signal
+
+
+class Note(UserWarning):
+    """What a user should know of something that is done all the same; commands show a line."""

@@ -17,7 +17,15 @@ from jaxlora.json_files import read_object
 from jaxlora.plain import build
 from jaxlora.rundir import write_json
 from jaxlora.tasks import Task
-from jaxlora.trained import OF_BASE, Served, Trained, check_plain
+from jaxlora.trained import (
+    OF_BASE,
+    Served,
+    Trained,
+    check_plain,
+    from_of_base,
+    of_base,
+    upgrade_base,
+)
 
 ABOUT = "jaxlora.json"
 _FIELDS = {*OF_BASE, "task", "pair_features", "facts"}
@@ -39,7 +47,7 @@ def save(folder: str | Path, trained: Trained, name: str) -> None:
     if not adapter:
         raise UserError(f"{trained.origin}: {name} has no adapter; use export merged")
     hub = pretrained.MINILM_HUB if trained.base == pretrained.MINILM else trained.base
-    about = {field: getattr(trained, field) for field in OF_BASE} | {
+    about = of_base(trained) | {
         "task": dataclasses.asdict(served.task),
         "pair_features": served.pair_features,
         "facts": dict(served.facts),
@@ -55,7 +63,9 @@ def described(folder: str | Path) -> bool:
     return (Path(folder).expanduser() / ABOUT).exists()
 
 
-def load(folder: str | Path, name: str, like: Trained | None = None) -> Trained:
+def load(
+    folder: str | Path, name: str, like: Trained | None = None, base: str | None = None
+) -> Trained:
     """Read a task from a PEFT folder.
 
     A folder that others wrote has no head that we know of: its task compares two texts by the
@@ -65,6 +75,7 @@ def load(folder: str | Path, name: str, like: Trained | None = None) -> Trained:
       folder: `save` or PEFT wrote it.
       name: what to call the task.
       like: says the base and the pooling where the folder does not.
+      base: where the base is now; None: where the folder, or `like`, says.
 
     Raises:
       UserError: naming the file and what is missing, broken, or cannot be honoured.
@@ -75,9 +86,8 @@ def load(folder: str | Path, name: str, like: Trained | None = None) -> Trained:
     about = _read_about(folder / ABOUT) if described(folder) else _about_others(folder, like)
     task = dataclasses.replace(about["task"], name=name)
     trained = Trained(
-        **{field: about[field] for field in OF_BASE},
-        served={}, trees={}, configs={}, origin=str(folder),
-    )  # fmt: skip
+        **from_of_base(about), served={}, trees={}, configs={}, origin=str(folder)
+    ).at(base)
     config = trained.load_base().config
     adapter, lora_config = peft_files.load(folder, bert.param_shapes(config))
     served = Served(task, name, {}, about["pair_features"], about["facts"])
@@ -92,7 +102,7 @@ def _about_others(folder: Path, like: Trained | None) -> dict[str, Any]:
     if like is None:
         raise UserError(f"{folder}: has no {ABOUT} to say its base; name one with --base")
     task = Task("imported", "similarity", pair=True, title=f"similarity, {folder.name}")
-    return {field: getattr(like, field) for field in OF_BASE} | {
+    return of_base(like) | {
         "task": task,
         "pair_features": "concat",
         "facts": {"imported from": str(folder)},
@@ -100,7 +110,7 @@ def _about_others(folder: Path, like: Trained | None) -> dict[str, Any]:
 
 
 def _read_about(path: Path) -> dict[str, Any]:
-    about = read_object(path)
+    about = upgrade_base(read_object(path))
     try:
         if about.keys() != _FIELDS:
             raise ValueError(f"fields {', '.join(sorted(about.keys() ^ _FIELDS))}")

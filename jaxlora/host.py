@@ -9,13 +9,15 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxlora import folders
-from jaxlora.errors import Stopped, UserError
+from jaxlora.errors import Note, Stopped, UserError
 
 # glibc's <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -76,6 +78,24 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _notes_as_lines() -> Iterator[None]:
+    """While this lasts, a `Note` is a line on stderr, without the place in the code."""
+    with warnings.catch_warnings():
+        usual = warnings.formatwarning
+
+        def line(message: Any, category: type[Warning], *place: Any, **more: Any) -> str:
+            if issubclass(category, Note):
+                return f"note: {message}\n"
+            return usual(message, category, *place, **more)
+
+        warnings.formatwarning = line
+        try:
+            yield
+        finally:
+            warnings.formatwarning = usual
+
+
 def exit_code(main: Callable[[], object]) -> int:
     """Run a command; what the user can mend is told in a line, anything else is raised.
 
@@ -85,7 +105,7 @@ def exit_code(main: Callable[[], object]) -> int:
     # Orbax's threads print the traceback of what is raised, and told, here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        with folders.guarded():
+        with folders.guarded(), _notes_as_lines():
             main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

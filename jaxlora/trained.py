@@ -12,10 +12,11 @@ import jax
 
 from jaxlora import checkpoint, combine, plain, pretrained, rundir
 from jaxlora.errors import UserError
+from jaxlora.fingerprint import Fingerprint
 from jaxlora.json_files import read_object
 from jaxlora.lora import LoraConfig
 from jaxlora.pretrained import Pretrained
-from jaxlora.settings import Settings
+from jaxlora.settings import Settings, absolute
 from jaxlora.tasks import Task
 from jaxlora.trees import Tree, checksum
 from jaxlora.variants import group_name
@@ -52,7 +53,7 @@ class Trained:
 
     Attributes:
       base: its name or folder.
-      sha256: its checksum.
+      fingerprint: what decides the base's vectors.
       served: the tasks by name.
       trees: encoder trees by name: `{}` (frozen), `{"lora": …}` or `{"params": …}` (a whole BERT).
       configs: the configuration of each adapter among the trees, by the tree's name.
@@ -61,7 +62,7 @@ class Trained:
     """
 
     base: str
-    sha256: str
+    fingerprint: Fingerprint
     served: Mapping[str, Served]
     trees: Mapping[str, Tree]
     configs: Mapping[str, LoraConfig]
@@ -83,18 +84,24 @@ class Trained:
             raise UserError(f"{self.origin}: no task {name!r}; there are {there}{hint}")
         return self.served[name]
 
+    def at(self, base: str | None) -> Trained:
+        """The same tasks, with their base in another place; None: where it was."""
+        return self if base is None else dataclasses.replace(self, base=absolute(base))
+
     def load_base(self) -> Pretrained:
         """The base model.
 
         Raises:
-          UserError: if it cannot be had, its checksum differs, or what was trained does not fit it.
+          UserError: if it cannot be had, is another one, or what was trained does not fit it.
         """
-        base = pretrained.load(self.base)
-        if base.sha256 != self.sha256:
+        try:
+            base = pretrained.load(self.base)
+        except pretrained.MissingBaseError as error:
             raise UserError(
-                f"{self.base}: not the weights that {self.origin} was trained on (sha256 "
-                f"{base.sha256[:12]}… instead of {self.sha256[:12]}…)"
-            )
+                f"{error}; {self.origin} needs it: if it has moved, say where with --base "
+                "(in Python: base=)"
+            ) from error
+        self._check_same(base)
         limit = base.config.max_position_embeddings
         if self.max_length > limit:
             raise UserError(f"{self.origin}: max_length {self.max_length}, {self.base} has {limit}")
@@ -103,18 +110,50 @@ class Trained:
                 raise UserError(f"{self.origin}: the head of {name} is not one of such a task")
         return base
 
+    def _check_same(self, base: Pretrained) -> None:
+        """Refuse a base that would give other vectors than the one that was trained on."""
+        if other := self.fingerprint.differing(base.fingerprint):
+            part = other[0]
+            found, wanted = (getattr(f, part)[:12] for f in (base.fingerprint, self.fingerprint))
+            raise UserError(
+                f"{self.base}: not the {' and '.join(other)} that {self.origin} was trained on "
+                f"(sha256 of the {part}: {found}… instead of {wanted}…); point to the right one "
+                "with --base (in Python: base=)"
+            )
+        self.fingerprint.note_if_partial(self.origin)
+
 
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 # Fields of `Trained` that are plain values, and of `Served`, with what they may be.
-OF_BASE = ("base", "sha256", "pooling", "max_length", "dtype")
+OF_BASE = ("base", "fingerprint", "pooling", "max_length", "dtype")
 _CHOICES = {
     "pooling": ("cls", "mean"),
     "dtype": ("float32", "bfloat16"),
     "pair_features": ("concat", "interaction"),
 }
+
+
+def of_base(trained: Trained) -> dict[str, Any]:
+    """What is kept of the base, as plain values."""
+    values = {field: getattr(trained, field) for field in OF_BASE}
+    return values | {"fingerprint": dataclasses.asdict(trained.fingerprint)}
+
+
+def from_of_base(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `of_base`, as arguments of `Trained`; other values are left out."""
+    fingerprint = plain.build(Fingerprint, values["fingerprint"])
+    return {field: values[field] for field in OF_BASE} | {"fingerprint": fingerprint}
+
+
+def upgrade_base(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring plain values to the present format: format 1 had the weights' checksum alone."""
+    known = {name: value for name, value in values.items() if name != "sha256"}
+    if "sha256" in values:
+        known["fingerprint"] = dataclasses.asdict(Fingerprint(values["sha256"]))
+    return known
 
 
 def check_plain(values: Mapping[str, Any]) -> None:
@@ -126,8 +165,10 @@ def check_plain(values: Mapping[str, Any]) -> None:
     for field, value in values.items():
         if field in _CHOICES and value not in _CHOICES[field]:
             raise ValueError(f"{field} is {value!r}, not one of {', '.join(_CHOICES[field])}")
-        if field in ("base", "sha256"):
+        if field == "base":
             plain.text(value)
+        if field == "fingerprint":
+            plain.build(Fingerprint, value)
         if field == "max_length" and (type(value) is not int or value < 3):
             raise ValueError(f"max_length is {value!r}, not a whole number from 3")
         if field == "facts":
@@ -183,7 +224,7 @@ def load_run(out: Path) -> Trained:
     inputs = config["inputs"]
     try:
         settings = Settings.from_json(config["settings"])
-        sha256 = plain.text(inputs.get("the base model"))
+        fingerprint = Fingerprint.from_inputs(inputs)
     except ValueError as error:
         raise UserError(f"{out / rundir.CONFIG}: {error}") from error
     trained = checkpoint.load_tree(out / rundir.MODEL)
@@ -203,7 +244,7 @@ def load_run(out: Path) -> Trained:
     trees = {name: (trained.get("adapters") or {}).get(name) or {} for name in owners.values()}
     return Trained(
         settings.base,
-        sha256,
+        fingerprint,
         served,
         trees,
         {name: settings.lora for name, tree in trees.items() if "lora" in tree},

@@ -30,6 +30,7 @@ FAST = {
     "learning_rate": 0.05,
     "preset": "cs224n",
 }
+NOBODYS = dict.fromkeys(("weights", "config", "tokenizer"), "0" * 64)
 PAIR = ("a dog runs", "the cat was in a film")
 REQUESTS = [("sts", *PAIR), ("sst", "a very good film"), ("para", *PAIR), ("sst", "not good")]
 
@@ -210,7 +211,11 @@ def test_another_base_is_refused(three, tiny_base, runs, tmp_path):
     with pytest.raises(UserError, match="not the weights that"):
         jaxlora.load(three)
     (three / manifests.NAME).write_text(
-        json.dumps(manifests.signed(manifest | {"sha256": "0" * 64}))
+        json.dumps(
+            manifests.signed(
+                manifest | {"fingerprint": {**manifest["fingerprint"], "weights": "0" * 64}}
+            )
+        )
     )
     with pytest.raises(UserError, match="is a bank of"):
         bank.add(three, load_run(runs / "again"), ["sts"], replace=True)
@@ -334,7 +339,7 @@ def test_a_missing_head_is_named(three):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m | {"format": 2}, "format 2 is newer than this jaxlora's 1"),
+        (lambda m: m | {"format": 3}, "format 3 is newer than this jaxlora's 2"),
         (lambda m: [m], "not a bank's manifest"),
         (lambda m: {k: v for k, v in m.items() if k != "base"}, "changed by hand .* base"),
         (lambda m: m | {"pooling": 3}, "pooling is 3"),
@@ -581,7 +586,7 @@ def test_the_base_of_an_import(three, tiny, tiny_base, tmp_path, call, monkeypat
     (theirs / "head.safetensors").unlink()
     monkeypatch.chdir(tiny_base.parent)
     new = ("--bank", tmp_path / "new")
-    flags = ("--base", tiny_base.name, "--base-sha256", tiny.sha256)
+    flags = ("--base", tiny_base.name, "--base-sha256", tiny.fingerprint.weights)
     assert call("import", "peft", theirs, *new, "--as", "one", *flags)[0] == 0
     assert bank.load(tmp_path / "new").base == str(tiny_base)
     assert call("import", "peft", theirs, *new, "--as", "two", *flags)[0] == 0
@@ -665,7 +670,7 @@ def test_exchange_and_combination_refuse(runs, three, tmp_path, call, args, mess
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda a: a | {"sha256": "0" * 64}, "not the weights that"),
+        (lambda a: a | {"fingerprint": NOBODYS}, "not the weights that"),
         (lambda a: a | {"pooling": "max"}, "pooling is 'max'"),
         (lambda a: a | {"max_length": True}, "max_length is True"),
         (lambda a: a | {"facts": 3}, "changed by hand"),

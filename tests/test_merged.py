@@ -39,7 +39,7 @@ def trained(base, adapter, task=tasks.STS_COSINE, head=None, pair="concat", **of
     served = {task.name: Served(task, "tree", head or {}, pair)}
     of_base = {"pooling": "cls", "max_length": 48, "dtype": "float32"} | of_base
     return Trained(
-        base.name, base.sha256, served, {"tree": {"lora": adapter}}, {"tree": CONFIG},
+        base.name, base.fingerprint, served, {"tree": {"lora": adapter}}, {"tree": CONFIG},
         origin="here", **of_base,
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def test_we_read_it(tiny, adapter, merged_params, tmp_path):
     merged.save(tmp_path / "m", tiny, trained(tiny, adapter), "sts")
     back = pretrained.load(str(tmp_path / "m"))
     assert back.config == tiny.config
-    assert back.tokenizer_key == tiny.tokenizer_key
+    assert back.fingerprint.tokenizer == tiny.fingerprint.tokenizer
     jax.tree.map(np.testing.assert_array_equal, back.params, dict(merged_params))
     pooling = json.loads((tmp_path / "m" / "1_Pooling" / "config.json").read_text())
     assert (pooling["pooling_mode_cls_token"], pooling["pooling_mode_mean_tokens"]) == (True, False)

@@ -1,5 +1,7 @@
 """Weights in: the conversion is total, and what cannot be honoured is refused by name."""
 
+import dataclasses
+import fnmatch
 import importlib.util
 import json
 import shutil
@@ -10,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlora import pretrained
-from jaxlora.bert import Encoder, param_shapes
+from jaxlora.bert import ACTIVATIONS, BertConfig, Encoder, param_shapes
 from jaxlora.errors import UserError
 
 WORD = "embeddings.word_embeddings.weight"
@@ -89,6 +91,53 @@ def test_key_styles_give_the_same_tree(change, folder, tiny):
     assert_same_tree(pretrained.load(rewrite(folder, change)).params, tiny.params)
 
 
+TASKS = (
+    "BertModel", "BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction",
+    "BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering",
+    "BertForMultipleChoice",
+)  # fmt: skip
+HEADS = {"Sequence": "classifier", "Token": "classifier", "Multiple": "classifier"}
+HEADS |= {"Question": "qa_outputs", "PreTraining": "cls", "MaskedLM": "cls", "NextSentence": "cls"}
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "model.", "_orig_mod.module.", "0.auto_model."])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_base_with_a_task_head(task, wrapper, folder, tmp_path):
+    """As transformers saves it, and under the names that wrappers give."""
+    transformers, saved = pytest.importorskip("transformers"), tmp_path / "saved"
+    pytest.importorskip("torch")
+    model = getattr(transformers, task)(transformers.BertConfig.from_pretrained(folder))
+    model.save_pretrained(saved)
+    wanted = their_vectors(saved, IDS)
+    shutil.copy(folder / "tokenizer.json", saved)
+    rewrite(saved, lambda tensors: {f"{wrapper}{n}": x for n, x in tensors.items()})
+    loaded = pretrained.load(str(saved))
+    found = vectors(loaded.config, loaded.params, IDS)
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    head = next((h for kind, h in HEADS.items() if kind in task), None)
+    assert loaded.left_out == ((head,) if head else ())
+    assert loaded.without == (f"; its head ({head}) is left out" if head else "")
+
+
+@pytest.mark.parametrize("name", [QUERY, "classifier.weight", "pooler.dense.weight"])
+@pytest.mark.parametrize("prefix", ["bert.", "module.", "model.bert.", "0.auto_model."])
+def test_two_tensors_of_one_name_are_refused(name, prefix, folder):
+    def change(tensors):
+        tensors.setdefault(name, np.zeros((32, 32), np.float32))
+        return tensors | {prefix + name: tensors[name].copy()}
+
+    with pytest.raises(UserError, match=f"'{prefix}{name}' .*same tensor|same tensor '{name}'"):
+        pretrained.load(rewrite(folder, change))
+
+
+def test_the_tensors_are_read_with_the_pooler(folder):
+    path = folder / "model.safetensors"
+    tensors = pretrained.read_tensors([path])
+    np.testing.assert_array_equal(
+        tensors["pooler.dense.weight"], load_file(path)["pooler.dense.weight"]
+    )
+
+
 def missing(tensors):
     del tensors[QUERY]
 
@@ -133,17 +182,85 @@ def test_all_problems_are_counted(folder):
         pretrained.load(rewrite(folder, change))
 
 
+# Each changes what the model computes, or could.
+REFUSED = {
+    "hidden_act": ["gelu_fast", "quick_gelu", 3, None],
+    "model_type": ["roberta", "bert-generation", None],
+    "position_embedding_type": ["relative_key", "relative_key_query", "alibi"],
+    "is_decoder": [True, 1, "yes"],
+    "add_cross_attention": [True],
+    "is_encoder_decoder": [True],
+    "pruned_heads": [{"0": [1]}],
+    "per_layer_config": [{"0": {"intermediate_size": 8}}],
+    "quantization_config": [{"load_in_8bit": True}],
+    "cross_attention_hidden_size": [16],
+    "embedding_size": [16],
+    "rotary_dim": [8],
+    "feed_forward_type": ["glu"],
+}
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("hidden_act", "gelu_fast"),
-        ("model_type", "roberta"),
-        ("position_embedding_type", "relative_key"),
-    ],
+    ("field", "value"), [(field, value) for field, values in REFUSED.items() for value in values]
 )
 def test_configs_we_cannot_honour_are_refused(field, value, folder):
-    with pytest.raises(UserError, match=f"{field} '{value}'"):
+    with pytest.raises(UserError, match=rf"config\.json: .*{field}"):
         pretrained.load(set_config(folder, **{field: value}))
+
+
+def vectors(config, params, ids):
+    places = np.arange(ids.shape[1], dtype=np.int32)[None].repeat(len(ids), 0)
+    whole = np.ones_like(ids)
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(Encoder(config).apply({"params": params}, ids, places, whole))
+
+
+def their_vectors(folder, ids):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model.eval()(torch.tensor(ids, dtype=torch.long)).last_hidden_state.numpy()
+
+
+IDS = np.array([[2, 7, 9, 30, 11, 3], [2, 100, 41, 60, 5, 3]], np.int32)
+
+
+def test_every_field_of_transformers_is_known():
+    """Of `BertConfig` and what it inherits: a new one must be looked at before it passes."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig()
+    theirs = {field.name for field in dataclasses.fields(config)} | config.to_dict().keys()
+    theirs |= {"torch_dtype", "num_labels", "name_or_path", "output_attentions"}
+    theirs |= {"per_layer_config", "attn_implementation", "experts_implementation"}
+    theirs |= transformers.GenerationConfig._get_default_generation_params().keys()
+    ours = {field.name for field in dataclasses.fields(BertConfig)}
+    assert theirs - ours - pretrained.REQUIRED.keys() - pretrained.HARMLESS == set()
+    assert not ours & pretrained.HARMLESS and not pretrained.REQUIRED.keys() & pretrained.HARMLESS
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"chunk_size_feed_forward": 2},
+        {"pad_token_id": 7, "bos_token_id": 1, "eos_token_id": 2},
+        {"tie_word_embeddings": False, "use_cache": False, "classifier_dropout": 0.5},
+        {"id2label": {"0": "a", "1": "b", "2": "c"}, "problem_type": "regression"},
+        {"initializer_range": 3.0, "gradient_checkpointing": True, "pooler_type": "first_token"},
+        {"output_hidden_states": True, "torch_dtype": "float16"},
+        {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5},
+        {"num_attention_heads": 8},
+        {"layer_norm_eps": 0.01},
+        *({"hidden_act": name} for name in ACTIVATIONS),
+    ],
+    ids=str,
+)
+def test_what_is_let_through_computes_what_transformers_computes(fields, folder):
+    loaded = pretrained.load(set_config(folder, **fields))
+    found = vectors(loaded.config, loaded.params, IDS)
+    np.testing.assert_allclose(found, their_vectors(folder, IDS), atol=2e-5)
 
 
 def test_bad_configs(folder):
@@ -196,7 +313,7 @@ def test_shards_are_read(folder, tiny):
     names = shard(folder)
     loaded = pretrained.load(str(folder))
     assert_same_tree(loaded.params, tiny.params)
-    assert loaded.sha256 != tiny.sha256
+    assert loaded.fingerprint.weights != tiny.fingerprint.weights
     (folder / names[1]).unlink()
     with pytest.raises(UserError, match=names[1]):
         pretrained.load(str(folder))
@@ -204,18 +321,38 @@ def test_shards_are_read(folder, tiny):
 
 def test_tokenizer(tiny, folder):
     assert tiny.tokenizer.encode("Ba lonk").tokens == ["[CLS]", "ba", "lon", "##k", "[SEP]"]
-    path = folder / "tokenizer.json"
-    path.write_text(path.read_text().replace('"lowercase": true', '"lowercase": false'))
-    assert pretrained.load(str(folder)).tokenizer_key != tiny.tokenizer_key
-    path.unlink()
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert pretrained.load(str(folder)).fingerprint.tokenizer != tiny.fingerprint.tokenizer
+    (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         pretrained.load(str(folder))
 
 
 def test_checksum_names_the_weights(folder, tiny):
-    assert pretrained.load(str(folder)).sha256 == tiny.sha256
+    assert pretrained.load(str(folder)).fingerprint.weights == tiny.fingerprint.weights
     changed = rewrite(folder, lambda tensors: {**tensors, WORD: tensors[WORD] + 1})
-    assert pretrained.load(changed).sha256 != tiny.sha256
+    assert pretrained.load(changed).fingerprint.weights != tiny.fingerprint.weights
+
+
+def test_the_hub_is_asked_for_all_that_tokenizers_read_and_for_no_pickle():
+    pytest.importorskip("transformers")
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.auto import tokenization_auto as auto
+
+    read = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"}
+    read |= {"tokenizer.4.0.0.json", "model.safetensors.index.json", "model-00001.safetensors"}
+    for name in filter(None, set(auto.TOKENIZER_MAPPING_NAMES.values())):
+        found = auto.tokenizer_class_from_name(name)
+        if isinstance(found, type) and issubclass(found, PreTrainedTokenizerFast):
+            read |= {str(file) for file in found.vocab_files_names.values()}
+
+    def asked(name):
+        return any(fnmatch.fnmatch(name, pattern) for pattern in pretrained._HUB_FILES)
+
+    assert {name for name in read if not asked(name)} == set()
+    pickles = ("pytorch_model.bin", "tokenizer.pkl", "tokenizer.pickle", "training_args.bin")
+    scripts = ("tokenization_own.py", "tokenizer.py", "tokenizer_script.py", "modeling.py")
+    assert not any(map(asked, pickles + scripts))
 
 
 @pytest.mark.parametrize("base", ["./nowhere", "/nowhere/at/all", "~/no/such/folder", "a/b/c"])
@@ -236,7 +373,7 @@ def test_minilm_not_installed(monkeypatch):
 
 
 def test_minilm_must_have_its_published_checksum(minilm, monkeypatch):
-    assert minilm.sha256 == pretrained.MINILM_SHA256
+    assert minilm.fingerprint.weights == pretrained.MINILM_SHA256
     monkeypatch.setattr(pretrained, "MINILM_SHA256", "0" * 64)
     with pytest.raises(UserError, match=r"sha256 is .* not the published 0000"):
         pretrained.load("minilm")

@@ -195,8 +195,11 @@ def test_code_in_a_base_is_not_run(tiny, tiny_base, tmp_path, vocabulary):
         words = tiny.tokenizer.get_vocab()
         (base / "tokenizer.json").unlink()
         (base / "vocab.txt").write_text("\n".join(sorted(words, key=words.get)) + "\n")
-    loaded = pretrained.load(str(base))
-    assert loaded.tokenizer.encode("Ba lonk").tokens == ["[CLS]", "ba", "lon", "##k", "[SEP]"]
+        with pytest.raises(UserError, match="transformers cannot load its tokenizer"):
+            pretrained.load(str(base))
+    else:
+        loaded = pretrained.load(str(base))
+        assert loaded.tokenizer.encode("Ba lonk").tokens == ["[CLS]", "ba", "lon", "##k", "[SEP]"]
     assert not sprung.exists()
 
 
@@ -318,11 +321,12 @@ def hub(tiny_base, monkeypatch):
 
 
 def test_a_base_is_pinned_to_a_revision_and_a_checksum(hub, tiny):
-    assert pretrained.load("some/bert").sha256 == tiny.sha256
-    pinned = pretrained.load("some/bert@0123abc", tiny.sha256)
+    found = tiny.fingerprint.weights
+    assert pretrained.load("some/bert").fingerprint == tiny.fingerprint
+    pinned = pretrained.load("some/bert@0123abc", found)
     assert pinned.name == "some/bert@0123abc"
     assert hub == [("some/bert", None), ("some/bert", "0123abc")]
-    with pytest.raises(UserError, match=rf"have sha256 {tiny.sha256}, not {'0' * 64}"):
+    with pytest.raises(UserError, match=f"have sha256 {found}, not {'0' * 64}"):
         pretrained.load("some/bert@0123abc", "0" * 64)
 
 
@@ -350,7 +354,7 @@ def test_a_run_is_of_the_pinned_base(hub, tiny, data_dir, tmp_path):
     with pytest.raises(UserError, match="--base-sha256"):
         train.run(settings, tmp_path / "run", Silent(), base_sha256="0" * 64, **more)
     assert not (tmp_path / "run").exists()
-    train.run(settings, tmp_path / "run", Silent(), base_sha256=tiny.sha256, **more)
+    train.run(settings, tmp_path / "run", Silent(), base_sha256=tiny.fingerprint.weights, **more)
     jaxlora.load(tmp_path / "run").predict("sst", ["a film"])
     assert set(hub) == {("some/bert", "v1")}
     exchange.save(tmp_path / "peft", load_run(tmp_path / "run"), "sst")

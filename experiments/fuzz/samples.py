@@ -19,7 +19,7 @@ from jaxlora.settings import Flags, resolve
 from jaxlora.tasks import PARA, SST, STS_COSINE, Task
 from jaxlora.trained import Served, Trained
 
-WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "runs", "##s", ".", "e")
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "runs", "##s", ".", "e", "[MASK]")
 BERT = BertConfig(len(WORDS), 8, 2, 2, 16, 32)
 ADAPTER = LoraConfig(2, 4.0, ("query", "output.dense"), rank_pattern=(("query", 1),))
 TASKS = (SST, PARA, STS_COSINE)
@@ -48,7 +48,6 @@ def base(folder: Path) -> Path:
 
 def trained(base_folder: Path) -> Trained:
     """Three tasks, an adapter each, untrained."""
-    weights = base_folder / "model.safetensors"
     shapes, key = param_shapes(BERT), jax.random.key(0)
     served = {
         task.name: Served(
@@ -58,7 +57,7 @@ def trained(base_folder: Path) -> Trained:
     }
     return Trained(
         base=str(base_folder),
-        sha256=pretrained.checksum([weights]),
+        fingerprint=pretrained.load(str(base_folder)).fingerprint,
         served=served,
         trees={task.name: {"lora": lora.init(key, shapes, ADAPTER)} for task in TASKS},
         configs={task.name: ADAPTER for task in TASKS},
@@ -96,7 +95,7 @@ def run(folder: Path, source: Trained) -> Path:
         "heads": {name: one.head for name, one in source.served.items() if one.head},
     }
     checkpoint.save_tree(folder / rundir.MODEL, tree)
-    inputs = {"the base model": source.sha256, "the data of sst": "0" * 64}
+    inputs = source.fingerprint.to_inputs() | {"the data of sst": "0" * 64}
     config = {"settings": settings.to_json(), "inputs": inputs, "versions": {"jax": "0"}}
     rundir.write_json(folder / rundir.CONFIG, config)
     dev = dict.fromkeys(source.served, 0.5)

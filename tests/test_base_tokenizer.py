@@ -1,0 +1,227 @@
+"""The ids are those of transformers' AutoTokenizer, for every folder, or the folder is refused."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from jaxlora import base_tokenizer
+from jaxlora.data.examples import tokenize, truncating
+from jaxlora.errors import UserError
+
+transformers = pytest.importorskip("transformers")
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = ("a", "dog", "Dog", "cafe", "café", "run", "##s", "##ning", "un", "##é", "日", "本", "##本",
+         "日本", ".", ",", "#", "!", "😀", "[", "]", "mask", "cl", "new", "token", "##en", "I", "i",
+         "ı", "ss", "ß", "fi", "<", ">", "pad", "unk")  # fmt: skip
+VOCABULARY = {word: number for number, word in enumerate(SPECIAL + WORDS)}
+MORE = ("[unused0]", "[NEW]", "<s>", "</s>", "<unk>", "<pad>", "newtoken", "Zürich")
+ROOM = len(VOCABULARY) + len(MORE)  # embeddings
+
+TEXTS = (
+    "", " ", "A dog", "the Dog runs.", "café CAFÉ cafe\u0301", "日本 日本語本",
+    "[MASK] dog [CLS] [SEP]", "a[MASK]dog", "[mask]", "😀 dog😀 \U0001f469\u200d\U0001f467",
+    "a\tdog\n\r\x00run\x07s\u200b", "dog" * 60, "#!.,a,dog", "newtoken newtokens NEWTOKEN",
+    "Zürich zurich ZÜRICH", "[NEW]dog [NEW] [new]", "İI ıi ß ﬁ", "<s>dog</s> <unk> <pad>",
+    "\ufeffdog \ufffd", "run running unrun", "dog " * 40, "[unused0] a", "a\u00a0dog\u3000日",
+    "e\u0301 é", "[PAD] [UNK]",
+)  # fmt: skip
+
+
+def random_texts(count=60):
+    rng = random.Random(5)
+    parts = [*VOCABULARY, *MORE, " ", "\n", "Ä", "é", "x", "日", "##", "\u0301", "\x00", "😀"]
+    return ["".join(rng.choices(parts, k=rng.randint(1, 12))) for _ in range(count)]
+
+
+def fast(lowercase=True, unk="[UNK]", cls="[CLS]", sep="[SEP]", vocabulary=VOCABULARY):
+    built = Tokenizer(models.WordPiece(vocabulary, unk_token=unk))
+    built.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ends = ((sep, vocabulary[sep]), (cls, vocabulary[cls]))
+    built.post_processor = processors.BertProcessing(*ends)
+    return built
+
+
+def added(name, number, **more):
+    kept = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    return {str(number): kept | {"content": name, "special": True} | more}
+
+
+def renamed(**names):
+    """The vocabulary with other special tokens, as HerBERT's."""
+    return {names.get(word.strip("[]").lower(), word): n for word, n in VOCABULARY.items()}
+
+
+N = len(VOCABULARY)
+FIRST = added("[NEW]", N)
+LOWER = added("newtoken", N, special=False, normalized=True)
+ROBERTA = renamed(cls="<s>", sep="</s>", unk="<unk>", pad="<pad>", mask="<mask>")
+NAMES = {"cls_token": "<s>", "sep_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+NAMES |= {"mask_token": "<mask>"}
+TXT = "".join(f"{word}\n" for word in VOCABULARY)
+CUT = fast()
+CUT.enable_truncation(7)
+CUT.enable_padding(length=9)
+WITH_ADDED = fast()
+WITH_ADDED.add_tokens(["newtoken", "Zürich"])
+WITH_ADDED.add_special_tokens(["[NEW]"])
+TYPED = fast()
+TYPED.post_processor = processors.TemplateProcessing(
+    single="[CLS]:1 $A:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+)
+
+# Name → files; objects are written as JSON, None: what must be refused is said below.
+JSON, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+VOCAB, ADDED = "vocab.txt", "added_tokens.json"
+FOLDERS = {
+    "json": {JSON: fast()},
+    "json cased": {JSON: fast(lowercase=False)},
+    "json, class": {JSON: fast(lowercase=False), CONFIG: {"tokenizer_class": "BertTokenizer"}},
+    "json, fast class": {
+        JSON: fast(lowercase=False), CONFIG: {"tokenizer_class": "PreTrainedTokenizerFast"},
+    },
+    "json, bare slow class": {JSON: fast(), CONFIG: {"tokenizer_class": "PreTrainedTokenizer"}},
+    "json, unknown class": {JSON: fast(), CONFIG: {"tokenizer_class": "NobodysTokenizer"}},
+    "json, DistilBERT": {JSON: fast(), CONFIG: {"tokenizer_class": "DistilBertTokenizerFast"}},
+    "json, config": {JSON: fast(), "config.json": {"tokenizer_class": "BertTokenizerFast"}},
+    "json, config cased": {JSON: fast(), CONFIG: {"do_lower_case": False}},
+    "json, accents kept": {JSON: fast(), CONFIG: {"strip_accents": False}},
+    "json, accents dropped": {
+        JSON: fast(lowercase=False), CONFIG: {"strip_accents": True, "do_lower_case": False},
+    },
+    "json, Chinese whole": {JSON: fast(), CONFIG: {"tokenize_chinese_chars": False}},
+    "json with truncation": {JSON: CUT},
+    "json with added tokens": {JSON: WITH_ADDED},
+    "json with added tokens, fast class": {
+        JSON: WITH_ADDED, CONFIG: {"tokenizer_class": "PreTrainedTokenizerFast"},
+    },
+    "json, other specials": {
+        JSON: fast(unk="<unk>", cls="<s>", sep="</s>", vocabulary=ROBERTA),
+        CONFIG: NAMES | {"tokenizer_class": "PreTrainedTokenizerFast"},
+    },
+    "json, other specials, map": {
+        JSON: fast(unk="<unk>", cls="<s>", sep="</s>", vocabulary=ROBERTA), MAP: NAMES,
+    },
+    "vocab": {VOCAB: TXT},
+    "vocab, CRLF": {VOCAB: TXT.replace("\n", "\r\n")},
+    "vocab cased": {
+        VOCAB: TXT, CONFIG: {"do_lower_case": False, "tokenizer_class": "BertTokenizer"},
+    },
+    "vocab, accents": {VOCAB: TXT, CONFIG: {"do_lower_case": False, "strip_accents": True}},
+    "vocab, Chinese": {VOCAB: TXT, CONFIG: {"tokenize_chinese_chars": False}},
+    "vocab, other specials": {VOCAB: "".join(f"{w}\n" for w in ROBERTA), CONFIG: NAMES},
+    "vocab, specials in the map": {VOCAB: "".join(f"{w}\n" for w in ROBERTA), MAP: NAMES},
+    "vocab, added": {VOCAB: TXT, ADDED: {"[NEW]": N, "newtoken": N + 1, "Zürich": N + 2}},
+    "vocab, added, special": {
+        VOCAB: TXT, ADDED: {"[NEW]": N}, MAP: {"additional_special_tokens": ["[NEW]"]},
+    },
+    "vocab, decoder": {VOCAB: TXT, CONFIG: {"added_tokens_decoder": FIRST}},
+    "vocab, normalised decoder": {VOCAB: TXT, CONFIG: {"added_tokens_decoder": LOWER}},
+    "vocab, stripping": {
+        VOCAB: TXT, CONFIG: {"added_tokens_decoder": added("[NEW]", N, lstrip=True, rstrip=True)},
+    },
+    "vocab, extra": {VOCAB: TXT, CONFIG: {"extra_special_tokens": ["[NEW]", "<s>"]}},
+    "vocab, mask": {
+        VOCAB: TXT,
+        CONFIG: {"mask_token": {"__type": "AddedToken", "content": "[MASK]", "lstrip": True}},
+    },
+    "vocab, lengths": {VOCAB: TXT, CONFIG: {"model_max_length": 5, "padding_side": "left"}},
+    "vocab, old fields": {
+        VOCAB: TXT, CONFIG: {"never_split": ["dog"], "do_basic_tokenize": False},
+    },
+    "both": {JSON: fast(lowercase=False), VOCAB: TXT, CONFIG: {"do_lower_case": True}},
+    "versions": {
+        JSON: fast(), "tokenizer.4.0.0.json": fast(lowercase=False),
+        CONFIG: {"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.0.json"],
+                 "tokenizer_class": "PreTrainedTokenizerFast"},
+    },
+}  # fmt: skip
+
+REFUSED = {
+    "Japanese": (
+        {VOCAB: TXT, CONFIG: {"tokenizer_class": "BertJapaneseTokenizer"}}, "BertJapaneseTokenizer",
+    ),
+    "Japanese in config": (
+        {VOCAB: TXT, "config.json": {"tokenizer_class": "BertJapaneseTokenizer"}},
+        r"config\.json: tokenizer_class 'BertJapaneseTokenizer' is no fast tokenizer",
+    ),
+    "tweets": ({JSON: fast(), CONFIG: {"tokenizer_class": "BertweetTokenizer"}}, "BertweetT"),
+    "a model": ({JSON: fast(), CONFIG: {"tokenizer_class": "AutoModel"}}, "'AutoModel' is no"),
+    "a function": ({JSON: fast(), CONFIG: {"tokenizer_class": "pipeline"}}, "'pipeline' is no"),
+    "a number": ({JSON: fast(), CONFIG: {"tokenizer_class": 3}}, "tokenizer_class 3"),
+    "a path": ({JSON: fast(), CONFIG: {"tokenizer_class": "os.system"}}, "'os.system' is not the"),
+    "another kind": ({VOCAB: TXT, CONFIG: {"tokenizer_class": "XLMRobertaTokenizer"}}, "tokenizer"),
+    "unknown, vocab": ({VOCAB: TXT, CONFIG: {"tokenizer_class": "Nobodys"}}, "cannot load its tok"),
+    "added beyond": (
+        {VOCAB: TXT, ADDED: {"[FAR]": N}}, rf"'\[FAR\]' has id {N}.* embeddings for {N} ids", N,
+    ),
+    "decoder beyond": (
+        {JSON: fast(), CONFIG: {"added_tokens_decoder": added("[FAR]", N)}}, rf"\[FAR\].* {N},", N,
+    ),
+    "pad beyond": ({JSON: fast(), CONFIG: {"pad_token": "[P]"}}, r"'\[P\]' has id", N),
+    "words beyond": ({VOCAB: TXT}, rf"'unk' has id {N - 1}", N - 1),
+    "a hole": (
+        {JSON: fast(vocabulary=VOCABULARY | {"far": 9999})}, "'far' has id 9999, the model has",
+    ),
+    "cut on the left": ({VOCAB: TXT, CONFIG: {"truncation_side": "left"}}, "truncation_side"),
+    "split specials": ({VOCAB: TXT, CONFIG: {"split_special_tokens": True}}, "split_special"),
+    "types": ({JSON: TYPED, CONFIG: {"tokenizer_class": "PreTrainedTokenizerFast"}}, "token types"),
+    "no vocabulary": ({CONFIG: {"do_lower_case": True}}, r"no tokenizer\.json or vocab\.txt"),
+    "the wrong vocabulary": ({"vocab.json": {"a": 0}}, "has no words"),
+    "no unknown word": ({JSON: fast(), CONFIG: {"unk_token": "<unk>"}}, "cannot be applied"),
+    "elsewhere": ({JSON: fast(), CONFIG: {"init_inputs": ["/etc/passwd"]}}, "init_inputs"),
+    "elsewhere, vocab": ({JSON: fast(), CONFIG: {"vocab": "/etc/passwd"}}, "vocab is not"),
+    "versions elsewhere": (
+        {JSON: fast(), CONFIG: {"fast_tokenizer_files": ["../tokenizer.4.0.json"]}}, "beside it",
+    ),
+    "no JSON": ({JSON: "{", VOCAB: TXT}, r"tokenizer\.json: not valid JSON"),
+    "no object": ({JSON: fast(), MAP: "[]"}, r"special_tokens_map\.json: not a JSON object"),
+    "no such tokenizer": ({JSON: {"model": 3}}, "cannot load its tokenizer"),
+}  # fmt: skip
+
+
+def make(folder, files):
+    for name, content in files.items():
+        if isinstance(content, Tokenizer):
+            content.save(str(folder / name))
+        else:
+            text = content if isinstance(content, str) else json.dumps(content)
+            (folder / name).write_bytes(text.encode())
+    about = {"model_type": "bert"} | (files.get("config.json") or {})
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_the_ids_are_those_of_transformers(kind, tmp_path):
+    folder = make(tmp_path, FOLDERS[kind])
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = base_tokenizer.load(folder, ROOM)
+    texts = [*TEXTS, *random_texts()]
+    assert [e.ids for e in ours.encode_batch(texts)] == theirs(texts)["input_ids"]
+    for length in (5, 16):
+        tokens, offsets, _ = tokenize(truncating(ours, length), texts)
+        wanted = theirs(texts, truncation=True, max_length=length)["input_ids"]
+        assert [x.tolist() for x in np.split(tokens, offsets[1:-1])] == wanted
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_the_same_is_refused(kind, tmp_path):
+    files, message, room = (*REFUSED[kind], ROOM)[:3]
+    with pytest.raises(UserError, match=message):
+        base_tokenizer.load(make(tmp_path, files), room)
+
+
+def test_a_saved_tokenizer_comes_back(tmp_path):
+    """What transformers saves for a loaded folder, in its present format."""
+    first = make(tmp_path, FOLDERS["vocab, added"])
+    theirs = transformers.AutoTokenizer.from_pretrained(first)
+    theirs.save_pretrained(tmp_path / "saved")
+    shutil.copy(first / "config.json", tmp_path / "saved")
+    ours = base_tokenizer.load(tmp_path / "saved", ROOM)
+    assert [e.ids for e in ours.encode_batch(list(TEXTS))] == theirs(list(TEXTS))["input_ids"]
