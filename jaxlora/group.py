@@ -24,7 +24,9 @@ from jaxlora.tasks import Task
 from jaxlora.trees import Tree
 from jaxlora.variants import group_name
 
-MOST_PROGRAMS = 3  # compiled train programs in a run
+# Compiled train programs in a run, or one for each group if there are more (see `batches.plan` for
+# what a long run has besides).
+MOST_PROGRAMS = 3
 
 Vectors = Callable[[Tree, str, str], np.ndarray]
 
