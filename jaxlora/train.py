@@ -114,6 +114,9 @@ def run(
 ) -> dict[str, Any]:
     """Train all groups of a run, keep each one's best, and write everything to `out`.
 
+    One of many processes calls this inside `cluster.together`, so that no other waits for it if it
+    fails.
+
     Args:
       settings: from `settings.resolve`.
       out: folder of the run.
@@ -234,25 +237,27 @@ def train_group(
       UserError: for a loss that is not finite; no state that it has touched is kept.
       Stopped: after a signal; the state has been saved.
     """
-    state, best, progress = _restore(group, saved)
-    listener.group(group.name, progress.step, group.steps)
-    if progress.done:
-        return best, progress
-    progress.untrained = progress.untrained or untrained_scores(group, state.trainable)
-    train_step = group.train_step()
-
-    def tell(record: dict[str, Any]) -> None:
-        log.write(record)
-        listener.record(record)
-
-    window.restart()
     with host.stop_signals() as stopped:
+        state, best, progress = _restore(group, saved)
+        listener.group(group.name, progress.step, group.steps)
+        if progress.done:
+            return best, progress
+        progress.untrained = progress.untrained or untrained_scores(group, state.trainable)
+        train_step = group.train_step()
+
+        def tell(record: dict[str, Any]) -> None:
+            log.write(record)
+            listener.record(record)
+
+        window.restart()
+        first = progress.step + 1
         for batch in group.prefetch(progress.step):
             state, metrics = train_step(state, group.frozen, batch)
             progress.step += 1
             window.add(metrics)
-            signal = stopped()
             evaluate_now = progress.step % group.eval_every == 0 or progress.step == group.steps
+            due = evaluate_now or window.full or progress.step == first
+            signal = cluster.agreed_signal(stopped(), due)
             if evaluate_now or signal or window.full:
                 taken = window.flush(progress)
                 if taken is not None:
@@ -269,7 +274,8 @@ def train_group(
                 window.restart()
             if signal:
                 where = f"{group.name} at step {progress.step} of {group.steps}"
-                raise Stopped(signal, f"{where}, saved; go on with the same flags and --resume")
+                where += ", saved; go on with the same flags and --resume"
+                raise Stopped(signal, where, saved=True)
             if progress.done:
                 break
     return best, progress
