@@ -80,7 +80,7 @@ def first() -> bool:
 
 
 def _store() -> Any:
-    """Return the coordinator's store of keys, which needs no device; JAX has no public name for it."""
+    """Return the coordinator's store of keys; it needs no device. JAX has no public name for it."""
     return distributed.global_state.client
 
 
@@ -131,15 +131,12 @@ def together() -> Iterator[None]:
             yield
             wait("all are done")
     except BaseException as error:
-        if not (isinstance(error, Stopped) and error.saved) and not _tell_others(error):
-            watcher.join()  # another one failed before, so this process ends in there
+        if not (isinstance(error, Stopped) and error.saved):
+            _end_others(error, watcher)
+        raise
+    finally:
         over.set()
         watcher.join()
-        if not (isinstance(error, Stopped) and error.saved):
-            jax.distributed.shutdown()  # returns when the others have heard of it
-        raise
-    over.set()
-    watcher.join()
 
 
 def _watch(over: threading.Event) -> None:
@@ -154,14 +151,16 @@ def _watch(over: threading.Event) -> None:
             os._exit(code)
 
 
-def _tell_others(error: BaseException) -> bool:
-    """Tell the others what ends this process; return whether it is the first that failed."""
+def _end_others(error: BaseException, watcher: threading.Thread) -> None:
+    """Tell the others what ends this process, and wait until they have heard of it.
+
+    If another one has failed before, the watcher ends this process in here.
+    """
     failed = json.dumps([jax.process_index(), *host.verdict(error)])
-    try:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one's is there
         _store().key_value_set(f"{_FAILED}/first", failed)
-    except jax.errors.JaxRuntimeError:  # the key is taken
-        return False
-    return True
+    watcher.join()
+    jax.distributed.shutdown()
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """While this lasts, SIGTERM raises `Stopped` in the main thread, as Ctrl-C raises its own error.
+    """While this lasts, SIGTERM raises `Stopped` in the main thread, as Ctrl-C raises an error.
 
     JAX catches SIGTERM in a process of many, and then nothing ends it.
     """

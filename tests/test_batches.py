@@ -223,10 +223,10 @@ def test_the_paper_preset_is_planned_in_seconds(monkeypatch, most):
 def test_a_short_run_has_the_shapes_of_all_its_batches(packed):
     lengths = row_lengths(32)
     needs = []
-    for step in range(9):
+    for number in range(9):
         packs = [
             e.lengths[batches.sentence_numbers(e, n)]
-            for e, n in zip(packed.examples.values(), packed.order.at(step), strict=True)
+            for e, n in zip(packed.examples.values(), packed.order.at(number), strict=True)
         ]
         packs = [np.concatenate(packs)] if packed.mixed else packs
         needs.append([max(place(pack, length).rows for pack in packs) for length in lengths])

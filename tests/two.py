@@ -27,6 +27,7 @@ RAISED = {
 def fault(at):
     """Let it happen, if this is the moment."""
     if FAULT.get("at") == at:
+        FAULT["at"] = None  # once
         for _ in range(FAULT.get("times", 1)):
             if "signal" in FAULT:
                 os.kill(os.getpid(), FAULT["signal"])
