@@ -198,8 +198,7 @@ class Predictor:
         """Whole encoders by name, each sent to the device when first used, as programs want it."""
 
         def send(name: str) -> Tree:
-            params = self.trained.trees[name]["params"]
-            return jax.device_put({"params": bert.matmul_ready(params, self._dtype)})
+            return {"params": bert.matmul_ready(self.trained.trees[name]["params"], self._dtype)}
 
         return functools.lru_cache(MOST_ON_DEVICE)(send)
 

@@ -1,6 +1,7 @@
 """Two real processes end together: by a signal to one of them, or by the fault of one."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -8,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import leaves_equal, short
 
-from jaxlora import checkpoint, rundir
+from jaxlora import checkpoint, cluster, host, rundir
+from jaxlora.errors import Stopped
 
 ROOT = Path(__file__).parents[1]
 GROUP = "sst+para+sts"
@@ -52,6 +55,31 @@ def two(base, data, out, faults, *more):
     assert len(ended) == 2, f"hanging: {said}"
     assert abs(ended[0] - ended[1]) < 10, said
     return [process.returncode for process in both], said
+
+
+@pytest.mark.parametrize(
+    ("processes", "due", "received", "agreed"),
+    [(1, False, 15, 15), (1, True, 0, 0), (2, False, 15, 0), (2, True, 15, 15), (2, True, 0, 2)],
+)
+def test_only_where_it_is_due_processes_ask_one_another(
+    monkeypatch, processes, due, received, agreed
+):
+    """The other one has received signal 2."""
+    monkeypatch.setattr(cluster.jax, "process_count", lambda: processes)
+    monkeypatch.setattr(
+        cluster.multihost_utils,
+        "process_allgather",
+        lambda x: np.array([x, 2]) if due else pytest.fail("asked"),
+    )
+    assert cluster.agreed_signal(received, due) == agreed
+
+
+def test_sigterm_ends_what_is_not_trained():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="at once") as stopped, host.ended_by_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.signal == signal.SIGTERM and not stopped.value.saved
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.fixture(scope="module")
