@@ -13,8 +13,13 @@ from jaxlora import cluster, host, report, rundir, settings, train
 
 
 def main(flags: settings.Flags) -> None:
-    """Run what the flags ask for."""
+    """Join the other processes, if there are any, and run what the flags ask for."""
     cluster.join(flags.coordinator, flags.processes, flags.process)
+    with cluster.together():
+        _main(flags)
+
+
+def _main(flags: settings.Flags) -> None:
     host.reuse_memory()
     host.keep_programs(rundir.cache_dir() / "xla")
     console = Console(quiet=not cluster.first())

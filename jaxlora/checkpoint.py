@@ -72,13 +72,14 @@ class GroupCheckpoints:
         """The latest checkpoint as (tree, progress), or None if there is none.
 
         Args:
-          like: a tree of the same structure, shapes and dtypes; the arrays come to where its own
-            are, wherever they were when they were saved.
+          like: a tree of the same structure, shapes and dtypes, of arrays or of shapes with their
+            shardings; the arrays come to where its own are, wherever they were when they were
+            saved. Shapes alone cost no memory beside what is restored.
         """
         step = self.latest_step()
         if not step:
             return None
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _keys_to_data(like))
+        target = jax.tree.map(_shape_of, like)
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -165,7 +166,13 @@ def remove_states(folder: Path) -> None:
 
 
 def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """Say what is restored for a leaf, and where to; for a PRNG key its data."""
+    data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
 
 
 def _keys_to_data(tree: Tree) -> Tree:
@@ -174,9 +181,5 @@ def _keys_to_data(tree: Tree) -> Tree:
 
 def _data_to_keys(tree: Tree, like: Tree) -> Tree:
     return jax.tree.map(
-        lambda x, old: (
-            jax.random.wrap_key_data(x, impl=jax.random.key_impl(old)) if _is_key(old) else x
-        ),
-        tree,
-        like,
+        lambda x, old: jax.random.wrap_key_data(x) if _is_key(old) else x, tree, like
     )

@@ -15,11 +15,14 @@ class Stopped(BaseException):
 
     Attributes:
       signal: its number; scripts exit with 128 + this.
+      saved: whether all processes have stopped at the same step, and saved their state.
     """
 
-    def __init__(self, signal: int, where: str = "at once; nothing was saved") -> None:
+    def __init__(
+        self, signal: int, where: str = "at once; nothing was saved", saved: bool = False
+    ) -> None:
         super().__init__(f"stopped {where}")
-        self.signal = signal
+        self.signal, self.saved = signal, saved
 
 
 class Note(UserWarning):

@@ -24,7 +24,9 @@ from jaxlora.tasks import Task
 from jaxlora.trees import Tree
 from jaxlora.variants import group_name
 
-MOST_PROGRAMS = 3  # compiled train programs in a run
+# Compiled train programs in a run, or one for each group if there are more (see `batches.plan` for
+# what a long run has besides).
+MOST_PROGRAMS = 3
 
 Vectors = Callable[[Tree, str, str], np.ndarray]
 
@@ -37,7 +39,8 @@ class Group:
       name: see `variants.group_name`.
       setup: its tasks and optimizers.
       frozen: the frozen collections.
-      state: its first state.
+      start: makes its first state, from the base's parameters.
+      params: those.
       batches: indexable by step.
       steps: how many there are.
       eval_every: steps between evaluations.
@@ -49,7 +52,8 @@ class Group:
     name: str
     setup: step.Setup
     frozen: Tree
-    state: step.TrainState
+    start: Callable[[Tree], step.TrainState]
+    params: Tree
     batches: data_batches.PackedBatches | data_batches.VectorBatches
     steps: int
     eval_every: int
@@ -57,9 +61,24 @@ class Group:
     data: Data
     mesh: Mesh
 
+    @property
+    def state(self) -> step.TrainState:
+        """Its first state, made at each call: whoever wants it alone holds it."""
+        with meshes.on_host():
+            state = self.start(self.params)
+        return meshes.put(state, meshes.of_state(self.mesh, state))
+
+    @functools.cached_property
+    def state_shapes(self) -> step.TrainState:
+        """The shapes of its state, and where it lives."""
+        shapes = jax.eval_shape(self.start, self.params)
+        placed: step.TrainState = meshes.shapes_at(shapes, meshes.of_state(self.mesh, shapes))
+        return placed
+
     def train_step(self) -> Callable[..., tuple[step.TrainState, step.StepMetrics]]:
         """Its compiled step, see `step.make_train_step`."""
-        shardings = (meshes.of_state(self.mesh, self.state), meshes.whole(self.mesh))
+        state = jax.tree.map(lambda x: x.sharding, self.state_shapes)
+        shardings = (state, meshes.whole(self.mesh))
         return step.make_train_step(self.setup, shardings)
 
     def place(self, batch: step.Batch) -> step.Batch:
@@ -80,9 +99,8 @@ def make_group(
     chosen = tuple(settings.named[name] for name in names)
     name = group_name(names)
     tree_key, state_key = jax.random.split(named_key(settings.seed, name))
-    frozen, trainable = step.split_params(
-        settings.adapt, base.params, settings.lora, tree_key, dtype
-    )
+    with meshes.on_host():
+        frozen = step.frozen_params(settings.adapt, base.params, dtype)
     frozen = meshes.put(frozen, meshes.of_tree(mesh, frozen))
     config = base.config.with_dropout(settings.encoder_dropout)
     encode = step.encoder(config, dtype, settings.lora, settings.pooling)
@@ -120,10 +138,15 @@ def make_group(
         settings.pair_features,
         weights=tuple(weights[name] for name in names),
     )
-    state = step.init_state(setup, trainable, state_key)
-    state = meshes.put(state, meshes.of_state(mesh, state))
+
+    def start(params: Tree) -> step.TrainState:
+        trainable = step.trainable_params(settings.adapt, params, settings.lora, tree_key)
+        return step.init_state(setup, trainable, state_key)
+
     eval_every = settings.eval_every or -(-order.steps_per_epoch // 4)
-    return Group(name, setup, frozen, state, batches, steps, eval_every, vectors, mine, mesh)
+    return Group(
+        name, setup, frozen, start, base.params, batches, steps, eval_every, vectors, mine, mesh
+    )
 
 
 def schedule(settings: Settings, peak: float, steps: int) -> optax.Schedule:

@@ -96,6 +96,40 @@ def _notes_as_lines() -> Iterator[None]:
             warnings.formatwarning = usual
 
 
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """While this lasts, SIGTERM raises `Stopped` in the main thread, as Ctrl-C raises an error.
+
+    JAX catches SIGTERM in a process of many, and then nothing ends it.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def verdict(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the line for what has ended a command, see `exit_code`."""
+    match error:
+        case UserError():
+            return 2, f"error: {error}"
+        case OSError():
+            return 2, f"error: {error}; is there room, and may it be written?"
+        case Stopped():
+            return 128 + error.signal, str(error)
+        case KeyboardInterrupt():
+            return 130, "interrupted"
+    return 1, f"error: {type(error).__name__}: {error}"
+
+
 def exit_code(main: Callable[[], object]) -> int:
     """Run a command; what the user can mend is told in a line, anything else is raised.
 
@@ -107,16 +141,8 @@ def exit_code(main: Callable[[], object]) -> int:
     try:
         with folders.guarded(), _notes_as_lines():
             main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; is there room, and may it be written?", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.signal
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except (UserError, OSError, Stopped, KeyboardInterrupt) as error:
+        code, line = verdict(error)
+        print(line, file=sys.stderr)
+        return code
     return 0

@@ -8,6 +8,7 @@ Nothing else in the library knows of devices: how the parts meet is XLA's affair
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -125,6 +126,24 @@ def of_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Where a batch lives."""
     mixed = isinstance(batch.inputs, Rows)
     return Batch(of_rows(mesh, batch.inputs) if mixed else whole(mesh), whole(mesh), whole(mesh))
+
+
+def shapes_at(shapes: Tree, shardings: Tree) -> Tree:
+    """Return the shapes of arrays that live there; nothing is allocated."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def on_host() -> contextlib.AbstractContextManager[Any]:
+    """While this lasts, what is computed lives in the host's memory, if JAX may use its CPU.
+
+    What `put` splits must not be whole on a device before: it may not fit there.
+    """
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
 
 
 def put(tree: Tree, shardings: Tree) -> Tree:

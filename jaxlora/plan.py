@@ -3,7 +3,8 @@
 Counted is what `step.train_step` does. Matmuls: 2 a kernel's number and token forward; as much
 again for each of the two gradients, less what nobody needs (frozen kernels have no gradient of
 their own). Memory: what the compiled step holds at its fullest moment, which is the end of the
-forward pass (all that the backward pass reads) or the update (all gradients and the new state).
+forward pass (all that the backward pass reads) or the update (all gradients and the new state);
+and the best parameters so far, which a run keeps beside it.
 Traffic: what `mesh` makes XLA send (Xu et al. 2021, "GSPMD"; Rajbhandari et al. 2019, "ZeRO").
 `docs/scaling.md` compares all this with XLA's own analyses.
 
@@ -123,6 +124,8 @@ class Memory(NamedTuple):
       frozen: parameters that are not trained.
       trained: parameters that are, heads included.
       moments: AdamW's two for each of them.
+      best: a copy of what is trained, as it was at the best evaluation. It stays on the devices,
+        split as they split it: in host memory, every process would have to hold all of it.
       batch: tokens, positions, segments, labels.
       activations: what the forward pass leaves to the backward pass.
       copies: the layers' kernels, cut out of their stack, for whole encoders once for each task.
@@ -134,6 +137,7 @@ class Memory(NamedTuple):
     frozen: float
     trained: float
     moments: float
+    best: float
     batch: float
     activations: float
     copies: float
@@ -143,7 +147,7 @@ class Memory(NamedTuple):
 
     @property
     def arguments(self) -> float:
-        """What a device holds from step to step."""
+        """What a step is given."""
         return self.frozen + self.trained + self.moments + self.batch
 
     @property
@@ -155,7 +159,7 @@ class Memory(NamedTuple):
     @property
     def total(self) -> float:
         """What a device needs."""
-        return self.arguments + self.temporary
+        return self.arguments + self.best + self.temporary
 
 
 class Traffic(NamedTuple):
@@ -210,7 +214,7 @@ def estimate(work: Work) -> Estimate:
     >>> work = Work(SIZES["bert-base"], "lora", paper_tasks("mse"), batch_size=8, rows=16)
     >>> found = estimate(work)
     >>> round(found.flops.total / 1e9), round(found.memory.total / 1e6)
-    (363, 1200)
+    (363, 1212)
     """
     found = _trees(work)
     return Estimate(work, _flops(work, found), _memory(work, found), _traffic(work, found))
@@ -332,6 +336,7 @@ def _memory(work: Work, found: _Trees) -> Memory:
         frozen=_frozen(work, found),
         trained=trained + heads,
         moments=2 * (trained + heads),
+        best=trained + heads,
         batch=FLOAT * (inputs + 2 * count * work.batch_size),
         activations=here * _kept_layers(c) * _kept(work, found),
         copies=_copies(work, found),

@@ -52,7 +52,8 @@ def cells(base: str, variant: str, found: Estimate) -> tuple[str, ...]:
     """A line of the table, in the order of `HEAD`."""
     work, memory = found.work, found.memory
     split = ",".join(f"{axis}={getattr(work, axis)}" for axis in meshes.AXES)
-    sizes = (memory.frozen + memory.trained, memory.moments, memory.temporary, memory.total)
+    weights = memory.frozen + memory.trained + memory.best
+    sizes = (weights, memory.moments, memory.temporary, memory.total)
     sent = found.traffic.wire(work.devices)
     return (
         base, variant, split, str(work.rows), f"{found.flops.total / TERA:,.2f}",

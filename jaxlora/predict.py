@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from jaxlora.tasks import Task
 from jaxlora.trained import Trained
 from jaxlora.trees import Tree
 
+# Whole encoders that a predictor keeps on the device, those used last; more wait in host memory.
+MOST_ON_DEVICE = 4
 WANTED = "(task, sentence) or (task, first sentence, second sentence)"
 
 
@@ -156,7 +158,7 @@ class Predictor:
             served, mine = self.trained.served[name], np.flatnonzero(names == name)
             numbers = (first[mine, None] + np.arange(served.task.sentences)).ravel()
             outputs = evaluate.outputs(
-                served.task, served.head, vectors[numbers], served.task.sentences,
+                served.task, self._heads[name], vectors[numbers], served.task.sentences,
                 served.pair_features,
             )  # fmt: skip
             found.append((served.task, mine, outputs))
@@ -192,7 +194,7 @@ class Predictor:
             out[mine] = evaluate.encode(
                 self._plain,
                 {},
-                self.trained.trees[name],
+                self._on_device(name),
                 examples.take(mine),
                 self.trained.max_length,
             )
@@ -209,6 +211,20 @@ class Predictor:
     @functools.cached_property
     def _full(self) -> bool:
         return any("params" in tree for tree in self.trained.trees.values())
+
+    @functools.cached_property
+    def _heads(self) -> dict[str, Tree]:
+        """The heads by task, on the device."""
+        return {name: jax.device_put(one.head) for name, one in self.trained.served.items()}
+
+    @functools.cached_property
+    def _on_device(self) -> Callable[[str], Tree]:
+        """Whole encoders by name, each sent to the device when first used, as programs want it."""
+
+        def send(name: str) -> Tree:
+            return {"params": bert.matmul_ready(self.trained.trees[name]["params"], self._dtype)}
+
+        return functools.lru_cache(MOST_ON_DEVICE)(send)
 
     @functools.cached_property
     def _frozen(self) -> Tree:

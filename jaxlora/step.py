@@ -264,10 +264,19 @@ def split_params(
     Raises:
       ValueError: see `lora.targets`.
     """
+    return frozen_params(adapt, params, dtype), trainable_params(adapt, params, config, key)
+
+
+def frozen_params(adapt: Adapt, params: Tree, dtype: Any) -> Tree:
+    """Return the collections that no step changes, see `split_params`."""
+    return {} if adapt == "full" else {"params": bert.matmul_ready(params, dtype)}
+
+
+def trainable_params(adapt: Adapt, params: Tree, config: lora.LoraConfig, key: jax.Array) -> Tree:
+    """Return the collections that are trained, as they are at the start, see `split_params`."""
     if adapt == "full":
-        return {}, {"params": jax.tree.map(jnp.asarray, params)}
-    frozen = {"params": bert.matmul_ready(params, dtype)}
-    return frozen, {"lora": lora.init(key, params, config)} if adapt == "lora" else {}
+        return {"params": jax.tree.map(jnp.asarray, params)}
+    return {"lora": lora.init(key, params, config)} if adapt == "lora" else {}
 
 
 def optimizers(

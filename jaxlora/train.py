@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -114,6 +115,9 @@ def run(
 ) -> dict[str, Any]:
     """Train all groups of a run, keep each one's best, and write everything to `out`.
 
+    One of many processes calls this inside `cluster.together`, so that no other waits for it if it
+    fails.
+
     Args:
       settings: from `settings.resolve`.
       out: folder of the run.
@@ -198,16 +202,11 @@ def _train_groups(
     progress: dict[str, dict[str, Any]] = {}
     test: dict[str, float] = {}
     for names in settings.groups:
-        group = make_group(settings, job.base, job.data, names, job.mesh)
-        patience = settings.of_group(names).patience
-        window = Window(group, job.skip_nonfinite)
-        best, done = train_group(group, saved[group.name], log, listener, window, patience)
-        _refuse_unscored(group, done)
-        best = cluster.host_tree(best)
-        bank["adapters"][group.name] = best["trainable"]
+        name = group_name(names)
+        best, progress[name], scores = _train_one(job, names, saved[name], log, listener)
+        bank["adapters"][name] = best["trainable"]
         bank["heads"] |= best["heads"]
-        progress[group.name] = dataclasses.asdict(done)
-        test |= predict_splits(job.out, group, best, job.splits)
+        test |= scores
     checkpoint.save_tree(job.out / rundir.MODEL, bank)
     if cluster.first():
         curves.draw(log.records, job.out / "curves.png", settings.variant)
@@ -222,6 +221,29 @@ def _refuse_unscored(group: Group, done: Progress) -> None:
             f"{group.name}: predictions for its dev set were not finite (NaN) at every evaluation, "
             "so nothing is kept; lower --learning-rate or --head-learning-rate in another --out"
         )
+
+
+def _train_one(
+    job: Job,
+    names: tuple[str, ...],
+    saved: checkpoint.GroupCheckpoints,
+    log: rundir.MetricsLog,
+    listener: Listener,
+) -> tuple[dict[str, Tree], dict[str, Any], dict[str, float]]:
+    """Train a group and write its predictions; nothing of it stays on the devices.
+
+    The predictions come from the best tree where it is, so of a split one no device has it whole.
+
+    Returns:
+      The best `{"trainable", "heads"}` as NumPy arrays, the progress, the test scores.
+    """
+    group = make_group(job.settings, job.base, job.data, names, job.mesh)
+    patience = job.settings.of_group(names).patience
+    window = Window(group, job.skip_nonfinite)
+    best, done = train_group(group, saved, log, listener, window, patience)
+    _refuse_unscored(group, done)
+    test = predict_splits(job.out, group, best, job.splits)
+    return cluster.host_tree(best), dataclasses.asdict(done), test
 
 
 def train_group(
@@ -244,32 +266,26 @@ def train_group(
       UserError: for a loss that is not finite; no state that it has touched is kept.
       Stopped: after a signal; the state has been saved.
     """
-    state, best, progress = _restore(group, saved)
-    listener.group(group.name, progress.step, group.steps)
-    if progress.done:
-        return best, progress
-    progress.untrained = progress.untrained or untrained_scores(group, state.trainable)
-    train_step = group.train_step()
-
-    def tell(record: dict[str, Any]) -> None:
-        log.write(record)
-        listener.record(record)
-
-    window.restart()
+    tell = functools.partial(_tell, log, listener)
     with host.stop_signals() as stopped:
+        state, best, progress = _restore(group, saved)
+        listener.group(group.name, progress.step, group.steps)
+        if progress.done:
+            return best, progress
+        progress.untrained = progress.untrained or untrained_scores(group, state.trainable)
+        train_step, first = group.train_step(), progress.step + 1
+        window.restart()
         for batch in group.prefetch(progress.step):
             state, metrics = train_step(state, group.frozen, batch)
             progress.step += 1
             window.add(metrics)
-            signal = stopped()
             evaluate_now = progress.step % group.eval_every == 0 or progress.step == group.steps
+            due = evaluate_now or window.full or progress.step == first
+            signal = cluster.agreed_signal(stopped(), due)
             if evaluate_now or signal or window.full:
-                taken = window.flush(progress)
-                if taken is not None:
-                    tell(taken)
+                tell(window.flush(progress))
             if evaluate_now:
-                record = evaluate_group(group, state)
-                tell(record)
+                tell(record := evaluate_group(group, state))
                 if progress.note(record["score"], record["dev"], patience):
                     best = _copy_of(state)
                 progress.done |= progress.step == group.steps
@@ -278,11 +294,22 @@ def train_group(
                 saved.save(progress.step, kept, dataclasses.asdict(progress))
                 window.restart()
             if signal:
-                where = f"{group.name} at step {progress.step} of {group.steps}"
-                raise Stopped(signal, f"{where}, saved; go on with the same flags and --resume")
+                raise _stopped(signal, group, progress)
             if progress.done:
                 break
     return best, progress
+
+
+def _tell(log: rundir.MetricsLog, listener: Listener, record: dict[str, Any] | None) -> None:
+    """Log a record, if there is one, and let the listener have it."""
+    if record is not None:
+        log.write(record)
+        listener.record(record)
+
+
+def _stopped(signal: int, group: Group, progress: Progress) -> Stopped:
+    where = f"{group.name} at step {progress.step} of {group.steps}"
+    return Stopped(signal, f"{where}, saved; go on with the same flags and --resume", saved=True)
 
 
 def _copy_of(state: step.TrainState) -> dict[str, Tree]:
@@ -293,11 +320,16 @@ def _copy_of(state: step.TrainState) -> dict[str, Tree]:
 def _restore(
     group: Group, saved: checkpoint.GroupCheckpoints
 ) -> tuple[step.TrainState, dict[str, Tree], Progress]:
-    state = group.state
-    best = _copy_of(state)
-    found = saved.restore({"state": state, "best": best})
+    """The latest state, best and progress, or those of the start.
+
+    Restored arrays come to where they live at once; a first state beside them would double it all.
+    """
+    shapes = group.state_shapes
+    best = {"trainable": shapes.trainable, "heads": shapes.heads}
+    found = saved.restore({"state": shapes, "best": best})
     if found is None:
-        return state, best, Progress()
+        state = group.state
+        return state, _copy_of(state), Progress()
     tree, progress = found
     return tree["state"], tree["best"], Progress(**progress)
 

@@ -64,6 +64,23 @@ def resumed(base, data, out):
     return [str(path) for path in sorted(first.iterdir())]
 
 
+def predicted(base, data, out):
+    """The part of the encoder's tree on a device, for each split that a run predicts at its end."""
+    meshes.LEAST_SPLIT = 64
+    splits, parts, outputs = [], [], train.outputs
+
+    def noting(group, task, trainable, heads, split):
+        splits.append((task.name, split))
+        leaves = [x for x in jax.tree.leaves(trainable) if x.size > 64]
+        there = sum(x.addressable_shards[0].data.nbytes for x in map(jax.numpy.asarray, leaves))
+        parts.append(there / sum(x.nbytes for x in leaves))
+        return outputs(group, task, trainable, heads, split)
+
+    train.outputs = noting
+    train.run(settings("baseline2", base, data), Path(out), Silent(), mesh="fsdp=8")
+    return {"splits": splits, "parts": parts}
+
+
 def memory():
     """Bytes a device holds, and collectives, of full fine-tuning and adapters on some meshes."""
     found = {}
@@ -118,5 +135,5 @@ def update():
 
 
 if __name__ == "__main__":
-    commands = {f.__name__: f for f in (curves, resumed, memory, planned, update)}
+    commands = {f.__name__: f for f in (curves, resumed, predicted, memory, planned, update)}
     print(json.dumps(commands[sys.argv[1]](*sys.argv[2:])))

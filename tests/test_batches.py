@@ -1,6 +1,8 @@
 """Order and batches: pure functions of (seed, step); nothing lost, nothing twice."""
 
 import itertools
+import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from jaxlora import step
 from jaxlora.data import batches
 from jaxlora.data.batches import PackedBatches, VectorBatches, make_order, plan, prefetch
 from jaxlora.data.examples import Examples
+from jaxlora.data.packing import choose_shapes, fitting, place, row_lengths
 from jaxlora.step import Batch
 
 SIZES = {"sst": 10, "para": 7, "sts": 3}
@@ -157,3 +160,74 @@ def test_slots_of_single_sentences_are_the_first_half():
 def test_a_shape_too_small_is_refused(packed):
     with pytest.raises(ValueError, match="no shape"):
         PackedBatches(packed.examples, packed.order, packed.shapes[:0], packed.mixed)[0]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 32), min_size=1, max_size=12), min_size=1, max_size=3),
+    st.integers(1, 4),
+    st.booleans(),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(1, 3),
+)
+def test_of_a_long_run_few_batches_are_looked_at_and_every_one_fits(
+    sizes, batch_size, mixed, most, looked_at, multiple
+):
+    """Also the batches that are unlike all those looked at."""
+    examples = {}
+    for task, lengths in enumerate(sizes):
+        offsets, labels = np.cumsum([0, *lengths]), np.zeros(len(lengths), np.float32)
+        tokens = np.ones(offsets[-1], np.int32)
+        examples[str(task)] = Examples(labels.astype(str), tokens, offsets, labels, 1)
+    order = make_order({name: len(e) for name, e in examples.items()}, batch_size, seed=0)
+    steps = 2 * order.steps_per_epoch
+    with mock.patch.object(batches, "LOOKED_AT", looked_at):
+        planned = plan(examples, order, steps, 32, most, mixed, multiple)
+        again = plan(examples, order, steps, 32, most, mixed, multiple)
+    assert planned.shapes == again.shapes
+    seen = {planned[k].inputs.tokens.shape[-2:] for k in range(steps)}  # raises if one does not fit
+    assert seen <= set(planned.shapes)
+    assert all(shape.rows % multiple == 0 for shape in planned.shapes)
+    if steps <= looked_at:
+        assert len(planned.shapes) <= most
+    else:
+        assert len(planned.shapes) <= max(2, most) + 1
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_the_paper_preset_is_planned_in_seconds(monkeypatch, most):
+    """454,820 steps; the lengths are random, as long as those of SST-5, Quora and STS are."""
+    rng, looked_at = np.random.default_rng(0), []
+    examples = {}
+    for name, count, mean in (("sst", 8544, 25), ("para", 363_846, 16), ("sts", 5749, 15)):
+        sizes = np.minimum(rng.gamma(4, mean / 4, count * PAIR[name]).astype(int) + 3, 128)
+        offsets, labels = np.concatenate([[0], np.cumsum(sizes)]), np.zeros(count, np.float32)
+        examples[name] = Examples(labels, np.zeros(0, np.int32), offsets, labels, PAIR[name])
+    order = make_order({name: len(e) for name, e in examples.items()}, 8, seed=0)
+    at = batches.Order.at
+    monkeypatch.setattr(
+        batches.Order, "at", lambda self, step: looked_at.append(step) or at(self, step)
+    )
+    began = time.monotonic()
+    planned = plan(examples, order, 454_820, 128, most, mixed=most == 3)
+    assert time.monotonic() - began < 60
+    assert len(looked_at) <= batches.LOOKED_AT
+    assert max(looked_at) == 454_819 and min(looked_at) == 0
+    assert len(planned.shapes) <= max(2, most) + 1
+    # Any batch fits, the one of the longest sentences, too.
+    longest = [np.sort(e.lengths)[::-1][: 8 * e.sentences] for e in examples.values()]
+    fitting(planned.shapes, [np.concatenate(longest)] if most == 3 else longest)
+
+
+def test_a_short_run_has_the_shapes_of_all_its_batches(packed):
+    lengths = row_lengths(32)
+    needs = []
+    for number in range(9):
+        packs = [
+            e.lengths[batches.sentence_numbers(e, n)]
+            for e, n in zip(packed.examples.values(), packed.order.at(number), strict=True)
+        ]
+        packs = [np.concatenate(packs)] if packed.mixed else packs
+        needs.append([max(place(pack, length).rows for pack in packs) for length in lengths])
+    assert packed.shapes == tuple(choose_shapes(np.array(needs), lengths, 2))

@@ -19,7 +19,7 @@ def warmed(group):
     moved = jax.tree.map(
         lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), group.state.trainable
     )
-    return dataclasses.replace(group, state=group.state.replace(trainable=moved))
+    return dataclasses.replace(group, start=lambda _: group.state.replace(trainable=moved))
 
 
 @pytest.mark.slow

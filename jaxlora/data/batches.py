@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 from jaxlora.data import packing
 from jaxlora.data.examples import Examples
 from jaxlora.step import Batch, Rows
+
+LOOKED_AT = 2048  # of a run's batches when its shapes are chosen: a second, however long it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,32 +170,59 @@ def plan(
     mixed: bool,
     multiple: int = 1,
 ) -> PackedBatches:
-    """Look at all batches of a run and choose the shapes they are packed into.
+    """Choose the shapes that a run's batches are packed into.
+
+    All batches of a run of at most `LOOKED_AT` steps are looked at. To draw half a million would
+    take minutes, so of a longer run only so many are, evenly spread. Its shapes also hold a batch
+    that is larger than all of these (`packing.larger`); behind them stands one that holds any
+    batch, and is compiled only if one occurs that needs it.
 
     Args:
       examples: training examples by task.
       order: which examples each step draws.
       steps: how many steps the run has.
       max_length: the longest row, and the longest sentence.
-      most: how many shapes (compiled programs) at the most.
+      most: how many shapes (compiled programs) at the most; a longer run has up to
+        `max(2, most)`, and the one for any batch.
       mixed: whether the tasks share rows.
       multiple: the number of rows is a multiple of this, the number of devices.
     """
     lengths = packing.row_lengths(max_length)
-    needs = np.zeros((steps, len(lengths)), np.int64)
-    for step in range(steps):
+    steps_seen = np.linspace(0, steps - 1, min(steps, LOOKED_AT)).round().astype(int)
+    needs = _needs(examples, order, steps_seen.tolist(), lengths, mixed)
+    last: list[packing.Shape] = []
+    if len(needs) < steps:
+        each = [order.batch_size * e.sentences for e in examples.values()]
+        longest = max(int(e.lengths.max()) for e in examples.values())
+        larger = packing.larger(needs, lengths, longest)
+        last = [packing.Shape(_up(sum(each) if mixed else max(each), multiple), max_length)]
+        needs, most = np.concatenate([needs, larger[None]]), max(2, most)
+    shapes = packing.choose_shapes(_up(needs, multiple), lengths, most, steps / len(needs))
+    return PackedBatches(examples, order, (*shapes, *last), mixed)
+
+
+def _needs(
+    examples: Mapping[str, Examples],
+    order: Order,
+    steps: Sequence[int],
+    lengths: Sequence[int],
+    mixed: bool,
+) -> np.ndarray:
+    """The rows that the batches of some steps need at each row length, see `packing.needs`."""
+    sizes = [e.lengths for e in examples.values()]  # computed at each look
+    found = []
+    for step in steps:
         packs = [
-            e.lengths[sentence_numbers(e, numbers)]
-            for e, numbers in zip(examples.values(), order.at(step), strict=True)
+            size[sentence_numbers(e, numbers)]
+            for e, size, numbers in zip(examples.values(), sizes, order.at(step), strict=True)
         ]
-        packs = [np.concatenate(packs)] if mixed else packs
-        longest = max(int(n.max()) for n in packs)
-        for column, length in enumerate(lengths):
-            if longest <= length:
-                needs[step, column] = max(packing.place(n, length).rows for n in packs)
-    needs = -(-needs // multiple) * multiple
-    shapes = packing.choose_shapes(needs, lengths, most)
-    return PackedBatches(examples, order, tuple(shapes), mixed)
+        found.append(packing.needs([np.concatenate(packs)] if mixed else packs, lengths))
+    return np.array(found)
+
+
+def _up(rows: Any, multiple: int) -> Any:
+    """Round numbers of rows up to a multiple."""
+    return -(-rows // multiple) * multiple
 
 
 def prefetch(

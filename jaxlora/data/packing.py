@@ -20,6 +20,8 @@ ROW_LENGTHS = (64, 96)
 ATTENTION = 256
 # What compiling one more program costs, in tokens that could have been trained on meanwhile.
 PROGRAM_COST = 30_000
+# By how much the shapes of a long run exceed what the largest batch that was looked at needs.
+SPARE = 1.25
 
 
 class Shape(NamedTuple):
@@ -121,7 +123,43 @@ def row_lengths(max_length: int) -> tuple[int, ...]:
     return (*(n for n in ROW_LENGTHS if n < max_length), max_length)
 
 
-def choose_shapes(needs: np.ndarray, lengths: Sequence[int], most: int) -> list[Shape]:
+def needs(packs: Sequence[np.ndarray], lengths: Sequence[int]) -> list[int]:
+    """The rows that each of some packs has to have at each row length.
+
+    Args:
+      packs: tokens of each sentence, by pack.
+      lengths: row lengths; the longest holds every sentence.
+
+    Returns:
+      For each row length the most that a pack needs; 0 where a sentence is longer than the row.
+
+    >>> needs([np.array([5, 3]), np.array([2])], (4, 6, 8))
+    [0, 2, 1]
+    """
+    longest = max(int(pack.max()) for pack in packs)
+    return [
+        max(place(pack, length).rows for pack in packs) if longest <= length else 0
+        for length in lengths
+    ]
+
+
+def larger(needs: np.ndarray, lengths: Sequence[int], longest: int) -> np.ndarray:
+    """The needs of a made-up batch that is larger than those looked at, and has any sentence.
+
+    Args:
+      needs: of those looked at, see `choose_shapes`.
+      lengths: row lengths, ascending.
+      longest: tokens of the longest sentence there is.
+
+    >>> larger(np.array([[0, 4], [5, 3]]), (64, 128), 100)
+    array([0, 5])
+    """
+    return np.where(longest <= np.array(lengths), np.ceil(SPARE * needs.max(0)), 0).astype(int)
+
+
+def choose_shapes(
+    needs: np.ndarray, lengths: Sequence[int], most: int, repeated: float = 1.0
+) -> list[Shape]:
     """The shapes that a run's batches cost least in, compiling included.
 
     Args:
@@ -129,6 +167,7 @@ def choose_shapes(needs: np.ndarray, lengths: Sequence[int], most: int) -> list[
         a sentence of it is longer than the row.
       lengths: row lengths, ascending; every batch fits the last.
       most: how many shapes at the most.
+      repeated: for how many batches of the run each of these stands.
 
     Returns:
       Shapes, cheapest first, such that every batch fits one. Found by trying all combinations of a
@@ -155,7 +194,9 @@ def choose_shapes(needs: np.ndarray, lengths: Sequence[int], most: int) -> list[
             for k in range(1, most + 1)
             for chosen in itertools.combinations(range(len(candidates)), k)
         ),
-        key=lambda chosen: cost[list(chosen)].min(0) @ counts + PROGRAM_COST * len(chosen),
+        key=lambda chosen: (
+            repeated * (cost[list(chosen)].min(0) @ counts) + PROGRAM_COST * len(chosen)
+        ),
     )
     return sorted((candidates[i] for i in best), key=lambda s: s.cost)
 
