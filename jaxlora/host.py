@@ -43,7 +43,16 @@ def reuse_memory() -> bool:
 
 
 def keep_programs(folder: Path) -> None:
-    """Keep compiled programs in a folder, for the next run."""
+    """Keep compiled programs in a folder, for the next run; in none if it cannot be written to.
+
+    It is the user's alone: whoever may write there decides what is run.
+    """
+    try:
+        folders.make(folder.parent)
+        folder.mkdir(0o700, exist_ok=True)
+        folders.writable(folder)
+    except OSError:
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -76,6 +85,20 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _umask() -> Iterator[None]:
+    """Take the right to write from everybody, also to what JAX and other libraries make.
+
+    Commands alone do this: the umask is the whole process's, all its threads'.
+    """
+    before = os.umask(0o077)  # it can be read only by setting it
+    os.umask(before | 0o002)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def exit_code(main: Callable[[], object]) -> int:
     """Run a command; what the user can mend is told in a line, anything else is raised.
 
@@ -85,7 +108,7 @@ def exit_code(main: Callable[[], object]) -> int:
     # Orbax's threads print the traceback of what is raised, and told, here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        with folders.guarded():
+        with _umask():
             main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

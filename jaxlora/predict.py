@@ -61,7 +61,7 @@ class Predictor:
         Raises:
           UserError: if it is neither, is damaged, or the base is not the one it was trained on.
         """
-        trained = bank.load_any(Path(folder).expanduser())
+        trained = bank.load_any(Path(folder))
         return Predictor(trained.load_base(), trained)
 
     @property
