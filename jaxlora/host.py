@@ -20,6 +20,12 @@ from jaxlora.errors import Stopped, UserError
 # glibc's <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
+# Variable of a library's own cache → that of all caches, and where it is without either.
+_CACHES = {
+    "HF_HOME": ("XDG_CACHE_HOME", "~/.cache/huggingface"),
+    "MPLCONFIGDIR": ("XDG_CONFIG_HOME", "~/.config/matplotlib"),
+}
+
 
 def reuse_memory() -> bool:
     """Let freed memory stay with this process; call it before JAX computes anything.
@@ -99,6 +105,25 @@ def _umask() -> Iterator[None]:
         os.umask(before)
 
 
+def _replace_home() -> None:
+    """Give other libraries a place for their caches where the home folder cannot have them.
+
+    Else the one makes a folder that is called ~, and the other a new cache each time.
+    """
+    for name, (base, default) in _CACHES.items():
+        if not (name in os.environ or base in os.environ or _possible(default)):
+            os.environ[name] = str(folders.own_temporary() / Path(default).name)
+
+
+def _possible(folder: str) -> bool:
+    """Whether a folder is there, or could be made."""
+    try:
+        path = folders.local(folder)
+        return path.is_dir() or os.access(next(p for p in path.parents if p.exists()), os.W_OK)
+    except (OSError, UserError):
+        return False
+
+
 def exit_code(main: Callable[[], object]) -> int:
     """Run a command; what the user can mend is told in a line, anything else is raised.
 
@@ -109,6 +134,7 @@ def exit_code(main: Callable[[], object]) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         with _umask():
+            _replace_home()
             main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -92,7 +92,7 @@ def test_a_run_and_a_bank_in_folders_with_brackets(make, tmp_path):
     train.run(make("lora3"), tmp_path / "plain", Silent())
     odd = tmp_path / "runs *" / "run [v2]"
     with pytest.raises(KeyboardInterrupt):
-        train.run(make("lora3"), odd, Silent(("sst+para+sts", 5)))
+        train.run(make("lora3"), odd, Silent(("sst+para+sts", 6)))
     listener = Silent()
     train.run(make("lora3"), odd, listener, resume=True)
     assert listener.started == ("sst+para+sts", 4, 7) and listener.notes == []
@@ -386,6 +386,34 @@ def test_tokens_that_cannot_be_kept_are_no_obstacle(make, tiny, tmp_path, monkey
     np.testing.assert_array_equal(again["train"].tokens, kept["train"].tokens)
     assert "is not kept" in capsys.readouterr().err
     assert list((tmp_path / "tokens").iterdir()) == []
+
+
+CACHES_OF_OTHERS = """
+import sys
+from jaxlora import host, train  # and all that a command imports
+assert not {"huggingface_hub.constants", "matplotlib"} & sys.modules.keys()
+def main():
+    import huggingface_hub.constants, matplotlib
+    print(huggingface_hub.constants.HF_HUB_CACHE, matplotlib.get_configdir())
+sys.exit(host.exit_code(main))
+"""
+
+
+@pytest.mark.parametrize("home", ["/proc", "/dev/null", "there"])
+def test_other_libraries_have_a_place_for_their_caches(tmp_path, home):
+    (tmp_path / "there").mkdir()
+    home = str(tmp_path / home)  # an absolute one stays
+    kept = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", CACHES_OF_OTHERS], env=kept | {"HOME": home}, cwd=tmp_path,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    own = tmp_path / f"jaxlora-{os.getuid()}"
+    wanted = [own / "huggingface" / "hub", own / "matplotlib"]
+    if home.endswith("there"):
+        wanted = [Path(home) / ".cache" / "huggingface" / "hub", Path(home) / ".config/matplotlib"]
+    assert done.stdout.split() == list(map(str, wanted))
 
 
 @pytest.mark.slow
