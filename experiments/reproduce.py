@@ -20,7 +20,7 @@ from experiments.report.collect import PLAN
 from experiments.report.files import read_plan
 from experiments.runs import Inputs, Run, link, make_run, twins
 from experiments.studies import EXTRAS, STUDIES, command, study
-from jaxlora import host, rundir, settings
+from jaxlora import folders, host, rundir, settings
 from jaxlora.errors import UserError
 from jaxlora.report import say
 from jaxlora.variants import VARIANTS
@@ -93,7 +93,7 @@ class Flags(Common):
     @property
     def root(self) -> Path:
         """The folder of all runs."""
-        return self.out or Path("runs") / "reproduce" / self.preset
+        return folders.local(self.out or Path("runs") / "reproduce" / self.preset)
 
 
 def chosen(flags: Flags) -> list[str]:

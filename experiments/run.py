@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from jaxlora import cluster, host, report, rundir, settings, train
+from jaxlora import cluster, folders, host, report, rundir, settings, train
 
 
 def main(flags: settings.Flags) -> None:
@@ -24,7 +24,7 @@ def _main(flags: settings.Flags) -> None:
     host.keep_programs(rundir.cache_dir() / "xla")
     console = Console(quiet=not cluster.first())
     listener = report.ConsoleListener(console)
-    out = flags.out or Path("runs") / flags.variant
+    out = folders.local(flags.out or Path("runs") / flags.variant)
     with listener.live():
         result = train.run(
             settings.resolve(flags),

@@ -16,11 +16,10 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import filelock
 import jax
 import numpy as np
 from flax import traverse_util
@@ -30,6 +29,7 @@ from jaxlora import manifest as manifests
 from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
 from jaxlora.fingerprint import Fingerprint
+from jaxlora.folders import LOCK, TEMPORARY
 from jaxlora.lora import LoraConfig
 from jaxlora.manifest import ADAPTERS, HEADS
 from jaxlora.plain import build
@@ -38,7 +38,8 @@ from jaxlora.tasks import Task
 from jaxlora.trained import Served, Trained, from_of_base, load_run
 from jaxlora.trees import Tree
 
-LOCK = ".lock"
+T = TypeVar("T")
+MOST_CHANGES = 100  # while a bank is read
 _REPAIR = "put back a copy, or bring the task back with bank update, or take it out: bank remove"
 
 
@@ -54,6 +55,7 @@ def add(folder: Path, source: Trained, names: Sequence[str], *, replace: bool = 
     Raises:
       UserError: if a task is (not) there already, or the base, the pooling or the dtype differ.
     """
+    folder = folders.local(folder)
     for name in names:
         source.find(name)
         check_name(name, source.origin)
@@ -85,6 +87,7 @@ def remove(folder: Path, name: str) -> None:
     Raises:
       UserError: if there is none of that name.
     """
+    folder = folders.local(folder)
     with _locked(folder, make=False):
         manifest = manifests.read(folder)
         if name not in manifest["tasks"]:
@@ -99,19 +102,25 @@ def load(folder: Path) -> Trained:
     Raises:
       UserError: naming what is missing, damaged or not understood.
     """
-    return _load(folder)[0]
+    folder = folders.local(folder)
+    return _at_one_moment(folder, lambda manifest: _load_by(folder, manifest))
 
 
-def _load(folder: Path) -> tuple[Trained, dict[str, Any]]:
-    """A bank and the manifest that it was read by, as they were at one moment."""
-    manifest = manifests.read(folder)
-    try:
-        return _load_by(folder, manifest), manifest
-    except UserError:
-        newer = manifests.read(folder)
-        if newer == manifest:
-            raise
-        return _load_by(folder, newer), newer  # another process has changed it meanwhile
+def _at_one_moment(folder: Path, read: Callable[[dict[str, Any]], T]) -> T:
+    """Read what a manifest names; once more if another process has changed the bank meanwhile.
+
+    Raises:
+      UserError: if something is wrong with the bank, or it never stays as it is.
+    """
+    for _ in range(MOST_CHANGES):
+        stamp = manifests.stamp(folder)
+        manifest = manifests.read(folder)
+        try:
+            return read(manifest)
+        except (UserError, OSError):  # a folder may go at any time
+            if manifests.stamp(folder) == stamp:
+                raise
+    raise UserError(f"{folder}: other processes change it all the time; try again")
 
 
 def _load_by(folder: Path, manifest: Mapping[str, Any]) -> Trained:
@@ -138,6 +147,7 @@ def load_any(folder: Path) -> Trained:
     Raises:
       UserError: if it is neither, or damaged.
     """
+    folder = folders.local(folder)
     if not (manifests.exist(folder) or rundir.exists(folder)):
         raise UserError(f"{folder}: neither a bank nor a finished run")
     return load(folder) if manifests.exist(folder) else load_run(folder)
@@ -153,18 +163,33 @@ def verify(folder: Path, base: str | None = None) -> list[str]:
     Raises:
       UserError: if the manifest itself cannot be read.
     """
-    manifest, problems = manifests.read(folder), []
-    for part, name in manifests.used(manifest):
+    folder = folders.local(folder)
+    manifests.read(folder)
+
+    def check(manifest: dict[str, Any]) -> list[str]:
+        found = [_problem(folder, part, name) for part, name in manifests.used(manifest)]
+        problems = [one for one in found if one]
         try:
-            _load_tree(folder, part, name)
+            whole = _without_tasks(folder, manifest) if problems else _load_by(folder, manifest)
+            whole.at(base).load_base()
         except UserError as error:
             problems.append(str(error))
+        if problems:
+            raise UserError("\n".join(problems))
+        return problems
+
     try:
-        whole = _without_tasks(folder, manifest) if problems else _load_by(folder, manifest)
-        whole.at(base).load_base()
+        return _at_one_moment(folder, check)
     except UserError as error:
-        problems.append(str(error))
-    return problems
+        return str(error).split("\n")
+
+
+def _problem(folder: Path, part: str, name: str) -> str | None:
+    try:
+        _load_tree(folder, part, name)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _without_tasks(folder: Path, manifest: Mapping[str, Any]) -> Trained:
@@ -199,8 +224,12 @@ def contents(folder: Path) -> list[Stored]:
     Raises:
       UserError: see `load`.
     """
-    trained, manifest = _load(folder)
-    rows = []
+    folder = folders.local(folder)
+    return _at_one_moment(folder, lambda manifest: _contents(folder, manifest))
+
+
+def _contents(folder: Path, manifest: Mapping[str, Any]) -> list[Stored]:
+    trained, rows = _load_by(folder, manifest), []
     for name, one in trained.served.items():
         entry = manifest["tasks"][name]
         sharers = sum(other.tree == one.tree for other in trained.served.values())
@@ -219,6 +248,8 @@ def contents(folder: Path) -> list[Stored]:
                 size,
             )
         )
+    if manifests.read(folder) != manifest:  # then folders may have gone while they were measured
+        raise UserError(f"{folder}: was changed meanwhile")
     return rows
 
 
@@ -228,7 +259,7 @@ def describe(folder: Path, name: str) -> str:
     Raises:
       UserError: if there is none of that name.
     """
-    manifest = manifests.read(folder)
+    manifest = manifests.read(folders.local(folder))
     if name not in manifest["tasks"]:
         raise UserError(f"{folder}: no task {name!r}; it has {', '.join(manifest['tasks'])}")
     entry = manifest["tasks"][name]
@@ -325,8 +356,9 @@ def _complete_fingerprint(folder: Path, manifest: dict[str, Any], source: Traine
 
 
 def _check_empty(folder: Path) -> None:
-    ours = {LOCK, ADAPTERS, HEADS}  # the folders, if the first change was killed
-    if any(path.name not in ours and manifests.NAME not in path.name for path in folder.iterdir()):
+    ours = (LOCK, ADAPTERS, HEADS, manifests.NAME)  # the folders, if the first change was killed
+    names = [path.name for path in folder.iterdir()]
+    if not all(name in ours or name.startswith(TEMPORARY) for name in names):
         raise UserError(f"{folder}: is not empty and holds no bank; name another folder")
 
 
@@ -347,30 +379,17 @@ def _size(folder: Path) -> int:
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, make: bool = True) -> Iterator[None]:
-    """One writer at a time, and nothing that everybody may write to.
+    """One writer at a time.
 
     Raises:
       UserError: if another process is writing, or the folder cannot be made.
     """
-    with folders.guarded():
-        lock = _lock(folder, make=make)
-        try:
-            yield
-        finally:
-            lock.release()
-
-
-def _lock(folder: Path, *, make: bool) -> filelock.FileLock:
     if make:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folders.make(folder)
         except OSError as error:
             raise UserError(f"{folder}: cannot be a bank ({error.strerror})") from None
-    elif not manifests.exist(folder):
+    else:
         manifests.read(folder)
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"{folder}: another process is changing it; try again") from None
-    return lock
+    with folders.locked(folder, f"{folder}: another process is changing it; try again"):
+        yield

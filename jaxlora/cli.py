@@ -15,7 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 
 from jaxlora import bank as banks
-from jaxlora import exchange, host, manifest, merged, plan_table, pretrained, rundir, trees
+from jaxlora import exchange, folders, host, manifest, merged, plan_table, pretrained, rundir, trees
 from jaxlora.bert import param_shapes
 from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
@@ -243,7 +243,7 @@ def import_peft(
 
 def _like(bank: Path, base: str | None, base_sha256: str | None, pooling: str | None) -> Trained:
     """What an imported adapter shall fit: the bank, or a new one's base."""
-    if manifest.exist(bank):
+    if manifest.exist(folders.local(bank)):
         return banks.load(bank)
     base = base or pretrained.MINILM
     found = pretrained.load(base, base_sha256)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlora import folders
+
 Series = Mapping[str, tuple[list[float], list[float]]]  # label → (x, y)
 
 # Colours that stay apart for colour-blind eyes (Okabe & Ito 2008), one a task.
@@ -43,8 +45,8 @@ def draw(records: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
         if lines:
             axes.legend()
     _conflict_panel(figure.axes[2], train)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with folders.replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def _conflict_panel(axes: Any, train: Sequence[Mapping[str, Any]]) -> None:

@@ -22,6 +22,12 @@ from jaxlora.errors import Note, Stopped, UserError
 # glibc's <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
+# Variable of a library's own cache → that of all caches, and where it is without either.
+_CACHES = {
+    "HF_HOME": ("XDG_CACHE_HOME", "~/.cache/huggingface"),
+    "MPLCONFIGDIR": ("XDG_CONFIG_HOME", "~/.config/matplotlib"),
+}
+
 
 def reuse_memory() -> bool:
     """Let freed memory stay with this process; call it before JAX computes anything.
@@ -45,7 +51,16 @@ def reuse_memory() -> bool:
 
 
 def keep_programs(folder: Path) -> None:
-    """Keep compiled programs in a folder, for the next run."""
+    """Keep compiled programs in a folder, for the next run; in none if it cannot be written to.
+
+    It is the user's alone: whoever may write there decides what is run.
+    """
+    try:
+        folders.make(folder.parent)
+        folder.mkdir(0o700, exist_ok=True)
+        folders.writable(folder)
+    except OSError:
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -130,6 +145,39 @@ def verdict(error: BaseException) -> tuple[int, str]:
     return 1, f"error: {type(error).__name__}: {error}"
 
 
+@contextlib.contextmanager
+def _umask() -> Iterator[None]:
+    """Take the right to write from everybody, also to what JAX and other libraries make.
+
+    Commands alone do this: the umask is the whole process's, all its threads'.
+    """
+    before = os.umask(0o077)  # it can be read only by setting it
+    os.umask(before | 0o002)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _replace_home() -> None:
+    """Give other libraries a place for their caches where the home folder cannot have them.
+
+    Else the one makes a folder that is called ~, and the other a new cache each time.
+    """
+    for name, (base, default) in _CACHES.items():
+        if not (name in os.environ or base in os.environ or _possible(default)):
+            os.environ[name] = str(folders.own_temporary() / Path(default).name)
+
+
+def _possible(folder: str) -> bool:
+    """Whether a folder is there, or could be made."""
+    try:
+        path = folders.local(folder)
+        return path.is_dir() or os.access(next(p for p in path.parents if p.exists()), os.W_OK)
+    except (OSError, UserError):
+        return False
+
+
 def exit_code(main: Callable[[], object]) -> int:
     """Run a command; what the user can mend is told in a line, anything else is raised.
 
@@ -139,7 +187,8 @@ def exit_code(main: Callable[[], object]) -> int:
     # Orbax's threads print the traceback of what is raised, and told, here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        with folders.guarded(), _notes_as_lines():
+        with _umask(), _notes_as_lines():
+            _replace_home()
             main()
     except (UserError, OSError, Stopped, KeyboardInterrupt) as error:
         code, line = verdict(error)

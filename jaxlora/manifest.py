@@ -38,6 +38,19 @@ def exist(folder: Path) -> bool:
     return (folder / NAME).exists()
 
 
+def stamp(folder: Path) -> tuple[int, int]:
+    """What differs between any two manifests that a bank has had.
+
+    Raises:
+      UserError: if it has none.
+    """
+    try:
+        found = (folder / NAME).stat()
+    except OSError:
+        raise UserError(f"{folder}: is no bank, it has no {NAME}; make one with bank add") from None
+    return found.st_ino, found.st_mtime_ns
+
+
 def empty(source: Trained) -> dict[str, Any]:
     """That of a new bank, for what has been trained on a base."""
     return {"format": FORMAT, **of_base(source), "tasks": {}, "adapters": {}}
@@ -49,9 +62,8 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
       UserError: naming what is wrong with it.
     """
+    stamp(folder)
     path = folder / NAME
-    if not exist(folder):
-        raise UserError(f"{folder}: is no bank, it has no {NAME}; make one with bank add")
     manifest = rundir.read_json(path)
     if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
         raise UserError(f"{path}: not a bank's manifest; put back a copy")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
+from jaxlora import folders
 from jaxlora.data import tables
 from jaxlora.errors import UserError
-from jaxlora.folders import guarded
 from jaxlora.predict import Answer, Predictor
 
 PART = 4096  # requests at a time
@@ -22,7 +20,6 @@ FIRST, SECOND = ("sentence1", "sentence", "text"), "sentence2"
 Request = tuple[str, tuple[str, ...]]  # its id, and what the predictor is asked
 
 
-@guarded()
 def predict_file(
     predictor: Predictor,
     source: Path,
@@ -50,22 +47,18 @@ def predict_file(
     """
     if task is not None:
         predictor.task(task)
+    source, target = folders.local(source), folders.local(target)
     _check_target(source, target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     done = 0
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            write = _json_writer(file) if target.suffix == ".jsonl" else _csv_writer(file)
-            requests = _requests(predictor, source, task)
-            while part := list(itertools.islice(requests, PART)):
-                answers = predictor([request for _, request in part])
-                for (name, _), answer in zip(part, answers, strict=True):
-                    write(name, answer)
-                done += len(part)
-                progress(done)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with folders.replacing(target.resolve(), "w") as file:
+        write = _json_writer(file) if target.suffix == ".jsonl" else _csv_writer(file)
+        requests = _requests(predictor, source, task)
+        while part := list(itertools.islice(requests, PART)):
+            answers = predictor([request for _, request in part])
+            for (name, _), answer in zip(part, answers, strict=True):
+                write(name, answer)
+            done += len(part)
+            progress(done)
     return done
 
 
@@ -75,6 +68,8 @@ def _check_target(source: Path, target: Path) -> None:
         raise UserError(f"--output {target}: is the --input; name another file")
     if target.is_dir():
         raise UserError(f"--output {target}: is a folder; name a file")
+    if target.exists() and not target.is_file():
+        raise UserError(f"--output {target}: is a device or a pipe; name a file")
     if not target.absolute().parent.is_dir():
         raise UserError(f"--output {target}: there is no folder {target.parent}; make it first")
 
@@ -118,7 +113,7 @@ def _open(source: Path) -> TextIO:
         raise UserError(f"{source}: cannot be read ({error.strerror}); check the path") from None
 
 
-def _csv_writer(file: io.TextIOBase | TextIO) -> Callable[[str, Answer], Any]:
+def _csv_writer(file: IO[str]) -> Callable[[str, Answer], Any]:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("id", "task", "prediction", "label", "probability"))
 
@@ -132,7 +127,7 @@ def _csv_writer(file: io.TextIOBase | TextIO) -> Callable[[str, Answer], Any]:
     return write
 
 
-def _json_writer(file: io.TextIOBase | TextIO) -> Callable[[str, Answer], Any]:
+def _json_writer(file: IO[str]) -> Callable[[str, Answer], Any]:
     def write(name: str, answer: Answer) -> None:
         file.write(json.dumps({"id": name, **answer._asdict()}, ensure_ascii=False) + "\n")
 

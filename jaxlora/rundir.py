@@ -4,40 +4,53 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
-
-from jaxlora import cluster, json_files
+from jaxlora import cluster, folders, json_files
 from jaxlora.errors import UserError
 from jaxlora.fingerprint import INPUTS, note_partial
 from jaxlora.settings import flag
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
-STATES, MODEL, LOCK = "states", "model", ".lock"
+STATES, MODEL = "states", "model"
 _PARTS = ("settings", "inputs")  # of config.json
 
 
 def cache_dir() -> Path:
-    """Prepared data and compiled programs: `$JAXLORA_CACHE`, or `~/.cache/jaxlora`."""
-    return Path(os.environ.get("JAXLORA_CACHE") or Path.home() / ".cache" / "jaxlora")
+    """Return the folder for prepared data and compiled programs, which can be written to.
+
+    It is `$JAXLORA_CACHE`, or `~/.cache/jaxlora`; where that cannot be, one of ours alone in the
+    system's temporary folder, which is said once.
+    """
+    wanted = os.environ.get("JAXLORA_CACHE") or "~/.cache/jaxlora"
+    try:
+        return folders.writable(folders.local(wanted).absolute())
+    except (OSError, UserError) as error:
+        found = folders.own_temporary()
+        _say_once(f"the cache is in {found}, {wanted} cannot be ({error}); set $JAXLORA_CACHE")
+        return found
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole: into a temporary name, then renamed. Of many processes the first does."""
+    """Write a file whole, see `folders.replacing`. Of many processes the first does."""
     if not cluster.first():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with folders.replacing(path, "w") as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -82,6 +95,8 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
         holds a run with other settings.
     """
     if not out.exists():
+        if out.is_symlink():
+            raise UserError(f"--out {out}: is a link to {os.readlink(out)}, which is not there")
         parent = next(p for p in out.absolute().parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"--out {out}: {parent} is no folder that can be written to")
@@ -89,7 +104,8 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
     if not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
     if not (out / CONFIG).exists():
-        if any(path.name != LOCK for path in out.iterdir()):
+        ours = (folders.LOCK, folders.TEMPORARY)  # a first write that was killed leaves them
+        if not all(path.name.startswith(ours) for path in out.iterdir()):
             raise UserError(f"--out {out}: is not empty and holds no run; name another folder")
         return
     read_config(out)
@@ -145,16 +161,9 @@ def only_run(out: Path) -> Iterator[None]:
     if not cluster.first():
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(out / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"--out {out}: another run is writing to it; name another") from None
-    try:
+    folders.make(out)
+    with folders.locked(out, f"--out {out}: another run is writing to it; name another"):
         yield
-    finally:
-        lock.release()
 
 
 class MetricsLog:
@@ -177,7 +186,9 @@ class MetricsLog:
         write_text(out / METRICS, "".join(json.dumps(r) + "\n" for r in self.records))
         shutil.rmtree(out / "tensorboard", ignore_errors=True)
         self._file = (out / METRICS).open("a", encoding="utf-8")
+        folders.make(out / "tensorboard")
         self._board = SummaryWriter(str(out / "tensorboard"))
+        folders.settle(out / "tensorboard")
         for record in self.records:
             self._show(record)
 
@@ -186,6 +197,8 @@ class MetricsLog:
         self.records.append(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        if record["kind"] == "eval":  # a checkpoint follows, which counts on the records
+            os.fsync(self._file.fileno())
         self._show(record)
 
     def _show(self, record: dict[str, Any]) -> None:

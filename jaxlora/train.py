@@ -101,7 +101,6 @@ class Progress:
         return False
 
 
-@folders.guarded()
 def run(
     settings: Settings,
     out: Path,
@@ -137,6 +136,8 @@ def run(
       Stopped: after Ctrl-C or SIGTERM, when the state has been saved.
     """
     devices = meshes.make_mesh(mesh)
+    out = folders.local(out)
+    checkpoint.check_place(out)
     rundir.check(out, settings.to_json(), resume)
     base = pretrained.load(settings.base, base_sha256)
     prepare.check_base(settings, base)

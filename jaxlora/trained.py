@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxlora import checkpoint, combine, plain, pretrained, rundir
+from jaxlora import checkpoint, combine, folders, plain, pretrained, rundir
 from jaxlora.errors import UserError
 from jaxlora.fingerprint import Fingerprint
 from jaxlora.json_files import read_object
@@ -220,6 +220,7 @@ def load_run(out: Path) -> Trained:
     Raises:
       UserError: if it is no finished run.
     """
+    out = folders.local(out)
     config = rundir.read_config(out)
     inputs = config["inputs"]
     try:
@@ -242,6 +243,9 @@ def load_run(out: Path) -> Trained:
         head = (trained.get("heads") or {}).get(name) or {}
         served[name] = Served(task, owners[name], head, settings.pair_features, facts)
     trees = {name: (trained.get("adapters") or {}).get(name) or {} for name in owners.values()}
+    if settings.adapt != "frozen" and not all(trees.values()):
+        lost = ", ".join(name for name, tree in trees.items() if not tree)
+        raise UserError(f"{out / rundir.MODEL}: has nothing trained for {lost}; train it again")
     return Trained(
         settings.base,
         fingerprint,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+from collections.abc import Sequence
 from typing import Literal
 
 from jaxlora.errors import UserError
@@ -16,6 +18,7 @@ from jaxlora.tasks import NAMES
 Adapt = Literal["frozen", "lora", "full"]
 Groups = tuple[tuple[str, ...], ...]
 
+LONGEST_NAME = 200  # of 255 bytes that file systems take, so that suffixes have room
 SEPARATE: Groups = (("sst",), ("para",), ("sts",))
 SHARED: Groups = (("sst", "para", "sts"),)
 
@@ -141,10 +144,19 @@ def parse_groups(text: str, names: tuple[str, ...] = NAMES) -> Groups:
     return groups
 
 
-def group_name(group: tuple[str, ...]) -> str:
-    """Name of a group: its tasks joined by `+`; a group of one bears its task's name.
+def group_name(group: Sequence[str]) -> str:
+    """Return the name of a group: its tasks joined by `+`; a group of one has its task's name.
+
+    It names the group's folder, tags and trees, so it has at most `LONGEST_NAME` characters: a
+    longer one is cut, and ends with its checksum.
 
     >>> group_name(("para", "sts")), group_name(("sst",))
     ('para+sts', 'sst')
+    >>> len(group_name([f"task-{n}" for n in range(100)]))
+    200
     """
-    return "+".join(group)
+    joined = "+".join(group)
+    if len(joined) <= LONGEST_NAME:
+        return joined
+    ending = f"-{hashlib.sha256(joined.encode()).hexdigest()[:16]}"
+    return joined[: LONGEST_NAME - len(ending)] + ending

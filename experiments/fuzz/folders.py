@@ -34,6 +34,7 @@ from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
 from jaxlora.plain import build
 from jaxlora.settings import Settings
+from jaxlora.variants import group_name
 
 INDEX = "model.safetensors.index.json"
 Inputs = st.SearchStrategy[Any]
@@ -201,7 +202,9 @@ def read_run(folder: Path) -> None:
     settings = Settings.from_json(config["settings"])
     found = trained.load_run(folder)
     _check_trained(found, [d.task.name for d in settings.tasks])
-    assert all(NAME.fullmatch(part) for tree in found.trees for part in tree.split("+"))
+    names = {name for group in settings.groups for name in group}
+    assert all(map(NAME.fullmatch, names))
+    assert found.trees.keys() == set(map(group_name, settings.groups))
 
 
 def _records() -> st.SearchStrategy[bytes]:

@@ -13,7 +13,7 @@ from experiments.report.collect import Collection, Run
 from jaxlora import bert, trees
 from jaxlora.settings import PRESETS
 from jaxlora.tasks import NAMES
-from jaxlora.variants import VARIANTS
+from jaxlora.variants import VARIANTS, group_name
 
 PRESET = "paper"
 COMMAND = "python experiments/reproduce.py --preset=paper"
@@ -104,8 +104,9 @@ def _parameters(config: bert.BertConfig) -> int:
 def _seconds(run: Run, preset: Mapping[str, Any], data: Mapping[str, int]) -> float:
     """A run's own seconds a step, by group, for the preset's steps over some data."""
     seconds = 0.0
-    for group, progress in run.result["groups"].items():
-        longest = max(data[task] for task in group.split("+"))
+    for group in run.settings["groups"]:
+        progress = run.result["groups"][group_name(group)]
+        longest = max(data[task] for task in group)
         steps = preset["epochs"] * -(-longest // preset["batch_size"])
         seconds += steps * progress["seconds"] / progress["step"]
     return seconds

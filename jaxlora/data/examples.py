@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import tempfile
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from jaxlora import folders
 from jaxlora.data import sources
 from jaxlora.data.rows import Row, sentences
 from jaxlora.errors import UserError
@@ -187,26 +188,21 @@ def _examples(
 
 
 def _save(path: Path, splits: dict[str, Examples]) -> None:
-    """Write all or nothing: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write all or nothing: a reader never sees half a file. A full disk costs the file only."""
     arrays = {
         f"{split}.{field.name}": getattr(examples, field.name)
         for split, examples in splits.items()
         for field in dataclasses.fields(Examples)
     }
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
+    try:
+        with folders.replacing(path) as file:
             np.savez(file, allow_pickle=False, **arrays)
-            file.close()
-            Path(file.name).replace(path)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
+    except OSError as error:
+        print(f"note: {path} is not kept ({error})", file=sys.stderr)
 
 
 def _restore(path: Path) -> dict[str, Examples] | None:
     """The splits in a cache file; None if it is missing or damaged."""
-    if not path.exists():
-        return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {split: _split(arrays, split) for split in ("train", "dev", "test")}

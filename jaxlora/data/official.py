@@ -13,10 +13,8 @@ import importlib.metadata
 import lzma
 import os
 import re
-import shutil
 import stat
 import struct
-import tempfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -25,6 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
+from jaxlora import folders
 from jaxlora.data.rows import UNLABELLED, Row, parse_label
 from jaxlora.errors import UserError
 from jaxlora.tasks import Task
@@ -163,19 +162,17 @@ def unzip(archive: Path) -> Path:
     target = archive.with_name(archive.name + ".files")
     if target.is_dir():
         return target
-    scratch = Path(tempfile.mkdtemp(dir=archive.parent))
     try:
-        with zipfile.ZipFile(archive) as bundle:
+        with folders.building(target) as scratch, zipfile.ZipFile(archive) as bundle:
             _check_members(bundle.infolist())
             bundle.extractall(scratch)
-        scratch.rename(target)
     except _UNREADABLE as error:
+        if target.is_dir():  # another process was quicker
+            return target
         raise UserError(
             f"--source official: {archive} is damaged or cannot be unpacked ({error}); "
             "delete it and run again."
         ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from jaxlora import folders
 from jaxlora.data.rows import Row
 
 Splits = Mapping[str, Sequence[Row]]
@@ -79,7 +80,9 @@ def load(builder_class: type[RowsBuilder], config: SourceConfig, folder: Path) -
     with _quiet():
         builder = builder_class(data_dir=folder, config=config)
         try:
-            builder.download_and_prepare(file_format="array_record")
+            if not builder.is_prepared():
+                builder.download_and_prepare(file_format="array_record")
+                _settle(Path(builder.data_dir), folder)
         except OSError:
             # TFDS prepares in a folder of its own and renames it: another process that was
             # quicker makes the rename fail, and has left the same content.
@@ -87,6 +90,14 @@ def load(builder_class: type[RowsBuilder], config: SourceConfig, folder: Path) -
                 raise
             builder = builder_class(data_dir=folder, config=config)
         return {split: _rows(builder.as_data_source(split)) for split in builder.info.splits}
+
+
+def _settle(prepared: Path, folder: Path) -> None:
+    """Guard what TFDS has prepared, with the folders above it, and flush it to the disk."""
+    folders.settle(prepared)
+    for path in prepared.parents:
+        if path.is_relative_to(folder):
+            folders.guard(path)
 
 
 def _rows(source: Any) -> list[Row]:
