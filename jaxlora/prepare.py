@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxlora import lora, rundir, storage
 from jaxlora.data.batches import make_order
-from jaxlora.data.examples import Examples, load_examples
+from jaxlora.data.examples import SPLITS, Examples, load_examples
 from jaxlora.data.sources import Place
 from jaxlora.errors import UserError
 from jaxlora.pretrained import Pretrained
@@ -96,7 +96,8 @@ def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
     order = make_order({task: len(splits["train"]) for task, splits in data.items()}, 64, seed)
     prints = {"the base model": base.sha256, "the order of examples": _checksum([order.at(0)])}
     for task, splits in data.items():
-        arrays = [x for part in splits.values() for x in (part.tokens, part.offsets, part.labels)]
+        parts = [splits[split] for split in SPLITS]
+        arrays = [x for part in parts for x in (part.tokens, part.offsets, part.labels)]
         prints[f"the data of {task}"] = _checksum(arrays)
     return prints
 

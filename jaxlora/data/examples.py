@@ -84,6 +84,7 @@ class Examples:
         return bool(np.all(~np.isnan(self.labels)))
 
 
+SPLITS = ("train", "dev", "test")
 # Raise this when `tokenize` or the layout of the cache file changes.
 FORMAT = "2"
 # Encodings are bulky: turn this many at a time into arrays.
@@ -209,7 +210,7 @@ def _restore(path: Path) -> dict[str, Examples] | None:
         return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {split: _split(arrays, split) for split in ("train", "dev", "test")}
+            return {split: _split(arrays, split) for split in SPLITS}
     except _DAMAGED:
         return None
 
