@@ -125,8 +125,7 @@ def test_new_processes_go_on(tmp_path, tiny_base):
         tables = (f"--tasks={folder / 'tasks.toml'}", f"--out={folder / 'run'}")
         command = [sys.executable, str(script), *flags, "--max-length=16", *tables, *more]
         environment = os.environ | {"JAXLORA_CACHE": str(cache)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
+        subprocess.run(command, check=True, capture_output=True, env=environment)
 
     start(folder, tmp_path / "cache")
     (folder / "run" / rundir.RESULT).unlink()  # as if it had been killed before the last line
