@@ -35,6 +35,7 @@ def _main(flags: settings.Flags) -> None:
             mesh=flags.mesh,
             skip_nonfinite=flags.skip_nonfinite,
             base_sha256=flags.base_sha256,
+            strict=flags.strict,
         )
     console.print(report.result_table(result))
     for line in report.notes(result):

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from jaxlora import bank as banks
 from jaxlora import exchange, folders, host, manifest, merged, plan_table, pretrained, rundir, trees
 from jaxlora.bert import param_shapes
+from jaxlora.data.quoting import Quoting
 from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
@@ -138,6 +139,8 @@ def predict(
     input: Path | None = None,
     output: Path | None = None,
     base: str | None = None,
+    quoting: Quoting | None = None,
+    strict: bool = False,
 ) -> None:
     """Predict one example given by its texts, or a whole table.
 
@@ -148,6 +151,9 @@ def predict(
       input: a table with a header: sentence (or sentence1, sentence2), task, id.
       output: where its answers go: a .csv, or a .jsonl with all probabilities.
       base: where the base is now, if it has moved; it must be the same.
+      quoting: of the table: none: a double quote is part of the text; standard: as in any CSV;
+        default: standard, and none for tabs if a field opens a quote and does not close it.
+      strict: refuse a table with blank texts, instead of leaving their answers empty.
     """
     if (input is None) == (not texts) or (input is None) != (output is None):
         raise UserError('give --task and texts ("a" "b"), or --input and --output')
@@ -155,13 +161,14 @@ def predict(
     host.keep_programs(rundir.cache_dir() / "xla")
     predictor = Predictor.load(bank, base)
     if input is not None and output is not None:
-        columns = (SpinnerColumn(), TextColumn("{task.completed:,} answered"))
+        columns, notes = (SpinnerColumn(), TextColumn("{task.completed:,} answered")), list[str]()
         with Progress(*columns, transient=True) as bar:
             shown = bar.add_task("")
             count = predict_file(
-                predictor, input, output, task, lambda n: bar.update(shown, completed=n)
-            )
-        say(f"{output}: {count:,} answer{'' if count == 1 else 's'}")
+                predictor, input, output, task, lambda n: bar.update(shown, completed=n),
+                quoting=quoting, strict=strict, note=notes.append,
+            )  # fmt: skip
+        say("; ".join([f"{output}: {count:,} answer{'' if count == 1 else 's'}", *notes]))
         return
     if task is None:
         raise UserError(f"--task is missing; there are {', '.join(predictor.tasks)}")

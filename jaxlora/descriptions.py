@@ -9,8 +9,9 @@
     dev = "topic-dev.csv"
 
 `range = [low, high]` is needed by regression and similarity. Optional: `test`, `id` (a column),
-`delimiter` (one character; default: found out), `title`, `loss`, `metric`, `weight` (factor of the
-loss beside the group's other tasks'), and of the task's group `learning_rate`,
+`delimiter` (one character; default: found out), `quoting` (`none`: a double quote is part of the
+text, `standard`: as in any CSV; default: found out), `title`, `loss`, `metric`, `weight` (factor of
+the loss beside the group's other tasks'), and of the task's group `learning_rate`,
 `head_learning_rate`, `epochs` and `patience`. On the command line `topic.kind=classification`,
 `topic.text=first,second` and so on say the same, or change what a file says.
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora import plain
+from jaxlora.data.quoting import QUOTINGS
 from jaxlora.data.tables import Columns, Table
 from jaxlora.errors import UserError
 from jaxlora.tasks import STS_LOSSES, Task, paper_tasks
@@ -40,7 +42,9 @@ NEEDED = ("kind", "text", "label", "train", "dev")
 _FILES = ("train", "dev", "test")
 _LISTS = ("classes", "range", "text")
 _VALUE = re.compile(r"([^=]*)\.([^=.]*)=(.*)", re.DOTALL)  # topic.epochs=3
-OPTIONAL = ("classes", "range", "test", "id", "delimiter", "title", "loss", "metric", "weight")
+OPTIONAL = (
+    "classes", "range", "test", "id", "delimiter", "quoting", "title", "loss", "metric", "weight",
+)  # fmt: skip
 # The cosine loss lives on 0–1: this brings it to the scale of the other losses' labels, 0–5.
 COSINE_WEIGHT = 25.0
 MOST_CLASSES = 10_000
@@ -99,7 +103,7 @@ def read_tasks(given: Sequence[str]) -> tuple[Description, ...]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--tasks {path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # also UTF-8, long numbers, deep nesting
@@ -197,10 +201,13 @@ def _table(where: str, fields: dict[str, Any], text: tuple[str, ...]) -> Table:
         len(_string(where, "delimiter", delimiter)) != 1 or delimiter in '"\r\n'
     ):
         raise UserError(f'{where} delimiter: {delimiter!r} is not one character, such as "\\t"')
+    quoting = fields.get("quoting")
+    if quoting not in (None, *QUOTINGS):
+        raise UserError(f"{where} quoting: {quoting!r} is not {' or '.join(QUOTINGS)}")
     name = fields.get("id")
     label = _string(where, "label", fields["label"])
     columns = Columns(text, label, None if name is None else _string(where, "id", name))
-    return Table(columns, files["train"], files["dev"], files.get("test"), delimiter)
+    return Table(columns, files["train"], files["dev"], files.get("test"), delimiter, quoting)
 
 
 def _range(where: str, fields: dict[str, Any]) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from jaxlora import bank, bert, evaluate, step
 from jaxlora.align import align
 from jaxlora.data.examples import Examples, tokenize, truncating
+from jaxlora.data.rows import is_blank
 from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
 from jaxlora.pretrained import Pretrained
@@ -301,7 +302,7 @@ def _check(task: Task, which: str, texts: tuple[Any, ...], pairs: bool) -> tuple
         wanted = "pairs of sentences" if pairs else "single sentences"
         shown = texts[0] if len(texts) == 1 else texts
         raise UserError(f"{task.name} takes {wanted}; {which} is {shown!r}")
-    if not all(sentence.strip() for sentence in texts):
+    if any(map(is_blank, texts)):
         raise UserError(f"{task.name}: {which} has a blank sentence")
     return texts
 

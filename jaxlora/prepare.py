@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from jaxlora import lora, rundir, storage
 from jaxlora.data.batches import make_order
-from jaxlora.data.examples import Examples, load_examples
-from jaxlora.data.sources import Place
+from jaxlora.data.examples import SPLITS, Examples, list_blank, load_examples
+from jaxlora.data.sources import Place, where
 from jaxlora.errors import UserError
 from jaxlora.pretrained import Pretrained
 from jaxlora.settings import Settings
@@ -34,6 +34,7 @@ class Plan:
       examples: task → split → number of examples.
       truncated: task → sentences cut to the length limit.
       unlabelled: task → examples left out for want of a label.
+      notes: task → what must be known of its files: rows left out, what quotes were taken for.
       storage: numbers of parameters.
       steps: group → steps.
       device: what it runs on.
@@ -45,6 +46,7 @@ class Plan:
     examples: dict[str, dict[str, int]]
     truncated: dict[str, int]
     unlabelled: dict[str, int]
+    notes: dict[str, list[str]]
     storage: storage.Storage
     steps: dict[str, int]
     device: str
@@ -91,13 +93,44 @@ def load_data(settings: Settings, base: Pretrained) -> Data:
     return data
 
 
+def refuse_blank(settings: Settings, data: Data) -> None:
+    """Refuse data with blank texts.
+
+    Raises:
+      UserError: naming the file and the lines.
+    """
+    for name, splits in data.items():
+        for split in SPLITS:
+            if blank := splits[split].blank:
+                task, place = settings.named[name], settings.place(name)
+                raise UserError(
+                    f"{where(task, settings.source, place, split)}: {list_blank(blank)}; fill them "
+                    "in, or go without --strict, which leaves them out"
+                )
+
+
+def notes(splits: Mapping[str, Examples]) -> list[str]:
+    """What must be known of a task's files, a line each."""
+    found = []
+    for split in SPLITS:
+        examples = splits[split]
+        found += [f"{split}: {note}" for note in examples.notes]
+        if examples.blank:
+            found.append(f"{split}: {list_blank(examples.blank)} left out")
+        missing = int(np.isnan(examples.labels).sum())
+        if split == "test" and 0 < missing < len(examples):
+            found.append(f"test: {missing:,} labels are missing, so it is predicted and not scored")
+    return found
+
+
 def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
     """Checksums of all that a run reads: the base, each task's tokens and labels, their order."""
     order = make_order({task: len(splits["train"]) for task, splits in data.items()}, 64, seed)
     prints = base.fingerprint.to_inputs()
     prints["the order of examples"] = _checksum([order.at(0)])
     for task, splits in data.items():
-        arrays = [x for part in splits.values() for x in (part.tokens, part.offsets, part.labels)]
+        parts = [splits[split] for split in SPLITS]
+        arrays = [x for part in parts for x in (part.tokens, part.offsets, part.labels)]
         prints[f"the data of {task}"] = _checksum(arrays)
     return prints
 
@@ -134,6 +167,7 @@ def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data, mesh:
         examples={task: {k: len(v) for k, v in splits.items()} for task, splits in data.items()},
         truncated={t: sum(e.truncated for e in splits.values()) for t, splits in data.items()},
         unlabelled={t: sum(e.unlabelled for e in splits.values()) for t, splits in data.items()},
+        notes={task: notes(splits) for task, splits in data.items()},
         storage=count(settings, base),
         steps=count_steps(settings, data),
         device=f"{mesh.size} × {mesh.devices.flat[0].device_kind}, {settings.dtype} matmuls",

@@ -102,7 +102,7 @@ def plan_table(plan: Plan) -> Table:
         "losses": ", ".join(f"{d.task.name}: {_loss(d)}" for d in s.tasks),
         "learning rates": f"{rates}heads {s.head_learning_rate:g} "
         f"({s.warmup_steps} steps warm-up, then {s.schedule})",
-        **{f"data {t}": _counts(plan, t) for t in plan.examples},
+        **{f"data {t}": "\n".join([_counts(plan, t), *plan.notes[t]]) for t in plan.examples},
         "parameters": f"{plan.storage.incremental:,} trained and stored "
         f"(encoder {plan.storage.encoder:,}, heads {plan.storage.heads:,}); "
         f"base {plan.storage.base:,}",

@@ -115,13 +115,27 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
         )
     old = read_config(out)["settings"]
     for name in settings:
-        if name == "data_dir":  # its content is compared, not its place
-            continue
-        if old.get(name) != settings[name]:
+        if _without_places(name, old.get(name)) != _without_places(name, settings[name]):
             raise UserError(
                 f"--out {out}: its run has {flag(name)} {old.get(name)!r}, not {settings[name]!r}; "
                 "give the same flags to --resume, or name another --out"
             )
+
+
+def _without_places(name: str, value: Any) -> Any:
+    """Leave out of a setting where something lies: `check_same_inputs` compares what it holds."""
+    if name == "data_dir" or (name == "base" and os.path.isabs(str(value))):
+        return None
+    if name != "tasks" or not isinstance(value, list):
+        return value
+    return [_without_files(task) if isinstance(task, dict) else task for task in value]
+
+
+def _without_files(task: dict[str, Any]) -> dict[str, Any]:
+    table = task.get("table")
+    if not isinstance(table, dict):
+        return task
+    return task | {"table": {k: v for k, v in table.items() if k not in ("train", "dev", "test")}}
 
 
 def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:

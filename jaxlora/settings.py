@@ -85,6 +85,7 @@ class Flags:
       out: folder of the run; default: runs/<variant>.
       resume: go on with the run in --out, if there is one.
       predict_test: write predictions for the test sets, too.
+      strict: refuse tables with blank texts, instead of leaving those rows out.
       mesh: devices: "data=4,fsdp=2" splits rows over all eight and the encoder's trees in two;
         auto splits rows over all there are.
       skip_nonfinite: leave steps out whose loss is not finite, and count them.
@@ -133,6 +134,7 @@ class Flags:
     out: Path | None = None
     resume: bool = False
     predict_test: bool = True
+    strict: bool = False
     mesh: str = "auto"
     skip_nonfinite: bool = False
     coordinator: str | None = None
@@ -276,7 +278,7 @@ class Settings:
         True
         """
         try:
-            settings = build(cls, plain)
+            settings = build(cls, _with_quoting(plain))
             _check(settings)
             _check_groups(settings)
         except ValueError as error:
@@ -284,6 +286,19 @@ class Settings:
                 f"the settings were changed, or another version of jaxlora wrote them ({error})"
             ) from error
         return settings
+
+
+def _with_quoting(plain: Any) -> Any:
+    """Settings as they are now: the tables of earlier runs do not say what their quotes mean."""
+    if not isinstance(plain, dict) or not isinstance(plain.get("tasks"), list):
+        return plain
+    tasks = [
+        task | {"table": {"quoting": None} | task["table"]}
+        if isinstance(task, dict) and isinstance(task.get("table"), dict)
+        else task
+        for task in plain["tasks"]
+    ]
+    return plain | {"tasks": tasks}
 
 
 def resolve(flags: Flags) -> Settings:

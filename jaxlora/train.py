@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -111,6 +111,7 @@ def run(
     mesh: str = "auto",
     skip_nonfinite: bool = False,
     base_sha256: str | None = None,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Train all groups of a run, keep each one's best, and write everything to `out`.
 
@@ -127,6 +128,7 @@ def run(
       skip_nonfinite: leave steps out whose loss is not finite, instead of ending the run, unless
         there are `MOST_BAD` in a row.
       base_sha256: what the base's weights must have, see `pretrained.load`.
+      strict: refuse data with blank texts, instead of leaving those rows out.
 
     Returns:
       The content of `result.json`.
@@ -143,6 +145,8 @@ def run(
     prepare.check_base(settings, base)
     with cluster.first_before_others("data"):
         data = prepare.load_data(settings, base)
+        if strict:
+            prepare.refuse_blank(settings, data)
     inputs = prepare.fingerprints(base, data, settings.seed)
     rundir.check_same_inputs(out, inputs)
     listener.plan(prepare.make_plan(settings, out, base, data, devices))
@@ -457,10 +461,22 @@ def predict_splits(
             columns: dict[str, Iterable[str]] = {"id": examples.ids, "prediction": shown}
             if split == "dev":
                 columns |= _compared(task, examples, found)
-            rundir.write_table(path, columns)
+            rundir.write_table(path, _with_blank(columns, examples) if split == "test" else columns)
             if split == "test" and examples.labelled:
                 scores[task.name] = task.score(predictions, examples.labels)
     return scores
+
+
+def _with_blank(
+    columns: Mapping[str, Iterable[str]], examples: Examples
+) -> Mapping[str, Iterable[str]]:
+    """A line for each row of the test file: a blank one has no prediction, but a reason."""
+    if not examples.blank:
+        return columns
+    rows = [[*row, ""] for row in zip(*columns.values(), strict=True)]
+    for blank in examples.blank:
+        rows.insert(blank.at, [blank.id, "", "blank text"])
+    return dict(zip([*columns, "reason"], zip(*rows, strict=True), strict=True))
 
 
 def _compared(task: Task, examples: Examples, found: np.ndarray) -> dict[str, list[str]]:

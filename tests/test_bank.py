@@ -738,11 +738,11 @@ def test_memory_does_not_grow_with_the_table(three, tmp_path, monkeypatch):
     ("content", "fragments"),
     [
         (HEADER + "a\tsst\tfilm\t\nb\tstt\tfilm\t\n", [":3", "'stt'", "sst, para, sts"]),
-        (HEADER + "a\tsts\tfilm\t\n", [":2", "pairs"]),
-        (HEADER + "a\tsst\t \t\n", [":2", "blank"]),
+        ("id\ttask\tsentence1\na\tsts\tfilm\n", [":2", "pairs"]),
+        (HEADER + "a\tsst\tfilm\tfilm\n", [":2", "single"]),
         (HEADER + "a\tsst\n", [":2", "2 fields"]),
         (HEADER + f"a\tsst\t{'x' * 10_000_000}\t\n", [":2", "field larger than"]),
-        (HEADER + 'a\tsst\t"x\t\n', [":2", "quote"]),
+        ('id,task,sentence1\na,sst,"x\n', [":2", "quote", "quoting none"]),
         ("id\ttask\n1\tsst\n", [":1", "no column sentence"]),
         (
             HEADER.replace("id", "sentence2", 1) + "a\tsst\tb\tc\n",
@@ -750,7 +750,7 @@ def test_memory_does_not_grow_with_the_table(three, tmp_path, monkeypatch):
         ),
         ("", ["in.tsv: is empty"]),
     ],
-    ids=["task", "pair", "blank", "short", "huge", "quote", "columns", "twice", "empty"],
+    ids=["task", "pair", "single", "short", "huge", "quote", "columns", "twice", "empty"],
 )
 def test_a_bad_table_leaves_no_half_answer(three, call, tmp_path, content, fragments):
     source, target = tmp_path / "in.tsv", tmp_path / "out.csv"
@@ -761,6 +761,23 @@ def test_a_bad_table_leaves_no_half_answer(three, call, tmp_path, content, fragm
     assert all(fragment in shown for fragment in fragments)
     assert target.read_text() == "old"
     assert {p.name for p in tmp_path.iterdir()} == {"bank", "in.tsv", "out.csv"}
+
+
+def test_quotes_and_blank_texts_of_a_table(three, call, tmp_path):
+    source, target = tmp_path / "in.tsv", tmp_path / "out.csv"
+    source.write_text(HEADER + 'a\tsst\t"film\t\nb\tsst\t\u200b\t\nc\tsst\tdog"\t\n')
+    flags = ("predict", "--bank", three, "--input", source, "--output", target)
+    code, shown = call(*flags)
+    assert (code, "3 answers" in shown, "(line 3) not answered" in shown) == (0, True, True)
+    assert "double quotes are part of the text" in shown
+    with target.open() as file:
+        assert [bool(row["prediction"]) for row in csv.DictReader(file)] == [True, False, True]
+    target.unlink()
+    code, shown = call(*flags, "--strict")
+    assert (code, "1 row with a blank text (line 3)" in shown, target.exists()) == (2, True, False)
+    code, shown = call(*flags, "--quoting", "standard")
+    assert (code, ":2:" in shown, target.exists()) == (2, True, False)
+    assert call(*flags, "--quoting", "none")[0] == 0
 
 
 def test_a_table_that_begins_with_a_blank_line(three, call, tmp_path):
@@ -816,4 +833,4 @@ def test_an_empty_table_has_no_answers(three, call, tmp_path):
         tmp_path / "o.csv",
     )
     assert code == 0
-    assert (tmp_path / "o.csv").read_text() == "id,task,prediction,label,probability\n"
+    assert (tmp_path / "o.csv").read_text() == "id,task,prediction,label,probability,reason\n"

@@ -93,7 +93,7 @@ def test_what_csv_writes_is_read_back(tmp_path_factory, rows, delimiter, end, ma
     path = tmp_path_factory.getbasetemp() / "round-trip"
     path.write_bytes((mark + text.getvalue()).encode())
     columns = tables.Columns(("one", "two"), "same", "id")
-    found = tables.read(PARA, path, columns, delimiter)
+    found = tables.read(PARA, path, columns, delimiter, "standard")
     assert [(r.sentence1, r.sentence2, int(r.label)) for r in found] == rows
     assert [r.id for r in found] == [str(n) for n in range(len(rows))]
 

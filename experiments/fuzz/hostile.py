@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import gzip
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,23 @@ texts = st.lists(
 ).map("".join)
 # Texts as a file can have them.
 written = texts.map(lambda text: text.encode("utf-8", "ignore").decode())
+# Sentences with quotes at their ends and inside, as fields may have them.
+quoted = st.lists(st.sampled_from(('"', '""', "a", "b c", ",", " ")), max_size=6).map("".join)
+# Labels, and names of classes.
+labels = st.one_of(
+    st.sampled_from(
+        ("0", "1", "2", "1.0", "01", " 1 ", "1e0", "+1", "-0", "unknown", "nan", "NaN", "NA",
+         "None", "NULL", "", "inf", "9007199254740993", "9007199254740992.0", "yes", "Yes", "1_0")
+    ),
+    st.integers(-2, 5).map(str),
+    texts,
+)  # fmt: skip
+# Files that are no tables of text.
+FOREIGN = (
+    b"PAR1\x15\x04\x15\x10", gzip.compress(b"a,b\n1,2\n"), b'{"text": "a", "label": 1}\n',
+    b'[\n{"text": "a"}\n]', "text\tlabel\na\t1\n".encode("utf-16"), b"sep=;\ntext;label\na;1\n",
+    b"PK\x03\x04\x14\x00", b"<html>", "text,label\n\u200b,1\n".encode(),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

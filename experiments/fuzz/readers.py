@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -17,10 +19,13 @@ from hypothesis import strategies as st
 from experiments.fuzz import hostile, samples
 from jaxlora import predict_file, pretrained
 from jaxlora.data import cs224n, examples, official, tables
-from jaxlora.data.rows import Row, sentences
+from jaxlora.data.quoting import QUOTINGS, Quoting
+from jaxlora.data.rows import Row, parse_label, sentences
+from jaxlora.errors import UserError
 from jaxlora.predict import Answer, Predictor
 from jaxlora.tasks import Task
 
+_quotings = st.sampled_from((None, *QUOTINGS))
 TOPIC = Task("topic", "classification", classes=("sport", "science", "2"))
 PRICE = Task("price", "regression", pair=True, low=-10, high=90.5)
 TSV = {
@@ -53,6 +58,7 @@ def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[..
                 st.sampled_from(list(COLUMNS)),
                 one_of(hostile.damaged(CSV), hostile.tables(CSV, ",")),
                 st.sampled_from((None, ",", *tables.DELIMITERS)),
+                _quotings,
                 st.sampled_from((True, False, None)),
             ),
             read_table,
@@ -62,9 +68,19 @@ def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[..
                 one_of(hostile.damaged(REQUESTS), hostile.tables(REQUESTS, "\t")),
                 st.sampled_from((None, "sst", "sts", "")),
                 st.sampled_from((".csv", ".jsonl")),
+                _quotings,
+                st.booleans(),
             ),
             lambda value, scratch: answer(echo, value, scratch),
         ),
+        "quotes": (st.lists(hostile.quoted, min_size=1, max_size=4), read_quotes),
+        "label": (
+            st.tuples(
+                st.lists(hostile.labels, min_size=2, max_size=4, unique=True), hostile.labels
+            ),
+            read_label,
+        ),
+        "odd file": (hostile.damaged(*hostile.FOREIGN), read_odd),
         "request": (
             one_of(question, st.lists(hostile.texts, max_size=4).map(tuple), hostile.values),
             lambda value, scratch: ask(echo, value),
@@ -82,10 +98,10 @@ def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[..
 def _check_rows(task: Task, rows: Sequence[Row], labels: bool | None) -> None:
     assert rows
     for row in rows:
-        assert all(text and text == text.strip() for text in sentences(row, task).values())
-        assert "".join(row[:3]).encode()
+        assert all(text == text.strip() for text in sentences(row, task).values())
+        assert "".join(row[:3]).encode() is not None and row.line > 1
         known = task.low <= row.label <= task.high
-        assert known if labels else math.isnan(row.label) or (labels is None and known)
+        assert math.isnan(row.label) or (labels is not False and known)
         assert math.isnan(row.label) or not task.integer or row.label == int(row.label)
 
 
@@ -96,12 +112,56 @@ def read_tsv(value: tuple[Task, bytes, bool], scratch: Path) -> None:
     _check_rows(task, cs224n.read(task, scratch / "file.csv", labelled=labelled), labelled)
 
 
-def read_table(value: tuple[Task, bytes, str | None, bool | None], scratch: Path) -> None:
+def read_table(
+    value: tuple[Task, bytes, str | None, Quoting | None, bool | None], scratch: Path
+) -> None:
     """`tables.read`."""
-    task, content, delimiter, labelled = value
+    task, content, delimiter, quoting, labelled = value
     (scratch / "table").write_bytes(content)
-    rows = tables.read(task, scratch / "table", COLUMNS[task], delimiter, labelled=labelled)
+    rows = tables.read(
+        task, scratch / "table", COLUMNS[task], delimiter, quoting, labelled=labelled
+    )
     _check_rows(task, rows, labelled)
+
+
+def read_quotes(texts: list[str], scratch: Path) -> None:
+    """Fields of tabs: each line is a row, and its text as written or, if all are so, unquoted."""
+    path = scratch / "x.tsv"
+    path.write_text("first\tlabel\n" + "".join(f"{text}\tsport\n" for text in texts))
+    found = [row.sentence1 for row in tables.read(TOPIC, path, COLUMNS[TOPIC])]
+    sound = all(re.fullmatch(r'"([^"]|"")*"|[^"].*|', text) for text in texts)
+    plain = [
+        text[1:-1].replace('""', '"') if sound and text.startswith('"') else text for text in texts
+    ]
+    assert found == [text.strip() for text in plain]
+
+
+def read_label(value: tuple[list[str], str], scratch: Path) -> None:
+    """`rows.parse_label`: a class's own name is that class, another word never is one."""
+    names, written = value
+    try:
+        task = Task("x", "classification", classes=tuple(name.strip() for name in names))
+    except ValueError as error:  # a name that is there twice when stripped
+        raise UserError(str(error)) from None
+    label = parse_label(written, task, "x:1")
+    name = written.strip()
+    if name in task.classes:
+        assert label == task.classes.index(name)
+    elif not math.isnan(label):
+        assert float(name) == float(label) or float(task.classes[int(label)]) == float(name)
+
+
+def read_odd(content: bytes, scratch: Path) -> None:
+    """`tables.read` and `tables.stream` of files of other kinds: both refuse the same ones."""
+    (scratch / "odd").write_bytes(content)
+    try:
+        lines = list(tables.stream(scratch / "odd", scratch / "odd"))
+    except UserError as error:
+        with contextlib.suppress(UserError):
+            tables.read_text(scratch / "odd")
+            raise AssertionError(f"only stream refuses it: {error}") from None
+        raise
+    assert "".join(lines) == tables.read_text(scratch / "odd")
 
 
 class Echo(Predictor):
@@ -112,14 +172,18 @@ class Echo(Predictor):
         return [Answer(request[0], 1.0, None, None) for request in requests]
 
 
-def answer(echo: Echo, value: tuple[bytes, str | None, str], scratch: Path) -> None:
+def answer(
+    echo: Echo, value: tuple[bytes, str | None, str, Quoting | None, bool], scratch: Path
+) -> None:
     """`predict_file.predict_file`."""
-    content, task, suffix = value
+    content, task, suffix, quoting, strict = value
     source, target = scratch / "requests", scratch / f"answers{suffix}"
     source.write_bytes(content)
     target.unlink(missing_ok=True)
     try:
-        count = predict_file.predict_file(echo, source, target, task)
+        count = predict_file.predict_file(
+            echo, source, target, task, quoting=quoting, strict=strict
+        )
     except ValueError:
         assert not target.exists()
         raise
@@ -193,20 +257,21 @@ def _cache(folder: Path) -> tuple[st.SearchStrategy[bytes], Callable[..., None]]
     """`examples.load_examples`: a damaged cache file never changes the data."""
     folder.mkdir()
     (folder / "table.csv").write_bytes(CSV)
-    table = tables.Table(COLUMNS[PRICE], *[str(folder / "table.csv")] * 2)
+    path = str(folder / "table.csv")
+    table = tables.Table(COLUMNS[PRICE], train=path, dev=path)
     tokenizer = samples.tokenizer()
 
     def load(cache: Path) -> dict[str, examples.Examples]:
         return examples.load_examples(PRICE, "files", table, tokenizer, "key", 8, cache)
 
     sound = load(folder)
-    (path,) = (folder / "tokens").iterdir()
+    (cached,) = (folder / "tokens").iterdir()
 
     def check(content: bytes, scratch: Path) -> None:
         (scratch / "tokens").mkdir(exist_ok=True)
-        (scratch / "tokens" / path.name).write_bytes(content)
+        (scratch / "tokens" / cached.name).write_bytes(content)
         for split, found in load(scratch).items():
             for a, b in zip(vars(found).values(), vars(sound[split]).values(), strict=True):
                 np.testing.assert_array_equal(a, b)
 
-    return hostile.damaged(path.read_bytes()), check
+    return hostile.damaged(cached.read_bytes()), check

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxlora.data import tables
 from jaxlora.data.rows import Row
-from jaxlora.data.tables import Columns
+from jaxlora.data.tables import Columns, Sheet
 from jaxlora.errors import UserError
 from jaxlora.tasks import Task
 
@@ -50,6 +50,28 @@ def files(task: Task, folder: Path | None) -> dict[str, Path]:
             "put the file there or point --data-dir at the folder that has it."
         )
     return paths
+
+
+def sheets(task: Task, folder: Path | None) -> dict[str, Sheet]:
+    """A task's files by split; quotes mean the same in all of them.
+
+    Raises:
+      UserError: see `files`; if one cannot be read.
+    """
+    return tables.load_sheets(files(task, folder), "\t")
+
+
+def read_splits(task: Task, folder: Path | None) -> dict[str, list[Row]]:
+    """All splits of a task.
+
+    Raises:
+      UserError: anything wrong with a file; the message names the line and the remedy.
+    """
+    columns = LAYOUTS[task.name].columns
+    return {
+        split: tables.read_sheet(task, sheet, columns, labelled=split != "test")
+        for split, sheet in sheets(task, folder).items()
+    }
 
 
 def read(task: Task, path: Path, *, labelled: bool = True) -> list[Row]:

@@ -94,7 +94,7 @@ def parse_tree(tree: str) -> tuple[str, str]:
 
 
 def read_glue(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[Row]]:
-    """Quora or STS-B, read by TFDS's GLUE builder; the few rows with a blank question go."""
+    """Quora or STS-B, read by TFDS's GLUE builder; quotes are part of the text, as it has them."""
     # `tfds.builder("glue/…")` imports every dataset of TFDS and fails without TensorFlow.
     from tensorflow_datasets.text.glue import Glue
 
@@ -106,7 +106,6 @@ def read_glue(task: Task, manager: tfds.download.DownloadManager) -> dict[str, l
         splits[split] = [
             Row(f"{split}-{n}", example[first].strip(), example[second].strip(), label)
             for n, example in glue._generate_examples(**generator.gen_kwargs)
-            if example[first].strip() and example[second].strip()
             for label in [_glue_label(example["label"], task, f"glue/{config} {split}:{n}")]
         ]
     return splits

@@ -30,11 +30,13 @@ class Source:
     Attributes:
       content: `(task, place) -> bytes` that change whenever the rows would.
       read: `(task, place, download manager) -> rows by split`.
+      sheets: `(task, place) -> files by split`; none where there are no files of the user's.
       prepared: whether TFDS prepares and keeps the rows.
     """
 
     content: Callable[[Task, Any], bytes]
     read: Callable[[Task, Any, tfds.download.DownloadManager | None], Splits]
+    sheets: Callable[[Task, Any], dict[str, tables.Sheet]] = lambda *_: {}
     prepared: bool = True
 
 
@@ -42,16 +44,11 @@ def _digest(paths: Iterable[Path]) -> bytes:
     return b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)
 
 
-def _read_files(task: Task, folder: Path | None, _: tfds.download.DownloadManager) -> Splits:
-    paths = cs224n.files(task, folder)
-    return {s: cs224n.read(task, path, labelled=s != "test") for s, path in paths.items()}
-
-
 def _table_content(task: Task, table: Table) -> bytes:
     for path in table.files.values():
         tables.read_text(path)  # an error that names it, if it cannot be read
     read_as = (task.kind, task.pair, task.low, task.high, task.classes, table.columns)
-    return repr((*read_as, table.delimiter)).encode() + _digest(table.files.values())
+    return repr((*read_as, table.delimiter, table.quoting)).encode() + _digest(table.files.values())
 
 
 SOURCES = {
@@ -60,18 +57,23 @@ SOURCES = {
         lambda task, _, __: demo.read(task.name),
     ),
     "cs224n": Source(
-        lambda task, folder: _digest(cs224n.files(task, folder).values()), _read_files
+        lambda task, folder: _digest(cs224n.files(task, folder).values()),
+        lambda task, folder, _: cs224n.read_splits(task, folder),
+        cs224n.sheets,
     ),
     "official": Source(
         lambda task, _: official.key(task).encode(),
         lambda task, _, manager: official.read(task, manager),
     ),
     "files": Source(
-        _table_content, lambda task, table, _: tables.read_splits(task, table), prepared=False
+        _table_content,
+        lambda task, table, _: tables.read_splits(task, table),
+        lambda _, table: tables.load_sheets(table.files, table.delimiter, table.quoting),
+        prepared=False,
     ),
 }
 # Raise this when a reader gives other rows for the same bytes.
-READERS = "2"
+READERS = "3"
 
 
 def fingerprint(task: Task, source: str, place: Place) -> str:
@@ -89,6 +91,23 @@ def fingerprint(task: Task, source: str, place: Place) -> str:
         raise UserError(f"--source: no source {source!r}; choose from {', '.join(SOURCES)}.")
     content = SOURCES[source].content(task, place)
     return f"{source}-{hashlib.sha256(READERS.encode() + content).hexdigest()[:16]}"
+
+
+def notes(task: Task, source: str, place: Place) -> dict[str, list[str]]:
+    """What must be known of how a task's files are read, by split.
+
+    Raises:
+      UserError: if one cannot be read.
+    """
+    return tables.notes(SOURCES[source].sheets(task, place))
+
+
+def where(task: Task, source: str, place: Place, split: str) -> str:
+    """What to call a split in a message: its file, or its name."""
+    files = place.files if isinstance(place, Table) else {}
+    if source == "cs224n":
+        files = cs224n.files(task, place)  # type: ignore[arg-type]  # its place is a folder
+    return str(files.get(split, f"{source} {task.name} {split}"))
 
 
 def load_rows(task: Task, source: str, place: Place, cache: Path) -> tuple[Splits, str]:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import difflib
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from jaxlora.data.rows import UNLABELLED, Row, check, parse_label
+from jaxlora.data import foreign
+from jaxlora.data.quoting import CSV, Quotes, Quoting, Tally, find_quotes
+from jaxlora.data.rows import UNLABELLED, Row, parse_label
 from jaxlora.errors import UserError
 from jaxlora.tasks import Task
 
 DELIMITERS = "\t,;|"
 DELIMITER_NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
+# Excel may write its delimiter into a line before the header.
+_HINT = re.compile(r"""sep=([^"\r\n])|"sep=([^"\r\n])"[^"\r\n]*""", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Table:
       train, dev: their paths.
       test: a third one, with labels or without; None if there is none.
       delimiter: what separates fields; None: found out from the header.
+      quoting: what double quotes mean; None: found out, see `open_sheets`.
     """
 
     columns: Columns
@@ -48,6 +56,7 @@ class Table:
     dev: str
     test: str | None = None
     delimiter: str | None = None
+    quoting: Quoting | None = None
 
     @property
     def files(self) -> dict[str, Path]:
@@ -56,18 +65,139 @@ class Table:
         return {split: Path(path) for split, path in named.items() if path is not None}
 
 
+class Dialect(NamedTuple):
+    """How the fields of a file are separated and quoted.
+
+    Attributes:
+      delimiter: what separates them.
+      quoting: what double quotes mean.
+      found: the quotes that decided it; None where it was chosen, or follows from the delimiter.
+    """
+
+    delimiter: str
+    quoting: Quoting
+    found: Quotes | None = None
+
+
+class Sheet(NamedTuple):
+    """A file of a table.
+
+    Attributes:
+      path: where it is, for messages.
+      lines: gives its physical lines, as often as it is called.
+      dialect: how to split them.
+    """
+
+    path: Path
+    lines: Callable[[], Iterable[str]]
+    dialect: Dialect
+
+    def rows(self, tally: Tally | None = None) -> Iterator[tuple[int, list[str]]]:
+        """Yield the rows that are not blank, each with its last physical line, from 1."""
+        return read_lines(self.lines(), self.path, self.dialect, tally or Tally())
+
+
+def open_sheets(
+    texts: Mapping[str, tuple[Path, Callable[[], Iterable[str]]]],
+    delimiter: str | None = None,
+    quoting: Quoting | None = None,
+) -> dict[str, Sheet]:
+    """Find out how the files of a table are separated and quoted.
+
+    A quote means the same in all of them. Unless it is chosen, fields separated by commas and the
+    like are quoted as in any CSV. Separated by tabs they are so only if each field that begins with
+    a double quote also ends with one, on the same line, and has those inside it doubled: many
+    programs write tabs and no quoting, and then a sentence may begin with a quote.
+
+    Args:
+      texts: by name, the path and what gives the lines.
+      delimiter: what separates fields; None: found out from each header.
+      quoting: none or standard; None: found out.
+
+    Raises:
+      UserError: if a header does not tell the delimiter.
+    """
+    headers = {name: _first_line(lines()) for name, (_, lines) in texts.items()}
+    delimiters = {n: delimiter or sniff(headers[n], path) for n, (path, _) in texts.items()}
+    found: dict[str, Quotes] = {}
+    for name, (path, lines) in texts.items():
+        if quoting is None and _may_be_unquoted(headers[name], delimiters[name], path):
+            found[name] = find_quotes(lines(), delimiters[name])
+    plain = any(quotes.open for quotes in found.values())
+    return {
+        name: Sheet(path, lines, Dialect(
+            delimiters[name],
+            quoting or ("none" if plain and name in found else "standard"),
+            found.get(name),
+        ))
+        for name, (path, lines) in texts.items()
+    }  # fmt: skip
+
+
+def _may_be_unquoted(header: str, delimiter: str, path: Path) -> bool:
+    """Whether it is a table with tabs; one column in a .csv has no delimiter and is none."""
+    return delimiter == "\t" and ("\t" in header or path.suffix.lower() != ".csv")
+
+
+def _first_line(lines: Iterable[str]) -> str:
+    return next((line for line in lines if line.strip("\r\n")), "")
+
+
+def load_sheets(
+    files: Mapping[str, Path], delimiter: str | None = None, quoting: Quoting | None = None
+) -> dict[str, Sheet]:
+    """Read the files of a table into memory, see `open_sheets`.
+
+    Raises:
+      UserError: if one cannot be read, or is no table.
+    """
+    return open_sheets({n: (p, _in_memory(p)) for n, p in files.items()}, delimiter, quoting)
+
+
+def _in_memory(path: Path) -> Callable[[], Iterable[str]]:
+    text = read_text(path)
+    return lambda: io.StringIO(text, newline="")
+
+
 def read_splits(task: Task, table: Table) -> dict[str, list[Row]]:
     """All splits of a task; without a test file that split is empty.
 
     Raises:
       UserError: see `read`; also if no row of train or dev has a label.
     """
-    splits: dict[str, list[Row]] = {"test": []}
-    for split, path in table.files.items():
-        splits[split] = read(task, path, table.columns, table.delimiter, labelled=None)
-        if split != "test" and all(math.isnan(row.label) for row in splits[split]):
-            raise UserError(f"{path}: no row has a label in column {table.columns.label!r}.")
+    splits: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
+    for split, sheet in load_sheets(table.files, table.delimiter, table.quoting).items():
+        needed = None if split == "test" else True
+        splits[split] = read_sheet(task, sheet, table.columns, labelled=needed)
+        if needed and all(math.isnan(row.label) for row in splits[split]):
+            raise UserError(f"{sheet.path}: no row has a label in column {table.columns.label!r}.")
     return splits
+
+
+def notes(sheets: Mapping[str, Sheet]) -> dict[str, list[str]]:
+    """Say of each file of a table what its quotes were taken for, and what they hold."""
+    told = {}
+    for name, sheet in sheets.items():
+        tally = Tally()
+        for _ in sheet.rows(tally):
+            pass
+        told[name] = describe(sheet.dialect, tally)
+    return told
+
+
+def describe(dialect: Dialect, tally: Tally) -> list[str]:
+    """Say what quotes were taken for, where that was found out, and what they hold."""
+    told = []
+    if dialect.found and dialect.found.open:
+        told.append(
+            f"double quotes are part of the text (line {dialect.found.open} opens one only)"
+        )
+    elif dialect.found and dialect.quoting == "none":
+        told.append("double quotes are part of the text, as in the other files")
+    elif dialect.found and dialect.found.quoted:
+        told.append(f"{dialect.found.quoted:,} fields are in double quotes, as CSV has them")
+    held = tally.note(DELIMITER_NAMES.get(dialect.delimiter, repr(dialect.delimiter)))
+    return [*told, held] if held else told
 
 
 def read(
@@ -75,43 +205,62 @@ def read(
     path: Path,
     columns: Columns,
     delimiter: str | None = None,
+    quoting: Quoting | None = None,
     *,
     labelled: bool | None = True,
 ) -> list[Row]:
-    """Read one file: standard csv quoting, UTF-8, columns found by name.
+    """Read one file: UTF-8, columns found by name.
 
     Args:
       task: decides the labels' range.
       path: the file.
       columns: what to read.
       delimiter: what separates fields; None: found out from the header.
-      labelled: True: every row needs a label. False: every label is NaN. None: a label may be
-        missing, and then is NaN.
+      quoting: what double quotes mean; None: found out, see `open_sheets`.
+      labelled: see `read_sheet`.
 
     Raises:
       UserError: anything wrong with the file; the message names the line and the remedy.
     """
-    text = read_text(path)
-    delimiter = delimiter or sniff(text, path)
-    lines = read_lines(io.StringIO(text, newline=""), path, delimiter)
+    sheet = load_sheets({"": path}, delimiter, quoting)[""]
+    return read_sheet(task, sheet, columns, labelled=labelled)
+
+
+def read_sheet(
+    task: Task, sheet: Sheet, columns: Columns, *, labelled: bool | None = True
+) -> list[Row]:
+    """Read the rows of one file, those with blank texts among them.
+
+    Args:
+      task: decides the labels' range.
+      sheet: the file.
+      columns: what to read.
+      labelled: True: there must be a column of labels, of which some may be missing, and then are
+        NaN. False: every label is NaN. None: the column may be missing, too.
+
+    Raises:
+      UserError: anything wrong with the file; the message names the line and the remedy.
+    """
+    lines, path, dialect = sheet.rows(), sheet.path, sheet.dialect
     _, header = next(lines, (0, []))
     if not header:
         raise UserError(f"{path} is empty: not even a header line; replace the file.")
     needed = [*([columns.id] if columns.id else []), *columns.text]
     needed += [columns.label] if labelled else []
     optional = [columns.label] if labelled is None else []
-    find_columns(header, needed, path, delimiter, task.title, optional)
+    find_columns(header, needed, path, dialect.delimiter, task.title, optional)
     at = {name: header.index(name) for name in header}
+    if labelled is False:
+        at.pop(columns.label, None)
     rows: list[Row] = []
     for line, fields in lines:
         where = f"{path}:{line}"
-        check_width(fields, header, where, delimiter)
+        check_width(fields, header, where, dialect)
         name = fields[at[columns.id]] if columns.id else str(len(rows))
-        texts = [fields[at[column]] for column in columns.text]
-        written = fields[at[columns.label]] if labelled is not False and columns.label in at else ""
-        missing = labelled is False or (labelled is None and not written.strip())
-        label = UNLABELLED if missing else parse_label(written, task, where)
-        rows.append(check(Row(name, texts[0], "".join(texts[1:]), label), task, where))
+        texts = [fields[at[column]].strip() for column in columns.text]
+        written = fields[at[columns.label]] if columns.label in at else ""
+        label = parse_label(written, task, where) if written else UNLABELLED
+        rows.append(Row(name, texts[0], "".join(texts[1:]), label, line))
     if not rows:
         raise UserError(f"{path} is empty: there is no example in it; replace the file.")
     return rows
@@ -121,33 +270,64 @@ def read_text(path: Path) -> str:
     """The file's text; a byte order mark, as Excel writes it, is dropped.
 
     Raises:
-      UserError: it cannot be read, is not UTF-8, or has a NUL character.
+      UserError: it cannot be read, is of another kind, not UTF-8, or has a NUL character.
     """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path.") from None
+    foreign.refuse(raw[: foreign.HEAD], path)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8.") from None
     if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(
-            f"{path}:{line}: a NUL character; the file is damaged or not UTF-8 text: "
-            "copy it again or save it as UTF-8."
-        )
+        raise _nul(path, text.count("\n", 0, text.index("\0")) + 1)
     return text
+
+
+def _nul(path: Path, line: int) -> UserError:
+    return UserError(
+        f"{path}:{line}: a NUL character; the file is damaged or not UTF-8 text: "
+        "copy it again or save it as UTF-8."
+    )
+
+
+def stream(file: Path, path: Path) -> Iterator[str]:
+    """Yield the physical lines of a file without keeping it in memory, as `read_text` reads it.
+
+    Args:
+      file: what is read.
+      path: what to call it.
+
+    Raises:
+      UserError: it cannot be read, is of another kind, not UTF-8, or has a NUL character.
+    """
+    number = 0
+    try:
+        with file.open("rb") as raw:
+            foreign.refuse(raw.read(foreign.HEAD), path)
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            for number, line in enumerate(lines, 1):
+                if "\0" in line:
+                    raise _nul(path, number)
+                yield line
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}:{number + 1}: not UTF-8 from here on; save it as UTF-8.") from None
 
 
 def sniff(text: str, path: Path) -> str:
     r"""The delimiter that the header line has most of; a tab where it has none (one column).
 
-    >>> sniff("id,text,label\\n1,a;b,0", Path("x.csv"))
-    ','
+    >>> sniff("id,text,label\\n1,a;b,0", Path("x.csv")), sniff("sep=;\\na,b;c", Path("x.csv"))
+    (',', ';')
     """
-    header = text.lstrip("\r\n").split("\n", 1)[0]
+    header = re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
+    if hint := _HINT.fullmatch(header):
+        return hint[1] or hint[2]
     best = max(DELIMITERS, key=header.count)
     if sum(header.count(d) == header.count(best) > 0 for d in DELIMITERS) > 1:
         raise UserError(
@@ -157,32 +337,57 @@ def sniff(text: str, path: Path) -> str:
     return best
 
 
-def read_lines(lines: Iterable[str], path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def read_lines(
+    lines: Iterable[str], path: Path, dialect: Dialect, tally: Tally
+) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows of lines of text, blank ones left out, each with its last physical line.
 
+    Args:
+      lines: physical lines.
+      path: for messages.
+      dialect: how to split them.
+      tally: counts the rows.
+
     Raises:
-      UserError: quotes in the wrong place, a field longer than csv allows, or not UTF-8.
+      UserError: quotes in the wrong place, or a field longer than csv allows.
     """
     # Strict: a quote in the wrong place is an error instead of swallowing the lines after it.
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader(
+        _without_hint(lines),
+        delimiter=dialect.delimiter,
+        quoting=CSV[dialect.quoting],
+        strict=True,
+    )
     while True:
-        first = reader.line_num + 1
+        before = reader.line_num
         try:
             fields = next(reader)
         except StopIteration:
             return
-        except UnicodeDecodeError:
-            raise UserError(f"{path}:{first}: not UTF-8 from here on; save it as UTF-8.") from None
         except csv.Error as error:
-            # An open quote runs on until the next one: the mistake is where the row starts.
-            what = str(error).replace("\t", "a tab")
-            raise UserError(
-                f"{path}:{first}: {what} (reached line {reader.line_num}); "
-                "look for a quote that is not closed: a field that starts with a double quote "
-                "must end with one, and a double quote inside it is written twice."
-            ) from None
+            raise UserError(_misquoted(path, before + 1, reader.line_num, error)) from None
         if fields:
+            tally.add(fields, reader.line_num - before, dialect.delimiter)
             yield reader.line_num, fields
+
+
+def _without_hint(lines: Iterable[str]) -> Iterator[str]:
+    """Empty the line with which Excel names its delimiter; the others keep their numbers."""
+    for number, line in enumerate(lines):
+        yield "\n" if number == 0 and _HINT.fullmatch(line.rstrip("\r\n")) else line
+
+
+def _misquoted(path: Path, first: int, last: int, error: csv.Error) -> str:
+    # An open quote runs on until the next one: the mistake is where the row starts.
+    what = str(error).replace("\t", "a tab")
+    message = f"{path}:{first}: {what} (reached line {last}); "
+    if "field larger than" in what and first == last:
+        return message + "shorten the field."
+    return message + (
+        "look for a quote that is not closed: a field that starts with a double quote must end "
+        "with one, and a double quote inside it is written twice; or, if quotes are part of the "
+        "text, choose quoting none."
+    )
 
 
 def find_columns(
@@ -206,24 +411,39 @@ def find_columns(
     missing = [name for name in needed if name not in header]
     if missing:
         raise UserError(
-            f"{path}:1: no column {', '.join(missing)}; found {', '.join(filter(None, header))}. "
+            f"{path}:1: no column {', '.join(missing)}{_hint(missing, header)}; found "
+            f"{', '.join(filter(None, header))}. "
             f"{who} needs a {_separated(delimiter)} header with {', '.join(needed)}."
         )
 
 
-def check_width(fields: Sequence[str], header: Sequence[str], where: str, delimiter: str) -> None:
+def _hint(missing: Sequence[str], header: Sequence[str]) -> str:
+    """Suggest the columns whose names are nearly those that are missing, however they are spelt."""
+    folded = {name.strip().casefold(): name for name in header if name}
+    close = [difflib.get_close_matches(name.casefold(), folded, 1) for name in missing]
+    found = [repr(folded[match[0]]) for match in close if match]
+    return f" (did you mean {', '.join(found)}?)" if found else ""
+
+
+def check_width(fields: Sequence[str], header: Sequence[str], where: str, dialect: Dialect) -> None:
     """Refuse a row with more or fewer fields than the header.
 
     Raises:
       UserError: naming the line.
     """
-    if len(fields) != len(header):
-        name = DELIMITER_NAMES.get(delimiter, repr(delimiter))
-        raise UserError(
-            f"{where}: {len(fields)} fields where the header has {len(header)}; "
-            f"separate the fields by single {name}s and put a field that contains "
-            f'a {name} or a line break in "double quotes".'
+    if len(fields) == len(header):
+        return
+    name = DELIMITER_NAMES.get(dialect.delimiter, repr(dialect.delimiter))
+    remedy = f'put a field that contains a {name} or a line break in "double quotes".'
+    if dialect.quoting == "none":
+        remedy = (
+            f"double quotes are part of the text here: if they hold fields with a {name} or a "
+            "line break together, choose quoting standard."
         )
+    raise UserError(
+        f"{where}: {len(fields)} fields where the header has {len(header)}; "
+        f"separate the fields by single {name}s, and {remedy}"
+    )
 
 
 def _separated(delimiter: str) -> str:

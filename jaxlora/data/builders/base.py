@@ -52,6 +52,7 @@ class RowsBuilder(
                     "sentence1": tfds.features.Text(),
                     "sentence2": tfds.features.Text(),
                     "label": np.float32,
+                    "line": np.int64,
                 }
             ),
             disable_shuffling=True,  # the batch order is ours; the files keep the source's
@@ -108,6 +109,7 @@ def _rows(source: Any) -> list[Row]:
             sentence1=example["sentence1"].decode(),
             sentence2=example["sentence2"].decode(),
             label=float(example["label"]),
+            line=int(example["line"]),
         )
         for example in examples
     ]

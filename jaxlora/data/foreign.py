@@ -1,0 +1,65 @@
+"""Files that are no tables of text: what they are, and how to make tables of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxlora.errors import UserError
+
+HEAD = 4096  # bytes that tell
+
+
+class Kind(NamedTuple):
+    """What a file begins with, what it then is, and the remedy."""
+
+    start: str
+    name: str
+    remedy: str
+
+
+_PANDAS = "write it as a CSV file, for instance with pandas: read_{}(…).to_csv(…, index=False)"
+_UNPACK = "unpack it first, with {}"
+_SAVE = "save it as UTF-8"
+_FETCH = "get the file itself"
+# Regular expressions over bytes, read as Latin-1.
+KINDS = (
+    Kind(r"PAR[1E][\x00-\x08\x0e-\x1f]", "a Parquet file", _PANDAS.format("parquet")),
+    Kind(r"ARROW1\x00|\xff\xff\xff\xff", "an Arrow or Feather file", _PANDAS.format("feather")),
+    Kind(r"\x1f\x8b", "compressed with gzip", _UNPACK.format("gunzip")),
+    Kind("BZh[1-9]1AY", "compressed with bzip2", _UNPACK.format("bunzip2")),
+    Kind(r"\xfd7zXZ\x00", "compressed with xz", _UNPACK.format("unxz")),
+    Kind(r"\x28\xb5\x2f\xfd", "compressed with zstd", _UNPACK.format("unzstd")),
+    Kind(r"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK.format("7z x")),
+    Kind(
+        r"PK(\x03\x04|\x05\x06)",
+        "a zip archive or an Excel workbook",
+        "unpack it first, or save the sheet as CSV UTF-8",
+    ),
+    Kind(r"\xd0\xcf\x11\xe0", "an Excel workbook", "save the sheet as CSV UTF-8"),
+    Kind(r"SQLite format 3\x00", "an SQLite database", _PANDAS.format("sql")),
+    Kind("%PDF-", "a PDF document", "save its table as CSV"),
+    Kind(r"\x80[\x02-\x05]", "a Python pickle", "write it as a CSV file"),
+    Kind(r"(\xff\xfe|\xfe\xff)", "UTF-16 (Excel's “Unicode text”), not UTF-8", _SAVE),
+    Kind(r"([^\x00]\x00){8}|(\x00[^\x00]){8}", "UTF-16, not UTF-8", _SAVE),
+    Kind("version https://git-lfs", "a pointer of Git LFS", _FETCH + " with git lfs pull"),
+    Kind(r"\s*<(!doctype|html|\?xml)", "a web page or XML", _FETCH),
+    Kind(
+        r"\s*(\{\s*[\"}]|\[\s*(\{|\[|\"[^\"]*\"\s*[,\]]))",
+        "JSON, or JSON lines",
+        _PANDAS.format("json"),
+    ),
+)
+
+
+def refuse(head: bytes, path: Path) -> None:
+    """Refuse a file that is known not to be a table, by its first `HEAD` bytes.
+
+    Raises:
+      UserError: naming what it is and the remedy.
+    """
+    text = head.removeprefix(b"\xef\xbb\xbf").decode("latin-1")
+    for start, name, remedy in KINDS:
+        if re.match(start, text, re.IGNORECASE if "html" in start else 0):
+            raise UserError(f"{path}:1: is {name}; {remedy}.")
