@@ -263,9 +263,9 @@ def _check_number(num_tasks: int) -> None:
 
 def _check_task_axis(who: str, num_tasks: int, grads: Tree, params: Tree | None) -> None:
     """Refuse leaves that are not `[num_tasks, *shape of the parameter]`, as far as it is known."""
-    leaves, treedef = jax.tree.flatten(grads)
+    leaves = jax.tree.leaves(grads)
     shapes = [x.shape[1:] for x in leaves]
-    if jax.tree.structure(params) == treedef:
+    if names(params) == names(grads):
         shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
     for name, leaf, shape in zip(names(grads), leaves, shapes, strict=True):
         if leaf.shape != (num_tasks, *shape):
