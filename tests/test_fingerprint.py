@@ -245,6 +245,16 @@ def test_adding_to_a_bank_of_the_first_format_upgrades_it(old):
     assert list(predictor.tasks) == ["sst", "sts", "para"]
 
 
+def test_importing_into_a_bank_of_the_first_format_upgrades_it(old):
+    known = pretrained.load(str(old / "base")).fingerprint
+    with pytest.warns(Note, match="by the weights alone"):
+        found = exchange.load(old / "peft", "again", base=str(old / "base"))
+        bank.add(old / "bank", found, ["again"])
+    after = json.loads((old / "bank" / manifests.NAME).read_text())
+    assert after["fingerprint"] == dataclasses.asdict(known)
+    check_answers(jaxlora.load(old / "bank", base=str(old / "base")))  # without a note
+
+
 def test_an_old_run_goes_on_and_says_what_cannot_be_compared(run, base, data_dir):
     config = json.loads((run / rundir.CONFIG).read_text())
     config["inputs"] = {k: v for k, v in config["inputs"].items() if not k.startswith("the base m")}
