@@ -8,6 +8,7 @@ library. No code of the folder is run.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -57,6 +58,18 @@ def load(folder: Path, vocab_size: int) -> Tokenizer:
     _check_words(folder, tokenizer, wrapped.all_special_tokens)
     _check_fit(folder, tokenizer, vocab_size)
     return tokenizer
+
+
+def essence(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides a tokenizer's ids, as JSON.
+
+    Left out is what it does with long and short texts (truncation, padding), how ids become text
+    again, and in which of several ways [CLS] and [SEP] are put around a sentence.
+    """
+    about = json.loads(tokenizer.to_str())
+    parts = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+    around = [tokenizer.encode(text).ids for text in ("", "a")]
+    return {part: about[part] for part in parts} | {"around": around}
 
 
 def _import_transformers() -> Any:

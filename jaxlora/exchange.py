@@ -88,13 +88,18 @@ def load(
     trained = Trained(
         **from_of_base(about), served={}, trees={}, configs={}, origin=str(folder)
     ).at(base)
-    config = trained.load_base().config
+    found = trained.load_base()
+    config = found.config
     adapter, lora_config = peft_files.load(folder, bert.param_shapes(config))
     served = Served(task, name, {}, about["pair_features"], about["facts"])
     head = head_files.read(folder, served.head_shapes(config.hidden_size))
     served = dataclasses.replace(served, head=head)
     return dataclasses.replace(
-        trained, served={name: served}, trees={name: {"lora": adapter}}, configs={name: lora_config}
+        trained,
+        fingerprint=trained.fingerprint.completed(found.fingerprint),
+        served={name: served},
+        trees={name: {"lora": adapter}},
+        configs={name: lora_config},
     )
 
 

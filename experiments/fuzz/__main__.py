@@ -24,7 +24,7 @@ from rich.table import Table
 
 from experiments.fuzz.targets import Target, all_targets
 from jaxlora import host
-from jaxlora.errors import UserError
+from jaxlora.errors import Note, UserError
 
 CHUNK = 500  # inputs that hypothesis makes from one seed; it remembers them all
 
@@ -160,6 +160,7 @@ def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags and run; 1 if a target failed, else see `host.exit_code`."""
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", hypothesis.errors.HypothesisWarning)  # of large inputs
+    warnings.simplefilter("ignore", Note)  # of folders of format 1
     failures: list[str] = []
     code = host.exit_code(lambda: failures.extend(main(tyro.cli(Flags, args=args))))
     return code or int(bool(failures))
