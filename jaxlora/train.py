@@ -295,8 +295,10 @@ def train_group(
                     best = _copy_of(state)
                 progress.done |= progress.step == group.steps
             if evaluate_now or signal:
-                kept = {"state": state, "best": best}
-                saved.save(progress.step, kept, dataclasses.asdict(progress))
+                # Not by a name, which would keep this best when there is a better one.
+                saved.save(
+                    progress.step, {"state": state, "best": best}, dataclasses.asdict(progress)
+                )
                 window.restart()
             if signal:
                 raise _stopped(signal, group, progress)

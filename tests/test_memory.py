@@ -14,9 +14,10 @@ SHARED = "sst+para+sts"
 
 
 def held():
-    """Bytes of all arrays on devices."""
+    """Bytes of all buffers on devices; an array and the views of its shards have one of them."""
     gc.collect()
-    return sum(x.nbytes for x in jax.live_arrays())
+    shards = [shard.data for x in jax.live_arrays() for shard in x.addressable_shards]
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in shards}.values())
 
 
 class Weighing(Silent):
@@ -60,8 +61,8 @@ def test_a_run_holds_what_it_needs_fresh_or_resumed(make, tiny, tmp_path, varian
     assert stop_at[0] in resumed.most
     frozen = encoder * (variant in ("lora3", "baseline1"))
     for group, most in (*fresh.most.items(), *resumed.most.items()):
-        # Batches and metrics are the rest.
-        assert most < needed(tmp_path / "whole", group, frozen) + 0.4 * encoder
+        # Batches, metrics, and the base's tables as they were read are the rest.
+        assert most < needed(tmp_path / "whole", group, frozen) + 0.8 * encoder
 
 
 def test_while_a_state_is_restored_there_is_no_other(make, tiny, tmp_path, monkeypatch):
