@@ -168,10 +168,11 @@ class Requests:
         """Answer them part by part; returns how many rows there were."""
         done, requests = 0, self.read(Tally())
         while part := list(itertools.islice(requests, PART)):
-            sound = [request.asked for request in part if not request.reason]
-            answers = iter(self.predictor(sound))
-            for request in part:
-                write(request, None if request.reason else next(answers))
+            sound = [n for n, request in enumerate(part) if not request.reason]
+            found = self.predictor([part[n].asked for n in sound])
+            answers = dict(zip(sound, found, strict=True))
+            for n, request in enumerate(part):
+                write(request, answers.get(n))
             done += len(part)
             progress(done)
         return done

@@ -135,7 +135,9 @@ def _without_files(task: dict[str, Any]) -> dict[str, Any]:
     table = task.get("table")
     if not isinstance(table, dict):
         return task
-    return task | {"table": {k: v for k, v in table.items() if k not in ("train", "dev", "test")}}
+    files = ("train", "dev", "test")
+    told = {k: v for k, v in table.items() if k not in files and v is not None}
+    return task | {"table": told}  # what is None was not asked for, or not yet known
 
 
 def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:

@@ -70,7 +70,6 @@ BAD_DATA = {
     "label word": (QUORA, line(3, ["0", "x", "a", "b", "yes"]), [f"{QUORA}:3", "yes"]),
     "few fields": (QUORA, line(5, ["0", "x", "a"]), [f"{QUORA}:5"]),
     "utf-8": (STS, lambda content: content + b"9\tx\t\xff\tb\t1.0\n", [f"{STS}:21", "UTF-8"]),
-    "blank": (STS, line(2, ["0", "x", " ", "b", "1.0"]), [f"{STS}:2", "blank"]),
 }
 
 
@@ -85,6 +84,12 @@ def test_bad_data(folders, capsys, name):
         assert fragment.lower() in message.lower()
     assert "Traceback" not in message
     assert not Path("runs").exists()
+
+
+def test_strict_refuses_blank_texts(folders, capsys):
+    edit(folders[0] / STS, line(2, ["0", "x", " ", "b", "1.0"]))
+    assert call(folders, "--strict") == 2
+    assert f"{STS}: 1 row with a blank text (line 2)" in capsys.readouterr().err
 
 
 BAD_FLAGS = {

@@ -135,7 +135,7 @@ def open_sheets(
 
 
 def _may_be_unquoted(header: str, delimiter: str, path: Path) -> bool:
-    """Whether it is a table with tabs; one column in a .csv has no delimiter and is none."""
+    """Whether tabs separate the fields; a .csv with one column is quoted as if by commas."""
     return delimiter == "\t" and ("\t" in header or path.suffix.lower() != ".csv")
 
 
