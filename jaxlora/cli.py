@@ -15,7 +15,17 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 
 from jaxlora import bank as banks
-from jaxlora import exchange, host, manifest, merged, plan_table, pretrained, rundir, trees
+from jaxlora import (
+    exchange,
+    host,
+    manifest,
+    merged,
+    peft_files,
+    plan_table,
+    pretrained,
+    rundir,
+    trees,
+)
 from jaxlora.bert import param_shapes
 from jaxlora.descriptions import check_name
 from jaxlora.errors import UserError
@@ -202,27 +212,42 @@ def import_peft(
     name: Annotated[str, tyro.conf.arg(name="as")],
     base: str | None = None,
     base_sha256: str | None = None,
+    any_base: bool = False,
     pooling: Literal["cls", "mean"] | None = None,
+    adapter: str | None = None,
+    classes: tuple[str, ...] = (),
+    encoder_only: bool = False,
     update: bool = False,
 ) -> None:
     """Put an adapter from a PEFT folder into a bank (made if need be).
 
-    An adapter that was not exported from here has no head: it compares two texts by the cosine of
-    their vectors.
+    What PEFT made for a sequence classifier (SEQ_CLS) is imported whole, with its classifier as the
+    task's head. Any other adapter that was not exported from here has no head: it compares two
+    texts by the cosine of their vectors.
 
     Args:
-      folder: adapter_config.json and adapter_model.safetensors.
+      folder: adapter_config.json and adapter_model.safetensors, or named folders with those.
       bank: the bank.
       name: what to call its task there.
       base: of a new bank, for an adapter that was not exported from here; default: minilm.
       base_sha256: refuse that base if its weights have another checksum.
-      pooling: likewise; default: mean.
+      any_base: import it although its folder names another base, or none.
+      pooling: likewise of a new bank; default: cls for a sequence classifier, else mean.
+      adapter: which of several named adapters in the folder.
+      classes: names of a classifier's classes; default: the base's id2label, or numbers.
+      encoder_only: leave out the classifier.
       update: replace the task of that name.
     """
     check_name(name, "--as")
+    folder = peft_files.find(folder.expanduser(), adapter)
     base = None if base is None else absolute(base)
-    like = None if exchange.described(folder) else _like(bank, base, base_sha256, pooling)
-    trained = exchange.load(folder, name, like)
+    like = None
+    if encoder_only or not exchange.described(folder):
+        whole = not encoder_only and exchange.classifies(folder)
+        like = _like(bank, base, base_sha256, pooling, whole)
+    trained = exchange.load(
+        folder, name, like, any_base=any_base, encoder_only=encoder_only, classes=classes
+    )
     for flag, wanted in (("base", base), ("pooling", pooling)):
         if wanted not in (None, getattr(trained, flag)):
             raise UserError(f"--{flag}={wanted}: it is {getattr(trained, flag)} here; leave it out")
@@ -230,16 +255,22 @@ def import_peft(
         raise UserError(f"--base-sha256 {base_sha256}: {trained.base} has sha256 {trained.sha256}")
     banks.add(bank, trained, [name], replace=update)
     say(f"{bank}: {'updated' if update else 'added'} {name}")
+    if left_out := trained.served[name].facts.get("left out"):
+        say(f"left out, since the vectors do not depend on it: {', '.join(left_out)}")
 
 
-def _like(bank: Path, base: str | None, base_sha256: str | None, pooling: str | None) -> Trained:
+def _like(
+    bank: Path, base: str | None, base_sha256: str | None, pooling: str | None, classifier: bool
+) -> Trained:
     """What an imported adapter shall fit: the bank, or a new one's base."""
     if manifest.exist(bank):
         return banks.load(bank)
     base = base or pretrained.MINILM
     found = pretrained.load(base, base_sha256)
-    length = min(128, found.config.max_position_embeddings)
-    return Trained(base, found.sha256, {}, {}, {}, pooling or "mean", length, "float32", str(bank))
+    # A classifier cuts sentences where transformers would.
+    length = min(512 if classifier else 128, found.config.max_position_embeddings)
+    pooling = pooling or ("cls" if classifier else "mean")
+    return Trained(base, found.sha256, {}, {}, {}, pooling, length, "float32", str(bank))
 
 
 def combine(

@@ -35,22 +35,29 @@ def cosine(u: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class Head(nn.Module):
-    """Linear → ReLU → Dropout → Linear (the paper, section 3).
+    """Linear → activation → Dropout → Linear.
+
+    With ReLU it is the paper's (section 3); with tanh and the name `pooler` it is a BERT's pooler
+    and classifier.
 
     Attributes:
       hidden: width of the hidden layer.
       outputs: number of outputs; 1 is squeezed away.
       dropout: probability of zeroing a hidden unit in training.
+      first: name of the first layer.
+      activation: what follows it, by its name in `flax.linen`.
     """
 
     hidden: int
     outputs: int
     dropout: float = 0.1
+    first: str = "hidden"
+    activation: str = "relu"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """`f32[B, F]` → `f32[B, outputs]`, or `f32[B]` for one output."""
-        x = nn.relu(nn.Dense(self.hidden, name="hidden")(x))
+        x = getattr(nn, self.activation)(nn.Dense(self.hidden, name=self.first)(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         y = nn.Dense(self.outputs, name="out")(x)
         return y[..., 0] if self.outputs == 1 else y

@@ -18,7 +18,7 @@ from jaxlora.folders import whole
 from jaxlora.head_files import HEAD
 from jaxlora.pretrained import Pretrained
 from jaxlora.rundir import write_json, write_text
-from jaxlora.tasks import SPAN, Task
+from jaxlora.tasks import HEADS, SPAN, Task
 from jaxlora.trained import Served, Trained
 from jaxlora.trees import Tree
 
@@ -115,7 +115,8 @@ def readme(trained: Trained, served: Served) -> str:
     code.append(f"print(predict([{example}]))\n")
     takes = "pairs of sentences" if task.pair else "sentences"
     classes = ", ".join(f"{n}: {_plain(name)}" for n, name in enumerate(task.classes))
-    gives = f"classes ({classes})" if task.integer else f"scores, {task.low:g} to {task.high:g}"
+    span = f", {task.low:g} to {task.high:g}" if HEADS[task.head].scaled else ""
+    gives = f"classes ({classes})" if task.integer else f"scores{span}"
     return (
         f"# {_plain(task.title)}\n\nA BERT encoder trained from `{base}` with jaxlora"
         f"{merged}. It has no pooling layer: load it with `add_pooling_layer=False`. "
@@ -177,7 +178,9 @@ def _predict(served: Served) -> str:
     if task.pair and task.outputs:
         lines.append(f"x = torch.cat([{_PAIR[served.pair_features]}], -1)")
     if task.outputs:
-        lines.append('x = torch.relu(x @ head["hidden.weight"].T + head["hidden.bias"])')
+        kind = HEADS[task.head]
+        layer = f'x @ head["{kind.first}.weight"].T + head["{kind.first}.bias"]'
+        lines.append(f"x = torch.{kind.activation}({layer})")
         lines.append('x = x @ head["out.weight"].T + head["out.bias"]')
     else:
         lines.append("x = torch.nn.functional.cosine_similarity(u, v)")
@@ -190,6 +193,8 @@ def _decode(task: Task) -> str:
         return "x.argmax(-1)"
     if task.loss == "binary_cross_entropy":
         return "(x[:, 0] > 0).long()"
+    if not HEADS[task.head].scaled:
+        return "x[:, 0]"
     width = task.high - task.low
     score = f"{width} * x" if task.loss == "cosine" else f"{width / SPAN} * x[:, 0]"
     return f"({task.low} + {score}).clamp({task.low}, {task.high})"

@@ -313,6 +313,23 @@ def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
     return tensors
 
 
+def read_head(folder: Path) -> dict[str, np.ndarray]:
+    """Read a base's pooler and classifier, which its encoder does not need, as far as it has them.
+
+    Args:
+      folder: the base's, see `find`.
+
+    Returns:
+      Tensors by their names without `bert.`, e.g. `pooler.dense.weight`, float32.
+    """
+    found = {}
+    for path in weight_files(folder):
+        for key, tensor in read_safetensors(path):
+            if (name := _canonical(key)).startswith(("pooler.", "classifier.")):
+                found[name] = tensor
+    return found
+
+
 def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """A file's tensors by key, float32.
 

@@ -17,7 +17,7 @@ import filelock
 
 from jaxlora import cluster, json_files
 from jaxlora.errors import UserError
-from jaxlora.settings import flag
+from jaxlora.settings import Settings, flag
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 STATES, MODEL, LOCK = "states", "model", ".lock"
@@ -97,6 +97,8 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
             f"--out {out}: holds another run; go on with --resume, or name another --out"
         )
     old = read_config(out)["settings"]
+    with contextlib.suppress(UserError):  # what cannot be understood is compared as it stands
+        old = Settings.from_json(old).to_json()  # has the fields that earlier versions had not
     for name in settings:
         if name == "data_dir":  # its content is compared, not its place
             continue
