@@ -348,10 +348,10 @@ _NO_MATTER = {
     "fan_in_fan_out",  # PEFT sets it to false for each torch.nn.Linear, and a BERT has no others
 }  # fmt: skip
 # Kinds of adapters that are no change of weights, so that there is nothing to merge.
-_PROMPTS = {
+_PROMPTS = (
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT",
     "CPT", "XLORA",
-}  # fmt: skip
+)  # fmt: skip
 
 
 def read_config(folder: Path) -> Written:

@@ -235,6 +235,7 @@ FIRST = "base_model.model.encoder.layer.0.attention.self.query.lora_{}.weight"
         ({"use_dora": True}, "use_dora True is not supported"),
         ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported"),
         ({"peft_type": None}, "peft_type None is not supported"),
+        ({"peft_type": ["LORA"]}, r"peft_type \['LORA'\] is not supported"),
         ({"bias": "lora_only"}, "bias 'lora_only' is not supported"),
         ({"modules_to_save": ["classifier"]}, "modules_to_save names classifier, which"),
         ({"modules_to_save": "classifier"}, "modules_to_save is 'classifier'; it must be a list"),
