@@ -239,7 +239,7 @@ def import_peft(
       update: replace the task of that name.
     """
     check_name(name, "--as")
-    folder = peft_files.find(folder.expanduser(), adapter)
+    folder = peft_files.find(folder, adapter)
     base = None if base is None else absolute(base)
     like = None
     if encoder_only or not exchange.described(folder):

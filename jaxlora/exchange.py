@@ -21,7 +21,7 @@ from jaxlora.lora import LoraConfig
 from jaxlora.plain import build
 from jaxlora.pretrained import Pretrained
 from jaxlora.rundir import write_json
-from jaxlora.tasks import Task
+from jaxlora.tasks import HEADS, Task
 from jaxlora.trained import OF_BASE, Served, Trained, check_plain
 from jaxlora.trees import Tree
 
@@ -340,6 +340,9 @@ def _read_about(path: Path) -> dict[str, Any]:
         if about.keys() != _FIELDS:
             raise ValueError(f"fields {', '.join(sorted(about.keys() ^ _FIELDS))}")
         check_plain(about)
-        return about | {"task": build(Task, about["task"])}
+        task = build(Task, about["task"])
+        if HEADS[task.head].pooling not in (None, about["pooling"]):
+            raise ValueError(f"its head does not go with pooling {about['pooling']}")
+        return about | {"task": task}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: was changed by hand or damaged ({error})") from error

@@ -27,7 +27,7 @@ from jaxlora.errors import UserError
 from jaxlora.folders import whole
 from jaxlora.json_files import read_object
 from jaxlora.lora import LoraConfig
-from jaxlora.pretrained import read_safetensors, split_revision
+from jaxlora.pretrained import local_folder, read_safetensors, split_revision
 from jaxlora.rundir import write_json
 from jaxlora.trees import Tree
 
@@ -260,18 +260,19 @@ def read(folder: str | Path, base_shapes: Tree) -> PeftFolder:
     return PeftFolder(adapter, _config(written, modules, base_shapes), head, written)
 
 
-def find(folder: Path, name: str | None = None) -> Path:
+def find(place: Path, name: str | None = None) -> Path:
     """Find the folder of one adapter; PEFT saves several as named sub-folders of one folder.
 
     Args:
-      folder: an adapter's, or one with sub-folders of adapters.
+      place: an adapter's folder, or one with sub-folders of adapters.
       name: the adapter's; PEFT's `default` stands in the folder itself.
 
     Raises:
       UserError: if there is none of that name, or no name says which of several; lists the names.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder")
+    folder = local_folder(str(place))
+    if folder is None:
+        raise UserError(f"{place}: there is no such folder")
     there = {p.name: p for p in sorted(folder.iterdir()) if (p / CONFIG).is_file()}
     if (folder / CONFIG).is_file():
         there["default"] = folder

@@ -28,14 +28,19 @@ def base_like(folder, pooling="cls", **more):
     return Trained(str(folder), found.sha256, {}, {}, {}, pooling=pooling, **about)
 
 
-def classifier(folder, outputs=3, **values):
-    """PEFT's sequence classifier on a base, every trained number moved."""
+def sequence_model(folder, outputs=3):
+    """The base in transformers' sequence classifier, whose last layer is made up."""
     from transformers import BertForSequenceClassification
 
     torch.manual_seed(1)
-    model = BertForSequenceClassification.from_pretrained(
+    return BertForSequenceClassification.from_pretrained(
         folder, num_labels=outputs, attn_implementation="eager", dtype=torch.float32
     )
+
+
+def classifier(folder, outputs=3, **values):
+    """PEFT's sequence classifier on a base, every trained number moved."""
+    model = sequence_model(folder, outputs)
     values = {"r": 4, "lora_alpha": 6, "target_modules": ["query", "value"]} | values
     config = peft.LoraConfig(task_type="SEQ_CLS", **values)
     model = peft.get_peft_model(model, config).eval()
@@ -123,6 +128,12 @@ def test_a_sequence_classifier_is_imported_whole(tiny, tiny_base, tmp_path, valu
     (task,) = (one.task for one in found.served.values())
     assert (task.kind, task.classes, task.pair) == ("classification", ("0", "1", "2"), False)
     assert not bank.verify(tmp_path / "bank")
+    # PEFT reads our export as it reads its own.
+    exchange.save(tmp_path / "ours", bank.load(tmp_path / "bank"), "x")
+    again = peft.PeftModel.from_pretrained(sequence_model(tiny_base), tmp_path / "ours").eval()
+    np.testing.assert_allclose(
+        logits(again, tiny.tokenizer), logits(model, tiny.tokenizer), rtol=0, atol=1e-5
+    )
 
 
 def test_a_regression_gives_the_number_itself(tiny, tiny_base, tmp_path):
@@ -157,12 +168,6 @@ def test_the_command_imports_shows_predicts_and_exports(
     code, shown = call("import", "peft", tmp_path / "p", "--bank", tmp_path / "c", "--as", "x")
     assert code == 0, shown
     np.testing.assert_array_equal(probabilities(tmp_path / "b"), probabilities(tmp_path / "c"))
-    # PEFT reads the export as it reads its own.
-    from transformers import BertForSequenceClassification
-
-    plain = BertForSequenceClassification.from_pretrained(tiny_base, num_labels=3)
-    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "p").eval()
-    np.testing.assert_allclose(logits(theirs, tiny.tokenizer), expected, rtol=0, atol=1e-5)
     # The merged folder's code gives the same classes.
     assert call("export", "merged", tmp_path / "m", "--bank", tmp_path / "b", "--task", "x")[0] == 0
     code = (tmp_path / "m" / merged.README).read_text().split("```")[1].removeprefix("python")
@@ -223,9 +228,7 @@ def test_fan_in_fan_out_changes_nothing(tiny, tiny_base, seq_cls, tmp_path):
     folder, model = seq_cls
     shutil.copytree(folder, tmp_path / "a")
     edit_config(tmp_path / "a", fan_in_fan_out=True)
-    from transformers import BertForSequenceClassification
-
-    plain = BertForSequenceClassification.from_pretrained(tiny_base, num_labels=3)
+    plain = sequence_model(tiny_base)
     with pytest.warns(UserWarning, match="Setting fan_in_fan_out to False"):
         theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval()
     expected = logits(model, tiny.tokenizer)
@@ -310,6 +313,25 @@ def test_what_cannot_be_imported_whole(tiny_base, seq_cls, tmp_path, call):
     edit_config(folder, task_type="SEQ_CLS", modules_to_save=["classifier", "embeddings"])
     with pytest.raises(UserError, match="modules_to_save names embeddings"):
         exchange.load(folder, "x", like)
+
+
+def test_an_export_changed_by_hand_never_spoils_a_bank(tiny_base, seq_cls, tmp_path):
+    made = exchange.load(seq_cls[0], "x", base_like(tiny_base))
+    exchange.save(tmp_path / "p", made, "x")
+    path = tmp_path / "p" / exchange.ABOUT
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"pooling": "mean"}))
+    with pytest.raises(UserError, match="does not go with pooling mean"):
+        exchange.load(tmp_path / "p", "x")
+    wrong = dataclasses.replace(made, pooling="mean")
+    with pytest.raises(UserError, match="the head of x needs pooling cls"):
+        wrong.load_base()
+
+
+@pytest.mark.parametrize("place", ["none", "x" * 300, "~nobody-of-that-name/x"])
+def test_a_folder_that_is_not_there(tmp_path, call, place):
+    code, shown = call("import", "peft", place, "--bank", tmp_path / "b", "--as", "x")
+    assert (code, "there is no such folder" in shown) == (2, True)
 
 
 # ---- several adapters in one folder
