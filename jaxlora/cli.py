@@ -248,15 +248,22 @@ def import_peft(
     trained = exchange.load(
         folder, name, like, any_base=any_base, encoder_only=encoder_only, classes=classes
     )
+    _check_given(trained, base, base_sha256, pooling)
+    banks.add(bank, trained, [name], replace=update)
+    say(f"{bank}: {'updated' if update else 'added'} {name}")
+    if left_out := trained.served[name].facts.get("left out"):
+        say(f"left out, since the vectors do not depend on it: {', '.join(left_out)}")
+
+
+def _check_given(
+    trained: Trained, base: str | None, base_sha256: str | None, pooling: str | None
+) -> None:
+    """Refuse flags that say something else than what was imported."""
     for flag, wanted in (("base", base), ("pooling", pooling)):
         if wanted not in (None, getattr(trained, flag)):
             raise UserError(f"--{flag}={wanted}: it is {getattr(trained, flag)} here; leave it out")
     if base_sha256 not in (None, trained.sha256):
         raise UserError(f"--base-sha256 {base_sha256}: {trained.base} has sha256 {trained.sha256}")
-    banks.add(bank, trained, [name], replace=update)
-    say(f"{bank}: {'updated' if update else 'added'} {name}")
-    if left_out := trained.served[name].facts.get("left out"):
-        say(f"left out, since the vectors do not depend on it: {', '.join(left_out)}")
 
 
 def _like(
