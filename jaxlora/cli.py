@@ -15,7 +15,18 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 
 from jaxlora import bank as banks
-from jaxlora import exchange, folders, host, manifest, merged, plan_table, pretrained, rundir, trees
+from jaxlora import (
+    exchange,
+    folders,
+    host,
+    manifest,
+    merged,
+    peft_files,
+    plan_table,
+    pretrained,
+    rundir,
+    trees,
+)
 from jaxlora.bert import param_shapes
 from jaxlora.data.quoting import Quoting
 from jaxlora.descriptions import check_name
@@ -217,38 +228,62 @@ def import_peft(
     name: Annotated[str, tyro.conf.arg(name="as")],
     base: str | None = None,
     base_sha256: str | None = None,
+    any_base: bool = False,
     pooling: Literal["cls", "mean"] | None = None,
+    adapter: str | None = None,
+    classes: tuple[str, ...] = (),
+    encoder_only: bool = False,
     update: bool = False,
 ) -> None:
     """Put an adapter from a PEFT folder into a bank (made if need be).
 
-    An adapter that was not exported from here has no head: it compares two texts by the cosine of
-    their vectors.
+    What PEFT made for a sequence classifier (SEQ_CLS) is imported whole, with its classifier as the
+    task's head. Any other adapter that was not exported from here has no head: it compares two
+    texts by the cosine of their vectors.
 
     Args:
-      folder: adapter_config.json and adapter_model.safetensors.
+      folder: adapter_config.json and adapter_model.safetensors, or named folders with those.
       bank: the bank.
       name: what to call its task there.
       base: of a new bank, for an adapter that was not exported from here (default: minilm); else
         where the base is now, if it has moved.
       base_sha256: refuse that base if its weights have another checksum.
-      pooling: of a new bank, for an adapter that was not exported from here; default: mean.
+      any_base: import it although its folder names another base, or none.
+      pooling: likewise of a new bank; default: cls for a sequence classifier, else mean.
+      adapter: which of several named adapters in the folder.
+      classes: names of a classifier's classes; default: the base's id2label, or numbers.
+      encoder_only: leave out the classifier.
       update: replace the task of that name.
     """
     check_name(name, "--as")
+    folder = peft_files.find(folder, adapter)
     base = None if base is None else absolute(base)
-    like = None if exchange.described(folder) else _like(bank, base, base_sha256, pooling)
-    trained = exchange.load(folder, name, like, base)
+    like = None
+    if encoder_only or not exchange.described(folder):
+        whole = not encoder_only and exchange.classifies(folder)
+        like = _like(bank, base, base_sha256, pooling, whole)
+    trained = exchange.load(
+        folder, name, like, base, any_base=any_base, encoder_only=encoder_only, classes=classes
+    )
+    _check_given(trained, base_sha256, pooling)
+    banks.add(bank, trained, [name], replace=update)
+    say(f"{bank}: {'updated' if update else 'added'} {name}")
+    if left_out := trained.served[name].facts.get("left out"):
+        say(f"left out, since the vectors do not depend on it: {', '.join(left_out)}")
+
+
+def _check_given(trained: Trained, base_sha256: str | None, pooling: str | None) -> None:
+    """Refuse flags that say something else than what was imported."""
     if pooling not in (None, trained.pooling):
         raise UserError(f"--pooling={pooling}: it is {trained.pooling} here; leave it out")
     weights = trained.fingerprint.weights
     if base_sha256 not in (None, weights):
         raise UserError(f"--base-sha256 {base_sha256}: {trained.base} has sha256 {weights}")
-    banks.add(bank, trained, [name], replace=update)
-    say(f"{bank}: {'updated' if update else 'added'} {name}")
 
 
-def _like(bank: Path, base: str | None, base_sha256: str | None, pooling: str | None) -> Trained:
+def _like(
+    bank: Path, base: str | None, base_sha256: str | None, pooling: str | None, classifier: bool
+) -> Trained:
     """What an imported adapter shall fit: the bank, or a new one's base."""
     if manifest.exist(folders.local(bank)):
         return banks.load(bank)
@@ -256,10 +291,10 @@ def _like(bank: Path, base: str | None, base_sha256: str | None, pooling: str | 
     found = pretrained.load(base, base_sha256)
     if found.left_out:
         say(f"{base}{found.without}")
-    length = min(128, found.config.max_position_embeddings)
-    return Trained(
-        base, found.fingerprint, {}, {}, {}, pooling or "mean", length, "float32", str(bank)
-    )
+    # A classifier cuts sentences where transformers would.
+    length = min(512 if classifier else 128, found.config.max_position_embeddings)
+    pooling = pooling or ("cls" if classifier else "mean")
+    return Trained(base, found.fingerprint, {}, {}, {}, pooling, length, "float32", str(bank))
 
 
 def combine(

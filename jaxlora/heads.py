@@ -39,22 +39,30 @@ def cosine(u: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class Head(nn.Module):
-    """Linear → ReLU → Dropout → Linear (the paper, section 3), in float32.
+    """Linear → activation → Dropout → Linear, in float32.
+
+    With ReLU it is the paper's; with tanh and the name `pooler` it is a BERT's pooler
+    and classifier.
 
     Attributes:
       hidden: width of the hidden layer.
       outputs: number of outputs; 1 is squeezed away.
       dropout: probability of zeroing a hidden unit in training.
+      first: name of the first layer.
+      activation: what follows it, by its name in `flax.linen`.
     """
 
     hidden: int
     outputs: int
     dropout: float = 0.1
+    first: str = "hidden"
+    activation: str = "relu"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """`f32[B, F]` → `f32[B, outputs]`, or `f32[B]` for one output."""
-        x = nn.relu(nn.Dense(self.hidden, precision=_EXACT, name="hidden")(x))
+        x = nn.Dense(self.hidden, precision=_EXACT, name=self.first)(x)
+        x = getattr(nn, self.activation)(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         y = nn.Dense(self.outputs, precision=_EXACT, name="out")(x)
         return y[..., 0] if self.outputs == 1 else y

@@ -6,19 +6,22 @@ Who gets the folder needs transformers and torch, or sentence-transformers, and 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
 
 from jaxlora import head_files, lora, pretrained
 from jaxlora.folders import whole
 from jaxlora.head_files import HEAD
+from jaxlora.json_files import read_object
 from jaxlora.pretrained import Pretrained
 from jaxlora.rundir import write_json, write_text
-from jaxlora.tasks import SPAN, Task
+from jaxlora.tasks import HEADS, SPAN, Task
 from jaxlora.trained import Served, Trained
 from jaxlora.trees import Tree
 
@@ -39,11 +42,13 @@ def save(folder: str | Path, base: Pretrained, trained: Trained, name: str) -> N
     """
     served = trained.find(name)
     tensors = pretrained.export(encoder_params(base, trained, name), base.config)
+    special = special_tokens(base)
     with whole(folder) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        write_json(temporary / "config.json", _config(base))
+        write_json(temporary / "config.json", _config(base, special["pad_token"]))
         write_text(temporary / "tokenizer.json", base.tokenizer.to_str())
-        write_json(temporary / "tokenizer_config.json", _tokenizer_config(base))
+        write_json(temporary / "tokenizer_config.json", _tokenizer_config(base, special))
+        write_json(temporary / "special_tokens_map.json", special)
         for file, value in _sentence_transformers(base, trained).items():
             write_json(temporary / file, value)
         head_files.write(temporary, served.head)
@@ -74,25 +79,64 @@ def _sentence_transformers(base: Pretrained, trained: Trained) -> dict[str, Any]
     }
 
 
-def _config(base: Pretrained) -> dict[str, Any]:
+def _config(base: Pretrained, padding: str) -> dict[str, Any]:
     about = {"architectures": ["BertModel"], "model_type": "bert", "dtype": "float32"}
-    return about | dataclasses.asdict(base.config) | {"pad_token_id": _padding(base)}
+    padded = {"pad_token_id": base.tokenizer.token_to_id(padding)}
+    return about | dataclasses.asdict(base.config) | padded
 
 
-def _padding(base: Pretrained) -> int:
-    return base.tokenizer.token_to_id("[PAD]") or 0
-
-
-def _tokenizer_config(base: Pretrained) -> dict[str, Any]:
-    names = {n: f"[{n.upper()}]" for n in ("pad", "unk", "cls", "sep", "mask")}
-    known = {
-        f"{name}_token": token
-        for name, token in names.items()
-        if base.tokenizer.token_to_id(token) is not None
-    }
+def _tokenizer_config(base: Pretrained, special: dict[str, str]) -> dict[str, Any]:
     # The class that takes tokenizer.json as it is.
     rest = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    return rest | known | {"model_max_length": base.config.max_position_embeddings}
+    return rest | special | {"model_max_length": base.config.max_position_embeddings}
+
+
+# ---- special tokens
+
+_ROLES = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+_USUAL = {"pad": ("[PAD]", "<pad>"), "mask": ("[MASK]", "<mask>")}
+
+
+def special_tokens(base: Pretrained) -> dict[str, str]:
+    """Find a base's special tokens.
+
+    They are those that its tokenizer uses, or its files declare, or by their usual names. Without
+    any for padding, the one for unknown words pads: the attention mask hides it.
+
+    Returns:
+      Tokens by the fields of transformers' files, e.g. `pad_token`; always with `pad_token`,
+      `cls_token` and `sep_token`.
+    """
+    used, declared = _used(base.tokenizer), _declared(pretrained.find(base.name))
+    found = {}
+    for role in _ROLES:
+        options = (used.get(role), declared.get(f"{role}_token"), *_USUAL.get(role, ()))
+        known = (t for t in options if t and base.tokenizer.token_to_id(t) is not None)
+        if token := next(known, None):
+            found[f"{role}_token"] = token
+    return {"pad_token": found.get("unk_token", found["sep_token"])} | found
+
+
+def _used(tokenizer: Tokenizer) -> dict[str, str | None]:
+    """The tokens that a tokenizer itself puts around a sentence, and for an unknown word."""
+    first, last = tokenizer.encode("").tokens
+    model = json.loads(tokenizer.to_str())["model"]
+    unknown = model.get("unk_token")
+    if model.get("unk_id") is not None:  # Unigram: a number
+        unknown = tokenizer.id_to_token(model["unk_id"])
+    return {"cls": first, "sep": last, "unk": unknown}
+
+
+def _declared(folder: Path) -> dict[str, str]:
+    """The special tokens that a base's files name, as strings or as objects with their content."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the last counts
+        if (folder / name).is_file():
+            for field, value in read_object(folder / name).items():
+                token = value.get("content") if isinstance(value, dict) else value
+                if field.endswith("_token") and isinstance(token, str):
+                    found[field] = token
+    return found
 
 
 # ---- the code that applies it
@@ -115,7 +159,8 @@ def readme(trained: Trained, served: Served) -> str:
     code.append(f"print(predict([{example}]))\n")
     takes = "pairs of sentences" if task.pair else "sentences"
     classes = ", ".join(f"{n}: {_plain(name)}" for n, name in enumerate(task.classes))
-    gives = f"classes ({classes})" if task.integer else f"scores, {task.low:g} to {task.high:g}"
+    span = f", {task.low:g} to {task.high:g}" if HEADS[task.head].scaled else ""
+    gives = f"classes ({classes})" if task.integer else f"scores{span}"
     return (
         f"# {_plain(task.title)}\n\nA BERT encoder trained from `{base}` with jaxlora"
         f"{merged}. It has no pooling layer: load it with `add_pooling_layer=False`. "
@@ -177,7 +222,9 @@ def _predict(served: Served) -> str:
     if task.pair and task.outputs:
         lines.append(f"x = torch.cat([{_PAIR[served.pair_features]}], -1)")
     if task.outputs:
-        lines.append('x = torch.relu(x @ head["hidden.weight"].T + head["hidden.bias"])')
+        kind = HEADS[task.head]
+        layer = f'x @ head["{kind.first}.weight"].T + head["{kind.first}.bias"]'
+        lines.append(f"x = torch.{kind.activation}({layer})")
         lines.append('x = x @ head["out.weight"].T + head["out.bias"]')
     else:
         lines.append("x = torch.nn.functional.cosine_similarity(u, v)")
@@ -190,6 +237,8 @@ def _decode(task: Task) -> str:
         return "x.argmax(-1)"
     if task.loss == "binary_cross_entropy":
         return "(x[:, 0] > 0).long()"
+    if not HEADS[task.head].scaled:
+        return "x[:, 0]"
     width = task.high - task.low
     score = f"{width} * x" if task.loss == "cosine" else f"{width / SPAN} * x[:, 0]"
     return f"({task.low} + {score}).clamp({task.low}, {task.high})"

@@ -12,7 +12,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +27,24 @@ from jaxlora.errors import UserError
 from jaxlora.folders import whole
 from jaxlora.json_files import read_object
 from jaxlora.lora import LoraConfig
-from jaxlora.pretrained import read_safetensors, split_revision
+from jaxlora.pretrained import local_folder, read_safetensors, split_revision
 from jaxlora.rundir import write_json
 from jaxlora.trees import Tree
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+SEQUENCE_CLASSIFIER = "SEQ_CLS", "BertForSequenceClassification"  # a task_type, a model's class
 _KEY = re.compile(
-    r"base_model\.model\.(?P<module>(?:bert\.)?encoder\.layer\.(?P<layer>[0-9]{1,5})\.(?P<name>.+))"
-    r"\.lora_(?P<factor>[AB])\.weight"
+    r"base_model\.model\.(?P<module>.+?)"
+    r"\.(?:lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight|(?P<leaf>weight|bias))"
 )
+# Some versions of PEFT, and state dicts that others saved, keep its wrappers' names in the keys.
+_WRAPPER = re.compile(
+    r"\.modules_to_save(?:\.(?!(?:dense\.)?(?:weight|bias)$)[^.]+)?|\.default(?=\.)"
+)
+_REPLACED = ".original_module."  # what the tensors under modules_to_save stand for
+_ENCODER = re.compile(r"encoder\.layer\.(?P<layer>[0-9]{1,5})\.(?P<name>.+)")
+# What follows the encoder in transformers' BERTs: whatever it is, the vectors are the same.
+_HEAD = re.compile(r"(?:pooler|classifier|score|qa_outputs|cls)(?:\..+)?")
 _LAYER = re.compile(r"(?:bert\.)?encoder\.layer\.\d+\.")
 _ANY_LAYER = r"layer\.\d+\."  # in a pattern, which PEFT takes for a regular expression
 _POOLER = ("pooler", "dense")
@@ -60,8 +69,15 @@ def save(folder: str | Path, adapter: Tree, config: LoraConfig, base_name: str) 
         write(temporary, adapter, config, base_name)
 
 
-def write(folder: Path, adapter: Tree, config: LoraConfig, base_name: str) -> None:
-    """As `save`, into a folder that is there already."""
+def write(
+    folder: Path, adapter: Tree, config: LoraConfig, base_name: str, head: Tree | None = None
+) -> None:
+    """Write as `save` does, into a folder that is there already.
+
+    Args:
+      head: a `BertForSequenceClassification`'s, `{"pooler": …, "out": …}`, which PEFT then reads
+        with the adapter.
+    """
     factors = traverse_util.flatten_dict(adapter)
     _check_fit(factors, config)
     tensors = {
@@ -72,8 +88,22 @@ def write(folder: Path, adapter: Tree, config: LoraConfig, base_name: str) -> No
         for i, factor in enumerate(np.asarray(stacked, np.float32))
     }
     layers = next(iter(factors.values())).shape[0]
-    write_json(folder / CONFIG, _to_peft(config, base_name, layers))
+    about = _to_peft(config, base_name, layers)
+    if head is not None:
+        about |= {"task_type": SEQUENCE_CLASSIFIER[0], "modules_to_save": ["pooler", "classifier"]}
+        tensors = _with_head(tensors, head)
+    write_json(folder / CONFIG, about)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+
+
+def _with_head(tensors: Mapping[str, np.ndarray], head: Tree) -> dict[str, np.ndarray]:
+    """The tensors as those of a model that has its encoder under `bert.`, and its head."""
+    found = {key.replace("model.model.", "model.model.bert.", 1): x for key, x in tensors.items()}
+    for ours, theirs in (("pooler", "bert.pooler.dense"), ("out", "classifier")):
+        weight = np.asarray(head[ours]["kernel"], np.float32).T
+        found[f"base_model.model.{theirs}.weight"] = np.ascontiguousarray(weight)
+        found[f"base_model.model.{theirs}.bias"] = np.asarray(head[ours]["bias"], np.float32)
+    return found
 
 
 def _check_fit(factors: Mapping[lora.Path, Any], config: LoraConfig) -> None:
@@ -145,16 +175,50 @@ def _from_pattern(name: str) -> str:
 # ---- reading
 
 
-def load(folder: str | Path, base_shapes: Tree) -> tuple[Tree, LoraConfig]:
-    """Read a PEFT folder with an adapter for a BERT, whatever model class it was trained in.
+class HeadParts(NamedTuple):
+    """What a folder trains beside the encoder, under torch's names without `bert.`.
 
-    Modules and ranks are the tensors'. Where ranks or scales differ between layers, the factors are
-    padded with zeros to the largest rank and B takes the ratio of the scales; a layer without an
-    adapter gets zeros. The function stays the same, and padding stays zero in training.
+    Attributes:
+      saved: whole tensors (PEFT's `modules_to_save`), e.g. `classifier.weight: [out, in]`.
+      changes: what LoRA adds to a module's weight, scale included, e.g. `pooler.dense: [out, in]`.
+    """
+
+    saved: dict[str, np.ndarray]
+    changes: dict[str, np.ndarray]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules, in alphabetical order."""
+        return tuple(sorted({name.rpartition(".")[0] for name in self.saved} | self.changes.keys()))
+
+
+class PeftFolder(NamedTuple):
+    """What a PEFT folder holds.
+
+    Attributes:
+      adapter: the encoder's.
+      config: its configuration.
+      head: what else is trained.
+      written: what `adapter_config.json` says.
+    """
+
+    adapter: Tree
+    config: LoraConfig
+    head: HeadParts
+    written: Written
+
+
+def load(
+    folder: str | Path, base_shapes: Tree, *, encoder_only: bool = False
+) -> tuple[Tree, LoraConfig]:
+    """Read the encoder's adapter from a PEFT folder for a BERT, of any model class.
+
+    Factors of the pooler are left out: the encoder has none.
 
     Args:
       folder: with `adapter_config.json` and `adapter_model.safetensors`.
       base_shapes: parameters of the base model, or their shapes (`bert.param_shapes`).
+      encoder_only: leave out a classifier that was trained with it, too.
 
     Returns:
       The adapter and its configuration; what `save` wrote comes back bit for bit.
@@ -162,9 +226,28 @@ def load(folder: str | Path, base_shapes: Tree) -> tuple[Tree, LoraConfig]:
     Raises:
       UserError: naming the file and what is missing, broken, or cannot be honoured.
     """
+    found = read(folder, base_shapes)
+    rest = [name for name in found.head.modules if not name.startswith("pooler")]
+    if rest and not encoder_only:
+        raise UserError(
+            f"{Path(folder) / TENSORS}: also trains {', '.join(rest)}; exchange.load imports the "
+            "whole task, encoder_only=True takes the encoder's adapter alone"
+        )
+    return found.adapter, found.config
+
+
+def read(folder: str | Path, base_shapes: Tree) -> PeftFolder:
+    """Read a PEFT folder.
+
+    Modules and ranks are the tensors'. Where ranks or scales differ between layers, the factors are
+    padded with zeros to the largest rank and B takes the ratio of the scales; a layer without an
+    adapter gets zeros. The function stays the same, and padding stays zero in training.
+
+    Args, Raises: see `load`.
+    """
     folder = Path(folder).expanduser()
-    written = _read_config(folder / CONFIG)
-    found = _read_factors(folder / TENSORS)
+    written = read_config(folder)
+    found, head = _read_factors(folder, written)
     _check_shapes(folder / TENSORS, found, base_shapes)
     _check_layers(folder / CONFIG, written, found)
     flat, modules = {}, {}
@@ -173,7 +256,32 @@ def load(folder: str | Path, base_shapes: Tree) -> tuple[Tree, LoraConfig]:
         modules[path], flat[*path, "A"], flat[*path, "B"] = _stack(
             by_layer, written, kernel.shape[0], folder / CONFIG
         )
-    return traverse_util.unflatten_dict(flat), _config(written, modules, base_shapes)
+    adapter = traverse_util.unflatten_dict(flat)
+    return PeftFolder(adapter, _config(written, modules, base_shapes), head, written)
+
+
+def find(place: Path, name: str | None = None) -> Path:
+    """Find the folder of one adapter; PEFT saves several as named sub-folders of one folder.
+
+    Args:
+      place: an adapter's folder, or one with sub-folders of adapters.
+      name: the adapter's; PEFT's `default` stands in the folder itself.
+
+    Raises:
+      UserError: if there is none of that name, or no name says which of several; lists the names.
+    """
+    folder = local_folder(str(place))
+    if folder is None:
+        raise UserError(f"{place}: there is no such folder")
+    there = {p.name: p for p in sorted(folder.iterdir()) if (p / CONFIG).is_file()}
+    if (folder / CONFIG).is_file():
+        there["default"] = folder
+    if name is None and ("default" in there or len(there) < 2):
+        return there.get("default") or next(iter(there.values()), folder)
+    if name in there:
+        return there[name]
+    wrong = "holds several adapters" if name is None else f"holds no adapter {name!r}"
+    raise UserError(f"{folder}: {wrong}; choose with --adapter from {_some(there) or 'none'}")
 
 
 class Written(NamedTuple):
@@ -187,6 +295,17 @@ class Written(NamedTuple):
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     layers_to_transform: tuple[int, ...]
+    base_model_name_or_path: str | None
+    revision: str | None
+    task_type: str | None
+    auto_mapping: dict[str, Any]
+    modules_to_save: tuple[str, ...]
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it was trained in a `BertForSequenceClassification`."""
+        model = self.task_type or self.auto_mapping.get("base_model_class")
+        return model in SEQUENCE_CLASSIFIER
 
     def values_of(self, module: str) -> tuple[int, float]:
         """Rank and alpha of a Linear by its whole name; as in PEFT the first pattern counts."""
@@ -225,20 +344,31 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 _DEFAULTS = {"bias": "none", "init_lora_weights": True}
 _NO_MATTER = {
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "exclude_modules", "layers_pattern", "megatron_core", "qalora_group_size",
-    "eva_config", "runtime_config",
+    "peft_version", "inference_mode", "exclude_modules", "layers_pattern", "megatron_core",
+    "qalora_group_size", "eva_config", "runtime_config",
+    "fan_in_fan_out",  # PEFT sets it to false for each torch.nn.Linear, and a BERT has no others
 }  # fmt: skip
+# Kinds of adapters that are no change of weights, so that there is nothing to merge.
+_PROMPTS = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT",
+    "CPT", "XLORA",
+)  # fmt: skip
 
 
-def _read_config(path: Path) -> Written:
+def read_config(folder: Path) -> Written:
+    """Read a folder's `adapter_config.json`.
+
+    Raises:
+      UserError: naming the field that cannot be honoured.
+    """
+    path = folder / CONFIG
     raw = _DEFAULTS | read_object(path)
     for name, known in _ONLY.items():
         if not any(raw.get(name) is k or raw.get(name) == k for k in known):
-            raise UserError(_unsupported(path, name, raw.get(name)))
+            raise UserError(_unsupported(path, raw, name))
     for name in raw.keys() - _ONLY.keys() - _NO_MATTER - set(Written._fields):
         if raw[name]:
-            raise UserError(_unsupported(path, name, raw[name]))
+            raise UserError(_unsupported(path, raw, name))
     return Written(
         _number(path, "r", raw.get("r", 8), int),
         _number(path, "lora_alpha", raw.get("lora_alpha", 8), float),
@@ -248,14 +378,43 @@ def _read_config(path: Path) -> Written:
         _pattern(path, "rank_pattern", raw.get("rank_pattern") or {}, int),
         _pattern(path, "alpha_pattern", raw.get("alpha_pattern") or {}, float),
         _layers(path, raw.get("layers_to_transform")),
+        _text(path, "base_model_name_or_path", raw.get("base_model_name_or_path")),
+        _text(path, "revision", raw.get("revision")),
+        _text(path, "task_type", raw.get("task_type")),
+        _mapping(path, "auto_mapping", raw.get("auto_mapping")),
+        _names(path, "modules_to_save", raw.get("modules_to_save")),
     )
 
 
-def _unsupported(path: Path, name: str, value: Any) -> str:
+def _unsupported(path: Path, raw: Mapping[str, Any], name: str) -> str:
+    kind = raw.get("peft_type")
+    remedy = (
+        "; merge it with PEFT (merge_and_unload, then save_pretrained, with the base's tokenizer "
+        "saved beside it) and use that folder as --base"
+    )
     return (
-        f"{path}: {name} {value!r} is not supported; only plain LoRA and rsLoRA adapters are, with "
-        "nothing else trained or changed (merge it with PEFT and use the result as --base)"
+        f"{path}: {name} {raw.get(name)!r} is not supported; only plain LoRA and rsLoRA adapters "
+        f"are, with no other change of the encoder{'' if kind in _PROMPTS or not kind else remedy}"
     )
+
+
+def _text(path: Path, name: str, value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise UserError(f"{path}: {name} is {value!r}; it must be a string or null")
+    return value or None
+
+
+def _names(path: Path, name: str, value: Any) -> tuple[str, ...]:
+    names = [] if value is None else value
+    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+        raise UserError(f"{path}: {name} is {value!r}; it must be a list of names or null")
+    return tuple(dict.fromkeys(names))
+
+
+def _mapping(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict | None):
+        raise UserError(f"{path}: {name} is {value!r}; it must be an object or null")
+    return value or {}
 
 
 def _number(path: Path, name: str, value: Any, kind: type) -> Any:
@@ -302,36 +461,126 @@ def _pattern(path: Path, name: str, value: Any, kind: type) -> dict[str, Any]:
     return {key: _number(path, f"{name}[{key!r}]", v, kind) for key, v in value.items()}
 
 
-def _read_factors(path: Path) -> dict[lora.Path, dict[int, Factors]]:
-    """The file's adapters: our module's path → layer → factors."""
-    halves: dict[tuple[lora.Path, int], dict[str, tuple[str, np.ndarray]]] = {}
+def _read_factors(
+    folder: Path, written: Written
+) -> tuple[dict[lora.Path, dict[int, Factors]], HeadParts]:
+    """The encoder's adapters (our module's path → layer → factors), and what the head has."""
+    path = folder / TENSORS
+    tensors = _read_tensors(path)
+    encoder: dict[tuple[lora.Path, int], Factors] = {}
+    changes = {}
+    for module, factors in _pairs(path, tensors).items():
+        if match := _ENCODER.fullmatch(module):
+            encoder[("layers", *match["name"].split(".")), int(match["layer"])] = factors
+        else:
+            changes[module] = _change(folder / CONFIG, written, factors)
+    if not encoder:
+        raise UserError(f"{path}: has no tensors of a BERT's layers")
+    found: dict[lora.Path, dict[int, Factors]] = {}
+    for (module_path, layer), factors in sorted(encoder.items()):
+        found.setdefault(module_path, {})[layer] = factors
+    saved = {f"{m}.{leaf}": x for (m, leaf), (_, x) in tensors.items() if leaf not in ("A", "B")}
+    _check_saved(folder, written, saved)
+    return found, HeadParts(saved, changes)
+
+
+def _check_saved(folder: Path, written: Written, saved: Iterable[str]) -> None:
+    """Refuse tensors that lack a module which the configuration says was saved."""
+    there = {part for name in saved for part in _endings(name.rpartition(".")[0])}
+    wanted = {name.removeprefix("bert.") for name in written.modules_to_save}
+    # PEFT names both for any classifier; a BERT has but one of them.
+    if missing := wanted - there - {"score"}:
+        raise UserError(
+            f"{folder / CONFIG}: modules_to_save names {_some(missing)}, which {TENSORS} has not; "
+            "the two files do not belong together"
+        )
+
+
+def _endings(module: str) -> Iterator[str]:
+    """Every name by which PEFT may mean a module or one that it is in.
+
+    >>> sorted(_endings("pooler.dense"))
+    ['dense', 'pooler', 'pooler.dense']
+    """
+    parts = module.split(".")
+    for start in range(len(parts)):
+        for end in range(start + 1, len(parts) + 1):
+            yield ".".join(parts[start:end])
+
+
+def _read_tensors(path: Path) -> dict[tuple[str, str], tuple[str, np.ndarray]]:
+    """The file's tensors: (module without `bert.`, `A`, `B`, `weight` or `bias`) → (module, x)."""
+    pickle = path.with_suffix(".bin")
+    if pickle.exists() and not path.exists():
+        raise UserError(
+            f"{path}: missing; {pickle.name} is a pickle, which can run code, and is not opened: "
+            "save the adapter with PEFT's save_pretrained(folder, safe_serialization=True)"
+        )
+    found: dict[tuple[str, str], tuple[str, np.ndarray]] = {}
     unknown = []
     for key, tensor in read_safetensors(path):
-        match = _KEY.fullmatch(key)
-        if match is None or tensor.ndim != 2:
+        match = _KEY.fullmatch(_WRAPPER.sub("", key))
+        if match is None or not _is_ours(match, tensor):
             unknown.append(key)
-            continue
-        place = ("layers", *match["name"].split(".")), int(match["layer"])
-        half = halves.setdefault(place, {})
-        if match["factor"] in half:
-            raise UserError(f"{path}: {key!r} is there twice, with and without 'bert.'")
-        half[match["factor"]] = match["module"], tensor.T
+        elif _REPLACED not in key:
+            place = match["module"].removeprefix("bert."), match["factor"] or match["leaf"]
+            if place in found:
+                raise UserError(
+                    f"{path}: {key!r} is there twice, with and without 'bert.' or an adapter's name"
+                )
+            found[place] = match["module"], tensor
     if unknown:
         raise UserError(
             f"{path}: these tensors are no LoRA factors of a BERT's layers: {_some(unknown)}; an "
-            "adapter that trains or changes anything else cannot be read"
+            "adapter that trains or changes anything else but a head cannot be read"
         )
-    if not halves:
-        raise UserError(f"{path}: has no tensors")
-    found: dict[lora.Path, dict[int, Factors]] = {}
-    for (module, layer), half in sorted(halves.items()):
-        if len(half) != 2:
-            there, (name, _) = next(iter(half.items()))
-            other = "B" if there == "A" else "A"
-            raise UserError(f"{path}: {name} has lora_{there} but no lora_{other}")
-        (name, a), (_, b) = half["A"], half["B"]
-        found.setdefault(module, {})[layer] = Factors(name, a, b)
     return found
+
+
+def _is_ours(match: re.Match[str], tensor: np.ndarray) -> bool:
+    """Whether it is a LoRA factor of a layer, or part of a head."""
+    module = match["module"].removeprefix("bert.")
+    if match["factor"]:
+        return tensor.ndim == 2 and bool(_ENCODER.fullmatch(module) or _HEAD.fullmatch(module))
+    return bool(_HEAD.fullmatch(module))
+
+
+def _pairs(
+    path: Path, tensors: Mapping[tuple[str, str], tuple[str, np.ndarray]]
+) -> dict[str, Factors]:
+    """Both factors of each Linear, by its name without `bert.`."""
+    found = {}
+    for (module, which), (name, _) in tensors.items():
+        if which not in ("A", "B"):
+            continue
+        other = "B" if which == "A" else "A"
+        if (module, other) not in tensors:
+            raise UserError(f"{path}: {name} has lora_{which} but no lora_{other}")
+        found[module] = Factors(name, tensors[module, "A"][1].T, tensors[module, "B"][1].T)
+    return found
+
+
+def _change(path: Path, written: Written, factors: Factors) -> np.ndarray:
+    """What LoRA adds to a Linear's weight, `f32[out, in]`."""
+    if factors.a.shape[1] != factors.b.shape[0]:
+        raise UserError(
+            f"{path.with_name(TENSORS)}: {factors.module} has lora_A {factors.a.T.shape} and "
+            f"lora_B {factors.b.T.shape}, which have not the same rank"
+        )
+    scale = written.scale(*_checked_values(path, written, factors))
+    with np.errstate(all="ignore"):  # a bank refuses numbers that are not finite
+        return np.asarray(scale * (factors.a @ factors.b).T, np.float32)
+
+
+def _checked_values(path: Path, written: Written, factors: Factors) -> tuple[int, float]:
+    """Rank and alpha of a Linear, where the tensors have that rank."""
+    rank, alpha = written.values_of(factors.module)
+    if factors.a.shape[1] != rank:
+        raise UserError(
+            f"{path}: says that {factors.module} has rank {rank}, its tensors have "
+            f"{factors.a.shape[1]}; the two files do not belong together"
+        )
+    return rank, alpha
 
 
 def _check_shapes(
@@ -367,14 +616,7 @@ def _stack(
     by_layer: Mapping[int, Factors], written: Written, layers: int, path: Path
 ) -> tuple[tuple[int, float], Any, Any]:
     """All layers of a module as one: (rank, alpha), `A: [L, in, r]`, `B: [L, r, out]`."""
-    values = {layer: written.values_of(f.module) for layer, f in by_layer.items()}
-    for layer, factors in by_layer.items():
-        rank = factors.a.shape[1]
-        if rank != values[layer][0]:
-            raise UserError(
-                f"{path}: says that {factors.module} has rank {values[layer][0]}, its tensors have "
-                f"{rank}; the two files do not belong together"
-            )
+    values = {layer: _checked_values(path, written, f) for layer, f in by_layer.items()}
     rank, alpha = max(values.values(), key=lambda v: v[0])
     scale = written.scale(rank, alpha)
     example = next(iter(by_layer.values()))

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+# Metadata of a field that files of earlier versions lack: it has its default there.
+ADDED = {"added": True}
 
 
 def build(cls: type[T], value: Any) -> T:
@@ -22,7 +24,7 @@ def build(cls: type[T], value: Any) -> T:
 
     Args:
       cls: a dataclass; its fields are plain values, tuples, choices, or such dataclasses.
-      value: a dict with all of its fields and no others.
+      value: a dict with all of its fields (but for `ADDED` ones) and no others.
 
     Raises:
       ValueError: naming the field that is wrong; from the dataclass's own checks.
@@ -41,6 +43,7 @@ def build(cls: type[T], value: Any) -> T:
     if not isinstance(value, Mapping):
         raise ValueError(f"{_shown(value)} is not an object with fields")
     hints = _fields(cls)  # type: ignore[arg-type]
+    value = {**_added(cls), **value}  # type: ignore[arg-type]
     if odd := value.keys() ^ hints.keys():
         raise ValueError(f"fields missing or unknown: {', '.join(sorted(odd))}")
     found = {}
@@ -56,6 +59,11 @@ def build(cls: type[T], value: Any) -> T:
 def _fields(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _added(cls: type) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(cls) if f.metadata.get("added")}
 
 
 def read(hint: Any, value: Any) -> Any:

@@ -38,6 +38,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 _PREFIXES = re.compile(r"(?:module\.|_orig_mod\.|(?:0\.)?(?:auto_)?model\.|bert\.)*")
 # Heads of transformers' Bert classes, and what else is no part of the encoder.
 _HEADS = re.compile(r"(cls|classifier|qa_outputs)\.")
+_POOLED = re.compile(r"(pooler|classifier)\.")  # what a sequence classifier has above the encoder
 IGNORED = re.compile(r"pooler\.|embeddings\.position_ids$|embeddings\.token_type_ids$")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 # Sizes beyond any BERT, which only a damaged config has.
@@ -372,6 +373,22 @@ def _check_names(files: list[Path]) -> None:
 def _keys(path: Path) -> list[str]:
     with _opened(path) as file:
         return list(file.keys())
+
+
+def read_head(folder: Path) -> dict[str, np.ndarray]:
+    """Read a base's pooler and classifier, which its encoder does not need, as far as it has them.
+
+    Args:
+      folder: the base's, see `find`.
+
+    Returns:
+      Tensors by their names without `bert.`, e.g. `pooler.dense.weight`, float32.
+    """
+    found = {}
+    for path in weight_files(folder):
+        for key, tensor in read_safetensors(path, lambda key: bool(_POOLED.match(_canonical(key)))):
+            found[_canonical(key)] = tensor
+    return found
 
 
 def read_safetensors(

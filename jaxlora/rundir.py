@@ -18,7 +18,7 @@ from typing import Any
 from jaxlora import cluster, folders, json_files
 from jaxlora.errors import UserError
 from jaxlora.fingerprint import INPUTS, note_partial
-from jaxlora.settings import flag
+from jaxlora.settings import Settings, flag
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 STATES, MODEL = "states", "model"
@@ -114,6 +114,8 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
             f"--out {out}: holds another run; go on with --resume, or name another --out"
         )
     old = read_config(out)["settings"]
+    with contextlib.suppress(UserError):  # what cannot be understood is compared as it stands
+        old = Settings.from_json(old).to_json()  # has the fields that earlier versions had not
     for name in settings:
         if _without_places(name, old.get(name)) != _without_places(name, settings[name]):
             raise UserError(

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import heads, losses, metrics
+from jaxlora.plain import ADDED
 
 KindName = Literal["classification", "binary", "regression", "similarity"]
+HeadName = Literal["mlp", "pooler"]
 
 
 class Kind(NamedTuple):
@@ -28,6 +30,28 @@ KINDS: dict[str, Kind] = {
     "binary": Kind(True, ("binary_cross_entropy",), ("accuracy", "f1", "macro_f1")),
     "regression": Kind(False, ("squared_error",), ("pearson", "spearman")),
     "similarity": Kind(False, ("cosine", "squared_error"), ("pearson", "spearman")),
+}
+
+
+class HeadKind(NamedTuple):
+    """A head with one hidden layer.
+
+    Attributes:
+      first: name of its first layer; the second is `out`.
+      activation: between them, by its name in both flax.linen and torch.
+      pooling: how it needs sentences to be pooled; None: any way.
+      scaled: whether scores come out from 0 to `SPAN`; else they are the labels' own, of any range.
+    """
+
+    first: str
+    activation: str
+    pooling: str | None
+    scaled: bool
+
+
+HEADS: dict[str, HeadKind] = {
+    "mlp": HeadKind("hidden", "relu", None, True),
+    "pooler": HeadKind("pooler", "tanh", "cls", False),  # BertForSequenceClassification's
 }
 LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "cross_entropy": losses.cross_entropy,
@@ -61,6 +85,7 @@ class Task:
       metric: see `METRICS`; default: the kind's. `f1` is that of the second class where there are
         two, and with more classes another name of `macro_f1`.
       title: the name people know it by; default: the name.
+      head: see `HEADS`.
 
     Raises:
       ValueError: for what does not go together.
@@ -79,6 +104,7 @@ class Task:
     loss: str = ""
     metric: str = ""
     title: str = ""
+    head: HeadName = dataclasses.field(default="mlp", kw_only=True, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -112,6 +138,8 @@ class Task:
             raise ValueError(f"the labels' range {self.low:g} to {self.high:g} is empty")
         if self.kind == "similarity" and not self.pair:
             raise ValueError("a similarity is between two texts; name two columns")
+        if self.head == "pooler" and (self.pair or not self.outputs):
+            raise ValueError("a pooler's head reads one sentence")
 
     @property
     def integer(self) -> bool:
@@ -139,7 +167,7 @@ class Task:
 
     def per_example_loss(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
         """`(outputs, labels f32[B]) → f32[B]`; scores are on a scale of 0 to `SPAN` here."""
-        if not self.integer:
+        if not self.integer and HEADS[self.head].scaled:
             labels = (labels - self.low) * (SPAN / (self.high - self.low))
         return LOSSES[self.loss](outputs, labels)
 
@@ -153,7 +181,9 @@ class Task:
             return jnp.where(jnp.isnan(outputs).any(-1), jnp.nan, classes)
         if self.loss == "binary_cross_entropy":
             return jnp.where(jnp.isnan(outputs), jnp.nan, (outputs > 0).astype(jnp.float32))
-        return self.decode_cosine(outputs) if self.loss == "cosine" else self._on_scale(outputs)
+        if self.loss == "cosine":
+            return self.decode_cosine(outputs)
+        return self._on_scale(outputs) if HEADS[self.head].scaled else outputs
 
     def decode_cosine(self, cosines: jax.Array) -> jax.Array:
         """Cosines → scores `f32[B]` on the label's scale, as `decode` does with the cosine loss."""
@@ -181,9 +211,10 @@ class Task:
         """Width of what the head reads."""
         return hidden_size * ((4 if pair_features == "interaction" else 2) if self.pair else 1)
 
-    def head(self, hidden_size: int, dropout: float) -> heads.Head:
+    def head_module(self, hidden_size: int, dropout: float) -> heads.Head:
         """The head module; a pair task's hidden layer is half as wide (the paper's sizes)."""
-        return heads.Head(hidden_size // self.sentences, self.outputs, dropout)
+        kind, width = HEADS[self.head], hidden_size // self.sentences
+        return heads.Head(width, self.outputs, dropout, kind.first, kind.activation)
 
     def init_head(self, key: jax.Array, hidden_size: int, pair_features: str) -> dict[str, Any]:
         """Fresh head parameters (`{}` for a task without a head), as in `torch.nn.Linear`'s scale.
@@ -196,7 +227,7 @@ class Task:
         if not self.outputs:
             return {}
         x = jnp.zeros((1, self.features(hidden_size, pair_features)))
-        return self.head(hidden_size, 0.0).init(key, x)["params"]
+        return self.head_module(hidden_size, 0.0).init(key, x)["params"]
 
     def apply_head(
         self,
@@ -222,7 +253,7 @@ class Task:
             return heads.cosine(u, v)
         x = heads.pair_vector(u, v, pair_features) if self.pair else u
         rngs = None if key is None else {"dropout": key}
-        module = self.head(u.shape[-1], dropout)
+        module = self.head_module(u.shape[-1], dropout)
         return jnp.asarray(module.apply({"params": params}, x, train=key is not None, rngs=rngs))
 
 

@@ -17,7 +17,7 @@ from jaxlora.json_files import read_object
 from jaxlora.lora import LoraConfig
 from jaxlora.pretrained import Pretrained
 from jaxlora.settings import Settings, absolute
-from jaxlora.tasks import Task
+from jaxlora.tasks import HEADS, Task
 from jaxlora.trees import Tree, checksum
 from jaxlora.variants import group_name
 
@@ -108,6 +108,8 @@ class Trained:
         for name, one in self.served.items():
             if _shapes(one.head) != _shapes(one.head_shapes(base.config.hidden_size)):
                 raise UserError(f"{self.origin}: the head of {name} is not one of such a task")
+            if HEADS[one.task.head].pooling not in (None, self.pooling):
+                raise UserError(f"{self.origin}: the head of {name} needs pooling cls")
         return base
 
     def _check_same(self, base: Pretrained) -> None:

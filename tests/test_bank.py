@@ -336,6 +336,29 @@ def test_a_missing_head_is_named(three):
         jaxlora.load(three)
 
 
+def test_a_bank_and_a_run_of_the_last_version(runs, three, tmp_path):
+    """Their tasks do not say which kind of head they have."""
+    answers = values(jaxlora.load(three))
+    path = three / manifests.NAME
+    manifest = json.loads(path.read_text())
+    for entry in manifest["tasks"].values():
+        assert entry["task"].pop("head") == "mlp"
+    path.write_text(json.dumps(manifests.signed(manifest)))
+    np.testing.assert_array_equal(values(jaxlora.load(three)), answers)
+    bank.add(three, load_run(runs / "again"), ["sts"], replace=True)  # beside tasks of today's
+    np.testing.assert_array_equal(values(jaxlora.load(three))[1:], answers[1:])
+    run = shutil.copytree(runs / "lora1", tmp_path / "run")
+    config = json.loads((run / rundir.CONFIG).read_text())
+    for table in config["settings"]["tasks"]:
+        assert table["task"].pop("head") == "mlp"
+    (run / rundir.CONFIG).write_text(json.dumps(config))
+    np.testing.assert_array_equal(values(jaxlora.load(run)), values(jaxlora.load(runs / "lora1")))
+    now = json.loads((runs / "lora1" / rundir.CONFIG).read_text())["settings"]
+    rundir.check(run, now, resume=True)
+    with pytest.raises(UserError, match="its run has --seed"):
+        rundir.check(run, now | {"seed": 99}, resume=True)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

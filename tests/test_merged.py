@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import numpy as np
 import peft_oracle
 import pytest
 from flax import traverse_util
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from jaxlora import bert, head_files, lora, merged, pretrained, step, tasks
 from jaxlora.data.packing import Shape, fill
@@ -146,6 +149,122 @@ def test_the_readmes_code_predicts_what_we_do(
     assert len(set(ours.tolist())) > 1
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
     assert (tmp_path / "m" / head_files.HEAD).exists() == bool(head)
+
+
+# ---- bases with other special tokens
+
+MARKS = ("<s>", "<pad>", "</s>", "<unk>")
+LETTERS = "abcdefghijklmnopqrstuvwxyz.?"
+
+
+def word_pieces():
+    """HerBERT's marks: those of XLM-R around the words of a BERT."""
+    pieces = [*MARKS, "film", *LETTERS, *(f"##{c}" for c in LETTERS), "<mask>"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 0))
+    return tokenizer
+
+
+def sentence_pieces(marks=MARKS):
+    """Multilingual MiniLM's: XLM-R's tokenizer before a BERT."""
+    pieces = [(m, 0.0) for m in marks] + [("▁film", -3.0), ("▁", -5.0)]
+    pieces += [(c, -8.0) for c in LETTERS] + [("<mask>", 0.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=marks.index("<unk>")))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    ends = [(m, marks.index(m)) for m in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=ends
+    )
+    tokenizer.add_special_tokens([*marks, "<mask>"])
+    return tokenizer
+
+
+DECLARED = {f"{n}_token": m for n, m in zip(("cls", "pad", "sep", "unk"), MARKS, strict=True)}
+BASES = {
+    "HerBERT": (word_pieces, {"special_tokens_map.json": DECLARED}, "<pad>"),
+    "undeclared": (word_pieces, {}, "<pad>"),
+    "multilingual MiniLM": (
+        sentence_pieces,
+        {"tokenizer_config.json": DECLARED | {"mask_token": {"content": "<mask>", "lstrip": True}}},
+        "<pad>",
+    ),
+    "by its class alone": (
+        sentence_pieces, {"tokenizer_config.json": {"tokenizer_class": "XLMRobertaTokenizer"}},
+        "<pad>",
+    ),
+    "declared, and not there": (
+        sentence_pieces, {"tokenizer_config.json": {"pad_token": "[PAD]", "cls_token": "[CLS]"}},
+        "<pad>",
+    ),
+    "no padding": (lambda: sentence_pieces(("<s>", "</s>", "<unk>")), {}, "<unk>"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=["[CLS] and [SEP]", *BASES])
+def other(request, tiny_base, tmp_path):
+    """A base by name: the folder, its padding token."""
+    if request.param not in BASES:
+        return tiny_base, "[PAD]"
+    build, files, padding = BASES[request.param]
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    build().save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder, padding
+
+
+@pytest.fixture
+def exported(other, tmp_path, monkeypatch):
+    """Its merged export as the working folder; the base, what was trained, its merged params."""
+    base = pretrained.load(str(other[0]))
+    head = tasks.SST.init_head(jax.random.key(3), base.config.hidden_size, "concat")
+    head = jax.tree.map(lambda x: 5 * x, head)
+    fresh = lora.init(jax.random.key(0), base.params, CONFIG)
+    adapter = jax.tree.map(lambda x: x + 0.2, fresh)
+    made = trained(base, adapter, tasks.SST, head, pooling="mean")
+    merged.save(tmp_path / "m", base, made, "sst")
+    monkeypatch.chdir(tmp_path / "m")
+    return base, head, lora.merge(base.params, adapter, CONFIG)
+
+
+def test_the_readmes_code_with_any_special_tokens(exported):
+    pytest.importorskip("torch")
+    base, head, params = exported
+    (code,) = re.findall(r"```python\n(.*?)```", Path(merged.README).read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    ours = vectors(base, params, SENTENCES, "mean")
+    np.testing.assert_allclose(names["encode"](list(SENTENCES)), ours, rtol=0, atol=1e-5)
+    classes = tasks.SST.decode(tasks.SST.apply_head(head, ours, ours, pair_features="concat"))
+    np.testing.assert_array_equal(names["predict"](list(SENTENCES)), classes)
+
+
+def test_the_special_tokens_are_the_bases(exported, other):
+    pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoTokenizer
+
+    base, padding = exported[0], other[1]
+    tokenizer, config = AutoTokenizer.from_pretrained("."), AutoConfig.from_pretrained(".")
+    first, last = base.tokenizer.encode("").tokens
+    assert (tokenizer.cls_token, tokenizer.sep_token) == (first, last)
+    assert tokenizer.pad_token == padding
+    assert tokenizer.pad_token_id == config.pad_token_id == base.tokenizer.token_to_id(padding)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("字")["input_ids"])[-2] == tokenizer.unk_token
+    assert len(tokenizer) == base.tokenizer.get_vocab_size()  # no token was added
+    for sentence in SENTENCES:
+        assert tokenizer(sentence)["input_ids"] == base.tokenizer.encode(sentence).ids
+
+
+def test_sentence_transformers_reads_it(exported):
+    reader = pytest.importorskip("sentence_transformers")
+    base, _, params = exported
+    model = reader.SentenceTransformer(".", device="cpu")
+    ours = vectors(base, params, SENTENCES, "mean")
+    np.testing.assert_allclose(model.encode(list(SENTENCES)), ours, rtol=0, atol=1e-5)
+    assert model.get_max_seq_length() == 48
 
 
 def test_the_readme_says_what_the_encoder_is(tiny, adapter):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaxlora import metrics
+from jaxlora import metrics, plain
 from jaxlora.tasks import KINDS, PARA, SST, STS_COSINE, STS_MSE, Task
 
 TOPIC = Task("topic", "classification", classes=("sport", "science", "art"))
@@ -44,11 +44,36 @@ def test_defaults_follow_the_kind():
         ({"kind": "regression", "loss": "cosine"}, "loss 'cosine' does not go with regression"),
         ({"kind": "binary", "metric": "pearson"}, "metric 'pearson' does not go with binary"),
         ({"kind": "similarity"}, "two columns"),
+        ({"kind": "regression", "pair": True, "head": "pooler"}, "reads one sentence"),
     ],
 )
 def test_what_does_not_go_together_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Task("x", **fields)
+
+
+def test_a_poolers_head_is_berts_own():
+    """tanh between two layers, and scores that are the labels' own, of any range."""
+    task = Task("price", "regression", low=0.0, high=1.0, head="pooler")
+    head = task.init_head(jax.random.key(0), 8, "concat")
+    assert jax.tree.map(jnp.shape, head) == {
+        "pooler": {"kernel": (8, 8), "bias": (8,)}, "out": {"kernel": (8, 1), "bias": (1,)},
+    }  # fmt: skip
+    x = jax.random.normal(jax.random.key(1), (3, 8))
+    expected = jnp.tanh(x @ head["pooler"]["kernel"]) @ head["out"]["kernel"]
+    found = task.apply_head(head, x, x, pair_features="concat")
+    np.testing.assert_allclose(found, expected[:, 0], rtol=1e-5)
+    np.testing.assert_array_equal(task.decode(jnp.array([-70.0, 9.5])), [-70, 9.5])
+    loss = task.per_example_loss(jnp.array([3.0, 5.0]), jnp.array([3.0, 7.0]))
+    np.testing.assert_allclose(loss, [0, 4])
+
+
+def test_a_task_of_an_earlier_version_has_the_field_that_came_later():
+    old = dataclasses.asdict(TOPIC)
+    del old["head"]
+    assert plain.build(Task, old) == TOPIC
+    with pytest.raises(ValueError, match="unknown: loss"):
+        plain.build(Task, {name: value for name, value in old.items() if name != "loss"})
 
 
 def test_scores_are_trained_on_a_scale_of_0_to_5_and_come_back_on_the_labels():

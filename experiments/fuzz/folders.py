@@ -23,6 +23,7 @@ from jaxlora import (
     exchange,
     lora,
     manifest,
+    merged,
     peft_files,
     pretrained,
     rundir,
@@ -45,6 +46,7 @@ def targets(folder: Path) -> dict[str, tuple[Inputs, Callable[..., None]]]:
     base = samples.base(folder / "base")
     source = samples.trained(base)
     peft = samples.peft(folder / "peft", source)
+    others, like = samples.classifier(folder / "classifier", source)
     run = samples.run(folder / "run", source)
     plain = samples.bank_manifest(source)
     return {
@@ -58,6 +60,17 @@ def targets(folder: Path) -> dict[str, tuple[Inputs, Callable[..., None]]]:
         ),
         "PEFT tensors": (
             _tensors(peft / peft_files.TENSORS), _in_copy(peft, peft_files.TENSORS, adapter)
+        ),
+        "PEFT classifier's config": (
+            _json(others / peft_files.CONFIG), _in_copy(others, peft_files.CONFIG, classifier(like))
+        ),
+        "PEFT classifier's tensors": (
+            _tensors(others / peft_files.TENSORS),
+            _in_copy(others, peft_files.TENSORS, classifier(like)),
+        ),
+        "special tokens": (
+            hostile.json_files({"pad_token": "[PAD]", "cls_token": {"content": "[CLS]"}}),
+            _in_copy(base, "tokenizer_config.json", find_special_tokens),
         ),
         "head": (_tensors(peft / "head.safetensors"), _in_copy(peft, "head.safetensors", imported)),
         "jaxlora.json": (_json(peft / exchange.ABOUT), _in_copy(peft, exchange.ABOUT, imported)),
@@ -156,6 +169,23 @@ def adapter(folder: Path) -> None:
         assert factors[*path, "A"].shape == (layers, fan_in, rank)
         assert factors[*path, "B"].shape == (layers, rank, fan_out)
         assert math.isfinite(config.scale_of(path))
+
+
+def classifier(like: trained.Trained) -> Callable[[Path], None]:
+    """`exchange.load` of a folder that PEFT wrote."""
+
+    def check(folder: Path) -> None:
+        _check_trained(exchange.load(folder, "similar", like), ["similar"])
+
+    return check
+
+
+def find_special_tokens(folder: Path) -> None:
+    """`merged.special_tokens`."""
+    base = pretrained.load(str(folder))
+    found = merged.special_tokens(base)
+    assert found.keys() >= {"pad_token", "cls_token", "sep_token"}
+    assert all(base.tokenizer.token_to_id(token) is not None for token in found.values())
 
 
 def imported(folder: Path) -> None:

@@ -74,6 +74,18 @@ def peft(folder: Path, source: Trained, task: Task = SST) -> Path:
     return folder
 
 
+def classifier(folder: Path, source: Trained) -> tuple[Path, Trained]:
+    """A sequence classifier as PEFT has it, and what it shall fit."""
+    like = dataclasses.replace(source, pooling="cls")
+    task = Task("topic", "classification", classes=("a", "b", "c"), head="pooler")
+    head = task.init_head(jax.random.key(1), BERT.hidden_size, "concat")
+    served = Served(task, SST.name, head, "concat")
+    exchange.save(folder, dataclasses.replace(like, served={"topic": served}), "topic")
+    for name in (exchange.ABOUT, "head.safetensors"):
+        (folder / name).unlink()
+    return folder, like
+
+
 def bank_manifest(source: Trained) -> dict[str, Any]:
     """The manifest of a bank with one task, unsigned."""
     entry = {
