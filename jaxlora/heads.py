@@ -35,7 +35,7 @@ def cosine(u: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class Head(nn.Module):
-    """Linear → ReLU → Dropout → Linear (the paper, section 3).
+    """Linear → ReLU → Dropout → Linear, as in the paper.
 
     Attributes:
       hidden: width of the hidden layer.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 
 from jaxlora.data.sources import Place
-from jaxlora.descriptions import Description, check_name, paper_descriptions, read_tasks
+from jaxlora.descriptions import Description, check_name, made_up, paper_descriptions, read_tasks
 from jaxlora.errors import UserError
 from jaxlora.lora import ALL_TARGETS, PAPER_TARGETS, LoraConfig
 from jaxlora.plain import build
@@ -306,6 +306,8 @@ def resolve(flags: Flags) -> Settings:
         if flags.tasks is not None:
             values["source"] = "files"
     values["tasks"] = _tasks(flags, chosen, values["sts_weight"])
+    if values["source"] == "demo":
+        values["tasks"] = tuple(map(made_up, values["tasks"]))
     names = tuple(d.task.name for d in values["tasks"])
     values["groups"] = (
         groups_like(chosen.groups, names)

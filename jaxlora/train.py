@@ -446,6 +446,7 @@ def summarise(
         "variant": settings.variant,
         "preset": settings.preset,
         "source": settings.source,
+        "base": settings.base,
         "metrics": {name: f"{t.title} {t.metric_name}" for name, t in settings.named.items()},
         "dev": dev,
         "dev_mean": float(np.mean(list(dev.values()))),
