@@ -335,3 +335,11 @@ def test_slips_name_the_texts_paraphrase():
 def test_questions_of_ours_are_marked(tmp_path):
     write_json(tmp_path / "plan.json", PLAN)
     assert all("our question" in text for text in texts(*examine(tmp_path)))
+
+
+def test_interval_may_wrap_beside_its_badge(tmp_path):
+    """It ran under the badge at 1,400 px: a number wider than its column must break instead."""
+    write_json(tmp_path / "plan.json", PLAN)
+    html = texts(*examine(tmp_path))[1]
+    rules = re.findall(r"^ *\.finding \.number \{([^}]*)\}", html, re.MULTILINE)
+    assert rules and not any("nowrap" in rule for rule in rules)

@@ -225,7 +225,9 @@ def _difference(context: Context, claim: Claim) -> Evidence:
         return Evidence(None, seeds, NO_LABELS)
     over_seeds = context.scores.difference_over_seeds(*pair)
     deviation = over_seeds.scaled(100).deviation if over_seeds else None
-    return Evidence(found.scaled(100), seeds, "paired bootstrap of seeds and dev examples", deviation)
+    return Evidence(
+        found.scaled(100), seeds, "paired bootstrap of seeds and dev examples", deviation
+    )
 
 
 def _gain(context: Context, claim: Claim) -> Evidence:

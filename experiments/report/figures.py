@@ -13,7 +13,6 @@ from experiments.report.drawing import INK, KINDS, Panel, Plan, kind_of
 from experiments.report.scores import MEAN, SCORES
 from jaxlora.variants import VARIANTS
 
-
 HOLLOW = "Hollow: the paper, with bert-base on its own splits."
 
 
