@@ -31,8 +31,9 @@ class Common:
     """Flags of `experiments/run.py` for all runs, where a study leaves them open.
 
     Attributes:
-      preset: demo: MiniLM and built-in made-up data; cs224n: settings that train well on real data (needs
-        --data-dir); paper: bert-base-uncased and the paper's settings.
+      preset: demo: MiniLM and built-in made-up data; cs224n: settings that train well on real data
+        (needs --data-dir); paper: bert-base-uncased and the paper's settings, as far as it states
+        them (docs/paper.md lists what is guessed).
       data_dir: folder with the tab-separated files of the CS224N default project.
       source: where the data comes from; cs224n if --data-dir is given, else the preset's.
       base: minilm, a local Hugging Face folder, or a hub id.

@@ -2,6 +2,10 @@
 
 JAX's own would be as right, but keep more for the backward pass, which takes memory everywhere and,
 on CPU, time. Sums are float32; matmul inputs have the dtype that is asked for.
+
+Such a derivative is of reverse mode (`jax.custom_vjp`): `jax.jvp`, `jax.jacfwd` and what rests on
+them (`jax.hessian`, `jax.linearize`) raise a TypeError. Second derivatives take reverse mode twice,
+as in `jax.jacrev(jax.jacrev(f))`.
 """
 
 from __future__ import annotations

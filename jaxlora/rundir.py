@@ -100,11 +100,18 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
     for name in settings:
         if name == "data_dir":  # its content is compared, not its place
             continue
-        if old.get(name) != settings[name]:
+        if _without_titles(old.get(name)) != _without_titles(settings[name]):
             raise UserError(
                 f"--out {out}: its run has {flag(name)} {old.get(name)!r}, not {settings[name]!r}; "
                 "give the same flags to --resume, or name another --out"
             )
+
+
+def _without_titles(value: Any) -> Any:
+    """A setting without what its tasks are called, which changes no number."""
+    if isinstance(value, Mapping):
+        return {name: _without_titles(v) for name, v in value.items() if name != "title"}
+    return [_without_titles(v) for v in value] if isinstance(value, list) else value
 
 
 def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:

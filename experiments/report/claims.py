@@ -16,9 +16,12 @@ from experiments.report import statistics, times
 from experiments.report.collect import Collection
 from experiments.report.scores import MADE_UP, MEAN, TITLES, Scores
 from experiments.report.statistics import Interval
+from jaxlora import storage
+from jaxlora.bert import BertConfig
+from jaxlora.lora import LoraConfig
 from jaxlora.report import MADE_UP as BUILT_IN
 from jaxlora.report import MADE_UP_DATA, SAW_QUORA, saw_quora
-from jaxlora.tasks import NAMES
+from jaxlora.tasks import NAMES, paper_tasks
 from jaxlora.variants import VARIANTS
 
 Verdict = Literal["reproduced", "not reproduced", "not decidable", "not run"]
@@ -225,9 +228,12 @@ def _difference(context: Context, claim: Claim) -> Evidence:
         return Evidence(None, seeds, NO_LABELS)
     over_seeds = context.scores.difference_over_seeds(*pair)
     deviation = over_seeds.scaled(100).deviation if over_seeds else None
-    return Evidence(
-        found.scaled(100), seeds, "paired bootstrap of seeds and dev examples", deviation
-    )
+    return Evidence(found.scaled(100), seeds, _drawn_over(seeds), deviation)
+
+
+def _drawn_over(seeds: int) -> str:
+    """What a score's interval is over."""
+    return f"paired bootstrap of {'seeds and ' if seeds > 1 else ''}dev examples"
 
 
 def _gain(context: Context, claim: Claim) -> Evidence:
@@ -250,7 +256,7 @@ def _gain(context: Context, claim: Claim) -> Evidence:
         return Evidence(None, seeds, note, third=best)
     shares = (drawn[claim.first] - start) / gained
     found = statistics.interval(part.value / whole.value, shares).scaled(100)
-    note = f"paired bootstrap of seeds and dev examples; the best baseline on dev is {best}"
+    note = f"{_drawn_over(seeds)}; the best baseline on dev is {best}"
     return Evidence(found, seeds, note, third=best)
 
 
@@ -260,8 +266,19 @@ def _parameters(context: Context, claim: Claim) -> Evidence:
         for study in (claim.first, claim.second)
     )
     share = 100 * first / second
-    note = f"exact: {first:,} of {second:,} incremental parameters"
+    large = 100 * _of_bert_base(claim.first) / _of_bert_base(claim.second)
+    note = (
+        f"exact: {first:,} of {second:,} incremental parameters; with bert-base and the paper's "
+        f"heads {large:.1f} %"
+    )
     return Evidence(Interval(share, share, share), context.seeds(claim.first, claim.second), note)
+
+
+def _of_bert_base(name: str) -> int:
+    """A variant's incremental parameters with bert-base, the paper's adapters and its heads."""
+    v = VARIANTS[name]
+    tasks = paper_tasks(v.sts_loss)
+    return storage.count(BertConfig(), v.adapt, v.groups, tasks, LoraConfig()).incremental
 
 
 def _step_time(context: Context, claim: Claim) -> Evidence:
