@@ -20,7 +20,7 @@ from rich.text import Text
 from jaxlora.descriptions import Description
 from jaxlora.prepare import Plan
 from jaxlora.pretrained import MINILM
-from jaxlora.tasks import NAMES
+from jaxlora.tasks import MADE_UP, NAMES
 from jaxlora.variants import VARIANTS, Variant
 
 UNTRAINED = (
@@ -33,7 +33,6 @@ SAW_QUORA = (
     "The base all-MiniLM-L6-v2 was trained on pairs that include Quora duplicates, so Quora scores "
     "with it are not those of a base that never saw the task."
 )
-MADE_UP = "built-in made-up data"
 MADE_UP_DATA = (
     f"These are scores on {MADE_UP}: they show that training works, and nothing else; the paper's "
     "are of real data."

@@ -15,7 +15,7 @@ from jaxlora.errors import UserError
 from jaxlora.lora import ALL_TARGETS, PAPER_TARGETS, LoraConfig
 from jaxlora.plain import build
 from jaxlora.pretrained import local_folder
-from jaxlora.tasks import Task
+from jaxlora.tasks import MADE_UP, Task
 from jaxlora.variants import Adapt, Groups, Variant, groups_like, parse_groups, variant
 
 VariantName = Literal[
@@ -244,6 +244,11 @@ class Settings:
             self.rank, self.alpha, self.target_modules, self.rslora,
             self.rank_pattern, self.alpha_pattern, self.lora_dropout,
         )  # fmt: skip
+
+    @property
+    def title(self) -> str:
+        """What to call the run above a plot; made-up data is named."""
+        return f"{self.variant}, {MADE_UP}" if self.source == "demo" else self.variant
 
     @property
     def named(self) -> dict[str, Task]:

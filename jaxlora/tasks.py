@@ -220,7 +220,8 @@ STS_MSE = dataclasses.replace(STS_COSINE, loss="squared_error")
 
 STS_LOSSES = {"mse": STS_MSE, "cosine": STS_COSINE}
 NAMES = ("sst", "para", "sts")
-# What the built-in made-up data of a task is called: it is not the data set of the same kind.
+# What the built-in data is called, and each task's: it is not the data set of the same kind.
+MADE_UP = "built-in made-up data"
 MADE_UP_TITLES = {
     "sst": "made-up sentiment", "para": "made-up paraphrases", "sts": "made-up similarity",
 }  # fmt: skip

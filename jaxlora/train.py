@@ -209,7 +209,7 @@ def _train_groups(
         test |= predict_splits(job.out, group, best, job.splits)
     checkpoint.save_tree(job.out / rundir.MODEL, bank)
     if cluster.first():
-        curves.draw(log.records, job.out / "curves.png", settings.variant)
+        curves.draw(log.records, job.out / "curves.png", settings.title)
     result = summarise(settings, prepare.count(settings, job.base), progress, test)
     return result | {"model": trees.checksum(bank)}
 

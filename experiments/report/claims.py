@@ -19,8 +19,8 @@ from experiments.report.statistics import Interval
 from jaxlora import storage
 from jaxlora.bert import BertConfig
 from jaxlora.lora import LoraConfig
-from jaxlora.report import MADE_UP as BUILT_IN
 from jaxlora.report import MADE_UP_DATA, SAW_QUORA, saw_quora
+from jaxlora.tasks import MADE_UP as BUILT_IN
 from jaxlora.tasks import NAMES, paper_tasks
 from jaxlora.variants import VARIANTS
 

@@ -12,8 +12,7 @@ from experiments.report import alike, statistics, tables
 from experiments.report.claims import FEWEST, PARTS, Context, Finding, Verdict
 from experiments.report.collect import Collection
 from experiments.report.scores import MEAN
-from jaxlora.report import MADE_UP
-from jaxlora.tasks import NAMES
+from jaxlora.tasks import MADE_UP, NAMES
 from jaxlora.variants import VARIANTS
 
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "not reproduced", "not decidable", "not run")

@@ -170,8 +170,8 @@ def _correlation(
 def interval(value: float, resampled: np.ndarray, level: float = LEVEL) -> Interval:
     """The percentile interval around a measured value.
 
-    >>> interval(0.5, np.linspace(0, 1, 101), level=0.9)
-    Interval(value=0.5, low=0.05, high=0.95)
+    >>> interval(0.5, np.linspace(0, 1, 101), level=0.5)
+    Interval(value=0.5, low=0.25, high=0.75)
     """
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(low), float(high))
