@@ -251,8 +251,14 @@ def test_failed_run_is_marked_and_gives_no_verdict(tmp_path):
     assert found(findings, "lora3", "lora1", "sts").verdict == "reproduced"
     assert "seed 3: failed" in found(findings, "lora2", "lora1", "sts").note
     assert context.collection.state("lora2") == "seed 3: failed"
-    assert context.collection.state("lora1") == "seed 3: not finished"
+    assert context.collection.state("lora1") == "seed 3: not begun"
     assert "lora2, seed 3: failed: the loss of sst is nan" in facts.missing(context.collection)
+
+
+def test_state_of_a_study_without_a_finished_run(tmp_path):
+    collection = collect(write_root(tmp_path))
+    assert collection.state("lora4") == "seed 0: not finished; seed 1: not begun"
+    assert collection.state("lora4-summed") == "not run"
 
 
 def test_failure_of_the_best_baseline_bars_the_gain(tmp_path):

@@ -25,6 +25,7 @@ from jaxlora.tasks import NAMES
 from jaxlora.variants import VARIANTS
 
 PLAN, TIMING = "plan.json", "timing.json"
+NOT_BEGUN = "not begun"
 WHOLE = "whole"  # the state of a study whose runs all did what was asked for
 SEED_FOLDER = re.compile(r"seed(\d+)")
 
@@ -144,9 +145,14 @@ class Collection:
 
     def state(self, study: str) -> str:
         """What a table says of a study's runs: whole, not run, or what is wrong with them."""
-        unfinished = [(m.seed, "not finished") for m in self._missing(study) if not m.failed]
-        if study not in self.studies:
-            return self.faults(study) or "not run"
+        missing = self._missing(study)
+        if study not in self.studies and all(m.why == NOT_BEGUN for m in missing):
+            return "not run"
+        unfinished = [
+            (m.seed, NOT_BEGUN if m.why == NOT_BEGUN else "not finished")
+            for m in missing
+            if not m.failed
+        ]
         said = (self.faults(study), _by_seeds(unfinished))
         return "; ".join(part for part in said if part) or WHOLE
 
@@ -274,7 +280,7 @@ def _unfinished(folder: Path) -> str:
     if (folder / rundir.RESULT).exists():
         return ""
     if not rundir.exists(folder):
-        return "not begun"
+        return NOT_BEGUN
     last = {record["group"]: record["step"] for record in rundir.read_records(folder)}
     reached = ", ".join(f"{group} at step {step:,}" for group, step in last.items())
     return f"not finished: {reached}" if reached else "begun, no step logged yet"
