@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from experiments import fleet
 from experiments.runs import Run
 from jaxlora.report import duration
+from jaxlora.tasks import MADE_UP
 
 
 class Board:
@@ -114,4 +115,5 @@ def _expected(run: Run, rates: dict[Run, float]) -> float:
 def _scores(run: Run) -> str:
     result = run.result()
     scores = "  ".join(f"{task} {score:.4f}" for task, score in result["dev"].items())
-    return f"{scores}  mean {result['dev_mean']:.4f}"
+    of = f"  ({MADE_UP})" if run.settings.source == "demo" else ""
+    return f"{scores}  mean {result['dev_mean']:.4f}{of}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,14 +31,16 @@ class Common:
     """Flags of `experiments/run.py` for all runs, where a study leaves them open.
 
     Attributes:
-      preset: demo: MiniLM and built-in data; cs224n: settings that train well on real data (needs
-        --data-dir); paper: bert-base-uncased and the paper's settings.
+      preset: demo: MiniLM and built-in made-up data; cs224n: settings that train well on real data
+        (needs --data-dir); paper: bert-base-uncased and the paper's settings, as far as it states
+        them (docs/paper.md lists what is guessed).
       data_dir: folder with the tab-separated files of the CS224N default project.
       source: where the data comes from; cs224n if --data-dir is given, else the preset's.
       base: minilm, a local Hugging Face folder, or a hub id.
       epochs: passes over each group's largest training set; default: one in the demo, so that all
         eight variants take minutes, else the preset's.
-      max_steps: train a group for so many steps at the most.
+      max_steps: train a group for so many steps at the most; the report marks runs that this cuts
+        short, and draws no conclusion from them.
       batch_size: examples of each task in a step.
       eval_every: steps between evaluations and checkpoints.
       max_length: tokens a sentence is cut to, and the longest row.
@@ -72,7 +74,7 @@ class Flags(Common):
     Attributes:
       variants: which; the names of extra studies (see --extras) will do, too.
       extras: also run what the paper left open: summed gradients, ranks, learning rates, …
-      seeds: a run of each variant with each.
+      seeds: a run of each variant with each; a verdict on scores takes two, "reproduced" three.
       jobs: runs at the same time.
       out: folder of all runs; default: runs/reproduce/<preset>.
       report: folder of the report.
@@ -149,8 +151,22 @@ def write_plan(runs: Sequence[Run], flags: Flags) -> None:
         "studies": [name for name in STUDIES if name in asked],
         "seeds": sorted({*old["seeds"], *flags.seeds}),
         "commands": old["commands"] | commands,  # flags may be others than before
+        "failed": old["failed"],
     }
     rundir.write_json(path, plan)
+
+
+def write_failures(runs: Sequence[Run], reasons: Mapping[Run, str], root: Path) -> None:
+    """Add to `plan.json` which of a call's runs failed, and why, for the report to say."""
+    plan = read_plan(root / PLAN)
+    tried = {_place(run) for run in runs}
+    others = {place: why for place, why in plan["failed"].items() if place not in tried}
+    failed = others | {_place(run): why for run, why in reasons.items()}
+    rundir.write_json(root / PLAN, plan | {"failed": failed})
+
+
+def _place(run: Run) -> str:
+    return f"{run.study.name}/{run.out.name}"
 
 
 def run_all(runs: Sequence[Run], jobs: int, console: Console) -> list[tuple[Run, int]]:
@@ -179,15 +195,18 @@ def main(flags: Flags) -> list[tuple[Run, int]]:
     # The children need the accelerator's memory; this process only looks at settings and data.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     console, failed, runs = Console(), [], []
+    reasons: dict[Run, str] = {}
     root = flags.rebuild or flags.root
     if flags.rebuild is None:
         runs = make_runs(flags)
         write_plan(runs, flags)
         failed = run_all(runs, flags.jobs, console)
+        reasons = {run: fleet.reason(run.log, code) for run, code in failed}
+        write_failures(runs, reasons, root)
     elif not root.is_dir():
         raise UserError(f"--from {root}: is not a folder; name that of the runs")
-    for run, code in failed:
-        print(f"failed: {run.name}: {fleet.reason(run.log, code)} ({run.log})", file=sys.stderr)
+    for run, why in reasons.items():
+        print(f"failed: {run.name}: {why} ({run.log})", file=sys.stderr)
     say(console, f"The report: {report.build(root, flags.report)}")
     finished = [run for run in runs if run.finished]
     if flags.timing and finished:  # after a report, so that there is one if this fails

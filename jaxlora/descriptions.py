@@ -33,7 +33,7 @@ from jaxlora import plain
 from jaxlora.data.quoting import QUOTINGS
 from jaxlora.data.tables import Columns, Table
 from jaxlora.errors import UserError
-from jaxlora.tasks import STS_LOSSES, Task, paper_tasks
+from jaxlora.tasks import MADE_UP_TITLES, STS_LOSSES, Task, paper_tasks
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # Settings of a group that its tasks may bring along, with their smallest value.
@@ -78,6 +78,16 @@ def paper_descriptions(sts_loss: str, sts_weight: float) -> tuple[Description, .
         Description(task, weight=sts_weight if task == sts else 1.0)
         for task in paper_tasks(sts_loss)
     )
+
+
+def made_up(description: Description) -> Description:
+    """Rename one of the paper's tasks, whose examples are the built-in made-up ones.
+
+    >>> [made_up(d).task.title for d in paper_descriptions("mse", 1.0)][0]
+    'made-up sentiment'
+    """
+    title = MADE_UP_TITLES[description.task.name]
+    return dataclasses.replace(description, task=dataclasses.replace(description.task, title=title))
 
 
 def read_tasks(given: Sequence[str]) -> tuple[Description, ...]:

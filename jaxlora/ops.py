@@ -3,6 +3,10 @@
 JAX's own would be as right, but keep more for the backward pass, which takes memory everywhere and,
 on CPU, time. Sums are float32; matmul inputs have the dtype that is asked for, and every matmul
 states its precision, so that float32 is float32 on accelerators, too (see `precision_of`).
+
+Such a derivative is of reverse mode (`jax.custom_vjp`): `jax.jvp`, `jax.jacfwd` and what rests on
+them (`jax.hessian`, `jax.linearize`) raise a TypeError. Second derivatives take reverse mode twice,
+as in `jax.jacrev(jax.jacrev(f))`.
 """
 
 from __future__ import annotations

@@ -19,13 +19,33 @@ from rich.text import Text
 
 from jaxlora.descriptions import Description
 from jaxlora.prepare import Plan
-from jaxlora.tasks import NAMES
+from jaxlora.pretrained import MINILM
+from jaxlora.tasks import MADE_UP, NAMES
 from jaxlora.variants import VARIANTS, Variant
 
 UNTRAINED = (
     "untrained: the best constant answer; for pairs, the cosine of the base's vectors (a yes or "
     "no: at the best threshold)."
 )
+
+REAL = ("cs224n", "official")  # sources of the paper's data sets
+SAW_QUORA = (
+    "The base all-MiniLM-L6-v2 was trained on pairs that include Quora duplicates, so Quora scores "
+    "with it are not those of a base that never saw the task."
+)
+MADE_UP_DATA = (
+    f"These are scores on {MADE_UP}: they show that training works, and nothing else; the paper's "
+    "are of real data."
+)
+
+
+def saw_quora(base: str) -> bool:
+    """Return whether a base is the all-MiniLM that was trained on Quora's duplicates, by its name.
+
+    >>> saw_quora("minilm"), saw_quora("bert-base-uncased")
+    (True, False)
+    """
+    return base == MINILM or "all-minilm" in base.lower()
 
 
 class ConsoleListener:
@@ -135,7 +155,8 @@ def _counts(plan: Plan, task: str) -> str:
     extra = (
         " (with the demo grammar's pairs)" if plan.settings.synthetic_sts and task == "sts" else ""
     )
-    return f"{plan.settings.source}: {counts}{extra}{note}"
+    source = MADE_UP if plan.settings.source == "demo" else plan.settings.source
+    return f"{source}: {counts}{extra}{note}"
 
 
 def result_table(result: dict[str, Any]) -> Table:
@@ -173,7 +194,12 @@ def result_table(result: dict[str, Any]) -> Table:
 
 
 def _is_papers(result: dict[str, Any]) -> bool:
-    return set(result["metrics"]) == set(NAMES) and result["source"] != "files"
+    """Whether the paper's figures may stand beside these: the same tasks, on real data."""
+    return set(result["metrics"]) == set(NAMES) and result["source"] in REAL
+
+
+def _has_quora(result: dict[str, Any]) -> bool:
+    return "para" in result["metrics"] and result["source"] in REAL
 
 
 def _scores(scores: dict[str, float], names: Iterable[str]) -> list[str]:
@@ -184,6 +210,10 @@ def _scores(scores: dict[str, float], names: Iterable[str]) -> list[str]:
 def notes(result: dict[str, Any]) -> list[str]:
     """What must be known to read the table."""
     lines = _papers_notes(VARIANTS[result["variant"]]) if _is_papers(result) else [UNTRAINED]
+    if result["source"] == "demo":
+        lines.append(MADE_UP_DATA)
+    elif _has_quora(result) and saw_quora(result.get("base", "")):
+        lines.append(SAW_QUORA)
     if result["test"]:
         scores = [f"{k} {v:.4f}" for k, v in result["test"].items()]
         lines.append(f"On the labelled test sets: {', '.join(scores)}.")

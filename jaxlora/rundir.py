@@ -117,29 +117,35 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
     with contextlib.suppress(UserError):  # what cannot be understood is compared as it stands
         old = Settings.from_json(old).to_json()  # has the fields that earlier versions had not
     for name in settings:
-        if _without_places(name, old.get(name)) != _without_places(name, settings[name]):
+        if _compared(name, old.get(name)) != _compared(name, settings[name]):
             raise UserError(
                 f"--out {out}: its run has {flag(name)} {old.get(name)!r}, not {settings[name]!r}; "
                 "give the same flags to --resume, or name another --out"
             )
 
 
-def _without_places(name: str, value: Any) -> Any:
-    """Leave out of a setting where something lies: `check_same_inputs` compares what it holds."""
+def _compared(name: str, value: Any) -> Any:
+    """Return of a setting what a resumed run must share.
+
+    Not what tasks are called, which changes no number, nor where something is: `check_same_inputs`
+    compares what that holds.
+    """
     if name in ("data_dir", "base"):
         return None
     if name != "tasks" or not isinstance(value, list):
         return value
-    return [_without_files(task) if isinstance(task, dict) else task for task in value]
+    return [_untitled(task) if isinstance(task, dict) else task for task in value]
 
 
-def _without_files(task: dict[str, Any]) -> dict[str, Any]:
-    table = task.get("table")
+def _untitled(spec: dict[str, Any]) -> dict[str, Any]:
+    task, table = spec.get("task"), spec.get("table")
+    if isinstance(task, dict):
+        spec = spec | {"task": {k: v for k, v in task.items() if k != "title"}}
     if not isinstance(table, dict):
-        return task
+        return spec
     files = ("train", "dev", "test")
     told = {k: v for k, v in table.items() if k not in files and v is not None}
-    return task | {"table": told}  # what is None was not asked for, or not yet known
+    return spec | {"table": told}  # what is None was not asked for, or not yet known
 
 
 def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:

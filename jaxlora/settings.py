@@ -10,12 +10,12 @@ from typing import Any, Literal
 import jax
 
 from jaxlora.data.sources import Place
-from jaxlora.descriptions import Description, check_name, paper_descriptions, read_tasks
+from jaxlora.descriptions import Description, check_name, made_up, paper_descriptions, read_tasks
 from jaxlora.errors import UserError
 from jaxlora.lora import ALL_TARGETS, PAPER_TARGETS, LoraConfig
 from jaxlora.plain import build
 from jaxlora.pretrained import local_folder
-from jaxlora.tasks import Task
+from jaxlora.tasks import MADE_UP, Task
 from jaxlora.variants import Adapt, Groups, Variant, groups_like, parse_groups, variant
 
 VariantName = Literal[
@@ -38,8 +38,9 @@ class Flags:
     Attributes:
       variant: baseline1 (frozen BERT), baseline2–4 (full fine-tuning), lora1–4 (adapters); who
         shares what, and the STS loss, stand in the README's table.
-      preset: demo: MiniLM and built-in data; cs224n: settings that train well on real data
-        (needs --data-dir); paper: bert-base-uncased and the paper's settings.
+      preset: demo: MiniLM and built-in made-up data; cs224n: settings that train well on real data
+        (needs --data-dir); paper: bert-base-uncased and the paper's settings, as far as it states
+        them (docs/paper.md lists what is guessed).
       data_dir: folder with the tab-separated files of the CS224N default project.
       source: where the data comes from; cs224n if --data-dir is given, files if --tasks is, else
         the preset's.
@@ -185,6 +186,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+PAPER_GUESSES = (
+    "source", "encoder_dropout", "warmup_steps", "schedule", "weight_decay", "sts_weight",
+    "epochs", "eval_every", "patience", "clip", "max_length", "dtype",
+)  # fmt: skip
+"""What the preset `paper` had to guess, since the paper does not state it, as far as we read it.
+
+All of GLUE's Quora pairs; dropout 0.1 in the encoder (the heads have 0.1 as well); no warm-up, a
+constant rate, no weight decay, the STS loss not weighted; 10 epochs, evaluated four times in each,
+without early stopping; the encoder's gradient clipped at norm 1.0; 128 tokens; bfloat16 matmuls on
+accelerators. No flag, but guesses too: of each group the checkpoint that was best on dev is kept,
+and baseline1's frozen encoder has no dropout. docs/paper.md explains each.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -233,6 +247,11 @@ class Settings:
             self.rank, self.alpha, self.target_modules, self.rslora,
             self.rank_pattern, self.alpha_pattern, self.lora_dropout,
         )  # fmt: skip
+
+    @property
+    def title(self) -> str:
+        """What to call the run above a plot; made-up data is named."""
+        return f"{self.variant}, {MADE_UP}" if self.source == "demo" else self.variant
 
     @property
     def named(self) -> dict[str, Task]:
@@ -322,6 +341,8 @@ def resolve(flags: Flags) -> Settings:
         if flags.tasks is not None:
             values["source"] = "files"
     values["tasks"] = _tasks(flags, chosen, values["sts_weight"])
+    if values["source"] == "demo":
+        values["tasks"] = tuple(map(made_up, values["tasks"]))
     names = tuple(d.task.name for d in values["tasks"])
     values["groups"] = (
         groups_like(chosen.groups, names)

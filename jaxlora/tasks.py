@@ -217,7 +217,10 @@ class Task:
         return heads.Head(width, self.outputs, dropout, kind.first, kind.activation)
 
     def init_head(self, key: jax.Array, hidden_size: int, pair_features: str) -> dict[str, Any]:
-        """Fresh head parameters (`{}` for a task without a head), as in `torch.nn.Linear`'s scale.
+        """Draw fresh head parameters, `{}` for a task without a head.
+
+        Kernels are flax's `lecun_normal` (variance 1/inputs), biases 0. `torch.nn.Linear` would
+        draw both uniformly from ±1/√inputs (variance 1/(3 · inputs)).
 
         >>> sum(x.size for x in jax.tree.leaves(SST.init_head(jax.random.key(0), 768, "concat")))
         594437
@@ -265,6 +268,11 @@ STS_MSE = dataclasses.replace(STS_COSINE, loss="squared_error")
 
 STS_LOSSES = {"mse": STS_MSE, "cosine": STS_COSINE}
 NAMES = ("sst", "para", "sts")
+# What the built-in data is called, and each task's: it is not the data set of the same kind.
+MADE_UP = "built-in made-up data"
+MADE_UP_TITLES = {
+    "sst": "made-up sentiment", "para": "made-up paraphrases", "sts": "made-up similarity",
+}  # fmt: skip
 
 
 def paper_tasks(sts_loss: str = "cosine") -> tuple[Task, ...]:

@@ -214,7 +214,7 @@ def _train_groups(
         test |= scores
     checkpoint.save_tree(job.out / rundir.MODEL, bank)
     if cluster.first():
-        curves.draw(log.records, job.out / "curves.png", settings.variant)
+        curves.draw(log.records, job.out / "curves.png", settings.title)
     result = summarise(settings, prepare.count(settings, job.base), progress, test)
     return result | {"model": trees.checksum(bank)}
 
@@ -507,6 +507,7 @@ def summarise(
         "variant": settings.variant,
         "preset": settings.preset,
         "source": settings.source,
+        "base": settings.base,
         "metrics": {name: f"{t.title} {t.metric_name}" for name, t in settings.named.items()},
         "dev": dev,
         "dev_mean": float(np.mean(list(dev.values()))),

@@ -72,12 +72,13 @@ def write_root(root):
     return root
 
 
-def write_run(root, study, seed, answers):
-    """A finished run."""
+def write_run(root, study, seed, answers, skipped=0, **settings):
+    """A finished run; `settings` are others than usual."""
     folder = root / study / f"seed{seed}"
     variant = VARIANTS[study.removesuffix("-summed")]
-    begin(folder, variant.name, seed, "none" if study.endswith("-summed") else "pcgrad")
-    right = {"sst": answers.sst[seed], "para": answers.para[seed]}
+    surgery = "none" if study.endswith("-summed") else "pcgrad"
+    begin(folder, variant.name, seed, surgery, **settings)
+    right = {"sst": answers.sst[seed % 2], "para": answers.para[seed % 2]}
     for task, classes in (("sst", 5), ("para", 2)):
         write_classes(folder / "predictions" / f"{task}-dev.csv", right[task], classes)
     write_similarities(folder / "predictions" / "sts-dev.csv", answers.r)
@@ -88,8 +89,8 @@ def write_run(root, study, seed, answers):
         "variant": variant.name, "dev": dev, "dev_mean": sum(dev.values()) / 3,
         "parameters": counted, "train_seconds": 20.0 + 2 * seed,
         "groups": {
-            name: {"step": 20, "seconds": 6.0, "best_step": 20,
-                   "best_seconds": answers.best[seed] / len(groups)}
+            name: {"step": 20, "seconds": 6.0, "best_step": 20, "skipped": skipped,
+                   "best_seconds": answers.best[seed % 2] / len(groups)}
             for name in groups
         },
     })  # fmt: skip
@@ -99,15 +100,15 @@ def write_run(root, study, seed, answers):
         file.truncate(4 * counted["incremental"])
 
 
-def begin(folder, variant, seed, surgery="pcgrad"):
-    """A run with a few steps behind it and no result."""
+def begin(folder, variant, seed, surgery="pcgrad", **more):
+    """A run with a few steps behind it and no result; `more` are other settings."""
     row = VARIANTS[variant]
     settings = {
         "variant": variant, "adapt": row.adapt, "groups": row.groups, "preset": "cs224n",
         "source": "cs224n", "base": "minilm", "dtype": "float32", "learning_rate": 2e-4,
         "head_learning_rate": 5e-3,
         "rank": 8, "batch_size": 16, "surgery": surgery, "seed": seed,
-    }  # fmt: skip
+    } | more  # fmt: skip
     write_json(folder / "config.json", {"settings": settings, "inputs": {}, "versions": VERSIONS})
     lines = []
     for group in row.groups:

@@ -259,6 +259,41 @@ def test_titles_of_tasks_are_no_markup():
     assert "Topic [news]" in text and "[/news] :cat:" in text
 
 
+REAL_NAMES = ("SST-5", "Quora", "STS-B")
+
+
+def of_papers_tasks(source, base):
+    """What a run of the paper's three tasks shows at its end, with the settings it writes down."""
+    flags = {"data_dir": Path("x")} if source == "cs224n" else {}
+    s = settings.resolve(settings.Flags("lora3", source=source, base=base, **flags))
+    named = {name: f"{task.title} {task.metric_name}" for name, task in s.named.items()}
+    found = result(named) | {"source": s.source, "base": s.base, "test": {}}
+    table = shown(lambda console: console.print(report.result_table(found)))
+    return table, " ".join(report.notes(found))
+
+
+@pytest.mark.parametrize("base", ["minilm", "bert-base-uncased"])
+def test_made_up_data_is_called_so_and_stands_beside_no_paper(base):
+    table, notes = of_papers_tasks("demo", base)
+    assert not [name for name in REAL_NAMES if name in table + notes]
+    assert "made-up sentiment accuracy" in table and "the paper" not in table
+    assert "built-in made-up data" in notes and "bert-base" not in notes
+
+
+@pytest.mark.parametrize(
+    ("source", "base", "said"),
+    [
+        ("cs224n", "minilm", True),
+        ("official", "sentence-transformers/all-MiniLM-L6-v2@abc", True),
+        ("cs224n", "bert-base-uncased", False),
+    ],
+)
+def test_console_says_that_minilm_has_seen_quora(source, base, said):
+    table, notes = of_papers_tasks(source, base)
+    assert "the paper" in table and all(name in table for name in REAL_NAMES)
+    assert ("Quora duplicates" in notes) == said
+
+
 def test_paths_are_told_as_they_are():
     text = f"Everything is in {'x' * 80}/[best]/lora3."
     assert shown(lambda console: report.say(console, text)) == f"{text}\n"

@@ -2,15 +2,16 @@
 
 import dataclasses
 import doctest
+import inspect
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from jaxlora import plan_table
+from jaxlora import plan_table, settings
 from jaxlora.cli import ALONE, GROUPS
-from jaxlora.settings import Flags, VariantName
+from jaxlora.settings import PAPER_GUESSES, PRESETS, Flags, VariantName, resolve
 from jaxlora.settings import flag as flag_of
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,47 @@ def test_runs_have_flags_that_exist(page):
 def test_commands_exist(page):
     for first, *rest in commands(page, "jaxlora "):
         assert first in ALONE or rest[0] in GROUPS[first].by_name
+
+
+def settings_of(section):
+    """Flag → value, in a table of a section of paper.md."""
+    text = (DOCS / "paper.md").read_text(encoding="utf-8").split(f"## {section}\n")[1]
+    return dict(
+        re.findall(r"^\| `--([\w-]+)` \| ([^|]*?) \|", text.split("\n## ")[0], re.MULTILINE)
+    )
+
+
+def shown(value):
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def test_what_the_paper_preset_guesses_is_listed():
+    """Every value of the preset is in one of the two lists, with the value it has."""
+    stated, guessed = settings_of("Stated"), settings_of("Guessed")
+    assert set(guessed) == {name.replace("_", "-") for name in PAPER_GUESSES}
+    assert not stated.keys() & guessed.keys()
+    of_preset = {name.replace("_", "-") for name in PRESETS["paper"]}
+    assert of_preset <= stated.keys() | guessed.keys()
+    found = resolve(Flags("lora4", preset="paper"))
+    values = {name: getattr(found, name.replace("-", "_"), None) for name in stated | guessed}
+    values["sts-weight"] = next(d.weight for d in found.tasks if d.task.name == "sts")
+    by_words = {
+        "eval-every": "four times an epoch",
+        "dtype": "bfloat16 on accelerators, float32 on CPU",
+    }
+    assert (values.pop("eval-every"), values.pop("dtype")) == (None, "float32")
+    assert stated | guessed == {name: shown(value) for name, value in values.items()} | by_words
+
+
+def test_the_guesses_of_the_paper_preset_are_in_its_docstring():
+    source = inspect.getsource(settings).split("PAPER_GUESSES = ")[1].split('"""')[1]
+    found = resolve(Flags("lora4", preset="paper"))
+    words = " ".join(source.split())
+    for said in (
+        f"dropout {found.encoder_dropout}", f"{found.epochs} epochs", f"norm {found.clip}",
+        f"{found.max_length} tokens", "GLUE's Quora", "bfloat16", "best on dev", "no dropout",
+    ):  # fmt: skip
+        assert said in words
 
 
 def test_the_table_of_scaling_is_the_calculators():

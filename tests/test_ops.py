@@ -79,3 +79,43 @@ def test_copies_of_an_adapter_have_the_gradients_of_adapters_side_by_side(dtype)
 
     rtol = 1e-5 if dtype == jnp.float32 else 2**-6
     compare(copies, side_by_side, HIDDEN, a, b, rtol=rtol)
+
+
+X, W = jnp.ones((3, 4)), jnp.ones((4, 2))
+ONE_EACH = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+QUERY, SEEN = jnp.ones((1, 3, 2, 4)), jnp.ones((1, 1, 3, 3), bool)
+OWN_DERIVATIVES = {
+    "gelu": (ops.gelu, X),
+    "matmul": (lambda x: ops.matmul(x, W, jnp.float32), X),
+    "low_rank": (lambda x: ops.low_rank(x, W, W.T, None, jnp.float32), X),
+    "matmul_of_copies": (
+        lambda x: ops.matmul_of_copies(x, jnp.stack([W, W]), ONE_EACH, jnp.float32), X,
+    ),
+    "attend": (lambda x: ops.attend(x, x, x, SEEN), QUERY),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_DERIVATIVES)
+def test_forward_mode_is_refused_as_the_readme_says(name):
+    function, x = OWN_DERIVATIVES[name]
+    for derive in (jax.jacfwd(function), lambda x: jax.jvp(function, (x,), (x,))):
+        with pytest.raises(TypeError, match=r"forward-mode.*custom_vjp"):
+            derive(x)
+
+
+@pytest.mark.parametrize("name", OWN_DERIVATIVES)
+def test_second_derivatives_take_reverse_mode_twice(name):
+    """Against differences of first ones, along a direction."""
+    function, x = OWN_DERIVATIVES[name]
+    x = 0.5 * x + 0.1 * jnp.arange(x.size).reshape(x.shape) / x.size
+    direction = jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+
+    def first(x):
+        return jax.grad(lambda x: jnp.sum(function(x) ** 2))(x)
+
+    with jax.default_matmul_precision("highest"):
+        found = jax.grad(lambda x: jnp.sum(first(x) * direction))(x)
+        ahead, behind = (first(x + h * direction) for h in (1e-2, -1e-2))
+    expected = (ahead - behind) / 2e-2
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2 * max(scale, 0.1))

@@ -256,12 +256,22 @@ def test_what_is_not_finished_is_run_and_nothing_twice(call, stub, tmp_path, cap
     assert call.reports == [(root, Path("report"))]
     plan = json.loads((root / "plan.json").read_text())
     assert plan["studies"] == ["baseline1", "lora3", "broken"] and plan["seeds"] == [0, 1]
+    assert plan["failed"] == {f"broken/seed{seed}": "error: it blew up" for seed in (0, 1)}
     (root / "lora3" / "seed1" / "result.json").unlink()
     assert call(*asked) == 1
     assert calls(root) == every | {"broken/seed0": 2, "broken/seed1": 2, "lora3/seed1": 2}
     assert call("--variants", "lora4", "--jobs=2") == 0
     plan = json.loads((root / "plan.json").read_text())
     assert plan["studies"] == ["baseline1", "lora3", "lora4", "broken"] and plan["seeds"] == [0, 1]
+    assert set(plan["failed"]) == {"broken/seed0", "broken/seed1"}  # this call did not try them
+
+
+def test_a_run_that_failed_and_then_did_not_is_no_failure(call, stub, tmp_path, monkeypatch):
+    asked = ["--variants", "broken", "--seeds", "0"]
+    assert call(*asked) == 1
+    monkeypatch.setitem(studies.STUDIES, "broken", studies.Study("broken", "lora4", {}, ""))
+    assert call(*asked) == 0
+    assert json.loads((tmp_path / "root" / "plan.json").read_text())["failed"] == {}
 
 
 def test_the_commands_are_those_of_single_runs(call, stub, tmp_path):

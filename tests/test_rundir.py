@@ -4,6 +4,7 @@ import pytest
 
 from jaxlora import cluster, rundir
 from jaxlora.errors import UserError
+from jaxlora.settings import Flags, resolve
 
 
 def test_a_half_written_last_line_is_left_out(tmp_path):
@@ -71,3 +72,17 @@ def test_a_number_that_no_float_holds_is_no_json(tmp_path):
     (tmp_path / "x.json").write_text(f'{{"alpha": {10**400}}}')
     with pytest.raises(UserError, match="a number of 401 digits"):
         rundir.read_json(tmp_path / "x.json")
+
+
+def test_a_run_goes_on_when_only_titles_of_tasks_changed(tmp_path):
+    """A demo run of an earlier version called its made-up data SST-5."""
+    settings = resolve(Flags("lora3")).to_json()
+    (tmp_path / "config.json").write_text(
+        json.dumps({"settings": settings, "inputs": {}}).replace("made-up sentiment", "SST-5")
+    )
+    rundir.check(tmp_path, settings, resume=True)
+    with pytest.raises(UserError, match="--epochs"):
+        rundir.check(tmp_path, settings | {"epochs": 7}, resume=True)
+    other = json.loads(json.dumps(settings).replace('"high": 5.0', '"high": 4.0'))
+    with pytest.raises(UserError, match="--tasks"):
+        rundir.check(tmp_path, other, resume=True)

@@ -139,3 +139,14 @@ def test_only_some_of_the_tasks():
         resolve(Flags("lora3", only=()))
     with pytest.raises(UserError, match="--groups"):
         resolve(Flags("lora3", only=("sst",), groups="sst|para,sts"))
+
+
+def test_made_up_data_is_named_in_what_a_run_writes_down():
+    demo = resolve(Flags("lora3"))
+    assert demo.title == "lora3, built-in made-up data"
+    assert [task.title for task in demo.named.values()] == [
+        "made-up sentiment", "made-up paraphrases", "made-up similarity",
+    ]  # fmt: skip
+    real = resolve(Flags("lora3", source="official"))
+    assert real.title == "lora3"
+    assert [task.title for task in real.named.values()] == ["SST-5", "Quora", "STS-B"]

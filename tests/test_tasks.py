@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaxlora import metrics, plain
+from jaxlora import metrics, plain, tasks
 from jaxlora.tasks import KINDS, PARA, SST, STS_COSINE, STS_MSE, Task
 
 TOPIC = Task("topic", "classification", classes=("sport", "science", "art"))
@@ -216,3 +217,12 @@ def test_spearman_sees_the_order_alone_and_shares_ranks_among_ties():
     # Ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4: by Pearson's formula 4.5 / sqrt(4.5 · 5).
     tied = metrics.spearman(np.array([10, 20, 20, 30]), np.array([1, 3, 2, 4]))
     assert tied == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+
+
+def test_heads_are_drawn_as_is_said():
+    """flax's lecun_normal: variance 1/inputs. torch.nn.Linear's would be a third of that."""
+    drawn = tasks.SST.init_head(jax.random.key(0), 768, "concat")["hidden"]
+    assert 768 * float(jnp.var(drawn["kernel"])) == pytest.approx(1.0, rel=0.02)
+    assert not drawn["bias"].any()
+    linear = torch.nn.Linear(768, 768)
+    assert 768 * linear.weight.var().item() == pytest.approx(1 / 3, rel=0.02)

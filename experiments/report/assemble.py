@@ -41,7 +41,7 @@ def build(root: Path, out: Path, *, resamples: int = statistics.RESAMPLES, seed:
         collection, scores.score(collection, resamples, seed), times.measure(collection)
     )
     findings = claims.examine(context)
-    parts, found = facts.parts(findings), tables.make(context, findings)
+    parts, found = facts.parts(context, findings), tables.make(context, findings)
     command = f"python -m experiments.report --from {root} --out {out}"
     drawn = drawing.render(figures.plans(context), out / FIGURES)
     tables.write_csv(found, out / TABLES)

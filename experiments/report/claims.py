@@ -2,7 +2,8 @@
 
 A claim is a quantity and the region in which it bears the claim out. Its verdict compares that
 region with the quantity's interval: inside, it is reproduced; outside, it is not; else the runs
-cannot decide.
+cannot decide. Nor can they where there are too few seeds, where a run was capped, failed or left
+steps out, and where the data is made up.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ from typing import Literal
 
 from experiments.report import statistics, times
 from experiments.report.collect import Collection
-from experiments.report.scores import MEAN, TITLES, Scores
+from experiments.report.scores import MADE_UP, MEAN, TITLES, Scores
 from experiments.report.statistics import Interval
-from jaxlora.tasks import NAMES
+from jaxlora import storage
+from jaxlora.bert import BertConfig
+from jaxlora.lora import LoraConfig
+from jaxlora.report import MADE_UP_DATA, SAW_QUORA, saw_quora
+from jaxlora.tasks import MADE_UP as BUILT_IN
+from jaxlora.tasks import NAMES, paper_tasks
 from jaxlora.variants import VARIANTS
 
-Verdict = Literal["reproduced", "not reproduced", "not decidable"]
+Verdict = Literal["reproduced", "not reproduced", "not decidable", "not run"]
+Source = Literal["the paper", "its Table 2", "our question"]
 Region = tuple[float, float]
 INFINITY = float("inf")
 HIGHER: Region = (0.0, INFINITY)
@@ -26,10 +33,11 @@ LOWER: Region = (-INFINITY, 0.0)
 MARGIN = 1.0  # points within which two scores count as equal
 SAME: Region = (-MARGIN, MARGIN)
 NOT_LOWER: Region = (-MARGIN, INFINITY)
+FEWEST = {"reproduced": 3, "not reproduced": 2}  # seeds that a verdict needs
 
 NO_LABELS = "the dev predictions hold no labels: train the runs anew"
 PARTS = {
-    "a": "Cosine loss for STS",
+    "a": "Cosine loss for similarity",
     "b": "Sharing parameters between tasks",
     "c": "LoRA against full fine-tuning",
     "d": "PCGrad against summed gradients",
@@ -48,6 +56,7 @@ class Claim:
       measure: what is compared, see `MEASURES`.
       region: where the quantity must lie; points for scores, else percent.
       paper: what the paper's own figures give for it, None where it has none.
+      source: whether the paper says it, its Table 2 shows it, or we ask it.
     """
 
     part: str
@@ -57,6 +66,7 @@ class Claim:
     measure: str
     region: Region
     paper: float | None = None
+    source: Source = "the paper"
 
     @property
     def unit(self) -> str:
@@ -68,6 +78,11 @@ class Claim:
         """Whether the quantity is a change, and not a share."""
         return self.measure not in ("gain", "parameters")
 
+    @property
+    def by_seeds(self) -> bool:
+        """Whether other seeds would give another quantity."""
+        return self.measure not in ("parameters", "step")
+
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
@@ -78,25 +93,55 @@ class Evidence:
       seeds: of the study that has fewer.
       note: where it comes from, or why it is not there.
       deviation: of the quantity over seeds; None where there are fewer than two.
+      third: a study that it depends on beside the claim's two.
     """
 
     interval: Interval | None
     seeds: int
     note: str
     deviation: float | None = None
+    third: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A claim, its evidence and the verdict."""
+    """A claim, its evidence and the verdict.
+
+    Attributes:
+      claim, evidence: see there.
+      run: whether both studies have a finished run.
+      objection: why the runs can prove nothing, whatever they measured; "" if they can.
+    """
 
     claim: Claim
     evidence: Evidence
+    run: bool = True
+    objection: str = ""
 
     @property
     def verdict(self) -> Verdict:
-        """See `judge`."""
+        """The verdict of `judge`, if these runs may have one."""
+        if not self.run:
+            return "not run"
+        return "not decidable" if self.objection or self._lacks_seeds else self._judged
+
+    @property
+    def note(self) -> str:
+        """Where the quantity comes from, and what keeps it from a verdict."""
+        return "; ".join(s for s in (self.objection, self._lacks_seeds, self.evidence.note) if s)
+
+    @property
+    def _judged(self) -> Verdict:
         return judge(self.claim.region, self.evidence.interval)
+
+    @property
+    def _lacks_seeds(self) -> str:
+        seeds = self.evidence.seeds
+        if not self.run or not self.claim.by_seeds or seeds >= FEWEST["reproduced"]:
+            return ""
+        if seeds < FEWEST["not reproduced"]:
+            return "one seed"
+        return "two seeds, and “reproduced” needs three" if self._judged == "reproduced" else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +151,19 @@ class Context:
     collection: Collection
     scores: Scores
     times: Mapping[str, times.Time]
+
+    @property
+    def data_note(self) -> str:
+        """What must be known of the data to read any score, or nothing."""
+        if self.collection.made_up:
+            return MADE_UP_DATA
+        bases = {run.settings["base"] for run in self.collection.runs}
+        return SAW_QUORA if any(map(saw_quora, bases)) else ""
+
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """Score → what to call it."""
+        return MADE_UP if self.collection.made_up else TITLES
 
     def seeds(self, *studies: str) -> int:
         """How many the poorest of them has."""
@@ -132,16 +190,34 @@ def judge(region: Region, interval: Interval | None) -> Verdict:
 
 def examine(context: Context) -> list[Finding]:
     """Judge every claim."""
-    findings = []
-    for claim in CLAIMS:
-        missing = [s for s in (claim.first, claim.second) if s not in context.scores]
-        evidence = (
-            Evidence(None, 0, f"no finished run of {' and '.join(missing)}")
-            if missing
-            else MEASURES.get(claim.measure, _difference)(context, claim)
-        )
-        findings.append(Finding(claim, evidence))
-    return findings
+    made_up = context.collection.made_up
+    return [_examine(context, _renamed(claim) if made_up else claim) for claim in CLAIMS]
+
+
+def _examine(context: Context, claim: Claim) -> Finding:
+    missing = [s for s in (claim.first, claim.second) if s not in context.scores]
+    if missing:
+        evidence = Evidence(None, 0, f"no finished run of {' and '.join(missing)}")
+        return Finding(claim, evidence, run=False)
+    evidence = MEASURES.get(claim.measure, _difference)(context, claim)
+    return Finding(claim, evidence, objection=_objection(context.collection, claim, evidence))
+
+
+def _objection(collection: Collection, claim: Claim, evidence: Evidence) -> str:
+    studies = dict.fromkeys(s for s in (claim.first, claim.second, evidence.third) if s)
+    said = [f"{study}: {why}" for study in studies if (why := collection.faults(study))]
+    if collection.made_up and claim.by_seeds:
+        said.insert(0, BUILT_IN)
+    return "; ".join(said)
+
+
+def _renamed(claim: Claim) -> Claim:
+    """On made-up data: tasks by their own names, and no figure of the paper's beside them."""
+    text = claim.text
+    for name in NAMES:
+        text = text.replace(TITLES[name], MADE_UP[name])
+    paper = claim.paper if claim.measure == "parameters" else None
+    return dataclasses.replace(claim, text=text, paper=paper)
 
 
 def _difference(context: Context, claim: Claim) -> Evidence:
@@ -152,28 +228,36 @@ def _difference(context: Context, claim: Claim) -> Evidence:
         return Evidence(None, seeds, NO_LABELS)
     over_seeds = context.scores.difference_over_seeds(*pair)
     deviation = over_seeds.scaled(100).deviation if over_seeds else None
-    return Evidence(found.scaled(100), seeds, "paired bootstrap of dev examples", deviation)
+    return Evidence(found.scaled(100), seeds, _drawn_over(seeds), deviation)
+
+
+def _drawn_over(seeds: int) -> str:
+    """What a score's interval is over."""
+    return f"paired bootstrap of {'seeds and ' if seeds > 1 else ''}dev examples"
 
 
 def _gain(context: Context, claim: Claim) -> Evidence:
     """The share of the best baseline's gain over frozen heads that the first study has."""
     scores = context.scores
     best = scores.best([n for n, v in VARIANTS.items() if v.adapt == "full"])
-    seeds = context.seeds(claim.first, claim.second)
     if best is None:
+        seeds = context.seeds(claim.first, claim.second)
         return Evidence(None, seeds, "no finished run of baseline2, baseline3 or baseline4")
+    seeds = context.seeds(claim.first, claim.second, best)
     whole = scores.difference(best, claim.second, MEAN)
     part = scores.difference(claim.first, claim.second, MEAN)
     if whole is None or part is None:
-        return Evidence(None, seeds, NO_LABELS)
+        return Evidence(None, seeds, NO_LABELS, third=best)
     drawn = {study: scores.resampled[study][MEAN] for study in (claim.first, best, claim.second)}
     start = drawn[claim.second]
     gained = drawn[best] - start
-    if gained.min() <= 0:  # a share of it would have no meaning in every resample
-        return Evidence(None, seeds, f"{best} gains nothing certain over {claim.second}")
+    if min(whole.value, gained.min()) <= ROUNDING:  # a share of nothing has no meaning
+        note = f"{best} gains nothing certain over {claim.second}"
+        return Evidence(None, seeds, note, third=best)
     shares = (drawn[claim.first] - start) / gained
     found = statistics.interval(part.value / whole.value, shares).scaled(100)
-    return Evidence(found, seeds, f"paired bootstrap; the best baseline on dev is {best}")
+    note = f"{_drawn_over(seeds)}; the best baseline on dev is {best}"
+    return Evidence(found, seeds, note, third=best)
 
 
 def _parameters(context: Context, claim: Claim) -> Evidence:
@@ -182,8 +266,19 @@ def _parameters(context: Context, claim: Claim) -> Evidence:
         for study in (claim.first, claim.second)
     )
     share = 100 * first / second
-    note = f"exact: {first:,} of {second:,} incremental parameters"
+    large = 100 * _of_bert_base(claim.first) / _of_bert_base(claim.second)
+    note = (
+        f"exact: {first:,} of {second:,} incremental parameters; with bert-base and the paper's "
+        f"heads {large:.1f} %"
+    )
     return Evidence(Interval(share, share, share), context.seeds(claim.first, claim.second), note)
+
+
+def _of_bert_base(name: str) -> int:
+    """A variant's incremental parameters with bert-base, the paper's adapters and its heads."""
+    v = VARIANTS[name]
+    tasks = paper_tasks(v.sts_loss)
+    return storage.count(BertConfig(), v.adapt, v.groups, tasks, LoraConfig()).incremental
 
 
 def _step_time(context: Context, claim: Claim) -> Evidence:
@@ -202,9 +297,7 @@ def _time_to_best(context: Context, claim: Claim) -> Evidence:
         ranges.append(Interval(sum(seconds) / len(seconds), min(seconds), max(seconds)))
     change = _change(times.ratio(*ranges))
     if seeds < 2:
-        return Evidence(
-            None, seeds, f"{change.value:+.0f} % with one seed, whose spread is unknown"
-        )
+        return Evidence(None, seeds, f"{change.value:+.0f} %, whose spread over seeds is unknown")
     return Evidence(change, seeds, "lowest to highest of the seeds")
 
 
@@ -243,18 +336,20 @@ def paper_gain(name: str, printed: bool = False) -> float:
     return 100 * (means[name] - means["baseline1"]) / (best - means["baseline1"])
 
 
-def _paper_difference(first: str, second: str, score: str) -> float:
+def paper_difference(first: str, second: str, score: str) -> float:
+    """First minus second in the paper's Table 2, in points."""
     return round(paper_score(first, score) - paper_score(second, score), 2)
 
 
 def _cosine(first: str, second: str) -> Claim:
     text = "the cosine loss gives a higher r on STS-B than squared error"
-    return Claim("a", text, first, second, "sts", HIGHER, _paper_difference(first, second, "sts"))
+    paper = paper_difference(first, second, "sts")
+    return Claim("a", text, first, second, "sts", HIGHER, paper, "its Table 2")
 
 
 def _shared(first: str, second: str, task: str) -> Claim:
     """What the paper saw decides the direction; less than `MARGIN` counts as no change."""
-    paper = _paper_difference(first, second, task)
+    paper = paper_difference(first, second, task)
     region, says = (
         (SAME, "hardly changes")
         if abs(paper) < MARGIN
@@ -262,39 +357,56 @@ def _shared(first: str, second: str, task: str) -> Claim:
         if paper > 0
         else (LOWER, "lowers")
     )
-    return Claim("b", f"sharing {says} {TITLES[task]}", first, second, task, region, paper)
+    text = f"sharing {says} {TITLES[task]}"
+    return Claim("b", text, first, second, task, region, paper, "its Table 2")
 
 
 def _keeps_up(first: str, second: str) -> Claim:
     text = "LoRA's mean is at most a point below full fine-tuning's"
-    paper = _paper_difference(first, second, MEAN)
-    return Claim("c", text, first, second, MEAN, NOT_LOWER, paper)
+    paper = paper_difference(first, second, MEAN)
+    return Claim("c", text, first, second, MEAN, NOT_LOWER, paper, "its Table 2")
+
+
+def paper_share(first: str, second: str) -> float:
+    """One variant's incremental parameters in the paper's Table 3 over another's, in percent.
+
+    >>> round(paper_share("lora2", "baseline3"), 2)
+    4.56
+    """
+    return 100 * VARIANTS[first].paper.incremental / VARIANTS[second].paper.incremental
 
 
 def _small(first: str, second: str) -> Claim:
-    text = "LoRA adds at most a twentieth of the parameters"
-    paper = 100 * VARIANTS[first].paper.incremental / VARIANTS[second].paper.incremental
-    return Claim("c", text, first, second, "parameters", (0.0, 5.0), round(paper, 1))
+    text = "does LoRA add at most a twentieth of the parameters?"
+    paper = round(paper_share(first, second), 1)
+    return Claim("c", text, first, second, "parameters", SMALL, paper, "our question")
 
 
 PAPER_SHARE = 98.0  # of the gain, as the paper's text says
+PAPER_SIZE = 4.5  # percent of the parameters, as the paper's text says
+SMALL: Region = (0.0, 5.0)
+ROUNDING = 1e-9  # gains below this are zero
 PAPER_SPEED = -10.0  # change of training time by LoRA, in percent, on its A10G
 _LOSSES = (("baseline3", "baseline2"), ("lora2", "lora1"), ("lora4", "lora3"))
-_SHARING = (("baseline3", "baseline4"), ("lora3", "lora1"), ("lora4", "lora2"))
+SHARING = (("baseline3", "baseline4"), ("lora3", "lora1"), ("lora4", "lora2"))
 _LORA_OR_FULL = (("lora2", "baseline4"), ("lora3", "baseline2"), ("lora4", "baseline3"))
 
 CLAIMS: tuple[Claim, ...] = (
     *(_cosine(*pair) for pair in _LOSSES),
-    *(_shared(*pair, task) for pair in _SHARING for task in NAMES),
+    *(_shared(*pair, task) for pair in SHARING for task in NAMES),
     *(_keeps_up(*pair) for pair in _LORA_OR_FULL),
     Claim(
         "c", "LoRA keeps 98 % or more of the best baseline's gain over frozen heads",
         "lora2", "baseline1", "gain", (PAPER_SHARE, INFINITY), round(paper_gain("lora2"), 1),
     ),
+    Claim(
+        "c", "LoRA needs 4.5 % of full fine-tuning's parameters (at most a twentieth)",
+        "lora2", "baseline3", "parameters", SMALL, PAPER_SIZE,
+    ),
     *(_small(*pair) for pair in _LORA_OR_FULL),
     *(
-        Claim("d", "PCGrad gives a higher mean than summed gradients", name, f"{name}-summed",
-              MEAN, HIGHER)
+        Claim("d", "does PCGrad give a higher mean than summed gradients?",
+              name, f"{name}-summed", MEAN, HIGHER, source="our question")
         for name in ("baseline3", "lora3", "lora4")
     ),
     *(
@@ -302,7 +414,8 @@ CLAIMS: tuple[Claim, ...] = (
         for pair in _LORA_OR_FULL
     ),
     *(
-        Claim("e", "LoRA reaches its best dev score in less time", *pair, "best", LOWER)
+        Claim("e", "does LoRA reach its best dev score in less time?", *pair, "best", LOWER,
+              source="our question")
         for pair in _LORA_OR_FULL
     ),
 )  # fmt: skip

@@ -25,6 +25,8 @@ from jaxlora.tasks import NAMES
 from jaxlora.variants import VARIANTS
 
 PLAN, TIMING = "plan.json", "timing.json"
+NOT_BEGUN = "not begun"
+WHOLE = "whole"  # the state of a study whose runs all did what was asked for
 SEED_FOLDER = re.compile(r"seed(\d+)")
 
 
@@ -68,14 +70,27 @@ class Run:
     answers: Mapping[str, Predictions]
     disk_bytes: int
 
+    @property
+    def faults(self) -> list[str]:
+        """Why it is not what its study asks for: it was capped, or left steps out."""
+        cap, groups = self.settings.get("max_steps"), self.result["groups"].values()
+        found = []
+        if cap is not None and any(group["step"] >= cap for group in groups):
+            found.append(f"capped at {cap:,} steps")
+        skipped = sum(group.get("skipped", 0) for group in groups)
+        if skipped:
+            found.append(f"{skipped:,} steps left out as not finite")
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """A run that was asked for, or begun, and is not finished."""
+    """A run that was asked for, or begun, and is not finished; `failed` if it ended by an error."""
 
     study: str
     seed: int
     why: str
+    failed: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,10 +134,44 @@ class Collection:
         return tuple(sorted({run.seed for run in self.runs}))
 
     @property
+    def made_up(self) -> bool:
+        """Whether the data is the built-in made-up one."""
+        return any(run.settings["source"] == "demo" for run in self.runs)
+
+    def faults(self, study: str) -> str:
+        """Why a study's runs can prove nothing: capped, steps left out, failed; "" if they can."""
+        found = [(run.seed, why) for run in self.studies.get(study, ()) for why in run.faults]
+        return _by_seeds(found + [(m.seed, "failed") for m in self._missing(study) if m.failed])
+
+    def state(self, study: str) -> str:
+        """What a table says of a study's runs: whole, not run, or what is wrong with them."""
+        missing = self._missing(study)
+        if study not in self.studies and all(m.why == NOT_BEGUN for m in missing):
+            return "not run"
+        unfinished = [
+            (m.seed, NOT_BEGUN if m.why == NOT_BEGUN else "not finished")
+            for m in missing
+            if not m.failed
+        ]
+        said = (self.faults(study), _by_seeds(unfinished))
+        return "; ".join(part for part in said if part) or WHOLE
+
+    def _missing(self, study: str) -> list[Missing]:
+        return [missing for missing in self.missing if missing.study == study]
+
+    @property
     def machine(self) -> Mapping[str, Any]:
         """What it ran on, as far as that was written down."""
         machine: Mapping[str, Any] = self.plan.get("machine") or self.timing.get("machine") or {}
         return machine
+
+
+def _by_seeds(reasons: Iterable[tuple[int, str]]) -> str:
+    """Each reason once, after the seeds that have it."""
+    seeds: dict[str, list[str]] = {}
+    for seed, why in reasons:
+        seeds.setdefault(why, []).append(str(seed))
+    return "; ".join(f"seed {', '.join(named)}: {why}" for why, named in seeds.items())
 
 
 def collect(root: Path) -> Collection:
@@ -153,7 +202,10 @@ def collect(root: Path) -> Collection:
     for study, seed in places:
         folder = folders.get((study, seed), root / study / f"seed{seed}")
         why = _unfinished(folder)
-        if why:
+        failure = plan["failed"].get(f"{study}/seed{seed}")
+        if why and failure:
+            missing.append(Missing(study, seed, f"failed: {failure}", failed=True))
+        elif why:
             missing.append(Missing(study, seed, why))
         else:
             runs.append(read_run(folder, study, seed))
@@ -228,7 +280,7 @@ def _unfinished(folder: Path) -> str:
     if (folder / rundir.RESULT).exists():
         return ""
     if not rundir.exists(folder):
-        return "not begun"
+        return NOT_BEGUN
     last = {record["group"]: record["step"] for record in rundir.read_records(folder)}
     reached = ", ".join(f"{group} at step {step:,}" for group, step in last.items())
     return f"not finished: {reached}" if reached else "begun, no step logged yet"

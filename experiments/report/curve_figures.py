@@ -9,7 +9,6 @@ import numpy as np
 
 from experiments.report.collect import Run
 from experiments.report.drawing import INK, Panel, Plan
-from experiments.report.scores import TITLES
 from jaxlora.curves import series, smooth
 from jaxlora.tasks import NAMES
 
@@ -21,18 +20,18 @@ LINES = {
 SEED = "Each variant's lowest seed."
 
 
-def plans(variants: Mapping[str, Sequence[Run]]) -> list[Plan]:
-    """The figures, of each variant's first seed."""
+def plans(variants: Mapping[str, Sequence[Run]], titles: Mapping[str, str]) -> list[Plan]:
+    """The figures, of each variant's first seed; `titles` are the tasks' names for people."""
     runs = {name: found[0] for name, found in variants.items()}
-    dev = [_panel(runs, "eval", "dev", name, TITLES[name], "dev score") for name in NAMES]
-    loss = [_panel(runs, "train", "loss", name, TITLES[name], "training loss") for name in NAMES]
+    dev = [_panel(runs, "eval", "dev", name, titles[name], "dev score") for name in NAMES]
+    loss = [_panel(runs, "train", "loss", name, titles[name], "training loss") for name in NAMES]
     scales = f"{SEED} Smoothed. The two STS losses have different scales."
     found = [
         Plan("curves-dev", "Dev scores while training", SEED, tuple(dev)),
         Plan("curves-loss", "Training loss", scales, tuple(loss)),
     ]
     shared = {n: run for n, run in runs.items() if any(r.get("cosine") for r in run.records)}
-    return [*found, gradients(shared)] if shared else found
+    return [*found, gradients(shared, titles)] if shared else found
 
 
 def _panel(
@@ -54,7 +53,7 @@ def _panel(
     return paint
 
 
-def gradients(shared: Mapping[str, Run]) -> Plan:
+def gradients(shared: Mapping[str, Run], titles: Mapping[str, str]) -> Plan:
     """How two tasks' gradients stand to each other, where parameters are shared."""
     records = [r for run in shared.values() for r in run.records]
     pairs = list(dict.fromkeys(pair for r in records for pair in r.get("cosine", ())))
@@ -68,7 +67,7 @@ def gradients(shared: Mapping[str, Run]) -> Plan:
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8, ncols=2)
 
-    panels = [_cosines(shared, pair) for pair in pairs]
+    panels = [_cosines(shared, pair, titles) for pair in pairs]
     caption = (
         f"{SEED} Smoothed. Cosine of two tasks' gradients of the shared parameters: below 0 they "
         "conflict, and PCGrad projects. The last panel counts the pairs that do."
@@ -77,8 +76,8 @@ def gradients(shared: Mapping[str, Run]) -> Plan:
     return Plan("curves-gradients", title, caption, (*panels, conflicts), 3.2, 2)
 
 
-def _cosines(shared: Mapping[str, Run], pair: str) -> Panel:
-    title = " and ".join(TITLES[name] for name in pair.split("-"))
+def _cosines(shared: Mapping[str, Run], pair: str, titles: Mapping[str, str]) -> Panel:
+    title = " and ".join(titles[name] for name in pair.split("-"))
     paint = _panel(shared, "train", "cosine", pair, title, "cosine")
 
     def both(axes: Any) -> None:

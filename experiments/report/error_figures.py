@@ -20,7 +20,8 @@ from jaxlora.variants import VARIANTS
 def plans(context: Context) -> list[Plan]:
     """The figures, of nothing where no run's answers have labels."""
     shown = examined(context)
-    return [confusions(shown), scatters(shown), reliability(shown)] if shown else []
+    titles = context.titles
+    return [figure(shown, titles) for figure in (confusions, scatters, reliability) if shown]
 
 
 def examined(context: Context) -> dict[str, Run]:
@@ -37,10 +38,13 @@ def examined(context: Context) -> dict[str, Run]:
     return found
 
 
-def confusions(shown: Mapping[str, Run]) -> Plan:
+def confusions(shown: Mapping[str, Run], titles: Mapping[str, str]) -> Plan:
     """Which classes are taken for which."""
     panels = [
-        _confusion(run, task) for task in paper_tasks() if task.integer for run in shown.values()
+        _confusion(run, task, titles[task.name])
+        for task in paper_tasks()
+        if task.integer
+        for run in shown.values()
     ]
     caption = (
         "Rows are labels, columns predictions, numbers dev examples; the shade is the share of the "
@@ -49,7 +53,7 @@ def confusions(shown: Mapping[str, Run]) -> Plan:
     return Plan("confusion", "Which classes are taken for which", caption, tuple(panels), 3.6, 2)
 
 
-def _confusion(run: Run, task: Task) -> Panel:
+def _confusion(run: Run, task: Task, title: str) -> Panel:
     def paint(axes: Any) -> None:
         answers = run.answers[task.name]
         counts = statistics.confusion(answers.predictions, answers.labels, len(task.classes))
@@ -62,7 +66,7 @@ def _confusion(run: Run, task: Task) -> Panel:
             axes.add_patch(box)
             axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=9)
         ends = (-0.5, len(counts) - 0.5)
-        axes.set(xlim=ends, ylim=ends[::-1], title=f"{task.title}, {run.study}")
+        axes.set(xlim=ends, ylim=ends[::-1], title=f"{title}, {run.study}")
         axes.set(xlabel="predicted", ylabel="label")
         axes.set_xticks(range(len(counts)), task.classes)
         axes.set_yticks(range(len(counts)), task.classes)
@@ -72,7 +76,7 @@ def _confusion(run: Run, task: Task) -> Panel:
     return paint
 
 
-def scatters(shown: Mapping[str, Run]) -> Plan:
+def scatters(shown: Mapping[str, Run], titles: Mapping[str, str]) -> Plan:
     """Predicted against true similarity."""
 
     def panel(run: Run) -> Panel:
@@ -87,12 +91,13 @@ def scatters(shown: Mapping[str, Run]) -> Plan:
 
         return paint
 
-    caption = "STS-B dev: a point a pair of sentences, on the diagonal when predicted exactly."
+    name = titles["sts"]
+    caption = f"{name} dev: a point a pair of sentences, on the diagonal when predicted exactly."
     panels = tuple(map(panel, shown.values()))
-    return Plan("scatter", "STS-B: predicted against true similarity", caption, panels, 3.8, 2)
+    return Plan("scatter", f"{name}: predicted against true similarity", caption, panels, 3.8, 2)
 
 
-def reliability(shown: Mapping[str, Run]) -> Plan:
+def reliability(shown: Mapping[str, Run], titles: Mapping[str, str]) -> Plan:
     """How often answers of each confidence are right."""
 
     def panel(task: Task) -> Panel:
@@ -109,7 +114,7 @@ def reliability(shown: Mapping[str, Run]) -> Plan:
                 axes.plot(found.confidence, found.accuracy, "-", color=colour, label=label)
                 axes.scatter(found.confidence, found.accuracy, s=15 + 220 * found.share,
                              marker=marker, color=colour, alpha=0.7)  # fmt: skip
-            axes.set(title=task.title, xlabel="confidence", ylabel="share that is right")
+            axes.set(title=titles[task.name], xlabel="confidence", ylabel="share that is right")
             axes.set(xlim=(0, 1.03), ylim=(0, 1.05))
             axes.legend(loc="upper left", fontsize=8.5)
 

@@ -8,20 +8,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.bench import harness
-from experiments.report import alike, tables
-from experiments.report.claims import PARTS, Context, Finding, Verdict
+from experiments.report import alike, statistics, tables
+from experiments.report.claims import FEWEST, PARTS, Context, Finding, Verdict
 from experiments.report.collect import Collection
 from experiments.report.scores import MEAN
-from jaxlora.tasks import NAMES
+from jaxlora.tasks import MADE_UP, NAMES
 from jaxlora.variants import VARIANTS
 
-VERDICTS: tuple[Verdict, ...] = ("reproduced", "not reproduced", "not decidable")
-# What the measured quantities of a part say, in words; {range} is their lowest to highest.
+VERDICTS: tuple[Verdict, ...] = ("reproduced", "not reproduced", "not decidable", "not run")
+# What the measured quantities of a part say, in words; {range} is their lowest to highest, and
+# {sst}, {para} and {sts} what the tasks are called.
 SENTENCES = {
-    ("a", "sts"): "Cosine instead of squared error changes r × 100 on STS-B by {range}.",
-    ("b", "sst"): "Sharing instead of separate parameters changes SST-5 by {range}",
-    ("b", "para"): "Quora by {range}",
-    ("b", "sts"): "and STS-B by {range} points.",
+    ("a", "sts"): "Cosine instead of squared error changes r × 100 on {sts} by {range}.",
+    ("b", "sst"): "Sharing instead of separate parameters changes {sst} by {range}",
+    ("b", "para"): "{para} by {range}",
+    ("b", "sts"): "and {sts} by {range} points.",
     ("c", MEAN): "LoRA's mean score differs from full fine-tuning's by {range} points",
     ("c", "parameters"): "with {plain} of the incremental parameters.",
     ("d", MEAN): "PCGrad instead of summed gradients changes the mean by {range} points.",
@@ -29,6 +30,8 @@ SENTENCES = {
     ("e", "best"): "and the time to the best dev score by {range} %.",
 }
 NOTHING = "Nothing measured yet."
+NOT_WHOLE = "Among these are runs that were capped, failed or left steps out."
+MISSES = (1 - statistics.LEVEL) / 2  # how often an interval lies above, or below, the true value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +45,18 @@ class Part:
     findings: tuple[Finding, ...]
 
 
-def parts(findings: Sequence[Finding]) -> list[Part]:
+def parts(context: Context, findings: Sequence[Finding]) -> list[Part]:
     """The findings by the claims' letters."""
     found = []
     for letter, title in PARTS.items():
         mine = tuple(f for f in findings if f.claim.part == letter)
         counts = Counter(f.verdict for f in mine)
         ordered = {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
-        found.append(Part(letter, title, _sentence(letter, mine), ordered, mine))
+        found.append(Part(letter, title, _sentence(context, letter, mine), ordered, mine))
     return found
 
 
-def _sentence(letter: str, findings: Sequence[Finding]) -> str:
+def _sentence(context: Context, letter: str, findings: Sequence[Finding]) -> str:
     said = []
     for (part, measure), text in SENTENCES.items():
         values = [
@@ -65,9 +68,30 @@ def _sentence(letter: str, findings: Sequence[Finding]) -> str:
             ends = [tables.signed(x, 1) for x in (min(values), max(values))]
             span = " to ".join(dict.fromkeys(ends))
             plain = "–".join(dict.fromkeys(f"{x:.1f}" for x in (min(values), max(values)))) + " %"
-            said.append(text.format(range=span, plain=plain))
+            said.append(text.format(range=span, plain=plain, **context.titles))
     joined = ", ".join(said).replace(", and", " and")
-    return f"{joined.rstrip('.')}." if said else NOTHING
+    studies = {study for f in findings for study in (f.claim.first, f.claim.second)}
+    faults = any(map(context.collection.faults, studies))
+    return f"{joined.rstrip('.')}.{f' {NOT_WHOLE}' * faults}" if said else NOTHING
+
+
+def chance(findings: Sequence[Finding]) -> str:
+    """Say how many verdicts on scores to expect by chance alone."""
+    open_ = [
+        f for f in findings
+        if f.claim.by_seeds and f.claim.measure != "best" and f.evidence.interval
+        and not f.objection and f.evidence.seeds >= min(FEWEST.values())
+    ]  # fmt: skip
+    if not open_:
+        return "No comparison of scores can be decided, so none is decided by chance."
+    expected = MISSES * len(open_)
+    return (
+        f"By chance: of the {len(open_)} comparisons of scores that can be decided, up to "
+        f"{expected:.1f} are expected to be called reproduced, and up to {expected:.1f} not "
+        f"reproduced, where the truth is otherwise ({100 * MISSES:g} % of 95 % intervals lie "
+        "wholly above the true value, and as many below). They share runs, so such accidents "
+        "come in groups."
+    )
 
 
 def headline(context: Context) -> str:
@@ -82,8 +106,10 @@ def headline(context: Context) -> str:
         if best is not None:
             mean = tables.show(context.scores.summary(best, MEAN).scaled(100), 1)
             stored = context.collection.studies[best][0].result["parameters"]["incremental"]
+            faults = context.collection.faults(best)
+            name = f"{best}: {faults}" if faults else best
             said.append(
-                f"{mean} with {what} ({best}, {stored / tables.MILLION:,.2f}M parameters stored)"
+                f"{mean} with {what} ({name}, {stored / tables.MILLION:,.2f}M parameters stored)"
             )
     return f"Best mean of the three dev scores: {'; '.join(said)}." if said else NOTHING
 
@@ -96,6 +122,11 @@ def missing(collection: Collection) -> list[str]:
     lines = [
         f"{study}, seed {', '.join(map(str, seeds))}: {why}"
         for (study, why), seeds in grouped.items()
+    ]
+    lines += [
+        f"{study}, {faults}: no verdict rests on this study"
+        for study in collection.studies
+        if (faults := collection.faults(study))
     ]
     planned = {run.study for run in collection.missing} | collection.studies.keys()
     absent = [name for name in VARIANTS if name not in planned]
@@ -128,7 +159,7 @@ def about(collection: Collection) -> dict[str, str]:
         "runs": f"{len(collection.runs)} of {planned} finished",
         "preset": _distinct(s["preset"] for s in settings),
         "base model": _distinct(s["base"] for s in settings),
-        "data": _distinct(s["source"] for s in settings),
+        "data": MADE_UP if collection.made_up else _distinct(s["source"] for s in settings),
         "matmuls": _distinct(s["dtype"] for s in settings),
         "seeds": ", ".join(map(str, collection.seeds)) or "–",
         "training time, all runs": f"{seconds / 3600:.1f} hours",

@@ -10,8 +10,10 @@ import numpy as np
 from experiments.report import curve_figures, error_figures, tables
 from experiments.report.claims import PAPER_SPEED, Context, paper_score
 from experiments.report.drawing import INK, KINDS, Panel, Plan, kind_of
-from experiments.report.scores import MEAN, SCORES, TITLES
+from experiments.report.scores import MEAN, SCORES
 from jaxlora.variants import VARIANTS
+
+HOLLOW = "Hollow: the paper, with bert-base on its own splits."
 
 
 def plans(context: Context) -> list[Plan]:
@@ -23,7 +25,7 @@ def plans(context: Context) -> list[Plan]:
         training_time(context),
         dev_scores(context),
         trade_off(context),
-        *curve_figures.plans(variants),
+        *curve_figures.plans(variants, context.titles),
     ]
     return found + error_figures.plans(context)
 
@@ -78,8 +80,8 @@ def _unit(seconds: float) -> tuple[str, float]:
 
 def dev_scores(context: Context) -> Plan:
     """Figure 2: each variant's dev scores, ours with intervals beside the paper's."""
-    variants = context.collection.variants
-    names = list(variants)
+    variants, titles = context.collection.variants, context.titles
+    names, beside = list(variants), not context.collection.made_up
 
     def panel(score: str) -> Panel:
         def paint(axes: Any) -> None:
@@ -91,21 +93,22 @@ def dev_scores(context: Context) -> Plan:
                     axes.plot([100 * found.low, 100 * found.high], [row, row], color=colour,
                               linewidth=2, alpha=0.55)  # fmt: skip
                 axes.plot(mean, row, marker, color=colour, markersize=7)
-                axes.plot(paper_score(name, score), row, marker, color="none",
-                          markeredgecolor=INK, markersize=6, alpha=0.7)  # fmt: skip
+                if beside:
+                    axes.plot(paper_score(name, score), row, marker, color="none",
+                              markeredgecolor=INK, markersize=6, alpha=0.7)  # fmt: skip
             axes.set_yticks(range(len(names)), names)
             axes.invert_yaxis()
-            axes.set(title=TITLES[score], xlabel="% on dev (r × 100 for STS-B)")
+            axes.set(title=titles[score], xlabel=f"% on dev (r × 100 for {titles['sts']})")
 
         return paint
 
     caption = (
-        "Filled: these runs, with the 95 % interval over dev examples; hollow: the paper, with "
-        "bert-base on its own splits. Grey squares: frozen, orange diamonds: all weights trained, "
-        "blue circles: LoRA."
+        "Filled: these runs, with the 95 % interval over seeds and dev examples (with one seed "
+        f"over dev examples alone). {HOLLOW if beside else ''} Grey squares: frozen, orange "
+        f"diamonds: all weights trained, blue circles: LoRA. {context.data_note}"
     )
     title = "Figure 2: dev scores by variant"
-    return Plan("figure2", title, caption, tuple(map(panel, SCORES)), 3.0, 2)
+    return Plan("figure2", title, " ".join(caption.split()), tuple(map(panel, SCORES)), 3.0, 2)
 
 
 def trade_off(context: Context) -> Plan:
@@ -135,7 +138,8 @@ def trade_off(context: Context) -> Plan:
         "scale. The line joins what nothing else beats with fewer parameters (the Pareto front)."
     )
     title = "Accuracy against stored parameters"
-    return Plan("pareto", title, caption, (ours, paper), 3.8, 2)
+    panels = (ours,) if context.collection.made_up else (ours, paper)
+    return Plan("pareto", title, caption, panels, 3.8, 2)
 
 
 def _pareto(axes: Any, points: Mapping[str, tuple[float, float, str, str]], title: str) -> None:

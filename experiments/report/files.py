@@ -34,12 +34,13 @@ def read_plan(path: Path) -> dict[str, Any]:
       UserError: if it is broken.
     """
     if not path.exists():
-        return {"studies": [], "seeds": [], "commands": {}}
+        return {"studies": [], "seeds": [], "commands": {}, "failed": {}}
     plan = json_files.read_object(path)
-    commands = plan.setdefault("commands", {})
     _check(plan, _PLAN, path, remedy=ASIDE)
-    _check(commands, {}, path, "commands", ASIDE)
-    _check(commands, dict.fromkeys(commands, str), path, "commands", ASIDE)
+    for part in ("commands", "failed"):
+        texts = plan.setdefault(part, {})
+        _check(texts, {}, path, part, ASIDE)
+        _check(texts, dict.fromkeys(texts, str), path, part, ASIDE)
     _check(plan.get("machine", {}), {}, path, "machine", ASIDE)
     return plan
 

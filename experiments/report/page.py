@@ -17,7 +17,7 @@ from experiments.report.statistics import Interval, Range, Summary
 from experiments.report.tables import Table
 
 TEMPLATE = "report.html.j2"
-MARKS = {"reproduced": "✓", "not reproduced": "✕", "not decidable": "?"}
+MARKS = {"reproduced": "✓", "not reproduced": "✕", "not decidable": "?", "not run": "○"}
 
 
 def html(
@@ -39,7 +39,9 @@ def html(
     return environment.get_template(TEMPLATE).render(
         about=facts.about(context.collection),
         command=command,
+        chance=facts.chance([finding for part in parts for finding in part.findings]),
         commands=facts.commands(context.collection),
+        data_note=context.data_note,
         estimate=results.estimate_table(context),
         estimate_command=results.estimate.command(context.collection),
         figures={figure.name: figure for figure in drawn},

@@ -23,6 +23,8 @@ def markdown(context: Context, parts: Sequence[Part], found: Sequence[Table], co
         HEAD.format(command=command).strip(),
         facts.headline(context),
         _list(f"**{part.title}**: {_counts(part)}. {part.sentence}" for part in parts),
+        facts.chance([finding for part in parts for finding in part.findings]),
+        context.data_note,
         *(
             [f"## What is missing\n\n{_list(lines)}"]
             if (lines := facts.missing(collection))
@@ -97,8 +99,13 @@ def estimate_table(context: Context) -> Table:
         tables.Column("paper_hours", "hours a seed, the paper's data", 1),
         tables.Column("official_hours", "hours a seed, official data", 1),
         tables.Column("gigabytes", "memory, GB", 1),
+        tables.STATE,
     )
-    cells = tuple((c.variant, c.paper_hours, c.official_hours, c.gigabytes) for c in found)
+    cells = tuple(
+        (c.variant, c.paper_hours, c.official_hours, c.gigabytes,
+         context.collection.state(c.variant))
+        for c in found
+    )  # fmt: skip
     return Table(
         "not_run_here", "Not run here: estimated cost on this machine", how, columns, cells
     )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from experiments.report import statistics
 from experiments.report.collect import Collection, Predictions, Run
 from experiments.report.statistics import Interval, Summary
-from jaxlora.tasks import NAMES, paper_tasks
+from jaxlora.tasks import MADE_UP_TITLES, NAMES, Task, paper_tasks
 
 MEAN = "mean"
 SCORES = (*NAMES, MEAN)
 TITLES = {task.name: task.title for task in paper_tasks()} | {MEAN: "mean"}
-RESAMPLED: dict[str, Callable[..., dict[str, np.ndarray]]] = {
+MADE_UP = MADE_UP_TITLES | {MEAN: "mean"}
+RESAMPLED: dict[str, Callable[..., np.ndarray]] = {
     "accuracy": statistics.resampled_accuracy,
     "pearson": statistics.resampled_pearson,
 }
@@ -27,7 +28,7 @@ class Scores:
 
     Attributes:
       by_seed: study → score → seed → value.
-      resampled: study → score → `f64[resamples]`, averaged over seeds; lacks what has no labels.
+      resampled: study → score → `f64[resamples]`, of seeds and examples; lacks what has no labels.
     """
 
     by_seed: Mapping[str, Mapping[str, Mapping[int, float]]]
@@ -81,22 +82,32 @@ def score(collection: Collection, resamples: int, seed: int) -> Scores:
         for study, runs in collection.studies.items()
     }  # fmt: skip
     resampled: dict[str, dict[str, np.ndarray]] = {study: {} for study in collection.studies}
-    for task in paper_tasks():
-        answers = _answers(collection, task.name)
-        if not answers:
-            continue
-        labels = next(iter(answers.values()))[0].labels
-        predictions = {
-            study: np.stack([found.predictions for found in runs])
-            for study, runs in answers.items()
-        }
-        drawn = RESAMPLED[task.metric](predictions, labels, resamples, seed)
-        for study, values in drawn.items():
-            resampled[study][task.name] = values
+    for number, task in enumerate(paper_tasks()):
+        examples = statistics.stream(seed, statistics.EXAMPLES, number)
+        drawn = _resampled(task, _answers(collection, task.name), resamples, examples)
+        for study, of_runs in drawn.items():
+            of_seeds = by_seed[study][task.name]
+            resampled[study][task.name] = statistics.resample_seeds(of_runs, of_seeds, seed)
     for of_study in resampled.values():
         if set(NAMES) <= of_study.keys():
             of_study[MEAN] = np.mean([of_study[name] for name in NAMES], axis=0)
     return Scores(by_seed, resampled)
+
+
+def _resampled(
+    task: Task,
+    answers: Mapping[str, Sequence[Predictions]],
+    resamples: int,
+    seed: statistics.Seed,
+) -> dict[str, np.ndarray]:
+    """Study → each run's score on each resample of the examples, `f64[resamples, runs]`."""
+    every = [found for runs in answers.values() for found in runs]
+    if not every:
+        return {}
+    predictions = np.stack([found.predictions for found in every])
+    drawn = RESAMPLED[task.metric](predictions, every[0].labels, resamples, seed)
+    ends = np.cumsum([len(runs) for runs in answers.values()])[:-1]
+    return dict(zip(answers, np.split(drawn, ends, axis=1), strict=True))
 
 
 def _measured(run: Run, name: str) -> float:

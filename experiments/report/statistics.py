@@ -1,4 +1,4 @@
-"""Means over seeds, and paired bootstrap intervals over dev examples."""
+"""Means over seeds, and paired bootstrap intervals over seeds and dev examples."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+EXAMPLES, SEEDS = 0, 1  # the two levels, see `stream`
 _CHUNK = 500  # resamples at a time: a few megabytes of counts
 
 
@@ -53,7 +55,15 @@ class Range(Interval):
     """An interval of a quantity that has no sign, such as a time."""
 
 
-def draws(examples: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
+Seed = int | np.random.SeedSequence
+
+
+def stream(seed: int, *key: int) -> np.random.SeedSequence:
+    """Return a seed of its own for each key, independent of all others."""
+    return np.random.SeedSequence(seed, spawn_key=key)
+
+
+def draws(examples: int, resamples: int = RESAMPLES, seed: Seed = 0) -> Iterator[np.ndarray]:
     """Bootstrap resamples as counts, `f64[chunk, examples]`: how often each example was drawn.
 
     The same arguments give the same draws, which is what makes comparisons paired.
@@ -68,36 +78,29 @@ def draws(examples: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[
 
 
 def resampled_accuracy(
-    predictions: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> dict[str, np.ndarray]:
-    """Accuracy of each study on each resample, averaged over its seeds: `f64[resamples]`.
+    predictions: np.ndarray, labels: np.ndarray, resamples: int = RESAMPLES, seed: Seed = 0
+) -> np.ndarray:
+    """Compute each run's accuracy on each resample of the examples: `f64[resamples, runs]`.
 
     Args:
-      predictions: study → `f64[seeds, E]`.
+      predictions: `f64[runs, E]`.
       labels: `f64[E]`.
       resamples, seed: see `draws`.
     """
-    right = np.stack([(p == labels).mean(axis=0) for p in predictions.values()], axis=1)
+    right = (predictions == labels).T.astype(np.float64)
     sums = np.concatenate([counts @ right for counts in draws(len(labels), resamples, seed)])
-    return dict(zip(predictions, sums.T / len(labels), strict=True))
+    return sums / len(labels)
 
 
 def resampled_pearson(
-    predictions: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> dict[str, np.ndarray]:
-    """Pearson's r of each study on each resample, averaged over its seeds: `f64[resamples]`.
+    predictions: np.ndarray, labels: np.ndarray, resamples: int = RESAMPLES, seed: Seed = 0
+) -> np.ndarray:
+    """Compute each run's Pearson r on each resample of the examples: `f64[resamples, runs]`.
 
     A resample's r needs only five weighted means, so all resamples are a matrix product. As in
     `jaxlora.metrics.pearson`, r is 0 where a side is constant. Arguments as above.
     """
-    columns = np.concatenate([_standard(p) for p in predictions.values()])  # [all seeds, E]
-    y = _standard(labels)
+    columns, y = _standard(predictions), _standard(labels)
     features = np.concatenate([columns, columns**2, columns * y, [y, y**2]]).T
     n = len(columns)
     parts = []
@@ -106,10 +109,46 @@ def resampled_pearson(
         x, xx, xy = means[:, :n], means[:, n : 2 * n], means[:, 2 * n : 3 * n]
         y_mean, yy = means[:, -2:-1], means[:, -1:]
         parts.append(_correlation(xy - x * y_mean, xx - x**2, yy - y_mean**2))
-    found = np.concatenate(parts)
-    ends = np.cumsum([len(p) for p in predictions.values()])
-    split = np.split(found, ends[:-1], axis=1)
-    return {study: part.mean(axis=1) for study, part in zip(predictions, split, strict=True)}
+    return np.concatenate(parts)
+
+
+def resample_seeds(drawn: np.ndarray, scores: Mapping[int, float], seed: int = 0) -> np.ndarray:
+    """Resample a study's seeds, too: the second level of the bootstrap.
+
+    A resample's score is the mean over the seeds on its examples, plus what a resample of the seeds
+    moves that mean by. Seeds differ partly since the dev set is small, which the first level has
+    already; the second level only gets the rest of their variance.
+
+    Args:
+      drawn: each seed's score on each resample of the examples, `f64[resamples, seeds]`.
+      scores: seed → its score on all examples, in the order of `drawn`.
+      seed: of the bootstrap; studies with the same seeds draw the same ones.
+
+    Returns:
+      `f64[resamples]`.
+    """
+    mean = drawn.mean(axis=1)
+    count, values = len(scores), np.array(list(scores.values()))
+    spread = values.var(ddof=1) if count > 1 else 0.0
+    if spread == 0:
+        return mean
+    of_examples = (drawn - mean[:, None]).var(axis=0).mean() * count / (count - 1)
+    share = max(0.0, 1 - of_examples / spread) ** 0.5
+    return mean + share * (_seed_weights(tuple(scores), len(drawn), seed) @ values)
+
+
+def _seed_weights(seeds: tuple[int, ...], resamples: int, seed: int) -> np.ndarray:
+    """`f64[resamples, seeds]`: how far a resample's weight of each seed is from an equal one.
+
+    Of n seeds, a plain resample's mean varies by (n - 1)/n too little, and its tails are a normal
+    distribution's instead of Student's t with n - 1 degrees of freedom; the factor mends both.
+    """
+    count = len(seeds)
+    rng = np.random.default_rng(stream(seed, SEEDS, *seeds))
+    weights = rng.multinomial(count, np.full(count, 1 / count), resamples) / count
+    upper = (1 + LEVEL) / 2
+    tails = stats.t.ppf(upper, count - 1) / stats.norm.ppf(upper)
+    return (weights - 1 / count) * tails * (count / (count - 1)) ** 0.5
 
 
 def _standard(values: np.ndarray) -> np.ndarray:
@@ -131,8 +170,8 @@ def _correlation(
 def interval(value: float, resampled: np.ndarray, level: float = LEVEL) -> Interval:
     """The percentile interval around a measured value.
 
-    >>> interval(0.5, np.linspace(0, 1, 101), level=0.9)
-    Interval(value=0.5, low=0.05, high=0.95)
+    >>> interval(0.5, np.linspace(0, 1, 101), level=0.5)
+    Interval(value=0.5, low=0.25, high=0.75)
     """
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(low), float(high))

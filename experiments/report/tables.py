@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.report import claims, statistics
 from experiments.report.claims import Context, Finding
-from experiments.report.collect import Run
+from experiments.report.collect import WHOLE, Run
 from experiments.report.scores import MEAN, SCORES, TITLES
 from experiments.report.statistics import Interval, Range, Summary
 from experiments.report.times import OWN
@@ -25,6 +25,14 @@ from jaxlora.variants import VARIANTS, Groups
 Value = Summary | Interval | str | float | int | None
 MILLION = 1e6
 TASK_COUNTS = (3, 10, 100)
+PCGRAD_NORMS = (
+    "The PCGrad implementation that the paper used takes each task's gradient with its head's, "
+    "whose dot product with another task's is zero, but which makes up nearly all of the norm: a "
+    "shared adapter is 1 to 2 % of the squared norm there, so what is projected away shrinks to "
+    "that part and a shared adapter is hardly touched. Here the norms are of the shared parameters "
+    "alone, as in Yu et al. (2020). That PCGrad beats summed gradients is our question, not the "
+    "paper's claim."
+)
 ENCODING = (
     "The times of baseline1 leave out that it first encodes each training set once, with the base "
     "as it is."
@@ -133,42 +141,54 @@ def _parts(value: Value, count: int) -> tuple[Any, ...]:
     return (value, *[None] * (count - 1))
 
 
+STATE = Column("runs", "runs")
+
+
 def make(context: Context, findings: Sequence[Finding]) -> list[Table]:
     """All tables that have rows."""
     every = [
-        verdicts(findings), variants(context), scores(context), parameters(context),
+        verdicts(context, findings), variants(context), scores(context), parameters(context),
         training_time(context), storage_table(context), extras(context), calibrations(context),
     ]  # fmt: skip
     return [table for table in every if table.rows]
 
 
-def verdicts(findings: Sequence[Finding]) -> Table:
+def verdicts(context: Context, findings: Sequence[Finding]) -> Table:
     """Each claim with its numbers."""
     columns = (
-        Column("claim", ""), Column("text", "the paper's claim"), Column("first", "study"),
-        Column("second", "against"), Column("verdict", "verdict"),
+        Column("claim", ""), Column("text", "claim or question"), Column("source", "whose"),
+        Column("first", "study"), Column("second", "against"), Column("verdict", "verdict"),
         Column("measured", "measured (interval)"), Column("unit", "unit"),
         Column("over_seeds", "sd over seeds"),
-        Column("paper", "paper"), Column("seeds", "seeds", 0), Column("note", "from"),
+        Column("paper", "paper"), Column("seeds", "seeds", 0), Column("note", "from"), STATE,
     )  # fmt: skip
     rows = tuple(
         (
-            f.claim.part, f.claim.text, f.claim.first, f.claim.second, f.verdict,
+            f.claim.part, f.claim.text, f.claim.source, f.claim.first, f.claim.second, f.verdict,
             f.evidence.interval, f.claim.unit, f.evidence.deviation, f.claim.paper,
-            f.evidence.seeds, f.evidence.note,
+            f.evidence.seeds, f.note, _states(context, f.claim.first, f.claim.second),
         )
         for f in findings
     )  # fmt: skip
     about = (
         "Study minus other study in points of the score (percent of accuracy, r × 100), or as a "
         "share or change in percent. Reproduced: the whole interval lies where the claim says; not "
-        "reproduced: none of it does; else the runs cannot decide. Intervals of scores are 95 % "
-        "ones, and say what other dev examples might have given; the sd over seeds says what other "
-        "seeds do. Intervals of times are as wide as the two ranges allow: of a step, the lowest "
+        "reproduced: none of it does; else the runs cannot decide (of a question of ours, "
+        "reproduced means yes). Intervals of scores are 95 % ones, and say what other seeds and "
+        "other dev examples might have given; with one seed they are over dev examples alone. "
+        "What seeds can change gets no verdict with one seed, and is called reproduced with three "
+        "or more only; runs that were capped, failed or left steps out give no verdict. "
+        "Intervals of times are as wide as the two ranges allow: of a step, the lowest "
         "to the highest round in timing.json, or the middle 90 % of the logged windows in "
         f"{OWN}; of the best dev score, the lowest to the highest seed."
     )
     return Table("claims", "Claims and verdicts", about, columns, rows)
+
+
+def _states(context: Context, *studies: str) -> str:
+    """The states of studies, each once; of those that are not whole, by name."""
+    found = {study: context.collection.state(study) for study in studies}
+    return "; ".join(f"{study}: {said}" for study, said in found.items() if said != WHOLE) or WHOLE
 
 
 def variants(context: Context) -> Table:
@@ -177,7 +197,7 @@ def variants(context: Context) -> Table:
         Column("variant", "variant"), Column("bert", "BERT"),
         Column("together", "trained together"), Column("surgery", "gradients"),
         Column("sts_loss", "STS loss"), Column("rate", "learning rate"),
-        Column("paper_rate", "paper's"), Column("seeds", "seeds", 0),
+        Column("paper_rate", "paper's"), Column("seeds", "seeds", 0), STATE,
     )  # fmt: skip
     rows = []
     for name, variant in VARIANTS.items():
@@ -193,6 +213,7 @@ def variants(context: Context) -> Table:
             None if rate is None else f"{rate:g}",
             f"{variant.learning_rate:g}",
             len(runs),
+            context.collection.state(name),
         ))  # fmt: skip
     about = "What each variant trains, and the learning rate of these runs beside the paper's."
     return Table("table1", "Table 1: the variants", about, columns, tuple(rows))
@@ -203,13 +224,13 @@ def _sharing(groups: Groups) -> str:
 
 
 def scores(context: Context) -> Table:
-    """Table 2: dev scores in percent beside the paper's."""
+    """Table 2: dev scores in percent; beside the paper's, unless the data is made up."""
+    beside = not context.collection.made_up
     columns = (
         Column("variant", "variant"),
-        *(Column(f"{name}", TITLES[name]) for name in SCORES),
-        *(Column(f"paper_{name}", f"paper: {TITLES[name]}") for name in NAMES),
-        Column("paper_mean_printed", "paper: mean as printed"),
-        Column("paper_mean_recomputed", "paper: mean recomputed"),
+        *(Column(f"{name}", context.titles[name]) for name in SCORES),
+        *(_PAPER_SCORES if beside else ()),
+        STATE,
     )
     rows = []
     for name, variant in VARIANTS.items():
@@ -219,13 +240,25 @@ def scores(context: Context) -> Table:
             for score in SCORES
         ]
         theirs = (paper.sst, paper.para, paper.sts, paper.mean, paper.mean_recomputed)
-        rows.append((name, *ours, *theirs))
+        rows.append((name, *ours, *(theirs if beside else ()), context.collection.state(name)))
+    titles = context.titles
     about = (
-        "Accuracy on SST-5 and Quora and Pearson's r × 100 on STS-B, all on dev: mean ± standard "
-        "deviation over seeds. The paper used bert-base, five times as large, and its own splits, "
-        "so compare orders and differences rather than values."
+        f"Accuracy on {titles['sst']} and {titles['para']} and Pearson's r × 100 on "
+        f"{titles['sts']}, all on dev: mean ± standard deviation over seeds. "
+        f"{context.data_note or ''} {_OTHER_BASE if beside else ''}"
     )
-    return Table("table2", "Table 2: dev scores", about, columns, tuple(rows))
+    return Table("table2", "Table 2: dev scores", " ".join(about.split()), columns, tuple(rows))
+
+
+_PAPER_SCORES = (
+    *(Column(f"paper_{name}", f"paper: {TITLES[name]}") for name in NAMES),
+    Column("paper_mean_printed", "paper: mean as printed"),
+    Column("paper_mean_recomputed", "paper: mean recomputed"),
+)
+_OTHER_BASE = (
+    "The paper used bert-base, five times as large as MiniLM, and its own splits, so compare "
+    "orders and differences rather than values."
+)
 
 
 def parameters(context: Context) -> Table:
@@ -237,7 +270,7 @@ def parameters(context: Context) -> Table:
         Column("base_bundled", "bert-base: bundled, M"),
         Column("paper_incremental", "paper: incremental, M"),
         Column("paper_bundled_printed", "paper: bundled as printed, M"),
-        Column("paper_bundled_recomputed", "paper: bundled recomputed, M"),
+        Column("paper_bundled_recomputed", "paper: bundled recomputed, M"), STATE,
     )  # fmt: skip
     rows = []
     for name, variant in VARIANTS.items():
@@ -251,6 +284,7 @@ def parameters(context: Context) -> Table:
         rows.append((
             name, *ours, exact.incremental / MILLION, exact.bundled / MILLION,
             paper.incremental, paper.bundled, paper.bundled_recomputed,
+            context.collection.state(name),
         ))  # fmt: skip
     about = (
         "Incremental: what a disk that holds the base must add; bundled: all that is needed to "
@@ -267,9 +301,11 @@ def training_time(context: Context) -> Table:
         Column("study", "study"), Column("ms_per_step", "ms a step (range)", 1),
         Column("steps", "steps"), Column("seconds", "training, s", 0),
         Column("best_seconds", "to the best dev score, s", 0), Column("source", "steps timed by"),
+        STATE,
     )  # fmt: skip
     rows = tuple(
-        (study, t.step, t.steps, t.total, t.best, t.source) for study, t in context.times.items()
+        (study, t.step, t.steps, t.total, t.best, t.source, context.collection.state(study))
+        for study, t in context.times.items()
     )
     about = (
         "A step takes one batch of every task of a group; variants whose tasks are trained apart "
@@ -347,6 +383,7 @@ def storage_table(context: Context) -> Table:
                 for kind in kinds
                 for tasks in TASK_COUNTS
             ),
+            context.collection.state(name),
         ))  # fmt: skip
     about = (
         "Added: what a disk that holds the base must add (incremental); in all: with the base "
@@ -356,7 +393,8 @@ def storage_table(context: Context) -> Table:
         "one. Trained models are compressed on disk, the base is not."
     )
     title = "Storage for 3, 10 and 100 tasks"
-    return Table("storage", title, about, (Column("variant", "variant"), *columns), tuple(rows))
+    named = (Column("variant", "variant"), *columns, STATE)
+    return Table("storage", title, about, named, tuple(rows))
 
 
 def extras(context: Context) -> Table:
@@ -364,9 +402,10 @@ def extras(context: Context) -> Table:
     columns = (
         Column("study", "study"), Column("variant", "based on"),
         Column("differs", "differs in"),
-        *(Column(name, TITLES[name]) for name in SCORES),
+        *(Column(name, context.titles[name]) for name in SCORES),
         Column("change", "mean against its variant (95 % interval)"),
         Column("incremental", "incremental, M"), Column("seconds", "training, s", 0),
+        STATE,
     )  # fmt: skip
     rows = []
     for name, runs in context.collection.extras.items():
@@ -380,8 +419,12 @@ def extras(context: Context) -> Table:
             change.scaled(100) if change else None,
             runs[0].result["parameters"]["incremental"] / MILLION,
             context.times[name].total,
+            _states(context, name, variant),
         ))  # fmt: skip
-    about = "Named studies beyond the paper's eight; scores in percent on dev, changes in points."
+    about = (
+        "Named studies beyond the paper's eight; scores in percent on dev, changes in points. "
+        f"{context.data_note}"
+    ).strip()
     return Table("extras", "Beyond the paper", about, columns, tuple(rows))
 
 
@@ -416,16 +459,17 @@ def _flag(name: str, value: Any) -> str:
 
 def calibrations(context: Context) -> Table:
     """Expected calibration errors."""
-    named = {task.name: task for task in paper_tasks() if task.integer}
+    named = [task.name for task in paper_tasks() if task.integer]
     columns = (
         Column("study", "study"),
-        *(Column(f"{name}_ece", f"{task.title}: ECE, %") for name, task in named.items()),
+        *(Column(f"{name}_ece", f"{context.titles[name]}: ECE, %") for name in named),
+        STATE,
     )
     rows = []
     for study, runs in context.collection.studies.items():
         found = [_calibration_error(runs, name) for name in named]
         if any(error is not None for error in found):
-            rows.append((study, *found))
+            rows.append((study, *found, context.collection.state(study)))
     about = (
         "Expected calibration error on dev in percent, ten bins: how far the confidence in an "
         "answer is from how often such answers are right. Lower is better."
@@ -455,12 +499,23 @@ def footnotes() -> list[str]:
     ]
     means = {name: v.paper.mean for name, v in VARIANTS.items()}
     share = 100 * means["lora2"] / max(means.values())
+    apart, shared = (
+        " and ".join(signed(claims.paper_difference(*pair, "para")) for pair in pairs)
+        for pairs in (claims.SHARING[1:], claims.SHARING[:1])
+    )
     return [
         *notes,
+        f"The paper's text says that sharing helps paraphrase; by its own Table 2 sharing an "
+        f"adapter changes Quora by {apart} points (lora3 against lora1, lora4 against lora2); only "
+        f"sharing a whole BERT changes it by {shared} (baseline3 against baseline4).",
+        f"The paper's 4.5 % of the parameters is lora2's increment over baseline3's "
+        f"({claims.paper_share('lora2', 'baseline3'):.2f} %). Of baseline4, which like lora2 has "
+        f"an encoder for each task, it is {claims.paper_share('lora2', 'baseline4'):.1f} %.",
         f"The paper says that LoRA keeps 98 % of the performance gain: that is lora2's printed "
         f"mean over baseline3's ({share:.1f} %), not a gain. From the rows, lora2 has "
         f"{claims.paper_gain('lora2'):.1f} % of the best baseline's gain over baseline1 (with the "
         f"printed means {claims.paper_gain('lora2', printed=True):.1f} %).",
+        PCGRAD_NORMS,
         "The paper counts an STS head also where the cosine loss does not use one; jaxlora stores "
         "none there.",
     ]
