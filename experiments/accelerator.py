@@ -19,10 +19,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jaxlora import bert, host, lora, pretrained, step, tasks, trees
+from jaxlora import lora
 from jaxlora.data import packing
+from jaxlora.formats import huggingface
+from jaxlora.nn import bert
 from jaxlora.pcgrad import combine, gram, orders, project
-from jaxlora.variants import VARIANTS, Variant
+from jaxlora.tasks import task as tasks
+from jaxlora.tasks.sharing import VARIANTS, Variant
+from jaxlora.training import step
+from jaxlora.utils import process, trees
 
 TOLERANCE = 2e-3  # relative, after two AdamW steps in float32
 SHAPE, BATCH = packing.Shape(6, 64), 8
@@ -66,7 +71,7 @@ def random_batch(num_tasks: int, vocabulary: int, mixed: bool) -> step.Batch:
 
 
 def two_steps(
-    variant: Variant, base: pretrained.Pretrained, device: jax.Device
+    variant: Variant, base: huggingface.Pretrained, device: jax.Device
 ) -> tuple[Any, float]:
     """What a variant's first group has trained after two steps, and seconds a step takes."""
     config = base.config.with_dropout(0.0)
@@ -108,7 +113,7 @@ def main(base: str = "minilm") -> bool:
     Args:
       base: minilm, a local Hugging Face folder, or a hub id.
     """
-    loaded = pretrained.load(base)
+    loaded = huggingface.load(base)
     device, cpu = jax.devices()[0], jax.devices("cpu")[0]
     table = Table(title=f"{device.device_kind} against cpu")
     for column in ("", "difference", "ms a step", "ms on cpu"):
@@ -128,7 +133,7 @@ def main(base: str = "minilm") -> bool:
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags and compare; returns the exit code, see `host.exit_code`; 1 if they differ."""
     agreed: list[bool] = []
-    code = host.exit_code(lambda: agreed.append(tyro.cli(main, args=args)))
+    code = process.exit_code(lambda: agreed.append(tyro.cli(main, args=args)))
     return code or int(agreed == [False])
 
 

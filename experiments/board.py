@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from experiments import fleet
 from experiments.runs import Run
-from jaxlora.report import duration
-from jaxlora.tasks import MADE_UP
+from jaxlora.cli.console import duration
+from jaxlora.tasks.task import MADE_UP
 
 
 class Board:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from jaxlora import host
-from jaxlora.errors import Stopped
+from jaxlora.utils import process as host
+from jaxlora.utils.errors import Stopped
 
 LOOK_EVERY = 0.5  # seconds
 _COLUMNS = "120"  # of the tables in a log

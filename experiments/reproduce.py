@@ -20,10 +20,11 @@ from experiments.report.collect import PLAN
 from experiments.report.files import read_plan
 from experiments.runs import Inputs, Run, link, make_run, twins
 from experiments.studies import EXTRAS, STUDIES, command, study
-from jaxlora import folders, host, rundir, settings
-from jaxlora.errors import UserError
-from jaxlora.report import say
-from jaxlora.variants import VARIANTS
+from jaxlora.cli.console import say
+from jaxlora.tasks.sharing import VARIANTS
+from jaxlora.training import config, run_folder
+from jaxlora.utils import folders, process
+from jaxlora.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Common:
       dtype: of matmul inputs.
     """
 
-    preset: settings.PresetName = "demo"
+    preset: config.PresetName = "demo"
     data_dir: Path | None = None
     source: Literal["demo", "cs224n", "official"] | None = None
     base: str | None = None
@@ -153,7 +154,7 @@ def write_plan(runs: Sequence[Run], flags: Flags) -> None:
         "commands": old["commands"] | commands,  # flags may be others than before
         "failed": old["failed"],
     }
-    rundir.write_json(path, plan)
+    run_folder.write_json(path, plan)
 
 
 def write_failures(runs: Sequence[Run], reasons: Mapping[Run, str], root: Path) -> None:
@@ -162,7 +163,7 @@ def write_failures(runs: Sequence[Run], reasons: Mapping[Run, str], root: Path) 
     tried = {_place(run) for run in runs}
     others = {place: why for place, why in plan["failed"].items() if place not in tried}
     failed = others | {_place(run): why for run, why in reasons.items()}
-    rundir.write_json(root / PLAN, plan | {"failed": failed})
+    run_folder.write_json(root / PLAN, plan | {"failed": failed})
 
 
 def _place(run: Run) -> str:
@@ -218,7 +219,7 @@ def main(flags: Flags) -> list[tuple[Run, int]]:
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags and run; returns the exit code, see `host.exit_code`; 1 if a run failed."""
     failed: list[tuple[Run, int]] = []
-    code = host.exit_code(lambda: failed.extend(main(tyro.cli(Flags, args=args))))
+    code = process.exit_code(lambda: failed.extend(main(tyro.cli(Flags, args=args))))
     return code or int(bool(failed))
 
 

@@ -9,25 +9,28 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from jaxlora import cluster, folders, host, report, rundir, settings, train
+from jaxlora.cli import console as report
+from jaxlora.training import config, run_folder
+from jaxlora.training import run as train
+from jaxlora.utils import distributed, folders, process
 
 
-def main(flags: settings.Flags) -> None:
+def main(flags: config.Flags) -> None:
     """Join the other processes, if there are any, and run what the flags ask for."""
-    cluster.join(flags.coordinator, flags.processes, flags.process)
-    with cluster.together():
+    distributed.join(flags.coordinator, flags.processes, flags.process)
+    with distributed.together():
         _main(flags)
 
 
-def _main(flags: settings.Flags) -> None:
-    host.reuse_memory()
-    host.keep_programs(rundir.cache_dir() / "xla")
-    console = Console(quiet=not cluster.first())
+def _main(flags: config.Flags) -> None:
+    process.reuse_memory()
+    process.keep_programs(run_folder.cache_dir() / "xla")
+    console = Console(quiet=not distributed.first())
     listener = report.ConsoleListener(console)
     out = folders.local(flags.out or Path("runs") / flags.variant)
     with listener.live():
         result = train.run(
-            settings.resolve(flags),
+            config.resolve(flags),
             out,
             listener,
             resume=flags.resume,
@@ -45,7 +48,7 @@ def _main(flags: settings.Flags) -> None:
 
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags and run; returns the exit code, see `host.exit_code`."""
-    return host.exit_code(lambda: main(tyro.cli(settings.Flags, args=args)))
+    return process.exit_code(lambda: main(tyro.cli(config.Flags, args=args)))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments.studies import Study, arguments
-from jaxlora import prepare, pretrained, rundir
-from jaxlora.errors import UserError
-from jaxlora.prepare import Data
-from jaxlora.pretrained import Pretrained
-from jaxlora.settings import Flags, Settings, resolve
+from jaxlora.formats import huggingface
+from jaxlora.formats.huggingface import Pretrained
+from jaxlora.training import inputs as prepare
+from jaxlora.training import run_folder
+from jaxlora.training.config import Flags, Settings, resolve
+from jaxlora.training.inputs import Data
+from jaxlora.utils.errors import UserError
 
 SCRIPT = Path(__file__).with_name("run.py")
 LOGS = "logs"
@@ -65,7 +67,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether there is a result."""
-        return (self.out / rundir.RESULT).exists()
+        return (self.out / run_folder.RESULT).exists()
 
     @property
     def total(self) -> int:
@@ -76,7 +78,7 @@ class Run:
         """Steps taken so far, by the last record of its log."""
         if self.finished:
             return self.total
-        last = _last_record(self.out / rundir.METRICS)
+        last = _last_record(self.out / run_folder.METRICS)
         if last is None or last["group"] not in self.steps:
             return 0
         names = list(self.steps)
@@ -85,7 +87,7 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """The content of `result.json`."""
-        content: dict[str, Any] = rundir.read_json(self.out / rundir.RESULT)
+        content: dict[str, Any] = run_folder.read_json(self.out / run_folder.RESULT)
         return content
 
 
@@ -105,7 +107,7 @@ class Inputs:
     """Bases and data, loaded once for all runs that read the same."""
 
     def __init__(self) -> None:
-        self._base = functools.cache(pretrained.load)
+        self._base = functools.cache(huggingface.load)
         self._data: dict[tuple[Any, ...], Data] = {}
 
     def of(self, settings: Settings) -> tuple[Pretrained, Data]:
@@ -133,8 +135,8 @@ def make_run(study: Study, flags: Flags, root: Path, inputs: Inputs) -> Run:
         settings = resolve(flags)
         base, data = inputs.of(settings)
         run = Run(study, flags, settings, root, prepare.count_steps(settings, data))
-        rundir.check(run.out, settings.to_json(), resume=True)
-        rundir.check_same_inputs(run.out, prepare.fingerprints(base, data, settings.seed))
+        run_folder.check(run.out, settings.to_json(), resume=True)
+        run_folder.check_same_inputs(run.out, prepare.fingerprints(base, data, settings.seed))
     except UserError as error:
         raise UserError(f"{study.name}: {error}") from error
     return run

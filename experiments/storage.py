@@ -19,11 +19,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from jaxlora import bank, bert, host, lora, trees
-from jaxlora.fingerprint import Fingerprint
+from jaxlora import lora
+from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.lora import LoraConfig
-from jaxlora.tasks import Task
-from jaxlora.trained import Served, Trained
+from jaxlora.nn import bert
+from jaxlora.serving import bank
+from jaxlora.serving.task_models import Served, Trained
+from jaxlora.tasks.task import Task
+from jaxlora.utils import process, trees
 
 MB = 1e6
 BASES = {
@@ -157,7 +160,7 @@ def main(flags: Flags) -> None:
 
 def cli(args: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    return host.exit_code(lambda: main(tyro.cli(Flags, args=args)))
+    return process.exit_code(lambda: main(tyro.cli(Flags, args=args)))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxlora.errors import UserError
-from jaxlora.settings import Flags, flag
-from jaxlora.variants import VARIANTS
+from jaxlora.tasks.sharing import VARIANTS
+from jaxlora.training.config import Flags, flag
+from jaxlora.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,10 @@ from rich.console import Console
 from experiments.bench import harness
 from experiments.bench.work import Steps
 from experiments.runs import Run
-from jaxlora import group, mesh, prepare, pretrained, rundir
-from jaxlora.errors import UserError
-from jaxlora.settings import Settings
+from jaxlora.formats import huggingface
+from jaxlora.training import inputs, run_folder, sharding, task_group
+from jaxlora.training.config import Settings
+from jaxlora.utils.errors import UserError
 
 FILE = "timing.json"
 ROUNDS = 10
@@ -29,9 +30,11 @@ def timed(runs: Sequence[Run]) -> list[Run]:
 
 def make_side(settings: Settings) -> Callable[[int, int], None]:
     """A study's groups on its own data, compiled: `(number of the group, steps)` takes steps."""
-    base = pretrained.load(settings.base)
-    data, devices = prepare.load_data(settings, base), mesh.make_mesh("auto")
-    groups = [group.make_group(settings, base, data, names, devices) for names in settings.groups]
+    base = huggingface.load(settings.base)
+    data, devices = inputs.load_data(settings, base), sharding.make_mesh("auto")
+    groups = [
+        task_group.make_group(settings, base, data, names, devices) for names in settings.groups
+    ]
     steps = Steps(groups)
     steps.compile()
 
@@ -83,7 +86,7 @@ def measure(
             for run in runs
         },
     }
-    rundir.write_json(path, found)
+    run_folder.write_json(path, found)
     return found
 
 

@@ -20,13 +20,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from jaxlora import host, lora, losses, storage
-from jaxlora.bert import BertConfig
-from jaxlora.curves import COLOURS
+from jaxlora import lora
+from jaxlora.cli.curves import COLOURS
 from jaxlora.lora import LoraConfig
+from jaxlora.nn.bert import BertConfig
 from jaxlora.pcgrad import gram, project
-from jaxlora.tasks import NAMES, paper_tasks
-from jaxlora.variants import VARIANTS, Groups, Variant
+from jaxlora.tasks import losses
+from jaxlora.tasks.sharing import VARIANTS, Groups, Variant
+from jaxlora.tasks.task import NAMES, paper_tasks
+from jaxlora.training import parameter_count
+from jaxlora.utils import process
 
 SIZE, RANK = 24, 3  # of the kernel in the first figure, and of its adapter
 GREY = "#777777"
@@ -163,7 +166,7 @@ def draw_losses(figure: Any) -> None:
 def trained_millions(found: Variant) -> float:
     """Millions of parameters that a variant trains upon bert-base."""
     tasks = paper_tasks(found.sts_loss)
-    count = storage.count(BertConfig(), found.adapt, found.groups, tasks, LoraConfig())
+    count = parameter_count.count(BertConfig(), found.adapt, found.groups, tasks, LoraConfig())
     return count.incremental / 1e6
 
 
@@ -223,7 +226,7 @@ def main(flags: Flags) -> None:
 
 def cli(args: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    return host.exit_code(lambda: main(tyro.cli(Flags, args=args)))
+    return process.exit_code(lambda: main(tyro.cli(Flags, args=args)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """jaxlora: one frozen BERT, many tasks; LoRA and PCGrad as functions over pytrees."""
 
 from jaxlora import lora
-from jaxlora.errors import UserError
 from jaxlora.pcgrad import PCGradState, pcgrad, sum_tasks
-from jaxlora.predict import Answer, Predictor, load
+from jaxlora.serving.predictor import Answer, Predictor, load
+from jaxlora.utils.errors import UserError
 
 __all__ = [
     "Answer", "PCGradState", "Predictor", "UserError", "load", "lora", "pcgrad", "sum_tasks",

@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from jaxlora import lora
 from jaxlora.lora import Adapter, LoraConfig
-from jaxlora.trees import Tree
+from jaxlora.utils.trees import Tree
 
 
 def align(adapters: Sequence[Adapter | None]) -> tuple[list[Tree], LoraConfig]:

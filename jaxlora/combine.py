@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from jaxlora import lora
 from jaxlora.lora import Adapter
-from jaxlora.trees import Tree
+from jaxlora.utils.trees import Tree
 
 
 def cat(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:

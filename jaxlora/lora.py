@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from jaxlora import trees
-from jaxlora.trees import Tree
+from jaxlora.utils import trees
+from jaxlora.utils.trees import Tree
 
 PAPER_TARGETS = ("query", "key", "value", "attention.output.dense")
 ALL_TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")  # every layer's

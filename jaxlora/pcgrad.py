@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlora.trees import Tree, names
+from jaxlora.utils.trees import Tree, names
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _RANDOM = "threefry2x32"  # fixed, so that a state's key data means the same under any JAX setting

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import bert, lora, plan, plan_table, step
-from jaxlora import mesh as meshes
-from jaxlora.tasks import paper_tasks
+from jaxlora import lora
+from jaxlora.cli import cost_table
+from jaxlora.nn import bert
+from jaxlora.tasks.task import paper_tasks
+from jaxlora.training import cost, step
+from jaxlora.training import sharding as meshes
 
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
 
@@ -20,7 +23,7 @@ def wide(adapt, text, **more):
         intermediate_size=1024, max_position_embeddings=64,
     ).with_dropout(0.0)  # fmt: skip
     asked = {"batch_size": 16, "rows": 16, "adapter": lora.LoraConfig(8, 8.0)} | more
-    return plan.Work(config, adapt, paper_tasks("mse"), **asked, **plan_table.find_mesh(text))
+    return cost.Work(config, adapt, paper_tasks("mse"), **asked, **cost_table.find_mesh(text))
 
 
 def shapes(work):

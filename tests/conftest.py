@@ -98,9 +98,9 @@ def _tiny_tokenizer():
 @pytest.fixture(scope="session")
 def minilm():
     """The packaged MiniLM (six layers, 384 wide), the real weights of these tests."""
-    from jaxlora import pretrained
+    from jaxlora.formats import huggingface
 
-    return pretrained.load("minilm")
+    return huggingface.load("minilm")
 
 
 @pytest.fixture(scope="session")
@@ -116,9 +116,9 @@ def tiny_base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tiny_base):
     """`tiny_base`, loaded."""
-    from jaxlora import pretrained
+    from jaxlora.formats import huggingface
 
-    return pretrained.load(str(tiny_base))
+    return huggingface.load(str(tiny_base))
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +134,7 @@ def make(tiny_base, data_dir):
     """Settings of a short run of a variant on that data."""
     from tiny import short
 
-    from jaxlora.settings import Flags, resolve
+    from jaxlora.training.config import Flags, resolve
 
     def settings(variant, **more):
         flags = short(variant, **more)

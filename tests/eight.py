@@ -16,9 +16,12 @@ import optax
 from compiled import analyses, collectives, compile_step, mesh_of, shapes, wide
 from tiny import Silent, short
 
-from jaxlora import group, lora, prepare, pretrained, train
-from jaxlora import mesh as meshes
-from jaxlora.settings import Flags, resolve
+from jaxlora import lora
+from jaxlora.formats import huggingface
+from jaxlora.training import inputs, task_group
+from jaxlora.training import run as train
+from jaxlora.training import sharding as meshes
+from jaxlora.training.config import Flags, resolve
 
 STEPS = 5
 
@@ -31,13 +34,13 @@ def curves(variant, base, data, *texts):
     """The losses of five steps of each group on each mesh, and the rows of a batch."""
     meshes.LEAST_SPLIT = 64  # the tiny model has no large leaf
     chosen = settings(variant, base, data, epochs=2)  # one is four steps of sts by itself
-    loaded = pretrained.load(base)
-    examples = prepare.load_data(chosen, loaded)
+    loaded = huggingface.load(base)
+    examples = inputs.load_data(chosen, loaded)
     found = {}
     for text in texts:
         losses = []
         for names in chosen.groups:
-            made = group.make_group(chosen, loaded, examples, names, meshes.make_mesh(text))
+            made = task_group.make_group(chosen, loaded, examples, names, meshes.make_mesh(text))
             state, train_step = made.state, made.train_step()
             for batch, _ in zip(made.prefetch(0), range(STEPS), strict=False):
                 state, metrics = train_step(state, made.frozen, batch)

@@ -11,7 +11,7 @@ import json
 
 import numpy as np
 
-from jaxlora.variants import VARIANTS
+from jaxlora.tasks.sharing import VARIANTS
 
 EXAMPLES = 20
 TASKS = ("sst", "para", "sts")
@@ -125,7 +125,7 @@ def begin(folder, variant, seed, surgery="pcgrad", **more):
 
 
 def parameters(variant):
-    """What `jaxlora.storage` would count with these sizes."""
+    """What `jaxlora.training.parameter_count` would count with these sizes."""
     trees = {"frozen": 0, "lora": TREE, "full": BASE}[variant.adapt] * len(variant.groups)
     heads = 3 * HEAD
     return {

@@ -16,12 +16,18 @@ import pytest
 from tiny import Silent, write_data
 
 import jaxlora
-from jaxlora import bank, checkpoint, cli, exchange, lora, predict, rundir, train, trees
-from jaxlora import manifest as manifests
-from jaxlora.errors import UserError
-from jaxlora.predict_file import predict_file
-from jaxlora.settings import Flags, resolve
-from jaxlora.trained import load_run
+from jaxlora import lora
+from jaxlora.cli import main
+from jaxlora.serving import bank, export_peft
+from jaxlora.serving import manifest as manifests
+from jaxlora.serving import predictor as predict
+from jaxlora.serving.predict_table import predict_file
+from jaxlora.serving.task_models import load_run
+from jaxlora.training import checkpoint, run_folder
+from jaxlora.training import run as train
+from jaxlora.training.config import Flags, resolve
+from jaxlora.utils import trees
+from jaxlora.utils.errors import UserError
 
 FAST = {
     "batch_size": 6,
@@ -235,7 +241,7 @@ def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
     bank.remove(three, "para")
     old = bank.load(three).served.keys()
     old_value = values_of(three, "sts")
-    module = {"save_tree": checkpoint, "write_json": rundir, "rmtree": shutil}[victim]
+    module = {"save_tree": checkpoint, "write_json": run_folder, "rmtree": shutil}[victim]
     real = getattr(module, victim)
 
     def die(*args, **kwargs):
@@ -348,15 +354,15 @@ def test_a_bank_and_a_run_of_the_last_version(runs, three, tmp_path):
     bank.add(three, load_run(runs / "again"), ["sts"], replace=True)  # beside tasks of today's
     np.testing.assert_array_equal(values(jaxlora.load(three))[1:], answers[1:])
     run = shutil.copytree(runs / "lora1", tmp_path / "run")
-    config = json.loads((run / rundir.CONFIG).read_text())
+    config = json.loads((run / run_folder.CONFIG).read_text())
     for table in config["settings"]["tasks"]:
         assert table["task"].pop("head") == "mlp"
-    (run / rundir.CONFIG).write_text(json.dumps(config))
+    (run / run_folder.CONFIG).write_text(json.dumps(config))
     np.testing.assert_array_equal(values(jaxlora.load(run)), values(jaxlora.load(runs / "lora1")))
-    now = json.loads((runs / "lora1" / rundir.CONFIG).read_text())["settings"]
-    rundir.check(run, now, resume=True)
+    now = json.loads((runs / "lora1" / run_folder.CONFIG).read_text())["settings"]
+    run_folder.check(run, now, resume=True)
     with pytest.raises(UserError, match="its run has --seed"):
-        rundir.check(run, now | {"seed": 99}, resume=True)
+        run_folder.check(run, now | {"seed": 99}, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -448,7 +454,7 @@ def test_a_first_change_that_was_killed_is_no_obstacle(runs, tmp_path, monkeypat
     def die(*args):
         raise Killed
 
-    monkeypatch.setattr(rundir, "write_json", die)
+    monkeypatch.setattr(run_folder, "write_json", die)
     with pytest.raises(Killed):
         bank.add(tmp_path / "bank", load_run(runs / "lora1"), ["sst"])
     monkeypatch.undo()
@@ -491,11 +497,11 @@ def test_a_manifest_that_is_no_json(three):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    monkeypatch.setattr(cli.host, "keep_programs", lambda folder: None)
-    monkeypatch.setattr(cli.host, "reuse_memory", lambda: None)
+    monkeypatch.setattr(main.host, "keep_programs", lambda folder: None)
+    monkeypatch.setattr(main.host, "reuse_memory", lambda: None)
 
     def command(*args):
-        code = cli.main([str(arg) for arg in args])
+        code = main.main([str(arg) for arg in args])
         captured = capsys.readouterr()
         return code, captured.out + captured.err
 
@@ -706,7 +712,7 @@ def test_exchange_and_combination_refuse(runs, three, tmp_path, call, args, mess
 )
 def test_an_exported_task_changed_by_hand(three, tmp_path, call, edit, message):
     call("export", "peft", tmp_path / "sst", "--bank", three, "--task", "sst")
-    path = tmp_path / "sst" / exchange.ABOUT
+    path = tmp_path / "sst" / export_peft.ABOUT
     path.write_text(json.dumps(edit(json.loads(path.read_text()))))
     code, shown = call("import", "peft", tmp_path / "sst", "--bank", three, "--as", "x")
     assert (code, message in shown) == (2, True), shown
@@ -716,7 +722,7 @@ HEADER = "id\ttask\tsentence1\tsentence2\n"
 
 
 def test_a_table_is_answered_in_order_and_in_parts(three, call, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlora.predict_file.PART", 3)
+    monkeypatch.setattr("jaxlora.serving.predict_table.PART", 3)
     source = tmp_path / "in.tsv"
     lines = [f"r{n}\t" + "\t".join([*REQUESTS[n % 4], ""][:3]) + "\n" for n in range(8)]
     source.write_text(HEADER + "".join(lines))
@@ -742,7 +748,7 @@ def test_a_table_is_answered_in_order_and_in_parts(three, call, tmp_path, monkey
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_table(three, tmp_path, monkeypatch):
     """It is read and answered part by part."""
-    monkeypatch.setattr("jaxlora.predict_file.PART", 256)
+    monkeypatch.setattr("jaxlora.serving.predict_table.PART", 256)
     source, parts, memory = tmp_path / "in.tsv", 24, {}
     text = " ".join(["film"] * 40)  # cut to the bank's length: cheap to answer, costly to keep
     lines = [f"r{n}\tsst\t{n} {text}\t\n" for n in range(256 * parts)]

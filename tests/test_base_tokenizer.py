@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from jaxlora import base_tokenizer
-from jaxlora.data.examples import tokenize, truncating
-from jaxlora.errors import UserError
+from jaxlora.data.tokenized import tokenize, truncating
+from jaxlora.formats import tokenizer as base_tokenizer
+from jaxlora.utils.errors import UserError
 
 transformers = pytest.importorskip("transformers")
 

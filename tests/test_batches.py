@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlora import step
 from jaxlora.data import batches
 from jaxlora.data.batches import PackedBatches, VectorBatches, make_order, plan, prefetch
-from jaxlora.data.examples import Examples
 from jaxlora.data.packing import choose_shapes, fitting, place, row_lengths
-from jaxlora.step import Batch
+from jaxlora.data.tokenized import Examples
+from jaxlora.training import step
+from jaxlora.training.step import Batch
 
 SIZES = {"sst": 10, "para": 7, "sts": 3}
 PAIR = {"sst": 1, "para": 2, "sts": 2}

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.bench import harness
 from experiments.bench.work import LENGTHS, TASKS, Ours, Work, make_examples, real_tokens
-from jaxlora import step
+from jaxlora.training import step
 
 
 def warmed(group):

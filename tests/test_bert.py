@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlora import bert, ops, step
-from jaxlora.bert import Encoder, pool
 from jaxlora.data.packing import Shape, fill
 from jaxlora.lora import LoraConfig
-from jaxlora.ops import matmul
+from jaxlora.nn import bert, ops
+from jaxlora.nn.bert import Encoder, pool
+from jaxlora.nn.ops import matmul
+from jaxlora.training import step
 
 SENTENCES = (
     "A film.",
@@ -67,10 +68,10 @@ def torch_hidden(minilm, alone):
     torch = pytest.importorskip("torch")
     from transformers import BertModel
 
-    from jaxlora import pretrained
+    from jaxlora.formats import huggingface
 
     model = BertModel.from_pretrained(
-        pretrained.find("minilm"), attn_implementation="eager", dtype=torch.float32
+        huggingface.find("minilm"), attn_implementation="eager", dtype=torch.float32
     ).eval()
     with torch.no_grad():
         out = model(

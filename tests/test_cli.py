@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 from tiny import write_data
 
-from jaxlora import report, settings
+from jaxlora.cli import console as report
+from jaxlora.training import config as settings
 
 SPEC = importlib.util.spec_from_file_location(
     "run", Path(__file__).parents[1] / "experiments" / "run.py"

@@ -14,10 +14,10 @@ import tensorflow_datasets as tfds
 
 from jaxlora.data import cs224n, demo, official, sources
 from jaxlora.data.builders import BUILDERS, SourceConfig, load
-from jaxlora.data.rows import Row
+from jaxlora.data.raw_examples import Row
 from jaxlora.data.sources import fingerprint, load_rows
-from jaxlora.errors import UserError
-from jaxlora.tasks import paper_tasks
+from jaxlora.tasks.task import paper_tasks
+from jaxlora.utils.errors import UserError
 
 TASKS = {task.name: task for task in paper_tasks()}
 SST, PARA, STS = TASKS["sst"], TASKS["para"], TASKS["sts"]

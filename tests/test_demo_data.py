@@ -15,8 +15,8 @@ import pytest
 from jaxlora.data import demo
 from jaxlora.data.grammars import question_frames, questions, reviews, scenes
 from jaxlora.data.grammars.words import words
-from jaxlora.data.rows import sentences
-from jaxlora.tasks import paper_tasks
+from jaxlora.data.raw_examples import sentences
+from jaxlora.tasks.task import paper_tasks
 
 TASKS = {task.name: task for task in paper_tasks()}
 NAMES = tuple(TASKS)

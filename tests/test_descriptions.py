@@ -8,12 +8,12 @@ import pytest
 from tiny import Silent
 
 import jaxlora
-from jaxlora import train
 from jaxlora.data import tables
-from jaxlora.descriptions import Description, paper_descriptions, read_tasks
-from jaxlora.errors import UserError
-from jaxlora.settings import Flags, Settings, resolve
-from jaxlora.tasks import Task
+from jaxlora.data.task_files import Description, paper_descriptions, read_tasks
+from jaxlora.tasks.task import Task
+from jaxlora.training import run as train
+from jaxlora.training.config import Flags, Settings, resolve
+from jaxlora.utils.errors import UserError
 
 TOPIC = """
 [topic]
@@ -225,14 +225,14 @@ def test_a_run_trains_and_serves_them(folder, tiny_base, variant):
 
 
 def test_an_edited_table_is_read_anew(folder, tiny):
-    from jaxlora import prepare
+    from jaxlora.training import inputs
 
     path = write(folder, PRICE)
     settings = resolve(Flags("lora1", tasks=(path,)))
-    before = prepare.load_data(settings, tiny)["price"]["dev"].labels
+    before = inputs.load_data(settings, tiny)["price"]["dev"].labels
     text = (folder / "price.txt").read_text().replace(";60\n", ";90\n")
     (folder / "price.txt").write_text(text)
-    after = prepare.load_data(settings, tiny)["price"]["dev"].labels
+    after = inputs.load_data(settings, tiny)["price"]["dev"].labels
     assert np.flatnonzero(before != after).tolist() == [7]
 
 

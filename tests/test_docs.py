@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxlora import plan_table, settings
-from jaxlora.cli import ALONE, GROUPS
-from jaxlora.settings import PAPER_GUESSES, PRESETS, Flags, VariantName, resolve
-from jaxlora.settings import flag as flag_of
+from jaxlora.cli import cost_table
+from jaxlora.cli.main import ALONE, GROUPS
+from jaxlora.training import config
+from jaxlora.training.config import PAPER_GUESSES, PRESETS, Flags, VariantName, resolve
+from jaxlora.training.config import flag as flag_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -88,7 +89,7 @@ def test_what_the_paper_preset_guesses_is_listed():
 
 
 def test_the_guesses_of_the_paper_preset_are_in_its_docstring():
-    source = inspect.getsource(settings).split("PAPER_GUESSES = ")[1].split('"""')[1]
+    source = inspect.getsource(config).split("PAPER_GUESSES = ")[1].split('"""')[1]
     found = resolve(Flags("lora4", preset="paper"))
     words = " ".join(source.split())
     for said in (
@@ -103,5 +104,5 @@ def test_the_table_of_scaling_is_the_calculators():
     head, _, *rows = [tuple(cell.strip() for cell in line[1:-1].split("|")) for line in lines]
     bases = ("bert-base", "bert-large", "1b", "3b", "10b")
     meshes = ("data=1", "fsdp=8", "data=8,fsdp=8")
-    table = plan_table.lines(bases, ("lora3", "baseline2"), meshes, batch_size=64, dtype="bfloat16")
+    table = cost_table.lines(bases, ("lora3", "baseline2"), meshes, batch_size=64, dtype="bfloat16")
     assert [head, *rows[: len(table) - 1]] == table

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from jaxlora.data import examples, sources
-from jaxlora.data.examples import load_examples, tokenize, truncating
-from jaxlora.data.rows import Row
-from jaxlora.tasks import PARA, SST
+from jaxlora.data import sources, tokenized
+from jaxlora.data.raw_examples import Row
+from jaxlora.data.tokenized import load_examples, tokenize, truncating
+from jaxlora.tasks.task import PARA, SST
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d", "e", "good", "bad", "film", "##s"]
 CLS, SEP = WORDS.index("[CLS]"), WORDS.index("[SEP]")
@@ -85,7 +85,7 @@ def test_tokenize_nothing(tokenizer):
 def test_tokenize_in_chunks_gives_the_same(tokenizer, monkeypatch):
     texts = ["a", "b c", "d e a", "good film", "bad"]
     whole = tokenize(truncating(tokenizer, 4), texts)
-    monkeypatch.setattr(examples, "_CHUNK", 2)
+    monkeypatch.setattr(tokenized, "_CHUNK", 2)
     for a, b in zip(whole, tokenize(truncating(tokenizer, 4), texts), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -189,7 +189,7 @@ WARM = """
 import sys
 from pathlib import Path
 from tokenizers import Tokenizer
-from jaxlora.data.examples import load_examples
+from jaxlora.data.tokenized import load_examples
 from jaxlora.tasks import SST
 tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
 splits = load_examples(SST, "demo", None, tokenizer, "k", 32, Path(sys.argv[1]))

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 from tiny import Silent, leaves_equal, short, write_data
 
-from jaxlora import checkpoint, host, rundir, train
-from jaxlora.errors import Stopped, UserError
-from jaxlora.trained import load_run
+from jaxlora.serving.task_models import load_run
+from jaxlora.training import checkpoint, run_folder
+from jaxlora.training import run as train
+from jaxlora.utils import process as host
+from jaxlora.utils.errors import Stopped, UserError
 
 ROOT = Path(__file__).parents[1]
 GROUP = "sst+para+sts"
@@ -41,12 +43,12 @@ class Signalling(Silent):
 
 
 def models(tmp_path, *names):
-    return [checkpoint.load_tree(tmp_path / name / rundir.MODEL) for name in names]
+    return [checkpoint.load_tree(tmp_path / name / run_folder.MODEL) for name in names]
 
 
 def timeless(out):
     """The records of a run, all but the time they took."""
-    records = rundir.read_records(out)
+    records = run_folder.read_records(out)
     return [{k: v for k, v in r.items() if k != "steps_per_second"} for r in records]
 
 
@@ -81,7 +83,7 @@ def test_outside_the_main_thread_a_run_trains_all_the_same(make, tmp_path):
     )
     thread.start()
     thread.join()
-    assert (tmp_path / "run" / rundir.RESULT).exists()
+    assert (tmp_path / "run" / run_folder.RESULT).exists()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ DAMAGE = {
 @pytest.fixture(scope="module")
 def stopped(tiny_base, data_dir, tmp_path_factory):
     """A run that was stopped after step 6: its checkpoints are those of steps 4 and 6."""
-    from jaxlora.settings import Flags, resolve
+    from jaxlora.training.config import Flags, resolve
 
     folder = tmp_path_factory.mktemp("stopped")
     settings = resolve(Flags("lora3", base=str(tiny_base), data_dir=data_dir, **short("lora3")))
@@ -150,7 +152,7 @@ def stopped(tiny_base, data_dir, tmp_path_factory):
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_of_damaged_checkpoints_the_last_good_one_is_taken(make, stopped, tmp_path, damage):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
-    states = tmp_path / "parts" / rundir.STATES / GROUP
+    states = tmp_path / "parts" / run_folder.STATES / GROUP
     DAMAGE[damage](states / "6")
     listener = Silent()
     train.run(make("lora3"), tmp_path / "parts", listener, resume=True)
@@ -163,7 +165,7 @@ def test_of_damaged_checkpoints_the_last_good_one_is_taken(make, stopped, tmp_pa
 
 def test_without_a_good_checkpoint_the_group_starts_again(make, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
-    for path in (tmp_path / "parts" / rundir.STATES / GROUP).glob("[0-9]"):
+    for path in (tmp_path / "parts" / run_folder.STATES / GROUP).glob("[0-9]"):
         flip(biggest(path))
     listener = Silent()
     train.run(make("lora3"), tmp_path / "parts", listener, resume=True)
@@ -173,14 +175,14 @@ def test_without_a_good_checkpoint_the_group_starts_again(make, stopped, tmp_pat
 
 
 def test_a_damaged_model_is_not_loaded(whole):
-    flip(biggest(whole / rundir.MODEL))
+    flip(biggest(whole / run_folder.MODEL))
     with pytest.raises(UserError, match="model: damaged"):
         load_run(whole)
 
 
 def test_a_result_of_another_model_is_refused(make, whole, tmp_path):
     train.run(make("lora3", seed=1), tmp_path / "other", Silent())
-    shutil.copy(tmp_path / "other" / rundir.RESULT, whole)
+    shutil.copy(tmp_path / "other" / run_folder.RESULT, whole)
     with pytest.raises(UserError, match="another checksum"):
         load_run(whole)
 
@@ -195,7 +197,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"make room.*--resume"):
         patch.setattr(checkpoint, "_sums", full)  # the third thing that a save does
         train.run(make("lora3"), run, Silent())
-    assert not (run / rundir.RESULT).exists()
+    assert not (run / run_folder.RESULT).exists()
     train.run(make("lora3"), run, Silent(), resume=True)
     leaves_equal(*models(tmp_path, "run"), *models(stopped, "whole"))
 
@@ -246,7 +248,7 @@ def test_a_full_and_a_read_only_disk(tiny_base, data_dir, stopped, tmp_path, opt
     ours = [f'File "{ROOT / name}/' for name in ("jaxlora", "experiments")]
     assert not any(name in done.stderr for name in ours)  # a library's thread may say more
     left = dict(line.split("  ")[::-1] for line in (tmp_path / "sums").read_text().splitlines())
-    kept = sums(before / rundir.STATES)
+    kept = sums(before / run_folder.STATES)
     assert kept and kept.items() <= left.items()  # the old checkpoints are as they were
     leaves_equal(*models(tmp_path, "run"), *models(stopped, "whole"))
 
@@ -292,7 +294,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(make, tmp_path, monk
     result = train.run(make("lora3"), tmp_path / "run", Silent(), resume=True, skip_nonfinite=True)
     # 19 examples are drawn 40 times in 7 steps of 6, so this one in two steps or three.
     assert result["groups"][GROUP]["skipped"] in (2, 3)
-    records = rundir.read_records(tmp_path / "run")
+    records = run_folder.read_records(tmp_path / "run")
     assert sum(r.get("skipped", 0) for r in records) == result["groups"][GROUP]["skipped"]
     assert all(np.isfinite(r["loss"]["sts"]) for r in records if r["kind"] == "train")
     (model,) = models(tmp_path, "run")
@@ -327,7 +329,7 @@ def test_too_many_steps_in_a_row_are_not_left_out(make, tmp_path, monkeypatch):
 
 
 def test_data_deleted_while_training(make, whole, tiny_base, tmp_path):
-    from jaxlora.settings import Flags, resolve
+    from jaxlora.training.config import Flags, resolve
 
     folder = write_data(tmp_path / "data")
 
@@ -370,7 +372,7 @@ def test_killed_twenty_times_it_ends_as_if_it_never_was(tiny_base, data_dir, tmp
     def written():
         return (tmp_path / "killed" / "metrics.jsonl").stat().st_mtime_ns
 
-    states = tmp_path / "killed" / rundir.STATES / GROUP
+    states = tmp_path / "killed" / run_folder.STATES / GROUP
     for number in range(20):
         process, began = start("killed"), time.monotonic()
         log = tmp_path / "killed" / "metrics.jsonl"

@@ -12,11 +12,15 @@ import pytest
 from tiny import Silent
 
 import jaxlora
-from jaxlora import bank, cli, exchange, pretrained, rundir, train
-from jaxlora import manifest as manifests
-from jaxlora.errors import Note, UserError
-from jaxlora.settings import Flags, resolve
-from jaxlora.trained import load_run
+from jaxlora.cli import main as cli
+from jaxlora.formats import huggingface
+from jaxlora.serving import bank, export_peft
+from jaxlora.serving import manifest as manifests
+from jaxlora.serving.task_models import load_run
+from jaxlora.training import run as train
+from jaxlora.training import run_folder
+from jaxlora.training.config import Flags, resolve
+from jaxlora.utils.errors import Note, UserError
 
 FORMAT1 = Path(__file__).parent / "data" / "format1"
 # Made by the version that wrote format 1: request, answer.
@@ -109,7 +113,7 @@ def test_a_run_does_not_go_on_with_another_base(run, base, data_dir, change):
 def test_a_bank_takes_no_task_of_another_base(run, three, base, change):
     apply, part = CHANGES[change]
     apply(base)
-    other = pretrained.load(str(base)).fingerprint
+    other = huggingface.load(str(base)).fingerprint
     source = dataclasses.replace(load_run(run), fingerprint=other)
     before = (three / manifests.NAME).read_bytes()
     with pytest.raises(UserError, match=rf"is a bank of .* has another {part}"):
@@ -159,7 +163,7 @@ def test_a_base_that_moved_can_be_pointed_to(three, run, base, tmp_path, capsys)
 
 def test_a_run_goes_on_though_its_base_moved(run, base, data_dir, tmp_path, tiny_base):
     moved = Path(shutil.move(base, tmp_path / "moved"))
-    before = json.loads((run / rundir.RESULT).read_text())
+    before = json.loads((run / run_folder.RESULT).read_text())
     again = flags(moved, data_dir)
     assert train.run(again, run, Silent(), resume=True, predict_test=False) == before
     set_config(moved, num_attention_heads=8)
@@ -174,7 +178,7 @@ def test_peft_folders_go_over_though_the_base_moved(three, base, tmp_path, capsy
     assert cli.main(export) == 0
     written = json.loads((peft / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(moved)
-    exchange.save(tmp_path / "old", bank.load(three), "sst")
+    export_peft.save(tmp_path / "old", bank.load(three), "sst")
     capsys.readouterr()
     into = ["import", "peft", str(tmp_path / "old"), f"--bank={three}", "--as=again"]
     assert cli.main(into) == 2
@@ -224,7 +228,7 @@ def test_the_first_format_still_refuses_other_weights(old, tiny_base):
 
 def test_an_exported_task_of_the_first_format_is_read(old):
     with pytest.warns(Note, match="by the weights alone"):
-        found = exchange.load(old / "peft", "again", base=str(old / "base"))
+        found = export_peft.load(old / "peft", "again", base=str(old / "base"))
         predictor = jaxlora.Predictor(found.load_base(), found)
     (answer,) = predictor([("again", ANSWERS[0]["request"][1])])
     assert answer.probabilities == pytest.approx(ANSWERS[0]["answer"], abs=1e-5)
@@ -232,7 +236,7 @@ def test_an_exported_task_of_the_first_format_is_read(old):
 
 def test_adding_to_a_bank_of_the_first_format_upgrades_it(old):
     before = json.loads((old / "bank" / manifests.NAME).read_text())
-    known = pretrained.load(str(old / "base")).fingerprint
+    known = huggingface.load(str(old / "base")).fingerprint
     source = dataclasses.replace(load_run(old / "run"), fingerprint=known)
     with pytest.warns(Note, match="by the weights alone"):
         bank.add(old / "bank", source, ["para"])
@@ -246,9 +250,9 @@ def test_adding_to_a_bank_of_the_first_format_upgrades_it(old):
 
 
 def test_importing_into_a_bank_of_the_first_format_upgrades_it(old):
-    known = pretrained.load(str(old / "base")).fingerprint
+    known = huggingface.load(str(old / "base")).fingerprint
     with pytest.warns(Note, match="by the weights alone"):
-        found = exchange.load(old / "peft", "again", base=str(old / "base"))
+        found = export_peft.load(old / "peft", "again", base=str(old / "base"))
         bank.add(old / "bank", found, ["again"])
     after = json.loads((old / "bank" / manifests.NAME).read_text())
     assert after["fingerprint"] == dataclasses.asdict(known)
@@ -256,14 +260,14 @@ def test_importing_into_a_bank_of_the_first_format_upgrades_it(old):
 
 
 def test_an_old_run_goes_on_and_says_what_cannot_be_compared(run, base, data_dir):
-    config = json.loads((run / rundir.CONFIG).read_text())
+    config = json.loads((run / run_folder.CONFIG).read_text())
     config["inputs"] = {k: v for k, v in config["inputs"].items() if not k.startswith("the base m")}
-    config["inputs"]["the base model"] = pretrained.load(str(base)).fingerprint.weights
-    (run / rundir.CONFIG).write_text(json.dumps(config))
+    config["inputs"]["the base model"] = huggingface.load(str(base)).fingerprint.weights
+    (run / run_folder.CONFIG).write_text(json.dumps(config))
     with pytest.warns(Note, match="by the weights alone"):
         train.run(flags(base, data_dir), run, Silent(), resume=True, predict_test=False)
     config["inputs"]["the base model"] = "0" * 64
-    (run / rundir.CONFIG).write_text(json.dumps(config))
+    (run / run_folder.CONFIG).write_text(json.dumps(config))
     with pytest.raises(UserError, match="the base model changed"):
         train.run(flags(base, data_dir), run, Silent(), resume=True, predict_test=False)
 

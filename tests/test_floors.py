@@ -84,7 +84,7 @@ class Blocker:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 sys.meta_path.insert(0, Blocker())
-import jaxlora, jaxlora.train, jaxlora.report
+import jaxlora, jaxlora.training.run, jaxlora.cli.console
 jaxlora.pcgrad(num_tasks=3)
 """
 

@@ -19,14 +19,17 @@ import pytest
 from tiny import WORDS, Silent, leaves_equal, short, write_data
 
 import jaxlora
-from jaxlora import bank, checkpoint, exchange, folders, host, rundir, train
-from jaxlora import manifest as manifests
-from jaxlora.data import examples, official
-from jaxlora.errors import UserError
-from jaxlora.predict_file import predict_file
-from jaxlora.settings import Flags, resolve
-from jaxlora.trained import load_run
-from jaxlora.variants import group_name
+from jaxlora.data import official, tokenized
+from jaxlora.serving import bank, export_peft
+from jaxlora.serving import manifest as manifests
+from jaxlora.serving.predict_table import predict_file
+from jaxlora.serving.task_models import load_run
+from jaxlora.tasks.sharing import group_name
+from jaxlora.training import checkpoint, run_folder
+from jaxlora.training import run as train
+from jaxlora.training.config import Flags, resolve
+from jaxlora.utils import folders, process
+from jaxlora.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TREE = {"a": {"b": np.arange(4, dtype=np.float32)}, "h": np.ones((2, 3), np.int32)}
@@ -96,7 +99,7 @@ def test_a_run_and_a_bank_in_folders_with_brackets(make, tmp_path):
     listener = Silent()
     train.run(make("lora3"), odd, listener, resume=True)
     assert listener.started == ("sst+para+sts", 4, 7) and listener.notes == []
-    assert not (odd / rundir.STATES).exists()
+    assert not (odd / run_folder.STATES).exists()
     leaves_equal(load_run(odd).trees, load_run(tmp_path / "plain").trees)
     bank.add(tmp_path / "bank [prod]", load_run(odd), ["sst", "sts"])
     assert bank.verify(tmp_path / "bank [prod]") == []
@@ -151,7 +154,7 @@ def test_a_state_that_cannot_be_read_is_told_in_one_line(tmp_path, careless, mon
     monkeypatch.setattr(
         checkpoint.GroupCheckpoints,
         "_complete",
-        lambda self, step, _: rundir.write_json(
+        lambda self, step, _: run_folder.write_json(
             checkpoint._sums_file(folder / str(step)), checkpoint._sums(folder / str(step))
         ),
     )
@@ -189,7 +192,7 @@ def test_what_is_no_path_is_refused_before_anything_is_written(
         with pytest.raises(UserError, match=message):
             read(Path(path))
     with pytest.raises(UserError, match=message):
-        exchange.save(path, load_run(runs / "one"), "sst")
+        export_peft.save(path, load_run(runs / "one"), "sst")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,10 +217,10 @@ def test_many_processes_are_told_of_an_odd_folder_before(monkeypatch, tmp_path):
 def test_links(make, runs, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"is a link to .*nowhere"):
-        rundir.check(tmp_path / "link", {}, resume=False)
+        run_folder.check(tmp_path / "link", {}, resume=False)
     (tmp_path / "nowhere").mkdir()
-    exchange.save(tmp_path / "link", load_run(runs / "one"), "sst")
-    assert (tmp_path / "link").is_symlink() and exchange.described(tmp_path / "nowhere")
+    export_peft.save(tmp_path / "link", load_run(runs / "one"), "sst")
+    assert (tmp_path / "link").is_symlink() and export_peft.described(tmp_path / "nowhere")
 
 
 def test_answers_are_never_written_over_a_device_or_a_link(runs, tmp_path):
@@ -268,7 +271,7 @@ def test_fourteen_tasks_with_long_names_share(tiny_base, tmp_path):
     leaves_equal([*bank.load(tmp_path / "bank").trees.values()], [trained.trees[group]])
     names = [p.name for p in tmp_path.rglob("*")]
     assert max(len(name.encode()) for name in names) <= 255
-    assert {r["group"] for r in rundir.read_records(out)} == {group}
+    assert {r["group"] for r in run_folder.read_records(out)} == {group}
 
 
 def test_names_of_groups_are_bounded_and_differ():
@@ -280,11 +283,13 @@ def test_names_of_groups_are_bounded_and_differ():
 
 def test_a_run_without_its_adapter_is_not_served_as_the_base(runs, tmp_path):
     out = shutil.copytree(runs / "one", tmp_path / "run")
-    tree = checkpoint.load_tree(out / rundir.MODEL)
+    tree = checkpoint.load_tree(out / run_folder.MODEL)
     tree["adapters"]["other"] = tree["adapters"].pop("sst")
-    checkpoint.save_tree(out / rundir.MODEL, tree)
-    result = rundir.read_json(out / rundir.RESULT)
-    rundir.write_json(out / rundir.RESULT, result | {"model": jaxlora.trees.checksum(tree)})
+    checkpoint.save_tree(out / run_folder.MODEL, tree)
+    result = run_folder.read_json(out / run_folder.RESULT)
+    run_folder.write_json(
+        out / run_folder.RESULT, result | {"model": jaxlora.utils.trees.checksum(tree)}
+    )
     with pytest.raises(UserError, match="has nothing trained for sst"):
         load_run(out)
 
@@ -309,10 +314,10 @@ def temporary(tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(folders.tempfile, "tempdir", str(tmp_path / "tmp"))
     folders.own_temporary.cache_clear()
-    rundir._say_once.cache_clear()
+    run_folder._say_once.cache_clear()
     yield tmp_path / "tmp"
     folders.own_temporary.cache_clear()
-    rundir._say_once.cache_clear()
+    run_folder._say_once.cache_clear()
 
 
 PLACES = {
@@ -333,8 +338,8 @@ def test_a_cache_always_has_a_place(temporary, monkeypatch, capsys, place):
     monkeypatch.delenv("JAXLORA_CACHE")
     for name, value in PLACES[place].items():
         monkeypatch.setenv(name, value)
-    found = rundir.cache_dir()
-    assert found == temporary / f"jaxlora-{os.getuid()}" == rundir.cache_dir()
+    found = run_folder.cache_dir()
+    assert found == temporary / f"jaxlora-{os.getuid()}" == run_folder.cache_dir()
     assert stat.S_IMODE(found.stat().st_mode) == 0o700
     (line,) = capsys.readouterr().err.splitlines()
     assert str(found) in line and "$JAXLORA_CACHE" in line
@@ -342,10 +347,10 @@ def test_a_cache_always_has_a_place(temporary, monkeypatch, capsys, place):
 
 def test_a_cache_that_can_be_written_to_is_taken(temporary, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("JAXLORA_CACHE", str(tmp_path / "new" / "[cache]"))
-    assert rundir.cache_dir() == tmp_path / "new" / "[cache]"
+    assert run_folder.cache_dir() == tmp_path / "new" / "[cache]"
     monkeypatch.delenv("JAXLORA_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert rundir.cache_dir() == tmp_path / "home" / ".cache" / "jaxlora"
+    assert run_folder.cache_dir() == tmp_path / "home" / ".cache" / "jaxlora"
     assert capsys.readouterr().err == "" and list(temporary.iterdir()) == []
 
 
@@ -368,7 +373,7 @@ def test_a_temporary_cache_that_others_prepared_is_not_taken(temporary, tmp_path
 
 def test_programs_are_not_kept_where_they_cannot_be():
     before = jax.config.jax_compilation_cache_dir
-    host.keep_programs(Path(__file__) / "xla")
+    process.keep_programs(Path(__file__) / "xla")
     assert jax.config.jax_compilation_cache_dir == before
 
 
@@ -378,11 +383,11 @@ def test_tokens_that_cannot_be_kept_are_no_obstacle(make, tiny, tmp_path, monkey
 
     settings = make("lora1")
     args = (settings.named["sst"], "cs224n", settings.place("sst"), tiny.tokenizer, "k", 16)
-    kept = examples.load_examples(*args, tmp_path)
+    kept = tokenized.load_examples(*args, tmp_path)
     monkeypatch.setattr(folders.os, "fsync", full)
     monkeypatch.setattr(folders, "sync", lambda path: None)
     shutil.rmtree(tmp_path / "tokens")
-    again = examples.load_examples(*args, tmp_path)
+    again = tokenized.load_examples(*args, tmp_path)
     np.testing.assert_array_equal(again["train"].tokens, kept["train"].tokens)
     assert "is not kept" in capsys.readouterr().err
     assert list((tmp_path / "tokens").iterdir()) == []
@@ -565,7 +570,7 @@ def killed_while_writing(path):
 
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_killed_first_write_is_no_obstacle_to_a_run(make, tmp_path, resume):
-    left = killed_while_writing(tmp_path / "run" / rundir.CONFIG)
+    left = killed_while_writing(tmp_path / "run" / run_folder.CONFIG)
     train.run(make("baseline1", max_steps=1), tmp_path / "run", Silent(), resume=resume)
     assert not left.exists()
 
@@ -600,7 +605,7 @@ def test_all_is_flushed_before_it_is_renamed(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", replace)
     source = load_run(runs / "one")
     bank.add(tmp_path / "bank", source, ["sst"])
-    exchange.save(tmp_path / "peft", source, "sst")
+    export_peft.save(tmp_path / "peft", source, "sst")
     states = checkpoint.GroupCheckpoints(tmp_path / "states" / "g")
     states.save(1, {"a": jnp.ones(3)}, {})
     states.close()
@@ -621,7 +626,7 @@ def test_the_library_leaves_the_umask_alone(make, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("a thread's files would change"))
     train.run(make("lora1", max_steps=1), tmp_path / "run", Silent())
     bank.add(tmp_path / "bank", load_run(tmp_path / "run"), ["sst"])
-    exchange.save(tmp_path / "peft", bank.load(tmp_path / "bank"), "sst")
+    export_peft.save(tmp_path / "peft", bank.load(tmp_path / "bank"), "sst")
     (tmp_path / "in.tsv").write_text("task\tsentence\nsst\ta film\n")
     predict_file(jaxlora.load(tmp_path / "bank"), tmp_path / "in.tsv", tmp_path / "out.csv", None)
 
@@ -630,7 +635,7 @@ def test_the_library_leaves_the_umask_alone(make, runs, tmp_path, monkeypatch):
 def test_modes_are_what_the_umask_leaves_without_writing_for_all(tmp_path, mask, file, folder):
     before = os.umask(mask)
     try:
-        rundir.write_text(tmp_path / "a" / "b" / "text", "x")
+        run_folder.write_text(tmp_path / "a" / "b" / "text", "x")
         checkpoint.save_tree(tmp_path / "a" / "tree", TREE)
     finally:
         os.umask(before)

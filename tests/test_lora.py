@@ -9,10 +9,11 @@ import peft_oracle
 import pytest
 from flax import traverse_util
 
-from jaxlora import lora, trees
-from jaxlora.bert import BertConfig, Dense, Encoder, param_shapes, pool
+from jaxlora import lora
 from jaxlora.data.packing import Shape, fill
 from jaxlora.lora import PAPER_TARGETS, LoraConfig
+from jaxlora.nn.bert import BertConfig, Dense, Encoder, param_shapes, pool
+from jaxlora.utils import trees
 
 SENTENCES = (
     "A film.",
@@ -385,10 +386,10 @@ def peft_gradients(minilm, adapter, target):
     peft = pytest.importorskip("peft")
     from transformers import BertModel
 
-    from jaxlora import pretrained
+    from jaxlora.formats import huggingface
 
     model = BertModel.from_pretrained(
-        pretrained.find("minilm"), attn_implementation="eager", dtype=torch.float32
+        huggingface.find("minilm"), attn_implementation="eager", dtype=torch.float32
     )
     model = peft.get_peft_model(
         model,

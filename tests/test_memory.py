@@ -8,7 +8,10 @@ from test_mesh import eight
 from tiny import Silent
 
 import jaxlora
-from jaxlora import checkpoint, predict, rundir, train, trees
+from jaxlora.serving import predictor as predict
+from jaxlora.training import checkpoint, run_folder
+from jaxlora.training import run as train
+from jaxlora.utils import trees
 
 SHARED = "sst+para+sts"
 
@@ -35,7 +38,7 @@ class Weighing(Silent):
 
 def needed(out, group, frozen):
     """Bytes that a group needs: what is trained, its two moments, its best; and what is frozen."""
-    bank = checkpoint.load_tree(out / rundir.MODEL)
+    bank = checkpoint.load_tree(out / run_folder.MODEL)
     adapter = (bank.get("adapters") or {}).get(group) or {}
     heads = [bank["heads"][task] for task in group.split("+")]
     return 4 * 4 * trees.count([adapter, heads]) + frozen

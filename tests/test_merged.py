@@ -15,11 +15,16 @@ import pytest
 from flax import traverse_util
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from jaxlora import bert, head_files, lora, merged, pretrained, step, tasks
+from jaxlora import lora
 from jaxlora.data.packing import Shape, fill
-from jaxlora.errors import UserError
+from jaxlora.formats import heads, huggingface
 from jaxlora.lora import LoraConfig
-from jaxlora.trained import Served, Trained
+from jaxlora.nn import bert
+from jaxlora.serving import export_merged
+from jaxlora.serving.task_models import Served, Trained
+from jaxlora.tasks import task as tasks
+from jaxlora.training import step
+from jaxlora.utils.errors import UserError
 
 CONFIG = LoraConfig(4, 8.0, ("query", "output.dense"))
 SENTENCES = ("a film.", "how do i learn to play it?", "bada ceno liru.", "a fun run on. it", "un")
@@ -58,8 +63,8 @@ def vectors(base, params, sentences, pooling, max_length=48):
 
 
 def test_export_is_the_inverse_of_convert(tiny):
-    tensors = pretrained.export(tiny.params, tiny.config)
-    back = pretrained.convert(tensors, tiny.config)
+    tensors = huggingface.export(tiny.params, tiny.config)
+    back = huggingface.convert(tensors, tiny.config)
     ours, theirs = (traverse_util.flatten_dict(tree) for tree in (tiny.params, back))
     assert ours.keys() == theirs.keys()
     for path, value in ours.items():
@@ -71,7 +76,7 @@ def test_transformers_reads_it(tiny, tiny_base, adapter, merged_params, tmp_path
     torch = pytest.importorskip("torch")
     from transformers import AutoModel, AutoTokenizer
 
-    merged.save(tmp_path / "m", tiny, trained(tiny, adapter), "sts")
+    export_merged.save(tmp_path / "m", tiny, trained(tiny, adapter), "sts")
     model, info = AutoModel.from_pretrained(
         tmp_path / "m", add_pooling_layer=False, attn_implementation="eager",
         output_loading_info=True,
@@ -90,8 +95,8 @@ def test_transformers_reads_it(tiny, tiny_base, adapter, merged_params, tmp_path
 
 
 def test_we_read_it(tiny, adapter, merged_params, tmp_path):
-    merged.save(tmp_path / "m", tiny, trained(tiny, adapter), "sts")
-    back = pretrained.load(str(tmp_path / "m"))
+    export_merged.save(tmp_path / "m", tiny, trained(tiny, adapter), "sts")
+    back = huggingface.load(str(tmp_path / "m"))
     assert back.config == tiny.config
     assert back.fingerprint.tokenizer == tiny.fingerprint.tokenizer
     jax.tree.map(np.testing.assert_array_equal, back.params, dict(merged_params))
@@ -138,8 +143,8 @@ def test_the_readmes_code_predicts_what_we_do(
         middle = outputs.mean(0) - (0 if task.integer else tasks.SPAN / 2)
         head["out"]["bias"] = head["out"]["bias"] - middle
     made = trained(tiny, adapter, task, head, pair_features, pooling=pooling, max_length=max_length)
-    merged.save(tmp_path / "m", tiny, made, task.name)
-    text = (tmp_path / "m" / merged.README).read_text()
+    export_merged.save(tmp_path / "m", tiny, made, task.name)
+    text = (tmp_path / "m" / export_merged.README).read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path / "m")
     names = {}
@@ -148,7 +153,7 @@ def test_the_readmes_code_predicts_what_we_do(
     ours = np.asarray(task.decode(task.apply_head(head, u, v, pair_features=pair_features)))
     assert len(set(ours.tolist())) > 1
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
-    assert (tmp_path / "m" / head_files.HEAD).exists() == bool(head)
+    assert (tmp_path / "m" / heads.HEAD).exists() == bool(head)
 
 
 # ---- bases with other special tokens
@@ -219,13 +224,13 @@ def other(request, tiny_base, tmp_path):
 @pytest.fixture
 def exported(other, tmp_path, monkeypatch):
     """Its merged export as the working folder; the base, what was trained, its merged params."""
-    base = pretrained.load(str(other[0]))
+    base = huggingface.load(str(other[0]))
     head = tasks.SST.init_head(jax.random.key(3), base.config.hidden_size, "concat")
     head = jax.tree.map(lambda x: 5 * x, head)
     fresh = lora.init(jax.random.key(0), base.params, CONFIG)
     adapter = jax.tree.map(lambda x: x + 0.2, fresh)
     made = trained(base, adapter, tasks.SST, head, pooling="mean")
-    merged.save(tmp_path / "m", base, made, "sst")
+    export_merged.save(tmp_path / "m", base, made, "sst")
     monkeypatch.chdir(tmp_path / "m")
     return base, head, lora.merge(base.params, adapter, CONFIG)
 
@@ -233,7 +238,7 @@ def exported(other, tmp_path, monkeypatch):
 def test_the_readmes_code_with_any_special_tokens(exported):
     pytest.importorskip("torch")
     base, head, params = exported
-    (code,) = re.findall(r"```python\n(.*?)```", Path(merged.README).read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", Path(export_merged.README).read_text(), re.DOTALL)
     names = {}
     exec(code, names)
     ours = vectors(base, params, SENTENCES, "mean")
@@ -269,10 +274,10 @@ def test_sentence_transformers_reads_it(exported):
 
 def test_the_readme_says_what_the_encoder_is(tiny, adapter):
     made = trained(tiny, adapter)
-    assert "its adapter merged into the weights" in merged.readme(made, made.find("sts"))
+    assert "its adapter merged into the weights" in export_merged.readme(made, made.find("sts"))
     for tree in ({}, {"params": tiny.params}):  # frozen, fully trained
         made.trees["tree"] = tree
-        assert "adapter" not in merged.readme(made, made.find("sts"))
+        assert "adapter" not in export_merged.readme(made, made.find("sts"))
 
 
 @pytest.mark.parametrize(
@@ -280,19 +285,19 @@ def test_the_readme_says_what_the_encoder_is(tiny, adapter):
     [
         ("/home/someone/models/mine", "`mine`"),
         ("bert-base-uncased", "`bert-base-uncased`"),
-        (pretrained.MINILM, f"`{pretrained.MINILM_HUB}`"),
+        (huggingface.MINILM, f"`{huggingface.MINILM_HUB}`"),
     ],
 )
 def test_the_readme_names_the_base_and_no_folder_of_ours(tiny, adapter, base, shown):
     made = dataclasses.replace(trained(tiny, adapter), base=base)
-    text = merged.readme(made, made.find("sts"))
+    text = export_merged.readme(made, made.find("sts"))
     assert f"trained from {shown} with" in text and "someone" not in text
 
 
 def test_the_readmes_title_means_only_itself(tiny, adapter):
     title = "~~gone~~ &lt;img&gt; https://x.org www.x.org @someone"
     made = trained(tiny, adapter, dataclasses.replace(tasks.STS_COSINE, title=title))
-    first = merged.readme(made, made.find("sts")).splitlines()[0]
+    first = export_merged.readme(made, made.find("sts")).splitlines()[0]
     assert first.replace("\u200b", "").replace("\\", "") == f"# {title}"
     assert not re.search(r"(?<!\\)[~&]|://|www\.|@\w", first)
 
@@ -300,7 +305,7 @@ def test_the_readmes_title_means_only_itself(tiny, adapter):
 def test_nothing_is_overwritten(tiny, adapter, tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(UserError, match="is not empty"):
-        merged.save(tmp_path, tiny, trained(tiny, adapter), "sts")
+        export_merged.save(tmp_path, tiny, trained(tiny, adapter), "sts")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -322,5 +327,5 @@ def test_shapes_of_bert_base_have_transformers_names():
         add_pooling_layer=False,
     )  # fmt: skip
     theirs = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    ours = {name: x.shape for name, x in pretrained.export(params, small).items()}
+    ours = {name: x.shape for name, x in huggingface.export(params, small).items()}
     assert ours == theirs

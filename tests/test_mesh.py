@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from tiny import leaves_equal, short
 
-from jaxlora import checkpoint, cluster, group, prepare, rundir, variants
-from jaxlora import mesh as meshes
 from jaxlora.data import batches
-from jaxlora.errors import UserError
+from jaxlora.tasks import sharing
+from jaxlora.training import checkpoint, inputs, run_folder, sharding, task_group
+from jaxlora.utils import distributed
+from jaxlora.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +39,7 @@ def eight(*args):
     ],
 )
 def test_the_flag(text, count, shape):
-    assert meshes.sizes(text, count) == shape
+    assert sharding.sizes(text, count) == shape
 
 
 @pytest.mark.parametrize(
@@ -47,12 +48,12 @@ def test_the_flag(text, count, shape):
 )
 def test_a_flag_that_is_none(text):
     with pytest.raises(UserError, match="write data=4,fsdp=2"):
-        meshes.sizes(text, 8)
+        sharding.sizes(text, 8)
 
 
 def test_too_few_devices():
     with pytest.raises(UserError, match="needs 8 devices, there are 4"):
-        meshes.sizes("data=4,fsdp=2", 4)
+        sharding.sizes("data=4,fsdp=2", 4)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +69,15 @@ def test_too_few_devices():
     ],
 )
 def test_the_axis_that_is_split(shape, parts, axis):
-    assert meshes.split_axis(shape, parts) == axis
+    assert sharding.split_axis(shape, parts) == axis
 
 
 def test_a_dozen_rows_on_eight_devices_become_sixteen(make, tiny):
     settings = make("lora3")
-    data = prepare.load_data(settings, tiny)
-    one = group.make_group(settings, tiny, data, settings.groups[0], meshes.make_mesh("data=1"))
+    data = inputs.load_data(settings, tiny)
+    one = task_group.make_group(
+        settings, tiny, data, settings.groups[0], sharding.make_mesh("data=1")
+    )
     order, train = one.batches.order, {n: data[n]["train"] for n in settings.groups[0]}
     for count in (1, 8):
         made = batches.plan(train, order, 7, 16, 3, True, count)
@@ -85,14 +88,14 @@ def test_a_dozen_rows_on_eight_devices_become_sixteen(make, tiny):
     "variant",
     [
         pytest.param(v, marks=() if v in ("lora3", "baseline2") else pytest.mark.slow)
-        for v in variants.VARIANTS
+        for v in sharing.VARIANTS
     ],
 )
 def test_the_losses_of_one_device(tiny_base, data_dir, variant):
     many = ["data=4,fsdp=2"] if variant in ("lora3", "baseline2") else ["data=8", "data=2,fsdp=4"]
     found = eight("curves", variant, tiny_base, data_dir, "data=1", *many)
     one = found["data=1"]["losses"]
-    groups = 1 if variants.VARIANTS[variant].groups == variants.SHARED else 3
+    groups = 1 if sharing.VARIANTS[variant].groups == sharing.SHARED else 3
     assert len(one) == 5 * groups and all(
         np.ptp(curve) > 0 for curve in np.split(np.array(one), groups)
     )
@@ -144,10 +147,10 @@ def test_the_optimizer_fetches_nothing():
 def test_a_checkpoint_of_eight_devices_goes_on_upon_one_and_four(tiny_base, data_dir, tmp_path):
     folders = eight("resumed", tiny_base, data_dir, tmp_path / "runs")
     whole, *others = sorted(folders, key=lambda path: not path.endswith("whole"))
-    expected = checkpoint.load_tree(Path(whole) / rundir.MODEL)
+    expected = checkpoint.load_tree(Path(whole) / run_folder.MODEL)
     assert len(others) == 3
     for path in others:
-        found = checkpoint.load_tree(Path(path) / rundir.MODEL)
+        found = checkpoint.load_tree(Path(path) / run_folder.MODEL)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, expected)
 
 
@@ -162,7 +165,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_upon_one_and_four(tiny_base, data
 )
 def test_flags_of_many_processes(args, message):
     with pytest.raises(UserError, match=message):
-        cluster.join(*args)
+        distributed.join(*args)
 
 
 @pytest.mark.parametrize("launcher", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
@@ -171,7 +174,7 @@ def test_launchers_are_noticed(monkeypatch, launcher, count, called):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
     monkeypatch.setenv(launcher, count)
-    cluster.join()
+    distributed.join()
     assert calls == called
 
 
@@ -187,9 +190,9 @@ def test_a_pod_knows_its_number(monkeypatch, index, process, joined):
         monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
     else:
         monkeypatch.setenv("JOB_COMPLETION_INDEX", index)
-    cluster.join()
+    distributed.join()
     assert calls == []
-    cluster.join("train-0.train:8476", 2, process)
+    distributed.join("train-0.train:8476", 2, process)
     assert calls == [("train-0.train:8476", 2, joined)]
 
 
@@ -197,7 +200,7 @@ def test_a_pod_too_many(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: pytest.fail("joined"))
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
     with pytest.raises(UserError, match="--processes=2 --process=2"):
-        cluster.join("train-0.train:8476", 2)
+        distributed.join("train-0.train:8476", 2)
 
 
 @pytest.mark.slow
@@ -215,8 +218,10 @@ def test_two_processes_end_as_one(tiny_base, data_dir, tmp_path):
     assert [process.returncode for process in both] == [0, 0], said
     assert "best on dev" in said[0][0] and "best on dev" not in said[1][0]
     subprocess.run([*command, f"--out={tmp_path / 'one'}"], check=True, capture_output=True)
-    one, two = (checkpoint.load_tree(tmp_path / name / rundir.MODEL) for name in ("one", "two"))
+    one, two = (checkpoint.load_tree(tmp_path / name / run_folder.MODEL) for name in ("one", "two"))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), one, two)
     leaves_equal(jax.tree.map(np.shape, one), jax.tree.map(np.shape, two))
-    scores = [rundir.read_json(tmp_path / name / rundir.RESULT)["dev"] for name in ("one", "two")]
+    scores = [
+        run_folder.read_json(tmp_path / name / run_folder.RESULT)["dev"] for name in ("one", "two")
+    ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from tiny import Silent
 
-from jaxlora import prepare, rundir, train
-from jaxlora.errors import UserError
-from jaxlora.settings import Flags, resolve
+from jaxlora.training import inputs as prepare
+from jaxlora.training import run as train
+from jaxlora.training import run_folder
+from jaxlora.training.config import Flags, resolve
+from jaxlora.utils.errors import UserError
 
 TOPIC = """
 [topic]
@@ -102,16 +104,16 @@ def test_other_tables_and_other_columns_are_still_refused(tmp_path, cache, tiny,
     settings, out = settings_of(folder, tiny_base), tmp_path / "run"
     inputs = prepare.fingerprints(tiny, prepare.load_data(settings, tiny), 0)
     config = {"settings": settings.to_json(), "inputs": inputs, "versions": {}}
-    rundir.write_json(out / rundir.CONFIG, config)
-    rundir.check(out, json.loads(json.dumps(settings.to_json())), resume=True)
+    run_folder.write_json(out / run_folder.CONFIG, config)
+    run_folder.check(out, json.loads(json.dumps(settings.to_json())), resume=True)
     (folder / "tasks.toml").write_text(TOPIC + 'id = "headline"\n')
     with pytest.raises(UserError, match="its run has --tasks"):
-        rundir.check(out, settings_of(folder, tiny_base).to_json(), resume=True)
+        run_folder.check(out, settings_of(folder, tiny_base).to_json(), resume=True)
     (folder / "tasks.toml").write_text(TOPIC)
     (folder / "train.csv").write_text((folder / "train.csv").read_text().replace("goal", "gate"))
     changed = prepare.fingerprints(tiny, prepare.load_data(settings, tiny), 0)
     with pytest.raises(UserError, match="the data of topic changed"):
-        rundir.check_same_inputs(out, changed)
+        run_folder.check_same_inputs(out, changed)
 
 
 @pytest.mark.slow
@@ -128,9 +130,9 @@ def test_new_processes_go_on(tmp_path, tiny_base):
         subprocess.run(command, check=True, capture_output=True, env=environment)
 
     start(folder, tmp_path / "cache")
-    (folder / "run" / rundir.RESULT).unlink()  # as if it had been killed before the last line
+    (folder / "run" / run_folder.RESULT).unlink()  # as if it had been killed before the last line
     start(folder, tmp_path / "cache", "--resume")
     moved = Path(shutil.move(folder, tmp_path / "moved"))
     start(moved, tmp_path / "cache", "--resume")
-    (moved / "run" / rundir.RESULT).unlink()
+    (moved / "run" / run_folder.RESULT).unlink()
     start(moved, tmp_path / "cold", "--resume")

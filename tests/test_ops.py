@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_bert import dot_inputs
 
-from jaxlora import ops
+from jaxlora.nn import ops
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 HIDDEN = jax.random.normal(KEYS[0], (3, 5, 16)) * 2 + 1

@@ -11,11 +11,12 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from jaxlora import lora, peft_files
-from jaxlora.bert import Encoder, pool
+from jaxlora import lora
 from jaxlora.data.packing import Shape, fill
-from jaxlora.errors import UserError
+from jaxlora.formats import peft as peft_files
 from jaxlora.lora import LoraConfig
+from jaxlora.nn.bert import Encoder, pool
+from jaxlora.utils.errors import UserError
 
 SENTENCES = ("a film.", "how do i learn to play it?", "bada ceno liru.")
 

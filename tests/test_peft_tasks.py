@@ -10,9 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxlora
-from jaxlora import bank, cli, exchange, merged, peft_files, pretrained
-from jaxlora.errors import UserError
-from jaxlora.trained import Trained
+from jaxlora.cli import main as cli
+from jaxlora.formats import huggingface
+from jaxlora.formats import peft as peft_files
+from jaxlora.serving import bank, export_merged, export_peft
+from jaxlora.serving.task_models import Trained
+from jaxlora.utils.errors import UserError
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -23,7 +26,7 @@ PAIR = ("a film.", "how do i learn?")
 
 def base_like(folder, pooling="cls", **more):
     """What an import shall fit: a base of that folder."""
-    found = pretrained.load(str(folder))
+    found = huggingface.load(str(folder))
     about = {"max_length": 64, "dtype": "float32", "origin": "a bank"} | more
     return Trained(str(folder), found.sha256, {}, {}, {}, pooling=pooling, **about)
 
@@ -120,7 +123,7 @@ KINDS = {
 def test_a_sequence_classifier_is_imported_whole(tiny, tiny_base, tmp_path, values):
     model = classifier(tiny_base, **values)
     model.save_pretrained(tmp_path / "theirs")
-    found = exchange.load(tmp_path / "theirs", "x", base_like(tiny_base))
+    found = export_peft.load(tmp_path / "theirs", "x", base_like(tiny_base))
     bank.add(tmp_path / "bank", found, ["x"])
     expected = softmax(logits(model, tiny.tokenizer))
     assert np.ptp(expected, 0).min() > 0.01
@@ -129,7 +132,7 @@ def test_a_sequence_classifier_is_imported_whole(tiny, tiny_base, tmp_path, valu
     assert (task.kind, task.classes, task.pair) == ("classification", ("0", "1", "2"), False)
     assert not bank.verify(tmp_path / "bank")
     # PEFT reads our export as it reads its own.
-    exchange.save(tmp_path / "ours", bank.load(tmp_path / "bank"), "x")
+    export_peft.save(tmp_path / "ours", bank.load(tmp_path / "bank"), "x")
     again = peft.PeftModel.from_pretrained(sequence_model(tiny_base), tmp_path / "ours").eval()
     np.testing.assert_allclose(
         logits(again, tiny.tokenizer), logits(model, tiny.tokenizer), rtol=0, atol=1e-5
@@ -142,7 +145,9 @@ def test_a_regression_gives_the_number_itself(tiny, tiny_base, tmp_path):
     with torch.no_grad():
         model.base_model.model.classifier.modules_to_save["default"].bias.add_(-40.0)
     model.save_pretrained(tmp_path / "theirs")
-    bank.add(tmp_path / "b", exchange.load(tmp_path / "theirs", "x", base_like(tiny_base)), ["x"])
+    bank.add(
+        tmp_path / "b", export_peft.load(tmp_path / "theirs", "x", base_like(tiny_base)), ["x"]
+    )
     found = [answer.value for answer in answers(tmp_path / "b")]
     expected = logits(model, tiny.tokenizer)[:, 0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
@@ -170,7 +175,9 @@ def test_the_command_imports_shows_predicts_and_exports(
     np.testing.assert_array_equal(probabilities(tmp_path / "b"), probabilities(tmp_path / "c"))
     # The merged folder's code gives the same classes.
     assert call("export", "merged", tmp_path / "m", "--bank", tmp_path / "b", "--task", "x")[0] == 0
-    code = (tmp_path / "m" / merged.README).read_text().split("```")[1].removeprefix("python")
+    code = (
+        (tmp_path / "m" / export_merged.README).read_text().split("```")[1].removeprefix("python")
+    )
     monkeypatch.chdir(tmp_path / "m")
     names = {}
     exec(code, names)
@@ -195,13 +202,13 @@ OLDER = {
 @pytest.mark.parametrize("rename", OLDER.values(), ids=OLDER)
 def test_keys_of_other_versions(tiny_base, seq_cls, tmp_path, rename):
     shutil.copytree(seq_cls[0], tmp_path / "a")
-    like, expected = base_like(tiny_base), exchange.load(seq_cls[0], "x", base_like(tiny_base))
+    like, expected = base_like(tiny_base), export_peft.load(seq_cls[0], "x", base_like(tiny_base))
     before = load_file(tmp_path / "a" / peft_files.TENSORS).keys()
     rename_tensors(tmp_path / "a", rename)
     assert load_file(tmp_path / "a" / peft_files.TENSORS).keys() != before
     # Versions that kept the list of saved modules in the model alone.
     edit_config(tmp_path / "a", modules_to_save=None)
-    found = exchange.load(tmp_path / "a", "x", like)
+    found = export_peft.load(tmp_path / "a", "x", like)
     for trees in (
         (found.trees["x"], expected.trees["x"]),
         (found.served["x"].head, expected.served["x"].head),
@@ -219,7 +226,7 @@ def test_what_stood_there_before_is_left_out(tiny_base, seq_cls, tmp_path):
         key = f"base_model.model.classifier.original_module.{name}"
         tensors[key] = np.zeros_like(tensors[f"base_model.model.classifier.{name}"])
     save_file(tensors, tmp_path / "a" / peft_files.TENSORS)
-    found = exchange.load(tmp_path / "a", "x", base_like(tiny_base))
+    found = export_peft.load(tmp_path / "a", "x", base_like(tiny_base))
     assert np.abs(found.served["x"].head["out"]["kernel"]).min() > 0
 
 
@@ -233,7 +240,7 @@ def test_fan_in_fan_out_changes_nothing(tiny, tiny_base, seq_cls, tmp_path):
         theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval()
     expected = logits(model, tiny.tokenizer)
     np.testing.assert_allclose(logits(theirs, tiny.tokenizer), expected, rtol=0, atol=1e-6)
-    bank.add(tmp_path / "b", exchange.load(tmp_path / "a", "x", base_like(tiny_base)), ["x"])
+    bank.add(tmp_path / "b", export_peft.load(tmp_path / "a", "x", base_like(tiny_base)), ["x"])
     np.testing.assert_allclose(probabilities(tmp_path / "b"), softmax(expected), rtol=0, atol=1e-5)
 
 
@@ -277,14 +284,14 @@ def test_names_of_classes_come_from_the_base(tiny_base, seq_cls, tmp_path):
         (None, ("0", "1", "2")),
     ):
         (base / "config.json").write_text(json.dumps(about | {"id2label": names}))
-        found = exchange.load(seq_cls[0], "x", base_like(base), any_base=True)
+        found = export_peft.load(seq_cls[0], "x", base_like(base), any_base=True)
         assert found.served["x"].task.classes == expected
     like = base_like(base)
-    found = exchange.load(seq_cls[0], "x", like, any_base=True, classes=["a", "b", "c"])
+    found = export_peft.load(seq_cls[0], "x", like, any_base=True, classes=["a", "b", "c"])
     assert found.served["x"].task.classes == ("a", "b", "c")
     for wrong in (["a", "b"], ["a", "b", "b"], ["a", "b", " "]):
         with pytest.raises(UserError, match="name them with --classes"):
-            exchange.load(seq_cls[0], "x", like, any_base=True, classes=wrong)
+            export_peft.load(seq_cls[0], "x", like, any_base=True, classes=wrong)
 
 
 def test_what_cannot_be_imported_whole(tiny_base, seq_cls, tmp_path, call):
@@ -292,37 +299,37 @@ def test_what_cannot_be_imported_whole(tiny_base, seq_cls, tmp_path, call):
     folder = shutil.copytree(seq_cls[0], tmp_path / "a")
     like = base_like(tiny_base)
     with pytest.raises(UserError, match=r"pooling mean.*--encoder-only"):
-        exchange.load(folder, "x", base_like(tiny_base, "mean"))
-    exchange.load(folder, "x", base_like(tiny_base, "mean"), encoder_only=True)
+        export_peft.load(folder, "x", base_like(tiny_base, "mean"))
+    export_peft.load(folder, "x", base_like(tiny_base, "mean"), encoder_only=True)
     base = shutil.copytree(tiny_base, tmp_path / "base")
     about = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(
         json.dumps(about | {"problem_type": "multi_label_classification"})
     )
     with pytest.raises(UserError, match=r"multi_label_classification.*--encoder-only"):
-        exchange.load(folder, "x", base_like(base), any_base=True)
+        export_peft.load(folder, "x", base_like(base), any_base=True)
     tensors = load_file(base / "model.safetensors")
     save_file({k: x for k, x in tensors.items() if "pooler" not in k}, base / "model.safetensors")
     (base / "config.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=r"has no pooler.dense.*--encoder-only"):
-        exchange.load(folder, "x", base_like(base), any_base=True)
+        export_peft.load(folder, "x", base_like(base), any_base=True)
     edit_config(folder, task_type="TOKEN_CLS")
     with pytest.raises(UserError, match=r"task_type 'TOKEN_CLS'.*classifier.*--encoder-only"):
-        exchange.load(folder, "x", like)
-    exchange.load(folder, "x", like, encoder_only=True)
+        export_peft.load(folder, "x", like)
+    export_peft.load(folder, "x", like, encoder_only=True)
     edit_config(folder, task_type="SEQ_CLS", modules_to_save=["classifier", "embeddings"])
     with pytest.raises(UserError, match="modules_to_save names embeddings"):
-        exchange.load(folder, "x", like)
+        export_peft.load(folder, "x", like)
 
 
 def test_an_export_changed_by_hand_never_spoils_a_bank(tiny_base, seq_cls, tmp_path):
-    made = exchange.load(seq_cls[0], "x", base_like(tiny_base))
-    exchange.save(tmp_path / "p", made, "x")
-    path = tmp_path / "p" / exchange.ABOUT
+    made = export_peft.load(seq_cls[0], "x", base_like(tiny_base))
+    export_peft.save(tmp_path / "p", made, "x")
+    path = tmp_path / "p" / export_peft.ABOUT
     about = json.loads(path.read_text())
     path.write_text(json.dumps(about | {"pooling": "mean"}))
     with pytest.raises(UserError, match="does not go with pooling mean"):
-        exchange.load(tmp_path / "p", "x")
+        export_peft.load(tmp_path / "p", "x")
     wrong = dataclasses.replace(made, pooling="mean")
     with pytest.raises(UserError, match="the head of x needs pooling cls"):
         wrong.load_base()
@@ -443,10 +450,10 @@ def test_names_of_bases(tiny, places, tmp_path, monkeypatch, name, revision, bas
     written = peft_files.read_config(tmp_path)
     here = dataclasses.replace(tiny, name=placed(base))
     if same:
-        exchange._check_base(tmp_path, written, here)
+        export_peft._check_base(tmp_path, written, here)
     else:
         with pytest.raises(UserError, match="--any-base"):
-            exchange._check_base(tmp_path, written, here)
+            export_peft._check_base(tmp_path, written, here)
 
 
 # ---- what a refusal tells to do
@@ -468,7 +475,7 @@ def test_a_merged_model_can_be_the_base(tiny, tiny_base, tmp_path, values):
     expected = peft_oracle.vectors(model, tiny.tokenizer, SENTENCES)
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     shutil.copy(tiny_base / "tokenizer.json", tmp_path / "merged")
-    base = pretrained.load(str(tmp_path / "merged"))
+    base = huggingface.load(str(tmp_path / "merged"))
     theirs = peft_oracle.vectors(peft_oracle.bert(tmp_path / "merged"), base.tokenizer, SENTENCES)
     np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-5)
 

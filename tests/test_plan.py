@@ -9,19 +9,22 @@ from compiled import analyses, compile_step, shapes, wide
 from rich.console import Console
 from test_mesh import eight
 
-from jaxlora import bert, cli, mesh, plan, plan_table
-from jaxlora.cli import main
-from jaxlora.errors import UserError
+from jaxlora.cli import cost_table
+from jaxlora.cli import main as cli
+from jaxlora.cli.main import main
 from jaxlora.lora import LoraConfig
-from jaxlora.tasks import paper_tasks
-from jaxlora.variants import VARIANTS
+from jaxlora.nn import bert
+from jaxlora.tasks.sharing import VARIANTS
+from jaxlora.tasks.task import paper_tasks
+from jaxlora.training import cost, sharding
+from jaxlora.utils.errors import UserError
 
 THREE = paper_tasks("mse")
 NARROW = bert.BertConfig(
     vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
     intermediate_size=256, max_position_embeddings=64,
 )  # fmt: skip
-MINILM = plan.SIZES["minilm"]
+MINILM = cost.SIZES["minilm"]
 WIDE = wide("lora", "data=1").config
 
 
@@ -29,12 +32,12 @@ def work(adapt, config=NARROW, tasks=THREE, dropout=0.0, **more):
     """A step of 24 rows: of all tasks together, or 8 of each."""
     rows = 24 if adapt == "lora" else 8
     asked = {"batch_size": 16, "rows": rows, "pair_features": "interaction"} | more
-    return plan.Work(config.with_dropout(dropout), adapt, tasks, **asked)
+    return cost.Work(config.with_dropout(dropout), adapt, tasks, **asked)
 
 
 def check(asked):
     """FLOPs and temporaries within a tenth of XLA's, arguments within a hundredth."""
-    found, xla = plan.estimate(asked), analyses(compile_step(asked))
+    found, xla = cost.estimate(asked), analyses(compile_step(asked))
     assert found.flops.total == pytest.approx(xla["flops"], rel=0.1)
     unused = found.memory.frozen if asked.adapt == "frozen" else 0  # held, but no argument
     assert found.memory.arguments - unused == pytest.approx(xla["arguments"], rel=0.01)
@@ -80,20 +83,20 @@ def test_what_xla_finds_of_larger_networks(asked):
 def test_the_memory_of_a_loop(adapt, rows):
     """XLA counts a loop's FLOPs once, so those are not compared."""
     deep = work(adapt, dataclasses.replace(NARROW, num_hidden_layers=24), rows=rows)
-    found, xla = plan.estimate(deep).memory, analyses(compile_step(deep))
+    found, xla = cost.estimate(deep).memory, analyses(compile_step(deep))
     assert found.arguments == pytest.approx(xla["arguments"], rel=0.01)
     assert found.temporary == pytest.approx(xla["temporary"], rel=0.1)
 
 
 def test_a_device_holds_the_parts_of_single_layers():
     """Of twelve stacked biases a device could hold a part, but the layers lie apart."""
-    asked = work("lora", plan.SIZES["bert-base"], fsdp=8)
+    asked = work("lora", cost.SIZES["bert-base"], fsdp=8)
     _, frozen, _ = shapes(asked)
     held = sum(
-        4 * x.size / (1 if mesh.split_axis(x.shape, 8) is None else 8)
+        4 * x.size / (1 if sharding.split_axis(x.shape, 8) is None else 8)
         for x in jax.tree.leaves(frozen)
     )
-    assert plan.estimate(asked).memory.frozen == pytest.approx(held, rel=1e-6)
+    assert cost.estimate(asked).memory.frozen == pytest.approx(held, rel=1e-6)
 
 
 MESHES = ("data=8,fsdp=1", "data=1,fsdp=8", "data=4,fsdp=2")
@@ -110,7 +113,7 @@ def sharded():
 def test_what_xla_finds_on_eight_devices(sharded, adapt, text):
     """The arguments of a device, and the arrays that it is sent."""
     asked = wide(adapt, text, rows=16 if adapt == "full" else 48, adapter=LoraConfig())
-    found, xla = plan.estimate(asked), sharded[f"{adapt} {text}"]
+    found, xla = cost.estimate(asked), sharded[f"{adapt} {text}"]
     assert found.memory.arguments == pytest.approx(xla["arguments"], rel=0.01)
     assert found.flops.total / 8 == pytest.approx(xla["flops"], rel=0.1)
     traffic, sent = found.traffic, xla["collectives"]
@@ -122,7 +125,7 @@ def test_what_xla_finds_on_eight_devices(sharded, adapt, text):
 def test_a_step_counted_by_hand():
     """One task, one row of two tokens, one layer with H = 4, F = 8, two heads; V = 16."""
     config = bert.BertConfig(16, 4, 1, 2, 8, 2)
-    found = plan.estimate(plan.Work(config, "full", THREE[:1], 1, 1, 2))
+    found = cost.estimate(cost.Work(config, "full", THREE[:1], 1, 1, 2))
     kernels = 4 * 4 * 4 + 2 * 4 * 8
     head = (4 * 4 + 4) + (4 * 5 + 5)
     forward = 2 * (2 * kernels + 4 * 2 * 4) + 2 * head
@@ -139,40 +142,40 @@ def test_a_step_counted_by_hand():
     [("minilm", 22.6), ("bert-base", 108.9), ("1b", 1067), ("3b", 2912), ("10b", 9794)],
 )
 def test_sizes_are_what_they_are_called(name, millions):
-    asked = plan.Work(plan.SIZES[name], "full", THREE[:1], 1, 1)
-    base = plan.estimate(dataclasses.replace(asked, adapt="frozen")).memory.frozen
+    asked = cost.Work(cost.SIZES[name], "full", THREE[:1], 1, 1)
+    base = cost.estimate(dataclasses.replace(asked, adapt="frozen")).memory.frozen
     assert base / 4e6 == pytest.approx(millions, rel=2e-3)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_has_a_step_for_each_group(name):
-    works = plan.for_variant(name, MINILM, 16, data=2)
+    works = cost.for_variant(name, MINILM, 16, data=2)
     assert len(works) == len(VARIANTS[name].groups)
     for asked in works.values():
         assert asked.rows % 2 == 0
         frozen, full = (
-            plan.estimate(dataclasses.replace(asked, adapt=kind)).memory.total
+            cost.estimate(dataclasses.replace(asked, adapt=kind)).memory.total
             for kind in ("frozen", "full")
         )
-        assert frozen <= plan.estimate(asked).memory.total <= full
+        assert frozen <= cost.estimate(asked).memory.total <= full
 
 
 def test_full_fine_tuning_is_split_over_fsdp_and_adapters_send_less():
     heads, one, eight_parts = (
-        plan.estimate(work(adapt, plan.SIZES["10b"], rows=8, fsdp=n)).memory.moments
+        cost.estimate(work(adapt, cost.SIZES["10b"], rows=8, fsdp=n)).memory.moments
         for adapt, n in (("frozen", 1), ("full", 1), ("full", 8))
     )
     assert (one - heads) / 8 == pytest.approx(eight_parts - heads, rel=0.01)
     full, lora = (
-        plan.estimate(work(adapt, plan.SIZES["bert-base"], data=8)).traffic.wire(8)
+        cost.estimate(work(adapt, cost.SIZES["bert-base"], data=8)).traffic.wire(8)
         for adapt in ("full", "lora")
     )
     assert lora < full / 20
-    assert plan.estimate(work("full")).traffic.wire(1) == 0
+    assert cost.estimate(work("full")).traffic.wire(1) == 0
 
 
 def test_time_is_work_and_traffic_one_after_the_other():
-    found = plan.estimate(work("full", data=8))
+    found = cost.estimate(work("full", data=8))
     alone = found.flops.total / 8 / 1e9
     assert found.seconds(1e9) == pytest.approx(alone)
     sent = found.traffic.wire(8) / 1e6
@@ -188,7 +191,7 @@ def test_the_command(capsys, monkeypatch):
 
 
 def test_a_folder_is_a_base(tiny_base, tiny):
-    assert plan_table.find_base(str(tiny_base)) == tiny.config
+    assert cost_table.find_base(str(tiny_base)) == tiny.config
 
 
 @pytest.mark.parametrize(
@@ -218,11 +221,11 @@ def test_bad_flags(flags, message, capsys):
 @pytest.mark.parametrize("lengths", [(0, 20.0, 64), (16, -1.0, 64), (16, 20.0, -64)])
 def test_lengths_that_cannot_be(lengths):
     with pytest.raises(UserError, match="must be above 0"):
-        plan.for_variant("lora3", MINILM, *lengths)
+        cost.for_variant("lora3", MINILM, *lengths)
 
 
 def test_rates():
-    assert plan_table.check_rates(None, None) is None
-    assert plan_table.check_rates(1.0, None) == (1.0, math.inf)
+    assert cost_table.check_rates(None, None) is None
+    assert cost_table.check_rates(1.0, None) == (1.0, math.inf)
     with pytest.raises(UserError):
-        plan_table.check_rates(None, 1.0)
+        cost_table.check_rates(None, 1.0)

@@ -9,9 +9,14 @@ import pytest
 from jax.extend import core
 from test_step import random_batch
 
-from jaxlora import bert, combine, evaluate, lora, ops, step, tasks, trees
+from jaxlora import combine, lora
+from jaxlora.nn import bert, ops
 from jaxlora.pcgrad import pcgrad
-from jaxlora.tasks import PARA, SST
+from jaxlora.serving import inference
+from jaxlora.tasks import task as tasks
+from jaxlora.tasks.task import PARA, SST
+from jaxlora.training import step
+from jaxlora.utils import trees
 
 HIGHEST, DEFAULT = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
@@ -127,7 +132,7 @@ def test_heads(task):
     head = jax.eval_shape(lambda: task.init_head(jax.random.key(0), 16, "concat"))
     vectors = jnp.ones((4, 16))
     check(
-        lambda head, u: evaluate._apply_head(task, head, u, u, "concat"), head, vectors, at_least=2
+        lambda head, u: inference._apply_head(task, head, u, u, "concat"), head, vectors, at_least=2
     )
 
 

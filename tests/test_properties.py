@@ -15,16 +15,16 @@ from experiments.fuzz import hostile
 from experiments.fuzz.__main__ import cli, fuzz
 from experiments.fuzz.samples import TASKS, tokenizer
 from experiments.fuzz.targets import Target, all_targets
-from jaxlora import mesh
 from jaxlora.data import cs224n, tables
 from jaxlora.data.batches import make_order, plan
-from jaxlora.data.examples import Examples, tokenize, truncating
-from jaxlora.descriptions import Description
-from jaxlora.errors import UserError
+from jaxlora.data.task_files import Description
+from jaxlora.data.tokenized import Examples, tokenize, truncating
 from jaxlora.lora import LoraConfig
-from jaxlora.plain import build
-from jaxlora.tasks import NAMES, PARA, SST, Task
-from jaxlora.variants import parse_groups
+from jaxlora.tasks.sharing import parse_groups
+from jaxlora.tasks.task import NAMES, PARA, SST, Task
+from jaxlora.training import sharding
+from jaxlora.utils.errors import UserError
+from jaxlora.utils.schema import build
 
 quick = settings(max_examples=60, deadline=None)
 # Texts that a table can hold: UTF-8, no NUL, not blank; `read` strips them.
@@ -162,9 +162,9 @@ def test_any_mesh_that_fits_is_read_as_written(data, fsdp, count, swapped):
     text = ",".join(reversed(parts) if swapped else parts)
     if data * fsdp > count:
         with pytest.raises(UserError, match="devices"):
-            mesh.sizes(text, count)
+            sharding.sizes(text, count)
     else:
-        assert mesh.sizes(text, count) == {"data": data, "fsdp": fsdp}
+        assert sharding.sizes(text, count) == {"data": data, "fsdp": fsdp}
 
 
 # --- JSON and back

@@ -28,9 +28,9 @@ from experiments.report import assemble, claims, facts, scores, statistics, tabl
 from experiments.report.claims import HIGHER, LOWER, NOT_LOWER, SAME
 from experiments.report.collect import collect
 from experiments.report.statistics import Interval
-from jaxlora import metrics
-from jaxlora.errors import UserError
-from jaxlora.variants import VARIANTS
+from jaxlora.tasks import metrics
+from jaxlora.tasks.sharing import VARIANTS
+from jaxlora.utils.errors import UserError
 
 RESAMPLES = 400
 

@@ -15,10 +15,11 @@ import tyro
 from tiny import Silent, leaves_equal
 
 from experiments import fleet, reproduce, runs, studies, timing
-from jaxlora import checkpoint, rundir, train
-from jaxlora.errors import Stopped, UserError
-from jaxlora.settings import Flags, resolve
-from jaxlora.variants import VARIANTS
+from jaxlora.tasks.sharing import VARIANTS
+from jaxlora.training import checkpoint, run_folder
+from jaxlora.training import run as train
+from jaxlora.training.config import Flags, resolve
+from jaxlora.utils.errors import Stopped, UserError
 
 EXTRAS = [
     "lora3-summed",
@@ -444,16 +445,18 @@ def test_stopped_gone_on_with_and_one_that_fails(call, make, tmp_path, capfd, mo
         "--eval-every=4",
     ]
     # Of the first seed's runs baseline1 comes first; lora3 is stopped at some step.
-    thread = when(first / rundir.METRICS, '"step": 4,', signal.SIGTERM)
+    thread = when(first / run_folder.METRICS, '"step": 4,', signal.SIGTERM)
     assert call(*asked) == 143
     thread.join()
     assert "go on with the same command" in capfd.readouterr().err
-    assert not (first / rundir.RESULT).exists() and list((first / rundir.STATES).rglob("*.json"))
-    done = root / "baseline1" / "seed0" / rundir.RESULT
+    assert not (first / run_folder.RESULT).exists() and list(
+        (first / run_folder.STATES).rglob("*.json")
+    )
+    done = root / "baseline1" / "seed0" / run_folder.RESULT
     before = done.stat().st_mtime_ns
     assert call(*asked) == 1
     assert "failed: broken seed 0: error: step " in capfd.readouterr().err
-    finished = {p.parent.relative_to(root).as_posix() for p in root.rglob(rundir.RESULT)}
+    finished = {p.parent.relative_to(root).as_posix() for p in root.rglob(run_folder.RESULT)}
     assert finished == {f"{name}/seed{s}" for name in ("lora3", "baseline1") for s in (0, 1)}
     assert done.stat().st_mtime_ns == before
     settings = resolve(
@@ -461,7 +464,7 @@ def test_stopped_gone_on_with_and_one_that_fails(call, make, tmp_path, capfd, mo
               batch_size=6, eval_every=4, max_length=16, epochs=8)
     )  # fmt: skip
     train.run(settings, tmp_path / "whole", Silent())
-    leaves_equal(*(checkpoint.load_tree(p / rundir.MODEL) for p in (first, tmp_path / "whole")))
+    leaves_equal(*(checkpoint.load_tree(p / run_folder.MODEL) for p in (first, tmp_path / "whole")))
     # Finished runs are compared with what is asked for now.
     assert call("--variants", "baseline1", "--epochs=3") == 2
     assert "baseline1: --out" in capfd.readouterr().err

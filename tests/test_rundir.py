@@ -2,33 +2,37 @@ import json
 
 import pytest
 
-from jaxlora import cluster, rundir
-from jaxlora.errors import UserError
-from jaxlora.settings import Flags, resolve
+from jaxlora.training import run_folder
+from jaxlora.training.config import Flags, resolve
+from jaxlora.utils import distributed
+from jaxlora.utils.errors import UserError
 
 
 def test_a_half_written_last_line_is_left_out(tmp_path):
     whole = '{"kind": "train", "step": 1, "group": "a"}'
     (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{whole[:-5]}")
-    assert [r["step"] for r in rundir.read_records(tmp_path)] == [1]
+    assert [r["step"] for r in run_folder.read_records(tmp_path)] == [1]
 
 
 def test_log_drops_what_came_after_the_checkpoint(tmp_path):
-    log = rundir.MetricsLog(tmp_path, {})
+    log = run_folder.MetricsLog(tmp_path, {})
     for group, step in (("a", 1), ("a", 2), ("b", 1), ("a", 3)):
         log.write({"kind": "train", "group": group, "step": step, "loss": {"sst": 1.0}})
     log.close()
-    log = rundir.MetricsLog(tmp_path, {"a": 2})
+    log = run_folder.MetricsLog(tmp_path, {"a": 2})
     log.close()
-    assert [(r["group"], r["step"]) for r in rundir.read_records(tmp_path)] == [("a", 1), ("a", 2)]
+    assert [(r["group"], r["step"]) for r in run_folder.read_records(tmp_path)] == [
+        ("a", 1),
+        ("a", 2),
+    ]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
 def test_of_many_processes_the_others_leave_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "first", lambda: False)
-    monkeypatch.setattr(rundir.tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(distributed, "first", lambda: False)
+    monkeypatch.setattr(run_folder.tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    log = rundir.MetricsLog(tmp_path / "run", {})
+    log = run_folder.MetricsLog(tmp_path / "run", {})
     log.write({"kind": "train", "group": "a", "step": 1, "loss": {"sst": 1.0}})
     log.close()
     assert not list((tmp_path / "temporary").iterdir()) and not (tmp_path / "run").exists()
@@ -36,18 +40,18 @@ def test_of_many_processes_the_others_leave_nothing(tmp_path, monkeypatch):
 
 def test_flatten():
     record = {"kind": "eval", "step": 3, "score": 0.5, "dev": {"sst": 0.25}}
-    assert dict(rundir.flatten(record)) == {"score": 0.5, "dev.sst": 0.25}
+    assert dict(run_folder.flatten(record)) == {"score": 0.5, "dev.sst": 0.25}
 
 
 def test_write_text_leaves_nothing_behind_when_it_fails(tmp_path):
-    rundir.write_text(tmp_path / "a", "old")
+    run_folder.write_text(tmp_path / "a", "old")
     with pytest.raises(UnicodeEncodeError):
-        rundir.write_text(tmp_path / "a", "\ud800")
+        run_folder.write_text(tmp_path / "a", "\ud800")
     assert (tmp_path / "a").read_text() == "old"
 
 
 def test_predictions_are_csv(tmp_path):
-    rundir.write_table(
+    run_folder.write_table(
         tmp_path / "p" / "x.csv", {"id": ["a,b", "c"], "prediction": ["1", "0.5000"]}
     )
     assert (tmp_path / "p" / "x.csv").read_text() == 'id,prediction\n"a,b",1\nc,0.5000\n'
@@ -55,23 +59,23 @@ def test_predictions_are_csv(tmp_path):
 
 def test_read_json_names_the_file(tmp_path):
     with pytest.raises(UserError, match=r"config\.json: missing"):
-        rundir.read_json(tmp_path / "config.json")
+        run_folder.read_json(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
-        rundir.read_json(tmp_path / "config.json")
+        run_folder.read_json(tmp_path / "config.json")
 
 
 def test_a_number_that_no_float_holds_ends_the_records(tmp_path):
     record = {"kind": "train", "group": "sst", "step": 1, "loss": 1}
     lines = [json.dumps(record), json.dumps(record | {"loss": 10**400})]
-    (tmp_path / rundir.METRICS).write_text("\n".join(lines))
-    assert rundir.read_records(tmp_path) == [record]
+    (tmp_path / run_folder.METRICS).write_text("\n".join(lines))
+    assert run_folder.read_records(tmp_path) == [record]
 
 
 def test_a_number_that_no_float_holds_is_no_json(tmp_path):
     (tmp_path / "x.json").write_text(f'{{"alpha": {10**400}}}')
     with pytest.raises(UserError, match="a number of 401 digits"):
-        rundir.read_json(tmp_path / "x.json")
+        run_folder.read_json(tmp_path / "x.json")
 
 
 def test_a_run_goes_on_when_only_titles_of_tasks_changed(tmp_path):
@@ -80,9 +84,9 @@ def test_a_run_goes_on_when_only_titles_of_tasks_changed(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"settings": settings, "inputs": {}}).replace("made-up sentiment", "SST-5")
     )
-    rundir.check(tmp_path, settings, resume=True)
+    run_folder.check(tmp_path, settings, resume=True)
     with pytest.raises(UserError, match="--epochs"):
-        rundir.check(tmp_path, settings | {"epochs": 7}, resume=True)
+        run_folder.check(tmp_path, settings | {"epochs": 7}, resume=True)
     other = json.loads(json.dumps(settings).replace('"high": 5.0', '"high": 4.0'))
     with pytest.raises(UserError, match="--tasks"):
-        rundir.check(tmp_path, other, resume=True)
+        run_folder.check(tmp_path, other, resume=True)

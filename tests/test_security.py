@@ -16,11 +16,15 @@ import pytest
 from tiny import Silent
 
 import jaxlora
-from jaxlora import bank, checkpoint, exchange, manifest, peft_files, pretrained, rundir, train
-from jaxlora.data import examples, official
-from jaxlora.errors import UserError
-from jaxlora.settings import Flags, Settings, resolve
-from jaxlora.trained import load_run
+from jaxlora.data import official, tokenized
+from jaxlora.formats import huggingface
+from jaxlora.formats import peft as peft_files
+from jaxlora.serving import bank, export_peft, manifest
+from jaxlora.serving.task_models import load_run
+from jaxlora.training import checkpoint, run_folder
+from jaxlora.training import run as train
+from jaxlora.training.config import Flags, Settings, resolve
+from jaxlora.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "jaxlora").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")])
@@ -57,7 +61,7 @@ def run(tmp_path_factory, tiny_base, data_dir):
 def folder(run, tmp_path):
     """A bank, and an exported task beside it."""
     bank.add(tmp_path / "bank", load_run(run), ["sst", "para"])
-    exchange.save(tmp_path / "peft", bank.load(tmp_path / "bank"), "sst")
+    export_peft.save(tmp_path / "peft", bank.load(tmp_path / "bank"), "sst")
     return tmp_path
 
 
@@ -71,7 +75,7 @@ def test_a_pickled_base_is_refused(tiny_base, tmp_path, trap, name):
     (base / "model.safetensors").unlink()
     (base / name).write_bytes(content)
     with pytest.raises(UserError, match="safetensors"):
-        pretrained.load(str(base))
+        huggingface.load(str(base))
     assert not sprung.exists()
 
 
@@ -82,7 +86,7 @@ def test_a_pickled_adapter_is_refused(folder, trap, name):
         (folder / "peft" / peft_files.TENSORS).unlink()
     (folder / "peft" / name).write_bytes(content)
     with pytest.raises(UserError, match="safetensors"):
-        exchange.load(folder / "peft", "x")
+        export_peft.load(folder / "peft", "x")
     assert not sprung.exists()
 
 
@@ -91,8 +95,8 @@ def test_a_pickle_beside_sound_weights_is_left_alone(folder, tiny_base, trap):
     base = shutil.copytree(tiny_base, folder / "base")
     for place in (base / "pytorch_model.bin", folder / "peft" / "adapter_model.bin"):
         place.write_bytes(content)
-    pretrained.load(str(base))
-    exchange.load(folder / "peft", "x")
+    huggingface.load(str(base))
+    export_peft.load(folder / "peft", "x")
     assert not sprung.exists()
 
 
@@ -105,7 +109,7 @@ def test_a_pickled_token_cache_is_made_anew(make, tiny, tmp_path, trap):
 
     settings = make("lora1")
     args = (settings.named["sst"], "cs224n", settings.place("sst"), tiny.tokenizer, "k", 16)
-    sound = examples.load_examples(*args, tmp_path)
+    sound = tokenized.load_examples(*args, tmp_path)
     (path,) = (tmp_path / "tokens").iterdir()
     with np.load(path) as found:
         arrays = dict(found)
@@ -114,7 +118,7 @@ def test_a_pickled_token_cache_is_made_anew(make, tiny, tmp_path, trap):
             path.write_bytes(pickle.dumps(bad))
         else:
             np.savez(path, **arrays | {"train.ids": bad}, allow_pickle=True)
-        again = examples.load_examples(*args, tmp_path)
+        again = tokenized.load_examples(*args, tmp_path)
         np.testing.assert_array_equal(again["train"].ids, sound["train"].ids)
         assert not sprung.exists()
 
@@ -123,7 +127,7 @@ def test_pickles_in_a_checkpoint_are_never_opened(run, folder, trap):
     """Every file of a run's model and of a bank, replaced by a pickle, one after the other."""
     content, sprung = trap
     copy = shutil.copytree(run, folder / "run")
-    places = [(copy / rundir.MODEL, load_run, copy)]
+    places = [(copy / run_folder.MODEL, load_run, copy)]
     kept = folder / "bank"
     places += [(kept / part, bank.load, kept) for part in (bank.ADAPTERS, bank.HEADS)]
     refused = 0
@@ -196,9 +200,9 @@ def test_code_in_a_base_is_not_run(tiny, tiny_base, tmp_path, vocabulary):
         (base / "tokenizer.json").unlink()
         (base / "vocab.txt").write_text("\n".join(sorted(words, key=words.get)) + "\n")
         with pytest.raises(UserError, match="transformers cannot load its tokenizer"):
-            pretrained.load(str(base))
+            huggingface.load(str(base))
     else:
-        loaded = pretrained.load(str(base))
+        loaded = huggingface.load(str(base))
         assert loaded.tokenizer.encode("Ba lonk").tokens == ["[CLS]", "ba", "lon", "##k", "[SEP]"]
     assert not sprung.exists()
 
@@ -252,7 +256,7 @@ def test_shards_stand_beside_their_index(tiny_base, tmp_path, name):
     index = base / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"embeddings": name}}))
     with pytest.raises(UserError, match="does not name safetensors files beside it"):
-        pretrained.load(str(base))
+        huggingface.load(str(base))
 
 
 NAMES = ["../x", "..", "", "/etc", "a/b", "a\\b", "a\0b", "é", "~", "-x", "a\n"]
@@ -277,7 +281,7 @@ def test_names_in_a_manifest_are_no_paths(folder, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_names_in_a_run_are_no_paths(run, tmp_path, name):
     copy = shutil.copytree(run, tmp_path / "run")
-    config = json.loads((copy / rundir.CONFIG).read_text())
+    config = json.loads((copy / run_folder.CONFIG).read_text())
     sound = config["settings"]
     groups = [[*sound["groups"][0], name], *sound["groups"][1:]]
     tasks = [sound["tasks"][0] | {"task": sound["tasks"][0]["task"] | {"name": name}}]
@@ -285,7 +289,7 @@ def test_names_in_a_run_are_no_paths(run, tmp_path, name):
     for changed in ({"groups": groups}, renamed):
         with pytest.raises(UserError):
             Settings.from_json(sound | changed)
-        (copy / rundir.CONFIG).write_text(json.dumps(config | {"settings": sound | changed}))
+        (copy / run_folder.CONFIG).write_text(json.dumps(config | {"settings": sound | changed}))
         with pytest.raises(UserError, match=r"config\.json: "):
             load_run(copy)
 
@@ -322,27 +326,27 @@ def hub(tiny_base, monkeypatch):
 
 def test_a_base_is_pinned_to_a_revision_and_a_checksum(hub, tiny):
     found = tiny.fingerprint.weights
-    assert pretrained.load("some/bert").fingerprint == tiny.fingerprint
-    pinned = pretrained.load("some/bert@0123abc", found)
+    assert huggingface.load("some/bert").fingerprint == tiny.fingerprint
+    pinned = huggingface.load("some/bert@0123abc", found)
     assert pinned.name == "some/bert@0123abc"
     assert hub == [("some/bert", None), ("some/bert", "0123abc")]
     with pytest.raises(UserError, match=f"have sha256 {found}, not {'0' * 64}"):
-        pretrained.load("some/bert@0123abc", "0" * 64)
+        huggingface.load("some/bert@0123abc", "0" * 64)
 
 
 @pytest.mark.parametrize("revision", ["", "../main", "a..b", "/x", "a b", "@", "x\n", "-x"])
 def test_a_revision_is_no_path(hub, revision):
     with pytest.raises(UserError, match="is no revision"):
-        pretrained.load(f"some/bert@{revision}")
+        huggingface.load(f"some/bert@{revision}")
     assert hub == []
 
 
 def test_other_weights_are_refused_before_they_are_read(hub, tiny_base, monkeypatch):
-    monkeypatch.setattr(pretrained, "read_tensors", pytest.fail)
+    monkeypatch.setattr(huggingface, "read_tensors", pytest.fail)
     with pytest.raises(UserError, match="--base-sha256 says; they are not used"):
-        pretrained.load(str(tiny_base), "0" * 64)
+        huggingface.load(str(tiny_base), "0" * 64)
     with pytest.raises(UserError, match="64 hexadecimal digits"):
-        pretrained.load("some/bert", "123")
+        huggingface.load("some/bert", "123")
     assert hub == []
 
 
@@ -357,7 +361,7 @@ def test_a_run_is_of_the_pinned_base(hub, tiny, data_dir, tmp_path):
     train.run(settings, tmp_path / "run", Silent(), base_sha256=tiny.fingerprint.weights, **more)
     jaxlora.load(tmp_path / "run").predict("sst", ["a film"])
     assert set(hub) == {("some/bert", "v1")}
-    exchange.save(tmp_path / "peft", load_run(tmp_path / "run"), "sst")
+    export_peft.save(tmp_path / "peft", load_run(tmp_path / "run"), "sst")
     written = json.loads((tmp_path / "peft" / peft_files.CONFIG).read_text())
     assert (written["base_model_name_or_path"], written["revision"]) == ("some/bert", "v1")
 
@@ -369,8 +373,8 @@ import os, runpy, sys
 os.umask(0)
 from pathlib import Path
 from jaxlora import bank, cli, exchange, train
-from jaxlora.settings import Flags, resolve
-from jaxlora.trained import load_run
+from jaxlora.training.config import Flags, resolve
+from jaxlora.serving.task_models import load_run
 sys.path.insert(0, {tests!r})
 from tiny import Silent
 out = Path({out!r})

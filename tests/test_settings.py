@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxlora.errors import UserError
 from jaxlora.lora import LoraConfig
-from jaxlora.settings import PRESETS, Flags, Settings, resolve
-from jaxlora.variants import SEPARATE, SHARED, VARIANTS
+from jaxlora.tasks.sharing import SEPARATE, SHARED, VARIANTS
+from jaxlora.training.config import PRESETS, Flags, Settings, resolve
+from jaxlora.utils.errors import UserError
 
 
 @pytest.mark.parametrize("preset", PRESETS)

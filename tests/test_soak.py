@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny import Silent, short, write_data
 
-from jaxlora import train
-from jaxlora.settings import Flags, resolve
+from jaxlora.training import run
+from jaxlora.training.config import Flags, resolve
 
 STEPS = 5000
 SIZES = {"sst": 260, "para": 400, "sts": 190}  # 67 steps an epoch
@@ -55,7 +55,7 @@ def soak(tiny_base, folder, dtype):
     logger.addHandler(handler)
     try:
         with jax.log_compiles(True):
-            train.run(settings, folder / dtype, listener)
+            run.run(settings, folder / dtype, listener)
     finally:
         logger.removeHandler(handler)
     return listener, handler.found

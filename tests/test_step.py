@@ -12,11 +12,15 @@ import pytest
 from flax import traverse_util
 from jax.flatten_util import ravel_pytree
 
-from jaxlora import bert, losses, step, tasks, trees
 from jaxlora.data.packing import Shape, fill
 from jaxlora.lora import LoraConfig
+from jaxlora.nn import bert
 from jaxlora.pcgrad import cosines, gram, pcgrad
-from jaxlora.variants import VARIANTS, group_name, parse_groups
+from jaxlora.tasks import losses
+from jaxlora.tasks import task as tasks
+from jaxlora.tasks.sharing import VARIANTS, group_name, parse_groups
+from jaxlora.training import step
+from jaxlora.utils import trees
 
 SIZE = 4  # examples of a task in a batch
 ADAPTER = LoraConfig(4, 8.0)

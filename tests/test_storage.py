@@ -3,11 +3,11 @@
 import pytest
 
 from experiments import storage as weigh
-from jaxlora import storage
-from jaxlora.bert import BertConfig
 from jaxlora.lora import LoraConfig
-from jaxlora.tasks import paper_tasks
-from jaxlora.variants import SEPARATE, SHARED, VARIANTS
+from jaxlora.nn.bert import BertConfig
+from jaxlora.tasks.sharing import SEPARATE, SHARED, VARIANTS
+from jaxlora.tasks.task import paper_tasks
+from jaxlora.training import parameter_count
 
 HIDDEN = 768
 BASE = 109_482_240  # with the pooler, as Hugging Face counts it
@@ -21,7 +21,7 @@ PAPER_BERT, PAPER_ADAPTER, PAPER_HEADS = 110, 1.106, 1.78
 
 
 def count(adapt, groups, sts_loss, adapter=None):
-    return storage.count(
+    return parameter_count.count(
         BertConfig(), adapt, groups, paper_tasks(sts_loss), adapter or LoraConfig()
     )
 

@@ -19,14 +19,16 @@ from tiny import Silent
 from experiments.fuzz.readers import Echo
 from experiments.fuzz.samples import tokenizer
 from experiments.fuzz.samples import trained as sample
-from jaxlora import cli, prepare, train
-from jaxlora.data import cs224n, examples, sources, tables
-from jaxlora.data.rows import is_blank, parse_label
-from jaxlora.descriptions import read_tasks
-from jaxlora.errors import UserError
-from jaxlora.predict_file import predict_file
-from jaxlora.settings import Flags, Settings, resolve
-from jaxlora.tasks import PARA, SST, Task
+from jaxlora.cli import main
+from jaxlora.data import cs224n, sources, tables, tokenized
+from jaxlora.data.raw_examples import is_blank, parse_label
+from jaxlora.data.task_files import read_tasks
+from jaxlora.serving.predict_table import predict_file
+from jaxlora.tasks.task import PARA, SST, Task
+from jaxlora.training import inputs
+from jaxlora.training import run as train
+from jaxlora.training.config import Flags, Settings, resolve
+from jaxlora.utils.errors import UserError
 
 BINARY = Task("topic", "classification", classes=("0", "1"))
 COLUMNS = tables.Columns(("text",), "label")
@@ -196,7 +198,7 @@ def test_missing_labels_are_counted(tmp_path, task, written):
     path = tmp_path / "x.csv"
     path.write_text(f"text,label\na,1\na dog,{written}\ne,2\n")
     table = tables.Table(COLUMNS, str(path), str(path))
-    found = examples.load_examples(task, "files", table, tokenizer(), "k", 8, tmp_path / "cache")
+    found = tokenized.load_examples(task, "files", table, tokenizer(), "k", 8, tmp_path / "cache")
     assert (len(found["train"]), found["train"].unlabelled) == (2, 1)
 
 
@@ -230,10 +232,10 @@ def test_rows_with_a_blank_text_are_left_out_and_listed(tmp_path):
     table = blank_table(tmp_path, 26)
     args = (BINARY, "files", table, tokenizer(), "k", 8, tmp_path / "cache")
     for _ in ("cold", "warm"):
-        found = examples.load_examples(*args)["train"]
+        found = tokenized.load_examples(*args)["train"]
         assert found.labels.tolist() == [1] * 13
         assert [row.line for row in found.blank] == list(range(2, 28, 2))
-        (note,) = prepare.notes(dict.fromkeys(("train", "dev", "test"), found))[:1]
+        (note,) = inputs.notes(dict.fromkeys(("train", "dev", "test"), found))[:1]
         assert note == (
             "train: 13 rows with a blank text (lines 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, …) "
             "left out"
@@ -245,7 +247,7 @@ def test_a_pair_is_blank_if_one_of_its_texts_is(tmp_path):
     path.write_text("a\tb\tlabel\na dog\t\u200b\t1\na dog\truns\t0\n \truns\t0\n")
     columns = tables.Columns(("a", "b"), "label")
     table = tables.Table(columns, str(path), str(path))
-    found = examples.load_examples(PARA, "files", table, tokenizer(), "k", 8, tmp_path / "cache")
+    found = tokenized.load_examples(PARA, "files", table, tokenizer(), "k", 8, tmp_path / "cache")
     assert found["train"].labels.tolist() == [0]
     assert [row.line for row in found["train"].blank] == [2, 4]
 
@@ -260,7 +262,7 @@ def test_texts_of_which_the_tokenizer_keeps_nothing_are_blank_too(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("text,label\na dog,1\n***,0\na dog,1\n")
     table = tables.Table(COLUMNS, str(path), str(path))
-    found = examples.load_examples(BINARY, "files", table, dropping, "k", 8, tmp_path / "cache")
+    found = tokenized.load_examples(BINARY, "files", table, dropping, "k", 8, tmp_path / "cache")
     assert [row.line for row in found["train"].blank] == [3]
     assert found["train"].offsets.tolist() == [0, 4, 8]
 
@@ -270,7 +272,7 @@ def test_a_table_without_any_text_is_refused(tmp_path):
     path.write_text("text,label\n ,1\n\u200b,0\n")
     table = tables.Table(COLUMNS, str(path), str(path))
     with pytest.raises(UserError, match=r"x\.csv: no example is left; .*\(lines 2, 3\)"):
-        examples.load_examples(BINARY, "files", table, tokenizer(), "k", 8, tmp_path / "cache")
+        tokenized.load_examples(BINARY, "files", table, tokenizer(), "k", 8, tmp_path / "cache")
 
 
 def test_a_run_leaves_them_out_and_strict_refuses(tmp_path, tiny_base):
@@ -375,7 +377,7 @@ def test_all_of_a_table_is_read_before_anything_is_answered(echo, tmp_path):
 
 
 def test_a_table_that_grows_meanwhile_is_refused(echo, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlora.predict_file.PART", 2)
+    monkeypatch.setattr("jaxlora.serving.predict_table.PART", 2)
     path = tmp_path / "in.tsv"
     path.write_text("task\tsentence\n" + "sst\ta dog\n" * 5000)
 
@@ -400,14 +402,14 @@ def test_requests_come_through_a_pipe(echo, tmp_path):
 
 
 def test_the_command_takes_both_flags_and_says_what_it_did(echo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli.Predictor, "load", lambda bank: echo)
-    monkeypatch.setattr(cli.host, "reuse_memory", lambda: True)
-    monkeypatch.setattr(cli.host, "keep_programs", lambda folder: None)
+    monkeypatch.setattr(main.Predictor, "load", lambda bank: echo)
+    monkeypatch.setattr(main.host, "reuse_memory", lambda: True)
+    monkeypatch.setattr(main.host, "keep_programs", lambda folder: None)
     source, target = tmp_path / "in.tsv", tmp_path / "out.csv"
     source.write_text('task\tsentence\nsst\t"film\nsst\t\u200b\nsst\tdog"\n')
 
     def call(*flags):
-        code = cli.main(["predict", "--bank=x", f"--input={source}", f"--output={target}", *flags])
+        code = main.main(["predict", "--bank=x", f"--input={source}", f"--output={target}", *flags])
         said = capsys.readouterr()
         return code, said.out + said.err
 
@@ -513,7 +515,7 @@ def test_one_long_id_does_not_make_all_of_them_long(tmp_path):
     table = tables.Table(tables.Columns(("text",), "label", "id"), str(path), str(path))
     args = (BINARY, "files", table, tokenizer(), "k", 8, tmp_path / "cache")
     for _ in ("cold", "warm"):
-        found = examples.load_examples(*args)["train"]
+        found = tokenized.load_examples(*args)["train"]
         assert found.ids.tolist() == ids
         assert found.ids.nbytes < 10_000  # 4 MB as an array of NumPy's own strings
         assert found.join(found).ids[[0, 200]].tolist() == [ids[0], ids[0]]

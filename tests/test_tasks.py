@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaxlora import metrics, plain, tasks
-from jaxlora.tasks import KINDS, PARA, SST, STS_COSINE, STS_MSE, Task
+from jaxlora.tasks import metrics
+from jaxlora.tasks import task as tasks
+from jaxlora.tasks.task import KINDS, PARA, SST, STS_COSINE, STS_MSE, Task
+from jaxlora.utils import schema
 
 TOPIC = Task("topic", "classification", classes=("sport", "science", "art"))
 BINARY = Task("spam", "binary", classes=("ham", "spam"), metric="f1")
@@ -72,9 +74,9 @@ def test_a_poolers_head_is_berts_own():
 def test_a_task_of_an_earlier_version_has_the_field_that_came_later():
     old = dataclasses.asdict(TOPIC)
     del old["head"]
-    assert plain.build(Task, old) == TOPIC
+    assert schema.build(Task, old) == TOPIC
     with pytest.raises(ValueError, match="unknown: loss"):
-        plain.build(Task, {name: value for name, value in old.items() if name != "loss"})
+        schema.build(Task, {name: value for name, value in old.items() if name != "loss"})
 
 
 def test_scores_are_trained_on_a_scale_of_0_to_5_and_come_back_on_the_labels():

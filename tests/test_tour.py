@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from experiments import tour
-from jaxlora.tasks import NAMES
-from jaxlora.variants import VARIANTS
+from jaxlora.tasks.sharing import VARIANTS
+from jaxlora.tasks.task import NAMES
 
 DOCS = Path(__file__).parents[1] / "docs"
 

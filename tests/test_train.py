@@ -13,10 +13,14 @@ import pytest
 from tiny import SHORT, Silent, leaves_equal
 
 import jaxlora
-from jaxlora import checkpoint, evaluate, group, prepare, pretrained, rundir, train
-from jaxlora.errors import UserError
-from jaxlora.mesh import make_mesh
-from jaxlora.tasks import NAMES
+from jaxlora.formats import huggingface
+from jaxlora.serving import inference
+from jaxlora.tasks.task import NAMES
+from jaxlora.training import checkpoint, run_folder, task_group
+from jaxlora.training import inputs as prepare
+from jaxlora.training import run as train
+from jaxlora.training.sharding import make_mesh
+from jaxlora.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,8 +28,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(("rate", "same"), [(0.0, True), (0.5, False)])
 def test_encoder_dropout_reaches_the_encoder(make, rate, same):
     settings = make("lora2", encoder_dropout=rate)
-    base = pretrained.load(settings.base)
-    made = group.make_group(
+    base = huggingface.load(settings.base)
+    made = task_group.make_group(
         settings, base, prepare.load_data(settings, base), ("sts",), make_mesh("data=1")
     )
     one, other = (
@@ -41,9 +45,9 @@ def test_encoder_dropout_reaches_the_encoder(make, rate, same):
 def test_surgery_reaches_the_optimizer(make, surgery, sign):
     """The sum of these is (-2, 1), PCGrad's (0.1, 1.3); Adam's first step has the other sign."""
     settings = make("lora3", surgery=surgery)
-    base = pretrained.load(settings.base)
+    base = huggingface.load(settings.base)
     data = prepare.load_data(settings, base)
-    made = group.make_group(settings, base, data, settings.groups[0], make_mesh("data=1"))
+    made = task_group.make_group(settings, base, data, settings.groups[0], make_mesh("data=1"))
     params = {"kernel": jax.numpy.zeros(2)}
     gradients = {"kernel": jax.numpy.array([[1.0, 0.0], [-3.0, 1.0], [0.0, 0.0]])}
     state = made.setup.tx.init(params)
@@ -78,8 +82,8 @@ def test_run_writes_everything(make, tmp_path, variant, groups):
     assert json.loads((out / "result.json").read_text()) == result
     assert set(result["dev"]) == set(NAMES)
     assert result["parameters"] == listener.plans[0].storage._asdict()
-    assert not (out / rundir.STATES).exists()
-    records = rundir.read_records(out)
+    assert not (out / run_folder.STATES).exists()
+    records = run_folder.read_records(out)
     assert records == listener.records
     # the best score that was seen is the one that is reported
     for name, progress in result["groups"].items():
@@ -146,7 +150,7 @@ def test_the_time_to_the_best_score():
 
 def test_synthetic_pairs_are_trained_on_and_belong_to_the_inputs(make):
     plain, more = (make("lora4", synthetic_sts=added) for added in (False, True))
-    base = pretrained.load(plain.base)
+    base = huggingface.load(plain.base)
     without, added = (prepare.load_data(settings, base) for settings in (plain, more))
     own = without["sts"]["train"]
     assert len(added["sts"]["train"]) == len(own) + 2000
@@ -179,13 +183,15 @@ def test_resume_equals_uninterrupted(make, tmp_path, variant, stop_at):
         jaxlora.load(tmp_path / "parts")
     again = Silent()
     parts = train.run(settings, tmp_path / "parts", again, resume=True)
-    banks = [checkpoint.load_tree(tmp_path / name / rundir.MODEL) for name in ("whole", "parts")]
+    banks = [
+        checkpoint.load_tree(tmp_path / name / run_folder.MODEL) for name in ("whole", "parts")
+    ]
     leaves_equal(*banks)
     assert parts["dev"] == whole["dev"]
     timeless = [
         [
             {k: v for k, v in r.items() if k != "steps_per_second"}
-            for r in rundir.read_records(tmp_path / name)
+            for r in run_folder.read_records(tmp_path / name)
         ]
         for name in ("whole", "parts")
     ]
@@ -228,7 +234,9 @@ def test_killed_process_resumes_to_the_same_parameters(tiny_base, data_dir, tmp_
     assert not (tmp_path / "killed" / "result.json").exists()
     assert start("killed", "--resume").wait() == 0
     assert start("whole").wait() == 0
-    leaves_equal(*(checkpoint.load_tree(tmp_path / n / rundir.MODEL) for n in ("killed", "whole")))
+    leaves_equal(
+        *(checkpoint.load_tree(tmp_path / n / run_folder.MODEL) for n in ("killed", "whole"))
+    )
 
 
 def test_at_most_three_train_programs(make, tmp_path, monkeypatch):
@@ -271,9 +279,9 @@ def test_a_loss_that_is_not_finite_says_so(make, tmp_path):
 
 def test_load_refuses_another_base(make, tmp_path, monkeypatch):
     train.run(make("baseline1"), tmp_path / "run", Silent())
-    config = rundir.read_json(tmp_path / "run" / "config.json")
+    config = run_folder.read_json(tmp_path / "run" / "config.json")
     config["inputs"]["the base model"] = "0" * 64
-    rundir.write_json(tmp_path / "run" / "config.json", config)
+    run_folder.write_json(tmp_path / "run" / "config.json", config)
     with pytest.raises(UserError, match="not the weights"):
         jaxlora.load(tmp_path / "run")
 
@@ -319,8 +327,8 @@ def test_a_score_that_is_no_number_is_never_the_best():
 
 
 def test_a_run_without_any_score_keeps_nothing(make, tmp_path, monkeypatch):
-    decode = evaluate.decode
-    monkeypatch.setattr(evaluate, "decode", lambda *args: decode(*args) * np.nan)
+    decode = inference.decode
+    monkeypatch.setattr(inference, "decode", lambda *args: decode(*args) * np.nan)
     for resume in (False, True):
         with pytest.raises(UserError, match=r"not finite \(NaN\) at every evaluation"):
             train.run(make("baseline1"), tmp_path / "run", Silent(), resume=resume)
@@ -328,10 +336,10 @@ def test_a_run_without_any_score_keeps_nothing(make, tmp_path, monkeypatch):
 
 
 def test_warm_up_wastes_no_step_and_the_rate_ends_at_nothing(make):
-    rate = group.schedule(make("lora3", warmup_steps=4, learning_rate=0.8), 0.8, 12)
+    rate = task_group.schedule(make("lora3", warmup_steps=4, learning_rate=0.8), 0.8, 12)
     np.testing.assert_allclose([rate(k) for k in range(5)], [0.2, 0.4, 0.6, 0.8, 0.8], rtol=1e-6)
     assert rate(12) == 0
-    constant = group.schedule(make("lora3", warmup_steps=0, schedule="constant"), 0.8, 12)
+    constant = task_group.schedule(make("lora3", warmup_steps=0, schedule="constant"), 0.8, 12)
     assert constant(0) == constant(11) == np.float32(0.8)
 
 

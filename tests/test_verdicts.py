@@ -10,7 +10,7 @@ from report_runs import ANSWERS, EXAMPLES, PLAN, Answers, write_json, write_root
 
 from experiments.report import claims, facts, figures, page, results, scores, tables, times
 from experiments.report.collect import collect
-from jaxlora.variants import VARIANTS
+from jaxlora.tasks.sharing import VARIANTS
 
 RESAMPLES = 400
 # Far apart, so that nothing but the number of seeds can stand against a verdict.

@@ -14,9 +14,9 @@ import pytest
 
 import jaxlora
 from jaxlora import lora
-from jaxlora.errors import UserError
-from jaxlora.tasks import SST, STS_COSINE
-from jaxlora.trained import Served, Trained
+from jaxlora.serving.task_models import Served, Trained
+from jaxlora.tasks.task import SST, STS_COSINE
+from jaxlora.utils.errors import UserError
 
 REQUESTS = [("sst", "ban cen."), ("sts", "dan fen", "gan len"), ("sts", "ba be", "ba bi")]
 
@@ -81,7 +81,7 @@ FORK = """
 import os, sys, numpy, jaxlora
 from jaxlora import pretrained
 from jaxlora.tasks import STS_COSINE
-from jaxlora.trained import Served, Trained
+from jaxlora.serving.task_models import Served, Trained
 base = pretrained.load(sys.argv[1])
 tasks = {"sts": Served(STS_COSINE, "a", {}, "concat")}
 rest = ({"a": {}}, {}, "mean", 32, "float32", "a test")

@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from experiments import run
-from jaxlora import checkpoint, prepare, report, rundir
-from jaxlora.errors import UserError
+from jaxlora.cli import console
+from jaxlora.training import checkpoint, inputs, run_folder
+from jaxlora.utils.errors import UserError
 
 FAULT = json.loads(sys.argv[1])
 RAISED = {
@@ -46,10 +47,10 @@ def before(owner, name, at):
     setattr(owner, name, replaced)
 
 
-before(prepare, "load_data", lambda *_: "data")
-before(report.ConsoleListener, "group", lambda *_: "group")
-before(report.ConsoleListener, "record", lambda _, record: record["step"])
+before(inputs, "load_data", lambda *_: "data")
+before(console.ConsoleListener, "group", lambda *_: "group")
+before(console.ConsoleListener, "record", lambda _, record: record["step"])
 before(checkpoint, "_sums", lambda *_: "save")
 before(checkpoint, "save_tree", lambda *_: "end")
-before(rundir, "write_json", lambda path, _: "result" if path.name == rundir.RESULT else "")
+before(run_folder, "write_json", lambda path, _: "result" if path.name == run_folder.RESULT else "")
 sys.exit(run.cli(sys.argv[2:]))

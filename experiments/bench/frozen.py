@@ -11,7 +11,10 @@ import tyro
 
 from experiments.bench import harness
 from experiments.bench.work import Ours, Work, make_data
-from jaxlora import bert, evaluate, pretrained, step
+from jaxlora.formats import huggingface
+from jaxlora.nn import bert
+from jaxlora.serving import inference
+from jaxlora.training import step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Flags:
 def make_cached(work: Work, base: str) -> Callable[[], float]:
     """An epoch of all three heads; returns the seconds that loading and encoding took."""
     began = time.perf_counter()
-    ours = Ours(work, pretrained.load(base))
+    ours = Ours(work, huggingface.load(base))
     setup = time.perf_counter() - began
     ours.compile()
     steps = ours.groups[0].batches.order.steps_per_epoch
@@ -48,7 +51,7 @@ def make_cached(work: Work, base: str) -> Callable[[], float]:
 
 def make_encoding(work: Work, base: str) -> Callable[[], None]:
     """Encode every training sentence once, as a run without a cache must in every epoch."""
-    loaded = pretrained.load(base)
+    loaded = huggingface.load(base)
     settings = work.settings
     encode = step.make_encode(
         step.encoder(loaded.config, work.dtype, settings.lora, settings.pooling)
@@ -58,7 +61,7 @@ def make_encoding(work: Work, base: str) -> Callable[[], None]:
 
     def epoch() -> None:
         for splits in data.values():
-            evaluate.encode(encode, frozen, {}, splits["train"], settings.max_length)
+            inference.encode(encode, frozen, {}, splits["train"], settings.max_length)
 
     return epoch
 

@@ -15,7 +15,9 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from experiments.bench import harness, memory, pcgrad, predict, start, step
-from jaxlora import bert, pretrained, rundir
+from jaxlora.formats import huggingface
+from jaxlora.nn import bert
+from jaxlora.training import run_folder
 
 Part = Literal["step", "pcgrad", "predict", "start", "memory"]
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -51,9 +53,11 @@ def write_random_base(folder: Path, config: bert.BertConfig) -> str:
         [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)],
     )
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = pretrained.export(params, config)
+    tensors = huggingface.export(params, config)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    rundir.write_json(folder / "config.json", {"model_type": "bert"} | dataclasses.asdict(config))
+    run_folder.write_json(
+        folder / "config.json", {"model_type": "bert"} | dataclasses.asdict(config)
+    )
     words = [*WORDS, *(f"w{n}" for n in range(config.vocab_size - len(WORDS)))]
     vocabulary = {word: n for n, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))

@@ -15,7 +15,7 @@ import tyro
 from experiments.bench import harness
 from experiments.bench.step import make_numbers, make_ours, make_peer
 from experiments.bench.work import Work
-from jaxlora.settings import VariantName
+from jaxlora.training.config import VariantName
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,13 +20,13 @@ from torchjd.aggregation import PCGrad
 from transformers import BertModel
 
 from experiments.bench.work import Work, make_data
-from jaxlora import pretrained
 from jaxlora.data import batches as data_batches
-from jaxlora.data.examples import Examples
-from jaxlora.group import Group
+from jaxlora.data.tokenized import Examples
+from jaxlora.formats import huggingface
+from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import LoraConfig
-from jaxlora.pretrained import Pretrained
-from jaxlora.tasks import Task
+from jaxlora.tasks.task import Task
+from jaxlora.training.task_group import Group
 
 Mode = Literal["eager", "compile", "graphs"]
 
@@ -202,7 +202,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
 def make_bert(base: Pretrained, dropout: float) -> Any:
     """Our base as a model of transformers."""
     return BertModel.from_pretrained(
-        pretrained.find(base.name),
+        huggingface.find(base.name),
         attn_implementation="sdpa",
         dtype=torch.float32,
         add_pooling_layer=False,

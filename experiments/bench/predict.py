@@ -14,10 +14,14 @@ import tyro
 
 from experiments.bench import harness
 from experiments.bench.work import TASKS, Work, make_examples
-from jaxlora import bert, evaluate, lora, pretrained, step
-from jaxlora.data.examples import Examples
-from jaxlora.pretrained import Pretrained
-from jaxlora.trees import Tree
+from jaxlora import lora
+from jaxlora.data.tokenized import Examples
+from jaxlora.formats import huggingface
+from jaxlora.formats.huggingface import Pretrained
+from jaxlora.nn import bert
+from jaxlora.serving import inference as evaluate
+from jaxlora.training import step
+from jaxlora.utils.trees import Tree
 
 WORK = Work("lora1", 8, "float32")  # an adapter for each task
 
@@ -63,7 +67,7 @@ def make_adapters(base: Pretrained) -> list[Tree]:
 
 def make_ours(size: int, base: str) -> Callable[[], np.ndarray]:
     """All requests in one pass, adapters by sentence."""
-    loaded, chosen = pretrained.load(base), WORK.settings
+    loaded, chosen = huggingface.load(base), WORK.settings
     encode = step.encoder(loaded.config, jnp.float32, chosen.lora, chosen.pooling)
     encode_mixed = step.make_mixed_encode(encode)
     frozen = {"params": bert.matmul_ready(loaded.params, jnp.float32)}
@@ -78,7 +82,7 @@ def make_peer(size: int, base: str, device: str) -> Callable[[], np.ndarray]:
 
     from experiments.bench.peer import load_adapter, make_bert, pad, pool, with_adapter
 
-    loaded, chosen = pretrained.load(base), WORK.settings
+    loaded, chosen = huggingface.load(base), WORK.settings
     names = [task.name for task in TASKS]
     model: Any = with_adapter(make_bert(loaded, 0.0), chosen.lora, names[0])
     for name in names[1:]:

@@ -15,11 +15,14 @@ import tyro
 from experiments.bench import harness
 from experiments.bench.memory import megabytes
 from experiments.bench.work import make_examples
-from jaxlora import lora, pretrained, step, tasks
+from jaxlora import lora
 from jaxlora.data import batches as data_batches
 from jaxlora.data import packing
-from jaxlora.data.examples import Examples
-from jaxlora.step import Batch
+from jaxlora.data.tokenized import Examples
+from jaxlora.formats import huggingface
+from jaxlora.tasks import task as tasks
+from jaxlora.training import step
+from jaxlora.training.step import Batch
 
 AXES: Mapping[str, tuple[int, ...]] = {
     "batch": (8, 16, 32, 64),
@@ -58,7 +61,7 @@ class Flags:
 
 def make_ours(case: Case, flags: Flags) -> Callable[[], float]:
     """A step on one batch, again and again; returns the process's peak memory in MB."""
-    base, adapter = pretrained.load(flags.base), lora.LoraConfig()
+    base, adapter = huggingface.load(flags.base), lora.LoraConfig()
     layers = jax.tree.map(lambda x: x[: case.layers], base.params["layers"])
     config = dataclasses.replace(base.config, num_hidden_layers=case.layers)
     chosen = [dataclasses.replace(tasks.STS_MSE, name=f"task{n}") for n in range(case.tasks)]

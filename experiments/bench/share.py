@@ -13,9 +13,10 @@ import tyro
 
 from experiments.bench import harness
 from experiments.bench.work import Dtype, Ours, Work
-from jaxlora import pretrained, trees
+from jaxlora.formats import huggingface
 from jaxlora.pcgrad import pcgrad
-from jaxlora.settings import VariantName
+from jaxlora.training.config import VariantName
+from jaxlora.utils import trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def host_seconds(ours: Ours, steps: int) -> float:
 
 def measure(work: Work, flags: Flags) -> dict[str, Any]:
     """One row of the table."""
-    ours = Ours(work, pretrained.load(flags.base))
+    ours = Ours(work, huggingface.load(flags.base))
     ours.compile()
     sides = {"projection": make_projection(ours), "steps": lambda: ours.run(flags.steps)}
     ours.waited = 0.0

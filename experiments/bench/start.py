@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 from experiments.bench import harness
-from jaxlora.settings import VariantName
+from jaxlora.training.config import VariantName
 
 CHILD = "import experiments.bench.start as s, sys; s.child(*sys.argv[1:])"
 
@@ -42,7 +42,8 @@ def child(variant: VariantName, base: str, cache: str, began: str) -> None:
     import jax
 
     from experiments.bench.work import Ours, Work
-    from jaxlora import host, pretrained
+    from jaxlora.formats import huggingface
+    from jaxlora.utils import process as host
 
     host.reuse_memory()
     host.keep_programs(Path(cache))
@@ -54,7 +55,7 @@ def child(variant: VariantName, base: str, cache: str, began: str) -> None:
             seconds["compile s"] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    ours = Ours(Work(variant, 8, "float32", examples=512), pretrained.load(base))
+    ours = Ours(Work(variant, 8, "float32", examples=512), huggingface.load(base))
     ours.run(1)
     print(json.dumps({"seconds": time.time() - float(began)} | seconds))
 

@@ -16,11 +16,11 @@ import tyro
 from experiments.bench import harness
 from experiments.bench.peer import Mode, Peer
 from experiments.bench.work import Dtype, Ours, Work, real_tokens
-from jaxlora import pretrained
-from jaxlora.bert import BertConfig, param_shapes
-from jaxlora.group import Group
-from jaxlora.pretrained import Pretrained
-from jaxlora.settings import VariantName
+from jaxlora.formats import huggingface
+from jaxlora.formats.huggingface import Pretrained
+from jaxlora.nn.bert import BertConfig, param_shapes
+from jaxlora.training.config import VariantName
+from jaxlora.training.task_group import Group
 
 KINDS = {
     "lora shared, PCGrad": "lora3",
@@ -116,7 +116,7 @@ def measure(work: Work, base: Pretrained, flags: Flags) -> dict[str, Any]:
 
 def make_ours(work: Work, base: str, together: int = 0) -> Callable[[int], Any]:
     """Our side, compiled, on JAX's default device."""
-    ours = Ours(work, pretrained.load(base))
+    ours = Ours(work, huggingface.load(base))
     if together:
         return lambda _: ours.run_together(together) and None
     ours.compile()
@@ -126,7 +126,7 @@ def make_ours(work: Work, base: str, together: int = 0) -> Callable[[int], Any]:
 @functools.cache
 def make_numbers(work: Work, base: str) -> tuple[Pretrained, list[Group]]:
     """The base, and the groups from which the peer takes the numbers to start from."""
-    loaded = pretrained.load(base)
+    loaded = huggingface.load(base)
     return loaded, Ours(work, loaded).groups
 
 
@@ -139,7 +139,7 @@ def make_peer(work: Work, base: str, device: str, mode: Mode = "eager") -> Calla
 
 def main(flags: Flags) -> None:
     """Measure all combinations."""
-    base = pretrained.load(flags.base)
+    base = huggingface.load(flags.base)
     rows = [
         measure(Work(variant, size, dtype), base, flags)
         for variant in flags.variants

@@ -10,13 +10,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxlora import group, settings
-from jaxlora import mesh as meshes
-from jaxlora.data.examples import Examples
-from jaxlora.prepare import Data
-from jaxlora.pretrained import Pretrained
-from jaxlora.step import Batch, StepMetrics, TrainState
-from jaxlora.tasks import Task, paper_tasks
+from jaxlora.data.tokenized import Examples
+from jaxlora.formats.huggingface import Pretrained
+from jaxlora.tasks.task import Task, paper_tasks
+from jaxlora.training import config, sharding, task_group
+from jaxlora.training.inputs import Data
+from jaxlora.training.step import Batch, StepMetrics, TrainState
 
 # Tokens of a training sentence at 0, 5, … 100 % (SST-5, Quora, STS-B; BERT's tokenizer).
 LENGTHS = {
@@ -37,7 +36,7 @@ class Work:
     Heads and encoder have the same dropout.
     """
 
-    variant: settings.VariantName
+    variant: config.VariantName
     batch_size: int
     dtype: Dtype
     examples: int = 512
@@ -45,9 +44,9 @@ class Work:
     pooling: Literal["cls", "mean"] = "mean"
 
     @property
-    def settings(self) -> settings.Settings:
+    def settings(self) -> config.Settings:
         """The run's settings."""
-        flags = settings.Flags(
+        flags = config.Flags(
             self.variant,
             preset="demo",
             max_length=128,
@@ -56,7 +55,7 @@ class Work:
             batch_size=self.batch_size,
             epochs=20,
         )
-        return dataclasses.replace(settings.resolve(flags), encoder_dropout=self.dropout)
+        return dataclasses.replace(config.resolve(flags), encoder_dropout=self.dropout)
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -102,7 +101,7 @@ class Steps:
       waited: seconds that steps have waited for their batches so far.
     """
 
-    def __init__(self, groups: list[group.Group]) -> None:
+    def __init__(self, groups: list[task_group.Group]) -> None:
         self.groups = groups
         self.waited = 0.0
         self.stacks: list[Batch] = []
@@ -157,8 +156,8 @@ class Ours(Steps):
     """Our side: the groups of a variant."""
 
     def __init__(self, work: Work, base: Pretrained) -> None:
-        data, chosen, mesh = make_data(work, base), work.settings, meshes.make_mesh("data=1")
-        groups = [group.make_group(chosen, base, data, g, mesh) for g in chosen.groups]
+        data, chosen, mesh = make_data(work, base), work.settings, sharding.make_mesh("data=1")
+        groups = [task_group.make_group(chosen, base, data, g, mesh) for g in chosen.groups]
         super().__init__(
             [
                 dataclasses.replace(g, setup=dataclasses.replace(g.setup, dropout=work.dropout))
@@ -167,7 +166,7 @@ class Ours(Steps):
         )
 
 
-def _over_and_over(of: group.Group) -> Iterator[Batch]:
+def _over_and_over(of: task_group.Group) -> Iterator[Batch]:
     while True:
         yield from of.prefetch(0)
 

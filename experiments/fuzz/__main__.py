@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.fuzz.targets import Target, all_targets
-from jaxlora import host
-from jaxlora.errors import Note, UserError
+from jaxlora.utils import process
+from jaxlora.utils.errors import Note, UserError
 
 CHUNK = 500  # inputs that hypothesis makes from one seed; it remembers them all
 
@@ -162,7 +162,7 @@ def cli(args: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore", hypothesis.errors.HypothesisWarning)  # of large inputs
     warnings.simplefilter("ignore", Note)  # of folders of format 1
     failures: list[str] = []
-    code = host.exit_code(lambda: failures.extend(main(tyro.cli(Flags, args=args))))
+    code = process.exit_code(lambda: failures.extend(main(tyro.cli(Flags, args=args))))
     return code or int(bool(failures))
 
 

@@ -17,25 +17,19 @@ from flax import traverse_util
 from hypothesis import strategies as st
 
 from experiments.fuzz import hostile, samples
-from jaxlora import (
-    bank,
-    base_tokenizer,
-    exchange,
-    lora,
-    manifest,
-    merged,
-    peft_files,
-    pretrained,
-    rundir,
-    trained,
-)
-from jaxlora.bert import param_shapes
-from jaxlora.descriptions import NAME
-from jaxlora.errors import UserError
+from jaxlora import lora
+from jaxlora.data.task_files import NAME
+from jaxlora.formats import huggingface
+from jaxlora.formats import peft as peft_files
+from jaxlora.formats import tokenizer as base_tokenizer
 from jaxlora.lora import LoraConfig
-from jaxlora.plain import build
-from jaxlora.settings import Settings
-from jaxlora.variants import group_name
+from jaxlora.nn.bert import param_shapes
+from jaxlora.serving import bank, export_merged, export_peft, manifest, task_models
+from jaxlora.tasks.sharing import group_name
+from jaxlora.training import run_folder
+from jaxlora.training.config import Settings
+from jaxlora.utils.errors import UserError
+from jaxlora.utils.schema import build
 
 INDEX = "model.safetensors.index.json"
 Inputs = st.SearchStrategy[Any]
@@ -73,10 +67,10 @@ def targets(folder: Path) -> dict[str, tuple[Inputs, Callable[..., None]]]:
             _in_copy(base, "tokenizer_config.json", find_special_tokens),
         ),
         "head": (_tensors(peft / "head.safetensors"), _in_copy(peft, "head.safetensors", imported)),
-        "jaxlora.json": (_json(peft / exchange.ABOUT), _in_copy(peft, exchange.ABOUT, imported)),
+        "jaxlora.json": (_json(peft / export_peft.ABOUT), _in_copy(peft, export_peft.ABOUT, imported)),
         "bank manifest": (st.tuples(hostile.json_files(plain), st.booleans()), read_bank),
-        "run config": (_json(run / rundir.CONFIG), _in_copy(run, rundir.CONFIG, read_run)),
-        "run result": (_json(run / rundir.RESULT), _in_copy(run, rundir.RESULT, read_run)),
+        "run config": (_json(run / run_folder.CONFIG), _in_copy(run, run_folder.CONFIG, read_run)),
+        "run result": (_json(run / run_folder.RESULT), _in_copy(run, run_folder.RESULT, read_run)),
         "run metrics": (_records(), read_metrics),
     }  # fmt: skip
 
@@ -118,21 +112,21 @@ def _names() -> st.SearchStrategy[str]:
 
 def find_base(name: str, scratch: Path) -> None:
     """`pretrained.find`, without a network."""
-    assert pretrained.find(name).is_dir()
+    assert huggingface.find(name).is_dir()
 
 
 def read_base_config(content: bytes, scratch: Path) -> None:
     """`pretrained.read_config`, and whether the network it describes can be built."""
     (scratch / "config.json").write_bytes(content)
-    config = pretrained.read_config(scratch / "config.json")
+    config = huggingface.read_config(scratch / "config.json")
     with contextlib.suppress(UserError):  # nothing is there to be converted
-        pretrained.convert({}, config)
+        huggingface.convert({}, config)
 
 
 def read_index(content: bytes, scratch: Path) -> None:
     """`pretrained.weight_files`: nothing outside of the folder."""
     (scratch / INDEX).write_bytes(content)
-    for path in pretrained.weight_files(scratch):
+    for path in huggingface.weight_files(scratch):
         assert path.parent == scratch and path.suffix == ".safetensors"
         assert path.name.encode() and "\0" not in path.name
 
@@ -140,8 +134,8 @@ def read_index(content: bytes, scratch: Path) -> None:
 def read_weights(content: bytes, scratch: Path) -> None:
     """`pretrained.read_tensors` and `convert`."""
     (scratch / "model.safetensors").write_bytes(content)
-    params = pretrained.convert(
-        pretrained.read_tensors([scratch / "model.safetensors"]), samples.BERT
+    params = huggingface.convert(
+        huggingface.read_tensors([scratch / "model.safetensors"]), samples.BERT
     )
     _check_shapes(params, param_shapes(samples.BERT))
 
@@ -171,30 +165,30 @@ def adapter(folder: Path) -> None:
         assert math.isfinite(config.scale_of(path))
 
 
-def classifier(like: trained.Trained) -> Callable[[Path], None]:
+def classifier(like: task_models.Trained) -> Callable[[Path], None]:
     """`exchange.load` of a folder that PEFT wrote."""
 
     def check(folder: Path) -> None:
-        _check_trained(exchange.load(folder, "similar", like), ["similar"])
+        _check_trained(export_peft.load(folder, "similar", like), ["similar"])
 
     return check
 
 
 def find_special_tokens(folder: Path) -> None:
     """`merged.special_tokens`."""
-    base = pretrained.load(str(folder))
-    found = merged.special_tokens(base)
+    base = huggingface.load(str(folder))
+    found = export_merged.special_tokens(base)
     assert found.keys() >= {"pad_token", "cls_token", "sep_token"}
     assert all(base.tokenizer.token_to_id(token) is not None for token in found.values())
 
 
 def imported(folder: Path) -> None:
     """`exchange.load`."""
-    found = exchange.load(folder, "similar")
+    found = export_peft.load(folder, "similar")
     _check_trained(found, ["similar"])
 
 
-def _check_trained(found: trained.Trained, names: list[str]) -> None:
+def _check_trained(found: task_models.Trained, names: list[str]) -> None:
     assert list(found.served) == names
     for name, one in found.served.items():
         assert NAME.fullmatch(name) and one.task.name == name and one.tree in found.trees
@@ -225,12 +219,12 @@ def read_bank(value: tuple[bytes, bool], scratch: Path) -> None:
 
 def read_run(folder: Path) -> None:
     """`trained.load_run`, and what a run that goes on there compares."""
-    config = rundir.read_config(folder)
+    config = run_folder.read_config(folder)
     with contextlib.suppress(UserError):
-        rundir.check(folder, config["settings"], resume=True)
-        rundir.check_same_inputs(folder, {"the base model": "0"})
+        run_folder.check(folder, config["settings"], resume=True)
+        run_folder.check_same_inputs(folder, {"the base model": "0"})
     settings = Settings.from_json(config["settings"])
-    found = trained.load_run(folder)
+    found = task_models.load_run(folder)
     _check_trained(found, [d.task.name for d in settings.tasks])
     names = {name for group in settings.groups for name in group}
     assert all(map(NAME.fullmatch, names))
@@ -248,7 +242,9 @@ def _records() -> st.SearchStrategy[bytes]:
 
 def read_metrics(content: bytes, scratch: Path) -> None:
     """`rundir.read_records`, and what is kept of them."""
-    (scratch / rundir.METRICS).write_bytes(content)
-    kept = [r for r in rundir.read_records(scratch) if r["step"] <= {"sst": 1}.get(r["group"], 0)]
+    (scratch / run_folder.METRICS).write_bytes(content)
+    kept = [
+        r for r in run_folder.read_records(scratch) if r["step"] <= {"sst": 1}.get(r["group"], 0)
+    ]
     for record in kept:
-        assert all(math.isfinite(value) or value for _, value in rundir.flatten(record))
+        assert all(math.isfinite(value) or value for _, value in run_folder.flatten(record))

@@ -13,13 +13,13 @@ import numpy as np
 from hypothesis import strategies as st
 
 from experiments.fuzz import hostile
-from jaxlora import mesh
 from jaxlora.data import packing
 from jaxlora.data.tables import Columns
-from jaxlora.descriptions import NAME, Description, read_tasks
-from jaxlora.errors import UserError
-from jaxlora.tasks import NAMES
-from jaxlora.variants import parse_groups
+from jaxlora.data.task_files import NAME, Description, read_tasks
+from jaxlora.tasks.sharing import parse_groups
+from jaxlora.tasks.task import NAMES
+from jaxlora.training import sharding
+from jaxlora.utils.errors import UserError
 
 TOML = b"""[topic]
 kind = "classification"
@@ -114,11 +114,11 @@ def make_mesh(value: tuple[str, int], scratch: Path) -> None:
     """`mesh.sizes`: taken if and only if it is written so and the devices are there."""
     text, count = value
     try:
-        found = mesh.sizes(text, count)
+        found = sharding.sizes(text, count)
     except UserError:
         assert text != "auto"
         raise
-    assert list(found) == list(mesh.AXES) and 1 <= found["data"] * found["fsdp"] <= count
+    assert list(found) == list(sharding.AXES) and 1 <= found["data"] * found["fsdp"] <= count
     assert text == "auto" or re.fullmatch(r"\s*(data|fsdp)=\d+\s*(,\s*(data|fsdp)=\d+\s*)?", text)
 
 

@@ -17,13 +17,14 @@ import numpy as np
 from hypothesis import strategies as st
 
 from experiments.fuzz import hostile, samples
-from jaxlora import predict_file, pretrained
-from jaxlora.data import cs224n, examples, official, tables
+from jaxlora.data import cs224n, official, tables, tokenized
 from jaxlora.data.quoting import QUOTINGS, Quoting
-from jaxlora.data.rows import Row, parse_label, sentences
-from jaxlora.errors import UserError
-from jaxlora.predict import Answer, Predictor
-from jaxlora.tasks import Task
+from jaxlora.data.raw_examples import Row, parse_label, sentences
+from jaxlora.formats import huggingface
+from jaxlora.serving import predict_table
+from jaxlora.serving.predictor import Answer, Predictor
+from jaxlora.tasks.task import Task
+from jaxlora.utils.errors import UserError
 
 _quotings = st.sampled_from((None, *QUOTINGS))
 TOPIC = Task("topic", "classification", classes=("sport", "science", "2"))
@@ -43,7 +44,7 @@ COLUMNS = {
 
 def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[..., None]]]:
     """Inputs and checks by name."""
-    base = pretrained.load(str(samples.base(folder / "reader-base")))
+    base = huggingface.load(str(samples.base(folder / "reader-base")))
     echo = Echo(base, samples.trained(Path(base.name)))
     one_of = st.one_of
     tsv = {n: one_of(hostile.damaged(t), hostile.tables(t, "\t")) for n, t in TSV.items()}
@@ -181,7 +182,7 @@ def answer(
     source.write_bytes(content)
     target.unlink(missing_ok=True)
     try:
-        count = predict_file.predict_file(
+        count = predict_table.predict_file(
             echo, source, target, task, quoting=quoting, strict=strict
         )
     except ValueError:
@@ -200,14 +201,14 @@ def ask(echo: Echo, request: Any) -> None:
     """`Predictor.check`, and the tokenizer behind it."""
     task, texts = echo.check(request)
     assert len(texts) == task.sentences
-    examples.tokenize(examples.truncating(echo.base.tokenizer, 8), texts)
+    tokenized.tokenize(tokenized.truncating(echo.base.tokenizer, 8), texts)
 
 
 def tokenize(value: tuple[list[str], int], scratch: Path) -> None:
     """`examples.tokenize`."""
     texts, most = value
     tokenizer = samples.tokenizer()
-    tokens, offsets, truncated = examples.tokenize(examples.truncating(tokenizer, most), texts)
+    tokens, offsets, truncated = tokenized.tokenize(tokenized.truncating(tokenizer, most), texts)
     assert offsets[0] == 0 and offsets[-1] == len(tokens) and len(offsets) == len(texts) + 1
     whole = [tokenizer.encode(text).ids for text in texts]
     for text, start, stop in zip(whole, offsets, offsets[1:], strict=False):
@@ -261,8 +262,8 @@ def _cache(folder: Path) -> tuple[st.SearchStrategy[bytes], Callable[..., None]]
     table = tables.Table(COLUMNS[PRICE], train=path, dev=path)
     tokenizer = samples.tokenizer()
 
-    def load(cache: Path) -> dict[str, examples.Examples]:
-        return examples.load_examples(PRICE, "files", table, tokenizer, "key", 8, cache)
+    def load(cache: Path) -> dict[str, tokenized.Examples]:
+        return tokenized.load_examples(PRICE, "files", table, tokenizer, "key", 8, cache)
 
     sound = load(folder)
     (cached,) = (folder / "tokens").iterdir()

@@ -12,12 +12,16 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from jaxlora import checkpoint, exchange, lora, manifest, pretrained, rundir, trees
-from jaxlora.bert import BertConfig, param_shapes
+from jaxlora import lora
+from jaxlora.formats import huggingface
 from jaxlora.lora import LoraConfig
-from jaxlora.settings import Flags, resolve
-from jaxlora.tasks import PARA, SST, STS_COSINE, Task
-from jaxlora.trained import Served, Trained
+from jaxlora.nn.bert import BertConfig, param_shapes
+from jaxlora.serving import export_peft, manifest
+from jaxlora.serving.task_models import Served, Trained
+from jaxlora.tasks.task import PARA, SST, STS_COSINE, Task
+from jaxlora.training import checkpoint, run_folder
+from jaxlora.training.config import Flags, resolve
+from jaxlora.utils import trees
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "runs", "##s", ".", "e", "[MASK]")
 BERT = BertConfig(len(WORDS), 8, 2, 2, 16, 32)
@@ -39,7 +43,7 @@ def base(folder: Path) -> Path:
     """A Hugging Face folder with a BERT of zeros."""
     folder.mkdir(parents=True)
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), param_shapes(BERT))
-    save_file(pretrained.export(params, BERT), folder / "model.safetensors")
+    save_file(huggingface.export(params, BERT), folder / "model.safetensors")
     config = {"model_type": "bert", **dataclasses.asdict(BERT)}
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer().save(str(folder / "tokenizer.json"))
@@ -57,7 +61,7 @@ def trained(base_folder: Path) -> Trained:
     }
     return Trained(
         base=str(base_folder),
-        fingerprint=pretrained.load(str(base_folder)).fingerprint,
+        fingerprint=huggingface.load(str(base_folder)).fingerprint,
         served=served,
         trees={task.name: {"lora": lora.init(key, shapes, ADAPTER)} for task in TASKS},
         configs={task.name: ADAPTER for task in TASKS},
@@ -70,7 +74,7 @@ def trained(base_folder: Path) -> Trained:
 
 def peft(folder: Path, source: Trained, task: Task = SST) -> Path:
     """An exported task."""
-    exchange.save(folder, source, task.name)
+    export_peft.save(folder, source, task.name)
     return folder
 
 
@@ -80,8 +84,8 @@ def classifier(folder: Path, source: Trained) -> tuple[Path, Trained]:
     task = Task("topic", "classification", classes=("a", "b", "c"), head="pooler")
     head = task.init_head(jax.random.key(1), BERT.hidden_size, "concat")
     served = Served(task, SST.name, head, "concat")
-    exchange.save(folder, dataclasses.replace(like, served={"topic": served}), "topic")
-    for name in (exchange.ABOUT, "head.safetensors"):
+    export_peft.save(folder, dataclasses.replace(like, served={"topic": served}), "topic")
+    for name in (export_peft.ABOUT, "head.safetensors"):
         (folder / name).unlink()
     return folder, like
 
@@ -106,11 +110,11 @@ def run(folder: Path, source: Trained) -> Path:
         "adapters": dict(source.trees),
         "heads": {name: one.head for name, one in source.served.items() if one.head},
     }
-    checkpoint.save_tree(folder / rundir.MODEL, tree)
+    checkpoint.save_tree(folder / run_folder.MODEL, tree)
     inputs = source.fingerprint.to_inputs() | {"the data of sst": "0" * 64}
     config = {"settings": settings.to_json(), "inputs": inputs, "versions": {"jax": "0"}}
-    rundir.write_json(folder / rundir.CONFIG, config)
+    run_folder.write_json(folder / run_folder.CONFIG, config)
     dev = dict.fromkeys(source.served, 0.5)
-    model = trees.checksum(checkpoint.load_tree(folder / rundir.MODEL))
-    rundir.write_json(folder / rundir.RESULT, {"dev": dev, "model": model})
+    model = trees.checksum(checkpoint.load_tree(folder / run_folder.MODEL))
+    run_folder.write_json(folder / run_folder.RESULT, {"dev": dev, "model": model})
     return folder

@@ -15,7 +15,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from experiments.fuzz import folders, parsers, readers
-from jaxlora.errors import UserError
+from jaxlora.utils.errors import UserError
 
 Check = Callable[[Any, Path], None]
 

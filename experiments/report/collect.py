@@ -1,6 +1,6 @@
 """Read what `experiments/reproduce.py` left on disk: runs by study and seed, and what is missing.
 
-root/<study>/seed<k>/     run folders, see `jaxlora.train`
+root/<study>/seed<k>/     run folders, see `jaxlora.training.run`
 root/plan.json            what was asked for
 root/timing.json          step times measured on an idle machine; optional
 """
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from experiments.report import files
-from jaxlora import rundir
-from jaxlora.errors import UserError
-from jaxlora.tasks import NAMES
-from jaxlora.variants import VARIANTS
+from jaxlora.tasks.sharing import VARIANTS
+from jaxlora.tasks.task import NAMES
+from jaxlora.training import run_folder
+from jaxlora.utils.errors import UserError
 
 PLAN, TIMING = "plan.json", "timing.json"
 NOT_BEGUN = "not begun"
@@ -232,7 +232,7 @@ def read_run(folder: Path, study: str, seed: int) -> Run:
         settings=settings,
         versions=versions,
         result=files.read_result(folder, settings),
-        records=tuple(rundir.read_records(folder)),
+        records=tuple(run_folder.read_records(folder)),
         answers={task: found for task, found in answers.items() if len(found.labels)},
         disk_bytes=files.model_bytes(folder),
     )
@@ -277,11 +277,11 @@ def _order(planned: Iterable[str]) -> Any:
 
 def _unfinished(folder: Path) -> str:
     """Why a run cannot be reported, or nothing."""
-    if (folder / rundir.RESULT).exists():
+    if (folder / run_folder.RESULT).exists():
         return ""
-    if not rundir.exists(folder):
+    if not run_folder.exists(folder):
         return NOT_BEGUN
-    last = {record["group"]: record["step"] for record in rundir.read_records(folder)}
+    last = {record["group"]: record["step"] for record in run_folder.read_records(folder)}
     reached = ", ".join(f"{group} at step {step:,}" for group, step in last.items())
     return f"not finished: {reached}" if reached else "begun, no step logged yet"
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from experiments.report.collect import Run
 from experiments.report.drawing import INK, Panel, Plan
-from jaxlora.curves import series, smooth
-from jaxlora.tasks import NAMES
+from jaxlora.cli.curves import series, smooth
+from jaxlora.tasks.task import NAMES
 
 POINTS = 160  # of a curve; more cannot be told apart
 LINES = {

@@ -12,9 +12,9 @@ from experiments.report import statistics
 from experiments.report.claims import Context
 from experiments.report.collect import Run
 from experiments.report.drawing import INK, Panel, Plan, kind_of
-from jaxlora.curves import COLOURS
-from jaxlora.tasks import NAMES, Task, paper_tasks
-from jaxlora.variants import VARIANTS
+from jaxlora.cli.curves import COLOURS
+from jaxlora.tasks.sharing import VARIANTS
+from jaxlora.tasks.task import NAMES, Task, paper_tasks
 
 
 def plans(context: Context) -> list[Plan]:

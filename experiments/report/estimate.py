@@ -10,10 +10,11 @@ from typing import Any
 
 from experiments import storage
 from experiments.report.collect import Collection, Run
-from jaxlora import bert, trees
-from jaxlora.settings import PRESETS
-from jaxlora.tasks import NAMES
-from jaxlora.variants import VARIANTS, group_name
+from jaxlora.nn import bert
+from jaxlora.tasks.sharing import VARIANTS, group_name
+from jaxlora.tasks.task import NAMES
+from jaxlora.training.config import PRESETS
+from jaxlora.utils import trees
 
 PRESET = "paper"
 COMMAND = "python experiments/reproduce.py --preset=paper"

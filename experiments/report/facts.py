@@ -12,8 +12,8 @@ from experiments.report import alike, statistics, tables
 from experiments.report.claims import FEWEST, PARTS, Context, Finding, Verdict
 from experiments.report.collect import Collection
 from experiments.report.scores import MEAN
-from jaxlora.tasks import MADE_UP, NAMES
-from jaxlora.variants import VARIANTS
+from jaxlora.tasks.sharing import VARIANTS
+from jaxlora.tasks.task import MADE_UP, NAMES
 
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "not reproduced", "not decidable", "not run")
 # What the measured quantities of a part say, in words; {range} is their lowest to highest, and

@@ -11,7 +11,7 @@ from experiments.report import curve_figures, error_figures, tables
 from experiments.report.claims import PAPER_SPEED, Context, paper_score
 from experiments.report.drawing import INK, KINDS, Panel, Plan, kind_of
 from experiments.report.scores import MEAN, SCORES
-from jaxlora.variants import VARIANTS
+from jaxlora.tasks.sharing import VARIANTS
 
 HOLLOW = "Hollow: the paper, with bert-base on its own splits."
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlora import json_files, plain, rundir
-from jaxlora.errors import UserError
-from jaxlora.tasks import NAMES
-from jaxlora.variants import Adapt, Groups, group_name
+from jaxlora.tasks.sharing import Adapt, Groups, group_name
+from jaxlora.tasks.task import NAMES
+from jaxlora.training import run_folder
+from jaxlora.utils import json_files, schema
+from jaxlora.utils.errors import UserError
 
 ANEW = "train the run anew"
 ASIDE = "repair it, or move it away"
@@ -68,7 +69,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       UserError: if its `config.json` is missing or broken.
     """
-    path, config = folder / rundir.CONFIG, rundir.read_config(folder)
+    path, config = folder / run_folder.CONFIG, run_folder.read_config(folder)
     settings, versions = config["settings"], config.get("versions", {})
     _check(settings, _SETTINGS, path, "settings")
     _check(versions, {}, path, "versions")
@@ -86,8 +87,8 @@ def read_result(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: if it is missing or broken.
     """
-    path = folder / rundir.RESULT
-    result: dict[str, Any] = rundir.read_json(path)
+    path = folder / run_folder.RESULT
+    result: dict[str, Any] = run_folder.read_json(path)
     _check(result, _RESULT, path)
     for part, fields in (("dev", _DEV), ("parameters", _PARAMETERS), ("groups", {})):
         _check(result.get(part), fields, path, part)
@@ -102,7 +103,7 @@ def model_bytes(folder: Path) -> int:
     Raises:
       UserError: if it is not there.
     """
-    model = folder / rundir.MODEL
+    model = folder / run_folder.MODEL
     size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
     if not size:
         raise UserError(f"{model}: missing or empty, so nobody knows what it stores; {ANEW}")
@@ -118,6 +119,6 @@ def _check(
         raise UserError(f"{where}not a JSON object; {remedy}")
     for name, hint in fields.items():
         try:
-            plain.read(hint, value.get(name))
+            schema.read(hint, value.get(name))
         except ValueError as error:
             raise UserError(f"{where}{name}: {error}; {remedy}") from error

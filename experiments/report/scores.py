@@ -10,7 +10,7 @@ import numpy as np
 from experiments.report import statistics
 from experiments.report.collect import Collection, Predictions, Run
 from experiments.report.statistics import Interval, Summary
-from jaxlora.tasks import MADE_UP_TITLES, NAMES, Task, paper_tasks
+from jaxlora.tasks.task import MADE_UP_TITLES, NAMES, Task, paper_tasks
 
 MEAN = "mean"
 SCORES = (*NAMES, MEAN)

@@ -98,7 +98,7 @@ def resampled_pearson(
     """Compute each run's Pearson r on each resample of the examples: `f64[resamples, runs]`.
 
     A resample's r needs only five weighted means, so all resamples are a matrix product. As in
-    `jaxlora.metrics.pearson`, r is 0 where a side is constant. Arguments as above.
+    `jaxlora.tasks.metrics.pearson`, r is 0 where a side is constant. Arguments as above.
     """
     columns, y = _standard(predictions), _standard(labels)
     features = np.concatenate([columns, columns**2, columns * y, [y, y**2]]).T

@@ -15,12 +15,12 @@ from experiments.report.collect import WHOLE, Run
 from experiments.report.scores import MEAN, SCORES, TITLES
 from experiments.report.statistics import Interval, Range, Summary
 from experiments.report.times import OWN
-from jaxlora import storage
-from jaxlora.bert import BertConfig
 from jaxlora.lora import LoraConfig
-from jaxlora.rundir import write_text
-from jaxlora.tasks import NAMES, paper_tasks
-from jaxlora.variants import VARIANTS, Groups
+from jaxlora.nn.bert import BertConfig
+from jaxlora.tasks.sharing import VARIANTS, Groups
+from jaxlora.tasks.task import NAMES, paper_tasks
+from jaxlora.training import parameter_count
+from jaxlora.training.run_folder import write_text
 
 Value = Summary | Interval | str | float | int | None
 MILLION = 1e6
@@ -277,7 +277,7 @@ def parameters(context: Context) -> Table:
         runs = context.collection.variants.get(name, ())
         stored = runs[0].result["parameters"] if runs else {}
         ours = [stored[k] / MILLION if runs else None for k in ("incremental", "bundled")]
-        exact = storage.count(
+        exact = parameter_count.count(
             BertConfig(), variant.adapt, variant.groups, paper_tasks(variant.sts_loss), LoraConfig()
         )
         paper = variant.paper

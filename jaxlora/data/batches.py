@@ -11,8 +11,8 @@ import grain
 import numpy as np
 
 from jaxlora.data import packing
-from jaxlora.data.examples import Examples
-from jaxlora.step import Batch, Rows
+from jaxlora.data.tokenized import Examples
+from jaxlora.training.step import Batch, Rows
 
 LOOKED_AT = 2048  # of a run's batches when its shapes are chosen: a second, however long it is
 

@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 
 from jaxlora.data import tables
-from jaxlora.data.rows import Row
+from jaxlora.data.raw_examples import Row
 from jaxlora.data.tables import Columns, Sheet
-from jaxlora.errors import UserError
-from jaxlora.tasks import Task
+from jaxlora.tasks.task import Task
+from jaxlora.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

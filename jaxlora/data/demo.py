@@ -16,7 +16,7 @@ from collections.abc import Callable
 from jaxlora.data.grammars.questions import question_pair
 from jaxlora.data.grammars.reviews import review
 from jaxlora.data.grammars.scenes import scene_pair
-from jaxlora.data.rows import Row
+from jaxlora.data.raw_examples import Row
 
 GRAMMARS: dict[str, Callable[[random.Random, bool], tuple[str, str, float]]] = {
     "sst": review,

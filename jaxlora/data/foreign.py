@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxlora.errors import UserError
+from jaxlora.utils.errors import UserError
 
 HEAD = 4096  # bytes that tell
 

@@ -23,10 +23,10 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from jaxlora import folders
-from jaxlora.data.rows import UNLABELLED, Row, parse_label
-from jaxlora.errors import UserError
-from jaxlora.tasks import Task
+from jaxlora.data.raw_examples import UNLABELLED, Row, parse_label
+from jaxlora.tasks.task import Task
+from jaxlora.utils import folders
+from jaxlora.utils.errors import UserError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds

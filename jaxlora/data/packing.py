@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlora.step import Rows
+from jaxlora.training.step import Rows
 
 ROW_LENGTHS = (64, 96)
 # A row of so many tokens costs twice what its tokens cost without attention (MiniLM on CPU).

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlora.data import cs224n, demo, official, tables
-from jaxlora.data.rows import Row
+from jaxlora.data.raw_examples import Row
 from jaxlora.data.tables import Table
-from jaxlora.errors import UserError
-from jaxlora.tasks import Task
+from jaxlora.tasks.task import Task
+from jaxlora.utils.errors import UserError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds

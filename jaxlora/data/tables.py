@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from jaxlora.data import foreign
 from jaxlora.data.quoting import CSV, Quotes, Quoting, Tally, find_quotes
-from jaxlora.data.rows import UNLABELLED, Row, parse_label
-from jaxlora.errors import UserError
-from jaxlora.tasks import Task
+from jaxlora.data.raw_examples import UNLABELLED, Row, parse_label
+from jaxlora.tasks.task import Task
+from jaxlora.utils.errors import UserError
 
 DELIMITERS = "\t,;|"
 DELIMITER_NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}

@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from jaxlora import folders
-from jaxlora.data.rows import Row
+from jaxlora.data.raw_examples import Row
+from jaxlora.utils import folders
 
 Splits = Mapping[str, Sequence[Row]]
 

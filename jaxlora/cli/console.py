@@ -1,0 +1,248 @@
+"""What a run shows: the plan, a progress bar, and the final table beside the paper's row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)  # fmt: skip
+from rich.table import Table
+from rich.text import Text
+
+from jaxlora.data.task_files import Description
+from jaxlora.formats.huggingface import MINILM
+from jaxlora.tasks.sharing import VARIANTS, Variant
+from jaxlora.tasks.task import MADE_UP, NAMES
+from jaxlora.training.inputs import Plan
+
+UNTRAINED = (
+    "untrained: the best constant answer; for pairs, the cosine of the base's vectors (a yes or "
+    "no: at the best threshold)."
+)
+
+REAL = ("cs224n", "official")  # sources of the paper's data sets
+SAW_QUORA = (
+    "The base all-MiniLM-L6-v2 was trained on pairs that include Quora duplicates, so Quora scores "
+    "with it are not those of a base that never saw the task."
+)
+MADE_UP_DATA = (
+    f"These are scores on {MADE_UP}: they show that training works, and nothing else; the paper's "
+    "are of real data."
+)
+
+
+def saw_quora(base: str) -> bool:
+    """Return whether a base is the all-MiniLM that was trained on Quora's duplicates, by its name.
+
+    >>> saw_quora("minilm"), saw_quora("bert-base-uncased")
+    (True, False)
+    """
+    return base == MINILM or "all-minilm" in base.lower()
+
+
+class ConsoleListener:
+    """Shows a run on the console (see `train.Listener`)."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left  {task.fields[note]}"),
+            console=console,
+        )
+        self._task = self._bar.add_task("starting", note="", visible=False)
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """While this lasts, the bar is on the screen."""
+        with self._bar:
+            yield
+
+    def plan(self, plan: Plan) -> None:
+        """Say what the run will do."""
+        self._console.print(plan_table(plan))
+        self._bar.update(self._task, description="preparing order and packing", visible=True)
+
+    def group(self, name: str, start: int, steps: int) -> None:
+        """A new bar for a group; the first step compiles."""
+        self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(name, total=steps, completed=start, note="compiling …")
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Move the bar; print evaluations above it."""
+        if record["kind"] == "train":
+            losses = " ".join(f"{v:.3f}" for v in record["loss"].values())
+            note = f"{record['steps_per_second']:.2f} steps/s  loss {losses}"
+            self._bar.update(self._task, completed=record["step"], note=note)
+            return
+        scores = "  ".join(f"{k} {v:.4f}" for k, v in record["dev"].items())
+        self._console.print(
+            f"{record['group']} step {record['step']}: dev {scores}  mean {record['score']:.4f}"
+        )
+
+    def note(self, text: str) -> None:
+        """Print it above the bar."""
+        say(self._console, text)
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is, however long its paths are."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan as two columns."""
+    s = plan.settings
+    title = f"jaxlora: {s.variant}, preset {s.preset}"
+    table = Table(title=title, show_header=False, title_justify="left")
+    rates = "" if s.adapt == "frozen" else f"encoder {s.learning_rate:g}, "
+    rows = {
+        "base": plan.base,
+        "encoder": {"frozen": "frozen", "full": "trained", "lora": _lora_line(plan)}[s.adapt],
+        "sharing": " | ".join(",".join(group) for group in s.groups)
+        + (
+            ("  (PCGrad within a group)" if s.surgery == "pcgrad" else "  (gradients summed)")
+            if s.adapt != "frozen" and any(len(g) > 1 for g in s.groups)
+            else ""
+        ),
+        "dropout": "heads 0.1"
+        + ("" if s.adapt == "frozen" else f", encoder {s.encoder_dropout:g}"),
+        "vectors": f"{s.pooling} pooling; pairs: {s.pair_features}",
+        "losses": ", ".join(f"{d.task.name}: {_loss(d)}" for d in s.tasks),
+        "learning rates": f"{rates}heads {s.head_learning_rate:g} "
+        f"({s.warmup_steps} steps warm-up, then {s.schedule})",
+        **{f"data {t}": "\n".join([_counts(plan, t), *plan.notes[t]]) for t in plan.examples},
+        "parameters": f"{plan.storage.incremental:,} trained and stored "
+        f"(encoder {plan.storage.encoder:,}, heads {plan.storage.heads:,}); "
+        f"base {plan.storage.base:,}",
+        "steps": ", ".join(f"{g}: {n:,}" for g, n in plan.steps.items())
+        + f" (batch {s.batch_size} of each task)",
+        "device": plan.device,
+        "out": str(plan.out),
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value))  # not a str: brackets in names and paths are no markup
+    return table
+
+
+def _loss(description: Description) -> str:
+    weight = "" if description.weight == 1 else f" × {description.weight:g}"
+    return description.task.loss.replace("_", " ") + weight
+
+
+def _lora_line(plan: Plan) -> str:
+    s = plan.settings
+    return f"frozen, LoRA rank {s.rank}, alpha {s.alpha:g} on {', '.join(s.target_modules)}"
+
+
+def _counts(plan: Plan, task: str) -> str:
+    counts = ", ".join(f"{split} {n:,}" for split, n in plan.examples[task].items())
+    cut = plan.truncated[task]
+    note = f"; {cut} sentences cut to {plan.settings.max_length} tokens" if cut else ""
+    left_out = plan.unlabelled[task]
+    note += f"; {left_out} without a label left out" if left_out else ""
+    extra = (
+        " (with the demo grammar's pairs)" if plan.settings.synthetic_sts and task == "sts" else ""
+    )
+    source = MADE_UP if plan.settings.source == "demo" else plan.settings.source
+    return f"{source}: {counts}{extra}{note}"
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    """A run; the paper's tasks beside its row for the variant (other data: compare with care)."""
+    stored, named = result["parameters"], result["metrics"]
+    columns = {
+        "this run": [
+            *_scores(result["dev"], named),
+            f"{stored['incremental'] / 1e6:.2f}M",
+            f"{stored['bundled'] / 1e6:.2f}M",
+            duration(result["train_seconds"]),
+        ],
+        "untrained": [
+            *_scores(result["untrained"], named), "0", f"{stored['base'] / 1e6:.2f}M", "",
+        ],
+    }  # fmt: skip
+    if _is_papers(result):
+        paper = VARIANTS[result["variant"]].paper
+        percent = {"sst": paper.sst / 100, "para": paper.para / 100, "sts": paper.sts / 100}
+        columns["the paper"] = [
+            *_scores(percent, named),
+            f"{paper.incremental:.2f}M",
+            f"{paper.bundled_recomputed:.2f}M",
+            "",
+        ]
+    labels = [*named.values(), "mean"]
+    labels += ["parameters, incremental", "parameters, bundled", "training time"]
+    table = Table(title=f"{result['variant']}: best on dev", title_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for label, *cells in zip(labels, *columns.values(), strict=True):
+        table.add_row(*map(Text, (label, *cells)))
+    return table
+
+
+def _is_papers(result: dict[str, Any]) -> bool:
+    """Whether the paper's figures may stand beside these: the same tasks, on real data."""
+    return set(result["metrics"]) == set(NAMES) and result["source"] in REAL
+
+
+def _has_quora(result: dict[str, Any]) -> bool:
+    return "para" in result["metrics"] and result["source"] in REAL
+
+
+def _scores(scores: dict[str, float], names: Iterable[str]) -> list[str]:
+    values = [scores[name] for name in names]
+    return [f"{v:.4f}" for v in values] + [f"{sum(values) / len(values):.4f}"]
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What must be known to read the table."""
+    lines = _papers_notes(VARIANTS[result["variant"]]) if _is_papers(result) else [UNTRAINED]
+    if result["source"] == "demo":
+        lines.append(MADE_UP_DATA)
+    elif _has_quora(result) and saw_quora(result.get("base", "")):
+        lines.append(SAW_QUORA)
+    if result["test"]:
+        scores = [f"{k} {v:.4f}" for k, v in result["test"].items()]
+        lines.append(f"On the labelled test sets: {', '.join(scores)}.")
+    return lines
+
+
+def _papers_notes(chosen: Variant) -> list[str]:
+    paper = chosen.paper
+    lines = [UNTRAINED, "the paper: bert-base on its own splits, so compare with care."]
+    if paper.mean != paper.mean_recomputed:
+        lines.append(
+            f"The paper prints a mean of {paper.mean:.2f}; its row gives "
+            f"{paper.mean_recomputed:.2f}."
+        )
+    if paper.bundled != paper.bundled_recomputed:
+        lines.append(
+            f"The paper prints {paper.bundled:.2f}M bundled; its row gives "
+            f"{paper.bundled_recomputed:.2f}M."
+        )
+    if chosen.sts_loss == "cosine":
+        lines.append("The paper counts an STS head that the cosine loss does not use.")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds.
+
+    >>> duration(75.4)
+    '1m 15s'
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m {rest:02d}s"

@@ -1,0 +1,118 @@
+"""What `jaxlora plan` shows: one line for each step that was asked about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from jaxlora import lora
+from jaxlora.formats import huggingface
+from jaxlora.nn.bert import BertConfig, param_shapes
+from jaxlora.training import cost, sharding
+from jaxlora.training.cost import Estimate, Work
+from jaxlora.utils.errors import UserError
+
+HEAD = (
+    "base", "variant", "mesh", "rows", "TFLOP", "weights", "moments", "temporary", "in all",
+    "sent",
+)  # fmt: skip
+CAPTION = "a step's TFLOP on all devices; GB on each device, and GB that each sends in a step"
+GIGA, TERA = 1e9, 1e12
+
+
+def find_base(name: str) -> BertConfig:
+    """The shape of a base: one of `plan.SIZES`, or a Hugging Face folder's.
+
+    Raises:
+      UserError: if it is neither.
+    """
+    if name in cost.SIZES:
+        return cost.SIZES[name]
+    path = Path(name) / "config.json"
+    if not path.is_file():
+        raise UserError(f"--base {name}: write {', '.join(cost.SIZES)}, or a folder's path")
+    return huggingface.read_config(path)
+
+
+def find_mesh(text: str) -> dict[str, int]:
+    """The axes' sizes; the devices need not be there.
+
+    Raises:
+      UserError: see `mesh.sizes`; for `auto`, since nobody knows how many there will be.
+
+    >>> find_mesh("data=4,fsdp=2")
+    {'data': 4, 'fsdp': 2}
+    """
+    if text == "auto":
+        raise UserError("--mesh auto: say how many devices there will be, e.g. data=8")
+    return sharding.sizes(text, 2**31)
+
+
+def cells(base: str, variant: str, found: Estimate) -> tuple[str, ...]:
+    """A line of the table, in the order of `HEAD`."""
+    work, memory = found.work, found.memory
+    split = ",".join(f"{axis}={getattr(work, axis)}" for axis in sharding.AXES)
+    weights = memory.frozen + memory.trained + memory.best
+    sizes = (weights, memory.moments, memory.temporary, memory.total)
+    sent = found.traffic.wire(work.devices)
+    return (
+        base, variant, split, str(work.rows), f"{found.flops.total / TERA:,.2f}",
+        *(f"{size / GIGA:,.2f}" for size in (*sizes, sent)),
+    )  # fmt: skip
+
+
+def lines(
+    bases: Iterable[str],
+    variants: Iterable[str],
+    texts: Iterable[str],
+    rates: tuple[float, float] | None = None,
+    **asked: object,
+) -> list[tuple[str, ...]]:
+    """The table, its header first: every base with every variant (and group) on every mesh.
+
+    Args:
+      bases: see `find_base`.
+      variants: names.
+      texts: see `find_mesh`.
+      rates: FLOP/s and the link's bytes/s; with them a column of seconds is added.
+      asked: the rest of `plan.for_variant`'s arguments.
+
+    Raises:
+      UserError: see `find_base`, `find_mesh` and `plan.for_variant`; for a rank that does not fit.
+    """
+    chosen = {base: find_base(base) for base in bases}
+    sizes = [find_mesh(text) for text in texts]
+    table: list[tuple[str, ...]] = [HEAD if rates is None else (*HEAD, "seconds")]
+    for base, config in chosen.items():
+        for variant in variants:
+            for size in sizes:
+                works = cost.for_variant(variant, config, **asked, **size)  # type: ignore[arg-type]
+                for group, work in works.items():
+                    _check_rank(base, work)
+                    found = cost.estimate(work)
+                    time = () if rates is None else (f"{found.seconds(*rates):.3f}",)
+                    name = variant if len(works) == 1 else f"{variant} {group}"
+                    table.append((*cells(base, name, found), *time))
+    return table
+
+
+def _check_rank(base: str, work: Work) -> None:
+    if work.adapt == "lora":
+        try:
+            lora.targets(param_shapes(work.config), work.adapter)
+        except ValueError as error:
+            raise UserError(f"--rank: {error}; choose another for --base {base}") from error
+
+
+def check_rates(flops: float | None, link: float | None) -> tuple[float, float] | None:
+    """Rates as `lines` takes them.
+
+    Raises:
+      UserError: for a rate that is not above 0, or a link alone.
+    """
+    if flops is None and link is None:
+        return None
+    if flops is None or not flops > 0 or (link is not None and not link > 0):
+        raise UserError("--flops and --link are rates above 0; --link goes with --flops")
+    return flops, math.inf if link is None else link

@@ -1,0 +1,91 @@
+"""The curves of a run as a PNG: loss, dev metric and gradient conflicts over time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlora.utils import folders
+
+Series = Mapping[str, tuple[list[float], list[float]]]  # label → (x, y)
+
+# Colours that stay apart for colour-blind eyes (Okabe & Ito 2008), one a task.
+COLOURS = {"sst": "#0072B2", "para": "#D55E00", "sts": "#009E73"}
+
+
+def draw(records: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw `metrics.jsonl`'s records.
+
+    Args:
+      records: as in `metrics.jsonl`.
+      path: the PNG to write.
+      title: above the panels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = list(records)
+    train = [r for r in records if r["kind"] == "train"]
+    panels: Sequence[tuple[str, str, Series, str]] = (
+        ("training loss", "loss", series(train, "loss"), "-"),
+        ("dev metric", "accuracy or Pearson r", series(records, "dev"), "o-"),
+        ("gradient conflicts", "cosine of two tasks' gradients", series(train, "cosine"), "-"),
+    )
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for axes, (name, unit, lines, style) in zip(figure.subplots(1, 3), panels, strict=True):
+        for label, (x, y) in lines.items():
+            shown = smooth(y) if style == "-" else y
+            axes.plot(x, shown, style, label=label, color=COLOURS.get(label), markersize=4)
+        axes.set(title=name, xlabel="step", ylabel=unit)
+        axes.grid(alpha=0.3)
+        if lines:
+            axes.legend()
+    _conflict_panel(figure.axes[2], train)
+    with folders.replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
+
+
+def _conflict_panel(axes: Any, train: Sequence[Mapping[str, Any]]) -> None:
+    """Below 0 two tasks conflict; the dashed line counts the pairs that do."""
+    shared = [r for r in train if r["cosine"]]
+    if not shared:
+        axes.text(0.5, 0.5, "no task shares parameters", ha="center", transform=axes.transAxes)
+        return
+    axes.axhline(0, color="black", linewidth=0.8)
+    pairs = axes.twinx()
+    counts = smooth([r["conflicts"] for r in shared])
+    pairs.plot([r["step"] for r in shared], counts, "--", color="grey")
+    pairs.set(ylabel="pairs in conflict (dashed)", ylim=(0, None))
+
+
+def series(records: Iterable[Mapping[str, Any]], field: str) -> Series:
+    """Steps and values of each key of a dict field.
+
+    >>> series([{"step": 1, "loss": {"sst": 2.0}}, {"step": 2}], "loss")
+    {'sst': ([1], [2.0])}
+    """
+    found: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+    for record in records:
+        for name, value in record.get(field, {}).items():
+            found[name][0].append(record["step"])
+            found[name][1].append(value)
+    return dict(found)
+
+
+def smooth(values: Sequence[float], keep: float = 0.8) -> list[float]:
+    """Exponential moving average, corrected for its start.
+
+    >>> smooth([1.0, 1.0])
+    [1.0, 1.0]
+    """
+    total = weight = 0.0
+    out = []
+    for value in values:
+        total = keep * total + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        out.append(total / weight)
+    return out

@@ -1,0 +1,141 @@
+"""One labelled example as text, and how labels are read."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from decimal import Decimal, InvalidOperation
+from typing import NamedTuple
+
+from jaxlora.tasks.task import Task
+from jaxlora.utils.errors import UserError
+
+
+class Row(NamedTuple):
+    """One example as it leaves a source.
+
+    Attributes:
+      id: the source's own name for it.
+      sentence1: the sentence, or the first of a pair.
+      sentence2: the second of a pair; empty for single-sentence tasks.
+      label: on the task's scale; NaN when unlabelled.
+      line: where it stands in its file, from 1; 0 if it is in no file.
+    """
+
+    id: str
+    sentence1: str
+    sentence2: str
+    label: float
+    line: int = 0
+
+
+UNLABELLED = math.nan
+# What programs write where there is no value, in small letters.
+MISSING = ("", "nan", "-nan", "na", "<na>", "#na", "n/a", "#n/a", "none", "null")
+
+
+def parse_label(text: str, task: Task, where: str) -> float:
+    """Read a label and check it against the task's range.
+
+    Args:
+      text: the label as written, e.g. `"3"`, `"1.0"`, `"4.6"` or a class's name.
+      task: says the range and whether labels are whole numbers.
+      where: `file:line`, for the message.
+
+    Returns:
+      The label on the task's scale; NaN for one that is missing (see `MISSING`).
+
+    Raises:
+      UserError: neither a class's name, nor a number in the range (of classes, a whole one).
+
+    >>> from jaxlora.tasks import SST
+    >>> parse_label("3.0", SST, "sst.csv:7"), parse_label("NaN", SST, "sst.csv:8")
+    (3.0, nan)
+    >>> parse_label("7", SST, "sst.csv:7")
+    Traceback (most recent call last):
+    ...
+    jaxlora.utils.errors.UserError: sst.csv:7: label '7' is not a whole number from 0 to 4 (SST-5); ...
+    """
+    written = text.strip()
+    if written in task.classes:
+        return float(task.classes.index(written))
+    if _is_missing(written, task.classes):
+        return UNLABELLED
+    number = _number(written)
+    if number is not None and task.integer:
+        number = _class_number(number, task.classes)
+    if number is not None and task.low <= number <= task.high:
+        return float(number)
+    shown = text if len(text) <= 60 else text[:60] + "…"
+    raise UserError(
+        f"{where}: label {shown!r} is not {_allowed(task)} ({task.title}); "
+        "correct the label or delete the line."
+    )
+
+
+def _is_missing(written: str, classes: tuple[str, ...]) -> bool:
+    """Whether a label says that there is none; where a class is named so, it is a mistake."""
+    folded = written.casefold()
+    return folded in MISSING and folded not in map(str.casefold, classes)
+
+
+def _number(text: str) -> Decimal | None:
+    """The exact value of a number, so that long ones stay apart; None for what is none.
+
+    >>> _number("1e0") == _number("01") == 1, _number("inf"), _number("1_0")
+    (True, None, None)
+    """
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        return None
+    return value if value.is_finite() and "_" not in text else None
+
+
+def _class_number(value: Decimal, classes: tuple[str, ...]) -> Decimal | None:
+    """The class of a number: the one whose name is that number, or that has it if names are words.
+
+    >>> _class_number(Decimal("2.0"), ("1", "2", "unknown"))
+    Decimal('1')
+    >>> _class_number(Decimal(2), ("no", "yes", "maybe"))
+    Decimal('2')
+    """
+    numbers = [_number(name.strip()) for name in classes]
+    if not any(number is not None for number in numbers):
+        return value if value == value.to_integral_value() else None
+    named = [n for n, number in enumerate(numbers) if number == value]
+    return Decimal(named[0]) if len(named) == 1 else None
+
+
+def _allowed(task: Task) -> str:
+    if not task.integer:
+        return f"a number from {task.low:g} to {task.high:g}"
+    if task.classes == tuple(map(str, range(len(task.classes)))):
+        return f"a whole number from {task.low:g} to {task.high:g}"
+    return f"one of {', '.join(task.classes)}"
+
+
+# Separators, controls, format characters (such as U+200B), private ones, and marks that stand on
+# a letter: a BERT sees nothing of them.
+_UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf", "Co", "Mn", "Mc", "Me")
+
+
+def is_blank(text: str) -> bool:
+    r"""Whether a text has nothing to read: no letter, digit, punctuation mark or symbol.
+
+    >>> is_blank(" \u200b\ufeff"), is_blank("?")
+    (True, False)
+    """
+    return all(unicodedata.category(c) in _UNSEEN or c == "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def sentences(row: Row, task: Task) -> dict[str, str]:
+    """The sentences of a row by column name, as many as the task has.
+
+    >>> from jaxlora.tasks import SST
+    >>> sentences(Row("a", "Good .", "", 3.0), SST)
+    {'sentence': 'Good .'}
+    """
+    if not task.pair:
+        return {"sentence": row.sentence1}
+    return {"sentence1": row.sentence1, "sentence2": row.sentence2}

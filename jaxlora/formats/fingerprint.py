@@ -1,0 +1,81 @@
+"""What decides the vectors of a base model, as checksums: weights, config and tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlora.utils import schema
+from jaxlora.utils.errors import Note
+
+# Names of the parts among the inputs of a run.
+INPUTS = {
+    "weights": "the base model",
+    "config": "the base model's config",
+    "tokenizer": "the base model's tokenizer",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """sha256 of each part of a base model.
+
+    Attributes:
+      weights: of the bytes of its safetensors files.
+      config: of the fields of its config that change its output; None: not known, as in banks and
+        runs of format 1.
+      tokenizer: of what decides the tokenizer's ids; None: not known.
+    """
+
+    weights: str
+    config: str | None = None
+    tokenizer: str | None = None
+
+    def differing(self, other: Fingerprint) -> list[str]:
+        """Names of the parts that both know and that are not the same.
+
+        >>> Fingerprint("1", "2", "3").differing(Fingerprint("1", "0", None))
+        ['config']
+        """
+        pairs = {part: (getattr(self, part), getattr(other, part)) for part in INPUTS}
+        return [part for part, (a, b) in pairs.items() if None not in (a, b) and a != b]
+
+    def completed(self, other: Fingerprint) -> Fingerprint:
+        """The same, with what is not known here taken from another.
+
+        >>> Fingerprint("1").completed(Fingerprint("1", "2", "3"))
+        Fingerprint(weights='1', config='2', tokenizer='3')
+        """
+        known = {part: value for part, value in dataclasses.asdict(self).items() if value}
+        return Fingerprint(**(dataclasses.asdict(other) | known))
+
+    def note_if_partial(self, origin: str) -> None:
+        """Warn, if a part is not known; `origin` is the bank or the run that this comes from."""
+        if None in (self.config, self.tokenizer):
+            note_partial(origin)
+
+    def to_inputs(self) -> dict[str, str]:
+        """As entries among the inputs of a run."""
+        values = {name: getattr(self, part) for part, name in INPUTS.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_inputs(cls, inputs: Mapping[str, Any]) -> Fingerprint:
+        """The inverse of `to_inputs`.
+
+        Raises:
+          ValueError: if an entry is of a wrong type, or the weights' is missing.
+        """
+        return schema.build(cls, {part: inputs.get(name) for part, name in INPUTS.items()})
+
+
+def note_partial(origin: str) -> None:
+    """Warn that a bank or a run of format 1 cannot tell its base from one of the same weights."""
+    warnings.warn(
+        f"{origin}: was written by an older jaxlora and knows its base by the weights alone; "
+        "make sure that config.json and the tokenizer are the same",
+        Note,
+        stacklevel=3,
+    )

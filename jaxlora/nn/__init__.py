@@ -1,0 +1,1 @@
+"""From parameters and tokens to vectors and predictions: encoder, operations, heads."""

@@ -1,0 +1,68 @@
+"""Task heads: from the pooled sentence vectors to one prediction per example."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlora.nn.ops import precision_of
+
+_EXACT = precision_of(jnp.float32)
+
+
+def pair_vector(u: jax.Array, v: jax.Array, kind: str) -> jax.Array:
+    """What a pair head sees of two sentence vectors.
+
+    Args:
+      u, v: `f32[B, H]`.
+      kind: `concat` gives `[u, v]` (`f32[B, 2H]`, the paper's); `interaction` gives
+        `[u, v, |u-v|, u·v]` (`f32[B, 4H]`; Conneau et al. 2017, "Supervised Learning of
+        Universal Sentence Representations", section 3.1).
+
+    >>> pair_vector(jnp.array([[1.0]]), jnp.array([[3.0]]), "interaction").tolist()
+    [[1.0, 3.0, 2.0, 3.0]]
+    """
+    parts = {"concat": (u, v), "interaction": (u, v, jnp.abs(u - v), u * v)}[kind]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def cosine(u: jax.Array, v: jax.Array) -> jax.Array:
+    """Cosine of the angle between vectors `f32[..., H]` → `f32[...]`, safe (0) for zero vectors.
+
+    >>> cosine(jnp.array([3.0, 4.0]), jnp.array([6.0, 8.0])).item()
+    1.0
+    """
+    squares = jnp.sum(u * u, -1) * jnp.sum(v * v, -1)
+    zero = squares == 0  # not where one holds NaN: so does its cosine
+    return jnp.where(zero, 0.0, jnp.sum(u * v, -1) * jax.lax.rsqrt(jnp.where(zero, 1.0, squares)))
+
+
+class Head(nn.Module):
+    """Linear → activation → Dropout → Linear, in float32.
+
+    With ReLU it is the paper's; with tanh and the name `pooler` it is a BERT's pooler
+    and classifier.
+
+    Attributes:
+      hidden: width of the hidden layer.
+      outputs: number of outputs; 1 is squeezed away.
+      dropout: probability of zeroing a hidden unit in training.
+      first: name of the first layer.
+      activation: what follows it, by its name in `flax.linen`.
+    """
+
+    hidden: int
+    outputs: int
+    dropout: float = 0.1
+    first: str = "hidden"
+    activation: str = "relu"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """`f32[B, F]` → `f32[B, outputs]`, or `f32[B]` for one output."""
+        x = nn.Dense(self.hidden, precision=_EXACT, name=self.first)(x)
+        x = getattr(nn, self.activation)(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        y = nn.Dense(self.outputs, precision=_EXACT, name="out")(x)
+        return y[..., 0] if self.outputs == 1 else y

@@ -1,0 +1,1 @@
+"""Trained task models: the bank that keeps them, prediction, export."""

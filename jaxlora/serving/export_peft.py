@@ -1,0 +1,363 @@
+"""A task as a PEFT folder: the adapter for everybody, its head and what it is beside it.
+
+PEFT reads `adapter_config.json` and `adapter_model.safetensors` and nothing else; we also read
+`jaxlora.json` and `head.safetensors`, so a task that was exported comes back bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlora.formats import heads as head_files
+from jaxlora.formats import huggingface, peft
+from jaxlora.formats.huggingface import Pretrained
+from jaxlora.lora import LoraConfig
+from jaxlora.nn import bert
+from jaxlora.serving.task_models import (
+    OF_BASE,
+    Served,
+    Trained,
+    check_plain,
+    from_of_base,
+    of_base,
+    upgrade_base,
+)
+from jaxlora.tasks.task import HEADS, Task
+from jaxlora.training.run_folder import write_json
+from jaxlora.utils import schema
+from jaxlora.utils.errors import UserError
+from jaxlora.utils.folders import whole
+from jaxlora.utils.json_files import read_object
+from jaxlora.utils.schema import build
+from jaxlora.utils.trees import Tree
+
+ABOUT = "jaxlora.json"
+_FIELDS = {*OF_BASE, "task", "pair_features", "facts"}
+
+
+def save(folder: str | Path, trained: Trained, name: str) -> None:
+    """Write a task for `PeftModel.from_pretrained`, and for `load`.
+
+    Args:
+      folder: new or empty; appears whole or not at all.
+      trained: where the task comes from.
+      name: the task.
+
+    Raises:
+      UserError: if the task has no adapter, or the folder is not empty.
+    """
+    served = trained.find(name)
+    adapter = trained.trees[served.tree].get("lora")
+    if not adapter:
+        raise UserError(f"{trained.origin}: {name} has no adapter; use export merged")
+    hub = huggingface.MINILM_HUB if trained.base == huggingface.MINILM else trained.base
+    about = of_base(trained) | {
+        "task": dataclasses.asdict(served.task),
+        "pair_features": served.pair_features,
+        "facts": dict(served.facts),
+    }
+    head = served.head if served.task.head == "pooler" else None
+    with whole(folder) as temporary:
+        peft.write(temporary, adapter, trained.configs[served.tree], hub, head)
+        head_files.write(temporary, served.head)
+        write_json(temporary / ABOUT, about)
+
+
+def described(folder: str | Path) -> bool:
+    """Whether a PEFT folder says itself what its task and its base are."""
+    return (Path(folder).expanduser() / ABOUT).exists()
+
+
+def classifies(folder: str | Path) -> bool:
+    """Whether PEFT wrote a folder for a `BertForSequenceClassification`.
+
+    Raises:
+      UserError: if its `adapter_config.json` cannot be read or honoured.
+    """
+    return peft.read_config(Path(folder).expanduser()).classifies
+
+
+def load(
+    folder: str | Path,
+    name: str,
+    like: Trained | None = None,
+    base: str | None = None,
+    *,
+    any_base: bool = False,
+    encoder_only: bool = False,
+    classes: Sequence[str] = (),
+) -> Trained:
+    """Read a task from a PEFT folder.
+
+    From a folder that others wrote for `BertForSequenceClassification` (`task_type` SEQ_CLS) the
+    classifier, and the pooler before it, become the task's head. Without one, the task compares two
+    texts by the cosine of their vectors (0 to 1), which needs no head.
+
+    Args:
+      folder: `save` or PEFT wrote it.
+      name: what to call the task.
+      like: says the base and the pooling where the folder does not.
+      base: where the base is now; None: where the folder, or `like`, says.
+      any_base: take an adapter whose folder names another base than `like`'s, or none.
+      encoder_only: leave out the classifier, and what `save` wrote beside the adapter.
+      classes: names of the classifier's classes; default: the base's `id2label` if it has as many,
+        else their numbers.
+
+    Raises:
+      UserError: naming the file and what is missing, broken, or cannot be honoured.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    if described(folder) and not encoder_only:
+        _refuse_classes(folder, classes)
+        return _load_ours(folder, name, base)
+    if like is None:
+        raise UserError(f"{folder}: has no {ABOUT} to say its base; name one with --base")
+    like = like.at(base)
+    there = like.load_base()
+    written = peft.read_config(folder)
+    if not any_base:
+        _check_base(folder / peft.CONFIG, written, there)
+    found = peft.read(folder, bert.param_shapes(there.config))
+    facts: dict[str, Any] = {"imported from": str(folder)}
+    if written.classifies and not encoder_only:
+        served = _classifier(folder, name, found.head, there, like, classes)
+    else:
+        _refuse_classes(folder, classes)
+        served = _similarity(folder, name, found, encoder_only)
+        facts |= {"left out": list(found.head.modules)} if found.head.modules else {}
+    served = dataclasses.replace(served, facts=facts)
+    return _one(like, folder, served, found.adapter, found.config)
+
+
+def _load_ours(folder: Path, name: str, base: str | None) -> Trained:
+    about = _read_about(folder / ABOUT)
+    task = dataclasses.replace(about["task"], name=name)
+    trained = Trained(
+        **from_of_base(about), served={}, trees={}, configs={}, origin=str(folder)
+    ).at(base)
+    found = trained.load_base()
+    trained = dataclasses.replace(
+        trained, fingerprint=trained.fingerprint.completed(found.fingerprint)
+    )
+    config = found.config
+    adapter, lora_config = peft.load(folder, bert.param_shapes(config), encoder_only=True)
+    served = Served(task, name, {}, about["pair_features"], about["facts"])
+    head = head_files.read(folder, served.head_shapes(config.hidden_size))
+    served = dataclasses.replace(served, head=head)
+    return _one(trained, folder, served, adapter, lora_config)
+
+
+def _one(like: Trained, folder: Path, served: Served, adapter: Tree, config: LoraConfig) -> Trained:
+    name = served.task.name
+    return dataclasses.replace(
+        like, served={name: served}, trees={name: {"lora": adapter}}, configs={name: config},
+        origin=str(folder),
+    )  # fmt: skip
+
+
+def _refuse_classes(folder: Path, classes: Sequence[str]) -> None:
+    if classes:
+        raise UserError(f"{folder}: --classes goes with a classifier that others trained")
+
+
+def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: bool) -> Served:
+    """A task without a head; a pooler alone is left out, since nothing reads it."""
+    rest = [module for module in found.head.modules if not module.startswith("pooler")]
+    if rest and not encoder_only:
+        raise UserError(
+            f"{folder / peft.CONFIG}: task_type {found.written.task_type!r}, with a trained "
+            f"{', '.join(rest)}: only heads of task_type 'SEQ_CLS' can be imported; take the "
+            "encoder's adapter alone with --encoder-only"
+        )
+    task = Task(name, "similarity", pair=True, title=f"similarity, {folder.name}")
+    return Served(task, name, {}, "concat")
+
+
+# ---- a classifier
+
+_PARTS = {"pooler": "pooler.dense", "out": "classifier"}  # ours → torch's
+_ALONE = "take the encoder's adapter alone with --encoder-only"
+
+
+def _classifier(
+    folder: Path,
+    name: str,
+    parts: peft.HeadParts,
+    base: Pretrained,
+    like: Trained,
+    classes: Sequence[str],
+) -> Served:
+    """A task whose head is the pooler and the classifier of a `BertForSequenceClassification`."""
+    if like.pooling != "cls":
+        raise UserError(
+            f"{folder}: its classifier reads the first token's vector, and {like.origin} has "
+            f"pooling {like.pooling}; import it into a bank of its own, or {_ALONE}"
+        )
+    of_base = huggingface.find(base.name)
+    head = _head(folder, parts, huggingface.read_head(of_base), base)
+    try:
+        task = _classifier_task(folder, name, head["out"]["bias"].size, of_base, classes)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; name them with --classes") from error
+    return Served(task, name, head, "concat")
+
+
+def _head(
+    folder: Path, parts: peft.HeadParts, of_base: Mapping[str, np.ndarray], base: Pretrained
+) -> Tree:
+    path = folder / peft.TENSORS
+    if odd := set(parts.modules) - set(_PARTS.values()):
+        raise UserError(
+            f"{path}: has {', '.join(sorted(odd))}, which BertForSequenceClassification has not; "
+            f"{_ALONE}"
+        )
+    width = base.config.hidden_size
+    head = {ours: _linear(path, parts, of_base, theirs, width) for ours, theirs in _PARTS.items()}
+    if head["pooler"]["bias"].size != width:
+        raise UserError(f"{path}: its pooler is not one of {base.name}, {width} wide")
+    return head
+
+
+def _linear(
+    path: Path,
+    parts: peft.HeadParts,
+    of_base: Mapping[str, np.ndarray],
+    module: str,
+    width: int,
+) -> Tree:
+    """One Linear: what was saved, else the base's, and what LoRA adds to it."""
+    names = [f"{module}.weight", f"{module}.bias"]
+    saved = [name in parts.saved for name in names]
+    if any(saved) and (not all(saved) or module in parts.changes):
+        raise UserError(f"{path}: {module} is neither wholly saved nor only adapted; {_ALONE}")
+    tensors = parts.saved if any(saved) else of_base
+    if not all(name in tensors for name in names):
+        raise UserError(
+            f"{path}: has no {module}, and nor has the base, so nobody can know it; {_ALONE}"
+        )
+    weight, bias = (tensors[name] for name in names)
+    change = parts.changes.get(module, np.zeros_like(weight))
+    if weight.shape != (bias.size, width) or change.shape != weight.shape or bias.ndim != 1:
+        raise UserError(
+            f"{path}: {module} has shapes {weight.shape}, {bias.shape} and {change.shape} for "
+            f"weight, bias and LoRA's part, where the base is {width} wide"
+        )
+    return {"kernel": np.ascontiguousarray((weight + change).T), "bias": bias}
+
+
+def _classifier_task(
+    folder: Path, name: str, outputs: int, of_base: Path, classes: Sequence[str]
+) -> Task:
+    """What a classifier with so many outputs does, as transformers would guess it.
+
+    Raises:
+      ValueError: if the classes' names are not so many, or not different.
+    """
+    about = read_object(of_base / "config.json")
+    problem = about.get("problem_type") or (
+        "regression" if outputs == 1 else "single_label_classification"
+    )
+    if (problem, outputs == 1) == ("regression", True):
+        _refuse_classes(folder, classes)
+        return Task(name, "regression", title=f"regression, {folder.name}", head="pooler")
+    if (problem, outputs == 1) != ("single_label_classification", False):
+        raise UserError(
+            f"{of_base / 'config.json'}: problem_type {problem!r} with {outputs} outputs has no "
+            f"kind of task here; {_ALONE}"
+        )
+    names = tuple(classes) or _labels(about.get("id2label"), outputs)
+    if not all(map(str.strip, names)):
+        raise ValueError("a class has a blank name")
+    if len(names) != outputs:
+        raise ValueError(f"{len(names)} classes are named, the classifier has {outputs}")
+    title = f"classification, {folder.name}"
+    return Task(name, "classification", classes=names, title=title, head="pooler")
+
+
+def _labels(id2label: Any, count: int) -> tuple[str, ...]:
+    """The base's names of so many classes; their numbers if it has others."""
+    numbers = tuple(map(str, range(count)))
+    if not isinstance(id2label, dict) or id2label.keys() != set(numbers):
+        return numbers
+    return tuple(schema.text(id2label[number]) for number in numbers)
+
+
+# ---- the base that an adapter was trained on
+
+
+def _check_base(path: Path, written: peft.Written, base: Pretrained) -> None:
+    """Refuse an adapter that was trained on another base, or does not say on which.
+
+    A revision counts where the adapter's folder says one: PEFT leaves it out as a rule.
+    """
+    name = written.base_model_name_or_path
+    if name is None:
+        raise UserError(
+            f"{path}: base_model_name_or_path is empty, so nothing says that the adapter was "
+            f"trained on {base.name}; if it was, use --any-base"
+        )
+    revision = written.revision or _revision(name)
+    there = _revision(base.name) or "main"  # the hub's default
+    same = _place(name) == _place(base.name) and revision in (None, there)
+    if not same and not (revision is None and _is_same_model(name, base)):
+        at = f"@{revision}" if revision else ""
+        raise UserError(
+            f"{path}: the adapter was trained on {name}{at}, the base here is {base.name}; import "
+            f"it into a bank whose --base is that, or, if both are the same, use --any-base"
+        )
+
+
+def _place(base: str) -> str:
+    """A base's one name: a folder's whole path, or a hub id.
+
+    >>> _place("minilm"), _place("google-bert/bert-base-uncased"), _place("bert-base-uncased@v1")
+    ('sentence-transformers/all-MiniLM-L6-v2', 'bert-base-uncased', 'bert-base-uncased')
+    """
+    if base == huggingface.MINILM:
+        return huggingface.MINILM_HUB
+    folder = huggingface.local_folder(base)
+    if folder is not None:
+        return str(folder.resolve())
+    # The hub's oldest models had no owner; google-bert has got the BERTs among them.
+    return huggingface.split_revision(base)[0].rstrip("/").removeprefix("google-bert/")
+
+
+def _revision(base: str) -> str | None:
+    """The revision that a base is pinned to; a folder has none."""
+    return huggingface.split_revision(base)[1] if huggingface.local_folder(base) is None else None
+
+
+def _is_same_model(name: str, base: Pretrained) -> bool:
+    """Whether a base that is on this machine under another name holds the same model."""
+    at_hand = huggingface.MINILM if _place(name) == huggingface.MINILM_HUB else name
+    if at_hand != huggingface.MINILM and huggingface.local_folder(name) is None:
+        return False
+    try:
+        other = huggingface.load(at_hand)
+    except UserError:
+        return False
+    return other.fingerprint == base.fingerprint
+
+
+# ---- what `save` writes beside PEFT's files
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    about = upgrade_base(read_object(path))
+    try:
+        if about.keys() != _FIELDS:
+            raise ValueError(f"fields {', '.join(sorted(about.keys() ^ _FIELDS))}")
+        check_plain(about)
+        task = build(Task, about["task"])
+        if HEADS[task.head].pooling not in (None, about["pooling"]):
+            raise ValueError(f"its head does not go with pooling {about['pooling']}")
+        return about | {"task": task}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: was changed by hand or damaged ({error})") from error

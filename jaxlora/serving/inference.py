@@ -1,0 +1,170 @@
+"""Encode any number of sentences, decode the heads' outputs, and score a split."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.data import packing
+from jaxlora.data.tokenized import Examples
+from jaxlora.nn import heads
+from jaxlora.tasks.task import Task
+from jaxlora.training.step import Rows
+from jaxlora.utils.trees import Tree
+
+ROWS = 16  # rows of a chunk: enough to keep the device busy, few enough for little padding
+SHORT_ROWS = (32, 64)  # lengths of rows for a few sentences, besides the longest
+FEW_ROWS = (1, 4, 8, ROWS)
+PART_SIZES = (16, 256, 4096)  # examples that a head takes at a time, padded
+MIN_TOKENS = 2  # [CLS], [SEP]: a word of characters that BERT drops leaves nothing between
+
+EncodeRows = Callable[..., jax.Array]
+
+
+def encode(
+    encode_rows: EncodeRows,
+    frozen: Tree,
+    trainable: Tree,
+    examples: Examples,
+    max_length: int,
+    owner: np.ndarray | None = None,
+) -> np.ndarray:
+    """Vectors of all sentences of some examples.
+
+    Args:
+      encode_rows: from `step.make_encode`, or with an owner from `step.make_mixed_encode`.
+      frozen, trainable: the model's collections.
+      examples: any number of them; a few take a small program, many one program in turn.
+      max_length: row length; no sentence is longer.
+      owner: `i64[sentences]`, which adapter of the stack `trainable` each sentence uses.
+
+    Returns:
+      `f32[sentences, H]`, in the order of `examples`' sentences.
+
+    Raises:
+      ValueError: if there are no sentences.
+    """
+    if not len(examples):
+        raise ValueError("nothing to encode")
+    parts, numbers = [], []
+    for chunk, rows in chunks(examples, max_length):
+        extra = [] if owner is None else [np.resize(owner[chunk], len(rows.cls_index))]
+        parts.append(np.asarray(encode_rows(frozen, trainable, rows, *extra))[: len(chunk)])
+        numbers.append(chunk)
+    vectors = np.concatenate(parts)
+    out = np.empty_like(vectors)
+    out[np.concatenate(numbers)] = vectors
+    return out
+
+
+def chunks(examples: Examples, max_length: int) -> Iterator[tuple[np.ndarray, Rows]]:
+    """Pack sentences into chunks of one shape: (their numbers, their rows)."""
+    shape = chunk_shape(examples.lengths, max_length)
+    slots = -(-shape.tokens // MIN_TOKENS)
+    where = packing.place(examples.lengths, shape.length)
+    order = np.argsort(where.row, kind="stable")
+    starts = np.searchsorted(where.row[order], range(0, where.rows, shape.rows))
+    for numbers in np.split(order, starts[1:]):
+        # Packed alone, best-fit places a chunk's sentences just as it did among all.
+        sentences = [examples.sentence(n) for n in numbers]
+        yield numbers, packing.fill(sentences, range(len(numbers)), slots, shape)
+
+
+def chunk_shape(lengths: np.ndarray, max_length: int) -> packing.Shape:
+    """The cheapest small shape that holds all sentences, or else a full chunk's.
+
+    Small shapes have 1, 4, 8 or 16 rows, so that there are few programs.
+
+    >>> chunk_shape(np.array([12]), 128), chunk_shape(np.array([12] * 1000), 128)
+    (Shape(rows=1, length=32), Shape(rows=16, length=128))
+    """
+    full = packing.Shape(ROWS, max_length)
+    if lengths.sum() > full.tokens:
+        return full
+    small = [
+        packing.Shape(rows, length)
+        for length in (*SHORT_ROWS, max_length)
+        if lengths.max() <= length <= max_length
+        for rows in FEW_ROWS
+        if packing.place(lengths, length).rows <= rows
+    ]
+    return min(small, key=lambda shape: shape.cost, default=full)
+
+
+def outputs(
+    task: Task, head: Tree, vectors: np.ndarray, sentences: int, pair_features: str
+) -> np.ndarray:
+    """What a task's head says of sentence vectors: `f32[E, K]` or `f32[E]`."""
+    u, v = vectors[::sentences], vectors[sentences - 1 :: sentences]
+    return _by_parts(lambda u, v: _apply_head(task, head, u, v, pair_features), u, v)
+
+
+def decode(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """Predictions `f32[E]` on the label's scale: class, 0/1 or score."""
+    return _by_parts(lambda x: _decode(task, x), outputs)
+
+
+def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """Those of a task with classes: `f32[E, classes]`."""
+    return _by_parts(lambda x: _probabilities(task, x), outputs)
+
+
+def _by_parts(compiled: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+    """A compiled function of rows, for any number of rows in programs of a few sizes."""
+    count = len(arrays[0])
+    size = next((n for n in PART_SIZES if n >= count), PART_SIZES[-1])
+    parts = []
+    for start in range(0, count, size):
+        padded = [np.zeros((size, *x.shape[1:]), x.dtype) for x in arrays]
+        for whole, x in zip(padded, arrays, strict=True):
+            part = x[start : start + size]
+            whole[: len(part)] = part
+        parts.append(np.asarray(compiled(*padded)))
+    return np.concatenate(parts)[:count]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _apply_head(task: Task, head: Tree, u: jax.Array, v: jax.Array, kind: str) -> jax.Array:
+    return task.apply_head(head, u, v, pair_features=kind)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(task: Task, outputs: jax.Array) -> jax.Array:
+    return task.decode(outputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probabilities(task: Task, outputs: jax.Array) -> jax.Array:
+    return jnp.asarray(task.probabilities(outputs))
+
+
+def untrained(task: Task, examples: Examples, vectors: np.ndarray) -> float:
+    """Score what needs no training, which a trained model must beat, by the task's own metric.
+
+    Pairs of a binary task: the best threshold on the cosine of the untrained vectors (chosen on
+    these very examples, so it is generous; equal cosines are on one side). Pairs with a score: that
+    cosine, on the label's scale. Other classes: the best constant answer. A score of one sentence:
+    a constant, that is 0.
+    """
+    labels = examples.labels
+    if task.integer and not (task.kind == "binary" and task.pair):
+        return _best(task, [np.full(len(labels), value) for value in np.unique(labels)], labels)
+    if not task.pair:
+        return task.score(np.zeros(len(labels)), labels)
+    cosines = heads.cosine(jnp.asarray(vectors[::2]), jnp.asarray(vectors[1::2]))
+    if not task.integer:
+        return task.score(np.asarray(task.decode_cosine(cosines)), labels)
+    scores = np.asarray(cosines)
+    if np.isnan(scores).any():
+        return float("nan")
+    # A threshold between negatives only gives away: one at each positive's cosine, and one above.
+    cuts = [*np.unique(scores[labels == 1]), np.inf]
+    return _best(task, (scores >= cut for cut in cuts), labels)
+
+
+def _best(task: Task, answers: Iterable[np.ndarray], labels: np.ndarray) -> float:
+    return max((task.score(found, labels) for found in answers), default=float("nan"))

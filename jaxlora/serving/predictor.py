@@ -1,0 +1,330 @@
+"""Predict with what was trained: one base, and for each task its adapter and its head."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxlora.align import align
+from jaxlora.data.raw_examples import is_blank
+from jaxlora.data.tokenized import Examples, tokenize, truncating
+from jaxlora.formats.huggingface import Pretrained
+from jaxlora.lora import LoraConfig
+from jaxlora.nn import bert
+from jaxlora.serving import bank, inference
+from jaxlora.serving.task_models import Trained
+from jaxlora.tasks.task import Task
+from jaxlora.training import step
+from jaxlora.utils.errors import UserError
+from jaxlora.utils.trees import Tree
+
+# Whole encoders that a predictor keeps on the device, those used last; more wait in host memory.
+MOST_ON_DEVICE = 4
+WANTED = "(task, sentence) or (task, first sentence, second sentence)"
+
+
+class Answer(NamedTuple):
+    """What a task says of one request.
+
+    Attributes:
+      task: its name.
+      value: on the label's scale: a class's number, or a score.
+      label: the class's name; None for a score.
+      probabilities: of each class, by name; None for a score.
+    """
+
+    task: str
+    value: float
+    label: str | None
+    probabilities: dict[str, float] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Predictor:
+    """A base model with the adapters and heads of any number of tasks.
+
+    It can be pickled at any time (compiled programs are left out), so that
+    `multiprocessing.get_context("spawn")` can send it to workers. A forked process cannot use
+    one: JAX's threads are not there and it would wait for ever, so it is refused.
+
+    Attributes:
+      base: the base model.
+      trained: the tasks, their trees and their heads.
+
+    Raises:
+      UserError: in a process that was forked from one with a predictor.
+    """
+
+    base: Pretrained
+    trained: Trained
+
+    def __post_init__(self) -> None:
+        _refuse_forked()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made of its fields alone: what is cached belongs to this process.
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    @staticmethod
+    def load(folder: str | Path, base: str | None = None) -> Predictor:
+        """Restore a finished run, or a bank: the base by name and checksums, the rest by Orbax.
+
+        Load it in each worker process, or send it there, see `Predictor`; not before a fork.
+
+        Args:
+          folder: the run or the bank.
+          base: where its base is now, if it has moved; it must be the same.
+
+        Raises:
+          UserError: if it is neither, is damaged, or the base is not the one it was trained on; in
+            a process that was forked from one with a predictor.
+        """
+        _refuse_forked()
+        trained = bank.load_any(Path(folder)).at(base)
+        return Predictor(trained.load_base(), trained)
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks it can do, by name."""
+        return {name: served.task for name, served in self.trained.served.items()}
+
+    def __call__(self, requests: Sequence[tuple[str, ...]]) -> list[Answer]:
+        """Answer requests to any mix of tasks, in order.
+
+        All sentences share packed rows, each uses its own task's adapter, and each task's head
+        sees its own. (Whole BERTs of different tasks need a pass each.)
+
+        Args:
+          requests: `(task, sentence)` or `(task, first sentence, second sentence)`.
+
+        Raises:
+          UserError: for an unknown task, or the wrong number of sentences for one.
+        """
+        checked = [self.check(request, f"request {n}") for n, request in enumerate(requests)]
+        answers: dict[int, Answer] = {}
+        for task, numbers, outputs in self._outputs(checked):
+            answers |= zip(numbers.tolist(), _answers(task, outputs), strict=True)
+        return [answers[number] for number in range(len(checked))]
+
+    def predict(self, task: str, examples: Sequence[str | tuple[str, str]]) -> np.ndarray:
+        """Predictions of one task on the label's scale: a class's number or a score.
+
+        Args:
+          task: name of a task.
+          examples: sentences, or pairs for a pair task.
+
+        Returns:
+          `f32[len(examples)]`.
+
+        Raises:
+          UserError: for an unknown task, or sentences where pairs are needed.
+        """
+        chosen = self.task(task)
+        checked = _check_all(chosen, examples, chosen.pair)
+        parts = [inference.decode(t, outputs) for t, _, outputs in self._outputs(checked)]
+        return parts[0] if parts else np.zeros(0, np.float32)
+
+    def encode(self, task: str, sentences: Sequence[str]) -> np.ndarray:
+        """The vectors of single sentences as a task sees them, be it of pairs or not.
+
+        Returns:
+          `f32[len(sentences), H]`.
+
+        Raises:
+          UserError: for an unknown task, or what is no sentence.
+        """
+        checked = _check_all(self.task(task), sentences, pairs=False)
+        if not checked:
+            return np.zeros((0, self.base.config.hidden_size), np.float32)
+        return self._vectors(checked)
+
+    def _outputs(
+        self, checked: list[tuple[Task, tuple[str, ...]]]
+    ) -> list[tuple[Task, np.ndarray, np.ndarray]]:
+        """Each task that occurs, which requests are its own, and what its head says of them."""
+        if not checked:
+            return []
+        sentences = np.array([task.sentences for task, _ in checked])
+        first = np.cumsum(sentences) - sentences
+        names = np.array([task.name for task, _ in checked])
+        vectors, found = self._vectors(checked), []
+        for name in dict.fromkeys(names.tolist()):
+            served, mine = self.trained.served[name], np.flatnonzero(names == name)
+            numbers = (first[mine, None] + np.arange(served.task.sentences)).ravel()
+            outputs = inference.outputs(
+                served.task, self._heads[name], vectors[numbers], served.task.sentences,
+                served.pair_features,
+            )  # fmt: skip
+            found.append((served.task, mine, outputs))
+        return found
+
+    def _vectors(self, checked: list[tuple[Task, tuple[str, ...]]]) -> np.ndarray:
+        """Vectors of all sentences, each through its own task's tree."""
+        _refuse_forked()
+        texts = [text for _, parts in checked for text in parts]
+        tokens, offsets, cut = tokenize(self._tokenizer, texts)
+        nowhere = np.full(len(texts), np.nan, np.float32)
+        examples = Examples(nowhere.astype(str), tokens, offsets, nowhere, 1, cut)
+        trees = [self.trained.served[task.name].tree for task, parts in checked for _ in parts]
+        used = sorted(set(trees))
+        owner = np.array([used.index(tree) for tree in trees])
+        if self._full:
+            return self._one_by_one(examples, used, owner)
+        encode, stacked = self._adapted
+        if not stacked:
+            return inference.encode(encode, self._frozen, {}, examples, self.trained.max_length)
+        names = list(self.trained.trees)
+        chosen = np.array([names.index(tree) for tree in used])
+        chosen = np.resize(chosen, 1 << (len(chosen) - 1).bit_length())  # few sizes, few programs
+        stack = jax.tree.map(lambda x: x[chosen], stacked)
+        return inference.encode(
+            encode, self._frozen, stack, examples, self.trained.max_length, owner
+        )
+
+    def _one_by_one(self, examples: Examples, used: list[str], owner: np.ndarray) -> np.ndarray:
+        out = np.empty((len(owner), self.base.config.hidden_size), np.float32)
+        for number, name in enumerate(used):
+            mine = np.flatnonzero(owner == number)
+            out[mine] = inference.encode(
+                self._plain,
+                {},
+                self._on_device(name),
+                examples.take(mine),
+                self.trained.max_length,
+            )
+        return out
+
+    @property
+    def _dtype(self) -> Any:
+        return jnp.dtype(self.trained.dtype)
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return truncating(self.base.tokenizer, self.trained.max_length)
+
+    @functools.cached_property
+    def _full(self) -> bool:
+        return any("params" in tree for tree in self.trained.trees.values())
+
+    @functools.cached_property
+    def _heads(self) -> dict[str, Tree]:
+        """The heads by task, on the device."""
+        return {name: jax.device_put(one.head) for name, one in self.trained.served.items()}
+
+    @functools.cached_property
+    def _on_device(self) -> Callable[[str], Tree]:
+        """Whole encoders by name, each sent to the device when first used, as programs want it."""
+
+        def send(name: str) -> Tree:
+            return {"params": bert.matmul_ready(self.trained.trees[name]["params"], self._dtype)}
+
+        return functools.lru_cache(MOST_ON_DEVICE)(send)
+
+    @functools.cached_property
+    def _frozen(self) -> Tree:
+        return {"params": bert.matmul_ready(self.base.params, self._dtype)}
+
+    @functools.cached_property
+    def _plain(self) -> inference.EncodeRows:
+        return step.make_encode(
+            step.encoder(self.base.config, self._dtype, LoraConfig(), self.trained.pooling)
+        )
+
+    @functools.cached_property
+    def _adapted(self) -> tuple[inference.EncodeRows, Tree]:
+        """The encoder for mixed adapters, and all of them stacked: leaves `[T, L, ...]`."""
+        adapters = [
+            (tree["lora"], self.trained.configs[name]) if tree else None
+            for name, tree in self.trained.trees.items()
+        ]
+        aligned, config = align(adapters)
+        if not config.target_modules:
+            return self._plain, {}
+        encode = step.encoder(self.base.config, self._dtype, config, self.trained.pooling)
+        stack = {"lora": jax.tree.map(lambda *x: jnp.stack(x), *aligned)}
+        return step.make_mixed_encode(encode), stack
+
+    def check(self, request: Any, which: str = "the request") -> tuple[Task, tuple[str, ...]]:
+        """The task of a request, and its sentences.
+
+        Raises:
+          UserError: if it cannot be answered.
+        """
+        if not isinstance(request, tuple | list) or not all(isinstance(s, str) for s in request):
+            raise UserError(f"{which} is {request!r}; give {WANTED}")
+        if len(request) < 2:
+            raise UserError(f"{which} is {request!r}, without a sentence; give {WANTED}")
+        task = self.task(request[0])
+        return task, _check(task, which, tuple(request[1:]), task.pair)
+
+    def task(self, name: str) -> Task:
+        """A task by its name.
+
+        Raises:
+          UserError: if there is none of that name.
+        """
+        return self.trained.find(name).task
+
+
+@functools.cache
+def _first_process() -> int:
+    """Return the id of the process that had the first predictor; a fork inherits it."""
+    return os.getpid()
+
+
+def _refuse_forked() -> None:
+    if os.getpid() != _first_process():
+        raise UserError(
+            "a predictor cannot be used in a process that was forked from one with a predictor, "
+            "since JAX would wait there for ever; start workers with "
+            'multiprocessing.get_context("spawn") and send it to them, or load it there'
+        )
+
+
+def _check_all(
+    task: Task, examples: Sequence[str | tuple[str, str]], pairs: bool
+) -> list[tuple[Task, tuple[str, ...]]]:
+    if isinstance(examples, str):
+        raise UserError(f"{task.name}: give a list of examples, not one string")
+    parts = [tuple(e) if isinstance(e, tuple | list) else (e,) for e in examples]
+    return [(task, _check(task, f"example {n}", part, pairs)) for n, part in enumerate(parts)]
+
+
+def _check(task: Task, which: str, texts: tuple[Any, ...], pairs: bool) -> tuple[str, ...]:
+    if len(texts) != 1 + pairs or not all(isinstance(s, str) for s in texts):
+        wanted = "pairs of sentences" if pairs else "single sentences"
+        shown = texts[0] if len(texts) == 1 else texts
+        raise UserError(f"{task.name} takes {wanted}; {which} is {shown!r}")
+    if any(map(is_blank, texts)):
+        raise UserError(f"{task.name}: {which} has a blank sentence")
+    return texts
+
+
+def _answers(task: Task, outputs: np.ndarray) -> list[Answer]:
+    values = inference.decode(task, outputs)
+    if np.isnan(values).any():
+        raise UserError(
+            f"{task.name}: {np.isnan(values).sum()} of {len(values)} answers are not numbers "
+            "(NaN); the weights of its adapter, its head or the base hold such or are too large"
+        )
+    if not task.integer:
+        return [Answer(task.name, float(value), None, None) for value in values]
+    return [
+        Answer(
+            task.name, float(v), task.classes[int(v)],
+            dict(zip(task.classes, p.tolist(), strict=True)),
+        )
+        for v, p in zip(values, inference.probabilities(task, outputs), strict=True)
+    ]  # fmt: skip
+
+
+load = Predictor.load

@@ -1,0 +1,162 @@
+"""The paper's eight variants, and what it measured for each, as data.
+
+Fuest & Tacke, "Low Rank Adaptation for Multitask BERT": Table 1 (variants), Table 2 (scores),
+Table 3 (storage).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+from jaxlora.tasks.task import NAMES
+from jaxlora.utils.errors import UserError
+
+Adapt = Literal["frozen", "lora", "full"]
+Groups = tuple[tuple[str, ...], ...]
+
+LONGEST_NAME = 200  # of 255 bytes that file systems take, so that suffixes have room
+SEPARATE: Groups = (("sst",), ("para",), ("sts",))
+SHARED: Groups = (("sst", "para", "sts"),)
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperRow:
+    """The paper's figures for a variant; scores in percent, parameters in millions.
+
+    `mean` and `bundled` are what is printed; where that does not follow from the row itself,
+    `mean_recomputed` and `bundled_recomputed` hold what does.
+    """
+
+    sst: float
+    para: float
+    sts: float
+    mean: float
+    mean_recomputed: float
+    incremental: float
+    bundled: float
+    bundled_recomputed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How a run adapts BERT.
+
+    Attributes:
+      name: as in Table 1.
+      adapt: what is trained in the encoder: nothing, an adapter, or everything.
+      groups: a partition of the tasks; each group is trained by itself and shares one tree.
+      sts_loss: `mse` or `cosine`.
+      learning_rate: the paper's.
+      paper: the paper's results.
+    """
+
+    name: str
+    adapt: Adapt
+    groups: Groups
+    sts_loss: Literal["mse", "cosine"]
+    learning_rate: float
+    paper: PaperRow
+
+
+def _row(sst: float, para: float, sts: float, mean: float, params: tuple[float, ...]) -> PaperRow:
+    incremental, bundled, bundled_recomputed = params
+    recomputed = round((sst + para + sts) / 3, 2)
+    return PaperRow(sst, para, sts, mean, recomputed, incremental, bundled, bundled_recomputed)
+
+
+_TABLE = (
+    ("baseline1", "frozen", SEPARATE, "mse", 1e-3,
+     _row(38.42, 67.27, 24.89, 43.53, (1.78, 111.78, 111.78))),
+    ("baseline2", "full", SHARED, "mse", 1e-5,
+     _row(50.77, 78.94, 35.69, 55.13, (111.78, 111.78, 111.78))),
+    ("baseline3", "full", SHARED, "cosine", 1e-5,
+     _row(49.23, 79.31, 58.41, 63.32, (111.78, 111.78, 111.78))),
+    ("baseline4", "full", SEPARATE, "cosine", 1e-5,
+     _row(49.96, 78.46, 58.85, 62.42, (331.78, 331.78, 331.78))),
+    ("lora1", "lora", SEPARATE, "mse", 1e-5,
+     _row(49.51, 76.73, 47.61, 57.95, (5.10, 115.10, 115.10))),
+    ("lora2", "lora", SEPARATE, "cosine", 1e-5,
+     _row(48.68, 76.95, 61.61, 62.23, (5.10, 115.10, 115.10))),
+    ("lora3", "lora", SHARED, "mse", 1e-5,
+     _row(47.13, 69.10, 57.55, 57.93, (2.89, 115.10, 112.89))),
+    ("lora4", "lora", SHARED, "cosine", 1e-5,
+     _row(48.77, 69.22, 66.58, 61.52, (2.89, 112.89, 112.89))),
+)  # fmt: skip
+
+VARIANTS: dict[str, Variant] = {row[0]: Variant(*row) for row in _TABLE}  # type: ignore[arg-type]
+
+
+def variant(name: str) -> Variant:
+    """Look a variant up.
+
+    Raises:
+      UserError: for an unknown name, with the known ones.
+
+    >>> variant("lora4").adapt
+    'lora'
+    """
+    if name not in VARIANTS:
+        close = difflib.get_close_matches(name, VARIANTS, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"--variant {name}: unknown (known: {', '.join(VARIANTS)}){hint}")
+    return VARIANTS[name]
+
+
+def groups_like(shape: Groups, names: tuple[str, ...]) -> Groups:
+    """Share among any tasks as `SHARED` or `SEPARATE` does among the paper's three.
+
+    >>> groups_like(SHARED, ("a", "b")), groups_like(SEPARATE, ("a", "b"))
+    ((('a', 'b'),), (('a',), ('b',)))
+    """
+    return (names,) if shape == SHARED else tuple((name,) for name in names)
+
+
+def parse_groups(text: str, names: tuple[str, ...] = NAMES) -> Groups:
+    """Read a partition of the tasks: groups apart by `|`, tasks of a group by `,`.
+
+    Raises:
+      UserError: for an unknown task, a task in two groups, or a task in none.
+
+    >>> parse_groups("sst|para,sts")
+    (('sst',), ('para', 'sts'))
+    """
+    groups = tuple(
+        tuple(name.strip() for name in part.split(",") if name.strip()) for part in text.split("|")
+    )
+    seen = [name for group in groups for name in group]
+    example = f'for example --groups "{names[0]}|{",".join(names[1:])}"'
+    for name in seen:
+        if name not in names:
+            raise UserError(
+                f"--groups {text}: unknown task {name!r} ({', '.join(names)}; {example})"
+            )
+        if seen.count(name) > 1:
+            raise UserError(f"--groups {text}: task {name!r} is in two groups ({example})")
+    missing = [name for name in names if name not in seen]
+    if missing:
+        raise UserError(f"--groups {text}: every task needs a group; add {', '.join(missing)}")
+    if not all(groups):
+        raise UserError(f"--groups {text}: has an empty group ({example})")
+    return groups
+
+
+def group_name(group: Sequence[str]) -> str:
+    """Return the name of a group: its tasks joined by `+`; a group of one has its task's name.
+
+    It names the group's folder, tags and trees, so it has at most `LONGEST_NAME` characters: a
+    longer one is cut, and ends with its checksum.
+
+    >>> group_name(("para", "sts")), group_name(("sst",))
+    ('para+sts', 'sst')
+    >>> len(group_name([f"task-{n}" for n in range(100)]))
+    200
+    """
+    joined = "+".join(group)
+    if len(joined) <= LONGEST_NAME:
+        return joined
+    ending = f"-{hashlib.sha256(joined.encode()).hexdigest()[:16]}"
+    return joined[: LONGEST_NAME - len(ending)] + ending

@@ -1,0 +1,301 @@
+"""Orbax: the state of a running group, and what has been trained.
+
+Both are written to a temporary place and renamed when complete, so nothing half written bears their
+names. A state never takes another's place, so a killed run leaves the earlier ones; a tree does,
+see `save_tree`.
+
+Orbax looks for patterns and addresses in the paths that it is given, and where it finds none of its
+files it loses what it wrote and only logs that. So it is given plain paths alone, and what it wrote
+is read back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxlora.training.run_folder import read_json, write_json
+from jaxlora.utils import distributed, folders
+from jaxlora.utils.errors import UserError
+from jaxlora.utils.trees import Tree, checksum
+
+KEPT = 2  # the newest may be damaged
+# No pattern, no backslash, and none of the roots that etils takes for addresses.
+_PLAIN = re.compile(r"/(?!(?:gs|s3|az|hf)(?:/|$))[\w./ +=@,~#%-]*")
+# The first process alone writes and reads trained trees.
+_ALONE = ocp.options.MultiprocessingOptions(
+    primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
+)
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder that this run's checkpoints could not be written to.
+
+    Raises:
+      UserError: saying why.
+    """
+    if jax.process_count() > 1 and not _PLAIN.fullmatch(str(folder.absolute())):
+        raise UserError(
+            f"{folder}: many processes need a path of letters, digits and . _ - + = @ , ~ # % "
+            "alone; take another"
+        )
+    with _plain_path(folder):
+        pass
+
+
+@contextlib.contextmanager
+def _plain_path(folder: Path) -> Iterator[Path]:
+    """Give a path to a folder in which Orbax finds nothing to interpret; a link, if need be.
+
+    Raises:
+      UserError: if there is no place for the link.
+    """
+    if _PLAIN.fullmatch(str(folder.absolute())):
+        yield folder.absolute()
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxlora-"))
+            link = Path(place).absolute() / "link"
+            link.symlink_to(folder.absolute(), target_is_directory=True)
+        except OSError as error:
+            raise UserError(f"{folder}: needs a link in a temporary folder ({error})") from error
+        if not _PLAIN.fullmatch(str(link)):
+            raise UserError(f"{folder}: needs a link, and {place} is no better; set TMPDIR")
+        yield link
+
+
+class GroupCheckpoints:
+    """The latest states of one group's training, each with its progress.
+
+    Beside a checkpoint's folder stands a file with the checksums of what is in it. One that does
+    not fit them, or has none since the process was killed, is dropped when the folder is opened.
+
+    Args:
+      folder: where they live; made if need be.
+
+    Attributes:
+      dropped: the folders of the damaged ones.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute()
+        self.dropped = _prepare(self._folder) if distributed.first() else []
+        distributed.wait(f"checked {folder}")
+        self._link = contextlib.ExitStack()
+        place = self._link.enter_context(_plain_path(self._folder))
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(place, options=options)
+
+    def save(self, step: int, tree: Tree, progress: dict[str, Any]) -> None:
+        """Add a checkpoint: a pytree of arrays (PRNG keys too) and plain JSON values.
+
+        Earlier ones, but for the last, are deleted when it has been read back.
+
+        Raises:
+          UserError: if it cannot be written; the earlier ones stay.
+        """
+        tree = _keys_to_data(tree)
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(tree), progress=ocp.args.JsonSave(progress)
+                ),
+                force=True,
+            )
+            self._manager.wait_until_finished()
+            if distributed.first():
+                self._complete(step, tree)
+            for old in sorted(self._manager.all_steps())[:-KEPT]:
+                self._manager.delete(old)
+            if distributed.first():
+                _drop_lone_sums(self._folder)
+        except Exception as error:  # whatever a full disk makes Orbax and TensorStore raise
+            raise UserError(
+                f"{self._folder / str(step)}: the checkpoint cannot be written ({_brief(error)}); "
+                "make room, then go on with --resume"
+            ) from error
+
+    def _complete(self, step: int, tree: Tree) -> None:
+        """Look whether all arrays are there, flush them to the disk, and write their checksums."""
+        found = self._manager.item_metadata(step).state.tree
+        if _kinds(found) != _kinds(tree):
+            raise OSError("what was written is not what is there")
+        folders.settle(self._folder / str(step))
+        write_json(_sums_file(self._folder / str(step)), _sums(self._folder / str(step)))
+
+    def restore(self, like: Tree) -> tuple[Tree, dict[str, Any]] | None:
+        """The latest checkpoint as (tree, progress), or None if there is none.
+
+        Args:
+          like: a tree of the same structure, shapes and dtypes, of arrays or of shapes with their
+            shardings; the arrays come to where its own are, wherever they were when they were
+            saved. Shapes alone cost no memory beside what is restored.
+
+        Raises:
+          UserError: if it cannot be read.
+        """
+        step = self.latest_step()
+        if not step:
+            return None
+        target = jax.tree.map(_shape_of, like)
+        try:
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
+                ),
+            )
+        except Exception as error:  # whatever is wrong with it
+            raise UserError(
+                f"{self._folder / str(step)}: the checkpoint cannot be read ({_brief(error)}); "
+                "delete this folder to go on from an earlier one, or from the start"
+            ) from error
+        return _data_to_keys(found.state, like), found.progress
+
+    def latest_step(self) -> int:
+        """Step of the latest checkpoint, 0 if there is none."""
+        return self._manager.latest_step() or 0
+
+    def close(self) -> None:
+        """Release the manager's threads."""
+        self._manager.close()
+        self._link.close()
+
+
+def _brief(error: Exception) -> str:
+    """The first line of an error, which Orbax's and TensorStore's may have dozens of."""
+    line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {line[:200]}"
+
+
+def _kinds(tree: Tree) -> list[tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of a tree's arrays, in no order that containers decide."""
+    return sorted((tuple(x.shape), str(x.dtype)) for x in jax.tree.leaves(tree))
+
+
+def _prepare(folder: Path) -> list[Path]:
+    """Make the folder of a group's states, or drop the damaged ones in it."""
+    folders.make(folder.parent.parent)
+    for path in (folder.parent, folder):
+        path.mkdir(0o700, exist_ok=True)  # Orbax writes there with modes of its own
+    damaged = []
+    for path in sorted(folder.glob("[0-9]*")):
+        if path.is_dir() and not _fits(path):
+            shutil.rmtree(path)
+            damaged.append(path)
+    _drop_lone_sums(folder)
+    return damaged
+
+
+def _drop_lone_sums(folder: Path) -> None:
+    """Of checkpoints that are there no more."""
+    for path in folder.glob("*.sha256.json"):
+        if not (folder / path.name.split(".")[0]).is_dir():
+            path.unlink()
+
+
+def _fits(path: Path) -> bool:
+    try:
+        return bool(read_json(_sums_file(path)) == _sums(path))
+    except UserError:
+        return False
+
+
+def _sums_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256.json")
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """sha256 of each file below a folder."""
+    sums = {}
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        with file.open("rb") as content:
+            sums[str(file.relative_to(path))] = hashlib.file_digest(content, "sha256").hexdigest()
+    return sums
+
+
+def save_tree(folder: Path, tree: Tree) -> None:
+    """Write a tree of trained arrays, and read it back.
+
+    Host arrays are written, so that what one kind of device trained can be read on any other. What
+    `folder` held makes room in the last moment: a process that is killed then leaves no tree, and
+    must write it again (a run does with --resume, a bank with the next change).
+
+    Raises:
+      UserError: if what is read is not what was written; then `folder` is as it was.
+    """
+    tree = distributed.host_tree(tree)
+    if distributed.first():
+        with folders.building(folder.absolute(), replace=True) as content:
+            _write_tree(content, tree, folder)
+    distributed.wait(f"wrote {folder}")
+
+
+def _write_tree(content: Path, tree: Tree, folder: Path) -> None:
+    content.rmdir()  # Orbax makes it
+    with (
+        _plain_path(content.parent) as place,
+        ocp.StandardCheckpointer(multiprocessing_options=_ALONE) as checkpointer,
+    ):
+        checkpointer.save(place / content.name, tree)
+    if not content.is_dir() or checksum(_read_tree(content, folder)) != checksum(tree):
+        raise UserError(f"{folder}: what was written there is not what is read; is the disk sound?")
+
+
+def load_tree(folder: Path) -> Tree:
+    """Read what `save_tree` wrote.
+
+    Raises:
+      UserError: if there is none, or it is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no trained model here; finish the run with --resume")
+    return _read_tree(folder, folder)
+
+
+def _read_tree(folder: Path, named: Path) -> Tree:
+    """Read a tree; errors name it as `named`."""
+    try:
+        with (
+            _plain_path(folder) as place,
+            ocp.StandardCheckpointer(multiprocessing_options=_ALONE) as checkpointer,
+        ):
+            return checkpointer.restore(place)
+    except Exception as error:  # whatever a damaged file makes Orbax raise
+        raise UserError(f"{named}: damaged ({_brief(error)})") from error
+
+
+def remove_states(folder: Path) -> None:
+    """Delete the running groups' states once the bank is written."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_key(x: Any) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """Say what is restored for a leaf, and where to; for a PRNG key its data."""
+    data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
+
+
+def _keys_to_data(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+
+
+def _data_to_keys(tree: Tree, like: Tree) -> Tree:
+    return jax.tree.map(
+        lambda x, old: jax.random.wrap_key_data(x) if _is_key(old) else x, tree, like
+    )

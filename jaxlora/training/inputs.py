@@ -1,0 +1,191 @@
+"""Before a run: load what it reads, check that it fits, and say what will happen."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlora import lora
+from jaxlora.data.batches import make_order
+from jaxlora.data.sources import Place, where
+from jaxlora.data.tokenized import SPLITS, Examples, list_blank, load_examples
+from jaxlora.formats.huggingface import Pretrained
+from jaxlora.tasks.sharing import group_name
+from jaxlora.training import parameter_count, run_folder
+from jaxlora.training.config import Settings
+from jaxlora.utils.errors import UserError
+
+Data = dict[str, dict[str, Examples]]  # task → split → examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run will do, for the eyes of its user.
+
+    Attributes:
+      settings: all settings.
+      out: the run's folder.
+      base: one line on the base model.
+      examples: task → split → number of examples.
+      truncated: task → sentences cut to the length limit.
+      unlabelled: task → examples left out for want of a label.
+      notes: task → what must be known of its files: rows left out, what quotes were taken for.
+      storage: numbers of parameters.
+      steps: group → steps.
+      device: what it runs on.
+    """
+
+    settings: Settings
+    out: Path
+    base: str
+    examples: dict[str, dict[str, int]]
+    truncated: dict[str, int]
+    unlabelled: dict[str, int]
+    notes: dict[str, list[str]]
+    storage: parameter_count.Storage
+    steps: dict[str, int]
+    device: str
+
+
+def check_base(settings: Settings, base: Pretrained) -> None:
+    """Refuse flags that do not fit the base model.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    limit = base.config.max_position_embeddings
+    if settings.max_length > limit:
+        raise UserError(
+            f"--max-length {settings.max_length}: {settings.base} allows {limit} at most"
+        )
+    if settings.adapt == "lora":
+        try:
+            lora.targets(base.params, settings.lora)
+        except ValueError as error:
+            starts = {"rank": "--rank", "the pattern": "--rank-pattern, --alpha-pattern"}
+            name = next(
+                (f for s, f in starts.items() if str(error).startswith(s)), "--target-modules"
+            )
+            raise UserError(f"{name}: {error}") from error
+
+
+def load_data(settings: Settings, base: Pretrained) -> Data:
+    """All tasks' splits, tokenised for the base.
+
+    Raises:
+      UserError: for bad data, naming the file and the line.
+    """
+
+    def load(name: str, source: str, place: Place) -> dict[str, Examples]:
+        return load_examples(
+            settings.named[name], source, place, base.tokenizer, base.fingerprint.tokenizer or "",
+            settings.max_length, run_folder.cache_dir(),
+        )  # fmt: skip
+
+    data = {name: load(name, settings.source, settings.place(name)) for name in settings.named}
+    if settings.synthetic_sts:
+        data["sts"]["train"] = data["sts"]["train"].join(load("sts", "demo", None)["train"])
+    return data
+
+
+def refuse_blank(settings: Settings, data: Data) -> None:
+    """Refuse data with blank texts.
+
+    Raises:
+      UserError: naming the file and the lines.
+    """
+    for name, splits in data.items():
+        for split in SPLITS:
+            if blank := splits[split].blank:
+                task, place = settings.named[name], settings.place(name)
+                raise UserError(
+                    f"{where(task, settings.source, place, split)}: {list_blank(blank)}; fill them "
+                    "in, or go without --strict, which leaves them out"
+                )
+
+
+def notes(splits: Mapping[str, Examples]) -> list[str]:
+    """What must be known of a task's files, a line each."""
+    found = []
+    for split in SPLITS:
+        examples = splits[split]
+        found += [f"{split}: {note}" for note in examples.notes]
+        if examples.blank:
+            found.append(f"{split}: {list_blank(examples.blank)} left out")
+        missing = int(np.isnan(examples.labels).sum())
+        if split == "test" and 0 < missing < len(examples):
+            found.append(f"test: {missing:,} labels are missing, so it is predicted and not scored")
+    return found
+
+
+def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
+    """Checksums of all that a run reads: the base, each task's tokens and labels, their order."""
+    order = make_order({task: len(splits["train"]) for task, splits in data.items()}, 64, seed)
+    prints = base.fingerprint.to_inputs()
+    prints["the order of examples"] = _checksum([order.at(0)])
+    for task, splits in data.items():
+        parts = [splits[split] for split in SPLITS]
+        arrays = [x for part in parts for x in (part.tokens, part.offsets, part.labels)]
+        prints[f"the data of {task}"] = _checksum(arrays)
+    return prints
+
+
+def _checksum(arrays: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes a run's numbers."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def count(settings: Settings, base: Pretrained) -> parameter_count.Storage:
+    """The run's numbers of parameters."""
+    return parameter_count.count(
+        base.config, settings.adapt, settings.groups, settings.named.values(), settings.lora,
+        settings.pair_features,
+    )  # fmt: skip
+
+
+def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data, mesh: Mesh) -> Plan:
+    """Say what the run will do."""
+    shape = base.config
+    return Plan(
+        settings=settings,
+        out=out,
+        base=f"{base.name}: BERT, {shape.num_hidden_layers} layers, {shape.hidden_size} wide, "
+        f"{shape.num_attention_heads} heads, sha256 {base.fingerprint.weights[:12]}…{base.without}",
+        examples={task: {k: len(v) for k, v in splits.items()} for task, splits in data.items()},
+        truncated={t: sum(e.truncated for e in splits.values()) for t, splits in data.items()},
+        unlabelled={t: sum(e.unlabelled for e in splits.values()) for t, splits in data.items()},
+        notes={task: notes(splits) for task, splits in data.items()},
+        storage=count(settings, base),
+        steps=count_steps(settings, data),
+        device=f"{mesh.size} × {mesh.devices.flat[0].device_kind}, {settings.dtype} matmuls",
+    )
+
+
+def count_steps(settings: Settings, data: Data) -> dict[str, int]:
+    """How many steps each group takes, in the order in which they are trained."""
+    return {
+        group_name(names): make_steps(
+            settings.of_group(names), {n: data[n]["train"] for n in names}
+        )
+        for names in settings.groups
+    }
+
+
+def make_steps(settings: Settings, train: Mapping[str, Examples]) -> int:
+    """How many steps a group takes: epochs over its largest set, at most `max_steps`."""
+    per_epoch = -(-max(map(len, train.values())) // settings.batch_size)
+    return min(settings.epochs * per_epoch, settings.max_steps or settings.epochs * per_epoch)

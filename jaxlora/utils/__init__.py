@@ -1,0 +1,1 @@
+"""What knows neither machine learning nor this project: errors, files, trees, processes."""
