@@ -786,23 +786,6 @@ def test_a_bad_table_leaves_no_half_answer(three, call, tmp_path, content, fragm
     assert {p.name for p in tmp_path.iterdir()} == {"bank", "in.tsv", "out.csv"}
 
 
-def test_quotes_and_blank_texts_of_a_table(three, call, tmp_path):
-    source, target = tmp_path / "in.tsv", tmp_path / "out.csv"
-    source.write_text(HEADER + 'a\tsst\t"film\t\nb\tsst\t\u200b\t\nc\tsst\tdog"\t\n')
-    flags = ("predict", "--bank", three, "--input", source, "--output", target)
-    code, shown = call(*flags)
-    assert (code, "3 answers" in shown, "(line 3) not answered" in shown) == (0, True, True)
-    assert "double quotes are part of the text" in shown
-    with target.open() as file:
-        assert [bool(row["prediction"]) for row in csv.DictReader(file)] == [True, False, True]
-    target.unlink()
-    code, shown = call(*flags, "--strict")
-    assert (code, "1 row with a blank text (line 3)" in shown, target.exists()) == (2, True, False)
-    code, shown = call(*flags, "--quoting", "standard")
-    assert (code, ":2:" in shown, target.exists()) == (2, True, False)
-    assert call(*flags, "--quoting", "none")[0] == 0
-
-
 def test_a_table_that_begins_with_a_blank_line(three, call, tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
     source.write_text("\nid,task,sentence\na,sst,film\n")

@@ -19,7 +19,7 @@ from tiny import Silent
 from experiments.fuzz.readers import Echo
 from experiments.fuzz.samples import tokenizer
 from experiments.fuzz.samples import trained as sample
-from jaxlora import prepare, train
+from jaxlora import cli, prepare, train
 from jaxlora.data import cs224n, examples, sources, tables
 from jaxlora.data.rows import is_blank, parse_label
 from jaxlora.descriptions import read_tasks
@@ -397,6 +397,32 @@ def test_requests_come_through_a_pipe(echo, tmp_path):
     writer.start()
     assert predict_file(echo, pipe, target, None) == 3
     writer.join()
+
+
+def test_the_command_takes_both_flags_and_says_what_it_did(echo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.Predictor, "load", lambda bank: echo)
+    monkeypatch.setattr(cli.host, "reuse_memory", lambda: True)
+    monkeypatch.setattr(cli.host, "keep_programs", lambda folder: None)
+    source, target = tmp_path / "in.tsv", tmp_path / "out.csv"
+    source.write_text('task\tsentence\nsst\t"film\nsst\t\u200b\nsst\tdog"\n')
+
+    def call(*flags):
+        code = cli.main(["predict", "--bank=x", f"--input={source}", f"--output={target}", *flags])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    code, shown = call()
+    assert (code, "3 answers; 1 row with a blank text (line 3) not answered; " in shown) == (
+        0,
+        True,
+    )
+    assert "double quotes are part of the text (line 2 opens one only)" in shown
+    target.unlink()
+    code, shown = call("--strict")
+    assert (code, "1 row with a blank text (line 3)" in shown, target.exists()) == (2, True, False)
+    code, shown = call("--quoting=standard")
+    assert (code, "1 answer; of the quoted fields 1 go over several" in shown) == (0, True)
+    assert call("--quoting=none")[0] == 0
 
 
 # --- files that are no tables
