@@ -173,7 +173,7 @@ def _possible(folder: str) -> bool:
     """Whether a folder is there, or could be made."""
     try:
         path = folders.local(folder)
-        return path.is_dir() or os.access(next(p for p in path.parents if p.exists()), os.W_OK)
+        return path.is_dir() or bool(folders.writable(next(p for p in path.parents if p.exists())))
     except (OSError, UserError):
         return False
 
