@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlora.data import batches
-from jaxlora.data.batches import PackedBatches, VectorBatches, make_order, plan, prefetch
+from jaxlora.data.batches import Batch, PackedBatches, VectorBatches, make_order, plan, prefetch
 from jaxlora.data.packing import choose_shapes, fitting, place, row_lengths
 from jaxlora.data.tokenized import Examples
-from jaxlora.training import step
-from jaxlora.training.step import Batch
+from jaxlora.nn.encode import PackedTokens
 
 SIZES = {"sst": 10, "para": 7, "sts": 3}
 PAIR = {"sst": 1, "para": 2, "sts": 2}
@@ -40,7 +39,7 @@ def packed(request):
 def view(rows, task):
     """A task's rows, and the number of its first slot, whether the tasks share rows or not."""
     if rows.tokens.ndim == 3:
-        return step.Rows(*(x[task] for x in rows)), 0
+        return PackedTokens(*(x[task] for x in rows)), 0
     assert rows.cls_index.shape == (3 * 8,)
     return rows, task * 8
 

@@ -11,8 +11,8 @@ from jaxlora.data.packing import Shape, fill
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert, ops
 from jaxlora.nn.bert import Encoder, pool
+from jaxlora.nn.encode import PackedTokens, encoder
 from jaxlora.nn.ops import matmul
-from jaxlora.training import step
 
 SENTENCES = (
     "A film.",
@@ -49,7 +49,7 @@ def alone(minilm):
     ids = tokenized(minilm)
     parts = [fill([s], [n], len(ids), ONE) for n, s in enumerate(ids)]
     stacked = [np.concatenate(x) for x in zip(*(p[:3] for p in parts), strict=True)]
-    return step.Rows(*stacked, np.arange(len(ids)) * 64)
+    return PackedTokens(*stacked, np.arange(len(ids)) * 64)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_pooling_by_numpy(kind):
 
 def test_dropout_is_on_with_a_key_only(tiny):
     rows = fill([np.arange(10, 30)], [0], 1, Shape(1, 24))
-    run = jax.jit(step.encoder(tiny.config, jnp.float32, LoraConfig(), "cls"))
+    run = jax.jit(encoder(tiny.config, jnp.float32, LoraConfig(), "cls"))
     variables = {"params": tiny.params}
     off = run(variables, {}, rows, None)
     on = [run(variables, {}, rows, jax.random.key(k)) for k in (0, 0, 1)]
@@ -184,7 +184,7 @@ def test_each_dropout_rate_is_used(field, tiny):
 
     def run(**rates):
         config = dataclasses.replace(tiny.config, **rates)
-        encode = step.encoder(config, jnp.float32, LoraConfig(), "cls")
+        encode = encoder(config, jnp.float32, LoraConfig(), "cls")
         return encode({"params": tiny.params}, {}, rows, jax.random.key(0))
 
     off = run(**rates)

@@ -10,9 +10,9 @@ from scipy import stats
 from jaxlora.data.tokenized import Examples
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
+from jaxlora.nn.encode import encoder, make_encode
 from jaxlora.serving import inference
 from jaxlora.tasks.task import PARA, SST, STS_COSINE, Task
-from jaxlora.training import step
 
 
 def examples(lengths, labels, sentences):
@@ -25,9 +25,9 @@ def examples(lengths, labels, sentences):
 
 def test_encode_gives_each_sentence_its_own_vector_in_order(tiny):
     data = examples([5, 31, 3, 17, 8, 4] * 40, [0] * 240, 1)
-    encode = step.encoder(tiny.config, jnp.float32, LoraConfig(), "mean")
+    encode = encoder(tiny.config, jnp.float32, LoraConfig(), "mean")
     frozen = {"params": bert.matmul_ready(tiny.params, jnp.float32)}
-    encode_rows = step.make_encode(encode)
+    encode_rows = make_encode(encode)
     vectors = inference.encode(encode_rows, frozen, {}, data, 32)
     assert encode_rows._cache_size() == 1
     assert vectors.shape == (240, tiny.config.hidden_size)
@@ -42,7 +42,7 @@ def test_encode_gives_each_sentence_its_own_vector_in_order(tiny):
 
 def test_sentences_of_nothing_but_cls_and_sep(tiny):
     data = examples([2] * 600, [0] * 600, 1)
-    encode_rows = step.make_encode(step.encoder(tiny.config, jnp.float32, LoraConfig(), "cls"))
+    encode_rows = make_encode(encoder(tiny.config, jnp.float32, LoraConfig(), "cls"))
     frozen = {"params": bert.matmul_ready(tiny.params, jnp.float32)}
     assert inference.encode(encode_rows, frozen, {}, data, 32).shape == (600, 32)
 

@@ -190,7 +190,7 @@ import sys
 from pathlib import Path
 from tokenizers import Tokenizer
 from jaxlora.data.tokenized import load_examples
-from jaxlora.tasks import SST
+from jaxlora.tasks.task import SST
 tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
 splits = load_examples(SST, "demo", None, tokenizer, "k", 32, Path(sys.argv[1]))
 print(len(splits["train"]), "tensorflow_datasets" in sys.modules, "tensorflow" in sys.modules)

@@ -20,10 +20,10 @@ from jaxlora.data.packing import Shape, fill
 from jaxlora.formats import heads, huggingface
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
+from jaxlora.nn.encode import encoder
 from jaxlora.serving import export_merged
 from jaxlora.serving.task_models import Served, Trained
 from jaxlora.tasks import task as tasks
-from jaxlora.training import step
 from jaxlora.utils.errors import UserError
 
 CONFIG = LoraConfig(4, 8.0, ("query", "output.dense"))
@@ -58,7 +58,7 @@ def vectors(base, params, sentences, pooling, max_length=48):
     ids = [np.array(base.tokenizer.encode(s).ids) for s in sentences]
     base.tokenizer.no_truncation()
     rows = fill(ids, range(len(ids)), len(ids), Shape(4, 48))
-    encode = step.encoder(base.config, jnp.float32, LoraConfig(), pooling)
+    encode = encoder(base.config, jnp.float32, LoraConfig(), pooling)
     return encode({"params": params}, {}, rows, None)
 
 

@@ -11,11 +11,12 @@ from test_step import random_batch
 
 from jaxlora import combine, lora
 from jaxlora.nn import bert, ops
+from jaxlora.nn.encode import encoder, make_encode, make_mixed_encode
 from jaxlora.pcgrad import pcgrad
 from jaxlora.serving import inference
 from jaxlora.tasks import task as tasks
 from jaxlora.tasks.task import PARA, SST
-from jaxlora.training import step
+from jaxlora.training import optimizer, step
 from jaxlora.utils import trees
 
 HIGHEST, DEFAULT = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
@@ -70,11 +71,11 @@ def test_a_product_without_a_precision_is_found():
 @pytest.mark.parametrize("adapt", ["frozen", "lora", "full"])
 def test_train_steps(adapt, dtype, tiny):
     adapter, chosen = lora.LoraConfig(4, 8.0, dropout=0.1), tasks.paper_tasks("mse")
-    encode = step.encoder(tiny.config, dtype, adapter, "mean")
+    encode = encoder(tiny.config, dtype, adapter, "mean")
     setup = step.Setup(
         chosen,
         step.task_encoder(adapt, encode, 3),
-        *step.optimizers(3, 1e-2, 1e-2, lora_plus_ratio=4.0),
+        *optimizer.optimizers(3, 1e-2, 1e-2, lora_plus_ratio=4.0),
         tiny.config.hidden_size,
         "interaction",
     )
@@ -101,10 +102,10 @@ def test_evaluation(layers, dtype, tiny):
     frozen, one, two = jax.eval_shape(begin, bert.param_shapes(config))
     rows = random_batch((SST, PARA), "lora", config.hidden_size)[0].inputs
     owner = jnp.zeros(len(rows.cls_index), jnp.int32)
-    encode = step.encoder(config, dtype, adapter, "mean")
+    encode = encoder(config, dtype, adapter, "mean")
     for tree in ({}, one):
-        check(step.make_encode(encode), frozen, tree, rows, at_least=8)
-    check(step.make_mixed_encode(encode), frozen, two, rows, owner, at_least=8)
+        check(make_encode(encode), frozen, tree, rows, at_least=8)
+    check(make_mixed_encode(encode), frozen, two, rows, owner, at_least=8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

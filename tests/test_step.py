@@ -12,14 +12,16 @@ import pytest
 from flax import traverse_util
 from jax.flatten_util import ravel_pytree
 
+from jaxlora.data.batches import Batch
 from jaxlora.data.packing import Shape, fill
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
+from jaxlora.nn.encode import PackedTokens, encoder
 from jaxlora.pcgrad import cosines, gram, pcgrad
 from jaxlora.tasks import losses
 from jaxlora.tasks import task as tasks
 from jaxlora.tasks.sharing import VARIANTS, group_name, parse_groups
-from jaxlora.training import step
+from jaxlora.training import optimizer, step
 from jaxlora.utils import trees
 
 SIZE = 4  # examples of a task in a batch
@@ -62,20 +64,20 @@ def random_batch(chosen, adapt, hidden_size, seed=0):
     weights = np.ones_like(labels)
     if adapt == "frozen":
         vectors = rng.normal(size=(len(chosen), slots, hidden_size)).astype(np.float32)
-        return step.Batch(vectors, labels, weights), None
+        return Batch(vectors, labels, weights), None
     sentences = [
         [rng.integers(5, 200, rng.integers(3, 14)) for _ in range(SIZE * task.sentences)]
         for task in chosen
     ]
     rows = [fill(part, range(len(part)), slots, Shape(5, 32)) for part in sentences]
-    together = step.Rows(*map(np.stack, zip(*rows, strict=True)))
+    together = PackedTokens(*map(np.stack, zip(*rows, strict=True)))
     if adapt == "lora":
         numbers = [t * slots + n for t, part in enumerate(sentences) for n in range(len(part))]
         shape = Shape(8, 32)
         together = fill(
             [x for part in sentences for x in part], numbers, slots * len(chosen), shape
         )
-    return step.Batch(together, labels, weights), rows
+    return Batch(together, labels, weights), rows
 
 
 def make(base, adapt="lora", names=ALL, sts_loss="mse", dropout=0.1, **replace):
@@ -85,11 +87,11 @@ def make(base, adapt="lora", names=ALL, sts_loss="mse", dropout=0.1, **replace):
     frozen, trainable = step.split_params(
         adapt, base.params, ADAPTER, jax.random.key(1), jnp.float32
     )
-    encode = step.encoder(config, jnp.float32, ADAPTER, "cls")
+    encode = encoder(config, jnp.float32, ADAPTER, "cls")
     setup = step.Setup(
         chosen,
         step.task_encoder(adapt, encode, len(chosen)),
-        *step.optimizers(len(chosen), 1e-2, 1e-2),
+        *optimizer.optimizers(len(chosen), 1e-2, 1e-2),
         config.hidden_size,
         dropout=dropout,
     )
@@ -226,7 +228,7 @@ def test_without_surgery_the_tasks_gradients_are_summed(tiny):
 def test_lora_plus_is_a_higher_learning_rate_for_b():
     """Two steps of AdamW by hand (Loshchilov & Hutter 2019, algorithm 2); the decay is B's too."""
     rate, decay, ratio = 0.1, 0.5, 16.0
-    tx, _ = step.optimizers(1, rate, 1.0, clip=1e9, weight_decay=decay, lora_plus_ratio=ratio)
+    tx, _ = optimizer.optimizers(1, rate, 1.0, clip=1e9, weight_decay=decay, lora_plus_ratio=ratio)
     params = {"query": {"A": jnp.array([[1.0, 2.0]]), "B": jnp.array([[3.0], [4.0]])}}
     gradients = [
         {"query": {"A": jnp.array([[[0.5, -1.0]]]), "B": jnp.array([[[2.0], [0.3]]])}},
@@ -254,7 +256,7 @@ def test_padding_examples_change_nothing(tiny):
     train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
 
     def run_once(labels, weights):
-        batch = step.Batch(group.batch.inputs, labels, weights)
+        batch = Batch(group.batch.inputs, labels, weights)
         return train_step(group.state, group.frozen, batch)
 
     weights = group.batch.weights.copy()

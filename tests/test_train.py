@@ -16,7 +16,7 @@ import jaxlora
 from jaxlora.formats import huggingface
 from jaxlora.serving import inference
 from jaxlora.tasks.task import NAMES
-from jaxlora.training import checkpoint, run_folder, task_group
+from jaxlora.training import checkpoint, optimizer, run_folder, task_group
 from jaxlora.training import inputs as prepare
 from jaxlora.training import run as train
 from jaxlora.training.sharding import make_mesh
@@ -335,11 +335,11 @@ def test_a_run_without_any_score_keeps_nothing(make, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_warm_up_wastes_no_step_and_the_rate_ends_at_nothing(make):
-    rate = task_group.schedule(make("lora3", warmup_steps=4, learning_rate=0.8), 0.8, 12)
+def test_warm_up_wastes_no_step_and_the_rate_ends_at_nothing():
+    rate = optimizer.schedule(0.8, 12, warmup=4, decay="linear")
     np.testing.assert_allclose([rate(k) for k in range(5)], [0.2, 0.4, 0.6, 0.8, 0.8], rtol=1e-6)
     assert rate(12) == 0
-    constant = task_group.schedule(make("lora3", warmup_steps=0, schedule="constant"), 0.8, 12)
+    constant = optimizer.schedule(0.8, 12, warmup=0, decay="constant")
     assert constant(0) == constant(11) == np.float32(0.8)
 
 

@@ -80,7 +80,7 @@ def test_another_process_that_was_not_spawned_is_refused(predictor, monkeypatch)
 FORK = """
 import os, sys, numpy, jaxlora
 from jaxlora import pretrained
-from jaxlora.tasks import STS_COSINE
+from jaxlora.tasks.task import STS_COSINE
 from jaxlora.serving.task_models import Served, Trained
 base = pretrained.load(sys.argv[1])
 tasks = {"sts": Served(STS_COSINE, "a", {}, "concat")}

@@ -13,8 +13,8 @@ from experiments.bench import harness
 from experiments.bench.work import Ours, Work, make_data
 from jaxlora.formats import huggingface
 from jaxlora.nn import bert
+from jaxlora.nn.encode import encoder, make_encode
 from jaxlora.serving import inference
-from jaxlora.training import step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,7 @@ def make_encoding(work: Work, base: str) -> Callable[[], None]:
     """Encode every training sentence once, as a run without a cache must in every epoch."""
     loaded = huggingface.load(base)
     settings = work.settings
-    encode = step.make_encode(
-        step.encoder(loaded.config, work.dtype, settings.lora, settings.pooling)
-    )
+    encode = make_encode(encoder(loaded.config, work.dtype, settings.lora, settings.pooling))
     frozen = {"params": bert.matmul_ready(loaded.params, work.dtype)}
     data = make_data(work, loaded)
 

@@ -19,8 +19,8 @@ from jaxlora.data.tokenized import Examples
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.nn import bert
+from jaxlora.nn.encode import encoder, make_mixed_encode
 from jaxlora.serving import inference as evaluate
-from jaxlora.training import step
 from jaxlora.utils.trees import Tree
 
 WORK = Work("lora1", 8, "float32")  # an adapter for each task
@@ -68,8 +68,8 @@ def make_adapters(base: Pretrained) -> list[Tree]:
 def make_ours(size: int, base: str) -> Callable[[], np.ndarray]:
     """All requests in one pass, adapters by sentence."""
     loaded, chosen = huggingface.load(base), WORK.settings
-    encode = step.encoder(loaded.config, jnp.float32, chosen.lora, chosen.pooling)
-    encode_mixed = step.make_mixed_encode(encode)
+    encode = encoder(loaded.config, jnp.float32, chosen.lora, chosen.pooling)
+    encode_mixed = make_mixed_encode(encode)
     frozen = {"params": bert.matmul_ready(loaded.params, jnp.float32)}
     stack = {"lora": jax.tree.map(lambda *x: jnp.stack(x), *make_adapters(loaded))}
     requests, owner = make_requests(size, loaded)

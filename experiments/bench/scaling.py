@@ -18,11 +18,12 @@ from experiments.bench.work import make_examples
 from jaxlora import lora
 from jaxlora.data import batches as data_batches
 from jaxlora.data import packing
+from jaxlora.data.batches import Batch
 from jaxlora.data.tokenized import Examples
 from jaxlora.formats import huggingface
+from jaxlora.nn.encode import encoder
 from jaxlora.tasks import task as tasks
-from jaxlora.training import step
-from jaxlora.training.step import Batch
+from jaxlora.training import optimizer, step
 
 AXES: Mapping[str, tuple[int, ...]] = {
     "batch": (8, 16, 32, 64),
@@ -65,11 +66,11 @@ def make_ours(case: Case, flags: Flags) -> Callable[[], float]:
     layers = jax.tree.map(lambda x: x[: case.layers], base.params["layers"])
     config = dataclasses.replace(base.config, num_hidden_layers=case.layers)
     chosen = [dataclasses.replace(tasks.STS_MSE, name=f"task{n}") for n in range(case.tasks)]
-    encode = step.encoder(config, jnp.dtype(flags.dtype), adapter, "mean")
+    encode = encoder(config, jnp.dtype(flags.dtype), adapter, "mean")
     setup = step.Setup(
         tuple(chosen),
         step.task_encoder("lora", encode, case.tasks),
-        *step.optimizers(case.tasks, 1e-3, 1e-3),
+        *optimizer.optimizers(case.tasks, 1e-3, 1e-3),
         config.hidden_size,
     )
     params = base.params | {"layers": layers}

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxlora.data.batches import Batch
 from jaxlora.data.tokenized import Examples
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.tasks.task import Task, paper_tasks
 from jaxlora.training import config, sharding, task_group
 from jaxlora.training.inputs import Data
-from jaxlora.training.step import Batch, StepMetrics, TrainState
+from jaxlora.training.step import StepMetrics, TrainState
 
 # Tokens of a training sentence at 0, 5, … 100 % (SST-5, Quora, STS-B; BERT's tokenizer).
 LENGTHS = {

@@ -67,7 +67,9 @@ def targets(folder: Path) -> dict[str, tuple[Inputs, Callable[..., None]]]:
             _in_copy(base, "tokenizer_config.json", find_special_tokens),
         ),
         "head": (_tensors(peft / "head.safetensors"), _in_copy(peft, "head.safetensors", imported)),
-        "jaxlora.json": (_json(peft / export_peft.ABOUT), _in_copy(peft, export_peft.ABOUT, imported)),
+        "jaxlora.json": (
+            _json(peft / export_peft.ABOUT), _in_copy(peft, export_peft.ABOUT, imported)
+        ),
         "bank manifest": (st.tuples(hostile.json_files(plain), st.booleans()), read_bank),
         "run config": (_json(run / run_folder.CONFIG), _in_copy(run, run_folder.CONFIG, read_run)),
         "run result": (_json(run / run_folder.RESULT), _in_copy(run, run_folder.RESULT, read_run)),
