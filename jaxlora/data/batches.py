@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
     Attributes:
       inputs: for adapters `PackedTokens` of T·N sentences, task t's sentence n being number
-        `t N + n`; for whole encoders `PackedTokens` with leading `[T]`; for a frozen one its vectors
+        `t N + n`; for whole encoders `PackedTokens` with leading `[T]`; for a frozen one vectors
         `f32[T, N, H]`. First sentences come first: example b is sentence b, its second one is
         sentence `B + b`.
       labels: `f32[T, B]`.
