@@ -10,9 +10,9 @@ import tyro
 from rich.console import Console
 
 from jaxlora.cli import console as report
-from jaxlora.training import config, run_folder
+from jaxlora.training import config
 from jaxlora.training import run as train
-from jaxlora.utils import distributed, folders, process
+from jaxlora.utils import cache, distributed, files, process
 
 
 def main(flags: config.Flags) -> None:
@@ -24,10 +24,10 @@ def main(flags: config.Flags) -> None:
 
 def _main(flags: config.Flags) -> None:
     process.reuse_memory()
-    process.keep_programs(run_folder.cache_dir() / "xla")
+    process.keep_programs(cache.cache_dir() / "xla")
     console = Console(quiet=not distributed.first())
     listener = report.ConsoleListener(console)
-    out = folders.local(flags.out or Path("runs") / flags.variant)
+    out = files.local(flags.out or Path("runs") / flags.variant)
     with listener.live():
         result = train.run(
             config.resolve(flags),

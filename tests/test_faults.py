@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from tiny import Silent, leaves_equal, short, write_data
 
+from jaxlora.serving import tree_files
 from jaxlora.serving.task_models import load_run
 from jaxlora.training import checkpoint, run_folder
 from jaxlora.training import run as train
@@ -43,7 +44,7 @@ class Signalling(Silent):
 
 
 def models(tmp_path, *names):
-    return [checkpoint.load_tree(tmp_path / name / run_folder.MODEL) for name in names]
+    return [tree_files.load(tmp_path / name / run_folder.MODEL) for name in names]
 
 
 def timeless(out):

@@ -20,7 +20,7 @@ from tiny import WORDS, Silent, leaves_equal, short, write_data
 
 import jaxlora
 from jaxlora.data import official, tokenized
-from jaxlora.serving import bank, export_peft
+from jaxlora.serving import bank, export_peft, tree_files
 from jaxlora.serving import manifest as manifests
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.serving.task_models import load_run
@@ -28,7 +28,7 @@ from jaxlora.tasks.sharing import group_name
 from jaxlora.training import checkpoint, run_folder
 from jaxlora.training import run as train
 from jaxlora.training.config import Flags, resolve
-from jaxlora.utils import folders, process
+from jaxlora.utils import cache, files, process
 from jaxlora.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -60,8 +60,8 @@ def runs(tmp_path_factory, tiny_base):
 def test_a_tree_in_any_folder(tmp_path, name):
     folder = tmp_path / name / "model"
     for tree in (TREE, jax.tree.map(lambda x: x + 1, TREE)):
-        checkpoint.save_tree(folder, tree)
-        leaves_equal(checkpoint.load_tree(folder), tree)
+        tree_files.save(folder, tree)
+        leaves_equal(tree_files.load(folder), tree)
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
 
@@ -86,9 +86,9 @@ def test_states_in_any_folder(tmp_path, name):
 
 def test_of_siblings_that_a_pattern_finds_none_is_read(tmp_path):
     for name, value in (("a1", 1.0), ("a?", 2.0), ("a[12]", 3.0)):
-        checkpoint.save_tree(tmp_path / name / "model", {"x": np.full(2, value)})
+        tree_files.save(tmp_path / name / "model", {"x": np.full(2, value)})
     for name, value in (("a1", 1.0), ("a?", 2.0), ("a[12]", 3.0)):
-        assert checkpoint.load_tree(tmp_path / name / "model")["x"].tolist() == [value] * 2
+        assert tree_files.load(tmp_path / name / "model")["x"].tolist() == [value] * 2
 
 
 def test_a_run_and_a_bank_in_folders_with_brackets(make, tmp_path):
@@ -117,25 +117,25 @@ def careless(monkeypatch):
 
 def test_a_tree_that_was_lost_is_noticed_and_the_old_one_stays(tmp_path, careless):
     folder, old = tmp_path / "[v2]" / "model", {"x": np.ones(2)}
-    checkpoint.save_tree(tmp_path / "plain", old)
+    tree_files.save(tmp_path / "plain", old)
     shutil.copytree(tmp_path / "plain", folder)
     with pytest.raises(UserError, match=r"\[v2\]/model: "):
-        checkpoint.save_tree(folder, TREE)
+        tree_files.save(folder, TREE)
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
     shutil.move(folder, tmp_path / "back")
-    leaves_equal(checkpoint.load_tree(tmp_path / "back"), old)
+    leaves_equal(tree_files.load(tmp_path / "back"), old)
 
 
 def test_a_tree_that_is_read_differently_is_refused(tmp_path, monkeypatch):
-    checkpoint.save_tree(tmp_path / "model", TREE)
+    tree_files.save(tmp_path / "model", TREE)
     real = checkpoint._read_tree
     monkeypatch.setattr(
         checkpoint, "_read_tree", lambda *args: jax.tree.map(lambda x: x + 1, real(*args))
     )
     with pytest.raises(UserError, match="is not what is read"):
-        checkpoint.save_tree(tmp_path / "model", jax.tree.map(lambda x: x * 2, TREE))
+        tree_files.save(tmp_path / "model", jax.tree.map(lambda x: x * 2, TREE))
     monkeypatch.undo()
-    leaves_equal(checkpoint.load_tree(tmp_path / "model"), TREE)
+    leaves_equal(tree_files.load(tmp_path / "model"), TREE)
 
 
 def test_a_state_that_was_lost_is_noticed_and_the_earlier_ones_stay(tmp_path, careless):
@@ -204,7 +204,7 @@ def test_a_home_folder_is_found_and_its_want_is_told(runs, tmp_path, monkeypatch
     no_home(monkeypatch)
     with pytest.raises(UserError, match=r"~/bank: there is no home folder"):
         bank.load(Path("~/bank"))
-    assert folders.local("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+    assert files.local("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
 
 
 def test_many_processes_are_told_of_an_odd_folder_before(monkeypatch, tmp_path):
@@ -285,9 +285,9 @@ def test_names_of_groups_are_bounded_and_differ():
 
 def test_a_run_without_its_adapter_is_not_served_as_the_base(runs, tmp_path):
     out = shutil.copytree(runs / "one", tmp_path / "run")
-    tree = checkpoint.load_tree(out / run_folder.MODEL)
+    tree = tree_files.load(out / run_folder.MODEL)
     tree["adapters"]["other"] = tree["adapters"].pop("sst")
-    checkpoint.save_tree(out / run_folder.MODEL, tree)
+    tree_files.save(out / run_folder.MODEL, tree)
     result = run_folder.read_json(out / run_folder.RESULT)
     run_folder.write_json(
         out / run_folder.RESULT, result | {"model": jaxlora.utils.trees.checksum(tree)}
@@ -314,11 +314,11 @@ def no_home(monkeypatch):
 def temporary(tmp_path, monkeypatch):
     """The system's temporary folder, and nothing remembered."""
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(folders.tempfile, "tempdir", str(tmp_path / "tmp"))
-    folders.own_temporary.cache_clear()
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path / "tmp"))
+    files.own_temporary.cache_clear()
     run_folder._say_once.cache_clear()
     yield tmp_path / "tmp"
-    folders.own_temporary.cache_clear()
+    files.own_temporary.cache_clear()
     run_folder._say_once.cache_clear()
 
 
@@ -340,8 +340,8 @@ def test_a_cache_always_has_a_place(temporary, monkeypatch, capsys, place):
     monkeypatch.delenv("JAXLORA_CACHE")
     for name, value in PLACES[place].items():
         monkeypatch.setenv(name, value)
-    found = run_folder.cache_dir()
-    assert found == temporary / f"jaxlora-{os.getuid()}" == run_folder.cache_dir()
+    found = cache.cache_dir()
+    assert found == temporary / f"jaxlora-{os.getuid()}" == cache.cache_dir()
     assert stat.S_IMODE(found.stat().st_mode) == 0o700
     (line,) = capsys.readouterr().err.splitlines()
     assert str(found) in line and "$JAXLORA_CACHE" in line
@@ -349,10 +349,10 @@ def test_a_cache_always_has_a_place(temporary, monkeypatch, capsys, place):
 
 def test_a_cache_that_can_be_written_to_is_taken(temporary, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("JAXLORA_CACHE", str(tmp_path / "new" / "[cache]"))
-    assert run_folder.cache_dir() == tmp_path / "new" / "[cache]"
+    assert cache.cache_dir() == tmp_path / "new" / "[cache]"
     monkeypatch.delenv("JAXLORA_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert run_folder.cache_dir() == tmp_path / "home" / ".cache" / "jaxlora"
+    assert cache.cache_dir() == tmp_path / "home" / ".cache" / "jaxlora"
     assert capsys.readouterr().err == "" and list(temporary.iterdir()) == []
 
 
@@ -367,8 +367,8 @@ def test_a_temporary_cache_that_others_prepared_is_not_taken(temporary, tmp_path
         taken.chmod(0o777)
     else:
         taken.touch()
-    found = folders.own_temporary()
-    assert found != taken and found.parent == temporary and found == folders.own_temporary()
+    found = files.own_temporary()
+    assert found != taken and found.parent == temporary and found == files.own_temporary()
     assert stat.S_IMODE(found.lstat().st_mode) == 0o700
     assert not (tmp_path / "theirs").exists() or list((tmp_path / "theirs").iterdir()) == []
 
@@ -386,8 +386,8 @@ def test_tokens_that_cannot_be_kept_are_no_obstacle(make, tiny, tmp_path, monkey
     settings = make("lora1")
     args = (settings.named["sst"], "cs224n", settings.place("sst"), tiny.tokenizer, "k", 16)
     kept = tokenized.load_examples(*args, tmp_path)
-    monkeypatch.setattr(folders.os, "fsync", full)
-    monkeypatch.setattr(folders, "sync", lambda path: None)
+    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(files, "sync", lambda path: None)
     shutil.rmtree(tmp_path / "tokens")
     again = tokenized.load_examples(*args, tmp_path)
     np.testing.assert_array_equal(again["train"].tokens, kept["train"].tokens)
@@ -536,10 +536,10 @@ def test_sizes_are_of_what_is_there(runs, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
-    (tmp_path / folders.LOCK).mkdir()
+    (tmp_path / files.LOCK).mkdir()
     with (
         pytest.raises(UserError, match=r"\.lock: cannot be locked"),
-        folders.locked(tmp_path, "taken"),
+        files.locked(tmp_path, "taken"),
     ):
         pass
     with (
@@ -547,8 +547,8 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
         pytest.raises(UserError, match="taken"),
         monkeypatch.context() as patch,
     ):
-        patch.setattr(folders, "LOCK", "x")
-        with folders.locked(tmp_path, "taken"):
+        patch.setattr(files, "LOCK", "x")
+        with files.locked(tmp_path, "taken"):
             pass
 
 
@@ -636,7 +636,7 @@ def test_modes_are_what_the_umask_leaves_without_writing_for_all(tmp_path, mask,
     before = os.umask(mask)
     try:
         run_folder.write_text(tmp_path / "a" / "b" / "text", "x")
-        checkpoint.save_tree(tmp_path / "a" / "tree", TREE)
+        tree_files.save(tmp_path / "a" / "tree", TREE)
     finally:
         os.umask(before)
     made = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a").rglob("*")}

@@ -19,10 +19,10 @@ import jaxlora
 from jaxlora.data import official, tokenized
 from jaxlora.formats import huggingface
 from jaxlora.formats import peft as peft_files
-from jaxlora.serving import bank, export_peft, manifest
+from jaxlora.serving import bank, export_peft, manifest, tree_files
 from jaxlora.serving.task_models import load_run
-from jaxlora.training import checkpoint, run_folder
 from jaxlora.training import run as train
+from jaxlora.training import run_folder
 from jaxlora.training.config import Flags, Settings, resolve
 from jaxlora.utils.errors import UserError
 
@@ -150,7 +150,7 @@ def test_a_folder_of_pickles_is_no_checkpoint(tmp_path, trap):
         (tmp_path / "model").mkdir(exist_ok=True)
         (tmp_path / "model" / name).write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
-        checkpoint.load_tree(tmp_path / "model")
+        tree_files.load(tmp_path / "model")
     assert not sprung.exists()
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from jaxlora.training import run_folder
+from jaxlora.utils import cache
 from jaxlora.utils import process as host
 
 OUT = Path("runs/bench")
@@ -105,7 +105,7 @@ class Worker:
 
 def _serve(pipe: Any, factory: Callable[..., Callable[..., Any]], args: tuple[Any, ...]) -> None:
     host.reuse_memory()
-    host.keep_programs(run_folder.cache_dir() / "xla")
+    host.keep_programs(cache.cache_dir() / "xla")
     side = factory(*args)
     pipe.send("ready")
     while True:

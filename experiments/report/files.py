@@ -9,7 +9,7 @@ from typing import Any
 from jaxlora.tasks.sharing import Adapt, Groups, group_name
 from jaxlora.tasks.task import NAMES
 from jaxlora.training import run_folder
-from jaxlora.utils import json_files, schema
+from jaxlora.utils import files, schema
 from jaxlora.utils.errors import UserError
 
 ANEW = "train the run anew"
@@ -36,7 +36,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {"studies": [], "seeds": [], "commands": {}, "failed": {}}
-    plan = json_files.read_object(path)
+    plan = files.read_object(path)
     _check(plan, _PLAN, path, remedy=ASIDE)
     for part in ("commands", "failed"):
         texts = plan.setdefault(part, {})
@@ -54,7 +54,7 @@ def read_timing(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
-    timing = json_files.read_object(path)
+    timing = files.read_object(path)
     _check(timing.get("machine", {}), {}, path, "machine", ASIDE)
     _check(timing.get("studies"), {}, path, "studies", ASIDE)
     for name, study in timing["studies"].items():

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlora.utils import folders
+from jaxlora.utils import files
 
 Series = Mapping[str, tuple[list[float], list[float]]]  # label → (x, y)
 
@@ -45,7 +45,7 @@ def draw(records: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
         if lines:
             axes.legend()
     _conflict_panel(figure.axes[2], train)
-    with folders.replacing(path) as file:
+    with files.replacing(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
 

@@ -27,7 +27,7 @@ from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.nn.bert import ACTIVATIONS, BertConfig, param_shapes
 from jaxlora.utils import schema
 from jaxlora.utils.errors import UserError
-from jaxlora.utils.json_files import read_object
+from jaxlora.utils.files import read_object
 
 MINILM = "minilm"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"

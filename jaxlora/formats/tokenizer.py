@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from jaxlora.utils.errors import UserError
-from jaxlora.utils.json_files import read_object
+from jaxlora.utils.files import read_object
 
 CONFIG = "tokenizer_config.json"
 # Files that transformers' tokenizers read; none is a pickle, and the hub is asked for these alone.

@@ -15,13 +15,14 @@ from jaxlora.formats import huggingface
 from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import LoraConfig
+from jaxlora.serving import tree_files
 from jaxlora.tasks.sharing import group_name
 from jaxlora.tasks.task import HEADS, Task
-from jaxlora.training import checkpoint, run_folder
+from jaxlora.training import run_folder
 from jaxlora.training.config import Settings, absolute
-from jaxlora.utils import folders, schema
+from jaxlora.utils import files, schema
 from jaxlora.utils.errors import UserError
-from jaxlora.utils.json_files import read_object
+from jaxlora.utils.files import read_object
 from jaxlora.utils.trees import Tree, checksum
 
 
@@ -225,7 +226,7 @@ def load_run(out: Path) -> Trained:
     Raises:
       UserError: if it is no finished run.
     """
-    out = folders.local(out)
+    out = files.local(out)
     config = run_folder.read_config(out)
     inputs = config["inputs"]
     try:
@@ -233,7 +234,7 @@ def load_run(out: Path) -> Trained:
         fingerprint = Fingerprint.from_inputs(inputs)
     except ValueError as error:
         raise UserError(f"{out / run_folder.CONFIG}: {error}") from error
-    trained = checkpoint.load_tree(out / run_folder.MODEL)
+    trained = tree_files.load(out / run_folder.MODEL)
     scores = _scores(out, list(settings.named), checksum(trained))
     owners = {name: group_name(group) for group in settings.groups for name in group}
     served = {}

@@ -19,7 +19,7 @@ from jaxlora.cli import curves
 from jaxlora.data.tokenized import Examples
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.serving import inference
+from jaxlora.serving import inference, tree_files
 from jaxlora.tasks.sharing import group_name
 from jaxlora.tasks.task import Task
 from jaxlora.training import checkpoint, parameter_count, run_folder, sharding, step
@@ -27,7 +27,7 @@ from jaxlora.training import inputs as prepare
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data
 from jaxlora.training.task_group import Group, evaluate_group, make_group, outputs, untrained_scores
-from jaxlora.utils import distributed, folders, process, trees
+from jaxlora.utils import distributed, files, process, trees
 from jaxlora.utils.errors import Stopped, UserError
 from jaxlora.utils.trees import Tree
 
@@ -129,7 +129,7 @@ def run(
       Stopped: after Ctrl-C or SIGTERM, when the state has been saved.
     """
     devices = sharding.make_mesh(mesh)
-    out = folders.local(out)
+    out = files.local(out)
     checkpoint.check_place(out)
     run_folder.check(out, settings.to_json(), resume)
     base = huggingface.load(settings.base, base_sha256)
@@ -203,7 +203,7 @@ def _train_groups(
         bank["adapters"][name] = best["trainable"]
         bank["heads"] |= best["heads"]
         test |= scores
-    checkpoint.save_tree(job.out / run_folder.MODEL, bank)
+    tree_files.save(job.out / run_folder.MODEL, bank)
     if distributed.first():
         curves.draw(log.records, job.out / "curves.png", settings.title)
     result = summarise(settings, prepare.count(settings, job.base), progress, test)

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import functools
 import itertools
+import json
 import os
 import re
 import secrets
@@ -174,7 +175,7 @@ def building(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole(folder: str | Path) -> Iterator[Path]:
+def atomic_dir(folder: str | Path) -> Iterator[Path]:
     """Give a temporary folder beside `folder`, which takes its place when the block ends well.
 
     Raises:
@@ -227,3 +228,63 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, complete or not at all, see `replacing`."""
+    with replacing(path, "w") as file:
+        file.write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, indented, see `write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def loads(text: str | bytes) -> Any:
+    """Parse JSON; whole numbers that no float could hold are refused.
+
+    Raises:
+      ValueError, RecursionError: if it is none.
+
+    >>> loads("[1, 2.5]")
+    [1, 2.5]
+    """
+    return json.loads(text, parse_int=_whole)
+
+
+def _whole(digits: str) -> int:
+    value = int(digits)
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"a number of {len(digits)} digits") from None
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Read any JSON from a file.
+
+    Raises:
+      UserError: if the file cannot be read, or is not JSON.
+    """
+    try:
+        return loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # also UTF-8, long numbers, deep nesting
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+      UserError: see `read_json`; or if it is no object.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
