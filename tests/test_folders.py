@@ -19,7 +19,7 @@ import pytest
 from tiny import WORDS, Silent, leaves_equal, short, write_data
 
 import jaxlora
-from jaxlora import bank, checkpoint, exchange, folders, host, rundir, train
+from jaxlora import bank, checkpoint, curves, exchange, folders, host, rundir, train
 from jaxlora import manifest as manifests
 from jaxlora.data import examples, official
 from jaxlora.errors import UserError
@@ -271,6 +271,16 @@ def test_fourteen_tasks_with_long_names_share(tiny, tiny_base, tmp_path):
     names = [p.name for p in tmp_path.rglob("*")]
     assert max(len(name.encode()) for name in names) <= 255
     assert {r["group"] for r in rundir.read_records(out)} == {group}
+
+
+def test_curves_of_many_tasks_are_drawn(tmp_path):
+    names = [f"task-of-letters-{n:02}" for n in range(14)]
+    pairs = {f"{a}-{b}": 0.1 for a in names for b in names if a < b}
+    loss = dict.fromkeys(names, 1.0)
+    train = {"kind": "train", "loss": loss, "cosine": pairs, "conflicts": 0.0}
+    records = [train | {"step": 1}, train | {"step": 2}, {"kind": "eval", "step": 2, "dev": loss}]
+    curves.draw(records, tmp_path / "curves.png", "x" * 64)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_names_of_groups_are_bounded_and_differ():
