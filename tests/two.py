@@ -16,7 +16,7 @@ from experiments import run
 from jaxlora import checkpoint, prepare, report, rundir
 from jaxlora.errors import UserError
 
-FAULT = json.loads(sys.argv[1])
+FAULT: dict = {}
 RAISED = {
     "user": UserError("sst.csv:3: the label is no number; mend it"),
     "disk": OSError(errno.ENOSPC, "No space left on device"),
@@ -46,10 +46,12 @@ def before(owner, name, at):
     setattr(owner, name, replaced)
 
 
-before(prepare, "load_data", lambda *_: "data")
-before(report.ConsoleListener, "group", lambda *_: "group")
-before(report.ConsoleListener, "record", lambda _, record: record["step"])
-before(checkpoint, "_sums", lambda *_: "save")
-before(checkpoint, "save_tree", lambda *_: "end")
-before(rundir, "write_json", lambda path, _: "result" if path.name == rundir.RESULT else "")
-sys.exit(run.cli(sys.argv[2:]))
+if __name__ == "__main__":
+    FAULT |= json.loads(sys.argv[1])
+    before(prepare, "load_data", lambda *_: "data")
+    before(report.ConsoleListener, "group", lambda *_: "group")
+    before(report.ConsoleListener, "record", lambda _, record: record["step"])
+    before(checkpoint, "_sums", lambda *_: "save")
+    before(checkpoint, "save_tree", lambda *_: "end")
+    before(rundir, "write_json", lambda path, _: "result" if path.name == rundir.RESULT else "")
+    sys.exit(run.cli(sys.argv[2:]))
