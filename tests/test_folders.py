@@ -19,6 +19,7 @@ import pytest
 from tiny import WORDS, Silent, leaves_equal, short, write_data
 
 import jaxlora
+from jaxlora.cli import curves
 from jaxlora.data import official, tokenized
 from jaxlora.serving import bank, export_peft, tree_files
 from jaxlora.serving import manifest as manifests
@@ -276,6 +277,16 @@ def test_fourteen_tasks_with_long_names_share(tiny, tiny_base, tmp_path):
     assert {r["group"] for r in run_folder.read_records(out)} == {group}
 
 
+def test_curves_of_many_tasks_are_drawn(tmp_path):
+    names = [f"task-of-letters-{n:02}" for n in range(14)]
+    pairs = {f"{a}-{b}": 0.1 for a in names for b in names if a < b}
+    loss = dict.fromkeys(names, 1.0)
+    train = {"kind": "train", "loss": loss, "cosine": pairs, "conflicts": 0.0}
+    records = [train | {"step": 1}, train | {"step": 2}, {"kind": "eval", "step": 2, "dev": loss}]
+    curves.draw(records, tmp_path / "curves.png", "x" * 64)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_names_of_groups_are_bounded_and_differ():
     long = [f"a-task-with-a-long-name-{n}" for n in range(40)]
     names = {group_name(long[:k]) for k in range(1, 41)} | {group_name(long[1:])}
@@ -397,7 +408,8 @@ def test_tokens_that_cannot_be_kept_are_no_obstacle(make, tiny, tmp_path, monkey
 
 CACHES_OF_OTHERS = """
 import sys
-from jaxlora import host, train  # and all that a command imports
+from jaxlora.training import run
+from jaxlora.utils import process as host  # and all that a command imports
 assert not {"huggingface_hub.constants", "matplotlib"} & sys.modules.keys()
 def main():
     import huggingface_hub.constants, matplotlib
@@ -557,9 +569,10 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from jaxlora import bank, manifest, rundir
+from jaxlora.serving import bank, manifest
+from jaxlora.training import run_folder
 Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-rundir.write_json(Path(sys.argv[1]), {"old": 1})
+run_folder.write_json(Path(sys.argv[1]), {"old": 1})
 """
 
 

@@ -372,7 +372,9 @@ OPEN = """
 import os, runpy, sys
 os.umask(0)
 from pathlib import Path
-from jaxlora import bank, cli, exchange, train
+from jaxlora.cli import main as cli
+from jaxlora.serving import bank, export_peft
+from jaxlora.training import run as train
 from jaxlora.training.config import Flags, resolve
 from jaxlora.serving.task_models import load_run
 sys.path.insert(0, {tests!r})
@@ -387,7 +389,7 @@ except SystemExit as end:
 flags = Flags("lora1", base={base!r}, data_dir=Path({data!r}), rank=2, max_steps=1, max_length=16)
 train.run(resolve(flags), out / "by-library", Silent())
 bank.add(out / "bank", load_run(out / "by-library"), ["sst", "sts"])
-exchange.save(out / "peft", bank.load(out / "bank"), "sst")
+export_peft.save(out / "peft", bank.load(out / "bank"), "sst")
 (out / "requests.tsv").write_text("task\\tsentence\\nsst\\ta film\\n")
 (out / "requests.tsv").chmod(0o644)
 os.chdir(out)

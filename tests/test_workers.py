@@ -79,13 +79,13 @@ def test_another_process_that_was_not_spawned_is_refused(predictor, monkeypatch)
 
 FORK = """
 import os, sys, numpy, jaxlora
-from jaxlora import pretrained
+from jaxlora.formats import huggingface as pretrained
 from jaxlora.tasks.task import STS_COSINE
 from jaxlora.serving.task_models import Served, Trained
 base = pretrained.load(sys.argv[1])
 tasks = {"sts": Served(STS_COSINE, "a", {}, "concat")}
 rest = ({"a": {}}, {}, "mean", 32, "float32", "a test")
-predictor = jaxlora.Predictor(base, Trained(base.name, base.sha256, tasks, *rest))
+predictor = jaxlora.Predictor(base, Trained(base.name, base.fingerprint, tasks, *rest))
 if os.fork() == 0:
     try:
         predictor.predict("sts", [("ba", "be")])
