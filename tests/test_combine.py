@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from jaxlora import combine, lora
-from jaxlora.lora import LoraConfig
+from jaxlora import lora
+from jaxlora.lora import LoraConfig, combine
 
 CONFIGS = [
     LoraConfig(2, 3.0, ("query", "intermediate.dense")),
@@ -49,7 +49,7 @@ def summed(adapters):
 
 
 def test_cat_is_the_sum_of_the_deltas(adapters):
-    found, expected = deltas(combine.cat(adapters, WEIGHTS)), summed(adapters)
+    found, expected = deltas(lora.add(adapters, WEIGHTS)), summed(adapters)
     assert found.keys() == expected.keys()
     assert len({path[-1] for path in found}) == 3  # layers that only one of the two adapts
     for path, delta in expected.items():
@@ -68,7 +68,7 @@ def test_no_product_takes_fewer_bits_on_an_accelerator():
 
 def test_its_configuration_describes_it(tiny, adapters):
     """What `merge` and the network read from it gives the same sum."""
-    tree, config = combine.cat(adapters, WEIGHTS)
+    tree, config = lora.add(adapters, WEIGHTS)
     merged = lora.merge(tiny.params, tree, config)
     flat, base = (traverse_util.flatten_dict(t) for t in (merged, tiny.params))
     expected = summed(adapters)
@@ -81,14 +81,14 @@ def test_its_configuration_describes_it(tiny, adapters):
 
 
 def test_svd_is_the_nearest_of_its_rank(adapters):
-    whole = combine.cat(adapters, WEIGHTS)
+    whole = lora.add(adapters, WEIGHTS)
     for rank in (1, 2, 4):
-        found = deltas(combine.svd(whole, rank))
+        found = deltas(lora.truncate(whole, rank))
         for path, delta in summed(adapters).items():
             u, s, vt = np.linalg.svd(delta, full_matrices=False)  # Eckart & Young, layer by layer
             nearest = (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]
             np.testing.assert_allclose(found[path], nearest, atol=1e-4)
-    full = deltas(combine.svd(whole, 99))
+    full = deltas(lora.truncate(whole, 99))
     for path, delta in summed(adapters).items():
         np.testing.assert_allclose(full[path], delta, atol=1e-4)
 
@@ -122,7 +122,7 @@ def test_as_peft_combines_them(adapters, tiny_base, tmp_path):
         for flat, config in zip(flats, configs, strict=True)
     ]
     weights = [0.7, 1.5]
-    found = deltas(combine.cat(ours, weights))
+    found = deltas(lora.add(ours, weights))
     model.add_weighted_adapter(["default", "second"], weights, "sum", combination_type="cat")
     checked = 0
     for name, module in model.named_modules():
@@ -137,8 +137,8 @@ def test_as_peft_combines_them(adapters, tiny_base, tmp_path):
 
 def test_what_cannot_be_combined(adapters):
     with pytest.raises(ValueError, match="2 adapters and 1 weights"):
-        combine.cat(adapters, [1.0])
+        lora.add(adapters, [1.0])
     with pytest.raises(ValueError, match="0 adapters"):
-        combine.cat([], [])
+        lora.add([], [])
     with pytest.raises(ValueError, match="rank must be at least 1"):
-        combine.svd(adapters[0], 0)
+        lora.truncate(adapters[0], 0)

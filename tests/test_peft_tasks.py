@@ -28,7 +28,7 @@ def base_like(folder, pooling="cls", **more):
     """What an import shall fit: a base of that folder."""
     found = huggingface.load(str(folder))
     about = {"max_length": 64, "dtype": "float32", "origin": "a bank"} | more
-    return Trained(str(folder), found.sha256, {}, {}, {}, pooling=pooling, **about)
+    return Trained(str(folder), found.fingerprint, {}, {}, {}, pooling=pooling, **about)
 
 
 def sequence_model(folder, outputs=3):

@@ -9,7 +9,7 @@ import pytest
 from jax.extend import core
 from test_step import random_batch
 
-from jaxlora import combine, lora
+from jaxlora import lora
 from jaxlora.nn import bert, ops
 from jaxlora.nn.encode import encoder, make_encode, make_mixed_encode
 from jaxlora.pcgrad import pcgrad
@@ -152,7 +152,7 @@ def test_adapters(tiny):
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), tiny.params, config))
     for fold in (lora.merge, lora.unmerge):
         check(lambda a, fold=fold: fold(tiny.params, a, config), adapter, at_least=4)
-    check(lambda a: combine.svd(combine.cat([(a, config)] * 3, [1.0] * 3), 2)[0], adapter)
+    check(lambda a: lora.truncate(lora.add([(a, config)] * 3, [1.0] * 3), 2)[0], adapter)
 
 
 def test_the_precision_of_float32_changes_nothing_on_the_cpu():

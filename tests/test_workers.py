@@ -42,7 +42,7 @@ def predictor(request, tiny):
     configs = {name: config for name, tree in trees.items() if "lora" in tree}
     tasks = {"sst": served(SST, "a"), "sts": served(STS_COSINE, "b")}
     trained = Trained(
-        tiny.name, tiny.sha256, tasks, trees, configs, "mean", 32, "float32", "a test"
+        tiny.name, tiny.fingerprint, tasks, trees, configs, "mean", 32, "float32", "a test"
     )
     return jaxlora.Predictor(tiny, trained)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlora.align import align
+from jaxlora import lora
 from jaxlora.data.raw_examples import is_blank
 from jaxlora.data.tokenized import Examples, tokenize, truncating
 from jaxlora.formats.huggingface import Pretrained
@@ -246,7 +246,7 @@ class Predictor:
             (tree["lora"], self.trained.configs[name]) if tree else None
             for name, tree in self.trained.trees.items()
         ]
-        aligned, config = align(adapters)
+        aligned, config = lora.stack(adapters)
         if not config.target_modules:
             return self._plain, {}
         encode = encoder(self.base.config, self._dtype, config, self.trained.pooling)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxlora import combine
+from jaxlora import lora
 from jaxlora.formats import huggingface
 from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.formats.huggingface import Pretrained
@@ -193,7 +193,7 @@ def combine_tasks(
       parts: task → weight.
       name: of the new task.
       head: the task whose head and labels it takes over.
-      rank: None: exact, of the summed rank (`combine.cat`); else the nearest (`combine.svd`).
+      rank: None: exact, of the summed rank (`lora.add`); else the nearest (`lora.truncate`).
 
     Raises:
       UserError: if a task has no adapter to add up.
@@ -203,9 +203,9 @@ def combine_tasks(
         if "lora" not in trained.trees[tree]:
             raise UserError(f"{trained.origin}: {part} has no adapter that could be added up")
     adapters = [(trained.trees[tree]["lora"], trained.configs[tree]) for tree in trees.values()]
-    adapter = combine.cat(adapters, list(parts.values()))
+    adapter = lora.add(adapters, list(parts.values()))
     if rank is not None:
-        adapter = combine.svd(adapter, rank)
+        adapter = lora.truncate(adapter, rank)
     source = trained.served[head]
     task = dataclasses.replace(source.task, name=name, title=" + ".join(parts))
     served = Served(task, name, source.head, source.pair_features, {"combined from": dict(parts)})

@@ -2,7 +2,7 @@
 
 `Σ wᵢ sᵢ Aᵢ Bᵢ = [A₁ … A_T] [w₁ s₁ B₁; …; w_T s_T B_T]`, so adapters of any ranks, scales and layers
 add up to one of the summed rank. Its truncated singular value decomposition is the nearest one of a
-lower rank (Eckart & Young 1936). The names, `cat` and `svd`, are PEFT's.
+lower rank (Eckart & Young 1936). PEFT calls these `cat` and `svd`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from jaxlora import lora
-from jaxlora.lora import Adapter
+from jaxlora.lora.adapter import Adapter, Path, describe
 from jaxlora.utils.trees import Tree
 
 
-def cat(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """The exact weighted sum, of the summed rank.
+def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Add adapters up: the exact weighted sum, of the summed rank.
 
     Args:
       adapters: trees with their configurations; a layer that one lacks, it leaves alone.
@@ -28,15 +27,16 @@ def cat(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     Raises:
       ValueError: if there is no adapter, or the numbers of the two differ.
 
+    >>> from jaxlora.lora import LoraConfig
     >>> a = {"q": {"A": jnp.ones((2, 1)), "B": jnp.ones((1, 2))}}
-    >>> one = (a, lora.LoraConfig(1, 1.0, ("q",)))
-    >>> tree, config = cat([one, one], [1.0, -0.5])
+    >>> one = (a, LoraConfig(1, 1.0, ("q",)))
+    >>> tree, config = add([one, one], [1.0, -0.5])
     >>> tree["q"]["B"].tolist(), config.rank, config.scale_of(("q",))
     ([[1.0, 1.0], [-0.5, -0.5]], 2, 1.0)
     """
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"got {len(adapters)} adapters and {len(weights)} weights")
-    parts: dict[lora.Path, list[tuple[jax.Array, jax.Array]]] = {}
+    parts: dict[Path, list[tuple[jax.Array, jax.Array]]] = {}
     for (tree, config), weight in zip(adapters, weights, strict=True):
         flat = traverse_util.flatten_dict(tree)
         for path in sorted({path[:-1] for path in flat}):
@@ -52,8 +52,8 @@ def cat(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     return _unscaled(factors)
 
 
-def svd(adapter: Adapter, rank: int) -> Adapter:
-    """The nearest adapter of a rank, layer by layer, in the sum of squares of `s A B`.
+def truncate(adapter: Adapter, rank: int) -> Adapter:
+    """Find the nearest adapter of a rank, layer by layer, in the sum of squares of `s A B`.
 
     Args:
       adapter: tree and configuration.
@@ -62,8 +62,9 @@ def svd(adapter: Adapter, rank: int) -> Adapter:
     Raises:
       ValueError: if the rank is below 1.
 
+    >>> from jaxlora.lora import LoraConfig
     >>> a = {"q": {"A": jnp.eye(2), "B": jnp.diag(jnp.array([3.0, 0.1]))}}
-    >>> tree, _ = svd((a, lora.LoraConfig(2, 2.0, ("q",))), 1)
+    >>> tree, _ = truncate((a, LoraConfig(2, 2.0, ("q",))), 1)
     >>> jnp.round(tree["q"]["A"] @ tree["q"]["B"], 5).tolist()
     [[3.0, 0.0], [0.0, 0.0]]
     """
@@ -94,10 +95,10 @@ def _exact(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _unscaled(factors: dict[lora.Path, tuple[jax.Array, jax.Array]]) -> Adapter:
-    flat: dict[lora.Path, jax.Array] = {}
+def _unscaled(factors: dict[Path, tuple[jax.Array, jax.Array]]) -> Adapter:
+    flat: dict[Path, jax.Array] = {}
     for path, (a, b) in factors.items():
         flat[*path, "A"], flat[*path, "B"] = a, b
     ranks = {path: (a.shape[-1], float(a.shape[-1])) for path, (a, _) in factors.items()}
     tree: Tree = traverse_util.unflatten_dict(flat)
-    return tree, lora.describe(ranks)
+    return tree, describe(ranks)

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from jaxlora import lora
-from jaxlora.lora import Adapter, LoraConfig
+from jaxlora.lora.adapter import Adapter, LoraConfig, Path, describe
 from jaxlora.utils.trees import Tree
 
 
-def align(adapters: Sequence[Adapter | None]) -> tuple[list[Tree], LoraConfig]:
+def stack(adapters: Sequence[Adapter | None]) -> tuple[list[Tree], LoraConfig]:
     """Bring adapters of one base to each layer's largest rank, to all layers, and to a scale of 1.
 
     Args:
@@ -28,25 +27,25 @@ def align(adapters: Sequence[Adapter | None]) -> tuple[list[Tree], LoraConfig]:
       there is no adapter at all.
 
     >>> one = {"q": {"A": jnp.ones((3, 1)), "B": jnp.ones((1, 2))}}
-    >>> (wide, zero), config = align([(one, LoraConfig(1, 2.0, ("q",))), None])
+    >>> (wide, zero), config = stack([(one, LoraConfig(1, 2.0, ("q",))), None])
     >>> wide["q"]["B"].tolist(), zero["q"]["A"].shape, config.scale_of(("q",))
     ([[2.0, 2.0]], (3, 1), 1.0)
     """
     flat = [None if a is None else (traverse_util.flatten_dict(a[0]), a[1]) for a in adapters]
-    shapes: dict[lora.Path, tuple[int, ...]] = {}
+    shapes: dict[Path, tuple[int, ...]] = {}
     for found in flat:
         for path, x in found[0].items() if found else ():
             shapes[path] = tuple(map(max, shapes.get(path, x.shape), x.shape))
     ranks = {path[:-1]: shape[-1] for path, shape in sorted(shapes.items()) if path[-1] == "A"}
     config = LoraConfig(target_modules=())
     if ranks:
-        config = lora.describe({path: (rank, float(rank)) for path, rank in ranks.items()})
+        config = describe({path: (rank, float(rank)) for path, rank in ranks.items()})
     return [_widen(found, shapes) for found in flat], config
 
 
 def _widen(
-    found: tuple[dict[lora.Path, jax.Array], LoraConfig] | None,
-    shapes: dict[lora.Path, tuple[int, ...]],
+    found: tuple[dict[Path, jax.Array], LoraConfig] | None,
+    shapes: dict[Path, tuple[int, ...]],
 ) -> Tree:
     out = {}
     for path, shape in shapes.items():
