@@ -10,7 +10,8 @@ import tyro
 from rich.console import Console
 
 from jaxlora.cli import console as report
-from jaxlora.training import config
+from jaxlora.cli import curves
+from jaxlora.training import config, run_folder
 from jaxlora.training import run as train
 from jaxlora.utils import cache, distributed, files, process
 
@@ -28,9 +29,10 @@ def _main(flags: config.Flags) -> None:
     console = Console(quiet=not distributed.first())
     listener = report.ConsoleListener(console)
     out = files.local(flags.out or Path("runs") / flags.variant)
+    settings = config.resolve(flags)
     with listener.live():
         result = train.run(
-            config.resolve(flags),
+            settings,
             out,
             listener,
             resume=flags.resume,
@@ -40,6 +42,8 @@ def _main(flags: config.Flags) -> None:
             base_sha256=flags.base_sha256,
             strict=flags.strict,
         )
+    if distributed.first():
+        curves.draw(run_folder.read_records(out), out / "curves.png", settings.title)
     console.print(report.result_table(result))
     for line in report.notes(result):
         console.print(f"  {line}")

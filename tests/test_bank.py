@@ -18,11 +18,11 @@ from tiny import Silent, write_data
 import jaxlora
 from jaxlora import lora
 from jaxlora.cli import main
-from jaxlora.serving import bank, export_peft
+from jaxlora.serving import bank, export_peft, finished_run
 from jaxlora.serving import manifest as manifests
 from jaxlora.serving import predictor as predict
+from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
-from jaxlora.serving.task_models import load_run
 from jaxlora.training import checkpoint, run_folder
 from jaxlora.training import run as train
 from jaxlora.training.config import Flags, resolve
@@ -354,12 +354,12 @@ def test_a_bank_and_a_run_of_the_last_version(runs, three, tmp_path):
     bank.add(three, load_run(runs / "again"), ["sts"], replace=True)  # beside tasks of today's
     np.testing.assert_array_equal(values(jaxlora.load(three))[1:], answers[1:])
     run = shutil.copytree(runs / "lora1", tmp_path / "run")
-    config = json.loads((run / run_folder.CONFIG).read_text())
+    config = json.loads((run / finished_run.CONFIG).read_text())
     for table in config["settings"]["tasks"]:
         assert table["task"].pop("head") == "mlp"
-    (run / run_folder.CONFIG).write_text(json.dumps(config))
+    (run / finished_run.CONFIG).write_text(json.dumps(config))
     np.testing.assert_array_equal(values(jaxlora.load(run)), values(jaxlora.load(runs / "lora1")))
-    now = json.loads((runs / "lora1" / run_folder.CONFIG).read_text())["settings"]
+    now = json.loads((runs / "lora1" / finished_run.CONFIG).read_text())["settings"]
     run_folder.check(run, now, resume=True)
     with pytest.raises(UserError, match="its run has --seed"):
         run_folder.check(run, now | {"seed": 99}, resume=True)

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from tiny import Silent, leaves_equal, short, write_data
 
-from jaxlora.serving import tree_files
-from jaxlora.serving.task_models import load_run
+from jaxlora.serving import finished_run, tree_files
+from jaxlora.serving.finished_run import load_run
 from jaxlora.training import checkpoint, run_folder
 from jaxlora.training import run as train
 from jaxlora.utils import process as host
@@ -44,7 +44,7 @@ class Signalling(Silent):
 
 
 def models(tmp_path, *names):
-    return [tree_files.load(tmp_path / name / run_folder.MODEL) for name in names]
+    return [tree_files.load(tmp_path / name / finished_run.MODEL) for name in names]
 
 
 def timeless(out):
@@ -84,7 +84,7 @@ def test_outside_the_main_thread_a_run_trains_all_the_same(make, tmp_path):
     )
     thread.start()
     thread.join()
-    assert (tmp_path / "run" / run_folder.RESULT).exists()
+    assert (tmp_path / "run" / finished_run.RESULT).exists()
 
 
 @pytest.mark.parametrize(
@@ -176,14 +176,14 @@ def test_without_a_good_checkpoint_the_group_starts_again(make, stopped, tmp_pat
 
 
 def test_a_damaged_model_is_not_loaded(whole):
-    flip(biggest(whole / run_folder.MODEL))
+    flip(biggest(whole / finished_run.MODEL))
     with pytest.raises(UserError, match="model: damaged"):
         load_run(whole)
 
 
 def test_a_result_of_another_model_is_refused(make, whole, tmp_path):
     train.run(make("lora3", seed=1), tmp_path / "other", Silent())
-    shutil.copy(tmp_path / "other" / run_folder.RESULT, whole)
+    shutil.copy(tmp_path / "other" / finished_run.RESULT, whole)
     with pytest.raises(UserError, match="another checksum"):
         load_run(whole)
 
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"make room.*--resume"):
         patch.setattr(checkpoint, "_sums", full)  # the third thing that a save does
         train.run(make("lora3"), run, Silent())
-    assert not (run / run_folder.RESULT).exists()
+    assert not (run / finished_run.RESULT).exists()
     train.run(make("lora3"), run, Silent(), resume=True)
     leaves_equal(*models(tmp_path, "run"), *models(stopped, "whole"))
 

@@ -14,11 +14,10 @@ from tiny import Silent
 import jaxlora
 from jaxlora.cli import main as cli
 from jaxlora.formats import huggingface
-from jaxlora.serving import bank, export_peft
+from jaxlora.serving import bank, export_peft, finished_run
 from jaxlora.serving import manifest as manifests
-from jaxlora.serving.task_models import load_run
+from jaxlora.serving.finished_run import load_run
 from jaxlora.training import run as train
-from jaxlora.training import run_folder
 from jaxlora.training.config import Flags, resolve
 from jaxlora.utils.errors import Note, UserError
 
@@ -163,7 +162,7 @@ def test_a_base_that_moved_can_be_pointed_to(three, run, base, tmp_path, capsys)
 
 def test_a_run_goes_on_though_its_base_moved(run, base, data_dir, tmp_path, tiny_base):
     moved = Path(shutil.move(base, tmp_path / "moved"))
-    before = json.loads((run / run_folder.RESULT).read_text())
+    before = json.loads((run / finished_run.RESULT).read_text())
     again = flags(moved, data_dir)
     assert train.run(again, run, Silent(), resume=True, predict_test=False) == before
     set_config(moved, num_attention_heads=8)
@@ -260,14 +259,14 @@ def test_importing_into_a_bank_of_the_first_format_upgrades_it(old):
 
 
 def test_an_old_run_goes_on_and_says_what_cannot_be_compared(run, base, data_dir):
-    config = json.loads((run / run_folder.CONFIG).read_text())
+    config = json.loads((run / finished_run.CONFIG).read_text())
     config["inputs"] = {k: v for k, v in config["inputs"].items() if not k.startswith("the base m")}
     config["inputs"]["the base model"] = huggingface.load(str(base)).fingerprint.weights
-    (run / run_folder.CONFIG).write_text(json.dumps(config))
+    (run / finished_run.CONFIG).write_text(json.dumps(config))
     with pytest.warns(Note, match="by the weights alone"):
         train.run(flags(base, data_dir), run, Silent(), resume=True, predict_test=False)
     config["inputs"]["the base model"] = "0" * 64
-    (run / run_folder.CONFIG).write_text(json.dumps(config))
+    (run / finished_run.CONFIG).write_text(json.dumps(config))
     with pytest.raises(UserError, match="the base model changed"):
         train.run(flags(base, data_dir), run, Silent(), resume=True, predict_test=False)
 

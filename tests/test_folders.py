@@ -21,10 +21,10 @@ from tiny import WORDS, Silent, leaves_equal, short, write_data
 import jaxlora
 from jaxlora.cli import curves
 from jaxlora.data import official, tokenized
-from jaxlora.serving import bank, export_peft, tree_files
+from jaxlora.serving import bank, export_peft, finished_run, tree_files
 from jaxlora.serving import manifest as manifests
+from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
-from jaxlora.serving.task_models import load_run
 from jaxlora.tasks.sharing import group_name
 from jaxlora.training import checkpoint, run_folder
 from jaxlora.training import run as train
@@ -296,12 +296,12 @@ def test_names_of_groups_are_bounded_and_differ():
 
 def test_a_run_without_its_adapter_is_not_served_as_the_base(runs, tmp_path):
     out = shutil.copytree(runs / "one", tmp_path / "run")
-    tree = tree_files.load(out / run_folder.MODEL)
+    tree = tree_files.load(out / finished_run.MODEL)
     tree["adapters"]["other"] = tree["adapters"].pop("sst")
-    tree_files.save(out / run_folder.MODEL, tree)
-    result = run_folder.read_json(out / run_folder.RESULT)
+    tree_files.save(out / finished_run.MODEL, tree)
+    result = run_folder.read_json(out / finished_run.RESULT)
     run_folder.write_json(
-        out / run_folder.RESULT, result | {"model": jaxlora.utils.trees.checksum(tree)}
+        out / finished_run.RESULT, result | {"model": jaxlora.utils.trees.checksum(tree)}
     )
     with pytest.raises(UserError, match="has nothing trained for sst"):
         load_run(out)
@@ -585,7 +585,7 @@ def killed_while_writing(path):
 
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_killed_first_write_is_no_obstacle_to_a_run(make, tmp_path, resume):
-    left = killed_while_writing(tmp_path / "run" / run_folder.CONFIG)
+    left = killed_while_writing(tmp_path / "run" / finished_run.CONFIG)
     train.run(make("baseline1", max_steps=1), tmp_path / "run", Silent(), resume=resume)
     assert not left.exists()
 

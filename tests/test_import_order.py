@@ -19,7 +19,8 @@ ROOMS = (
     ("data",),
     ("tasks", "formats"),
     ("nn",),
-    ("aggregation", "lora", "pcgrad"),
+    ("pcgrad", "lora"),
+    ("aggregation",),
     ("utils",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(ROOMS)) for room in rooms}

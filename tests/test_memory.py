@@ -8,9 +8,9 @@ from test_mesh import eight
 from tiny import Silent
 
 import jaxlora
+from jaxlora.serving import finished_run, tree_files
 from jaxlora.serving import predictor as predict
-from jaxlora.serving import tree_files
-from jaxlora.training import checkpoint, run_folder
+from jaxlora.training import checkpoint
 from jaxlora.training import run as train
 from jaxlora.utils import trees
 
@@ -39,7 +39,7 @@ class Weighing(Silent):
 
 def needed(out, group, frozen):
     """Bytes that a group needs: what is trained, its two moments, its best; and what is frozen."""
-    bank = tree_files.load(out / run_folder.MODEL)
+    bank = tree_files.load(out / finished_run.MODEL)
     adapter = (bank.get("adapters") or {}).get(group) or {}
     heads = [bank["heads"][task] for task in group.split("+")]
     return 4 * 4 * trees.count([adapter, heads]) + frozen

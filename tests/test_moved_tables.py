@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import Silent
 
+from jaxlora.serving import finished_run
 from jaxlora.training import inputs as prepare
 from jaxlora.training import run as train
 from jaxlora.training import run_folder
@@ -104,7 +105,7 @@ def test_other_tables_and_other_columns_are_still_refused(tmp_path, cache, tiny,
     settings, out = settings_of(folder, tiny_base), tmp_path / "run"
     inputs = prepare.fingerprints(tiny, prepare.load_data(settings, tiny), 0)
     config = {"settings": settings.to_json(), "inputs": inputs, "versions": {}}
-    run_folder.write_json(out / run_folder.CONFIG, config)
+    run_folder.write_json(out / finished_run.CONFIG, config)
     run_folder.check(out, json.loads(json.dumps(settings.to_json())), resume=True)
     (folder / "tasks.toml").write_text(TOPIC + 'id = "headline"\n')
     with pytest.raises(UserError, match="its run has --tasks"):
@@ -130,9 +131,9 @@ def test_new_processes_go_on(tmp_path, tiny_base):
         subprocess.run(command, check=True, capture_output=True, env=environment)
 
     start(folder, tmp_path / "cache")
-    (folder / "run" / run_folder.RESULT).unlink()  # as if it had been killed before the last line
+    (folder / "run" / finished_run.RESULT).unlink()  # as if it had been killed before the last line
     start(folder, tmp_path / "cache", "--resume")
     moved = Path(shutil.move(folder, tmp_path / "moved"))
     start(moved, tmp_path / "cache", "--resume")
-    (moved / "run" / run_folder.RESULT).unlink()
+    (moved / "run" / finished_run.RESULT).unlink()
     start(moved, tmp_path / "cold", "--resume")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny import leaves_equal, short
 
-from jaxlora.serving import tree_files
+from jaxlora.serving import finished_run, tree_files
 from jaxlora.training import run_folder
 from jaxlora.utils import distributed
 from jaxlora.utils import process as host
@@ -91,7 +91,7 @@ def whole(tiny_base, data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     codes, said = two(tiny_base, data_dir, out, {})
     assert codes == [0, 0], said
-    return tree_files.load(out / run_folder.MODEL)
+    return tree_files.load(out / finished_run.MODEL)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_signal_to_one_stops_both(tiny_base, data_dir, tmp_path, request, numb
         return
     codes, said = two(tiny_base, data_dir, out, {}, "--resume")
     assert codes == [0, 0], said
-    leaves_equal(tree_files.load(out / run_folder.MODEL), request.getfixturevalue("whole"))
+    leaves_equal(tree_files.load(out / finished_run.MODEL), request.getfixturevalue("whole"))
 
 
 MESSAGE = {

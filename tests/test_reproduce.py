@@ -15,7 +15,7 @@ import tyro
 from tiny import Silent, leaves_equal
 
 from experiments import fleet, reproduce, runs, studies, timing
-from jaxlora.serving import tree_files
+from jaxlora.serving import finished_run, tree_files
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.training import run as train
 from jaxlora.training import run_folder
@@ -450,14 +450,14 @@ def test_stopped_gone_on_with_and_one_that_fails(call, make, tmp_path, capfd, mo
     assert call(*asked) == 143
     thread.join()
     assert "go on with the same command" in capfd.readouterr().err
-    assert not (first / run_folder.RESULT).exists() and list(
+    assert not (first / finished_run.RESULT).exists() and list(
         (first / run_folder.STATES).rglob("*.json")
     )
-    done = root / "baseline1" / "seed0" / run_folder.RESULT
+    done = root / "baseline1" / "seed0" / finished_run.RESULT
     before = done.stat().st_mtime_ns
     assert call(*asked) == 1
     assert "failed: broken seed 0: error: step " in capfd.readouterr().err
-    finished = {p.parent.relative_to(root).as_posix() for p in root.rglob(run_folder.RESULT)}
+    finished = {p.parent.relative_to(root).as_posix() for p in root.rglob(finished_run.RESULT)}
     assert finished == {f"{name}/seed{s}" for name in ("lora3", "baseline1") for s in (0, 1)}
     assert done.stat().st_mtime_ns == before
     settings = resolve(
@@ -465,7 +465,7 @@ def test_stopped_gone_on_with_and_one_that_fails(call, make, tmp_path, capfd, mo
               batch_size=6, eval_every=4, max_length=16, epochs=8)
     )  # fmt: skip
     train.run(settings, tmp_path / "whole", Silent())
-    leaves_equal(*(tree_files.load(p / run_folder.MODEL) for p in (first, tmp_path / "whole")))
+    leaves_equal(*(tree_files.load(p / finished_run.MODEL) for p in (first, tmp_path / "whole")))
     # Finished runs are compared with what is asked for now.
     assert call("--variants", "baseline1", "--epochs=3") == 2
     assert "baseline1: --out" in capfd.readouterr().err

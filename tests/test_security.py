@@ -19,10 +19,9 @@ import jaxlora
 from jaxlora.data import official, tokenized
 from jaxlora.formats import huggingface
 from jaxlora.formats import peft as peft_files
-from jaxlora.serving import bank, export_peft, manifest, tree_files
-from jaxlora.serving.task_models import load_run
+from jaxlora.serving import bank, export_peft, finished_run, manifest, tree_files
+from jaxlora.serving.finished_run import load_run
 from jaxlora.training import run as train
-from jaxlora.training import run_folder
 from jaxlora.training.config import Flags, Settings, resolve
 from jaxlora.utils.errors import UserError
 
@@ -127,7 +126,7 @@ def test_pickles_in_a_checkpoint_are_never_opened(run, folder, trap):
     """Every file of a run's model and of a bank, replaced by a pickle, one after the other."""
     content, sprung = trap
     copy = shutil.copytree(run, folder / "run")
-    places = [(copy / run_folder.MODEL, load_run, copy)]
+    places = [(copy / finished_run.MODEL, load_run, copy)]
     kept = folder / "bank"
     places += [(kept / part, bank.load, kept) for part in (bank.ADAPTERS, bank.HEADS)]
     refused = 0
@@ -281,7 +280,7 @@ def test_names_in_a_manifest_are_no_paths(folder, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_names_in_a_run_are_no_paths(run, tmp_path, name):
     copy = shutil.copytree(run, tmp_path / "run")
-    config = json.loads((copy / run_folder.CONFIG).read_text())
+    config = json.loads((copy / finished_run.CONFIG).read_text())
     sound = config["settings"]
     groups = [[*sound["groups"][0], name], *sound["groups"][1:]]
     tasks = [sound["tasks"][0] | {"task": sound["tasks"][0]["task"] | {"name": name}}]
@@ -289,7 +288,7 @@ def test_names_in_a_run_are_no_paths(run, tmp_path, name):
     for changed in ({"groups": groups}, renamed):
         with pytest.raises(UserError):
             Settings.from_json(sound | changed)
-        (copy / run_folder.CONFIG).write_text(json.dumps(config | {"settings": sound | changed}))
+        (copy / finished_run.CONFIG).write_text(json.dumps(config | {"settings": sound | changed}))
         with pytest.raises(UserError, match=r"config\.json: "):
             load_run(copy)
 
@@ -376,7 +375,7 @@ from jaxlora.cli import main as cli
 from jaxlora.serving import bank, export_peft
 from jaxlora.training import run as train
 from jaxlora.training.config import Flags, resolve
-from jaxlora.serving.task_models import load_run
+from jaxlora.serving.finished_run import load_run
 sys.path.insert(0, {tests!r})
 from tiny import Silent
 out = Path({out!r})

@@ -14,7 +14,7 @@ from tiny import SHORT, Silent, leaves_equal
 
 import jaxlora
 from jaxlora.formats import huggingface
-from jaxlora.serving import inference, tree_files
+from jaxlora.serving import finished_run, inference, tree_files
 from jaxlora.tasks.task import NAMES
 from jaxlora.training import inputs as prepare
 from jaxlora.training import optimizer, run_folder, task_group
@@ -74,7 +74,6 @@ def test_run_writes_everything(make, tmp_path, variant, groups):
         "config.json",
         "metrics.jsonl",
         "result.json",
-        "curves.png",
         "model",
         "tensorboard",
     ):
@@ -183,7 +182,7 @@ def test_resume_equals_uninterrupted(make, tmp_path, variant, stop_at):
         jaxlora.load(tmp_path / "parts")
     again = Silent()
     parts = train.run(settings, tmp_path / "parts", again, resume=True)
-    banks = [tree_files.load(tmp_path / name / run_folder.MODEL) for name in ("whole", "parts")]
+    banks = [tree_files.load(tmp_path / name / finished_run.MODEL) for name in ("whole", "parts")]
     leaves_equal(*banks)
     assert parts["dev"] == whole["dev"]
     timeless = [
@@ -232,7 +231,7 @@ def test_killed_process_resumes_to_the_same_parameters(tiny_base, data_dir, tmp_
     assert not (tmp_path / "killed" / "result.json").exists()
     assert start("killed", "--resume").wait() == 0
     assert start("whole").wait() == 0
-    leaves_equal(*(tree_files.load(tmp_path / n / run_folder.MODEL) for n in ("killed", "whole")))
+    leaves_equal(*(tree_files.load(tmp_path / n / finished_run.MODEL) for n in ("killed", "whole")))
 
 
 def test_at_most_three_train_programs(make, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from experiments import run
 from jaxlora.cli import console
-from jaxlora.serving import tree_files
+from jaxlora.serving import finished_run, tree_files
 from jaxlora.training import checkpoint, inputs, run_folder
 from jaxlora.utils.errors import UserError
 
@@ -56,6 +56,8 @@ if __name__ == "__main__":
     before(checkpoint, "_sums", lambda *_: "save")
     before(tree_files, "save", lambda *_: "end")
     before(
-        run_folder, "write_json", lambda path, _: "result" if path.name == run_folder.RESULT else ""
+        run_folder,
+        "write_json",
+        lambda path, _: "result" if path.name == finished_run.RESULT else "",
     )
     sys.exit(run.cli(sys.argv[2:]))

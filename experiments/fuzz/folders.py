@@ -24,7 +24,7 @@ from jaxlora.formats import peft as peft_files
 from jaxlora.formats import tokenizer as base_tokenizer
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import param_shapes
-from jaxlora.serving import bank, export_merged, export_peft, manifest, task_models
+from jaxlora.serving import bank, export_merged, export_peft, finished_run, manifest, task_models
 from jaxlora.tasks.sharing import group_name
 from jaxlora.training import run_folder
 from jaxlora.training.config import Settings
@@ -71,8 +71,12 @@ def targets(folder: Path) -> dict[str, tuple[Inputs, Callable[..., None]]]:
             _json(peft / export_peft.ABOUT), _in_copy(peft, export_peft.ABOUT, imported)
         ),
         "bank manifest": (st.tuples(hostile.json_files(plain), st.booleans()), read_bank),
-        "run config": (_json(run / run_folder.CONFIG), _in_copy(run, run_folder.CONFIG, read_run)),
-        "run result": (_json(run / run_folder.RESULT), _in_copy(run, run_folder.RESULT, read_run)),
+        "run config": (
+            _json(run / finished_run.CONFIG), _in_copy(run, finished_run.CONFIG, read_run)
+        ),
+        "run result": (
+            _json(run / finished_run.RESULT), _in_copy(run, finished_run.RESULT, read_run)
+        ),
         "run metrics": (_records(), read_metrics),
     }  # fmt: skip
 
@@ -221,12 +225,12 @@ def read_bank(value: tuple[bytes, bool], scratch: Path) -> None:
 
 def read_run(folder: Path) -> None:
     """`trained.load_run`, and what a run that goes on there compares."""
-    config = run_folder.read_config(folder)
+    config = finished_run.read_config(folder)
     with contextlib.suppress(UserError):
         run_folder.check(folder, config["settings"], resume=True)
         run_folder.check_same_inputs(folder, {"the base model": "0"})
     settings = Settings.from_json(config["settings"])
-    found = task_models.load_run(folder)
+    found = finished_run.load_run(folder)
     _check_trained(found, [d.task.name for d in settings.tasks])
     names = {name for group in settings.groups for name in group}
     assert all(map(NAME.fullmatch, names))

@@ -16,7 +16,7 @@ from jaxlora import lora
 from jaxlora.formats import huggingface
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import BertConfig, param_shapes
-from jaxlora.serving import export_peft, manifest, tree_files
+from jaxlora.serving import export_peft, finished_run, manifest, tree_files
 from jaxlora.serving.task_models import Served, Trained
 from jaxlora.tasks.task import PARA, SST, STS_COSINE, Task
 from jaxlora.training import run_folder
@@ -110,11 +110,11 @@ def run(folder: Path, source: Trained) -> Path:
         "adapters": dict(source.trees),
         "heads": {name: one.head for name, one in source.served.items() if one.head},
     }
-    tree_files.save(folder / run_folder.MODEL, tree)
+    tree_files.save(folder / finished_run.MODEL, tree)
     inputs = source.fingerprint.to_inputs() | {"the data of sst": "0" * 64}
     config = {"settings": settings.to_json(), "inputs": inputs, "versions": {"jax": "0"}}
-    run_folder.write_json(folder / run_folder.CONFIG, config)
+    run_folder.write_json(folder / finished_run.CONFIG, config)
     dev = dict.fromkeys(source.served, 0.5)
-    model = trees.checksum(tree_files.load(folder / run_folder.MODEL))
-    run_folder.write_json(folder / run_folder.RESULT, {"dev": dev, "model": model})
+    model = trees.checksum(tree_files.load(folder / finished_run.MODEL))
+    run_folder.write_json(folder / finished_run.RESULT, {"dev": dev, "model": model})
     return folder

@@ -19,16 +19,17 @@ from jaxlora.data.quoting import Quoting
 from jaxlora.data.task_files import check_name
 from jaxlora.formats import huggingface
 from jaxlora.formats import peft as peft_files
+from jaxlora.formats.huggingface import absolute
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import param_shapes
 from jaxlora.serving import bank as banks
 from jaxlora.serving import export_merged as merged
 from jaxlora.serving import export_peft as exchange
 from jaxlora.serving import manifest
+from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.serving.predictor import Predictor
-from jaxlora.serving.task_models import Trained, combine_tasks, load_run
-from jaxlora.training.config import absolute
+from jaxlora.serving.task_models import Trained, combine_tasks
 from jaxlora.utils import cache, files, process, trees
 from jaxlora.utils.errors import UserError
 

@@ -216,6 +216,12 @@ def local_folder(base: str) -> Path | None:
         return None
 
 
+def absolute(base: str) -> str:
+    """Return a local folder by its whole path, so that a run can be loaded from anywhere."""
+    folder = local_folder(base)
+    return base if folder is None else str(folder.absolute())
+
+
 def _packaged_minilm() -> Path:
     spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the package without running it
     if spec is None or not spec.submodule_search_locations:

@@ -28,13 +28,11 @@ from jaxlora import lora
 from jaxlora.data.task_files import check_name
 from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.lora import LoraConfig
+from jaxlora.serving import finished_run, tree_files
 from jaxlora.serving import manifest as manifests
-from jaxlora.serving import tree_files
 from jaxlora.serving.manifest import ADAPTERS, HEADS
-from jaxlora.serving.task_models import Served, Trained, from_of_base, load_run
+from jaxlora.serving.task_models import Served, Trained, from_of_base
 from jaxlora.tasks.task import Task
-from jaxlora.training import run_folder
-from jaxlora.training.config import flag
 from jaxlora.utils import files, trees
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.files import LOCK, TEMPORARY
@@ -51,7 +49,7 @@ def add(folder: Path, source: Trained, names: Sequence[str], *, replace: bool = 
 
     Args:
       folder: the bank.
-      source: where the tasks come from, see `trained.load_run`.
+      source: where the tasks come from, see `finished_run.load_run`.
       names: which of its tasks.
       replace: the tasks must be there already and are replaced; else they must be new.
 
@@ -151,9 +149,9 @@ def load_any(folder: Path) -> Trained:
       UserError: if it is neither, or damaged.
     """
     folder = files.local(folder)
-    if not (manifests.exist(folder) or run_folder.exists(folder)):
+    if not (manifests.exist(folder) or finished_run.exists(folder)):
         raise UserError(f"{folder}: neither a bank nor a finished run")
-    return load(folder) if manifests.exist(folder) else load_run(folder)
+    return load(folder) if manifests.exist(folder) else finished_run.load_run(folder)
 
 
 def verify(folder: Path, base: str | None = None) -> list[str]:
@@ -341,7 +339,7 @@ def _check_fits(folder: Path, manifest: Mapping[str, Any], source: Trained) -> N
         if manifest[field] != getattr(source, field):
             raise UserError(
                 f"{folder}: has {field} {manifest[field]}, {source.origin} has "
-                f"{getattr(source, field)}; train with {flag(field)}={manifest[field]}"
+                f"{getattr(source, field)}; train with {field} {manifest[field]}"
             )
 
 

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.cli import curves
 from jaxlora.data.tokenized import Examples
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.serving import inference, tree_files
+from jaxlora.serving import finished_run, inference, tree_files
 from jaxlora.tasks.sharing import group_name
 from jaxlora.tasks.task import Task
 from jaxlora.training import checkpoint, parameter_count, run_folder, sharding, step
@@ -144,17 +143,17 @@ def run(
     with run_folder.only_run(out):
         run_folder.check(out, settings.to_json(), resume)  # another may have come in between
         distributed.wait("nothing is written before all have looked")
-        if not (out / run_folder.RESULT).exists():
+        if not (out / finished_run.RESULT).exists():
             versions = prepare.versions()
             config = {"settings": settings.to_json(), "inputs": inputs, "versions": versions}
-            if not run_folder.exists(out):
-                run_folder.write_json(out / run_folder.CONFIG, config)
+            if not finished_run.exists(out):
+                run_folder.write_json(out / finished_run.CONFIG, config)
             splits = ("dev", "test") if predict_test else ("dev",)
             job = Job(settings, base, data, out, splits, devices, skip_nonfinite)
-            run_folder.write_json(out / run_folder.RESULT, _train_all(job, listener))
+            run_folder.write_json(out / finished_run.RESULT, _train_all(job, listener))
             distributed.wait("the result is written")
         checkpoint.remove_states(out / run_folder.STATES)
-        return run_folder.read_json(out / run_folder.RESULT)
+        return run_folder.read_json(out / finished_run.RESULT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -203,9 +202,7 @@ def _train_groups(
         bank["adapters"][name] = best["trainable"]
         bank["heads"] |= best["heads"]
         test |= scores
-    tree_files.save(job.out / run_folder.MODEL, bank)
-    if distributed.first():
-        curves.draw(log.records, job.out / "curves.png", settings.title)
+    tree_files.save(job.out / finished_run.MODEL, bank)
     result = summarise(settings, prepare.count(settings, job.base), progress, test)
     return result | {"model": trees.checksum(bank)}
 

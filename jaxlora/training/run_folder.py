@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.formats.fingerprint import INPUTS, note_partial
+from jaxlora.serving.finished_run import CONFIG, read_config
 from jaxlora.training.config import Settings, flag
 from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import UserError
 
-CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
-STATES, MODEL = "states", "model"
-_PARTS = ("settings", "inputs")  # of config.json
+METRICS, STATES = "metrics.jsonl", "states"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,24 +37,6 @@ def read_json(path: Path) -> Any:
     if not path.exists():
         raise UserError(f"{path}: missing; is {path.parent} the folder of a run?")
     return files.read_json(path)
-
-
-def exists(out: Path) -> bool:
-    """Whether a folder is a run's, finished or not."""
-    return (out / CONFIG).exists()
-
-
-def read_config(out: Path) -> dict[str, Any]:
-    """A run's `config.json`.
-
-    Raises:
-      UserError: if it is missing, broken, or not a run's.
-    """
-    config = read_json(out / CONFIG)
-    parts = [config.get(part) for part in _PARTS] if isinstance(config, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{out / CONFIG}: not the config of a jaxlora run; name another folder")
-    return config
 
 
 def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
