@@ -270,8 +270,6 @@ def read_json(path: Path) -> Any:
     """
     try:
         return loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # also UTF-8, long numbers, deep nesting

@@ -10,6 +10,7 @@ import peft_oracle
 import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
+from tiny import random_adapter
 
 from jaxlora import lora
 from jaxlora.data.packing import Shape, fill
@@ -34,12 +35,6 @@ CASES = {
     ),
 }  # fmt: skip
 cases = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
-
-
-def random_adapter(params, config, size=0.2):
-    keys = iter(jax.random.split(jax.random.key(7), 100))
-    adapter = lora.init(jax.random.key(0), params, config)
-    return jax.tree.map(lambda x: x + size * jax.random.normal(next(keys), x.shape), adapter)
 
 
 def vectors(base, adapter=None, config=None):

@@ -8,6 +8,7 @@ import numpy as np
 import peft_oracle
 import pytest
 from flax import traverse_util
+from tiny import random_adapter
 
 from jaxlora import lora
 from jaxlora.data.packing import Shape, fill
@@ -24,13 +25,6 @@ SENTENCES = (
 )
 SHORT = (SENTENCES[0], *SENTENCES[2:4])  # tiny has 64 positions
 DEFAULT = LoraConfig()
-
-
-def random_adapter(params, config, size=0.05):
-    """An adapter in which B is not zero."""
-    keys = iter(jax.random.split(jax.random.key(7), 1000))
-    adapter = lora.init(jax.random.key(0), params, config)
-    return jax.tree.map(lambda x: x + size * jax.random.normal(next(keys), x.shape), adapter)
 
 
 def packed(base, sentences=SENTENCES, rows=2):
@@ -243,7 +237,7 @@ def test_merge_and_unmerge_use_alpha_over_rank(rank, alpha):
 
 def test_merged_equals_unmerged_on_real_weights(minilm):
     config = LoraConfig(15, 30.0)
-    adapter, rows = random_adapter(minilm.params, config), packed(minilm)
+    adapter, rows = random_adapter(minilm.params, config, 0.05), packed(minilm)
     base = encode(minilm, {"params": minilm.params}, rows)
     apart = encode(minilm, {"params": minilm.params, "lora": adapter}, rows, config)
     merged = lora.merge(minilm.params, adapter, config)
@@ -422,7 +416,7 @@ def peft_gradients(minilm, adapter, target):
 
 @pytest.mark.slow
 def test_gradients_equal_pefts(minilm):
-    adapter = random_adapter(minilm.params, PEFT_CONFIG)
+    adapter = random_adapter(minilm.params, PEFT_CONFIG, 0.05)
     target = jax.random.normal(jax.random.key(3), (len(SENTENCES), minilm.config.hidden_size))
     rows = packed(minilm)
 
