@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from jaxlora.utils import trees
 from jaxlora.utils.trees import Tree
@@ -160,7 +159,7 @@ def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:
     """
     kernels = {
         path[:-1]: leaf
-        for path, leaf in traverse_util.flatten_dict(params).items()
+        for path, leaf in trees.flatten(params).items()
         if path[-1] == "kernel"
     }
     chosen: dict[Path, jax.Array] = {}
@@ -226,7 +225,7 @@ def init(key: jax.Array, params: Tree, config: LoraConfig) -> Tree:
         bound, rank = fan_in**-0.5, config.rank_of(path)
         flat[*path, "A"] = jax.random.uniform(k, (*lead, fan_in, rank), jnp.float32, -bound, bound)
         flat[*path, "B"] = jnp.zeros((*lead, rank, fan_out), jnp.float32)
-    return traverse_util.unflatten_dict(flat)
+    return trees.unflatten(flat)
 
 
 def delta(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
@@ -273,8 +272,8 @@ def _fold(
     op: Callable[[jax.Array, jax.Array], jax.Array],
     config: LoraConfig,
 ) -> Tree:
-    flat = traverse_util.flatten_dict(params, keep_empty_nodes=True)
-    factors = traverse_util.flatten_dict(adapter)
+    flat = trees.flatten(params, keep_empty=True)
+    factors = trees.flatten(adapter)
     for path in {p[:-1] for p in factors}:
         kernel = (*path, "kernel")
         if kernel not in flat:
@@ -283,7 +282,7 @@ def _fold(
         _check_factors(path, a, b, flat[kernel].shape, config.rank_of(path))
         change = delta(a, b, config.scale_of(path))
         flat[kernel] = op(flat[kernel].astype(jnp.float32), change).astype(flat[kernel].dtype)
-    return traverse_util.unflatten_dict(flat)
+    return trees.unflatten(flat)
 
 
 def _check_factors(path: Path, a: Any, b: Any, kernel: tuple[int, ...], rank: int) -> None:
