@@ -35,11 +35,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562)."""
     if name not in _ON_FIRST_USE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from jaxlora.utils.extras import explained
-
     module, found = _ON_FIRST_USE[name]
-    with explained():
-        globals()[name] = getattr(import_module(module), found)
+    globals()[name] = getattr(import_module(module), found)
     return globals()[name]
 
 

@@ -158,9 +158,7 @@ def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:
     [('self', 'query')]
     """
     kernels = {
-        path[:-1]: leaf
-        for path, leaf in trees.flatten(params).items()
-        if path[-1] == "kernel"
+        path[:-1]: leaf for path, leaf in trees.flatten(params).items() if path[-1] == "kernel"
     }
     chosen: dict[Path, jax.Array] = {}
     for target in config.target_modules:

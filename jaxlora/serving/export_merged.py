@@ -10,10 +10,9 @@ import json
 import re
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
 
 from jaxlora import lora
 from jaxlora.formats import heads, huggingface
@@ -25,6 +24,9 @@ from jaxlora.training.run_folder import write_json, write_text
 from jaxlora.utils.folders import whole
 from jaxlora.utils.json_files import read_object
 from jaxlora.utils.trees import Tree
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 README = "README.md"
 
