@@ -30,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
             return command(words)
     except MissingExtraError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 

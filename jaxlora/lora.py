@@ -21,6 +21,11 @@ import jax.numpy as jnp
 from jaxlora.utils import trees
 from jaxlora.utils.trees import Tree
 
+__all__ = [
+    "LoraConfig", "count_params", "delta", "describe", "init", "matches", "merge", "targets",
+    "unmerge",
+]  # fmt: skip
+
 PAPER_TARGETS = ("query", "key", "value", "attention.output.dense")
 ALL_TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")  # every layer's
 

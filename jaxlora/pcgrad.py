@@ -24,6 +24,10 @@ import optax
 
 from jaxlora.utils.trees import Tree, names
 
+__all__ = [
+    "PCGradState", "combine", "cosines", "gram", "orders", "pcgrad", "project", "sum_tasks",
+]  # fmt: skip
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 _RANDOM = "threefry2x32"  # fixed, so that a state's key data means the same under any JAX setting
 _FEW = 4  # tasks; a matmul of so few rows takes longer than a dot product of each pair
