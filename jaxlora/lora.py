@@ -151,7 +151,7 @@ def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:
     `DenseGeneral`, with several axes for the input or the output, cannot be adapted.
 
     Args:
-      params: a parameter tree, of arrays or of `jax.ShapeDtypeStruct`s.
+      params: a parameter tree, of arrays or of `jax.ShapeDtypeStruct` leaves.
       config: what to adapt.
 
     Raises:
