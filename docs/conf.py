@@ -61,6 +61,7 @@ napoleon_use_ivar = True  # attributes as a list, which the class's own docstrin
 default_role = "code"  # docstrings write code as Markdown does
 html_theme = "furo"
 html_title = f"jaxlora {release}"
+html_show_sourcelink = html_copy_source = False
 exclude_patterns = ["_build"]
 
 
@@ -85,7 +86,8 @@ def undocumented(name: str, value: Any) -> Iterator[str]:
         yield name
     for member, found in vars(value).items() if isinstance(value, type) else ():
         method = isinstance(found, property | staticmethod | classmethod) or callable(found)
-        if method and not member.startswith("_") and not inspect.getdoc(found):
+        shown = member == "__call__" or not member.startswith("_")
+        if method and shown and not inspect.getdoc(found):
             yield f"{name}.{member}"
 
 
@@ -100,7 +102,8 @@ def directive(name: str, value: Any) -> str:
     kind, options = "autofunction", ""
     if isinstance(value, type):
         fields = ", ".join(vars(value).get("__annotations__", {}))
-        kind, options = "autoclass", f"   :members:\n   :exclude-members: {fields}\n"
+        called = "   :special-members: __call__\n" if "__call__" in vars(value) else ""
+        kind, options = "autoclass", f"   :members:\n   :exclude-members: {fields}\n{called}"
     title = name.removeprefix("jaxlora.")
     return f"# {title}\n\n```{{eval-rst}}\n.. {kind}:: {name}\n{options}```\n"
 

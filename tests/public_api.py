@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-import optax
+import optax  # type: ignore[import-untyped]
 
 import jaxlora
 from jaxlora import lora

@@ -227,12 +227,48 @@ def test_the_wheel_trains_keeps_a_bank_predicts_and_exports(installed, tiny_base
     assert outside(installed, tmp_path, "jaxlora", "--version") == f"jaxlora {version}\n"
 
 
+WRONG = """import jaxlora
+
+jaxlora.load(3)
+jaxlora.pcgrad("two")
+jaxlora.Answer("sst").labels
+"""
+
+
+def check(installed, folder, *words):
+    """Check `public_api.py` and WRONG with a type checker that sees the installed wheel alone."""
+    (folder / "wrong.py").write_text(WRONG)
+    (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard"}')
+    shutil.copy(ROOT / "tests" / "public_api.py", folder)
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MYPYPATH")}
+    command = [sys.executable, "-m", *words, "public_api.py", "wrong.py"]
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, check=False
+    ).stdout
+
+
 @pytest.mark.slow
 def test_a_program_outside_passes_mypy_strict(installed, tmp_path):
-    shutil.copy(ROOT / "tests" / "public_api.py", tmp_path)
-    words = ["--strict", "--config-file=", f"--python-executable={installed / 'bin' / 'python'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", *words, "public_api.py"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+    """The types of lazy names, too, are known: misuse is found."""
+    where = f"--python-executable={installed / 'bin' / 'python'}"
+    said = check(installed, tmp_path, "mypy", "--strict", "--config-file=", where)
+    assert re.findall(r"^(\S+):(\d+): error: .*\[(\S+)\]$", said, re.MULTILINE) == [
+        ("wrong.py", "3", "arg-type"),
+        ("wrong.py", "4", "arg-type"),
+        ("wrong.py", "5", "call-arg"),
+        ("wrong.py", "5", "attr-defined"),
+    ]
+
+
+@pytest.mark.slow
+def test_a_program_outside_passes_pyright(installed, tmp_path):
+    """As mypy; basedpyright is pyright in a wheel with its own Node."""
+    where = f"--pythonpath={installed / 'bin' / 'python'}"
+    said = check(installed, tmp_path, "basedpyright", "--outputjson", where)
+    found = [d for d in json.loads(said)["generalDiagnostics"] if d["severity"] == "error"]
+    assert [(Path(d["file"]).name, d["range"]["start"]["line"] + 1, d["rule"]) for d in found] == [
+        ("wrong.py", 3, "reportArgumentType"),
+        ("wrong.py", 4, "reportArgumentType"),
+        ("wrong.py", 5, "reportCallIssue"),
+        ("wrong.py", 5, "reportAttributeAccessIssue"),
+    ]
