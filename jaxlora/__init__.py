@@ -1,12 +1,45 @@
-"""jaxlora: one frozen BERT, many tasks; LoRA and PCGrad as functions over pytrees."""
+"""jaxlora: one frozen BERT, many tasks; LoRA and PCGrad as functions over pytrees.
+
+`pcgrad`, `sum_tasks` and `lora` need jax, numpy and optax only. What needs more (`load`,
+`Predictor`, `Answer`, `load_base`) is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from jaxlora import lora
 from jaxlora.pcgrad import PCGradState, pcgrad, sum_tasks
-from jaxlora.serving.predictor import Answer, Predictor, load
 from jaxlora.utils.errors import UserError
 
-__all__ = [
-    "Answer", "PCGradState", "Predictor", "UserError", "load", "lora", "pcgrad", "sum_tasks",
-]  # fmt: skip
+if TYPE_CHECKING:
+    from jaxlora.formats.huggingface import load as load_base
+    from jaxlora.serving.predictor import Answer, Predictor, load
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Answer", "PCGradState", "Predictor", "UserError", "load", "load_base", "lora", "pcgrad",
+    "sum_tasks",
+]  # fmt: skip
+
+# Public name → its module, and its name there.
+_ON_FIRST_USE = {
+    "Answer": ("jaxlora.serving.predictor", "Answer"),
+    "Predictor": ("jaxlora.serving.predictor", "Predictor"),
+    "load": ("jaxlora.serving.predictor", "load"),
+    "load_base": ("jaxlora.formats.huggingface", "load"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, found = _ON_FIRST_USE[name]
+    globals()[name] = getattr(import_module(module), found)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    """List the public names, those included that are not imported yet."""
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
 """One of two processes: `python tests/two.py FAULT FLAGS …`, run by test_processes.py.
 
-It is `experiments/run.py`, in which something happens at a known moment: FAULT is JSON, with `at`
+It is `jaxlora train`, in which something happens at a known moment: FAULT is JSON, with `at`
 (`data`, `group`, a step's number, `save`, `result` or `end`) and a `signal` or what is `raised`.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments import run
+from jaxlora.__main__ import main
 from jaxlora.cli import console
 from jaxlora.serving import finished_run, tree_files
 from jaxlora.training import checkpoint, inputs, run_folder
@@ -60,4 +60,4 @@ if __name__ == "__main__":
         "write_json",
         lambda path, _: "result" if path.name == finished_run.RESULT else "",
     )
-    sys.exit(run.cli(sys.argv[2:]))
+    sys.exit(main(["train", *sys.argv[2:]]))

@@ -1,4 +1,4 @@
-"""The command `jaxlora`: banks of adapters, predictions, exports and imports, and plans."""
+"""The command `jaxlora`: training, banks of adapters, predictions, exports, imports and plans."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.serving.predictor import Predictor
 from jaxlora.serving.task_models import Trained, combine_tasks
+from jaxlora.training.config import Flags
 from jaxlora.utils import cache, files, process, trees
 from jaxlora.utils.errors import UserError
 
@@ -41,6 +42,17 @@ CONSOLE = Console()
 def say(text: str) -> None:
     """A line of its own, however long its paths are."""
     CONSOLE.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def train(flags: Annotated[Flags, tyro.conf.arg(name="")]) -> None:
+    """Train one of the paper's variants, on its tasks or your own, and show dev scores.
+
+    Flags that are left out take the preset's value (shown by the first lines of a run).
+    """
+    # Only this command needs what the extra "train" brings.
+    from jaxlora.cli import train as training
+
+    training.train(flags)
 
 
 def bank_add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
@@ -352,7 +364,7 @@ def plan(
     Args:
       variant: the paper's variants, one or more.
       base: minilm, bert-base, bert-large, 1b, 3b, 10b, or Hugging Face folders.
-      mesh: devices, as `experiments/run.py --mesh` takes them.
+      mesh: devices, as `jaxlora train --mesh` takes them.
       batch_size: examples of each task in a step.
       sentence_length: tokens of a sentence on the average.
       row_length: tokens of a row, into which sentences are packed.
@@ -400,6 +412,7 @@ GROUPS = {
     "import": Commands("Take over a task from other programs.", {"peft": import_peft}),
 }
 ALONE: dict[str, Callable[..., None]] = {
+    "train": train,
     "predict": predict,
     "combine": combine,
     "plan": plan,

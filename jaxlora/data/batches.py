@@ -7,12 +7,15 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from jaxlora.data import packing
 from jaxlora.data.tokenized import Examples
 from jaxlora.nn.encode import PackedTokens
+from jaxlora.utils.extras import explained
+
+with explained():
+    import grain
 
 LOOKED_AT = 2048  # of a run's batches when its shapes are chosen: a second, however long it is
 

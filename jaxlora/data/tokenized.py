@@ -11,10 +11,9 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from jaxlora.data import sources
 from jaxlora.data.raw_examples import Row, is_blank, sentences
@@ -22,6 +21,9 @@ from jaxlora.tasks.task import Task
 from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.schema import encodable
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 MOST_LISTED = 10
 
@@ -192,7 +194,7 @@ def truncating(tokenizer: Tokenizer, max_length: int) -> Tokenizer:
       tokenizer: a fast tokenizer; its own truncation and padding stay as set.
       max_length: longer sentences lose their last words and keep `[CLS]` and `[SEP]`.
     """
-    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy = type(tokenizer).from_str(tokenizer.to_str())
     copy.no_padding()
     copy.enable_truncation(max_length)
     return copy

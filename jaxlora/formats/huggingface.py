@@ -15,19 +15,22 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 
 from jaxlora.formats import tokenizer as base_tokenizer
 from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.nn.bert import ACTIVATIONS, BertConfig, param_shapes
 from jaxlora.utils import schema
 from jaxlora.utils.errors import UserError
+from jaxlora.utils.extras import explained
 from jaxlora.utils.files import read_object
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 MINILM = "minilm"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -230,8 +233,9 @@ def _packaged_minilm() -> Path:
 
 
 def _download(base: str, revision: str | None) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    with explained():
+        import huggingface_hub
+        from huggingface_hub import errors
 
     try:
         return Path(
@@ -239,7 +243,9 @@ def _download(base: str, revision: str | None) -> Path:
                 base, revision=revision, allow_patterns=list(_HUB_FILES)
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    except (
+        errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError
+    ) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MissingBaseError(
             f"--base {base}{'@' * bool(revision)}{revision or ''}: not a local folder, and the hub "

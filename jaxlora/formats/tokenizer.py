@@ -12,12 +12,14 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from jaxlora.utils.errors import UserError
+from jaxlora.utils.extras import explained
 from jaxlora.utils.files import read_object
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 CONFIG = "tokenizer_config.json"
 # Files that transformers' tokenizers read; none is a pickle, and the hub is asked for these alone.
@@ -75,7 +77,8 @@ def essence(tokenizer: Tokenizer) -> dict[str, Any]:
 def _import_transformers() -> Any:
     """transformers, which would say at each start that torch is missing."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers
+    with explained():
+        import transformers
 
     return transformers
 

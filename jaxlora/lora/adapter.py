@@ -10,10 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from jaxlora.utils import trees
 from jaxlora.utils.trees import Tree
+
+__all__ = [
+    "LoraConfig", "count_params", "delta", "describe", "init", "matches", "merge", "targets",
+    "unmerge",
+]  # fmt: skip
 
 PAPER_TARGETS = ("query", "key", "value", "attention.output.dense")
 ALL_TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")  # every layer's
@@ -140,7 +144,7 @@ def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:
     `DenseGeneral`, with several axes for the input or the output, cannot be adapted.
 
     Args:
-      params: a parameter tree, of arrays or of `jax.ShapeDtypeStruct`s.
+      params: a parameter tree, of arrays or of `jax.ShapeDtypeStruct` leaves.
       config: what to adapt.
 
     Raises:
@@ -152,9 +156,7 @@ def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:
     [('self', 'query')]
     """
     kernels = {
-        path[:-1]: leaf
-        for path, leaf in traverse_util.flatten_dict(params).items()
-        if path[-1] == "kernel"
+        path[:-1]: leaf for path, leaf in trees.flatten(params).items() if path[-1] == "kernel"
     }
     chosen: dict[Path, jax.Array] = {}
     for target in config.target_modules:
@@ -219,7 +221,7 @@ def init(key: jax.Array, params: Tree, config: LoraConfig) -> Tree:
         bound, rank = fan_in**-0.5, config.rank_of(path)
         flat[*path, "A"] = jax.random.uniform(k, (*lead, fan_in, rank), jnp.float32, -bound, bound)
         flat[*path, "B"] = jnp.zeros((*lead, rank, fan_out), jnp.float32)
-    return traverse_util.unflatten_dict(flat)
+    return trees.unflatten(flat)
 
 
 def delta(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
@@ -266,8 +268,10 @@ def _fold(
     op: Callable[[jax.Array, jax.Array], jax.Array],
     config: LoraConfig,
 ) -> Tree:
-    flat = traverse_util.flatten_dict(params, keep_empty_nodes=True)
-    factors = traverse_util.flatten_dict(adapter)
+    flat = trees.flatten(params, keep_empty=True)
+    factors: dict[Path, Any] = trees.flatten(adapter)
+    a: Any
+    b: Any
     for path in {p[:-1] for p in factors}:
         kernel = (*path, "kernel")
         if kernel not in flat:
@@ -276,7 +280,7 @@ def _fold(
         _check_factors(path, a, b, flat[kernel].shape, config.rank_of(path))
         change = delta(a, b, config.scale_of(path))
         flat[kernel] = op(flat[kernel].astype(jnp.float32), change).astype(flat[kernel].dtype)
-    return traverse_util.unflatten_dict(flat)
+    return trees.unflatten(flat)
 
 
 def _check_factors(path: Path, a: Any, b: Any, kernel: tuple[int, ...], rank: int) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from jaxlora.lora.adapter import Adapter, Path, describe
+from jaxlora.utils import trees
 from jaxlora.utils.trees import Tree
 
 
@@ -38,7 +38,7 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         raise ValueError(f"got {len(adapters)} adapters and {len(weights)} weights")
     parts: dict[Path, list[tuple[jax.Array, jax.Array]]] = {}
     for (tree, config), weight in zip(adapters, weights, strict=True):
-        flat = traverse_util.flatten_dict(tree)
+        flat = trees.flatten(tree)
         for path in sorted({path[:-1] for path in flat}):
             a, b = (jnp.asarray(flat[*path, name]) for name in "AB")
             parts.setdefault(path, []).append((a, weight * config.scale_of(path) * b))
@@ -71,7 +71,7 @@ def truncate(adapter: Adapter, rank: int) -> Adapter:
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     tree, config = adapter
-    flat, factors = traverse_util.flatten_dict(tree), {}
+    flat, factors = trees.flatten(tree), {}
     for path in sorted({path[:-1] for path in flat}):
         a, b = (jnp.asarray(flat[*path, name]) for name in "AB")
         factors[path] = _truncate(a, config.scale_of(path) * b, rank)
@@ -100,5 +100,5 @@ def _unscaled(factors: dict[Path, tuple[jax.Array, jax.Array]]) -> Adapter:
     for path, (a, b) in factors.items():
         flat[*path, "A"], flat[*path, "B"] = a, b
     ranks = {path: (a.shape[-1], float(a.shape[-1])) for path, (a, _) in factors.items()}
-    tree: Tree = traverse_util.unflatten_dict(flat)
+    tree: Tree = trees.unflatten(flat)
     return tree, describe(ranks)

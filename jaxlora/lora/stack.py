@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from jaxlora.lora.adapter import Adapter, LoraConfig, Path, describe
+from jaxlora.utils import trees
 from jaxlora.utils.trees import Tree
 
 
@@ -31,7 +31,7 @@ def stack(adapters: Sequence[Adapter | None]) -> tuple[list[Tree], LoraConfig]:
     >>> wide["q"]["B"].tolist(), zero["q"]["A"].shape, config.scale_of(("q",))
     ([[2.0, 2.0]], (3, 1), 1.0)
     """
-    flat = [None if a is None else (traverse_util.flatten_dict(a[0]), a[1]) for a in adapters]
+    flat = [None if a is None else (trees.flatten(a[0]), a[1]) for a in adapters]
     shapes: dict[Path, tuple[int, ...]] = {}
     for found in flat:
         for path, x in found[0].items() if found else ():
@@ -54,4 +54,4 @@ def _widen(
             x = jnp.asarray(found[0][path])
             x = x * found[1].scale_of(path[:-1]) if path[-1] == "B" else x
         out[path] = jnp.pad(x, [(0, to - n) for n, to in zip(x.shape, shape, strict=True)])
-    return traverse_util.unflatten_dict(out)
+    return trees.unflatten(out)

@@ -10,10 +10,9 @@ import json
 import re
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
 
 from jaxlora import lora
 from jaxlora.formats import heads, huggingface
@@ -23,6 +22,9 @@ from jaxlora.serving.task_models import Served, Trained
 from jaxlora.tasks.task import HEADS, SPAN, Task
 from jaxlora.utils.files import atomic_dir, read_object, write_json, write_text
 from jaxlora.utils.trees import Tree
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 README = "README.md"
 

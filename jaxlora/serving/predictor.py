@@ -7,12 +7,11 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Tokenizer
 
 from jaxlora import lora
 from jaxlora.data.raw_examples import is_blank
@@ -26,6 +25,9 @@ from jaxlora.serving.task_models import Trained
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import Tree
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Whole encoders that a predictor keeps on the device, those used last; more wait in host memory.
 MOST_ON_DEVICE = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Tree = Any
+Path = tuple[str, ...]
 
 
 def broadcast(tree: Tree, count: int) -> Tree:
@@ -42,6 +44,43 @@ def names(tree: Tree) -> list[str]:
     """
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+
+
+def flatten(tree: Mapping[str, Any], keep_empty: bool = False) -> dict[Path, Any]:
+    """Return the leaves of nested dicts by their paths.
+
+    Flax's `traverse_util` does the same, and takes longer to import than all of optax.
+
+    Args:
+      tree: nested dicts with string keys.
+      keep_empty: list an empty dict as a leaf; without it `unflatten` does not bring it back.
+
+    >>> flatten({"layer": {"kernel": 1, "bias": 2}, "pooler": {}})
+    {('layer', 'kernel'): 1, ('layer', 'bias'): 2}
+    """
+    flat: dict[Path, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            below = flatten(value, keep_empty)
+            flat |= {(key, *path): leaf for path, leaf in below.items()}
+        elif keep_empty or not isinstance(value, Mapping):
+            flat[key,] = value
+    return flat
+
+
+def unflatten(flat: Mapping[Path, Any]) -> dict[str, Any]:
+    """Build nested dicts from their leaves by path: the inverse of `flatten`.
+
+    >>> unflatten({("layer", "kernel"): 1, ("layer", "bias"): 2})
+    {'layer': {'kernel': 1, 'bias': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for (*parents, last), value in flat.items():
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
 
 
 def checksum(tree: Tree) -> str:

@@ -1,7 +1,6 @@
 """Bad input: a message that names file, line or flag, exit code 2, and nothing written."""
 
 import dataclasses
-import importlib.util
 import io
 import json
 import re
@@ -12,20 +11,16 @@ import pytest
 from rich.console import Console
 from tiny import write_data
 
+from jaxlora.__main__ import main
 from jaxlora.cli import console as report
 from jaxlora.training import config as settings
-
-SPEC = importlib.util.spec_from_file_location(
-    "run", Path(__file__).parents[2] / "experiments" / "run.py"
-)
-run = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(run)
+from jaxlora.utils import process
 
 
 @pytest.fixture
 def folders(tiny_base, tmp_path, monkeypatch):
     """A data folder and a base folder that a test may spoil, and an empty place to run in."""
-    monkeypatch.setattr(run.host, "keep_programs", lambda folder: None)
+    monkeypatch.setattr(process, "keep_programs", lambda folder: None)
     data = write_data(tmp_path / "data")
     base = shutil.copytree(tiny_base, tmp_path / "base")
     (tmp_path / "cwd").mkdir()
@@ -44,7 +39,7 @@ def call(folders, *flags, variant="lora3"):
     }
     given = {f.split("=")[0] for f in flags}
     rest = [f"{k}={v}" for k, v in defaults.items() if k not in given]
-    return run.cli([f"--variant={variant}", *rest, *flags])
+    return main(["train", f"--variant={variant}", *rest, *flags])
 
 
 def edit(path, change):
@@ -168,7 +163,7 @@ def test_bad_base(folders, capsys, name):
 
 
 def test_cs224n_needs_a_data_dir(capsys):
-    assert run.cli(["--variant=lora3", "--preset=cs224n"]) == 2
+    assert main(["train", "--variant=lora3", "--preset=cs224n"]) == 2
     assert "--data-dir" in capsys.readouterr().err
 
 
@@ -231,7 +226,7 @@ def test_run_prints_plan_and_table(folders, capsys):
 
 def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
-        run.cli(["--help"])
+        main(["train", "--help"])
     assert stop.value.code == 0
     named = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     assert {settings.flag(field.name) for field in dataclasses.fields(settings.Flags)} <= named

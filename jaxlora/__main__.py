@@ -1,0 +1,38 @@
+"""The command `jaxlora`, also as `python -m jaxlora`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import jaxlora
+from jaxlora.utils.extras import MissingExtraError, explained
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; the console script calls this.
+
+    It imports the commands only now, so that a missing package is reported in one line.
+
+    Args:
+      args: words after the program's name; default: those of the process.
+
+    Returns:
+      The exit code: 2 for bad input or a missing package, 130 when interrupted.
+    """
+    words = sys.argv[1:] if args is None else list(args)
+    if words == ["--version"]:
+        print(f"jaxlora {jaxlora.__version__}")
+        return 0
+    try:
+        with explained():
+            from jaxlora.cli.main import main as command
+
+            return command(words)
+    except MissingExtraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
