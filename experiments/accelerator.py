@@ -21,12 +21,14 @@ from rich.table import Table
 
 from jaxlora import lora
 from jaxlora.data import packing
+from jaxlora.data.batches import Batch
 from jaxlora.formats import huggingface
 from jaxlora.nn import bert
+from jaxlora.nn.encode import PackedTokens, encoder
 from jaxlora.pcgrad import combine, gram, orders, project
 from jaxlora.tasks import task as tasks
 from jaxlora.tasks.sharing import VARIANTS, Variant
-from jaxlora.training import step
+from jaxlora.training import optimizer, step
 from jaxlora.utils import process, trees
 
 TOLERANCE = 2e-3  # relative, after two AdamW steps in float32
@@ -52,7 +54,7 @@ def difference(a: Any, b: Any) -> float:
                          for x, y in pairs]))  # fmt: skip
 
 
-def random_batch(num_tasks: int, vocabulary: int, mixed: bool) -> step.Batch:
+def random_batch(num_tasks: int, vocabulary: int, mixed: bool) -> Batch:
     """Sentences of 5 to 19 random tokens, all in the same rows or each task in its own."""
     rng, slots = np.random.default_rng(0), 2 * BATCH
     count = num_tasks * slots
@@ -66,8 +68,8 @@ def random_batch(num_tasks: int, vocabulary: int, mixed: bool) -> step.Batch:
     else:
         parts = [sentences[t * slots : (t + 1) * slots] for t in range(num_tasks)]
         rows = [packing.fill(part, range(slots), slots, SHAPE) for part in parts]
-        inputs = step.Rows(*map(np.stack, zip(*rows, strict=True)))
-    return step.Batch(inputs, labels, np.ones_like(labels))
+        inputs = PackedTokens(*map(np.stack, zip(*rows, strict=True)))
+    return Batch(inputs, labels, np.ones_like(labels))
 
 
 def two_steps(
@@ -78,9 +80,9 @@ def two_steps(
     names = variant.groups[0]
     adapter = lora.LoraConfig()
     with jax.default_device(device):
-        encode = step.encoder(config, jnp.float32, adapter, "mean")
+        encode = encoder(config, jnp.float32, adapter, "mean")
         chosen = tuple(t for t in tasks.paper_tasks(variant.sts_loss) if t.name in names)
-        txs = step.optimizers(len(names), 1e-3, 1e-3)
+        txs = optimizer.optimizers(len(names), 1e-3, 1e-3)
         mixed = variant.adapt == "lora"  # a frozen encoder encodes here, too, at every step
         encode_tasks = step.task_encoder("lora" if mixed else "full", encode, len(names))
         setup = step.Setup(chosen, encode_tasks, *txs, config.hidden_size, dropout=0.0)

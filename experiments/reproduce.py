@@ -23,7 +23,7 @@ from experiments.studies import EXTRAS, STUDIES, command, study
 from jaxlora.cli.console import say
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.training import config, run_folder
-from jaxlora.utils import folders, process
+from jaxlora.utils import files, process
 from jaxlora.utils.errors import UserError
 
 
@@ -96,7 +96,7 @@ class Flags(Common):
     @property
     def root(self) -> Path:
         """The folder of all runs."""
-        return folders.local(self.out or Path("runs") / "reproduce" / self.preset)
+        return files.local(self.out or Path("runs") / "reproduce" / self.preset)
 
 
 def chosen(flags: Flags) -> list[str]:

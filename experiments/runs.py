@@ -14,6 +14,7 @@ from typing import Any
 from experiments.studies import Study, arguments
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
+from jaxlora.serving import finished_run
 from jaxlora.training import inputs as prepare
 from jaxlora.training import run_folder
 from jaxlora.training.config import Flags, Settings, resolve
@@ -67,7 +68,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether there is a result."""
-        return (self.out / run_folder.RESULT).exists()
+        return (self.out / finished_run.RESULT).exists()
 
     @property
     def total(self) -> int:
@@ -87,7 +88,7 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """The content of `result.json`."""
-        content: dict[str, Any] = run_folder.read_json(self.out / run_folder.RESULT)
+        content: dict[str, Any] = run_folder.read_json(self.out / finished_run.RESULT)
         return content
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.bench import harness
-from experiments.bench.work import Steps
+from benchmarks import harness
+from benchmarks.work import Steps
 from experiments.runs import Run
 from jaxlora.formats import huggingface
 from jaxlora.training import inputs, run_folder, sharding, task_group

@@ -8,9 +8,11 @@ import numpy as np
 
 from jaxlora import lora
 from jaxlora.cli import cost_table
+from jaxlora.data.batches import Batch
 from jaxlora.nn import bert
+from jaxlora.nn.encode import PackedTokens, encoder
 from jaxlora.tasks.task import paper_tasks
-from jaxlora.training import cost, step
+from jaxlora.training import cost, optimizer, step
 from jaxlora.training import sharding as meshes
 
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
@@ -29,10 +31,10 @@ def wide(adapt, text, **more):
 def shapes(work):
     """What a `plan.Work`'s step is made of, and the shapes of (frozen, state)."""
     count, dtype = len(work.tasks), jnp.dtype(work.dtype)
-    encode = step.encoder(work.config, dtype, work.adapter, "mean")
+    encode = encoder(work.config, dtype, work.adapter, "mean")
     setup = step.Setup(
         work.tasks, step.task_encoder(work.adapt, encode, count),
-        *step.optimizers(count, 1e-4, 1e-3, weight_decay=0.01), work.config.hidden_size,
+        *optimizer.optimizers(count, 1e-4, 1e-3, weight_decay=0.01), work.config.hidden_size,
         work.pair_features,
     )  # fmt: skip
 
@@ -74,8 +76,8 @@ def batch_shapes(work):
     lead = (count,) if work.adapt == "full" else ()
     rows = jax.ShapeDtypeStruct((*lead, work.rows, work.row_length), jnp.int32)
     starts = jax.ShapeDtypeStruct((*lead, size) if lead else (count * size,), jnp.int32)
-    inputs = vectors if work.adapt == "frozen" else step.Rows(rows, rows, rows, starts)
-    return step.Batch(inputs, numbers, numbers)
+    inputs = vectors if work.adapt == "frozen" else PackedTokens(rows, rows, rows, starts)
+    return Batch(inputs, numbers, numbers)
 
 
 def collectives(text):

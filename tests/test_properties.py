@@ -1,4 +1,4 @@
-"""Whatever comes in: a right result, or the documented error (inputs: `experiments.fuzz`)."""
+"""Whatever comes in: a right result, or the documented error (inputs: `tests.fuzz`)."""
 
 import csv
 import dataclasses
@@ -11,10 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.fuzz import hostile
-from experiments.fuzz.__main__ import cli, fuzz
-from experiments.fuzz.samples import TASKS, tokenizer
-from experiments.fuzz.targets import Target, all_targets
 from jaxlora.data import cs224n, tables
 from jaxlora.data.batches import make_order, plan
 from jaxlora.data.task_files import Description
@@ -25,6 +21,10 @@ from jaxlora.tasks.task import NAMES, PARA, SST, Task
 from jaxlora.training import sharding
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.schema import build
+from tests.fuzz import hostile
+from tests.fuzz.__main__ import cli, fuzz
+from tests.fuzz.samples import TASKS, tokenizer
+from tests.fuzz.targets import Target, all_targets
 
 quick = settings(max_examples=60, deadline=None)
 # Texts that a table can hold: UTF-8, no NUL, not blank; `read` strips them.
@@ -50,7 +50,7 @@ def test_the_command_fails_where_a_target_does(monkeypatch, capsys):
         assert value != "mesh"
 
     words = Target("words", st.sampled_from(("mesh", "groups")), check)
-    monkeypatch.setattr("experiments.fuzz.__main__.all_targets", lambda folder: {"words": words})
+    monkeypatch.setattr("tests.fuzz.__main__.all_targets", lambda folder: {"words": words})
     assert cli(["--inputs=10"]) == 1
     assert "words, seed 0: AssertionError" in capsys.readouterr().out
     assert cli(["--only=other"]) == 2

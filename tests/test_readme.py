@@ -25,7 +25,7 @@ def section(name):
 def test_speed_names_the_peers_habits_and_our_misses():
     """Figures as the bench measured them, those among them in which the peer is better."""
     said = section("Speed")
-    bench = (ROOT / "experiments" / "bench" / "RESULTS.md").read_text(encoding="utf-8")
+    bench = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
     assert "eager" in said and "pads" in said
     one = re.search(r"^\| 1 \|.*\| ([\d.]+) \| [\d.e-]+ \|$", bench, re.MULTILINE)[1]
     assert f"| one request, three adapters loaded | **{one}** |" in said

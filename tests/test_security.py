@@ -19,15 +19,16 @@ import jaxlora
 from jaxlora.data import official, tokenized
 from jaxlora.formats import huggingface
 from jaxlora.formats import peft as peft_files
-from jaxlora.serving import bank, export_peft, manifest
-from jaxlora.serving.task_models import load_run
-from jaxlora.training import checkpoint, run_folder
+from jaxlora.serving import bank, export_peft, finished_run, manifest, tree_files
+from jaxlora.serving.finished_run import load_run
 from jaxlora.training import run as train
 from jaxlora.training.config import Flags, Settings, resolve
 from jaxlora.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted([*(ROOT / "jaxlora").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")])
+SOURCES = sorted(
+    p for d in ("jaxlora", "experiments", "benchmarks") for p in (ROOT / d).rglob("*.py")
+)
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_pickles_in_a_checkpoint_are_never_opened(run, folder, trap):
     """Every file of a run's model and of a bank, replaced by a pickle, one after the other."""
     content, sprung = trap
     copy = shutil.copytree(run, folder / "run")
-    places = [(copy / run_folder.MODEL, load_run, copy)]
+    places = [(copy / finished_run.MODEL, load_run, copy)]
     kept = folder / "bank"
     places += [(kept / part, bank.load, kept) for part in (bank.ADAPTERS, bank.HEADS)]
     refused = 0
@@ -150,7 +151,7 @@ def test_a_folder_of_pickles_is_no_checkpoint(tmp_path, trap):
         (tmp_path / "model").mkdir(exist_ok=True)
         (tmp_path / "model" / name).write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
-        checkpoint.load_tree(tmp_path / "model")
+        tree_files.load(tmp_path / "model")
     assert not sprung.exists()
 
 
@@ -179,7 +180,7 @@ def test_nothing_that_could_run_code_is_called(path):
     for name, keywords in calls(tree):
         assert name not in ("eval", "exec", "compile", "__import__", "torch.load", "yaml.load")
         # Of these a folder chooses the class; the speed suite loads its own.
-        assert not name.startswith("Auto") or "bench" in path.parts
+        assert not name.startswith("Auto") or "benchmarks" in path.parts
         assert keywords.get("trust_remote_code", "False") == "False"
         assert keywords.get("allow_pickle", "False") == "False"
         assert name != "np.load" or keywords.get("allow_pickle") == "False"
@@ -281,7 +282,7 @@ def test_names_in_a_manifest_are_no_paths(folder, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_names_in_a_run_are_no_paths(run, tmp_path, name):
     copy = shutil.copytree(run, tmp_path / "run")
-    config = json.loads((copy / run_folder.CONFIG).read_text())
+    config = json.loads((copy / finished_run.CONFIG).read_text())
     sound = config["settings"]
     groups = [[*sound["groups"][0], name], *sound["groups"][1:]]
     tasks = [sound["tasks"][0] | {"task": sound["tasks"][0]["task"] | {"name": name}}]
@@ -289,7 +290,7 @@ def test_names_in_a_run_are_no_paths(run, tmp_path, name):
     for changed in ({"groups": groups}, renamed):
         with pytest.raises(UserError):
             Settings.from_json(sound | changed)
-        (copy / run_folder.CONFIG).write_text(json.dumps(config | {"settings": sound | changed}))
+        (copy / finished_run.CONFIG).write_text(json.dumps(config | {"settings": sound | changed}))
         with pytest.raises(UserError, match=r"config\.json: "):
             load_run(copy)
 
@@ -372,9 +373,11 @@ OPEN = """
 import os, runpy, sys
 os.umask(0)
 from pathlib import Path
-from jaxlora import bank, cli, exchange, train
+from jaxlora.cli import main as cli
+from jaxlora.serving import bank, export_peft
+from jaxlora.training import run as train
 from jaxlora.training.config import Flags, resolve
-from jaxlora.serving.task_models import load_run
+from jaxlora.serving.finished_run import load_run
 sys.path.insert(0, {tests!r})
 from tiny import Silent
 out = Path({out!r})
@@ -387,7 +390,7 @@ except SystemExit as end:
 flags = Flags("lora1", base={base!r}, data_dir=Path({data!r}), rank=2, max_steps=1, max_length=16)
 train.run(resolve(flags), out / "by-library", Silent())
 bank.add(out / "bank", load_run(out / "by-library"), ["sst", "sts"])
-exchange.save(out / "peft", bank.load(out / "bank"), "sst")
+export_peft.save(out / "peft", bank.load(out / "bank"), "sst")
 (out / "requests.tsv").write_text("task\\tsentence\\nsst\\ta film\\n")
 (out / "requests.tsv").chmod(0o644)
 os.chdir(out)

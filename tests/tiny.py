@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxlora import lora
+
 WORDS = ("the", "a", "film", "was", "good", "bad", "not", "very", "dog", "cat", "runs", "in")
 SIZES = {"sst": 26, "para": 40, "sts": 19}
 # Seven steps a group, evaluations after 2, 4, 6 and 7: a stop in between loses some steps.
@@ -35,6 +37,13 @@ def leaves_equal(a: object, b: object) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def random_adapter(params, config: lora.LoraConfig, size: float = 0.2):
+    """An adapter in which B is not zero."""
+    adapter = lora.init(jax.random.key(0), params, config)
+    keys = iter(jax.random.split(jax.random.key(7), len(jax.tree.leaves(adapter))))
+    return jax.tree.map(lambda x: x + size * jax.random.normal(next(keys), x.shape), adapter)
 
 
 def sentence(rng: random.Random) -> str:

@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from jaxlora.__main__ import main
 from jaxlora.cli import console
+from jaxlora.serving import finished_run, tree_files
 from jaxlora.training import checkpoint, inputs, run_folder
 from jaxlora.utils.errors import UserError
 
-FAULT = json.loads(sys.argv[1])
+FAULT: dict = {}
 RAISED = {
     "user": UserError("sst.csv:3: the label is no number; mend it"),
     "disk": OSError(errno.ENOSPC, "No space left on device"),
@@ -47,10 +48,16 @@ def before(owner, name, at):
     setattr(owner, name, replaced)
 
 
-before(inputs, "load_data", lambda *_: "data")
-before(console.ConsoleListener, "group", lambda *_: "group")
-before(console.ConsoleListener, "record", lambda _, record: record["step"])
-before(checkpoint, "_sums", lambda *_: "save")
-before(checkpoint, "save_tree", lambda *_: "end")
-before(run_folder, "write_json", lambda path, _: "result" if path.name == run_folder.RESULT else "")
-sys.exit(main(["train", *sys.argv[2:]]))
+if __name__ == "__main__":
+    FAULT |= json.loads(sys.argv[1])
+    before(inputs, "load_data", lambda *_: "data")
+    before(console.ConsoleListener, "group", lambda *_: "group")
+    before(console.ConsoleListener, "record", lambda _, record: record["step"])
+    before(checkpoint, "_sums", lambda *_: "save")
+    before(tree_files, "save", lambda *_: "end")
+    before(
+        run_folder,
+        "write_json",
+        lambda path, _: "result" if path.name == finished_run.RESULT else "",
+    )
+    sys.exit(main(["train", *sys.argv[2:]]))

@@ -17,7 +17,7 @@ from experiments.report import (
     times,
 )
 from experiments.report.collect import collect
-from jaxlora.training.run_folder import write_text
+from jaxlora.utils.files import write_text
 
 PAGE, MARKDOWN, TABLES, FIGURES = "report.html", "results.md", "tables", "figures"
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from experiments.report import files
+from jaxlora.serving import finished_run
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.tasks.task import NAMES
 from jaxlora.training import run_folder
@@ -277,9 +278,9 @@ def _order(planned: Iterable[str]) -> Any:
 
 def _unfinished(folder: Path) -> str:
     """Why a run cannot be reported, or nothing."""
-    if (folder / run_folder.RESULT).exists():
+    if (folder / finished_run.RESULT).exists():
         return ""
-    if not run_folder.exists(folder):
+    if not finished_run.exists(folder):
         return NOT_BEGUN
     last = {record["group"]: record["step"] for record in run_folder.read_records(folder)}
     reached = ", ".join(f"{group} at step {step:,}" for group, step in last.items())

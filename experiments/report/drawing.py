@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.report.collect import Run
-from jaxlora.training.run_folder import write_text
+from jaxlora.utils.files import write_text
 
 INK = "#010203"
 WIDE, NARROW = 11.0, 4.6  # inches

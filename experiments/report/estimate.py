@@ -22,7 +22,7 @@ BASE = "minilm"  # whose runs are extrapolated
 # Training examples: the paper's, and those of --source=official, which that command downloads.
 PAPER_DATA = {"sst": 8_544, "para": 141_000, "sts": 6_040}
 OFFICIAL_DATA = {"sst": 8_544, "para": 363_849, "sts": 5_749}
-BENCH = Path(__file__).parents[1] / "bench" / "RESULTS.md"
+BENCH = Path(__file__).parents[2] / "benchmarks" / "RESULTS.md"
 BENCHED = {"frozen": "lora3", "lora": "lora3", "full": "baseline2"}
 HOW = (
     "Hours: this root's own seconds a step, by group, × {flops:.1f} (matmul parameters of "
@@ -31,7 +31,7 @@ HOW = (
     "Quora and 6,040 STS-B examples), and over the official releases that this command "
     "downloads (8,544, 363,849 and 5,749). For baseline1 that leaves out encoding everything "
     "once. Memory: the base in float32, and what the bench measured that training steps add at "
-    "batch 8 (MiniLM, lora3 or baseline2, see experiments/bench/RESULTS.md) × {activations:.1f} "
+    "batch 8 (MiniLM, lora3 or baseline2, see benchmarks/RESULTS.md) × {activations:.1f} "
     "(layers × width) with a frozen base or × {parameters:.1f} (parameters) where all weights "
     "are trained."
 )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.bench import harness
+from benchmarks import harness
 from experiments.report import alike, statistics, tables
 from experiments.report.claims import FEWEST, PARTS, Context, Finding, Verdict
 from experiments.report.collect import Collection

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxlora.serving import finished_run
 from jaxlora.tasks.sharing import Adapt, Groups, group_name
 from jaxlora.tasks.task import NAMES
 from jaxlora.training import run_folder
-from jaxlora.utils import json_files, schema
+from jaxlora.utils import files, schema
 from jaxlora.utils.errors import UserError
 
 ANEW = "train the run anew"
@@ -36,7 +37,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {"studies": [], "seeds": [], "commands": {}, "failed": {}}
-    plan = json_files.read_object(path)
+    plan = files.read_object(path)
     _check(plan, _PLAN, path, remedy=ASIDE)
     for part in ("commands", "failed"):
         texts = plan.setdefault(part, {})
@@ -54,7 +55,7 @@ def read_timing(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
-    timing = json_files.read_object(path)
+    timing = files.read_object(path)
     _check(timing.get("machine", {}), {}, path, "machine", ASIDE)
     _check(timing.get("studies"), {}, path, "studies", ASIDE)
     for name, study in timing["studies"].items():
@@ -69,7 +70,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       UserError: if its `config.json` is missing or broken.
     """
-    path, config = folder / run_folder.CONFIG, run_folder.read_config(folder)
+    path, config = folder / finished_run.CONFIG, finished_run.read_config(folder)
     settings, versions = config["settings"], config.get("versions", {})
     _check(settings, _SETTINGS, path, "settings")
     _check(versions, {}, path, "versions")
@@ -87,7 +88,7 @@ def read_result(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: if it is missing or broken.
     """
-    path = folder / run_folder.RESULT
+    path = folder / finished_run.RESULT
     result: dict[str, Any] = run_folder.read_json(path)
     _check(result, _RESULT, path)
     for part, fields in (("dev", _DEV), ("parameters", _PARAMETERS), ("groups", {})):
@@ -103,7 +104,7 @@ def model_bytes(folder: Path) -> int:
     Raises:
       UserError: if it is not there.
     """
-    model = folder / run_folder.MODEL
+    model = folder / finished_run.MODEL
     size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
     if not size:
         raise UserError(f"{model}: missing or empty, so nobody knows what it stores; {ANEW}")

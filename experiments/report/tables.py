@@ -20,7 +20,7 @@ from jaxlora.nn.bert import BertConfig
 from jaxlora.tasks.sharing import VARIANTS, Groups
 from jaxlora.tasks.task import NAMES, paper_tasks
 from jaxlora.training import parameter_count
-from jaxlora.training.run_folder import write_text
+from jaxlora.utils.files import write_text
 
 Value = Summary | Interval | str | float | int | None
 MILLION = 1e6

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlora.utils import folders
+from jaxlora.utils import files
 
 Series = Mapping[str, tuple[list[float], list[float]]]  # label → (x, y)
 
 # Colours that stay apart for colour-blind eyes (Okabe & Ito 2008), one a task.
 COLOURS = {"sst": "#0072B2", "para": "#D55E00", "sts": "#009E73"}
+
+MOST_NAMED = 8  # in a legend: that of 91 pairs of tasks would leave no room for their lines
 
 
 def draw(records: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
@@ -43,9 +45,11 @@ def draw(records: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
         axes.set(title=name, xlabel="step", ylabel=unit)
         axes.grid(alpha=0.3)
         if lines:
-            axes.legend()
+            named = (part[:MOST_NAMED] for part in axes.get_legend_handles_labels())
+            more = len(lines) - MOST_NAMED
+            axes.legend(*named, title=f"and {more} more" if more > 0 else None)
     _conflict_panel(figure.axes[2], train)
-    with folders.replacing(path) as file:
+    with files.replacing(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
 

@@ -19,18 +19,19 @@ from jaxlora.data.quoting import Quoting
 from jaxlora.data.task_files import check_name
 from jaxlora.formats import huggingface
 from jaxlora.formats import peft as peft_files
+from jaxlora.formats.huggingface import absolute
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import param_shapes
 from jaxlora.serving import bank as banks
 from jaxlora.serving import export_merged as merged
 from jaxlora.serving import export_peft as exchange
 from jaxlora.serving import manifest
+from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.serving.predictor import Predictor
-from jaxlora.serving.task_models import Trained, combine_tasks, load_run
-from jaxlora.training import run_folder
-from jaxlora.training.config import Flags, absolute
-from jaxlora.utils import folders, process, trees
+from jaxlora.serving.task_models import Trained, combine_tasks
+from jaxlora.training.config import Flags
+from jaxlora.utils import cache, files, process, trees
 from jaxlora.utils.errors import UserError
 
 Folder = Annotated[Path, tyro.conf.Positional]
@@ -176,7 +177,7 @@ def predict(
     if (input is None) == (not texts) or (input is None) != (output is None):
         raise UserError('give --task and texts ("a" "b"), or --input and --output')
     process.reuse_memory()
-    process.keep_programs(run_folder.cache_dir() / "xla")
+    process.keep_programs(cache.cache_dir() / "xla")
     predictor = Predictor.load(bank, base)
     if input is not None and output is not None:
         columns, notes = (SpinnerColumn(), TextColumn("{task.completed:,} answered")), list[str]()
@@ -292,7 +293,7 @@ def _like(
     bank: Path, base: str | None, base_sha256: str | None, pooling: str | None, classifier: bool
 ) -> Trained:
     """What an imported adapter shall fit: the bank, or a new one's base."""
-    if manifest.exist(folders.local(bank)):
+    if manifest.exist(files.local(bank)):
         return banks.load(bank)
     base = base or huggingface.MINILM
     found = huggingface.load(base, base_sha256)

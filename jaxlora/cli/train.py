@@ -7,9 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from jaxlora.cli import console as report
+from jaxlora.cli import curves
 from jaxlora.training import config, run_folder
 from jaxlora.training import run as training
-from jaxlora.utils import distributed, folders, process
+from jaxlora.utils import cache, distributed, files, process
 
 
 def train(flags: config.Flags) -> None:
@@ -21,13 +22,14 @@ def train(flags: config.Flags) -> None:
 
 def _train(flags: config.Flags) -> None:
     process.reuse_memory()
-    process.keep_programs(run_folder.cache_dir() / "xla")
+    process.keep_programs(cache.cache_dir() / "xla")
     console = Console(quiet=not distributed.first())
     listener = report.ConsoleListener(console)
-    out = folders.local(flags.out or Path("runs") / flags.variant)
+    out = files.local(flags.out or Path("runs") / flags.variant)
+    settings = config.resolve(flags)
     with listener.live():
         result = training.run(
-            config.resolve(flags),
+            settings,
             out,
             listener,
             resume=flags.resume,
@@ -37,6 +39,8 @@ def _train(flags: config.Flags) -> None:
             base_sha256=flags.base_sha256,
             strict=flags.strict,
         )
+    if distributed.first():
+        curves.draw(run_folder.read_records(out), out / "curves.png", settings.title)
     console.print(report.result_table(result))
     for line in report.notes(result):
         console.print(f"  {line}")

@@ -5,19 +5,36 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxlora.data import packing
 from jaxlora.data.tokenized import Examples
-from jaxlora.training.step import Batch, Rows
+from jaxlora.nn.encode import PackedTokens
 from jaxlora.utils.extras import explained
 
 with explained():
     import grain
 
 LOOKED_AT = 2048  # of a run's batches when its shapes are chosen: a second, however long it is
+
+
+class Batch(NamedTuple):
+    """One step's examples of every task of a group.
+
+    Attributes:
+      inputs: for adapters `PackedTokens` of T·N sentences, task t's sentence n being number
+        `t N + n`; for whole encoders `PackedTokens` with leading `[T]`; for a frozen one vectors
+        `f32[T, N, H]`. First sentences come first: example b is sentence b, its second one is
+        sentence `B + b`.
+      labels: `f32[T, B]`.
+      weights: `f32[T, B]`, 1 for a real example, 0 for padding.
+    """
+
+    inputs: Any
+    labels: Any
+    weights: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +124,7 @@ class PackedBatches:
             packing.fill(part, index, slots, shape)
             for part, index in zip(sentences, numbers, strict=True)
         ]
-        inputs = packs[0] if self.mixed else Rows(*map(np.stack, zip(*packs, strict=True)))
+        inputs = packs[0] if self.mixed else PackedTokens(*map(np.stack, zip(*packs, strict=True)))
         return Batch(inputs, *targets(self, chosen))
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from jaxlora.data.raw_examples import UNLABELLED, Row, parse_label
 from jaxlora.tasks.task import Task
-from jaxlora.utils import folders
+from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def unzip(archive: Path) -> Path:
     if target.is_dir():
         return target
     try:
-        with folders.building(target) as scratch, zipfile.ZipFile(archive) as bundle:
+        with files.building(target) as scratch, zipfile.ZipFile(archive) as bundle:
             _check_members(bundle.infolist())
             bundle.extractall(scratch)
     except _UNREADABLE as error:

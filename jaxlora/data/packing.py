@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlora.training.step import Rows
+from jaxlora.nn.encode import PackedTokens
 
 ROW_LENGTHS = (64, 96)
 # A row of so many tokens costs twice what its tokens cost without attention (MiniLM on CPU).
@@ -25,7 +25,7 @@ SPARE = 1.25
 
 
 class Shape(NamedTuple):
-    """Rows of one size: `rows` × `length` tokens."""
+    """PackedTokens of one size: `rows` × `length` tokens."""
 
     rows: int
     length: int
@@ -84,7 +84,7 @@ def place(lengths: Sequence[int] | np.ndarray, row_length: int) -> Placement:
 
 def fill(
     sentences: Sequence[np.ndarray], slots: Iterable[int], num_slots: int, shape: Shape
-) -> Rows:
+) -> PackedTokens:
     """Pack sentences into rows of a shape.
 
     Args:
@@ -94,7 +94,7 @@ def fill(
       shape: must be large enough (see `place`).
 
     Returns:
-      `Rows` of NumPy arrays.
+      `PackedTokens` of NumPy arrays.
 
     >>> rows = fill([np.array([7, 8]), np.array([9])], [0, 1], 2, Shape(1, 4))
     >>> rows.tokens.tolist(), rows.segment_ids.tolist(), rows.cls_index.tolist()
@@ -111,7 +111,7 @@ def fill(
         positions[row, span] = np.arange(len(sentence))
         segment_ids[row, span] = slot + 1
         cls_index[slot] = row * shape.length + start
-    return Rows(tokens, positions, segment_ids, cls_index)
+    return PackedTokens(tokens, positions, segment_ids, cls_index)
 
 
 def row_lengths(max_length: int) -> tuple[int, ...]:

@@ -48,13 +48,13 @@ def parse_label(text: str, task: Task, where: str) -> float:
     Raises:
       UserError: neither a class's name, nor a number in the range (of classes, a whole one).
 
-    >>> from jaxlora.tasks import SST
+    >>> from jaxlora.tasks.task import SST
     >>> parse_label("3.0", SST, "sst.csv:7"), parse_label("NaN", SST, "sst.csv:8")
     (3.0, nan)
     >>> parse_label("7", SST, "sst.csv:7")
     Traceback (most recent call last):
     ...
-    jaxlora.utils.errors.UserError: sst.csv:7: label '7' is not a whole number from 0 to 4 (SST-5); ...
+    jaxlora.utils.errors.UserError: sst.csv:7: label '7' is not a whole number from 0 to 4 ...
     """
     written = text.strip()
     if written in task.classes:
@@ -132,7 +132,7 @@ def is_blank(text: str) -> bool:
 def sentences(row: Row, task: Task) -> dict[str, str]:
     """The sentences of a row by column name, as many as the task has.
 
-    >>> from jaxlora.tasks import SST
+    >>> from jaxlora.tasks.task import SST
     >>> sentences(Row("a", "Good .", "", 3.0), SST)
     {'sentence': 'Good .'}
     """

@@ -18,7 +18,7 @@ import numpy as np
 from jaxlora.data import sources
 from jaxlora.data.raw_examples import Row, is_blank, sentences
 from jaxlora.tasks.task import Task
-from jaxlora.utils import folders
+from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.schema import encodable
 
@@ -267,7 +267,7 @@ def _save(path: Path, splits: dict[str, Examples]) -> None:
         for field in dataclasses.fields(Examples)
     }
     try:
-        with folders.replacing(path) as file:
+        with files.replacing(path) as file:
             np.savez(file, allow_pickle=False, **arrays)
     except OSError as error:
         print(f"note: {path} is not kept ({error})", file=sys.stderr)

@@ -27,7 +27,7 @@ from jaxlora.nn.bert import ACTIVATIONS, BertConfig, param_shapes
 from jaxlora.utils import schema
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.extras import explained
-from jaxlora.utils.json_files import read_object
+from jaxlora.utils.files import read_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -217,6 +217,12 @@ def local_folder(base: str) -> Path | None:
         return folder if folder.is_dir() else None
     except (OSError, RuntimeError, ValueError):  # too long, nobody's home, a NUL
         return None
+
+
+def absolute(base: str) -> str:
+    """Return a local folder by its whole path, so that a run can be loaded from anywhere."""
+    folder = local_folder(base)
+    return base if folder is None else str(folder.absolute())
 
 
 def _packaged_minilm() -> Path:

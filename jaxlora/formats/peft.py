@@ -25,11 +25,9 @@ from jaxlora import lora
 from jaxlora.formats.huggingface import local_folder, read_safetensors, split_revision
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import BertConfig, param_shapes
-from jaxlora.training.run_folder import write_json
 from jaxlora.utils import schema
 from jaxlora.utils.errors import UserError
-from jaxlora.utils.folders import whole
-from jaxlora.utils.json_files import read_object
+from jaxlora.utils.files import atomic_dir, read_object, write_json
 from jaxlora.utils.trees import Tree
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -66,7 +64,7 @@ def save(folder: str | Path, adapter: Tree, config: LoraConfig, base_name: str) 
     Raises:
       UserError: if the folder is not empty, or adapter and configuration do not belong together.
     """
-    with whole(folder) as temporary:
+    with atomic_dir(folder) as temporary:
         write(temporary, adapter, config, base_name)
 
 

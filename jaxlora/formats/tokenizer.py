@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.extras import explained
-from jaxlora.utils.json_files import read_object
+from jaxlora.utils.files import read_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -28,15 +28,14 @@ from jaxlora import lora
 from jaxlora.data.task_files import check_name
 from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.lora import LoraConfig
+from jaxlora.serving import finished_run, tree_files
 from jaxlora.serving import manifest as manifests
 from jaxlora.serving.manifest import ADAPTERS, HEADS
-from jaxlora.serving.task_models import Served, Trained, from_of_base, load_run
+from jaxlora.serving.task_models import Served, Trained, from_of_base
 from jaxlora.tasks.task import Task
-from jaxlora.training import checkpoint, run_folder
-from jaxlora.training.config import flag
-from jaxlora.utils import folders, trees
+from jaxlora.utils import files, trees
 from jaxlora.utils.errors import UserError
-from jaxlora.utils.folders import LOCK, TEMPORARY
+from jaxlora.utils.files import LOCK, TEMPORARY
 from jaxlora.utils.schema import build
 from jaxlora.utils.trees import Tree
 
@@ -50,14 +49,14 @@ def add(folder: Path, source: Trained, names: Sequence[str], *, replace: bool = 
 
     Args:
       folder: the bank.
-      source: where the tasks come from, see `trained.load_run`.
+      source: where the tasks come from, see `finished_run.load_run`.
       names: which of its tasks.
       replace: the tasks must be there already and are replaced; else they must be new.
 
     Raises:
       UserError: if a task is (not) there already, or the base, the pooling or the dtype differ.
     """
-    folder = folders.local(folder)
+    folder = files.local(folder)
     for name in names:
         source.find(name)
         check_name(name, source.origin)
@@ -89,7 +88,7 @@ def remove(folder: Path, name: str) -> None:
     Raises:
       UserError: if there is none of that name.
     """
-    folder = folders.local(folder)
+    folder = files.local(folder)
     with _locked(folder, make=False):
         manifest = manifests.read(folder)
         if name not in manifest["tasks"]:
@@ -104,7 +103,7 @@ def load(folder: Path) -> Trained:
     Raises:
       UserError: naming what is missing, damaged or not understood.
     """
-    folder = folders.local(folder)
+    folder = files.local(folder)
     return _at_one_moment(folder, lambda manifest: _load_by(folder, manifest))
 
 
@@ -149,10 +148,10 @@ def load_any(folder: Path) -> Trained:
     Raises:
       UserError: if it is neither, or damaged.
     """
-    folder = folders.local(folder)
-    if not (manifests.exist(folder) or run_folder.exists(folder)):
+    folder = files.local(folder)
+    if not (manifests.exist(folder) or finished_run.exists(folder)):
         raise UserError(f"{folder}: neither a bank nor a finished run")
-    return load(folder) if manifests.exist(folder) else load_run(folder)
+    return load(folder) if manifests.exist(folder) else finished_run.load_run(folder)
 
 
 def verify(folder: Path, base: str | None = None) -> list[str]:
@@ -165,7 +164,7 @@ def verify(folder: Path, base: str | None = None) -> list[str]:
     Raises:
       UserError: if the manifest itself cannot be read.
     """
-    folder = folders.local(folder)
+    folder = files.local(folder)
     manifests.read(folder)
 
     def check(manifest: dict[str, Any]) -> list[str]:
@@ -226,7 +225,7 @@ def contents(folder: Path) -> list[Stored]:
     Raises:
       UserError: see `load`.
     """
-    folder = folders.local(folder)
+    folder = files.local(folder)
     return _at_one_moment(folder, lambda manifest: _contents(folder, manifest))
 
 
@@ -261,7 +260,7 @@ def describe(folder: Path, name: str) -> str:
     Raises:
       UserError: if there is none of that name.
     """
-    manifest = manifests.read(folders.local(folder))
+    manifest = manifests.read(files.local(folder))
     if name not in manifest["tasks"]:
         raise UserError(f"{folder}: no task {name!r}; it has {', '.join(manifest['tasks'])}")
     entry = manifest["tasks"][name]
@@ -302,7 +301,7 @@ def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
     except UserError:
         whole = False
     if not whole:  # written anew over a damaged one, too
-        checkpoint.save_tree(folder / part / stored, tree)
+        tree_files.save(folder / part / stored, tree)
     return stored
 
 
@@ -311,7 +310,7 @@ def _load_tree(folder: Path, part: str, stored: str) -> Tree:
     if not path.is_dir():
         raise UserError(f"{path}: missing; {_REPAIR}")
     try:
-        tree = checkpoint.load_tree(path)
+        tree = tree_files.load(path)
     except UserError as error:
         raise UserError(f"{error}; {_REPAIR}") from error
     if not stored.endswith(trees.checksum(tree)[:16]):
@@ -340,7 +339,7 @@ def _check_fits(folder: Path, manifest: Mapping[str, Any], source: Trained) -> N
         if manifest[field] != getattr(source, field):
             raise UserError(
                 f"{folder}: has {field} {manifest[field]}, {source.origin} has "
-                f"{getattr(source, field)}; train with {flag(field)}={manifest[field]}"
+                f"{getattr(source, field)}; train with {field} {manifest[field]}"
             )
 
 
@@ -388,10 +387,10 @@ def _locked(folder: Path, *, make: bool = True) -> Iterator[None]:
     """
     if make:
         try:
-            folders.make(folder)
+            files.make(folder)
         except OSError as error:
             raise UserError(f"{folder}: cannot be a bank ({error.strerror})") from None
     else:
         manifests.read(folder)
-    with folders.locked(folder, f"{folder}: another process is changing it; try again"):
+    with files.locked(folder, f"{folder}: another process is changing it; try again"):
         yield

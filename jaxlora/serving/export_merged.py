@@ -20,9 +20,7 @@ from jaxlora.formats.heads import HEAD
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.serving.task_models import Served, Trained
 from jaxlora.tasks.task import HEADS, SPAN, Task
-from jaxlora.training.run_folder import write_json, write_text
-from jaxlora.utils.folders import whole
-from jaxlora.utils.json_files import read_object
+from jaxlora.utils.files import atomic_dir, read_object, write_json, write_text
 from jaxlora.utils.trees import Tree
 
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ def save(folder: str | Path, base: Pretrained, trained: Trained, name: str) -> N
     served = trained.find(name)
     tensors = huggingface.export(encoder_params(base, trained, name), base.config)
     special = special_tokens(base)
-    with whole(folder) as temporary:
+    with atomic_dir(folder) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "config.json", _config(base, special["pad_token"]))
         write_text(temporary / "tokenizer.json", base.tokenizer.to_str())

@@ -28,11 +28,9 @@ from jaxlora.serving.task_models import (
     upgrade_base,
 )
 from jaxlora.tasks.task import HEADS, Task
-from jaxlora.training.run_folder import write_json
 from jaxlora.utils import schema
 from jaxlora.utils.errors import UserError
-from jaxlora.utils.folders import whole
-from jaxlora.utils.json_files import read_object
+from jaxlora.utils.files import atomic_dir, read_object, write_json
 from jaxlora.utils.schema import build
 from jaxlora.utils.trees import Tree
 
@@ -62,7 +60,7 @@ def save(folder: str | Path, trained: Trained, name: str) -> None:
         "facts": dict(served.facts),
     }
     head = served.head if served.task.head == "pooler" else None
-    with whole(folder) as temporary:
+    with atomic_dir(folder) as temporary:
         peft.write(temporary, adapter, trained.configs[served.tree], hub, head)
         head_files.write(temporary, served.head)
         write_json(temporary / ABOUT, about)

@@ -12,8 +12,8 @@ import numpy as np
 from jaxlora.data import packing
 from jaxlora.data.tokenized import Examples
 from jaxlora.nn import heads
+from jaxlora.nn.encode import PackedTokens
 from jaxlora.tasks.task import Task
-from jaxlora.training.step import Rows
 from jaxlora.utils.trees import Tree
 
 ROWS = 16  # rows of a chunk: enough to keep the device busy, few enough for little padding
@@ -36,7 +36,7 @@ def encode(
     """Vectors of all sentences of some examples.
 
     Args:
-      encode_rows: from `step.make_encode`, or with an owner from `step.make_mixed_encode`.
+      encode_rows: from `encode.make_encode`, or with an owner from `encode.make_mixed_encode`.
       frozen, trainable: the model's collections.
       examples: any number of them; a few take a small program, many one program in turn.
       max_length: row length; no sentence is longer.
@@ -61,7 +61,7 @@ def encode(
     return out
 
 
-def chunks(examples: Examples, max_length: int) -> Iterator[tuple[np.ndarray, Rows]]:
+def chunks(examples: Examples, max_length: int) -> Iterator[tuple[np.ndarray, PackedTokens]]:
     """Pack sentences into chunks of one shape: (their numbers, their rows)."""
     shape = chunk_shape(examples.lengths, max_length)
     slots = -(-shape.tokens // MIN_TOKENS)

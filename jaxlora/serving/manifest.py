@@ -21,7 +21,7 @@ from jaxlora.data.task_files import check_name
 from jaxlora.lora import LoraConfig
 from jaxlora.serving.task_models import OF_BASE, Trained, check_plain, of_base, upgrade_base
 from jaxlora.tasks.task import Task
-from jaxlora.training import run_folder
+from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.schema import build
 
@@ -64,7 +64,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     stamp(folder)
     path = folder / NAME
-    manifest = run_folder.read_json(path)
+    manifest = files.read_json(path)
     if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
         raise UserError(f"{path}: not a bank's manifest; put back a copy")
     if manifest["format"] > FORMAT:
@@ -128,7 +128,7 @@ def check_folder(name: str) -> None:
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Put a signed manifest in the old one's place, at once."""
-    run_folder.write_json(folder / NAME, signed(manifest))
+    files.write_json(folder / NAME, signed(manifest))
 
 
 def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jaxlora.data.quoting import Quoting, Tally
 from jaxlora.data.raw_examples import is_blank
 from jaxlora.data.tokenized import Blank, list_blank
 from jaxlora.serving.predictor import Answer, Predictor
-from jaxlora.utils import folders
+from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 
 PART = 4096  # requests at a time
@@ -79,7 +79,7 @@ def predict_file(
     """
     if task is not None:
         predictor.task(task)
-    source, target = folders.local(source), folders.local(target)
+    source, target = files.local(source), files.local(target)
     _check_target(source, target)
     with _rereadable(source) as file:
         sheet = tables.open_sheets(
@@ -87,7 +87,7 @@ def predict_file(
         )
         asked = Requests(predictor, sheet[""], task)
         count = asked.survey(strict, note)
-        with folders.replacing(target.resolve(), "w") as out:
+        with files.replacing(target.resolve(), "w") as out:
             write = _json_writer(out) if target.suffix == ".jsonl" else _csv_writer(out)
             done = asked.answer(write, progress)
             if done != count:

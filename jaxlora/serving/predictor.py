@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.align import align
+from jaxlora import lora
 from jaxlora.data.raw_examples import is_blank
 from jaxlora.data.tokenized import Examples, tokenize, truncating
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
+from jaxlora.nn.encode import encoder, make_encode, make_mixed_encode
 from jaxlora.serving import bank, inference
 from jaxlora.serving.task_models import Trained
 from jaxlora.tasks.task import Task
-from jaxlora.training import step
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import Tree
 
@@ -237,8 +237,8 @@ class Predictor:
 
     @functools.cached_property
     def _plain(self) -> inference.EncodeRows:
-        return step.make_encode(
-            step.encoder(self.base.config, self._dtype, LoraConfig(), self.trained.pooling)
+        return make_encode(
+            encoder(self.base.config, self._dtype, LoraConfig(), self.trained.pooling)
         )
 
     @functools.cached_property
@@ -248,12 +248,12 @@ class Predictor:
             (tree["lora"], self.trained.configs[name]) if tree else None
             for name, tree in self.trained.trees.items()
         ]
-        aligned, config = align(adapters)
+        aligned, config = lora.stack(adapters)
         if not config.target_modules:
             return self._plain, {}
-        encode = step.encoder(self.base.config, self._dtype, config, self.trained.pooling)
+        encode = encoder(self.base.config, self._dtype, config, self.trained.pooling)
         stack = {"lora": jax.tree.map(lambda *x: jnp.stack(x), *aligned)}
-        return step.make_mixed_encode(encode), stack
+        return make_mixed_encode(encode), stack
 
     def check(self, request: Any, which: str = "the request") -> tuple[Task, tuple[str, ...]]:
         """The task of a request, and its sentences.

@@ -5,24 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxlora import combine
+from jaxlora import lora
 from jaxlora.formats import huggingface
 from jaxlora.formats.fingerprint import Fingerprint
-from jaxlora.formats.huggingface import Pretrained
+from jaxlora.formats.huggingface import Pretrained, absolute
 from jaxlora.lora import LoraConfig
-from jaxlora.tasks.sharing import group_name
 from jaxlora.tasks.task import HEADS, Task
-from jaxlora.training import checkpoint, run_folder
-from jaxlora.training.config import Settings, absolute
-from jaxlora.utils import folders, schema
+from jaxlora.utils import schema
 from jaxlora.utils.errors import UserError
-from jaxlora.utils.json_files import read_object
-from jaxlora.utils.trees import Tree, checksum
+from jaxlora.utils.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +187,7 @@ def combine_tasks(
       parts: task → weight.
       name: of the new task.
       head: the task whose head and labels it takes over.
-      rank: None: exact, of the summed rank (`combine.cat`); else the nearest (`combine.svd`).
+      rank: None: exact, of the summed rank (`lora.add`); else the nearest (`lora.truncate`).
 
     Raises:
       UserError: if a task has no adapter to add up.
@@ -202,9 +197,9 @@ def combine_tasks(
         if "lora" not in trained.trees[tree]:
             raise UserError(f"{trained.origin}: {part} has no adapter that could be added up")
     adapters = [(trained.trees[tree]["lora"], trained.configs[tree]) for tree in trees.values()]
-    adapter = combine.cat(adapters, list(parts.values()))
+    adapter = lora.add(adapters, list(parts.values()))
     if rank is not None:
-        adapter = combine.svd(adapter, rank)
+        adapter = lora.truncate(adapter, rank)
     source = trained.served[head]
     task = dataclasses.replace(source.task, name=name, title=" + ".join(parts))
     served = Served(task, name, source.head, source.pair_features, {"combined from": dict(parts)})
@@ -214,64 +209,3 @@ def combine_tasks(
         trees={name: {"lora": adapter[0]}},
         configs={name: adapter[1]},
     )
-
-
-def load_run(out: Path) -> Trained:
-    """Read a finished run.
-
-    Args:
-      out: the run's `--out` folder.
-
-    Raises:
-      UserError: if it is no finished run.
-    """
-    out = folders.local(out)
-    config = run_folder.read_config(out)
-    inputs = config["inputs"]
-    try:
-        settings = Settings.from_json(config["settings"])
-        fingerprint = Fingerprint.from_inputs(inputs)
-    except ValueError as error:
-        raise UserError(f"{out / run_folder.CONFIG}: {error}") from error
-    trained = checkpoint.load_tree(out / run_folder.MODEL)
-    scores = _scores(out, list(settings.named), checksum(trained))
-    owners = {name: group_name(group) for group in settings.groups for name in group}
-    served = {}
-    for name, task in settings.named.items():
-        facts = {
-            "dev": {task.metric: scores[name]},
-            "data": inputs.get(f"the data of {name}"),
-            "variant": settings.variant,
-            "versions": config.get("versions", {}),
-        }
-        # Empty trees are not kept in a checkpoint.
-        head = (trained.get("heads") or {}).get(name) or {}
-        served[name] = Served(task, owners[name], head, settings.pair_features, facts)
-    trees = {name: (trained.get("adapters") or {}).get(name) or {} for name in owners.values()}
-    if settings.adapt != "frozen" and not all(trees.values()):
-        lost = ", ".join(name for name, tree in trees.items() if not tree)
-        raise UserError(f"{out / run_folder.MODEL}: has nothing trained for {lost}; train it again")
-    return Trained(
-        settings.base,
-        fingerprint,
-        served,
-        trees,
-        {name: settings.lora for name, tree in trees.items() if "lora" in tree},
-        settings.pooling,
-        settings.max_length,
-        settings.dtype,
-        str(out),
-    )
-
-
-def _scores(out: Path, names: list[str], model: str) -> dict[str, float]:
-    """The scores of a finished run whose trained tree has this checksum."""
-    result = read_object(out / run_folder.RESULT)
-    if result.get("model") != model:
-        raise UserError(f"{out / run_folder.MODEL}: damaged, its content has another checksum")
-    scores = result.get("dev")
-    if not isinstance(scores, dict) or not all(
-        type(scores.get(name)) in (int, float) for name in names
-    ):
-        raise UserError(f"{out / run_folder.RESULT}: lacks the scores of {', '.join(names)}")
-    return scores

@@ -1,40 +1,27 @@
-"""Orbax: the state of a running group, and what has been trained.
+"""The states of a running group, as Orbax checkpoints with checksums beside them.
 
-Both are written to a temporary place and renamed when complete, so nothing half written bears their
-names. A state never takes another's place, so a killed run leaves the earlier ones; a tree does,
-see `save_tree`.
-
-Orbax looks for patterns and addresses in the paths that it is given, and where it finds none of its
-files it loses what it wrote and only logs that. So it is given plain paths alone, and what it wrote
-is read back.
+They are written to a temporary place and renamed when complete. A state never takes another's
+place, so a killed run leaves the earlier ones.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from jaxlora.training.run_folder import read_json, write_json
-from jaxlora.utils import distributed, folders
+from jaxlora.serving.tree_files import PLAIN, brief, plain_path
+from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import UserError
-from jaxlora.utils.trees import Tree, checksum
+from jaxlora.utils.files import read_json, write_json
+from jaxlora.utils.trees import Tree
 
 KEPT = 2  # the newest may be damaged
-# No pattern, no backslash, and none of the roots that etils takes for addresses.
-_PLAIN = re.compile(r"/(?!(?:gs|s3|az|hf)(?:/|$))[\w./ +=@,~#%-]*")
-# The first process alone writes and reads trained trees.
-_ALONE = ocp.options.MultiprocessingOptions(
-    primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
-)
 
 
 def check_place(folder: Path) -> None:
@@ -43,35 +30,13 @@ def check_place(folder: Path) -> None:
     Raises:
       UserError: saying why.
     """
-    if jax.process_count() > 1 and not _PLAIN.fullmatch(str(folder.absolute())):
+    if jax.process_count() > 1 and not PLAIN.fullmatch(str(folder.absolute())):
         raise UserError(
             f"{folder}: many processes need a path of letters, digits and . _ - + = @ , ~ # % "
             "alone; take another"
         )
-    with _plain_path(folder):
+    with plain_path(folder):
         pass
-
-
-@contextlib.contextmanager
-def _plain_path(folder: Path) -> Iterator[Path]:
-    """Give a path to a folder in which Orbax finds nothing to interpret; a link, if need be.
-
-    Raises:
-      UserError: if there is no place for the link.
-    """
-    if _PLAIN.fullmatch(str(folder.absolute())):
-        yield folder.absolute()
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxlora-"))
-            link = Path(place).absolute() / "link"
-            link.symlink_to(folder.absolute(), target_is_directory=True)
-        except OSError as error:
-            raise UserError(f"{folder}: needs a link in a temporary folder ({error})") from error
-        if not _PLAIN.fullmatch(str(link)):
-            raise UserError(f"{folder}: needs a link, and {place} is no better; set TMPDIR")
-        yield link
 
 
 class GroupCheckpoints:
@@ -92,7 +57,7 @@ class GroupCheckpoints:
         self.dropped = _prepare(self._folder) if distributed.first() else []
         distributed.wait(f"checked {folder}")
         self._link = contextlib.ExitStack()
-        place = self._link.enter_context(_plain_path(self._folder))
+        place = self._link.enter_context(plain_path(self._folder))
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(place, options=options)
 
@@ -122,7 +87,7 @@ class GroupCheckpoints:
                 _drop_lone_sums(self._folder)
         except Exception as error:  # whatever a full disk makes Orbax and TensorStore raise
             raise UserError(
-                f"{self._folder / str(step)}: the checkpoint cannot be written ({_brief(error)}); "
+                f"{self._folder / str(step)}: the checkpoint cannot be written ({brief(error)}); "
                 "make room, then go on with --resume"
             ) from error
 
@@ -131,7 +96,7 @@ class GroupCheckpoints:
         found = self._manager.item_metadata(step).state.tree
         if _kinds(found) != _kinds(tree):
             raise OSError("what was written is not what is there")
-        folders.settle(self._folder / str(step))
+        files.settle(self._folder / str(step))
         write_json(_sums_file(self._folder / str(step)), _sums(self._folder / str(step)))
 
     def restore(self, like: Tree) -> tuple[Tree, dict[str, Any]] | None:
@@ -158,7 +123,7 @@ class GroupCheckpoints:
             )
         except Exception as error:  # whatever is wrong with it
             raise UserError(
-                f"{self._folder / str(step)}: the checkpoint cannot be read ({_brief(error)}); "
+                f"{self._folder / str(step)}: the checkpoint cannot be read ({brief(error)}); "
                 "delete this folder to go on from an earlier one, or from the start"
             ) from error
         return _data_to_keys(found.state, like), found.progress
@@ -173,12 +138,6 @@ class GroupCheckpoints:
         self._link.close()
 
 
-def _brief(error: Exception) -> str:
-    """The first line of an error, which Orbax's and TensorStore's may have dozens of."""
-    line = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {line[:200]}"
-
-
 def _kinds(tree: Tree) -> list[tuple[tuple[int, ...], str]]:
     """Shapes and dtypes of a tree's arrays, in no order that containers decide."""
     return sorted((tuple(x.shape), str(x.dtype)) for x in jax.tree.leaves(tree))
@@ -186,7 +145,7 @@ def _kinds(tree: Tree) -> list[tuple[tuple[int, ...], str]]:
 
 def _prepare(folder: Path) -> list[Path]:
     """Make the folder of a group's states, or drop the damaged ones in it."""
-    folders.make(folder.parent.parent)
+    files.make(folder.parent.parent)
     for path in (folder.parent, folder):
         path.mkdir(0o700, exist_ok=True)  # Orbax writes there with modes of its own
     damaged = []
@@ -223,57 +182,6 @@ def _sums(path: Path) -> dict[str, str]:
         with file.open("rb") as content:
             sums[str(file.relative_to(path))] = hashlib.file_digest(content, "sha256").hexdigest()
     return sums
-
-
-def save_tree(folder: Path, tree: Tree) -> None:
-    """Write a tree of trained arrays, and read it back.
-
-    Host arrays are written, so that what one kind of device trained can be read on any other. What
-    `folder` held makes room in the last moment: a process that is killed then leaves no tree, and
-    must write it again (a run does with --resume, a bank with the next change).
-
-    Raises:
-      UserError: if what is read is not what was written; then `folder` is as it was.
-    """
-    tree = distributed.host_tree(tree)
-    if distributed.first():
-        with folders.building(folder.absolute(), replace=True) as content:
-            _write_tree(content, tree, folder)
-    distributed.wait(f"wrote {folder}")
-
-
-def _write_tree(content: Path, tree: Tree, folder: Path) -> None:
-    content.rmdir()  # Orbax makes it
-    with (
-        _plain_path(content.parent) as place,
-        ocp.StandardCheckpointer(multiprocessing_options=_ALONE) as checkpointer,
-    ):
-        checkpointer.save(place / content.name, tree)
-    if not content.is_dir() or checksum(_read_tree(content, folder)) != checksum(tree):
-        raise UserError(f"{folder}: what was written there is not what is read; is the disk sound?")
-
-
-def load_tree(folder: Path) -> Tree:
-    """Read what `save_tree` wrote.
-
-    Raises:
-      UserError: if there is none, or it is damaged.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no trained model here; finish the run with --resume")
-    return _read_tree(folder, folder)
-
-
-def _read_tree(folder: Path, named: Path) -> Tree:
-    """Read a tree; errors name it as `named`."""
-    try:
-        with (
-            _plain_path(folder) as place,
-            ocp.StandardCheckpointer(multiprocessing_options=_ALONE) as checkpointer,
-        ):
-            return checkpointer.restore(place)
-    except Exception as error:  # whatever a damaged file makes Orbax raise
-        raise UserError(f"{named}: damaged ({_brief(error)})") from error
 
 
 def remove_states(folder: Path) -> None:

@@ -11,7 +11,7 @@ import jax
 
 from jaxlora.data.sources import Place
 from jaxlora.data.task_files import Description, check_name, made_up, paper_descriptions, read_tasks
-from jaxlora.formats.huggingface import local_folder
+from jaxlora.formats import huggingface
 from jaxlora.lora import ALL_TARGETS, PAPER_TARGETS, LoraConfig
 from jaxlora.tasks.sharing import Adapt, Groups, Variant, groups_like, parse_groups, variant
 from jaxlora.tasks.task import MADE_UP, Task
@@ -360,7 +360,7 @@ def resolve(flags: Flags) -> Settings:
         | {k: v for k, v in values.items() if k in fields}
         | {"adapt": chosen.adapt}
         | {"data_dir": None if flags.data_dir is None else str(flags.data_dir.absolute())}
-        | {"base": absolute(values["base"])}
+        | {"base": huggingface.absolute(values["base"])}
     )
     _refuse_meaningless(given, settings)
     _check(settings)
@@ -390,12 +390,6 @@ def _described(flags: Flags, chosen: Variant, sts_weight: float) -> tuple[Descri
     if flags.sts_weight is not None:
         raise UserError("--sts-weight is for the paper's tasks; set its weight in --tasks")
     return read_tasks(flags.tasks)
-
-
-def absolute(base: str) -> str:
-    """A local folder by its whole path, so that a run can be loaded from anywhere."""
-    folder = local_folder(base)
-    return base if folder is None else str(folder.absolute())
 
 
 def _paper_rates(chosen: Variant) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from jaxlora.data.sources import Place, where
 from jaxlora.data.tokenized import SPLITS, Examples, list_blank, load_examples
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.tasks.sharing import group_name
-from jaxlora.training import parameter_count, run_folder
+from jaxlora.training import parameter_count
 from jaxlora.training.config import Settings
+from jaxlora.utils import cache
 from jaxlora.utils.errors import UserError
 
 Data = dict[str, dict[str, Examples]]  # task → split → examples
@@ -85,7 +86,7 @@ def load_data(settings: Settings, base: Pretrained) -> Data:
     def load(name: str, source: str, place: Place) -> dict[str, Examples]:
         return load_examples(
             settings.named[name], source, place, base.tokenizer, base.fingerprint.tokenizer or "",
-            settings.max_length, run_folder.cache_dir(),
+            settings.max_length, cache.cache_dir(),
         )  # fmt: skip
 
     data = {name: load(name, settings.source, settings.place(name)) for name in settings.named}

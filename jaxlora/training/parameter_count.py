@@ -43,7 +43,7 @@ def count(
     """Count by shapes alone; nothing is allocated.
 
     >>> from jaxlora.tasks.sharing import SHARED
-    >>> from jaxlora.tasks import paper_tasks
+    >>> from jaxlora.tasks.task import paper_tasks
     >>> count(BertConfig(), "lora", SHARED, paper_tasks("mse"), lora.LoraConfig()).incremental
     2881543
     """

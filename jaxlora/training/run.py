@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.cli import curves
 from jaxlora.data.tokenized import Examples
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.serving import inference
+from jaxlora.serving import finished_run, inference, tree_files
 from jaxlora.tasks.sharing import group_name
 from jaxlora.tasks.task import Task
 from jaxlora.training import checkpoint, parameter_count, run_folder, sharding, step
@@ -27,7 +26,7 @@ from jaxlora.training import inputs as prepare
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data
 from jaxlora.training.task_group import Group, evaluate_group, make_group, outputs, untrained_scores
-from jaxlora.utils import distributed, folders, process, trees
+from jaxlora.utils import distributed, files, process, trees
 from jaxlora.utils.errors import Stopped, UserError
 from jaxlora.utils.trees import Tree
 
@@ -129,7 +128,7 @@ def run(
       Stopped: after Ctrl-C or SIGTERM, when the state has been saved.
     """
     devices = sharding.make_mesh(mesh)
-    out = folders.local(out)
+    out = files.local(out)
     checkpoint.check_place(out)
     run_folder.check(out, settings.to_json(), resume)
     base = huggingface.load(settings.base, base_sha256)
@@ -144,17 +143,17 @@ def run(
     with run_folder.only_run(out):
         run_folder.check(out, settings.to_json(), resume)  # another may have come in between
         distributed.wait("nothing is written before all have looked")
-        if not (out / run_folder.RESULT).exists():
+        if not (out / finished_run.RESULT).exists():
             versions = prepare.versions()
             config = {"settings": settings.to_json(), "inputs": inputs, "versions": versions}
-            if not run_folder.exists(out):
-                run_folder.write_json(out / run_folder.CONFIG, config)
+            if not finished_run.exists(out):
+                run_folder.write_json(out / finished_run.CONFIG, config)
             splits = ("dev", "test") if predict_test else ("dev",)
             job = Job(settings, base, data, out, splits, devices, skip_nonfinite)
-            run_folder.write_json(out / run_folder.RESULT, _train_all(job, listener))
+            run_folder.write_json(out / finished_run.RESULT, _train_all(job, listener))
             distributed.wait("the result is written")
         checkpoint.remove_states(out / run_folder.STATES)
-        return run_folder.read_json(out / run_folder.RESULT)
+        return run_folder.read_json(out / finished_run.RESULT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -203,9 +202,7 @@ def _train_groups(
         bank["adapters"][name] = best["trainable"]
         bank["heads"] |= best["heads"]
         test |= scores
-    checkpoint.save_tree(job.out / run_folder.MODEL, bank)
-    if distributed.first():
-        curves.draw(log.records, job.out / "curves.png", settings.title)
+    tree_files.save(job.out / finished_run.MODEL, bank)
     result = summarise(settings, prepare.count(settings, job.base), progress, test)
     return result | {"model": trees.checksum(bank)}
 

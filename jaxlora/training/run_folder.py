@@ -4,58 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import functools
 import io
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxlora.formats.fingerprint import INPUTS, note_partial
+from jaxlora.serving.finished_run import CONFIG, read_config
 from jaxlora.training.config import Settings, flag
-from jaxlora.utils import distributed, folders, json_files
+from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import UserError
 
-CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
-STATES, MODEL = "states", "model"
-_PARTS = ("settings", "inputs")  # of config.json
-
-
-def cache_dir() -> Path:
-    """Return the folder for prepared data and compiled programs, which can be written to.
-
-    It is `$JAXLORA_CACHE`, or `~/.cache/jaxlora`; where that cannot be, one of ours alone in the
-    system's temporary folder, which is said once.
-    """
-    wanted = os.environ.get("JAXLORA_CACHE") or "~/.cache/jaxlora"
-    try:
-        return folders.writable(folders.local(wanted).absolute())
-    except (OSError, UserError) as error:
-        found = folders.own_temporary()
-        _say_once(f"the cache is in {found}, {wanted} cannot be ({error}); set $JAXLORA_CACHE")
-        return found
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole, see `folders.replacing`. Of many processes the first does."""
-    if not distributed.first():
-        return
-    with folders.replacing(path, "w") as file:
-        file.write(text)
+METRICS, STATES = "metrics.jsonl", "states"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write JSON into the run's folder; of many processes the first does."""
+    if distributed.first():
+        files.write_json(path, value)
 
 
 def read_json(path: Path) -> Any:
@@ -66,25 +36,7 @@ def read_json(path: Path) -> Any:
     """
     if not path.exists():
         raise UserError(f"{path}: missing; is {path.parent} the folder of a run?")
-    return json_files.read(path)
-
-
-def exists(out: Path) -> bool:
-    """Whether a folder is a run's, finished or not."""
-    return (out / CONFIG).exists()
-
-
-def read_config(out: Path) -> dict[str, Any]:
-    """A run's `config.json`.
-
-    Raises:
-      UserError: if it is missing, broken, or not a run's.
-    """
-    config = read_json(out / CONFIG)
-    parts = [config.get(part) for part in _PARTS] if isinstance(config, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{out / CONFIG}: not the config of a jaxlora run; name another folder")
-    return config
+    return files.read_json(path)
 
 
 def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
@@ -104,7 +56,7 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
     if not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
     if not (out / CONFIG).exists():
-        ours = (folders.LOCK, folders.TEMPORARY)  # a first write that was killed leaves them
+        ours = (files.LOCK, files.TEMPORARY)  # a first write that was killed leaves them
         if not all(path.name.startswith(ours) for path in out.iterdir()):
             raise UserError(f"--out {out}: is not empty and holds no run; name another folder")
         return
@@ -167,12 +119,13 @@ def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
 
 
 def write_table(path: Path, columns: Mapping[str, Iterable[str]]) -> None:
-    """Write a CSV with a header, whole."""
+    """Write a CSV with a header into the run's folder; of many processes the first does."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
-    write_text(path, text.getvalue())
+    if distributed.first():
+        files.write_text(path, text.getvalue())
 
 
 @contextlib.contextmanager
@@ -185,8 +138,8 @@ def only_run(out: Path) -> Iterator[None]:
     if not distributed.first():
         yield
         return
-    folders.make(out)
-    with folders.locked(out, f"--out {out}: another run is writing to it; name another"):
+    files.make(out)
+    with files.locked(out, f"--out {out}: another run is writing to it; name another"):
         yield
 
 
@@ -207,12 +160,12 @@ class MetricsLog:
             self._scratch = tempfile.TemporaryDirectory()
             out = Path(self._scratch.name)
         self.records = [r for r in read_records(out) if r["step"] <= keep.get(r["group"], 0)]
-        write_text(out / METRICS, "".join(json.dumps(r) + "\n" for r in self.records))
+        files.write_text(out / METRICS, "".join(json.dumps(r) + "\n" for r in self.records))
         shutil.rmtree(out / "tensorboard", ignore_errors=True)
         self._file = (out / METRICS).open("a", encoding="utf-8")
-        folders.make(out / "tensorboard")
+        files.make(out / "tensorboard")
         self._board = SummaryWriter(str(out / "tensorboard"))
-        folders.settle(out / "tensorboard")
+        files.settle(out / "tensorboard")
         for record in self.records:
             self._show(record)
 
@@ -258,7 +211,7 @@ def read_records(out: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for line in (out / METRICS).read_bytes().splitlines():
         try:
-            record = json_files.loads(line)
+            record = files.loads(line)
         except (ValueError, RecursionError):
             break
         if not _is_record(record):

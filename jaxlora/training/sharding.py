@@ -16,7 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxlora.training.step import Batch, Rows, TrainState
+from jaxlora.data.batches import Batch
+from jaxlora.nn.encode import PackedTokens
+from jaxlora.training.step import TrainState
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import Tree
 
@@ -113,18 +115,18 @@ def of_state(mesh: Mesh, state: TrainState) -> TrainState:
     )
 
 
-def of_rows(mesh: Mesh, rows: Rows) -> Rows:
+def of_rows(mesh: Mesh, rows: PackedTokens) -> PackedTokens:
     """Where packed rows live; too few for all devices are whole everywhere."""
     *lead, count, _ = rows.tokens.shape
     part = whole(mesh)
     if count % mesh.size == 0:
         part = NamedSharding(mesh, PartitionSpec(*(None,) * len(lead), AXES))
-    return Rows(part, part, part, whole(mesh))
+    return PackedTokens(part, part, part, whole(mesh))
 
 
 def of_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Where a batch lives."""
-    mixed = isinstance(batch.inputs, Rows)
+    mixed = isinstance(batch.inputs, PackedTokens)
     return Batch(of_rows(mesh, batch.inputs) if mixed else whole(mesh), whole(mesh), whole(mesh))
 
 

@@ -20,45 +20,15 @@ import optax
 from flax import struct
 
 from jaxlora import lora
+from jaxlora.data.batches import Batch
 from jaxlora.nn import bert
-from jaxlora.pcgrad import PCGradState, pcgrad
+from jaxlora.nn.encode import Encode, PackedTokens, encode_mixed
+from jaxlora.pcgrad import PCGradState
 from jaxlora.tasks import losses
 from jaxlora.tasks.sharing import Adapt
 from jaxlora.tasks.task import Task
 from jaxlora.utils import trees
 from jaxlora.utils.trees import Tree
-
-
-class Rows(NamedTuple):
-    """Packed sentences.
-
-    Attributes:
-      tokens: `i32[R, S]`.
-      positions: `i32[R, S]`, counted from 0 within each sentence.
-      segment_ids: `i32[R, S]`, `n + 1` for the tokens of sentence n, 0 for padding.
-      cls_index: `i32[N]`, where sentence n starts in the flattened rows.
-    """
-
-    tokens: Any
-    positions: Any
-    segment_ids: Any
-    cls_index: Any
-
-
-class Batch(NamedTuple):
-    """One step's examples of every task of a group.
-
-    Attributes:
-      inputs: for adapters `Rows` of T·N sentences, task t's sentence n being number `t N + n`; for
-        whole encoders `Rows` with leading `[T]`; for a frozen one its vectors `f32[T, N, H]`. First
-        sentences come first: example b is sentence b, its second one is sentence `B + b`.
-      labels: `f32[T, B]`.
-      weights: `f32[T, B]`, 1 for a real example, 0 for padding.
-    """
-
-    inputs: Any
-    labels: Any
-    weights: Any
 
 
 @struct.dataclass
@@ -100,20 +70,6 @@ class StepMetrics(NamedTuple):
     finite: jax.Array
 
 
-class Encode(Protocol):
-    """Encodes rows with one trainable tree; see `encoder`."""
-
-    def __call__(
-        self,
-        frozen: Tree,
-        trainable: Tree,
-        rows: Rows,
-        key: jax.Array | None,
-        share: jax.Array | None = None,
-    ) -> jax.Array:
-        """Sentence vectors `f32[N, H]`; dropout is on when a key is given."""
-
-
 class EncodeTasks(Protocol):
     """Encodes the sentences of all tasks of a group with its one tree; see `task_encoder`."""
 
@@ -148,40 +104,6 @@ class Setup:
     weights: tuple[float, ...] = ()
 
 
-def encoder(config: bert.BertConfig, dtype: Any, adapter: lora.LoraConfig, pooling: str) -> Encode:
-    """Encode packed rows with one trainable tree.
-
-    Returns:
-      `(frozen, trainable, Rows, key or None, share=None) -> f32[N, H]`. `{**frozen, **trainable}`
-      are the Flax collections (with `params` as `bert.stack_layers` takes them), so a trainable
-      `params` takes the place of the frozen one; for the share see `bert.Encoder`.
-    """
-    module = bert.Encoder(config, dtype, adapter)
-
-    def encode(
-        frozen: Tree,
-        trainable: Tree,
-        rows: Rows,
-        key: jax.Array | None,
-        share: jax.Array | None = None,
-    ) -> jax.Array:
-        collections = {**frozen, **trainable}
-        hidden = jnp.asarray(
-            module.apply(
-                collections | {"params": bert.stack_layers(collections["params"])},
-                rows.tokens,
-                rows.positions,
-                rows.segment_ids,
-                key is not None,
-                share,
-                rngs=None if key is None else {"dropout": key},
-            )
-        )
-        return bert.pool(hidden, rows.segment_ids, rows.cls_index, pooling)
-
-    return encode
-
-
 def task_encoder(adapt: Adapt, encode: Encode, num_tasks: int) -> EncodeTasks:
     """How a step encodes the sentences of all its tasks.
 
@@ -208,7 +130,7 @@ def _separate(encode: Encode, num_tasks: int) -> EncodeTasks:
     """A kernel's gradient is wanted for each task, so each has rows and a copy of its own."""
     encode_each = jax.vmap(encode, in_axes=(None, 0, 0, 0))
 
-    def encode_tasks(frozen: Tree, stack: Tree, rows: Rows, key: jax.Array) -> jax.Array:
+    def encode_tasks(frozen: Tree, stack: Tree, rows: PackedTokens, key: jax.Array) -> jax.Array:
         return encode_each(frozen, stack, rows, jax.random.split(key, num_tasks))
 
     return _copied(encode_tasks, num_tasks)
@@ -220,10 +142,10 @@ def _mixed(encode: Encode, num_tasks: int) -> EncodeTasks:
     So is the adapter: only its gradient is parted by the tasks of the tokens.
     """
 
-    def encode_tasks(frozen: Tree, stack: Tree, rows: Rows, key: jax.Array) -> jax.Array:
+    def encode_tasks(frozen: Tree, stack: Tree, rows: PackedTokens, key: jax.Array) -> jax.Array:
         sentences = rows.cls_index.shape[0] // num_tasks
         owner = jnp.repeat(jnp.arange(num_tasks), sentences)
-        vectors = _encode_mixed(encode, frozen, stack, rows, owner, key)
+        vectors = encode_mixed(encode, frozen, stack, rows, owner, key)
         return vectors.reshape(num_tasks, sentences, -1)
 
     return _copied(encode_tasks, num_tasks)
@@ -240,16 +162,6 @@ def _copied(encode_tasks: Callable[..., jax.Array], num_tasks: int) -> EncodeTas
         return vectors, lambda grad: pull(grad)[0]
 
     return encode
-
-
-def _encode_mixed(
-    encode: Encode, frozen: Tree, stack: Tree, rows: Rows, owner: jax.Array, key: jax.Array | None
-) -> jax.Array:
-    count = jax.tree.leaves(stack)[0].shape[0]
-    # Padding belongs to adapter -1, that is to none.
-    task = jnp.where(rows.segment_ids > 0, owner[rows.segment_ids - 1], -1)
-    by_layer = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), stack)
-    return encode(frozen, by_layer, rows, key, jax.nn.one_hot(task, count))
 
 
 def split_params(
@@ -280,44 +192,6 @@ def trainable_params(adapt: Adapt, params: Tree, config: lora.LoraConfig, key: j
     if adapt == "full":
         return {"params": jax.tree.map(jnp.asarray, params)}
     return {"lora": lora.init(key, params, config)} if adapt == "lora" else {}
-
-
-def optimizers(
-    num_tasks: int,
-    learning_rate: optax.ScalarOrSchedule,
-    head_learning_rate: optax.ScalarOrSchedule,
-    *,
-    clip: float = 1.0,
-    weight_decay: float = 0.0,
-    seed: int = 0,
-    lora_plus_ratio: float = 1.0,
-    surgery: bool = True,
-) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """The encoder's chain (PCGrad → clip → AdamW) and the heads' (AdamW).
-
-    Clipping comes after projection, on the combined gradient, and sees no head. Biases and
-    LayerNorm are not decayed. With a `lora_plus_ratio` the adapters' B has so many times the
-    learning rate of A (Hayou et al. 2024, "LoRA+", section 4). Without `surgery` the tasks'
-    gradients are only summed.
-    """
-    steps = [
-        pcgrad(num_tasks, seed, surgery=surgery),
-        optax.clip_by_global_norm(clip),
-        optax.adamw(learning_rate, weight_decay=weight_decay, mask=_decayed),
-    ]
-    if lora_plus_ratio != 1:
-        steps.append(optax.masked(optax.scale(lora_plus_ratio), _is_b))
-    return optax.chain(*steps), optax.adamw(
-        head_learning_rate, weight_decay=weight_decay, mask=_decayed
-    )
-
-
-def _decayed(tree: Tree) -> Tree:
-    return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key not in ("bias", "scale"), tree)
-
-
-def _is_b(tree: Tree) -> Tree:
-    return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key == "B", tree)
 
 
 def init_state(setup: Setup, trainable: Tree, key: jax.Array) -> TrainState:
@@ -417,24 +291,4 @@ def make_train_step(
         lambda state, frozen, batch: train_step(setup, state, frozen, batch),
         donate_argnums=0,
         out_shardings=shardings,
-    )
-
-
-def make_encode(encode: Encode, sharding: Any = None) -> Callable[[Tree, Tree, Rows], jax.Array]:
-    """The evaluation step: `(frozen, trainable, Rows) → f32[N, H]`, compiled, without dropout."""
-    return jax.jit(
-        lambda frozen, trainable, rows: encode(frozen, trainable, rows, None),
-        out_shardings=sharding,
-    )
-
-
-def make_mixed_encode(encode: Encode) -> Callable[[Tree, Tree, Rows, jax.Array], jax.Array]:
-    """Evaluation with an adapter for each sentence, compiled.
-
-    Returns:
-      `(frozen, {"lora": leaves [T, L, ...]}, Rows, owner i32[N]) → f32[N, H]`: sentence n uses
-      adapter `owner[n]`.
-    """
-    return jax.jit(
-        lambda frozen, stack, rows, owner: _encode_mixed(encode, frozen, stack, rows, owner, None)
     )

@@ -11,15 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from jaxlora.data import batches as data_batches
+from jaxlora.data.batches import Batch
 from jaxlora.formats.huggingface import Pretrained
+from jaxlora.nn.encode import Encode, PackedTokens, encoder, make_encode
 from jaxlora.serving import inference
 from jaxlora.tasks.sharing import group_name
 from jaxlora.tasks.task import Task
-from jaxlora.training import sharding, step
+from jaxlora.training import optimizer, sharding, step
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data, make_steps
 from jaxlora.utils.trees import Tree
@@ -81,11 +82,11 @@ class Group:
         shardings = (state, sharding.whole(self.mesh))
         return step.make_train_step(self.setup, shardings)
 
-    def place(self, batch: step.Batch) -> step.Batch:
+    def place(self, batch: Batch) -> Batch:
         """A batch, on its devices."""
         return sharding.put(batch, sharding.of_batch(self.mesh, batch))
 
-    def prefetch(self, start: int) -> Iterator[step.Batch]:
+    def prefetch(self, start: int) -> Iterator[Batch]:
         """Its batches from a step on, on their devices."""
         return data_batches.prefetch(self.batches, start, self.steps, self.place)
 
@@ -103,7 +104,7 @@ def make_group(
         frozen = step.frozen_params(settings.adapt, base.params, dtype)
     frozen = sharding.put(frozen, sharding.of_tree(mesh, frozen))
     config = base.config.with_dropout(settings.encoder_dropout)
-    encode = step.encoder(config, dtype, settings.lora, settings.pooling)
+    encode = encoder(config, dtype, settings.lora, settings.pooling)
     mine = {n: data[n] for n in names}
     train = {n: splits["train"] for n, splits in mine.items()}
     sizes = {n: len(examples) for n, examples in train.items()}
@@ -120,14 +121,17 @@ def make_group(
         batches = data_batches.plan(
             train, order, steps, settings.max_length, most, mixed, mesh.size
         )
+    rate = functools.partial(
+        optimizer.schedule, steps=steps, warmup=settings.warmup_steps, decay=settings.schedule
+    )
     weights = {d.task.name: d.weight for d in settings.tasks}
     setup = step.Setup(
         chosen,
         step.task_encoder(settings.adapt, encode, len(chosen)),
-        *step.optimizers(
+        *optimizer.optimizers(
             len(chosen),
-            schedule(settings, settings.learning_rate, steps),
-            schedule(settings, settings.head_learning_rate, steps),
+            rate(settings.learning_rate),
+            rate(settings.head_learning_rate),
             clip=settings.clip,
             weight_decay=settings.weight_decay,
             seed=settings.seed,
@@ -149,34 +153,16 @@ def make_group(
     )
 
 
-def schedule(settings: Settings, peak: float, steps: int) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up, then constant or linear down to 0.
-
-    The first step has `peak / warmup_steps` and the last of the warm-up `peak`: none is wasted.
-    """
-    warmup = min(settings.warmup_steps, steps)
-    end = {"constant": peak, "linear": 0.0}[settings.schedule]
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1)),
-            optax.linear_schedule(peak, end, max(1, steps - warmup)),
-        ],
-        [warmup],
-    )
-
-
 def named_key(seed: int, name: str) -> jax.Array:
     """A PRNG key that depends on the seed and a name alone."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def live_vectors(
-    encode: step.Encode, frozen: Tree, data: Data, max_length: int, mesh: Mesh
-) -> Vectors:
+def live_vectors(encode: Encode, frozen: Tree, data: Data, max_length: int, mesh: Mesh) -> Vectors:
     """Encode a split anew at each call."""
-    compiled = step.make_encode(encode, sharding.whole(mesh))
+    compiled = make_encode(encode, sharding.whole(mesh))
 
-    def encode_rows(frozen: Tree, trainable: Tree, rows: step.Rows) -> jax.Array:
+    def encode_rows(frozen: Tree, trainable: Tree, rows: PackedTokens) -> jax.Array:
         return compiled(frozen, trainable, sharding.put(rows, sharding.of_rows(mesh, rows)))
 
     def vectors(trainable: Tree, task: str, split: str) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jaxlora.utils import folders
+from jaxlora.utils import files
 from jaxlora.utils.errors import Note, Stopped, UserError
 
 # glibc's <malloc.h>
@@ -56,9 +56,9 @@ def keep_programs(folder: Path) -> None:
     It is the user's alone: whoever may write there decides what is run.
     """
     try:
-        folders.make(folder.parent)
+        files.make(folder.parent)
         folder.mkdir(0o700, exist_ok=True)
-        folders.writable(folder)
+        files.writable(folder)
     except OSError:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -166,14 +166,14 @@ def _replace_home() -> None:
     """
     for name, (base, default) in _CACHES.items():
         if not (name in os.environ or base in os.environ or _possible(default)):
-            os.environ[name] = str(folders.own_temporary() / Path(default).name)
+            os.environ[name] = str(files.own_temporary() / Path(default).name)
 
 
 def _possible(folder: str) -> bool:
     """Whether a folder is there, or could be made."""
     try:
-        path = folders.local(folder)
-        return path.is_dir() or bool(folders.writable(next(p for p in path.parents if p.exists())))
+        path = files.local(folder)
+        return path.is_dir() or bool(files.writable(next(p for p in path.parents if p.exists())))
     except (OSError, UserError):
         return False
 

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from jaxlora.data.raw_examples import Row
-from jaxlora.utils import folders
+from jaxlora.utils import files
 
 Splits = Mapping[str, Sequence[Row]]
 
@@ -95,10 +95,10 @@ def load(builder_class: type[RowsBuilder], config: SourceConfig, folder: Path) -
 
 def _settle(prepared: Path, folder: Path) -> None:
     """Guard what TFDS has prepared, with the folders above it, and flush it to the disk."""
-    folders.settle(prepared)
+    files.settle(prepared)
     for path in prepared.parents:
         if path.is_relative_to(folder):
-            folders.guard(path)
+            files.guard(path)
 
 
 def _rows(source: Any) -> list[Row]:

@@ -1,0 +1,39 @@
+"""All benches that a CPU can run, one after the other: `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import tyro
+
+BENCHES = (
+    "step --batch-sizes 8 --rounds 3 --steps 2",
+    "step --batch-sizes 32 --rounds 3 --steps 2 --variants lora3 --name step-32",
+    "share --dtypes float32 --rounds 3",
+    "pcgrad",
+    "predict --rounds 7",
+    "start",
+    "frozen --examples 1024 --rounds 3",
+    "memory",
+    "scaling --rounds 5",
+)
+
+
+def main() -> int:
+    """Run all benches that a CPU can, each in a process of its own; returns how many failed."""
+    quiet = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    failed = 0
+    for bench in BENCHES:
+        module, *flags = bench.split()
+        command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", *flags]
+        began = time.monotonic()
+        failed += subprocess.run(command, check=False, env=quiet).returncode != 0
+        print(f"{bench}: {time.monotonic() - began:.0f} s\n", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))

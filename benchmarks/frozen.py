@@ -1,0 +1,85 @@
+"""A frozen encoder's cached vectors, beside encoding anew: `python -m benchmarks.frozen`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import tyro
+
+from benchmarks import harness
+from benchmarks.work import Ours, Work, make_data
+from jaxlora.formats import huggingface
+from jaxlora.nn import bert
+from jaxlora.nn.encode import encoder, make_encode
+from jaxlora.serving import inference
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """An epoch of baseline1 with cached vectors, in turn with encoding every sentence again.
+
+    Attributes:
+      base: the base model.
+      examples: of each task.
+      rounds: timed runs.
+      out: folder of the JSON file.
+    """
+
+    base: str = "minilm"
+    examples: int = 2048
+    rounds: int = 5
+    out: Path = harness.OUT
+
+
+def make_cached(work: Work, base: str) -> Callable[[], float]:
+    """An epoch of all three heads; returns the seconds that loading and encoding took."""
+    began = time.perf_counter()
+    ours = Ours(work, huggingface.load(base))
+    setup = time.perf_counter() - began
+    ours.compile()
+    steps = ours.groups[0].batches.order.steps_per_epoch
+
+    def epoch() -> float:
+        ours.run(steps)
+        return setup
+
+    return epoch
+
+
+def make_encoding(work: Work, base: str) -> Callable[[], None]:
+    """Encode every training sentence once, as a run without a cache must in every epoch."""
+    loaded = huggingface.load(base)
+    settings = work.settings
+    encode = make_encode(encoder(loaded.config, work.dtype, settings.lora, settings.pooling))
+    frozen = {"params": bert.matmul_ready(loaded.params, work.dtype)}
+    data = make_data(work, loaded)
+
+    def epoch() -> None:
+        for splits in data.values():
+            inference.encode(encode, frozen, {}, splits["train"], settings.max_length)
+
+    return epoch
+
+
+def main(flags: Flags) -> None:
+    """Measure both; the encoder alone stands for an epoch without a cache (a lower bound)."""
+    work = Work("baseline1", 16, "float32", examples=flags.examples)
+    cached = harness.Worker(make_cached, work, flags.base)
+    seconds = cached()  # timed inside: alone
+    encoding = harness.Worker(make_encoding, work, flags.base)
+    spreads = harness.interleave({"cached": cached, "encoding": encoding}, flags.rounds)
+    row = {
+        "examples of each task": flags.examples,
+        "cached, ms an epoch": spreads["cached"],
+        "encoding, ms an epoch": spreads["encoding"],
+        "× faster": spreads["encoding"].median / spreads["cached"].median,
+        "load and encode s": seconds,
+    }
+    harness.show("frozen", "baseline1: cached vectors", [row], flags.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags))

@@ -1,0 +1,97 @@
+"""The benches on an accelerator, at bert-base's size: `python -m benchmarks.gpu`.
+
+Weights are random, which takes as long as trained ones; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import tyro
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from benchmarks import harness, memory, pcgrad, predict, start, step
+from jaxlora.formats import huggingface
+from jaxlora.nn import bert
+from jaxlora.training import run_folder
+
+Part = Literal["step", "pcgrad", "predict", "start", "memory"]
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Steps, PCGrad, inference, start and memory; the JSON files go to `out`.
+
+    Attributes:
+      parts: which benches.
+      layers: of the random BERT; bert-base has 12.
+      batch_sizes: of the training steps.
+      together: steps in one program.
+      rounds: timed runs of each side.
+      out: folder of the JSON files.
+    """
+
+    parts: tuple[Part, ...] = ("step", "pcgrad", "predict", "start", "memory")
+    layers: int = 12
+    batch_sizes: tuple[int, ...] = (8, 64, 256)
+    together: int = 8
+    rounds: int = 5
+    out: Path = harness.OUT
+
+
+def write_random_base(folder: Path, config: bert.BertConfig) -> str:
+    """A Hugging Face folder with random weights; returns its path."""
+    leaves, structure = jax.tree.flatten(bert.param_shapes(config))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    params = jax.tree.unflatten(
+        structure,
+        [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = huggingface.export(params, config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    run_folder.write_json(
+        folder / "config.json", {"model_type": "bert"} | dataclasses.asdict(config)
+    )
+    words = [*WORDS, *(f"w{n}" for n in range(config.vocab_size - len(WORDS)))]
+    vocabulary = {word: n for n, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+def main(flags: Flags) -> None:
+    """Run them all."""
+    config = dataclasses.replace(bert.BertConfig(), num_hidden_layers=flags.layers)
+    base = write_random_base(flags.out / "random-base", config)
+    others = {
+        "pcgrad": lambda: pcgrad.main(pcgrad.Flags(out=flags.out)),
+        "predict": lambda: predict.main(predict.Flags(base=base, out=flags.out)),
+        "start": lambda: start.main(start.Flags(base=base, variants=("lora3",), out=flags.out)),
+        "memory": lambda: memory.main(memory.Flags(base=base, out=flags.out)),
+    }
+    for size in flags.batch_sizes if "step" in flags.parts else ():
+        step.main(
+            step.Flags(
+                base=base, variants=("lora3",), batch_sizes=(size,), dtypes=("bfloat16",),
+                peers=("eager", "compile", "graphs"), together=flags.together,
+                rounds=flags.rounds, steps=8, name=f"gpu-step-{size}", out=flags.out,
+            )
+        )  # fmt: skip
+    for part, run in others.items():
+        if part in flags.parts:
+            run()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags))

@@ -1,0 +1,187 @@
+"""Timing: sides run in turn, and what comes out is a table and a JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from jaxlora.utils import cache
+from jaxlora.utils import process as host
+
+OUT = Path("runs/bench")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft", "torchjd")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Seconds of repeated runs."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread:
+        """Of some measurements."""
+        return cls(min(seconds), statistics.median(seconds), max(seconds))
+
+    def per(self, count: float) -> Spread:
+        """Of one of `count` things that a run did."""
+        return Spread(self.low / count, self.median / count, self.high / count)
+
+    def __str__(self) -> str:
+        return f"{1e3 * self.median:.1f} ({1e3 * self.low:.1f}–{1e3 * self.high:.1f})"
+
+
+K = TypeVar("K", bound=Hashable)
+
+
+def interleave(
+    sides: Mapping[K, Callable[[], object]], rounds: int, warmups: int = 1
+) -> dict[K, Spread]:
+    """Run the sides in turn, A B A B …, and time each call; `warmups` rounds are not counted.
+
+    Each side must wait for its own results, and none may go on working after that.
+    """
+    seconds: dict[K, list[float]] = {name: [] for name in sides}
+    for _ in range(warmups + rounds):
+        for name, side in sides.items():
+            began = time.perf_counter()
+            side()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: Spread.of(all_runs[warmups:]) for name, all_runs in seconds.items()}
+
+
+class Worker:
+    """A side in a process of its own: no side meets the other's threads or freed memory.
+
+    It gets ready by itself, so that several can at the same time; its first call waits for that,
+    and must not be timed.
+
+    Args:
+      factory: a module's function that makes the side, itself a function.
+      *args: its arguments.
+    """
+
+    def __init__(self, factory: Callable[..., Callable[..., Any]], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(end, factory, args), daemon=True)
+        self._process.start()
+        end.close()
+        self._ready = False
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the side, and wait for what it returns.
+
+        Raises:
+          EOFError: if its process has died.
+        """
+        if not self._ready:
+            self._ready = self._pipe.recv() == "ready"
+        self._pipe.send(args)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        """End the process, and wait until it is gone."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Any, factory: Callable[..., Callable[..., Any]], args: tuple[Any, ...]) -> None:
+    host.reuse_memory()
+    host.keep_programs(cache.cache_dir() / "xla")
+    side = factory(*args)
+    pipe.send("ready")
+    while True:
+        try:
+            arguments = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(side(*arguments))
+
+
+def matmul_rate(tokens: int, dtype: Any, width: int = 384, wide: int = 1536) -> float:
+    """Best measured FLOP/s of the feed-forward layer's matmul, sums in float32."""
+    a, b = jnp.ones((tokens, width), dtype), jnp.ones((width, wide), dtype)
+    multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    spread = interleave({"": lambda: multiply(a, b).block_until_ready()}, 30, 3)[""]
+    return 2 * tokens * width * wide / spread.low
+
+
+def copy_rate(size: int = 1 << 28) -> float:
+    """Bytes a second that a copy reads and writes together."""
+    host.reuse_memory()  # else this measures the kernel's page faults
+    x = jnp.zeros(size // 4)
+    copied = jax.jit(lambda x: x + 1)
+    return 2 * size / interleave({"": lambda: copied(x).block_until_ready()}, 9, 2)[""].low
+
+
+def peer_device() -> str:
+    """Where the peer must run to have what JAX has."""
+    return "cpu" if jax.default_backend() == "cpu" else "cuda"
+
+
+def machine() -> dict[str, Any]:
+    """What ran: for the head of a result."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": found,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def show(name: str, title: str, rows: Sequence[Mapping[str, Any]], out: Path = OUT) -> None:
+    """Print rows as a table, and write them with the machine to `out/name.json`."""
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*map(_shown, row.values()))
+    Console(width=None if os.isatty(1) else 140).print(table)
+    out.mkdir(parents=True, exist_ok=True)
+    plain = [{k: _plain(v) for k, v in row.items()} for row in rows]
+    content = {"title": title, "machine": machine(), "rows": plain}
+    (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Spreads are shown, and written, in milliseconds."""
+    if not isinstance(value, Spread):
+        return value
+    return {name: 1e3 * seconds for name, seconds in dataclasses.asdict(value).items()}

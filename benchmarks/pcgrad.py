@@ -1,0 +1,97 @@
+"""PCGrad alone, beside torchjd's: `python -m benchmarks.pcgrad`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+import jaxlora
+from benchmarks import harness
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """One projection of per-task gradients, in turn with torchjd's.
+
+    Attributes:
+      tasks: numbers of tasks.
+      millions: parameters, in millions.
+      limit: leave out cases with more numbers than this, in millions.
+      rounds: timed runs.
+      device: the peer's device.
+      out: folder of the JSON file.
+    """
+
+    tasks: tuple[int, ...] = (2, 3, 8, 16)
+    millions: tuple[int, ...] = (1, 23, 110)
+    limit: int = 400
+    rounds: int = 7
+    device: str = dataclasses.field(default_factory=harness.peer_device)
+    out: Path = harness.OUT
+
+
+def make_ours(tasks: int, size: int) -> Callable[[], None]:
+    """Our transform on one leaf of `size` numbers a task."""
+    tx = jaxlora.pcgrad(tasks)
+    grads = {"w": jax.random.normal(jax.random.key(0), (tasks, size))}
+    state = tx.init({"w": jnp.zeros(size)})
+    update = jax.jit(lambda grads, state: tx.update(grads, state)[0])
+    return lambda: jax.block_until_ready(update(grads, state)) and None
+
+
+def make_peer(tasks: int, size: int, device: str) -> Callable[[], None]:
+    """The aggregator of torchjd on a ready matrix, which it is not charged for."""
+    import torch
+    from torchjd.aggregation import PCGrad
+
+    jacobian, aggregate = torch.randn(tasks, size, device=device), PCGrad()
+
+    def run() -> None:
+        aggregate(jacobian)
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def measure(tasks: int, millions: int, rate: float, flags: Flags) -> dict[str, Any]:
+    """One row of the table."""
+    size = millions * 1_000_000
+    ours = harness.Worker(make_ours, tasks, size)
+    peer = harness.Worker(make_peer, tasks, size, flags.device)
+    spreads = harness.interleave({"ours": ours, "peer": peer}, flags.rounds, warmups=2)
+    ours.close()
+    peer.close()
+    floor = 4 * size * (2 * tasks + 1) / rate
+    return {
+        "tasks": tasks,
+        "M parameters": millions,
+        "ours ms": spreads["ours"],
+        "torchjd ms": spreads["peer"],
+        "× peer": spreads["peer"].median / spreads["ours"].median,
+        "floor ms": 1e3 * floor,
+        "× floor": spreads["ours"].median / floor,
+    }
+
+
+def main(flags: Flags) -> None:
+    """Measure all combinations."""
+    rate = harness.copy_rate()
+    rows = [
+        measure(tasks, millions, rate, flags)
+        for millions in flags.millions
+        for tasks in flags.tasks
+        if tasks * millions <= flags.limit
+    ]
+    title = f"PCGrad alone (ms: median, low–high; the floor reads twice at {rate / 1e9:.1f} GB/s)"
+    harness.show("pcgrad", title, rows, flags.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags))

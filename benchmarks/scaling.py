@@ -1,0 +1,141 @@
+"""How a step grows with its work: `python -m benchmarks.scaling`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from benchmarks import harness
+from benchmarks.memory import megabytes
+from benchmarks.work import make_examples
+from jaxlora import lora
+from jaxlora.data import batches as data_batches
+from jaxlora.data import packing
+from jaxlora.data.batches import Batch
+from jaxlora.data.tokenized import Examples
+from jaxlora.formats import huggingface
+from jaxlora.nn.encode import encoder
+from jaxlora.tasks import task as tasks
+from jaxlora.training import optimizer, step
+
+AXES: Mapping[str, tuple[int, ...]] = {
+    "batch": (8, 16, 32, 64),
+    "row_length": (96, 192, 384),
+    "layers": (2, 4, 6),
+    "tasks": (1, 4, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A LoRA step with PCGrad: `tasks` copies of STS-B share an adapter."""
+
+    batch: int = 16
+    row_length: int = 96
+    layers: int = 6
+    tasks: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Milliseconds of a step as one of batch, row length, layers and tasks grows.
+
+    Attributes:
+      base: the base model.
+      dtype: of the matmuls.
+      rounds: timed steps.
+      out: folder of the JSON file.
+    """
+
+    base: str = "minilm"
+    dtype: str = "float32"
+    rounds: int = 7
+    out: Path = harness.OUT
+
+
+def make_ours(case: Case, flags: Flags) -> Callable[[], float]:
+    """A step on one batch, again and again; returns the process's peak memory in MB."""
+    base, adapter = huggingface.load(flags.base), lora.LoraConfig()
+    layers = jax.tree.map(lambda x: x[: case.layers], base.params["layers"])
+    config = dataclasses.replace(base.config, num_hidden_layers=case.layers)
+    chosen = [dataclasses.replace(tasks.STS_MSE, name=f"task{n}") for n in range(case.tasks)]
+    encode = encoder(config, jnp.dtype(flags.dtype), adapter, "mean")
+    setup = step.Setup(
+        tuple(chosen),
+        step.task_encoder("lora", encode, case.tasks),
+        *optimizer.optimizers(case.tasks, 1e-3, 1e-3),
+        config.hidden_size,
+    )
+    params = base.params | {"layers": layers}
+    frozen, trainable = step.split_params(
+        "lora", params, adapter, jax.random.key(0), jnp.dtype(flags.dtype)
+    )
+    train = {
+        t.name: make_examples(tasks.STS_MSE, 256, config.vocab_size, n)
+        for n, t in enumerate(chosen)
+    }
+    order = data_batches.make_order(dict.fromkeys(train, 256), case.batch, 0)
+    batch = jax.device_put(first_batch(train, order, case.row_length))
+    state = step.init_state(setup, trainable, jax.random.key(1))
+    frozen, train_step = jax.device_put(frozen), step.make_train_step(setup)
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = train_step(state, frozen, batch)
+        jax.block_until_ready(metrics)
+        return megabytes("ours", jax.default_backend())
+
+    return run
+
+
+def first_batch(train: Mapping[str, Examples], order: data_batches.Order, length: int) -> Batch:
+    """The first step's batch in just as many rows of a length as it needs."""
+    sentences = [
+        e.lengths[data_batches.sentence_numbers(e, numbers)]
+        for e, numbers in zip(train.values(), order.at(0), strict=True)
+    ]
+    shape = packing.Shape(packing.place(np.concatenate(sentences), length).rows, length)
+    return data_batches.PackedBatches(train, order, (shape,), mixed=True)[0]
+
+
+def measure(axis: str, flags: Flags) -> list[dict[str, Any]]:
+    """The rows of one axis, and the slope of the curve in logarithms (1: in proportion)."""
+    values = AXES[axis]
+    spreads, peaks = [], []
+    for value in values:
+        worker = harness.Worker(make_ours, dataclasses.replace(Case(), **{axis: value}), flags)
+        spreads.append(harness.interleave({"": worker}, flags.rounds, warmups=2)[""])
+        peaks.append(round(worker()))
+        worker.close()
+    logs = np.log([s.median for s in spreads])
+    slopes = [None, *np.diff(logs) / np.diff(np.log(values))]
+    return [
+        {
+            "grows": axis,
+            "to": value,
+            "ms": spread,
+            "steps a second": 1 / spread.median,
+            "slope": "" if slope is None else round(float(slope), 2),
+            "peak MB": peak,
+        }
+        for value, spread, slope, peak in zip(values, spreads, slopes, peaks, strict=True)
+    ]
+
+
+def main(flags: Flags) -> None:
+    """Measure all axes."""
+    rows = [row for axis in AXES for row in measure(axis, flags)]
+    harness.show(
+        "scaling", f"A LoRA step with PCGrad, {flags.dtype}, from {Case()}", rows, flags.out
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags))

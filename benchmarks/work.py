@@ -1,0 +1,202 @@
+"""The work that both sides do: the same weights, sentences, adapters and heads."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxlora.data.batches import Batch
+from jaxlora.data.tokenized import Examples
+from jaxlora.formats.huggingface import Pretrained
+from jaxlora.tasks.task import Task, paper_tasks
+from jaxlora.training import config, sharding, task_group
+from jaxlora.training.inputs import Data
+from jaxlora.training.step import StepMetrics, TrainState
+
+# Tokens of a training sentence at 0, 5, … 100 % (SST-5, Quora, STS-B; BERT's tokenizer).
+LENGTHS = {
+    "sst": (4, 9, 11, 13, 15, 16, 18, 19, 21, 22, 24, 25, 27, 29, 30, 33, 35, 37, 41, 46, 80),
+    "para": (3, 8, 9, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 16, 17, 18, 20, 22, 25, 30, 95),
+    "sts": (5, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 16, 17, 19, 22, 26, 31, 70),
+}
+TASKS = paper_tasks("mse")
+Dtype = Literal["float32", "bfloat16"]
+FIRST_WORD = 1000  # of BERT's vocabulary; what stands before are special and unused tokens
+LOOK_AT = 200  # steps, to find the shapes of batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is trained: a variant at a batch size and a dtype, on `examples` of each task.
+
+    Heads and encoder have the same dropout.
+    """
+
+    variant: config.VariantName
+    batch_size: int
+    dtype: Dtype
+    examples: int = 512
+    dropout: float = 0.1
+    pooling: Literal["cls", "mean"] = "mean"
+
+    @property
+    def settings(self) -> config.Settings:
+        """The run's settings."""
+        flags = config.Flags(
+            self.variant,
+            preset="demo",
+            max_length=128,
+            pooling=self.pooling,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            epochs=20,
+        )
+        return dataclasses.replace(config.resolve(flags), encoder_dropout=self.dropout)
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """Its tasks."""
+        return self.settings.named
+
+
+def make_examples(task: Task, count: int, vocabulary: int, seed: int = 0) -> Examples:
+    """Random words in sentences as long as the real ones, with random labels."""
+    rng = np.random.default_rng([seed, *task.name.encode()])
+    quantiles = rng.uniform(0, 100, count * task.sentences)
+    lengths = np.interp(quantiles, np.arange(0, 101, 5), LENGTHS[task.name]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    first = min(FIRST_WORD, vocabulary // 2)
+    tokens = rng.integers(first, vocabulary, offsets[-1]).astype(np.int32)
+    labels = rng.integers(int(task.low), int(task.high) + 1, count).astype(np.float32)
+    return Examples(np.arange(count).astype(str), tokens, offsets, labels, task.sentences)
+
+
+def make_data(work: Work, base: Pretrained) -> Data:
+    """All splits of all tasks; only `train` is large."""
+    sizes = {"train": work.examples, "dev": 8, "test": 8}
+    return {
+        name: {k: make_examples(task, n, base.config.vocab_size) for k, n in sizes.items()}
+        for name, task in work.tasks.items()
+    }
+
+
+def real_tokens(work: Work, base: Pretrained) -> float:
+    """Tokens of a step's sentences, all tasks together, without padding; on average."""
+    data = make_data(work, base)
+    means = {name: splits["train"].lengths.mean() for name, splits in data.items()}
+    return sum(work.batch_size * t.sentences * means[name] for name, t in work.tasks.items())
+
+
+class Steps:
+    """The steps of some groups, each on its batches, over and over.
+
+    Attributes:
+      groups: see `group.Group`.
+      states: of each group.
+      stacks: the batches of `run_together`, of each group.
+      waited: seconds that steps have waited for their batches so far.
+    """
+
+    def __init__(self, groups: list[task_group.Group]) -> None:
+        self.groups = groups
+        self.waited = 0.0
+        self.stacks: list[Batch] = []
+        self._scans: list[Any] = []
+        self._steps = [g.train_step() for g in self.groups]
+        self.states: list[TrainState] = [g.state for g in self.groups]
+        self._batches: list[Iterator[Batch]] = [_over_and_over(g) for g in self.groups]
+
+    def run(self, steps: int) -> list[StepMetrics]:
+        """Take some steps with every group, and wait for them; returns the last metrics."""
+        for _ in range(steps):
+            metrics = [self._step(i) for i in range(len(self.groups))]
+        return jax.block_until_ready(metrics)
+
+    def run_group(self, i: int, steps: int) -> StepMetrics:
+        """As `run`, with one group."""
+        for _ in range(steps):
+            metrics = self._step(i)
+        return jax.block_until_ready(metrics)
+
+    def compile(self) -> None:
+        """Run a batch of every shape once, so that no timed step compiles."""
+        for g, train_step in zip(self.groups, self._steps, strict=True):
+            for batch in one_of_each_shape(g.batches, min(g.steps, LOOK_AT)):
+                # Placed as in a run: elsewhere it would be another program.
+                state = jax.tree.map(lambda x: x.copy(), g.state)
+                jax.block_until_ready(train_step(state, g.frozen, g.place(batch)))
+
+    def run_together(self, steps: int) -> list[StepMetrics]:
+        """As `run`, in one program of `steps` steps, on batches that are on the device already."""
+        if not self.stacks:
+            self.stacks = [_next_of_one_shape(batches, steps) for batches in self._batches]
+            self._scans = [_make_scan(train_step) for train_step in self._steps]
+        metrics = [self._scan(i, stack) for i, stack in enumerate(self.stacks)]
+        return jax.block_until_ready(metrics)
+
+    def _scan(self, i: int, stack: Batch) -> StepMetrics:
+        state, metrics = self._scans[i](self.states[i], self.groups[i].frozen, stack)
+        self.states[i] = state
+        return metrics
+
+    def _step(self, i: int) -> StepMetrics:
+        began = time.perf_counter()
+        batch = next(self._batches[i])
+        self.waited += time.perf_counter() - began
+        state, metrics = self._steps[i](self.states[i], self.groups[i].frozen, batch)
+        self.states[i] = state
+        return metrics
+
+
+class Ours(Steps):
+    """Our side: the groups of a variant."""
+
+    def __init__(self, work: Work, base: Pretrained) -> None:
+        data, chosen, mesh = make_data(work, base), work.settings, sharding.make_mesh("data=1")
+        groups = [task_group.make_group(chosen, base, data, g, mesh) for g in chosen.groups]
+        super().__init__(
+            [
+                dataclasses.replace(g, setup=dataclasses.replace(g.setup, dropout=work.dropout))
+                for g in groups
+            ]
+        )
+
+
+def _over_and_over(of: task_group.Group) -> Iterator[Batch]:
+    while True:
+        yield from of.prefetch(0)
+
+
+def _make_scan(train_step: Any) -> Any:
+    """The step over stacked batches; returns the last metrics."""
+
+    def several(state: TrainState, frozen: Any, batches: Batch) -> Any:
+        state, metrics = jax.lax.scan(lambda s, b: train_step(s, frozen, b), state, batches)
+        return state, jax.tree.map(lambda x: x[-1], metrics)
+
+    return jax.jit(several, donate_argnums=0)
+
+
+def _next_of_one_shape(batches: Iterator[Batch], count: int) -> Batch:
+    """`count` of the next batches whose shape is the first's, stacked on the device."""
+    found = [next(batches)]
+    shape = jax.tree.map(np.shape, found[0])
+    while len(found) < count:
+        batch = next(batches)
+        if jax.tree.map(np.shape, batch) == shape:
+            found.append(batch)
+    return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *found))
+
+
+def one_of_each_shape(batches: Any, look_at: int) -> list[Batch]:
+    """The first batch of each shape among the first steps."""
+    found: dict[Any, Batch] = {}
+    for step in range(look_at):
+        batch = batches[step]
+        found.setdefault(tuple(jax.tree.map(np.shape, batch.inputs)), batch)
+    return list(found.values())

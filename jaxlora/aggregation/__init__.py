@@ -1,0 +1,1 @@
+"""Gradients of T tasks → one: what all methods share, on T×T numbers."""

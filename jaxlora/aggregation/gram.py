@@ -1,0 +1,73 @@
+"""The Gram matrix of per-task gradients, and weighted sums of them.
+
+Gradients are pytrees with a leading task axis, leaves `[T, ...]`. They are read twice (dot
+products, weighted sum) and never flattened, copied or concatenated.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.utils.trees import Tree
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+_FEW = 4  # tasks; a matmul of so few rows takes longer than a dot product of each pair
+
+
+def gram(grads: Tree) -> jax.Array:
+    """Dot products of all pairs of gradients, summed over leaves in float32.
+
+    Args:
+      grads: leaves `[T, ...]`, any float dtype.
+
+    Returns:
+      `f32[T, T]`, `K[i, j] = g_i · g_j`.
+
+    >>> gram({"w": jnp.array([[3.0, 4.0], [-1.0, 0.0]])}).tolist()
+    [[25.0, -3.0], [-3.0, 1.0]]
+    """
+
+    def leaf(g: jax.Array) -> jax.Array:
+        if len(g) > _FEW:
+            return _dots(g, g, range(1, g.ndim))
+        upper = [[_dots(x, y, range(x.ndim)) for y in g[i:]] for i, x in enumerate(g)]
+        square = jnp.stack([jnp.pad(jnp.stack(dots), (i, 0)) for i, dots in enumerate(upper)])
+        return square + jnp.triu(square, 1).T
+
+    return jnp.asarray(sum(map(leaf, jax.tree.leaves(grads))))
+
+
+def _dots(x: jax.Array, y: jax.Array, axes: range) -> jax.Array:
+    # Flattening first would gather leaves whose parts lie on several devices.
+    contract = (tuple(axes), tuple(axes))
+    return jax.lax.dot_general(
+        x, y, (contract, ((), ())), precision=_HIGHEST, preferred_element_type=jnp.float32
+    )
+
+
+def combine(grads: Tree, weights: jax.Array) -> Tree:
+    """Weighted sum over the task axis: leaves `[T, ...]`, `weights: f32[T]` → leaves `[...]`.
+
+    Summed in float32 and returned in each leaf's own dtype.
+
+    >>> combine({"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, jnp.array([1.0, 0.5]))["w"].tolist()
+    [2.5, 4.0]
+    """
+
+    def leaf(g: jax.Array) -> jax.Array:
+        # A chain of sums is one pass over memory; XLA's matmul for so few rows is not on CPU.
+        parts = [weights[t] * g[t].astype(jnp.float32) for t in range(g.shape[0])]
+        return jnp.asarray(sum(parts[1:], parts[0])).astype(g.dtype)
+
+    return jax.tree.map(leaf, grads)
+
+
+def cosines(K: jax.Array) -> jax.Array:
+    """Cosine between every pair of gradients, `f32[T, T]`; 0 where a gradient is zero.
+
+    >>> cosines(jnp.array([[4.0, -2.0], [-2.0, 4.0]])).tolist()
+    [[1.0, -0.5], [-0.5, 1.0]]
+    """
+    inverse = jnp.where(jnp.diag(K) > 0, jax.lax.rsqrt(jnp.diag(K)), 0)
+    return jnp.clip(K * inverse[:, None] * inverse[None, :], -1, 1)

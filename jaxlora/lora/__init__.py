@@ -1,0 +1,45 @@
+"""LoRA: low-rank adapters as plain pytrees beside a frozen one.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1:
+`W' = W + (alpha / rank) · A B` with `W: [in, out]` (Flax kernels), `A: [in, r]`, `B: [r, out]`.
+An adapter mirrors the parameter tree: where the base has `{"query": {"kernel": W, "bias": b}}`
+the adapter has `{"query": {"A": A, "B": B}}`. Leading axes (stacked layers) are carried along.
+Adapters of several tasks are a dict keyed by task or group, one adapter each.
+"""
+
+from jaxlora.lora.adapter import (
+    ALL_TARGETS,
+    PAPER_TARGETS,
+    Adapter,
+    LoraConfig,
+    Path,
+    count_params,
+    delta,
+    describe,
+    init,
+    matches,
+    merge,
+    targets,
+    unmerge,
+)
+from jaxlora.lora.combine import add, truncate
+from jaxlora.lora.stack import stack
+
+__all__ = [
+    "ALL_TARGETS",
+    "PAPER_TARGETS",
+    "Adapter",
+    "LoraConfig",
+    "Path",
+    "add",
+    "count_params",
+    "delta",
+    "describe",
+    "init",
+    "matches",
+    "merge",
+    "stack",
+    "targets",
+    "truncate",
+    "unmerge",
+]

@@ -1,0 +1,304 @@
+"""One adapter: its configuration, its start, and folding it into kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.utils import trees
+from jaxlora.utils.trees import Tree
+
+__all__ = [
+    "LoraConfig", "count_params", "delta", "describe", "init", "matches", "merge", "targets",
+    "unmerge",
+]  # fmt: skip
+
+PAPER_TARGETS = ("query", "key", "value", "attention.output.dense")
+ALL_TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")  # every layer's
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """How to adapt (the names are Hugging Face PEFT's).
+
+    A module's name matches a layer whose dotted path is it or ends with `.` + it, so `query` and
+    `attention.output.dense` both work, and `output.dense` means both layers that end so. Lists
+    become tuples, and so do patterns that are dicts as in PEFT.
+
+    Attributes:
+      rank: r, the inner width of the adapters.
+      alpha: numerator of the scale.
+      target_modules: names of the Dense layers that get an adapter.
+      rslora: scale by `alpha / √r` instead of `alpha / r`, so that a high rank learns as fast as a
+        low one (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with
+        LoRA").
+      rank_pattern: `(name, rank)` for modules that have another rank; where several names match,
+        the longest counts. They are kept longest first.
+      alpha_pattern: `(name, alpha)`, likewise.
+      dropout: of the adapter's input, in training.
+
+    Raises:
+      ValueError: for a rank below 1, an alpha that is not a finite number above 0, a dropout that
+        is not from 0 to below 1, or target modules that are one text.
+
+    >>> config = LoraConfig(4, 8.0, rank_pattern=(("query", 16),), rslora=True)
+    >>> config.rank_of(("self", "query")), config.scale_of(("self", "query"))
+    (16, 2.0)
+    >>> config.rank_of(("self", "key")), config.scale_of(("self", "key"))
+    (4, 4.0)
+    """
+
+    rank: int = 15
+    alpha: float = 15.0
+    target_modules: tuple[str, ...] = PAPER_TARGETS
+    rslora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_modules, str):
+            raise ValueError(f"target_modules must be a tuple of names: ({self.target_modules!r},)")
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for field in ("rank_pattern", "alpha_pattern"):
+            given = getattr(self, field)
+            items = map(tuple, given.items() if isinstance(given, Mapping) else given)
+            # In one order, so that two configurations that mean the same are equal.
+            ordered = sorted(items, key=lambda item: (-len(item[0]), item[0]))
+            object.__setattr__(self, field, tuple(ordered))
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for name, rank in (("", self.rank), *self.rank_pattern):
+            if rank < 1:
+                raise ValueError(f"rank must be at least 1, got {rank}{_for(name)}")
+        for name, alpha in (("", self.alpha), *self.alpha_pattern):
+            if not 0 < alpha < math.inf:
+                raise ValueError(f"alpha must be a number above 0, got {alpha}{_for(name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
+
+    def rank_of(self, path: Path) -> int:
+        """Inner width of the module's adapter."""
+        return next((rank for name, rank in self.rank_pattern if matches(name, path)), self.rank)
+
+    def alpha_of(self, path: Path) -> float:
+        """Numerator of the module's scale."""
+        return next((a for name, a in self.alpha_pattern if matches(name, path)), self.alpha)
+
+    def scale_of(self, path: Path) -> float:
+        """`alpha / r` (rsLoRA: `alpha / √r`) of the module, the factor of its `A B`."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _for(name: str) -> str:
+    return f" for {name!r}" if name else ""
+
+
+Adapter = tuple[Tree, LoraConfig]
+
+
+def matches(name: str, path: Path) -> bool:
+    """Whether a module's name, as in `LoraConfig`, means the layer at this path.
+
+    >>> matches("output.dense", ("attention", "output", "dense")), matches("ense", ("dense",))
+    (True, False)
+    """
+    return f".{'.'.join(path)}".endswith(f".{name}")
+
+
+def describe(
+    modules: Mapping[Path, tuple[int, float]], rslora: bool = False, dropout: float = 0.0
+) -> LoraConfig:
+    """The configuration that gives these modules, and no others, their ranks and alphas.
+
+    Args:
+      modules: path → (rank, alpha), not empty. The modules are named by whole paths, so none may
+        end with another's.
+      rslora, dropout: see `LoraConfig`.
+
+    >>> config = describe({("self", "query"): (2, 4.0), ("self", "key"): (3, 4.0)})
+    >>> config.target_modules, config.rank, config.rank_pattern, config.alpha_pattern
+    (('self.query', 'self.key'), 2, (('self.key', 3),), ())
+    """
+    named = {".".join(path): values for path, values in modules.items()}
+    rank, alpha = next(iter(named.values()))
+    ranks = tuple((name, r) for name, (r, _) in named.items() if r != rank)
+    alphas = tuple((name, a) for name, (_, a) in named.items() if a != alpha)
+    return LoraConfig(rank, alpha, tuple(named), rslora, ranks, alphas, dropout)
+
+
+def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:
+    """The kernels that `config` adapts: path of the Dense layer → kernel `[..., in, out]`.
+
+    All but a kernel's last two axes are taken for stacked layers, so the kernels of Flax's
+    `DenseGeneral`, with several axes for the input or the output, cannot be adapted.
+
+    Args:
+      params: a parameter tree, of arrays or of `jax.ShapeDtypeStruct` leaves.
+      config: what to adapt.
+
+    Raises:
+      ValueError: if a target matches nothing (with the names there are), a pattern no target, a
+        kernel is not `[..., in, out]`, or a rank is above the smaller side of its kernel.
+
+    >>> params = {"self": {"query": {"kernel": jnp.zeros((4, 4))}}}
+    >>> list(targets(params, LoraConfig(rank=2, target_modules=("query",))))
+    [('self', 'query')]
+    """
+    kernels = {
+        path[:-1]: leaf for path, leaf in trees.flatten(params).items() if path[-1] == "kernel"
+    }
+    chosen: dict[Path, jax.Array] = {}
+    for target in config.target_modules:
+        hits = {p: k for p, k in kernels.items() if matches(target, p)}
+        if not hits:
+            raise ValueError(_unknown_target(target, kernels))
+        chosen |= hits
+    for name, _ in config.rank_pattern + config.alpha_pattern:
+        if not any(matches(name, path) for path in chosen):
+            known = ", ".join(sorted(".".join(path) for path in chosen))
+            raise ValueError(f"the pattern {name!r} matches no adapted module; they are {known}")
+    for path, kernel in chosen.items():
+        _check_rank(config.rank_of(path), path, kernel)
+    return chosen
+
+
+def _unknown_target(target: str, kernels: dict[Path, jax.Array]) -> str:
+    known = sorted(".".join(path) for path in kernels)
+    close = difflib.get_close_matches(target, {k.rsplit(".", 1)[-1] for k in known}, 1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"unknown target module {target!r}{hint}; the Dense layers are {', '.join(known)}"
+
+
+def _check_rank(rank: int, path: Path, kernel: jax.Array) -> None:
+    if len(kernel.shape) < 2:
+        raise ValueError(
+            f"{'.'.join(path)} has a kernel of shape {kernel.shape}, not [..., in, out]"
+        )
+    limit = min(kernel.shape[-2:])
+    if rank > limit:
+        raise ValueError(
+            f"rank must be between 1 and {limit} for {'.'.join(path)} "
+            f"(kernel {kernel.shape[-2]} × {kernel.shape[-1]}), got {rank}"
+        )
+
+
+def init(key: jax.Array, params: Tree, config: LoraConfig) -> Tree:
+    """A fresh adapter: A uniform in ±1/√in (as in PEFT), B zero, so the model starts unchanged.
+
+    Args:
+      key: PRNG key.
+      params: base parameters (arrays or shapes); only shapes are read.
+      config: what to adapt, and how.
+
+    Returns:
+      A tree of `f32[..., in, r]` (`A`) and `f32[..., r, out]` (`B`).
+
+    Raises:
+      ValueError: see `targets`.
+
+    >>> params = {"query": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}}
+    >>> adapter = init(jax.random.key(0), params, LoraConfig(2, 4.0, ("query",)))
+    >>> jax.tree.map(jnp.shape, adapter)
+    {'query': {'A': (4, 2), 'B': (2, 6)}}
+    """
+    chosen = targets(params, config)
+    flat = {}
+    for k, (path, kernel) in zip(
+        jax.random.split(key, len(chosen)), sorted(chosen.items()), strict=True
+    ):
+        *lead, fan_in, fan_out = kernel.shape
+        bound, rank = fan_in**-0.5, config.rank_of(path)
+        flat[*path, "A"] = jax.random.uniform(k, (*lead, fan_in, rank), jnp.float32, -bound, bound)
+        flat[*path, "B"] = jnp.zeros((*lead, rank, fan_out), jnp.float32)
+    return trees.unflatten(flat)
+
+
+def delta(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """`scale · A B` in float32: `[..., in, r], [..., r, out]` → `f32[..., in, out]`."""
+    return scale * jnp.matmul(
+        a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+
+
+def merge(params: Tree, adapter: Tree, config: LoraConfig) -> Tree:
+    """Fold an adapter into the kernels: `W + scale · A B`; the result needs no adapter to run.
+
+    Args:
+      params: base parameters; not changed.
+      adapter: from `init`, trained.
+      config: the adapter's configuration (only its ranks and scales are read).
+
+    Raises:
+      ValueError: if the adapter has a layer that the base has not, lacks one of a layer's factors,
+        or has factors that fit neither the kernel nor the configuration.
+
+    >>> params = {"query": {"kernel": jnp.zeros((1, 1))}}
+    >>> adapter = {"query": {"A": jnp.array([[2.0]]), "B": jnp.array([[3.0]])}}
+    >>> merge(params, adapter, LoraConfig(rank=1, alpha=0.5))["query"]["kernel"].tolist()
+    [[3.0]]
+    """
+    return _fold(params, adapter, lambda w, d: w + d, config)
+
+
+def unmerge(params: Tree, adapter: Tree, config: LoraConfig) -> Tree:
+    """Take a merged adapter out again, `W - scale · A B` (equal to the base up to rounding).
+
+    >>> params = {"query": {"kernel": jnp.array([[3.0]])}}
+    >>> adapter = {"query": {"A": jnp.array([[2.0]]), "B": jnp.array([[3.0]])}}
+    >>> unmerge(params, adapter, LoraConfig(rank=1, alpha=0.5))["query"]["kernel"].tolist()
+    [[0.0]]
+    """
+    return _fold(params, adapter, lambda w, d: w - d, config)
+
+
+def _fold(
+    params: Tree,
+    adapter: Tree,
+    op: Callable[[jax.Array, jax.Array], jax.Array],
+    config: LoraConfig,
+) -> Tree:
+    flat = trees.flatten(params, keep_empty=True)
+    factors = trees.flatten(adapter)
+    for path in {p[:-1] for p in factors}:
+        kernel = (*path, "kernel")
+        if kernel not in flat:
+            raise ValueError(f"the adapter has {'.'.join(path)}, which the base model has not")
+        a, b = (factors.get((*path, name)) for name in "AB")
+        _check_factors(path, a, b, flat[kernel].shape, config.rank_of(path))
+        change = delta(a, b, config.scale_of(path))
+        flat[kernel] = op(flat[kernel].astype(jnp.float32), change).astype(flat[kernel].dtype)
+    return trees.unflatten(flat)
+
+
+def _check_factors(path: Path, a: Any, b: Any, kernel: tuple[int, ...], rank: int) -> None:
+    """Refuse what would broadcast, or would be scaled as another rank's."""
+    name = ".".join(path)
+    if a is None or b is None:
+        raise ValueError(f"the adapter of {name} lacks {'A' if a is None else 'B'}")
+    *lead, fan_in, fan_out = kernel
+    wanted = (*lead, fan_in, rank), (*lead, rank, fan_out)
+    if (a.shape, b.shape) != wanted:
+        raise ValueError(
+            f"the adapter of {name} has A {a.shape} and B {b.shape}; a kernel {kernel} and a "
+            f"configuration with rank {rank} want {wanted[0]} and {wanted[1]}"
+        )
+
+
+def count_params(adapter: Tree) -> int:
+    """Number of parameters of an adapter, or of a dict of adapters.
+
+    >>> count_params({"query": {"A": jnp.zeros((4, 2)), "B": jnp.zeros((2, 6))}})
+    20
+    """
+    return trees.count(adapter)

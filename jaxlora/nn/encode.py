@@ -1,0 +1,130 @@
+"""Packed sentences → vectors: one encoder for training and for serving.
+
+Shapes: R rows, S tokens a row, N sentences, T adapters, L layers, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora import lora
+from jaxlora.nn import bert
+from jaxlora.utils.trees import Tree
+
+
+class PackedTokens(NamedTuple):
+    """Packed sentences.
+
+    Attributes:
+      tokens: `i32[R, S]`.
+      positions: `i32[R, S]`, counted from 0 within each sentence.
+      segment_ids: `i32[R, S]`, `n + 1` for the tokens of sentence n, 0 for padding.
+      cls_index: `i32[N]`, where sentence n starts in the flattened rows.
+    """
+
+    tokens: Any
+    positions: Any
+    segment_ids: Any
+    cls_index: Any
+
+
+class Encode(Protocol):
+    """A function that encodes rows with one trainable tree, see `encoder`."""
+
+    def __call__(
+        self,
+        frozen: Tree,
+        trainable: Tree,
+        rows: PackedTokens,
+        key: jax.Array | None,
+        share: jax.Array | None = None,
+    ) -> jax.Array:
+        """Sentence vectors `f32[N, H]`; dropout is on when a key is given."""
+
+
+def encoder(config: bert.BertConfig, dtype: Any, adapter: lora.LoraConfig, pooling: str) -> Encode:
+    """Encode packed rows with one trainable tree.
+
+    Returns:
+      `(frozen, trainable, tokens, key or None, share=None) -> f32[N, H]`; `{**frozen, **trainable}`
+      are the Flax collections (with `params` as `bert.stack_layers` takes them), so a trainable
+      `params` takes the place of the frozen one; for the share see `bert.Encoder`.
+    """
+    module = bert.Encoder(config, dtype, adapter)
+
+    def encode(
+        frozen: Tree,
+        trainable: Tree,
+        rows: PackedTokens,
+        key: jax.Array | None,
+        share: jax.Array | None = None,
+    ) -> jax.Array:
+        collections = {**frozen, **trainable}
+        hidden = jnp.asarray(
+            module.apply(
+                collections | {"params": bert.stack_layers(collections["params"])},
+                rows.tokens,
+                rows.positions,
+                rows.segment_ids,
+                key is not None,
+                share,
+                rngs=None if key is None else {"dropout": key},
+            )
+        )
+        return bert.pool(hidden, rows.segment_ids, rows.cls_index, pooling)
+
+    return encode
+
+
+def encode_mixed(
+    encode: Encode,
+    frozen: Tree,
+    stack: Tree,
+    rows: PackedTokens,
+    owner: jax.Array,
+    key: jax.Array | None,
+) -> jax.Array:
+    """Encode rows in which each sentence uses one adapter of a stack.
+
+    Args:
+      encode: from `encoder`.
+      frozen: the base's collections.
+      stack: `{"lora": leaves [T, L, ...]}`.
+      rows: packed sentences.
+      owner: `i32[N]`, the adapter that each sentence uses.
+      key: PRNG key of dropout; None: evaluation.
+
+    Returns:
+      `f32[N, H]`.
+    """
+    count = jax.tree.leaves(stack)[0].shape[0]
+    # Padding belongs to adapter -1, that is to none.
+    task = jnp.where(rows.segment_ids > 0, owner[rows.segment_ids - 1], -1)
+    by_layer = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), stack)
+    return encode(frozen, by_layer, rows, key, jax.nn.one_hot(task, count))
+
+
+def make_encode(
+    encode: Encode, sharding: Any = None
+) -> Callable[[Tree, Tree, PackedTokens], jax.Array]:
+    """Compile evaluation: `(frozen, trainable, PackedTokens) → f32[N, H]`, without dropout."""
+    return jax.jit(
+        lambda frozen, trainable, rows: encode(frozen, trainable, rows, None),
+        out_shardings=sharding,
+    )
+
+
+def make_mixed_encode(encode: Encode) -> Callable[[Tree, Tree, PackedTokens, jax.Array], jax.Array]:
+    """Compile evaluation with an adapter for each sentence.
+
+    Returns:
+      `(frozen, {"lora": leaves [T, L, ...]}, PackedTokens, owner i32[N]) → f32[N, H]`: sentence n
+      uses adapter `owner[n]`.
+    """
+    return jax.jit(
+        lambda frozen, stack, rows, owner: encode_mixed(encode, frozen, stack, rows, owner, None)
+    )

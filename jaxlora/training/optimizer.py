@@ -1,0 +1,73 @@
+"""The optimizers of a group, and their learning rates by step."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from jaxlora.pcgrad import pcgrad
+from jaxlora.utils.trees import Tree
+
+
+def optimizers(
+    num_tasks: int,
+    learning_rate: optax.ScalarOrSchedule,
+    head_learning_rate: optax.ScalarOrSchedule,
+    *,
+    clip: float = 1.0,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    lora_plus_ratio: float = 1.0,
+    surgery: bool = True,
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Return the encoder's chain (PCGrad → clip → AdamW) and the heads' (AdamW).
+
+    Clipping comes after projection, on the combined gradient, and sees no head. Biases and
+    LayerNorm are not decayed. With a `lora_plus_ratio` the adapters' B has so many times the
+    learning rate of A (Hayou et al. 2024, "LoRA+", section 4). Without `surgery` the tasks'
+    gradients are only summed.
+    """
+    steps = [
+        pcgrad(num_tasks, seed, surgery=surgery),
+        optax.clip_by_global_norm(clip),
+        optax.adamw(learning_rate, weight_decay=weight_decay, mask=_decayed),
+    ]
+    if lora_plus_ratio != 1:
+        steps.append(optax.masked(optax.scale(lora_plus_ratio), _is_b))
+    return optax.chain(*steps), optax.adamw(
+        head_learning_rate, weight_decay=weight_decay, mask=_decayed
+    )
+
+
+def _decayed(tree: Tree) -> Tree:
+    return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key not in ("bias", "scale"), tree)
+
+
+def _is_b(tree: Tree) -> Tree:
+    return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key == "B", tree)
+
+
+def schedule(peak: float, steps: int, *, warmup: int, decay: str) -> optax.Schedule:
+    """Return the learning rate by step: a linear warm-up, then what `decay` says.
+
+    The first step has `peak / warmup` and the last of the warm-up `peak`: none is wasted.
+
+    Args:
+      peak: the largest rate.
+      steps: of the whole run.
+      warmup: steps over which the rate rises.
+      decay: `constant`, or `linear` down to 0.
+
+    >>> rate = schedule(1.0, steps=4, warmup=2, decay="linear")
+    >>> [float(rate(step)) for step in range(4)]
+    [0.5, 1.0, 1.0, 0.5]
+    """
+    warmup = min(warmup, steps)
+    end = {"constant": peak, "linear": 0.0}[decay]
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1)),
+            optax.linear_schedule(peak, end, max(1, steps - warmup)),
+        ],
+        [warmup],
+    )

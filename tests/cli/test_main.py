@@ -1,0 +1,295 @@
+"""Bad input: a message that names file, line or flag, exit code 2, and nothing written."""
+
+import dataclasses
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny import write_data
+
+from jaxlora.__main__ import main
+from jaxlora.cli import console as report
+from jaxlora.training import config as settings
+from jaxlora.utils import process
+
+
+@pytest.fixture
+def folders(tiny_base, tmp_path, monkeypatch):
+    """A data folder and a base folder that a test may spoil, and an empty place to run in."""
+    monkeypatch.setattr(process, "keep_programs", lambda folder: None)
+    data = write_data(tmp_path / "data")
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return data, base
+
+
+def call(folders, *flags, variant="lora3"):
+    data, base = folders
+    defaults = {
+        "--data-dir": data,
+        "--base": base,
+        "--preset": "cs224n",
+        "--max-steps": 1,
+        "--max-length": 32,
+    }
+    given = {f.split("=")[0] for f in flags}
+    rest = [f"{k}={v}" for k, v in defaults.items() if k not in given]
+    return main(["train", f"--variant={variant}", *rest, *flags])
+
+
+def edit(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+def line(number, cells):
+    """Replace a line (1 is the header) by tab-separated cells."""
+
+    def change(content):
+        lines = content.split(b"\n")
+        lines[number - 1] = "\t".join(cells).encode()
+        return b"\n".join(lines)
+
+    return change
+
+
+SST, QUORA, STS = "ids-sst-train.csv", "quora-train.csv", "sts-train.csv"
+BAD_DATA = {
+    "missing": (STS, None, [STS, "--data-dir"]),
+    "empty": (STS, lambda _: b"", [STS, "empty"]),
+    "columns": (STS, line(1, ["", "id", "a", "b", "c"]), [STS, "sentence1"]),
+    "label range": (SST, line(4, ["0", "x", "good film", "7"]), [f"{SST}:4", "7"]),
+    "label word": (QUORA, line(3, ["0", "x", "a", "b", "yes"]), [f"{QUORA}:3", "yes"]),
+    "few fields": (QUORA, line(5, ["0", "x", "a"]), [f"{QUORA}:5"]),
+    "utf-8": (STS, lambda content: content + b"9\tx\t\xff\tb\t1.0\n", [f"{STS}:21", "UTF-8"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data(folders, capsys, name):
+    file, change, fragments = BAD_DATA[name]
+    path = folders[0] / file
+    path.unlink() if change is None else edit(path, change)
+    assert call(folders) == 2
+    message = capsys.readouterr().err
+    for fragment in fragments:
+        assert fragment.lower() in message.lower()
+    assert "Traceback" not in message
+    assert not Path("runs").exists()
+
+
+def test_strict_refuses_blank_texts(folders, capsys):
+    edit(folders[0] / STS, line(2, ["0", "x", " ", "b", "1.0"]))
+    assert call(folders, "--strict") == 2
+    assert f"{STS}: 1 row with a blank text (line 2)" in capsys.readouterr().err
+
+
+BAD_FLAGS = {
+    "group": (["--groups=sst|para,stss"], ["--groups", "stss"]),
+    "uncovered": (["--groups=sst|para"], ["--groups", "sts"]),
+    "twice": (["--groups=sst|para,sts,sst"], ["--groups", "two groups"]),
+    "rank 0": (["--rank=0"], ["--rank", "at least 1"]),
+    "rank above the width": (["--rank=33"], ["--rank", "32"]),
+    "pattern": (
+        ["--rank-pattern", "pooler", "4"],
+        ["--rank-pattern", "'pooler' matches no adapted module"],
+    ),
+    "target": (["--target-modules", "querry"], ["--target-modules", "querry", "query"]),
+    "epochs": (["--epochs=0"], ["--epochs"]),
+    "rate": (["--learning-rate=-1"], ["--learning-rate"]),
+    "nan": (["--learning-rate=nan"], ["--learning-rate"]),
+    "positions": (["--max-length=9999"], ["--max-length"]),
+    "base": (["--base=./nowhere"], ["--base", "nowhere"]),
+    "data": (["--data-dir=nowhere"], ["nowhere", "--data-dir"]),
+    "seed": (["--seed=99999999999999999999"], ["--seed", "2147483647"]),
+    "out below a file": ([f"--out={__file__}/x"], ["--out", "test_main.py"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(folders, capsys, name):
+    flags, fragments = BAD_FLAGS[name]
+    assert call(folders, *flags) == 2
+    message = capsys.readouterr().err
+    for fragment in fragments:
+        assert fragment in message
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--rank=4", "--alpha=4", "--learning-rate=1", "--target-modules=query"]
+)
+def test_flags_that_mean_nothing_to_the_variant(folders, capsys, flag):
+    assert call(folders, flag, variant="baseline1") == 2
+    assert flag.split("=")[0] in capsys.readouterr().err
+
+
+def test_unknown_variant(folders, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(folders, variant="lora9")
+    assert stop.value.code == 2
+    assert "lora4" in capsys.readouterr().err
+
+
+BAD_BASE = {
+    "no weights": (lambda base: (base / "model.safetensors").unlink(), ["no model.safetensors"]),
+    "corrupt": (
+        lambda base: edit(base / "model.safetensors", lambda c: c[:999]),
+        ["model.safetensors"],
+    ),
+    "no config": (lambda base: (base / "config.json").unlink(), ["config.json"]),
+    "list": (lambda base: (base / "config.json").write_text("[]"), ["config.json", "JSON object"]),
+    "broken tokenizer": (
+        lambda base: edit(base / "tokenizer.json", lambda c: c[:99]),
+        ["tokenizer.json"],
+    ),
+    "no tokenizer": (lambda base: (base / "tokenizer.json").unlink(), ["tokenizer.json"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BASE)
+def test_bad_base(folders, capsys, name):
+    spoil, fragments = BAD_BASE[name]
+    spoil(folders[1])
+    assert call(folders) == 2
+    message = capsys.readouterr().err
+    for fragment in fragments:
+        assert fragment in message
+    assert not Path("runs").exists()
+
+
+def test_cs224n_needs_a_data_dir(capsys):
+    assert main(["train", "--variant=lora3", "--preset=cs224n"]) == 2
+    assert "--data-dir" in capsys.readouterr().err
+
+
+def test_out_that_holds_another_run(folders, capsys):
+    assert call(folders) == 0
+    before = {p: p.read_bytes() for p in Path("runs").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    for flags, fragment in (
+        ([], "--resume"),
+        (["--resume", "--rank=3"], "--rank"),
+        (["--resume", "--seed=3"], "--seed"),
+        ([f"--out={folders[0]}"], "holds no run"),
+        ([f"--out={folders[0] / 'sts-dev.csv'}"], "is a file"),
+    ):
+        assert call(folders, *flags) == 2
+        assert fragment in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in Path("runs").rglob("*") if p.is_file()}
+
+
+def test_out_that_holds_a_config_of_something_else(folders, capsys):
+    assert call(folders, "--resume", f"--out={folders[1]}") == 2
+    assert "not the config of a jaxlora run" in capsys.readouterr().err
+
+
+def test_resume_finds_its_data_by_another_path(folders):
+    assert call(folders, variant="baseline1") == 0
+    data = folders[0].rename(folders[0].with_name("moved"))
+    assert call((data, folders[1]), "--resume", variant="baseline1") == 0
+
+
+def test_resume_refuses_changed_data(folders, capsys):
+    assert call(folders) == 0
+    edit(folders[0] / "sts-train.csv", line(2, ["0", "x", "a dog", "a cat", "1.0"]))
+    assert call(folders, "--resume") == 2
+    assert "the data of sts" in capsys.readouterr().err
+
+
+def test_a_long_sentence_is_cut_and_counted(folders, capsys):
+    words = " ".join(["good"] * 40)
+    edit(folders[0] / "ids-sst-train.csv", line(2, ["0", "x", words, "1"]))
+    assert call(folders, "--max-length=16") == 0
+    shown = capsys.readouterr().out
+    assert "1 sentences cut to 16 tokens" in " ".join(shown.replace("│", " ").split())
+
+
+def test_run_prints_plan_and_table(folders, capsys):
+    assert call(folders, variant="lora4") == 0
+    shown = capsys.readouterr().out
+    for fragment in (
+        "LoRA rank 8",
+        "train 26, dev 26, test 26",
+        "untrained",
+        "the paper",
+        "0.6152",
+    ):
+        assert fragment in shown
+    result = json.loads(Path("runs/lora4/result.json").read_text())
+    assert f"{result['dev']['sst']:.4f}" in shown
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    named = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert {settings.flag(field.name) for field in dataclasses.fields(settings.Flags)} <= named
+
+
+def result(titles):
+    """A run's result with a score of 0.5 everywhere."""
+    scores = dict.fromkeys(titles, 0.5)
+    return {
+        "variant": "lora3", "source": "files", "metrics": titles, "dev": scores,
+        "untrained": scores, "train_seconds": 60.0,
+        "parameters": {"incremental": 1e6, "bundled": 2e6, "base": 1e6},
+    }  # fmt: skip
+
+
+def shown(call):
+    """What a function of a console shows on a narrow one."""
+    console = Console(file=io.StringIO(), width=60)
+    call(console)
+    return console.file.getvalue()
+
+
+def test_titles_of_tasks_are_no_markup():
+    table = report.result_table(result({"a": "Topic [news]", "b": "[/news] :cat:"}))
+    text = shown(lambda console: console.print(table))
+    assert "Topic [news]" in text and "[/news] :cat:" in text
+
+
+REAL_NAMES = ("SST-5", "Quora", "STS-B")
+
+
+def of_papers_tasks(source, base):
+    """What a run of the paper's three tasks shows at its end, with the settings it writes down."""
+    flags = {"data_dir": Path("x")} if source == "cs224n" else {}
+    s = settings.resolve(settings.Flags("lora3", source=source, base=base, **flags))
+    named = {name: f"{task.title} {task.metric_name}" for name, task in s.named.items()}
+    found = result(named) | {"source": s.source, "base": s.base, "test": {}}
+    table = shown(lambda console: console.print(report.result_table(found)))
+    return table, " ".join(report.notes(found))
+
+
+@pytest.mark.parametrize("base", ["minilm", "bert-base-uncased"])
+def test_made_up_data_is_called_so_and_stands_beside_no_paper(base):
+    table, notes = of_papers_tasks("demo", base)
+    assert not [name for name in REAL_NAMES if name in table + notes]
+    assert "made-up sentiment accuracy" in table and "the paper" not in table
+    assert "built-in made-up data" in notes and "bert-base" not in notes
+
+
+@pytest.mark.parametrize(
+    ("source", "base", "said"),
+    [
+        ("cs224n", "minilm", True),
+        ("official", "sentence-transformers/all-MiniLM-L6-v2@abc", True),
+        ("cs224n", "bert-base-uncased", False),
+    ],
+)
+def test_console_says_that_minilm_has_seen_quora(source, base, said):
+    table, notes = of_papers_tasks(source, base)
+    assert "the paper" in table and all(name in table for name in REAL_NAMES)
+    assert ("Quora duplicates" in notes) == said
+
+
+def test_paths_are_told_as_they_are():
+    text = f"Everything is in {'x' * 80}/[best]/lora3."
+    assert shown(lambda console: report.say(console, text)) == f"{text}\n"

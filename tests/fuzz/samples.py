@@ -1,0 +1,120 @@
+"""Sound folders, as small as can be, for the generators to spoil."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from jaxlora import lora
+from jaxlora.formats import huggingface
+from jaxlora.lora import LoraConfig
+from jaxlora.nn.bert import BertConfig, param_shapes
+from jaxlora.serving import export_peft, finished_run, manifest, tree_files
+from jaxlora.serving.task_models import Served, Trained
+from jaxlora.tasks.task import PARA, SST, STS_COSINE, Task
+from jaxlora.training import run_folder
+from jaxlora.training.config import Flags, resolve
+from jaxlora.utils import trees
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "runs", "##s", ".", "e", "[MASK]")
+BERT = BertConfig(len(WORDS), 8, 2, 2, 16, 32)
+ADAPTER = LoraConfig(2, 4.0, ("query", "output.dense"), rank_pattern=(("query", 1),))
+TASKS = (SST, PARA, STS_COSINE)
+
+
+def tokenizer() -> Tokenizer:
+    """A WordPiece tokenizer of ten words, set up as BERT's is."""
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    built = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    built.normalizer = normalizers.BertNormalizer(lowercase=True)
+    built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    built.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return built
+
+
+def base(folder: Path) -> Path:
+    """A Hugging Face folder with a BERT of zeros."""
+    folder.mkdir(parents=True)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), param_shapes(BERT))
+    save_file(huggingface.export(params, BERT), folder / "model.safetensors")
+    config = {"model_type": "bert", **dataclasses.asdict(BERT)}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def trained(base_folder: Path) -> Trained:
+    """Three tasks, an adapter each, untrained."""
+    shapes, key = param_shapes(BERT), jax.random.key(0)
+    served = {
+        task.name: Served(
+            task, task.name, task.init_head(key, BERT.hidden_size, "concat"), "concat"
+        )
+        for task in TASKS
+    }
+    return Trained(
+        base=str(base_folder),
+        fingerprint=huggingface.load(str(base_folder)).fingerprint,
+        served=served,
+        trees={task.name: {"lora": lora.init(key, shapes, ADAPTER)} for task in TASKS},
+        configs={task.name: ADAPTER for task in TASKS},
+        pooling="mean",
+        max_length=16,
+        dtype="float32",
+        origin="a sample",
+    )
+
+
+def peft(folder: Path, source: Trained, task: Task = SST) -> Path:
+    """An exported task."""
+    export_peft.save(folder, source, task.name)
+    return folder
+
+
+def classifier(folder: Path, source: Trained) -> tuple[Path, Trained]:
+    """A sequence classifier as PEFT has it, and what it shall fit."""
+    like = dataclasses.replace(source, pooling="cls")
+    task = Task("topic", "classification", classes=("a", "b", "c"), head="pooler")
+    head = task.init_head(jax.random.key(1), BERT.hidden_size, "concat")
+    served = Served(task, SST.name, head, "concat")
+    export_peft.save(folder, dataclasses.replace(like, served={"topic": served}), "topic")
+    for name in (export_peft.ABOUT, "head.safetensors"):
+        (folder / name).unlink()
+    return folder, like
+
+
+def bank_manifest(source: Trained) -> dict[str, Any]:
+    """The manifest of a bank with one task, unsigned."""
+    entry = {
+        "task": dataclasses.asdict(SST), "adapter": "sst-0123456789abcdef",
+        "head": "sst-fedcba9876543210", "pair_features": "concat",
+        "facts": {"dev": {"accuracy": 0.5}, "variant": "lora1"},
+    }  # fmt: skip
+    adapters = {entry["adapter"]: dataclasses.asdict(ADAPTER)}
+    whole = manifest.empty(source) | {"tasks": {"sst": entry}, "adapters": adapters}
+    plain: dict[str, Any] = json.loads(json.dumps(whole))
+    return plain
+
+
+def run(folder: Path, source: Trained) -> Path:
+    """A finished run."""
+    settings = resolve(Flags("lora1", base=source.base, rank=2, max_length=16, max_steps=1))
+    tree = {
+        "adapters": dict(source.trees),
+        "heads": {name: one.head for name, one in source.served.items() if one.head},
+    }
+    tree_files.save(folder / finished_run.MODEL, tree)
+    inputs = source.fingerprint.to_inputs() | {"the data of sst": "0" * 64}
+    config = {"settings": settings.to_json(), "inputs": inputs, "versions": {"jax": "0"}}
+    run_folder.write_json(folder / finished_run.CONFIG, config)
+    dev = dict.fromkeys(source.served, 0.5)
+    model = trees.checksum(tree_files.load(folder / finished_run.MODEL))
+    run_folder.write_json(folder / finished_run.RESULT, {"dev": dev, "model": model})
+    return folder

@@ -1,0 +1,112 @@
+"""A predictor in other processes: sent to spawned ones, refused in forked ones."""
+
+import copy
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlora
+from jaxlora import lora
+from jaxlora.serving.task_models import Served, Trained
+from jaxlora.tasks.task import SST, STS_COSINE
+from jaxlora.utils.errors import UserError
+
+REQUESTS = [("sst", "ban cen."), ("sts", "dan fen", "gan len"), ("sts", "ba be", "ba bi")]
+
+
+def served(task, tree, seed=0):
+    return Served(task, tree, task.init_head(jax.random.key(seed), 32, "concat"), "concat")
+
+
+def warm(tree):
+    return jax.tree.map(lambda x: x + 0.1, tree)
+
+
+@pytest.fixture(params=["lora", "full"])
+def predictor(request, tiny):
+    """Two tasks with an adapter each, or with a whole BERT each."""
+    config, names = lora.LoraConfig(2, 4.0), ("a", "b")
+    if request.param == "lora":
+        keys = jax.random.split(jax.random.key(0))
+        made = [{"lora": warm(lora.init(key, tiny.params, config))} for key in keys]
+    else:
+        made = [{"params": tiny.params}, {"params": warm(tiny.params)}]
+    trees = dict(zip(names, made, strict=True))
+    configs = {name: config for name, tree in trees.items() if "lora" in tree}
+    tasks = {"sst": served(SST, "a"), "sts": served(STS_COSINE, "b")}
+    trained = Trained(
+        tiny.name, tiny.fingerprint, tasks, trees, configs, "mean", 32, "float32", "a test"
+    )
+    return jaxlora.Predictor(tiny, trained)
+
+
+def test_it_can_be_pickled_before_and_after_its_first_call(predictor):
+    before = pickle.dumps(predictor)
+    expected = predictor(REQUESTS)
+    after = pickle.dumps(predictor)
+    assert len(after) == len(before)  # nothing that is cached
+    for again in (pickle.loads(before), pickle.loads(after), copy.deepcopy(predictor)):
+        assert again(REQUESTS) == expected
+        assert pickle.loads(pickle.dumps(again))(REQUESTS) == expected
+    assert predictor(REQUESTS) == expected
+
+
+def test_spawned_workers_give_the_same_answers(predictor):
+    expected = predictor(REQUESTS)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as workers:
+        assert workers.submit(predictor, REQUESTS).result(120) == expected
+
+
+def test_another_process_that_was_not_spawned_is_refused(predictor, monkeypatch):
+    data, parent = pickle.dumps(predictor), os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: parent + 1)
+    for use in (
+        lambda: predictor(REQUESTS), lambda: predictor.predict("sst", ["ban"]),
+        lambda: predictor.encode("sts", ["ban"]), lambda: pickle.loads(data),
+        lambda: jaxlora.load("anything"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=r"forked.*spawn"):
+            use()
+
+
+FORK = """
+import os, sys, numpy, jaxlora
+from jaxlora.formats import huggingface as pretrained
+from jaxlora.tasks.task import STS_COSINE
+from jaxlora.serving.task_models import Served, Trained
+base = pretrained.load(sys.argv[1])
+tasks = {"sts": Served(STS_COSINE, "a", {}, "concat")}
+rest = ({"a": {}}, {}, "mean", 32, "float32", "a test")
+predictor = jaxlora.Predictor(base, Trained(base.name, base.fingerprint, tasks, *rest))
+if os.fork() == 0:
+    try:
+        predictor.predict("sts", [("ba", "be")])
+    except jaxlora.UserError as error:
+        print("refused:", error, flush=True)
+    os._exit(0)
+os.wait()
+print("parent:", len(predictor.predict("sts", [("ba", "be")])))
+"""
+
+
+@pytest.mark.slow
+def test_a_forked_process_does_not_hang(tiny_base):
+    command = [sys.executable, "-W", "ignore", "-c", FORK, str(tiny_base)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "refused: a predictor cannot be used" in done.stdout and "parent: 1" in done.stdout
+
+
+def test_an_answer_that_is_no_number_is_refused(predictor, monkeypatch):
+    head = jax.tree.map(lambda x: x * np.nan, predictor.trained.served["sst"].head)
+    monkeypatch.setitem(predictor.trained.served, "sst", Served(SST, "a", head, "concat"))
+    with pytest.raises(UserError, match="sst: 1 of 1 answers are not numbers"):
+        predictor(REQUESTS)
+    assert np.isnan(predictor.predict("sst", ["ban"])).all()

@@ -1,0 +1,126 @@
+"""How many copies of an encoder a run and a predictor keep, and where."""
+
+import gc
+
+import jax
+import pytest
+from test_sharding import eight
+from tiny import Silent
+
+import jaxlora
+from jaxlora.serving import finished_run, tree_files
+from jaxlora.serving import predictor as predict
+from jaxlora.training import checkpoint
+from jaxlora.training import run as train
+from jaxlora.utils import trees
+
+SHARED = "sst+para+sts"
+
+
+def held():
+    """Bytes of all buffers on devices; an array and the views of its shards have one of them."""
+    gc.collect()
+    shards = [shard.data for x in jax.live_arrays() for shard in x.addressable_shards]
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in shards}.values())
+
+
+class Weighing(Silent):
+    """Notes at each record how many bytes the run holds, by group."""
+
+    def __init__(self, stop_at=None):
+        super().__init__(stop_at)
+        self.before, self.most = held(), {}
+
+    def record(self, record):
+        group = record["group"]
+        self.most[group] = max(self.most.get(group, 0), held() - self.before)
+        super().record(record)
+
+
+def needed(out, group, frozen):
+    """Bytes that a group needs: what is trained, its two moments, its best; and what is frozen."""
+    bank = tree_files.load(out / finished_run.MODEL)
+    adapter = (bank.get("adapters") or {}).get(group) or {}
+    heads = [bank["heads"][task] for task in group.split("+")]
+    return 4 * 4 * trees.count([adapter, heads]) + frozen
+
+
+@pytest.mark.parametrize(
+    ("variant", "stop_at"),
+    [
+        ("baseline2", (SHARED, 6)),
+        ("lora3", (SHARED, 6)),
+        ("baseline1", ("para", 6)),
+        pytest.param("baseline4", ("sst", 6), marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_holds_what_it_needs_fresh_or_resumed(make, tiny, tmp_path, variant, stop_at):
+    encoder = 4 * trees.count(tiny.params)
+    fresh = Weighing()
+    train.run(make(variant), tmp_path / "whole", fresh)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(make(variant), tmp_path / "parts", Silent(stop_at))
+    resumed = Weighing()
+    train.run(make(variant), tmp_path / "parts", resumed, resume=True)
+    assert stop_at[0] in resumed.most
+    frozen = encoder * (variant in ("lora3", "baseline1"))
+    for group, most in (*fresh.most.items(), *resumed.most.items()):
+        # Batches, metrics, and the base's tables as they were read are the rest.
+        assert most < needed(tmp_path / "whole", group, frozen) + 0.8 * encoder
+
+
+def test_while_a_state_is_restored_there_is_no_other(make, tiny, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        train.run(make("baseline2"), tmp_path / "run", Silent((SHARED, 6)))
+    restore, copies, encoder = checkpoint.GroupCheckpoints.restore, [], trees.count(tiny.params)
+
+    def weighed(self, like):
+        copies.append((held() - before) / 4 / encoder)
+        return restore(self, like)
+
+    monkeypatch.setattr(checkpoint.GroupCheckpoints, "restore", weighed)
+    before = held()
+    train.run(make("baseline2"), tmp_path / "run", Silent(), resume=True)
+    assert len(copies) == 1 and copies[0] < 0.5
+
+
+def test_a_predictor_sends_whole_encoders_to_the_device_once(make, tmp_path, monkeypatch):
+    train.run(make("baseline4", learning_rate=0.05), tmp_path / "run", Silent())
+    model = jaxlora.load(tmp_path / "run")
+    used = []
+
+    def noting(*args, encode=predict.evaluate.encode, **kwargs):
+        used.append(args[2])
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(predict.evaluate, "encode", noting)
+    requests = [("sst", "a film"), ("sts", "a dog", "the cat runs"), ("para", "good", "bad")]
+    first = model(requests)
+    assert model(requests) == first
+    leaves = [jax.tree.leaves(tree) for tree in used]
+    assert all(isinstance(x, jax.Array) for tree in leaves for x in tree)
+    half = len(leaves) // 2
+    assert half == len(model.trained.trees)
+    for one, again in zip(leaves[:half], leaves[half:], strict=True):
+        assert all(x is y for x, y in zip(one, again, strict=True))
+
+
+def test_a_predictor_keeps_only_so_many_whole_encoders_on_the_device(
+    make, tiny, tmp_path, monkeypatch
+):
+    train.run(make("baseline4", groups="sst|para|sts"), tmp_path / "run", Silent())
+    monkeypatch.setattr(predict, "MOST_ON_DEVICE", 2)
+    model = jaxlora.load(tmp_path / "run")
+    before, encoder = held(), 4 * trees.count(tiny.params)
+    requests = [("sst", "a film"), ("sts", "a dog", "the cat runs"), ("para", "good", "bad")]
+    answers = [model([request]) for request in requests]
+    assert 1.9 < (held() - before) / encoder < 2.9
+    assert [model([request]) for request in requests] == answers
+
+
+def test_with_fsdp_predictions_come_from_the_parts(tiny_base, data_dir, tmp_path):
+    """No device holds the whole tree while the best model's predictions are written."""
+    found = eight("predicted", tiny_base, data_dir, tmp_path / "run")
+    assert found["splits"] == [["sst", "dev"], ["sst", "test"], ["para", "dev"], ["para", "test"],
+                               ["sts", "dev"], ["sts", "test"]]  # fmt: skip
+    assert max(found["parts"]) < 0.2

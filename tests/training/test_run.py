@@ -1,0 +1,372 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import SHORT, Silent, leaves_equal
+
+import jaxlora
+from jaxlora.formats import huggingface
+from jaxlora.serving import finished_run, inference, tree_files
+from jaxlora.tasks.task import NAMES
+from jaxlora.training import inputs as prepare
+from jaxlora.training import optimizer, run_folder, task_group
+from jaxlora.training import run as train
+from jaxlora.training.sharding import make_mesh
+from jaxlora.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(("rate", "same"), [(0.0, True), (0.5, False)])
+def test_encoder_dropout_reaches_the_encoder(make, rate, same):
+    settings = make("lora2", encoder_dropout=rate)
+    base = huggingface.load(settings.base)
+    made = task_group.make_group(
+        settings, base, prepare.load_data(settings, base), ("sts",), make_mesh("data=1")
+    )
+    one, other = (
+        made.setup.encode(
+            made.frozen, made.state.trainable, made.batches[0].inputs, jax.random.key(n)
+        )[0]
+        for n in range(2)
+    )
+    assert bool((one == other).all()) == same
+
+
+@pytest.mark.parametrize(("surgery", "sign"), [("pcgrad", -1), ("none", 1)])
+def test_surgery_reaches_the_optimizer(make, surgery, sign):
+    """The sum of these is (-2, 1), PCGrad's (0.1, 1.3); Adam's first step has the other sign."""
+    settings = make("lora3", surgery=surgery)
+    base = huggingface.load(settings.base)
+    data = prepare.load_data(settings, base)
+    made = task_group.make_group(settings, base, data, settings.groups[0], make_mesh("data=1"))
+    params = {"kernel": jax.numpy.zeros(2)}
+    gradients = {"kernel": jax.numpy.array([[1.0, 0.0], [-3.0, 1.0], [0.0, 0.0]])}
+    state = made.setup.tx.init(params)
+    updates, _ = jax.jit(made.setup.tx.update)(gradients, state, params)
+    assert np.sign(updates["kernel"]).tolist() == [sign, -1]
+
+
+@pytest.mark.parametrize(
+    ("variant", "groups"),
+    [
+        ("baseline1", None),
+        ("lora1", None),
+        ("lora3", None),
+        ("lora4", "sst|para,sts"),
+        ("baseline3", None),
+    ],
+)
+def test_run_writes_everything(make, tmp_path, variant, groups):
+    settings = make(variant, groups=groups)
+    listener = Silent()
+    result = train.run(settings, tmp_path / "run", listener)
+    out = tmp_path / "run"
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "result.json",
+        "model",
+        "tensorboard",
+    ):
+        assert (out / name).exists(), name
+    assert json.loads((out / "result.json").read_text()) == result
+    assert set(result["dev"]) == set(NAMES)
+    assert result["parameters"] == listener.plans[0].storage._asdict()
+    assert not (out / run_folder.STATES).exists()
+    records = run_folder.read_records(out)
+    assert records == listener.records
+    # the best score that was seen is the one that is reported
+    for name, progress in result["groups"].items():
+        scores = [r["score"] for r in records if r["kind"] == "eval" and r["group"] == name]
+        assert progress["best_score"] == max(scores)
+        assert progress["step"] == listener.plans[0].steps[name]
+
+
+def test_predictions_match_the_restored_model(make, data_dir, tmp_path):
+    train.run(make("lora3"), tmp_path / "run", Silent())
+    model = jaxlora.load(tmp_path / "run")
+    for task, file in (("sst", "ids-sst"), ("para", "quora"), ("sts", "sts")):
+        with (data_dir / f"{file}-test-student.csv").open() as source:
+            rows = list(csv.DictReader(source, delimiter="\t"))
+        with (tmp_path / "run" / "predictions" / f"{task}-test.csv").open() as predicted:
+            written = list(csv.DictReader(predicted))
+        assert [r["id"] for r in written] == [r["id"] for r in rows]
+        columns = ["sentence"] if task == "sst" else ["sentence1", "sentence2"]
+        examples = [r[columns[0]] if task == "sst" else tuple(r[c] for c in columns) for r in rows]
+        values = np.array([float(r["prediction"]) for r in written])
+        np.testing.assert_allclose(model.predict(task, examples), values, atol=1e-4)
+        low, high = {"sst": (0, 4), "para": (0, 1), "sts": (0, 5)}[task]
+        assert values.min() >= low and values.max() <= high
+        if task != "sts":
+            assert all(r["prediction"] in set("01234") for r in written)
+
+
+@pytest.mark.parametrize("variant", ["lora3", "lora2"])
+def test_dev_predictions_stand_beside_their_labels(make, data_dir, tmp_path, variant):
+    result = train.run(make(variant), tmp_path / "run", Silent())
+    model = jaxlora.load(tmp_path / "run")
+    for task, file in (("sst", "ids-sst"), ("para", "quora"), ("sts", "sts")):
+        with (data_dir / f"{file}-dev.csv").open() as source:
+            given = list(csv.DictReader(source, delimiter="\t"))
+        with (tmp_path / "run" / "predictions" / f"{task}-dev.csv").open() as predicted:
+            written = list(csv.DictReader(predicted))
+        assert list(written[0]) == ["id", "prediction", "label", "confidence"]
+        assert [r["id"] for r in written] == [r["id"] for r in given]
+        label = {"sst": "sentiment", "para": "is_duplicate", "sts": "similarity"}[task]
+        labels = [float(r[label]) for r in given]
+        np.testing.assert_allclose([float(r["label"]) for r in written], labels, rtol=1e-6)
+        predictions = np.array([float(r["prediction"]) for r in written])
+        score = model.tasks[task].score(predictions, np.array(labels, np.float32))
+        assert score == pytest.approx(result["dev"][task], abs=1e-4)
+        texts = [
+            r["sentence"] if task == "sst" else (r["sentence1"], r["sentence2"]) for r in given
+        ]
+        asked = [(task, text) if task == "sst" else (task, *text) for text in texts]
+        for answer, row in zip(model(asked), written, strict=True):
+            if task == "sts":
+                assert row["confidence"] == ""
+            else:
+                chosen = answer.probabilities[answer.label]
+                assert float(row["confidence"]) == pytest.approx(chosen, abs=2e-4)
+
+
+def test_the_time_to_the_best_score():
+    progress = train.Progress()
+    for step, seconds, score in ((2, 1.5, 0.3), (4, 3.0, 0.7), (6, 4.5, 0.5)):
+        progress.step, progress.seconds = step, seconds
+        progress.note(score, {}, 0)
+    assert (progress.best_step, progress.best_seconds) == (4, 3.0)
+
+
+def test_synthetic_pairs_are_trained_on_and_belong_to_the_inputs(make):
+    plain, more = (make("lora4", synthetic_sts=added) for added in (False, True))
+    base = huggingface.load(plain.base)
+    without, added = (prepare.load_data(settings, base) for settings in (plain, more))
+    own = without["sts"]["train"]
+    assert len(added["sts"]["train"]) == len(own) + 2000
+    assert added["sts"]["train"].ids[: len(own)].tolist() == own.ids.tolist()
+    for task, split in (("sts", "dev"), ("sts", "test"), ("sst", "train"), ("para", "train")):
+        assert len(added[task][split]) == len(without[task][split])
+    prints = [prepare.fingerprints(base, data, 0) for data in (without, added)]
+    differ = {name for name in prints[0] if prints[0][name] != prints[1][name]}
+    assert differ == {"the data of sts", "the order of examples"}
+
+
+def test_no_test_predictions_when_not_asked(make, tmp_path):
+    train.run(make("baseline1"), tmp_path / "run", Silent(), predict_test=False)
+    names = {p.name for p in (tmp_path / "run" / "predictions").iterdir()}
+    assert names == {"sst-dev.csv", "para-dev.csv", "sts-dev.csv"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "stop_at"),
+    [("lora3", ("sst+para+sts", 2)), ("lora3", ("sst+para+sts", 6)), ("lora1", ("para", 4)),
+     ("baseline1", ("sst", 2)), ("baseline2", ("sst+para+sts", 4))],
+)  # fmt: skip
+def test_resume_equals_uninterrupted(make, tmp_path, variant, stop_at):
+    settings = make(variant)
+    whole = train.run(settings, tmp_path / "whole", Silent())
+    with pytest.raises(KeyboardInterrupt):
+        train.run(settings, tmp_path / "parts", Silent(stop_at))
+    assert not (tmp_path / "parts" / "result.json").exists()
+    with pytest.raises(UserError, match="--resume"):
+        jaxlora.load(tmp_path / "parts")
+    again = Silent()
+    parts = train.run(settings, tmp_path / "parts", again, resume=True)
+    banks = [tree_files.load(tmp_path / name / finished_run.MODEL) for name in ("whole", "parts")]
+    leaves_equal(*banks)
+    assert parts["dev"] == whole["dev"]
+    timeless = [
+        [
+            {k: v for k, v in r.items() if k != "steps_per_second"}
+            for r in run_folder.read_records(tmp_path / name)
+        ]
+        for name in ("whole", "parts")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_resume_goes_on_from_the_checkpoint_and_not_from_the_start(make, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train.run(make("lora3"), tmp_path / "run", Silent(("sst+para+sts", 6)))
+    listener = Silent()
+    train.run(make("lora3"), tmp_path / "run", listener, resume=True)
+    assert listener.started == ("sst+para+sts", 4, 7)
+
+
+def test_a_finished_run_is_not_trained_again(make, tmp_path):
+    first = train.run(make("baseline1"), tmp_path / "run", Silent())
+    listener = Silent()
+    assert train.run(make("baseline1"), tmp_path / "run", listener, resume=True) == first
+    assert listener.records == []
+
+
+@pytest.mark.slow
+def test_killed_process_resumes_to_the_same_parameters(tiny_base, data_dir, tmp_path):
+    flags = [f"--base={tiny_base}", f"--data-dir={data_dir}", "--variant=lora3"]
+    flags += [f"--{k.replace('_', '-')}={v}" for k, v in (SHORT | {"epochs": 12}).items()]
+
+    def start(out, *more):
+        command = [sys.executable, str(ROOT / "experiments" / "run.py"), *flags, *more]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([*command, f"--out={tmp_path / out}"], **quiet)
+
+    process = start("killed")
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and '"step": 12,' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "result.json").exists()
+    assert start("killed", "--resume").wait() == 0
+    assert start("whole").wait() == 0
+    leaves_equal(*(tree_files.load(tmp_path / n / finished_run.MODEL) for n in ("killed", "whole")))
+
+
+def test_at_most_three_train_programs(make, tmp_path, monkeypatch):
+    """A step compiles once for each shape of its batches; three groups have a step each."""
+    shapes = []
+    make_train_step = train.step.make_train_step
+
+    def noting(setup, shardings):
+        compiled, seen = make_train_step(setup, shardings), set()
+        shapes.append(seen)
+
+        def step(state, frozen, batch):
+            seen.add(tuple(x.shape for x in jax.tree.leaves(batch)))
+            return compiled(state, frozen, batch)
+
+        return step
+
+    monkeypatch.setattr(train.step, "make_train_step", noting)
+    train.run(make("lora1"), tmp_path / "separate", Silent())
+    assert [len(seen) for seen in shapes] == [1, 1, 1]
+    shapes.clear()
+    train.run(make("lora3"), tmp_path / "shared", Silent())
+    assert len(shapes) == 1 and 1 <= len(shapes[0]) <= 3
+
+
+def test_patience_stops_a_group(make, tmp_path):
+    settings = make("baseline1", patience=1, epochs=50, head_learning_rate=1e-12)
+    result = train.run(settings, tmp_path / "run", Silent())
+    # nothing is learnt, so the second evaluation is not better than the first
+    assert {g["step"] for g in result["groups"].values()} == {4}
+
+
+def test_a_loss_that_is_not_finite_says_so(make, tmp_path):
+    settings = make("baseline2", learning_rate=1e30, warmup_steps=0, epochs=3)
+    with pytest.raises(
+        UserError, match=r"step \d of sst\+para\+sts: .* not finite; lower --learning-rate"
+    ):
+        train.run(settings, tmp_path / "run", Silent())
+
+
+def test_load_refuses_another_base(make, tmp_path, monkeypatch):
+    train.run(make("baseline1"), tmp_path / "run", Silent())
+    config = run_folder.read_json(tmp_path / "run" / "config.json")
+    config["inputs"]["the base model"] = "0" * 64
+    run_folder.write_json(tmp_path / "run" / "config.json", config)
+    with pytest.raises(UserError, match="not the weights"):
+        jaxlora.load(tmp_path / "run")
+
+
+def test_model_names_what_is_wrong_with_a_request(make, tmp_path):
+    train.run(make("baseline1"), tmp_path / "run", Silent())
+    model = jaxlora.load(tmp_path / "run")
+    with pytest.raises(UserError, match="no task 'stss'"):
+        model.predict("stss", ["a"])
+    with pytest.raises(UserError, match="pairs of sentences; example 1"):
+        model.predict("sts", [("a", "b"), "c"])
+    with pytest.raises(UserError, match="single sentences"):
+        model.predict("sst", [("a", "b")])
+    with pytest.raises(UserError, match="not one string"):
+        model.predict("sst", "a film")
+    with pytest.raises(UserError, match="single sentences"):
+        model.predict("sst", [3])
+    with pytest.raises(UserError, match="blank"):
+        model.predict("sts", [("a", " ")])
+    assert model.predict("sst", []).shape == (0,)
+
+
+def test_a_bank_trained_on_another_device_loads_here(make, tmp_path):
+    train.run(make("lora3"), tmp_path / "run", Silent())
+    expected = jaxlora.load(tmp_path / "run").predict("sst", ["a film"])
+    sharding = tmp_path / "run" / "model" / "_sharding"
+    text = sharding.read_text() if sharding.exists() else ""
+    assert "CPU" not in text.upper()
+    np.testing.assert_array_equal(
+        jaxlora.load(tmp_path / "run").predict("sst", ["a film"]), expected
+    )
+
+
+def test_a_score_that_is_no_number_is_never_the_best():
+    progress = train.Progress(step=2)
+    assert not progress.note(float("nan"), {"a": float("nan")}, 0)
+    assert progress.best_scores == {} and progress.stale == 1
+    progress.step = 4
+    assert progress.note(0.25, {"a": 0.25}, 0)
+    progress.step = 6
+    assert not progress.note(float("nan"), {"a": float("nan")}, 0)
+    assert (progress.best_step, progress.best_score) == (4, 0.25)
+
+
+def test_a_run_without_any_score_keeps_nothing(make, tmp_path, monkeypatch):
+    decode = inference.decode
+    monkeypatch.setattr(inference, "decode", lambda *args: decode(*args) * np.nan)
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"not finite \(NaN\) at every evaluation"):
+            train.run(make("baseline1"), tmp_path / "run", Silent(), resume=resume)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_warm_up_wastes_no_step_and_the_rate_ends_at_nothing():
+    rate = optimizer.schedule(0.8, 12, warmup=4, decay="linear")
+    np.testing.assert_allclose([rate(k) for k in range(5)], [0.2, 0.4, 0.6, 0.8, 0.8], rtol=1e-6)
+    assert rate(12) == 0
+    constant = optimizer.schedule(0.8, 12, warmup=0, decay="constant")
+    assert constant(0) == constant(11) == np.float32(0.8)
+
+
+@pytest.mark.parametrize("variant", ["baseline1", "baseline4", "lora2", "lora3"])
+def test_mixed_requests_are_answered_as_one_task_at_a_time(variant, make, tmp_path):
+    fast = {} if variant == "baseline1" else {"learning_rate": 0.05}  # so that trees differ
+    train.run(make(variant, **fast), tmp_path / "run", Silent())
+    model = jaxlora.load(tmp_path / "run")
+    pairs = [("the dog runs", "a cat runs in a film"), ("a bad film", "not a very good film")]
+    requests = [
+        ("sts", *pairs[0]), ("sst", "the film was not very good"), ("para", *pairs[0]),
+        ("para", *pairs[1]), ("sst", "a dog"), ("sts", *pairs[1]), ("sst", "good"),
+    ]  # fmt: skip
+    answers = np.array([answer.value for answer in model(requests)])
+    assert answers.shape == (7,)
+    for task in ("sst", "para", "sts"):
+        mine = [n for n, request in enumerate(requests) if request[0] == task]
+        texts = [requests[n][1:] if task != "sst" else requests[n][1] for n in mine]
+        np.testing.assert_allclose(answers[mine], model.predict(task, texts), atol=1e-5)
+    assert model([]) == []
+    with pytest.raises(UserError, match="no task 'stt'"):
+        model([("stt", "a film")])
+    for wrong, message in [
+        ([("sst", "a film"), ("sts", "a film")], "sts takes pairs of sentences; request 1"),
+        ([("sts", ("a dog", "a cat"))], "give .task, sentence. or"),
+        ([()], "without a sentence"),
+        ([None], "request 0 is None"),
+        ("sst", "request 0 is 's'"),
+        (("sst", "a film"), "request 0 is 'sst'"),
+        ([("sst", " ")], "request 0 has a blank sentence"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            model(wrong)
+    every = (("sst", "a dog") for _ in range(2))  # any iterable will do
+    assert [answer.value for answer in model(every)] == [answers[4]] * 2

@@ -1,0 +1,380 @@
+"""The one train step: per-task gradients, what it may touch, and all variants through it."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+from jax.flatten_util import ravel_pytree
+
+from jaxlora.data.batches import Batch
+from jaxlora.data.packing import Shape, fill
+from jaxlora.lora import LoraConfig
+from jaxlora.nn import bert
+from jaxlora.nn.encode import PackedTokens, encoder
+from jaxlora.pcgrad import cosines, gram, pcgrad
+from jaxlora.tasks import losses
+from jaxlora.tasks import task as tasks
+from jaxlora.tasks.sharing import VARIANTS, group_name, parse_groups
+from jaxlora.training import optimizer, step
+from jaxlora.utils import trees
+
+SIZE = 4  # examples of a task in a batch
+ADAPTER = LoraConfig(4, 8.0)
+ALL = ("sst", "para", "sts")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """These tests compile dozens of tiny programs and run each a few times."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def copy(tree):
+    """Host copies of a tree's leaves (keys as their data)."""
+    return [np.array(jax.random.key_data(x) if is_key(x) else x) for x in jax.tree.leaves(tree)]
+
+
+def is_key(x):
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def random_batch(chosen, adapt, hidden_size, seed=0):
+    """A batch of random sentences, or of random vectors; and each task's own rows."""
+    rng = np.random.default_rng(seed)
+    slots = SIZE * max(t.sentences for t in chosen)
+    labels = np.stack(
+        [
+            rng.integers(t.low, t.high + 1, SIZE) if t.integer else rng.uniform(0, 5, SIZE)
+            for t in chosen
+        ]
+    ).astype(np.float32)
+    weights = np.ones_like(labels)
+    if adapt == "frozen":
+        vectors = rng.normal(size=(len(chosen), slots, hidden_size)).astype(np.float32)
+        return Batch(vectors, labels, weights), None
+    sentences = [
+        [rng.integers(5, 200, rng.integers(3, 14)) for _ in range(SIZE * task.sentences)]
+        for task in chosen
+    ]
+    rows = [fill(part, range(len(part)), slots, Shape(5, 32)) for part in sentences]
+    together = PackedTokens(*map(np.stack, zip(*rows, strict=True)))
+    if adapt == "lora":
+        numbers = [t * slots + n for t, part in enumerate(sentences) for n in range(len(part))]
+        shape = Shape(8, 32)
+        together = fill(
+            [x for part in sentences for x in part], numbers, slots * len(chosen), shape
+        )
+    return Batch(together, labels, weights), rows
+
+
+def make(base, adapt="lora", names=ALL, sts_loss="mse", dropout=0.1, **replace):
+    """A group ready to step: its setup, frozen tree, state and a batch."""
+    chosen = tuple(t for t in tasks.paper_tasks(sts_loss) if t.name in names)
+    config = base.config.with_dropout(dropout)
+    frozen, trainable = step.split_params(
+        adapt, base.params, ADAPTER, jax.random.key(1), jnp.float32
+    )
+    encode = encoder(config, jnp.float32, ADAPTER, "cls")
+    setup = step.Setup(
+        chosen,
+        step.task_encoder(adapt, encode, len(chosen)),
+        *optimizer.optimizers(len(chosen), 1e-2, 1e-2),
+        config.hidden_size,
+        dropout=dropout,
+    )
+    setup = dataclasses.replace(setup, **replace)
+    state = step.init_state(setup, trainable, jax.random.key(2))
+    batch, rows = random_batch(chosen, adapt, config.hidden_size)
+    return SimpleNamespace(
+        config=config,
+        setup=setup,
+        encode=encode,
+        frozen=frozen,
+        state=state,
+        batch=batch,
+        rows=rows,
+    )
+
+
+def warm(trainable):
+    """Move an adapter off B = 0, so that A has a gradient too."""
+    return jax.tree.map(
+        lambda x: x + 0.02 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), trainable
+    )
+
+
+def task_loss(group, t, trainable, head):
+    """One task's mean loss, written out."""
+    task = group.setup.tasks[t]
+    vectors = group.encode(group.frozen, trainable, group.rows[t], None)
+    u, v = vectors[:SIZE], vectors[SIZE : 2 * SIZE]
+    outputs = task.apply_head(head, u, v, pair_features="concat")
+    return jnp.mean(task.per_example_loss(outputs, group.batch.labels[t]))
+
+
+class Recorded(NamedTuple):
+    """In place of PCGrad's state: the gradients as they came in."""
+
+    grads: Any
+    conflicts: Any
+    cosines: Any
+
+
+def recorder(num_tasks):
+    """A transform that keeps the per-task gradients and updates nothing."""
+
+    def init(params):
+        zeros = jax.tree.map(lambda x: jnp.zeros((num_tasks, *x.shape)), params)
+        return (Recorded(zeros, jnp.zeros(()), jnp.zeros(())),)
+
+    def update(grads, state, params=None):
+        del state, params
+        none = jax.tree.map(lambda g: jnp.zeros_like(g[0]), grads)
+        return none, (Recorded(grads, jnp.zeros(()), jnp.zeros(())),)
+
+    return optax.GradientTransformation(init, update)
+
+
+# ---- gradients
+
+
+def losses_and_gradients(group, trainable):
+    """Each task's loss and its gradients by (trainable, head), from T separate calls."""
+
+    def all_tasks(trainable, heads):
+        return [
+            jax.value_and_grad(task_loss, (2, 3))(group, t, trainable, heads[task.name])
+            for t, task in enumerate(group.setup.tasks)
+        ]
+
+    return jax.jit(all_tasks)(trainable, group.state.heads)
+
+
+@pytest.mark.parametrize("adapt", ["lora", "full"])
+def test_each_tasks_gradient_is_its_own(adapt, tiny):
+    group = make(tiny, adapt, dropout=0.0, tx=recorder(3))
+    start = warm(group.state.trainable) if adapt == "lora" else group.state.trainable
+    train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
+    after, metrics = train_step(group.state.replace(trainable=start), group.frozen, group.batch)
+    expected = losses_and_gradients(group, start)
+    grads = after.opt_state[0].grads
+    for t, (loss, (by_hand, _)) in enumerate(expected):
+        np.testing.assert_allclose(metrics.losses[t], loss, rtol=1e-5)
+        total = optax.tree.norm(by_hand)
+        assert total > 1e-3
+        for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(by_hand), strict=True):
+            assert jnp.linalg.norm((g[t] - e).ravel()) <= 1e-5 * total
+
+
+def test_encoder_is_projected_and_clipped_and_heads_are_not(tiny):
+    clip = 1e-3
+    tx = optax.chain(pcgrad(3), optax.clip_by_global_norm(clip), optax.sgd(1.0))
+    group = make(tiny, dropout=0.0, tx=tx, head_tx=optax.sgd(0.5))
+    train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
+    after, metrics = train_step(group.state, group.frozen, group.batch)
+    expected = losses_and_gradients(group, group.state.trainable)
+    for task, (_, (_, grads)) in zip(group.setup.tasks, expected, strict=True):
+        head = group.state.heads[task.name]
+        by_hand = jax.tree.map(lambda h, g: h - 0.5 * g, head, grads)
+        assert optax.tree.norm(grads) > 1e-2
+        for x, y in zip(
+            jax.tree.leaves(after.heads[task.name]), jax.tree.leaves(by_hand), strict=True
+        ):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics.update_norm, clip, rtol=1e-4)
+    flat = jnp.stack([ravel_pytree(shared)[0] for _, (shared, _) in expected])
+    np.testing.assert_allclose(metrics.cosines, cosines(gram(flat)), atol=1e-4)
+    assert metrics.conflicts == jnp.sum(jnp.triu(metrics.cosines, 1) < 0)
+
+
+def test_without_surgery_the_tasks_gradients_are_summed(tiny):
+    """Plain gradient descent on the summed loss, which knows of no task axis."""
+    tx = optax.chain(pcgrad(3, surgery=False), optax.sgd(1.0))
+    group = make(tiny, dropout=0.0, tx=tx)
+    state = group.state.replace(trainable=warm(group.state.trainable))
+
+    def total(tree):
+        heads = state.heads
+        tasks = enumerate(group.setup.tasks)
+        return sum(task_loss(group, t, tree, heads[task.name]) for t, task in tasks)
+
+    after, metrics = step.train_step(group.setup, state, group.frozen, group.batch)
+    by_hand = jax.tree.map(lambda p, g: p - g, state.trainable, jax.grad(total)(state.trainable))
+    for x, y in zip(jax.tree.leaves(after.trainable), jax.tree.leaves(by_hand), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    surgical = dataclasses.replace(group.setup, tx=optax.chain(pcgrad(3), optax.sgd(1.0)))
+    surgical_state = state.replace(opt_state=surgical.tx.init(state.trainable))
+    other, met = step.train_step(surgical, surgical_state, group.frozen, group.batch)
+    assert metrics.conflicts == met.conflicts > 0
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, after.trainable, other.trainable)) > 1e-3
+
+
+# ---- what a step may depend on
+
+
+def test_lora_plus_is_a_higher_learning_rate_for_b():
+    """Two steps of AdamW by hand (Loshchilov & Hutter 2019, algorithm 2); the decay is B's too."""
+    rate, decay, ratio = 0.1, 0.5, 16.0
+    tx, _ = optimizer.optimizers(1, rate, 1.0, clip=1e9, weight_decay=decay, lora_plus_ratio=ratio)
+    params = {"query": {"A": jnp.array([[1.0, 2.0]]), "B": jnp.array([[3.0], [4.0]])}}
+    gradients = [
+        {"query": {"A": jnp.array([[[0.5, -1.0]]]), "B": jnp.array([[[2.0], [0.3]]])}},
+        {"query": {"A": jnp.array([[[0.1, 3.0]]]), "B": jnp.array([[[-1.0], [1.0]]])}},
+    ]
+    expected = {}
+    for name, own_rate in (("A", rate), ("B", rate * ratio)):
+        w, m, v = np.asarray(params["query"][name], np.float64), 0.0, 0.0
+        for t, gradient in enumerate(gradients, 1):
+            g = np.asarray(gradient["query"][name][0], np.float64)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            direction = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+            w = w - own_rate * (direction + decay * w)
+        expected[name] = w
+    state = tx.init(params)
+    for gradient in gradients:
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    for name, w in expected.items():
+        np.testing.assert_allclose(params["query"][name], w, rtol=1e-4)
+
+
+def test_padding_examples_change_nothing(tiny):
+    group = make(tiny)
+    train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
+
+    def run_once(labels, weights):
+        batch = Batch(group.batch.inputs, labels, weights)
+        return train_step(group.state, group.frozen, batch)
+
+    weights = group.batch.weights.copy()
+    weights[:, -1] = 0
+    results = []
+    for label in (0.0, 1.0):
+        labels = group.batch.labels.copy()
+        labels[:, -1] = label
+        results.append(copy(run_once(labels, weights)))
+    assert_same(*results)
+    whole = run_once(group.batch.labels, group.batch.weights)[1].losses
+    part = run_once(group.batch.labels, weights)[1].losses
+    assert (whole != part).all()
+
+
+def test_mean_is_over_real_examples():
+    values, weights = jnp.array([[1.0, 3.0, 9.0]] * 3), jnp.array([[1, 1, 0], [1, 1, 1], [0] * 3])
+    np.testing.assert_allclose(losses.masked_mean(values, weights), [2, 13 / 3, 0], rtol=1e-6)
+
+
+def test_step_and_key_decide_the_dropout(tiny):
+    group = make(tiny, tx=recorder(3), head_tx=optax.sgd(0.0))
+    train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
+
+    def run(at, key=2):
+        state = group.state.replace(step=jnp.array(at, jnp.int32), key=jax.random.key(key))
+        after, metrics = train_step(state, group.frozen, group.batch)
+        assert int(after.step) == at + 1
+        return metrics.losses
+
+    np.testing.assert_array_equal(run(0), run(0))
+    assert (run(0) != run(1)).all()
+    assert (run(0) != run(0, key=3)).all()
+
+
+def test_a_head_starts_the_same_whatever_its_group(tiny):
+    alone, together = make(tiny, names=("sts",)), make(tiny)
+    assert_same(copy(alone.state.heads["sts"]), copy(together.state.heads["sts"]))
+    flat = traverse_util.flatten_dict(together.state.heads)
+    assert flat["sts", "out", "kernel"].shape == flat["para", "out", "kernel"].shape
+    assert (flat["sts", "out", "kernel"] != flat["para", "out", "kernel"]).any()
+
+
+# ---- what it may touch
+
+
+def assert_only_trainable_is_remembered(adapt, group):
+    """Adam's two moments of the trainable tree; conflicts, cosines and two counters besides."""
+    size = trees.count(group.state.trainable)
+    assert size == {
+        "frozen": 0,
+        "lora": 2 * 4 * (32 + 32) * 4,  # layers × modules × (in + out) × rank
+        "full": trees.count(bert.param_shapes(group.config)),
+    }[adapt]  # fmt: skip
+    kept = [x for x in jax.tree.leaves(group.state.opt_state) if not is_key(x)]
+    besides = sum(x.size for x in kept) - 2 * size
+    assert 0 < besides <= 1 + len(group.setup.tasks) ** 2 + 2
+
+
+def variant_case(name, adapt, groups, sts_loss):
+    """Each packed group is a program to compile."""
+    slow = [pytest.mark.slow] if adapt != "frozen" and len(groups) > 2 else []
+    return pytest.param(adapt, groups, sts_loss, id=name, marks=slow)
+
+
+VARIANT_CASES = [
+    *(variant_case(name, v.adapt, v.groups, v.sts_loss) for name, v in VARIANTS.items()),
+    variant_case("mixed", "lora", parse_groups("sst|para,sts"), "cosine"),
+]
+
+
+def changed(before, after):
+    """Names of the leaves that differ."""
+    flat = zip(trees.names(after), before, copy(after), strict=True)
+    return {name for name, x, y in flat if (x != y).any()}
+
+
+@pytest.mark.parametrize(("adapt", "groups", "sts_loss"), VARIANT_CASES)
+def test_every_variant_takes_two_steps(adapt, groups, sts_loss, tiny):
+    made = {group_name(g): make(tiny, adapt, g, sts_loss, dropout=0.0) for g in groups}
+    states = {g: m.state for g, m in made.items()}
+    base_before = copy(tiny.params)
+    for group, m in made.items():
+        assert_only_trainable_is_remembered(adapt, m)
+        others = {g: copy(s) for g, s in states.items() if g != group}
+        frozen_before, train_step = copy(m.frozen), step.make_train_step(m.setup)
+        for number in (1, 2):
+            before, heads_before = copy(states[group].trainable), copy(states[group].heads)
+            states[group], metrics = train_step(states[group], m.frozen, m.batch)
+            assert metrics.losses.shape == (len(m.setup.tasks),)
+            assert np.isfinite(metrics.losses).all()
+            moved = changed(before, states[group].trainable)
+            assert moved == expected_to_move(adapt, states[group].trainable, number, moved)
+            heads = states[group].heads
+            assert set(heads) == {t.name for t in m.setup.tasks}
+            assert changed(heads_before, heads) == set(trees.names(heads))
+        assert train_step._cache_size() == 1
+        assert_same(copy(m.frozen), frozen_before)
+        for other, leaves in others.items():
+            assert_same(copy(states[other]), leaves)
+    assert_same(copy(tiny.params), base_before)
+
+
+def expected_to_move(adapt, trainable, number, moved):
+    names = set(trees.names(trainable))
+    if adapt == "frozen":
+        assert not names
+    if adapt == "lora" and number == 1:
+        return {n for n in names if n.endswith(".B")}  # B = 0, so A has no gradient yet
+    if adapt == "full":  # a key's bias cancels in the softmax: rounding decides about it
+        return names - ({n for n in names if n.endswith("key.bias")} - moved)
+    return names
+
+
+def test_the_adapter_learns(tiny):
+    group = make(tiny, dropout=0.0)
+    train_step, state, seen = step.make_train_step(group.setup), group.state, []
+    for _ in range(25):
+        state, metrics = train_step(state, group.frozen, group.batch)
+        seen.append(metrics.losses)
+    assert (seen[-1] < 0.7 * seen[0]).all()
