@@ -66,11 +66,11 @@ exclude_patterns = ["_build"]
 
 
 def public(module: str) -> Iterator[tuple[str, Any]]:
-    """Yield the names that a module lists in `__all__`, and what they are; modules are left out."""
+    """Yield the classes and functions that a module lists in `__all__`, with their names."""
     found = importlib.import_module(module)
     for name in found.__all__:
         value = getattr(found, name)
-        if not inspect.ismodule(value):
+        if inspect.isclass(value) or inspect.isfunction(value):
             yield name, value
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import importlib.util
 import inspect
 import re
 import shlex
@@ -17,7 +18,8 @@ from jaxlora.training.config import flag as flag_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md"]
+PAGES += sorted(DOCS.glob("*.md"))
 # README.md's are run in test_readme.py.
 WITH_PYTHON = [page for page in PAGES[1:] if ">>> " in page.read_text(encoding="utf-8")]
 
@@ -28,13 +30,20 @@ def test_snippets_run(page):
     assert tried > 3 and failed == 0
 
 
-def commands(page, program):
-    """The words after a program's name, in each shell or manifest line of a page."""
+def commands(page, *programs):
+    """The words after a program's name, in each shell line of a page that calls one of them."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    for line in "\n".join(blocks).splitlines():
-        if program in line:
-            yield shlex.split(line.split(program, 1)[1], comments=True)
+    for line in "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines():
+        words = shlex.split(line, comments=True)
+        for place, word in enumerate(words):
+            if word in programs:
+                yield words[place + 1 :]
+
+
+def runs(page):
+    """The flags of each run that a page starts."""
+    yield from commands(page, "experiments/run.py")
+    yield from (words[1:] for words in commands(page, "jaxlora") if words[0] == "train")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -42,10 +51,10 @@ def test_runs_have_flags_that_exist(page):
     known = {"--help", *(flag_of(field.name) for field in dataclasses.fields(Flags))}
     text = page.read_text(encoding="utf-8")
     in_manifests = re.findall(r"^ +- (--[\w-]+)=?.*$", text, re.MULTILINE)
-    given = [w.split("=")[0] for words in commands(page, "run.py") for w in words]
+    given = [w.split("=")[0] for words in runs(page) for w in words]
     for flag in [*given, *in_manifests]:
         assert not flag.startswith("--") or flag in known
-    for words in commands(page, "run.py"):
+    for words in runs(page):
         if words == ["--help"]:
             continue
         (variant,) = [w.split("=")[1] for w in words if w.startswith("--variant=")]
@@ -54,7 +63,7 @@ def test_runs_have_flags_that_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page):
-    for first, *rest in commands(page, "jaxlora "):
+    for first, *rest in commands(page, "jaxlora"):
         assert first in ALONE or rest[0] in GROUPS[first].by_name
 
 
@@ -106,3 +115,74 @@ def test_the_table_of_scaling_is_the_calculators():
     meshes = ("data=1", "fsdp=8", "data=8,fsdp=8")
     table = cost_table.lines(bases, ("lora3", "baseline2"), meshes, batch_size=64, dtype="bfloat16")
     assert [head, *rows[: len(table) - 1]] == table
+
+
+@pytest.fixture(scope="module")
+def conf():
+    """The site's configuration, as a module."""
+    spec = importlib.util.spec_from_file_location("conf", DOCS / "conf.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def without_docstring():
+    return 1
+
+
+class WithMethod:
+    """Has a docstring."""
+
+    def bare(self):
+        return 1
+
+    def _private(self):
+        return 1
+
+
+@dataclasses.dataclass
+class Bare:
+    number: int
+
+
+@pytest.mark.parametrize(
+    ("value", "missing"),
+    [(without_docstring, "x"), (Bare, "x"), (WithMethod, "x.bare"), (Flags, None), (flag_of, None)],
+)
+def test_a_public_name_without_a_docstring_ends_the_build(conf, value, missing):
+    """A docstring that `dataclass` makes up does not count."""
+    assert list(conf.undocumented("x", value)) == [missing] * (missing is not None)
+    if missing:
+        with pytest.raises(conf.ExtensionError, match=missing):
+            conf.directive("x", value)
+
+
+def test_every_public_name_has_a_docstring(conf):
+    names = [f"{module}.{name}" for module in conf.PUBLIC for name, _ in conf.public(module)]
+    assert {"jaxlora.load", "jaxlora.pcgrad", "jaxlora.lora.init"} <= set(names)
+    for module in conf.PUBLIC:
+        for name, value in conf.public(module):
+            assert not list(conf.undocumented(f"{module}.{name}", value))
+
+
+@pytest.mark.parametrize(
+    ("link", "source", "page", "moved"),
+    [
+        ("tour.md", "docs/bank.md", "docs/bank.md", "tour.md"),
+        ("../RESULTS.md#claims", "docs/paper.md", "docs/paper.md", "project/results.md#claims"),
+        ("docs/lora4.png", "README.md", "docs/project/readme.md", "../lora4.png"),
+        ("CHANGELOG.md", "README.md", "docs/project/readme.md", "changelog.md"),
+        ("https://a.b/c", "README.md", "docs/project/readme.md", "https://a.b/c"),
+    ],
+)
+def test_links_are_moved_to_the_site(conf, link, source, page, moved):
+    assert conf.relink(f"[a]({link})", ROOT / source, ROOT / page) == f"[a]({moved})"
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "RESULTS.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name
+)
+def test_links_lead_to_files_of_the_repository(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", text):
+        assert (page.parent / link).exists(), link
