@@ -25,7 +25,7 @@ def base_like(folder, pooling="cls", **more):
     """What an import shall fit: a base of that folder."""
     found = pretrained.load(str(folder))
     about = {"max_length": 64, "dtype": "float32", "origin": "a bank"} | more
-    return Trained(str(folder), found.sha256, {}, {}, {}, pooling=pooling, **about)
+    return Trained(str(folder), found.fingerprint, {}, {}, {}, pooling=pooling, **about)
 
 
 def sequence_model(folder, outputs=3):
@@ -416,10 +416,8 @@ def places(tiny_base, tmp_path_factory):
     root = tmp_path_factory.mktemp("places")
     shutil.copytree(tiny_base, root / "base")
     shutil.copytree(tiny_base, root / "copy")
-    changed = shutil.copytree(tiny_base, root / "changed") / "tokenizer.json"
-    about = json.loads(changed.read_text())
-    about["normalizer"]["lowercase"] = not about["normalizer"]["lowercase"]
-    changed.write_text(json.dumps(about))
+    changed = shutil.copytree(tiny_base, root / "changed")
+    (changed / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     (root / "link").symlink_to(root / "base")
     return {
         "FOLDER": root / "base", "NAME": "base", "LINK": root / "link", "COPY": root / "copy",
