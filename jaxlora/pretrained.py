@@ -81,7 +81,7 @@ _OF_USE = (
     "return_dict", "torchscript", "dtype", "torch_dtype", "_attn_implementation",
     "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation",
     "_experts_implementation", "_experts_implementation_internal", "experts_implementation",
-    "_output_attentions", "sentence_transformers",
+    "_output_attentions", "sentence_transformers", "xla_device",
     "cell", "emb_size", "pre_trained", "structure", "training",  # TinyBERT's
 )  # fmt: skip
 # Of texts that a decoder writes, and ids of special tokens:
@@ -89,8 +89,9 @@ _OF_GENERATION = (
     "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids",
     "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "diversity_penalty",
     "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",
-    "eos_token_id", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty",
-    "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length",
+    "eos_token_id", "eos_token_ids", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "min_length",
     "no_repeat_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "pad_token_id",
     "prefix", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
@@ -162,7 +163,11 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
         )
     tokenizer = base_tokenizer.load(folder, config.vocab_size)
     known = Fingerprint(found, _config_key(config), _sha256_of(base_tokenizer.essence(tokenizer)))
-    params = convert(read_tensors(files), config)
+    tensors = read_tensors(files)
+    try:
+        params = convert(tensors, config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     return Pretrained(base, config, params, tokenizer, known, head_names(files))
 
 
@@ -329,9 +334,12 @@ def checksum(files: list[Path]) -> str:
     for path in files:
         if not path.is_file():
             raise UserError(f"{path}: named by the index, but missing; download it again")
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()
 
 

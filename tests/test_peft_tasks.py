@@ -471,6 +471,12 @@ def test_a_merged_model_can_be_the_base(tiny, tiny_base, tmp_path, values):
     np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-5)
 
 
+def test_trained_norms_are_refused_with_a_way_out(tiny, tiny_base, tmp_path):
+    classifier(tiny_base, modules_to_save=["LayerNorm"]).save_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match=r"LayerNorm.*merge_and_unload.*save_pretrained.*--base"):
+        peft_files.load(tmp_path / "a", tiny.params)
+
+
 def test_a_pickle_is_named(tiny, tiny_base, tmp_path):
     model = classifier(tiny_base)
     model.save_pretrained(tmp_path / "a")

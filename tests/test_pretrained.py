@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import importlib.util
 import json
+import os
 import shutil
 
 import jax
@@ -224,6 +225,18 @@ def their_vectors(folder, ids):
         return model.eval()(torch.tensor(ids, dtype=torch.long)).last_hidden_state.numpy()
 
 
+def test_weights_that_do_not_fit_name_their_folder(folder):
+    with pytest.raises(UserError, match=f"{folder}: the weights do not fit the config"):
+        pretrained.load(set_config(folder, intermediate_size=32))
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_weights_that_may_not_be_read_are_named(folder):
+    (folder / "model.safetensors").chmod(0)
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read \(Permission denied"):
+        pretrained.load(str(folder))
+
+
 IDS = np.array([[2, 7, 9, 30, 11, 3], [2, 100, 41, 60, 5, 3]], np.int32)
 
 
@@ -250,6 +263,7 @@ def test_every_field_of_transformers_is_known():
         {"id2label": {"0": "a", "1": "b", "2": "c"}, "problem_type": "regression"},
         {"initializer_range": 3.0, "gradient_checkpointing": True, "pooler_type": "first_token"},
         {"output_hidden_states": True, "torch_dtype": "float16"},
+        {"xla_device": None, "eos_token_ids": 0},  # of early transformers
         {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5},
         {"num_attention_heads": 8},
         {"layer_norm_eps": 0.01},
