@@ -42,7 +42,7 @@ def predictor(request, tiny):
     configs = {name: config for name, tree in trees.items() if "lora" in tree}
     tasks = {"sst": served(SST, "a"), "sts": served(STS_COSINE, "b")}
     trained = Trained(
-        tiny.name, tiny.sha256, tasks, trees, configs, "mean", 32, "float32", "a test"
+        tiny.name, tiny.fingerprint, tasks, trees, configs, "mean", 32, "float32", "a test"
     )
     return jaxlora.Predictor(tiny, trained)
 
@@ -85,7 +85,7 @@ from jaxlora.trained import Served, Trained
 base = pretrained.load(sys.argv[1])
 tasks = {"sts": Served(STS_COSINE, "a", {}, "concat")}
 rest = ({"a": {}}, {}, "mean", 32, "float32", "a test")
-predictor = jaxlora.Predictor(base, Trained(base.name, base.sha256, tasks, *rest))
+predictor = jaxlora.Predictor(base, Trained(base.name, base.fingerprint, tasks, *rest))
 if os.fork() == 0:
     try:
         predictor.predict("sts", [("ba", "be")])
