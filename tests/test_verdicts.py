@@ -184,6 +184,12 @@ def test_verdicts_expected_by_chance_are_said(tmp_path):
     assert all(said in text for text in texts(context, findings))
 
 
+def test_two_seeds_leave_no_reproduction_to_chance(tmp_path):
+    said = facts.chance(examine(write_seeds(tmp_path, range(2)))[1])
+    assert "up to 0.0 are expected to be called reproduced" in said
+    assert "up to 0.0 not reproduced" not in said
+
+
 def test_one_seed_leaves_nothing_to_chance(tmp_path):
     findings = examine(write_seeds(tmp_path, [0]))[1]
     assert facts.chance(findings).startswith("No comparison of scores can be decided")
