@@ -162,8 +162,8 @@ def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.Grad
     (what `masked` leaves out keeps its task axis: give that to `sum_tasks`). `MultiSteps` around it
     accumulates each task's gradients and projects their mean once, if its accumulator is given the
     task axis (see below). `apply_if_finite`, `conditionally_mask`, `conditionally_transform`,
-    `flatten` and `contrib.sam` cannot be around it, since they count on gradients of the parameters'
-    shapes; put them behind it, `chain(pcgrad(T), apply_if_finite(adamw(…), 5))`. A gradient that is
+    `flatten` and `contrib.sam` cannot be around it, since they take gradients that have the
+    shapes of the parameters; put them behind it, `chain(pcgrad(T), apply_if_finite(adamw(…), 5))`. A gradient that is
     not finite makes the sum so, too.
 
     Args:
