@@ -163,8 +163,8 @@ def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.Grad
     accumulates each task's gradients and projects their mean once, if its accumulator is given the
     task axis (see below). `apply_if_finite`, `conditionally_mask`, `conditionally_transform`,
     `flatten` and `contrib.sam` cannot be around it, since they take gradients that have the
-    shapes of the parameters; put them behind it, `chain(pcgrad(T), apply_if_finite(adamw(…), 5))`. A gradient that is
-    not finite makes the sum so, too.
+    shapes of the parameters; put them behind it, `chain(pcgrad(T), apply_if_finite(adamw(…), 5))`.
+    A gradient that is not finite makes the sum so, too.
 
     Args:
       num_tasks: T, the size of every leaf's leading axis; 1 makes it the identity.
