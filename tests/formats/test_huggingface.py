@@ -126,7 +126,7 @@ def test_a_base_with_a_task_head(task, wrapper, folder, tmp_path):
 def test_heads_and_wrappers_of_others(tiny, wrapper, head, folder):
     extra = {f"{head}.weight": np.zeros((3, 32), np.float32)}
     rewrite(folder, lambda found: {f"{wrapper}{n}": x for n, x in found.items()} | extra)
-    loaded = pretrained.load(str(folder))
+    loaded = huggingface.load(str(folder))
     assert_same_tree(loaded.params, tiny.params)
     assert loaded.left_out == (head,)
 
@@ -135,7 +135,7 @@ def test_heads_and_wrappers_of_others(tiny, wrapper, head, folder):
 def test_quantised_weights_are_refused(folder, dtype):
     rewrite(folder, lambda found: found | {QUERY: found[QUERY].astype(jnp.dtype(dtype))})
     with pytest.raises(UserError, match=rf"model\.safetensors: '{QUERY}' is stored as .*only F32"):
-        pretrained.load(str(folder))
+        huggingface.load(str(folder))
 
 
 @pytest.mark.parametrize("name", [QUERY, "classifier.weight", "pooler.dense.weight"])
@@ -245,14 +245,14 @@ def their_vectors(folder, ids):
 
 def test_weights_that_do_not_fit_name_their_folder(folder):
     with pytest.raises(UserError, match=f"{folder}: the weights do not fit the config"):
-        pretrained.load(set_config(folder, intermediate_size=32))
+        huggingface.load(set_config(folder, intermediate_size=32))
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
 def test_weights_that_may_not_be_read_are_named(folder):
     (folder / "model.safetensors").chmod(0)
     with pytest.raises(UserError, match=r"model\.safetensors: cannot be read \(Permission denied"):
-        pretrained.load(str(folder))
+        huggingface.load(str(folder))
 
 
 IDS = np.array([[2, 7, 9, 30, 11, 3], [2, 100, 41, 60, 5, 3]], np.int32)
