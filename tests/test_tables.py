@@ -417,7 +417,7 @@ def test_requests_come_through_a_pipe(echo, tmp_path):
 
 
 def test_the_command_takes_both_flags_and_says_what_it_did(echo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli.Predictor, "load", lambda bank: echo)
+    monkeypatch.setattr(cli.Predictor, "load", lambda bank, base: echo)
     monkeypatch.setattr(cli.host, "reuse_memory", lambda: True)
     monkeypatch.setattr(cli.host, "keep_programs", lambda folder: None)
     source, target = tmp_path / "in.tsv", tmp_path / "out.csv"
