@@ -419,9 +419,9 @@ def test_requests_come_through_a_pipe(echo, tmp_path):
 
 
 def test_the_command_takes_both_flags_and_says_what_it_did(echo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(main.Predictor, "load", lambda bank: echo)
-    monkeypatch.setattr(main.host, "reuse_memory", lambda: True)
-    monkeypatch.setattr(main.host, "keep_programs", lambda folder: None)
+    monkeypatch.setattr(main.Predictor, "load", lambda bank, base: echo)
+    monkeypatch.setattr(main.process, "reuse_memory", lambda: True)
+    monkeypatch.setattr(main.process, "keep_programs", lambda folder: None)
     source, target = tmp_path / "in.tsv", tmp_path / "out.csv"
     source.write_text('task\tsentence\nsst\t"film\nsst\t\u200b\nsst\tdog"\n')
 
