@@ -39,8 +39,8 @@ PAGES = {
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "experiments/bench/RESULTS.md": "speed.md",
-    "experiments/bench/LOG.md": "speed-log.md",
+    "benchmarks/RESULTS.md": "speed.md",
+    "benchmarks/LOG.md": "speed-log.md",
 }
 
 project = "jaxlora"
