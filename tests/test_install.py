@@ -145,6 +145,16 @@ def test_the_library_names_the_extra_that_is_missing(tiny_base):
     assert "pip install 'jaxlora[serve]'" in python(code, "transformers", str(tiny_base))
 
 
+def test_predicting_needs_nothing_of_the_extra_for_training():
+    code = (
+        BLOCKED.replace("== sys.argv[1]", "in sys.argv[1:]")
+        + """
+    import jaxlora.cli.main, jaxlora.serving.predictor
+    """
+    )
+    python(code, *EXTRAS["train"], *EXTRAS["report"])
+
+
 def test_version():
     done = subprocess.run(
         [sys.executable, "-m", "jaxlora", "--version"], capture_output=True, text=True, check=True
