@@ -86,7 +86,7 @@ def measure(base: str, count: int, rank: int, folder: Path) -> Row:
         t.name: Served(t, t.name, head, "concat") for t, head in zip(tasks, heads, strict=True)
     }
     trained = Trained(
-        base, Fingerprint("0" * 64), served, dict(zip(served, found, strict=True)),
+        base, Fingerprint(*["0" * 64] * 3), served, dict(zip(served, found, strict=True)),
         dict.fromkeys(served, adapter), "mean", 128, "float32", "made up",
     )  # fmt: skip
     bank.add(folder, trained, list(served))

@@ -106,10 +106,10 @@ def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.Grad
     Optax's wrappers: `inject_hyperparams`, `named_chain`, `partition` and `masked` work around it
     (what `masked` leaves out keeps its task axis: give that to `sum_tasks`). `MultiSteps` around it
     accumulates each task's gradients and projects their mean once, if its accumulator is given the
-    task axis (see below). `apply_if_finite`, `conditionally_mask` and `conditionally_transform`
-    cannot be around it, since they must return the shapes that came in, with the task axis; put
-    them behind it, `chain(pcgrad(T), apply_if_finite(adamw(…), 5))`. A gradient that is not finite
-    makes the sum so, too.
+    task axis (see below). `apply_if_finite`, `conditionally_mask`, `conditionally_transform`,
+    `flatten` and `contrib.sam` cannot be around it, since they take gradients that have the
+    shapes of the parameters; put them behind it, `chain(pcgrad(T), apply_if_finite(adamw(…), 5))`.
+    A gradient that is not finite makes the sum so, too.
 
     Args:
       num_tasks: T, the size of every leaf's leading axis; 1 makes it the identity.
@@ -122,7 +122,7 @@ def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.Grad
 
     Raises:
       ValueError: if `num_tasks < 1`, or a leaf is not `[num_tasks, ...]` (with `params` given to
-        `update`, also if the rest is not its parameter's shape).
+        `update`, also if the rest is not its parameter's shape) or no real floats.
 
     >>> tx = optax.chain(pcgrad(num_tasks=2), optax.sgd(1.0))
     >>> state = tx.init({"w": jnp.zeros(2)})
@@ -216,14 +216,21 @@ def _check_number(num_tasks: int) -> None:
 
 def _check_task_axis(who: str, num_tasks: int, grads: Tree, params: Tree | None) -> None:
     """Refuse leaves that are not `[num_tasks, *shape of the parameter]`, as far as it is known."""
-    leaves = jax.tree.leaves(grads)
-    shapes = [x.shape[1:] for x in leaves]
+    stacked = [jnp.shape(x) for x in jax.tree.leaves(grads)]
+    shapes = [shape[1:] for shape in stacked]
     if names(params) == names(grads):
         shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
-    for name, leaf, shape in zip(names(grads), leaves, shapes, strict=True):
-        if leaf.shape != (num_tasks, *shape):
+    for name, found, shape in zip(names(grads), stacked, shapes, strict=True):
+        if found != (num_tasks, *shape):
             raise ValueError(
                 f"{who}(num_tasks={num_tasks}) needs one gradient per task along the first axis, "
-                f"but leaf {name!r} has shape {leaf.shape} instead of {(num_tasks, *shape)}; stack "
-                "the tasks' gradients (and under optax.MultiSteps its acc_grads)"
+                f"but leaf {name!r} has shape {found} instead of {(num_tasks, *shape)}; stack "
+                "the tasks' gradients (and under optax.MultiSteps its acc_grads; optax.flatten "
+                "goes behind it)"
+            )
+    for name, leaf in zip(names(grads), jax.tree.leaves(grads), strict=True):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"{who} takes real floats, but leaf {name!r} is {jnp.result_type(leaf)}; for "
+                "complex parameters put optax.contrib.split_real_and_imaginary around it"
             )

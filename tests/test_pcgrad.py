@@ -366,6 +366,38 @@ def test_a_leaf_that_is_not_its_parameters_stack_is_refused(make):
             tx.update(good | {name: bad}, tx.init(params), params)
 
 
+@pytest.mark.parametrize("make", [pcgrad, sum_tasks])
+def test_a_number_and_what_is_no_real_float_are_refused(make):
+    tx = make(2)
+    for bad, why in ((3.0, r"shape \(\)"), (jnp.ones((2, 3), jnp.int32), "is int32"),
+                     (jnp.ones((2, 3), jnp.complex64), "is complex64.*split_real")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"leaf 'a' .*{why}|'a' {why}"):
+            tx.update({"a": bad}, tx.init(None))
+
+
+def test_complex_parameters_by_their_parts():
+    grads = {"a": jnp.array([[1 + 2j, -1j], [-1 - 1j, 2 + 0j]])}
+    parts = jnp.concatenate([grads["a"].real, grads["a"].imag], axis=1)
+    tx, params = optax.contrib.split_real_and_imaginary(pcgrad(2)), {"a": jnp.zeros(2, complex)}
+    found, _ = tx.update(grads, tx.init(params), params)
+    expected = surgery(parts)
+    np.testing.assert_allclose(found["a"], expected[:2] + 1j * expected[2:], rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_tasks", [3, 6])
+@pytest.mark.parametrize("make", [pcgrad, sum_tasks])
+def test_shardings_that_are_part_of_types(make, num_tasks):
+    """As `jax.make_mesh` makes them by default: products over a split axis need to say theirs."""
+    mesh = jax.make_mesh((1,), ("parts",))
+    J = random_case(0, num_tasks, 8)[0]
+    grads, split = {"w": J, "b": J[:, 0]}, jax.NamedSharding(mesh, jax.P(None, "parts"))
+    tx = make(num_tasks)
+    expected, _ = jax.jit(tx.update)(grads, tx.init(None))
+    found, _ = jax.jit(tx.update)(grads | {"w": jax.device_put(J, split)}, tx.init(None))
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-5, atol=1e-6)
+    assert found["w"].sharding.spec == jax.P("parts")
+
+
 def test_sum_tasks_sums_in_float32_and_keeps_the_dtype():
     half = jnp.full((300, 2), 1.0, jnp.bfloat16)  # 257 is no bfloat16: sums would stay at 256
     total, _ = sum_tasks(300).update(half, optax.EmptyState())
@@ -402,6 +434,13 @@ WRAPPERS = {
     ),
     "conditionally_transform": lambda: optax.chain(
         pcgrad(3), optax.conditionally_transform(optax.sgd(0.1), lambda step: step >= 0)
+    ),
+    "flatten": lambda: optax.chain(pcgrad(3), optax.flatten(optax.sgd(0.1))),
+    "split_real_and_imaginary": lambda: optax.contrib.split_real_and_imaginary(
+        optax.chain(pcgrad(3), optax.sgd(0.1))
+    ),
+    "with_extra_args_support": lambda: optax.with_extra_args_support(
+        optax.chain(pcgrad(3), optax.sgd(0.1))
     ),
 }  # fmt: skip
 

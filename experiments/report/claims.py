@@ -286,7 +286,10 @@ def _step_time(context: Context, claim: Claim) -> Evidence:
     seeds = context.seeds(claim.first, claim.second)
     if first.source != second.source:
         return Evidence(None, seeds, "the two were not timed in the same way")
-    return Evidence(_change(times.ratio(first.step, second.step)), seeds, first.source)
+    change = _change(times.ratio(first.step, second.step))
+    if any(time.step.low == time.step.high for time in (first, second)):  # measured once
+        return Evidence(None, seeds, f"{change.value:+.0f} %, whose spread is unknown")
+    return Evidence(change, seeds, first.source)
 
 
 def _time_to_best(context: Context, claim: Claim) -> Evidence:

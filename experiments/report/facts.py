@@ -31,7 +31,7 @@ SENTENCES = {
 }
 NOTHING = "Nothing measured yet."
 NOT_WHOLE = "Among these are runs that were capped, failed or left steps out."
-MISSES = (1 - statistics.LEVEL) / 2  # how often an interval lies above, or below, the true value
+MISSES = (1 - statistics.LEVEL) / 2  # how often an interval is above, or below, the true value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +84,16 @@ def chance(findings: Sequence[Finding]) -> str:
     ]  # fmt: skip
     if not open_:
         return "No comparison of scores can be decided, so none is decided by chance."
-    expected = MISSES * len(open_)
+    wrong = {
+        verdict: MISSES * sum(f.evidence.seeds >= fewest for f in open_)
+        for verdict, fewest in FEWEST.items()
+    }
     return (
         f"By chance: of the {len(open_)} comparisons of scores that can be decided, up to "
-        f"{expected:.1f} are expected to be called reproduced, and up to {expected:.1f} not "
-        f"reproduced, where the truth is otherwise ({100 * MISSES:g} % of 95 % intervals lie "
-        "wholly above the true value, and as many below). They share runs, so such accidents "
-        "come in groups."
+        f"{wrong['reproduced']:.1f} are expected to be called reproduced, and up to "
+        f"{wrong['not reproduced']:.1f} not reproduced, where the truth is otherwise "
+        f"({100 * MISSES:g} % of 95 % intervals are wholly above the true value, and as many "
+        "below). They share runs, so such accidents come in groups."
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxlora.utils.trees import Tree
 
@@ -42,8 +43,15 @@ def _dots(x: jax.Array, y: jax.Array, axes: range) -> jax.Array:
     # Flattening first would gather leaves whose parts lie on several devices.
     contract = (tuple(axes), tuple(axes))
     return jax.lax.dot_general(
-        x, y, (contract, ((), ())), precision=_HIGHEST, preferred_element_type=jnp.float32
-    )
+        x, y, (contract, ((), ())), precision=_HIGHEST, preferred_element_type=jnp.float32,
+        out_sharding=_everywhere(x),
+    )  # fmt: skip
+
+
+def _everywhere(x: jax.Array) -> NamedSharding | None:
+    """Return the sharding of what all devices hold; None if shardings are not part of types."""
+    mesh = jax.typeof(x).sharding.mesh
+    return NamedSharding(mesh, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else None
 
 
 def combine(grads: Tree, weights: jax.Array) -> Tree:

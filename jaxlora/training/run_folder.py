@@ -69,11 +69,30 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
     with contextlib.suppress(UserError):  # what cannot be understood is compared as it stands
         old = Settings.from_json(old).to_json()  # has the fields that earlier versions had not
     for name in settings:
-        if _compared(name, old.get(name)) != _compared(name, settings[name]):
+        had, has = _compared(name, old.get(name)), _compared(name, settings[name])
+        if had != has:
+            place, had, has = _difference(flag(name), had, has)
             raise UserError(
-                f"--out {out}: its run has {flag(name)} {old.get(name)!r}, not {settings[name]!r}; "
+                f"--out {out}: its run has {place} {had!r}, not {has!r}; "
                 "give the same flags to --resume, or name another --out"
             )
+
+
+def _difference(place: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """Find the first part in which two settings differ: where it is, and both values.
+
+    >>> _difference("--tasks", [{"table": {"id": "a"}}], [{"table": {"id": "b"}}])
+    ('--tasks 1 table id', 'a', 'b')
+    """
+    parts: list[tuple[Any, Any, Any]] = []
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = [(name, old.get(name), new.get(name)) for name in new | old]
+    elif isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
+        parts = [(number, *pair) for number, pair in enumerate(zip(old, new, strict=True), 1)]
+    for name, a, b in parts:
+        if a != b:
+            return _difference(f"{place} {name}", a, b)
+    return place, old, new
 
 
 def _compared(name: str, value: Any) -> Any:

@@ -8,6 +8,7 @@ import json
 import lzma
 import math
 import os
+import tarfile
 import threading
 import zipfile
 from pathlib import Path
@@ -94,6 +95,10 @@ def test_what_cannot_be_split_names_the_other_rule(tmp_path):
     path.write_text('text\tlabel\n"a\nb"\t0\n')
     with pytest.raises(UserError, match=r"x\.tsv:2: 1 fields .* choose quoting standard"):
         rows_of(path)
+    path.write_text('"text"\t"label"\n"a\nb"\t"0"\n')
+    with pytest.raises(UserError, match=r"x\.tsv:1: no column text, .* choose quoting standard"):
+        rows_of(path)
+    assert rows_of(path, quoting="standard") == [("a\nb", 0)]
     path = tmp_path / "x.csv"
     path.write_text('text,label\n"a" b,0\n')
     with pytest.raises(UserError, match=r"x\.csv:2: .* choose quoting none"):
@@ -154,6 +159,8 @@ NUMBERED = Task("x", "classification", classes=("1", "2", "3", "unknown"))
 WORDS = Task("x", "classification", classes=("no", "yes", "maybe"))
 LONG = Task("x", "classification", classes=("9007199254740992", "9007199254740993"))
 ZEROS = Task("x", "classification", classes=("01", "02"))
+STARS = Task("x", "classification", classes=("1 star", "2 stars", "3 stars"))
+OWN_NUMBERS = Task("x", "classification", classes=("LABEL_0", "LABEL_1"))
 PRICE = Task("x", "regression", low=-10, high=90)
 
 
@@ -170,6 +177,7 @@ PRICE = Task("x", "regression", low=-10, high=90)
         (Task("x", "classification", classes=("none", "NA")), "none", 0),
         (Task("x", "classification", classes=("none", "NA")), "NA", 1),
         (Task("x", "classification", classes=("nan", "1.5")), "nan", 0),
+        (STARS, "2 stars", 1), (OWN_NUMBERS, "1", 1), (OWN_NUMBERS, "LABEL_0", 0),
     ],
 )  # fmt: skip
 def test_a_label_is_the_class_of_that_name_in_any_spelling(task, written, label):
@@ -184,6 +192,10 @@ def test_a_label_is_the_class_of_that_name_in_any_spelling(task, written, label)
         (LONG, "9007199254740994"), (Task("x", "classification", classes=("1", "01")), "1.0"),
         (PRICE, "inf"), (PRICE, "-inf"), (PRICE, "1_0"), (PRICE, "91"), (PRICE, "1e400"),
         (Task("x", "classification", classes=("none", "some")), "None"),
+        # Which of the classes 1 is, is not known where their names hold other numbers.
+        (STARS, "0"), (STARS, "1"), (STARS, "2.0"),
+        (Task("x", "classification", classes=("100%", "50%")), "1"),
+        (Task("x", "classification", classes=("grade-1", "grade-2")), "1"),
     ],
 )  # fmt: skip
 def test_other_labels_are_refused(task, written):
@@ -213,6 +225,11 @@ def test_missing_labels_are_counted(tmp_path, task, written):
 def test_texts_of_nothing_that_is_seen_are_blank(text):
     assert is_blank(text)
     assert len(tokenizer().encode(text).ids) == 2  # as BERT sees it
+
+
+@pytest.mark.parametrize("text", ["\u2800", "\u3164 ", "\u115f\u1160", "\uffa0\u200b"])
+def test_texts_of_letters_that_are_drawn_as_nothing_are_blank(text):
+    assert is_blank(text)
 
 
 @pytest.mark.parametrize("text", ["a", "?", "\U0001f642", "\u200ba", "0", "\u05e9", "e\u0301"])
@@ -402,9 +419,9 @@ def test_requests_come_through_a_pipe(echo, tmp_path):
 
 
 def test_the_command_takes_both_flags_and_says_what_it_did(echo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(main.Predictor, "load", lambda bank: echo)
-    monkeypatch.setattr(main.host, "reuse_memory", lambda: True)
-    monkeypatch.setattr(main.host, "keep_programs", lambda folder: None)
+    monkeypatch.setattr(main.Predictor, "load", lambda bank, base: echo)
+    monkeypatch.setattr(main.process, "reuse_memory", lambda: True)
+    monkeypatch.setattr(main.process, "keep_programs", lambda folder: None)
     source, target = tmp_path / "in.tsv", tmp_path / "out.csv"
     source.write_text('task\tsentence\nsst\t"film\nsst\t\u200b\nsst\tdog"\n')
 
@@ -437,6 +454,13 @@ def _zip(name):
     return file.getvalue()
 
 
+def _tar(name):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    return file.getvalue()
+
+
 TEXT = "text\tlabel\na dog\t1\n"
 FOREIGN = {
     "parquet": (b"PAR1\x15\x04\x15\x10PAR1", "a Parquet file"),
@@ -453,6 +477,18 @@ FOREIGN = {
     "utf-16 big": ("\ufeff".encode("utf-16-be") + TEXT.encode("utf-16-be"), "UTF-16"),
     "utf-16 without a mark": (TEXT.encode("utf-16-le"), "UTF-16"),
     "html": (b"<!DOCTYPE html>\n<html>", "a web page"),
+    "json lines of lists": (b'[1, "a dog"]\n[0, "a cat"]\n', "JSON"),
+    "orc": (b"ORC\n\x12\x00\x01", "an ORC file"),
+    "avro": (b"Obj\x01\x04\x16avro.schema", "an Avro file"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n\x00", "an HDF5 file"),
+    "numpy": (b"\x93NUMPY\x01\x00v\x00", "a NumPy file"),
+    "stata": (b"<stata_dta><header>", "a Stata file"),
+    "spss": (b"$FL2@(#) SPSS DATA FILE", "an SPSS file"),
+    "lz4": (b'\x04"M\x18d@\xa7', "compressed with lz4"),
+    "compress": (b"\x1f\x9d\x90a", "compressed with compress"),
+    "rar": (b"Rar!\x1a\x07\x01\x00", "a RAR archive"),
+    "tar": (_tar("x.csv"), "a tar archive"),
+    "rtf": (b"{\\rtf1\\ansi text\tlabel}\n", "a document in RTF"),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
 }
 
@@ -468,7 +504,9 @@ def test_a_file_of_another_kind_is_named(echo, tmp_path, content, name):
     assert str(asked.value) == str(caught.value)
 
 
-@pytest.mark.parametrize("header", ["{a}\tlabel", "[a]\tlabel", "PAR1\tlabel", "PK\tlabel"])
+@pytest.mark.parametrize(
+    "header", ["{a}\tlabel", "[a]\tlabel", "PAR1\tlabel", "PK\tlabel", "ORC\tlabel", "ORCID\tlabel"]
+)
 def test_odd_headers_are_no_other_kind(tmp_path, header):
     path = tsv(tmp_path / "x.tsv", ["a dog"], header)
     columns = tables.Columns((header.split("\t")[0],), "label")

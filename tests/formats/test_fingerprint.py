@@ -273,7 +273,7 @@ def test_an_old_run_goes_on_and_says_what_cannot_be_compared(run, base, data_dir
 
 def test_the_command_shows_a_note_as_a_line(old):
     words = ["bank", "verify", str(old / "bank"), f"--base={old / 'base'}"]
-    code = "import sys; from jaxlora.cli import main; sys.exit(main())"
+    code = "import sys; from jaxlora.__main__ import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
     )

@@ -4,9 +4,11 @@ import dataclasses
 import fnmatch
 import importlib.util
 import json
+import os
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -119,6 +121,23 @@ def test_a_base_with_a_task_head(task, wrapper, folder, tmp_path):
     assert loaded.without == (f"; its head ({head}) is left out" if head else "")
 
 
+@pytest.mark.parametrize("wrapper", ["bert_model.", "base_model.model.bert.", "backbone."])
+@pytest.mark.parametrize("head", ["score", "crf", "lm_head", "pre_classifier"])
+def test_heads_and_wrappers_of_others(tiny, wrapper, head, folder):
+    extra = {f"{head}.weight": np.zeros((3, 32), np.float32)}
+    rewrite(folder, lambda found: {f"{wrapper}{n}": x for n, x in found.items()} | extra)
+    loaded = huggingface.load(str(folder))
+    assert_same_tree(loaded.params, tiny.params)
+    assert loaded.left_out == (head,)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn", "bool"])
+def test_quantised_weights_are_refused(folder, dtype):
+    rewrite(folder, lambda found: found | {QUERY: found[QUERY].astype(jnp.dtype(dtype))})
+    with pytest.raises(UserError, match=rf"model\.safetensors: '{QUERY}' is stored as .*only F32"):
+        huggingface.load(str(folder))
+
+
 @pytest.mark.parametrize("name", [QUERY, "classifier.weight", "pooler.dense.weight"])
 @pytest.mark.parametrize("prefix", ["bert.", "module.", "model.bert.", "0.auto_model."])
 def test_two_tensors_of_one_name_are_refused(name, prefix, folder):
@@ -224,6 +243,18 @@ def their_vectors(folder, ids):
         return model.eval()(torch.tensor(ids, dtype=torch.long)).last_hidden_state.numpy()
 
 
+def test_weights_that_do_not_fit_name_their_folder(folder):
+    with pytest.raises(UserError, match=f"{folder}: the weights do not fit the config"):
+        huggingface.load(set_config(folder, intermediate_size=32))
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_weights_that_may_not_be_read_are_named(folder):
+    (folder / "model.safetensors").chmod(0)
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read \(Permission denied"):
+        huggingface.load(str(folder))
+
+
 IDS = np.array([[2, 7, 9, 30, 11, 3], [2, 100, 41, 60, 5, 3]], np.int32)
 
 
@@ -252,6 +283,7 @@ def test_every_field_of_transformers_is_known():
         {"id2label": {"0": "a", "1": "b", "2": "c"}, "problem_type": "regression"},
         {"initializer_range": 3.0, "gradient_checkpointing": True, "pooler_type": "first_token"},
         {"output_hidden_states": True, "torch_dtype": "float16"},
+        {"xla_device": None, "eos_token_ids": 0},  # of early transformers
         {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5},
         {"num_attention_heads": 8},
         {"layer_norm_eps": 0.01},

@@ -236,7 +236,7 @@ def stub(monkeypatch, tmp_path):
     script.write_text(STUB)
     monkeypatch.setattr(runs, "SCRIPT", script)
     # The stub's folders are no runs.
-    monkeypatch.setattr(runs.rundir, "check", lambda *_, **__: None)
+    monkeypatch.setattr(runs.run_folder, "check", lambda *_, **__: None)
     broken = studies.Study("broken", "lora4", {"learning_rate": 1e30}, "")
     monkeypatch.setitem(studies.STUDIES, "broken", broken)
 

@@ -184,12 +184,33 @@ def test_verdicts_expected_by_chance_are_said(tmp_path):
     assert all(said in text for text in texts(context, findings))
 
 
+def test_two_seeds_leave_no_reproduction_to_chance(tmp_path):
+    said = facts.chance(examine(write_seeds(tmp_path, range(2)))[1])
+    assert "up to 0.0 are expected to be called reproduced" in said
+    assert "up to 0.0 not reproduced" not in said
+
+
 def test_one_seed_leaves_nothing_to_chance(tmp_path):
     findings = examine(write_seeds(tmp_path, [0]))[1]
     assert facts.chance(findings).startswith("No comparison of scores can be decided")
 
 
 # Runs that are not whole
+
+
+def test_step_that_was_timed_once_gives_no_verdict(tmp_path):
+    """Of a single rate nobody knows how far the next one would be from it."""
+    for study in ("lora2", "baseline4"):
+        write_run(tmp_path, study, 0, HIGH)
+    once, often = ({"low": ms, "median": 50.0, "high": 50.0} for ms in (50.0, 40.0))
+    for low, verdict in ((once, "not decidable"), (often, "not reproduced")):
+        write_json(tmp_path / "timing.json", {"studies": {
+            "lora2": {"ms_per_step": {name: 2 * ms for name, ms in often.items()}},
+            "baseline4": {"ms_per_step": low},
+        }})  # fmt: skip
+        finding = found(examine(tmp_path)[1], "lora2", "baseline4", "step")
+        assert finding.verdict == verdict
+        assert ("+100 %, whose spread is unknown" in finding.note) == (low is once)
 
 
 CAPPED = {"max_steps": 20}

@@ -18,15 +18,15 @@ from tiny import Silent, write_data
 import jaxlora
 from jaxlora import lora
 from jaxlora.cli import main
-from jaxlora.serving import bank, export_peft, finished_run
+from jaxlora.serving import bank, export_peft, finished_run, tree_files
 from jaxlora.serving import manifest as manifests
 from jaxlora.serving import predictor as predict
 from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
-from jaxlora.training import checkpoint, run_folder
 from jaxlora.training import run as train
+from jaxlora.training import run_folder
 from jaxlora.training.config import Flags, resolve
-from jaxlora.utils import trees
+from jaxlora.utils import files, trees
 from jaxlora.utils.errors import UserError
 
 FAST = {
@@ -187,7 +187,7 @@ def test_what_does_not_belong_is_refused(runs, three, tmp_path):
         ),
         (
             lambda: bank.add(three, load_run(runs / "cls"), ["sst"], replace=True),
-            "has pooling mean, .* has cls; train with --pooling=mean",
+            "has pooling mean, .* has cls; train with pooling mean",
         ),
     ]:
         with pytest.raises(UserError, match=message):
@@ -232,7 +232,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("victim", ["save_tree", "write_json", "rmtree"])
+@pytest.mark.parametrize("victim", ["save", "write_json", "rmtree"])
 @pytest.mark.parametrize("change", ["update", "add", "remove"])
 def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
     runs, three, monkeypatch, victim, before, change
@@ -241,7 +241,7 @@ def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
     bank.remove(three, "para")
     old = bank.load(three).served.keys()
     old_value = values_of(three, "sts")
-    module = {"save_tree": checkpoint, "write_json": run_folder, "rmtree": shutil}[victim]
+    module = {"save": tree_files, "write_json": files, "rmtree": shutil}[victim]
     real = getattr(module, victim)
 
     def die(*args, **kwargs):
@@ -266,7 +266,7 @@ def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
     new = {"update": old, "add": old | {"para"}, "remove": old - {"sts"}}[change]
     found = bank.load(three).served.keys()
     assert found in (old, new)
-    if "sts" in found and (change != "update" or victim == "save_tree"):
+    if "sts" in found and (change != "update" or victim == "save"):
         assert values_of(three, "sts") == old_value
     # The next change tidies up what the killed one left.
     bank.add(three, load_run(runs / "lora4"), ["sst"], replace=True)
@@ -454,7 +454,7 @@ def test_a_first_change_that_was_killed_is_no_obstacle(runs, tmp_path, monkeypat
     def die(*args):
         raise Killed
 
-    monkeypatch.setattr(run_folder, "write_json", die)
+    monkeypatch.setattr(files, "write_json", die)
     with pytest.raises(Killed):
         bank.add(tmp_path / "bank", load_run(runs / "lora1"), ["sst"])
     monkeypatch.undo()
@@ -497,8 +497,8 @@ def test_a_manifest_that_is_no_json(three):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    monkeypatch.setattr(main.host, "keep_programs", lambda folder: None)
-    monkeypatch.setattr(main.host, "reuse_memory", lambda: None)
+    monkeypatch.setattr(main.process, "keep_programs", lambda folder: None)
+    monkeypatch.setattr(main.process, "reuse_memory", lambda: None)
 
     def command(*args):
         code = main.main([str(arg) for arg in args])
@@ -699,7 +699,7 @@ def test_exchange_and_combination_refuse(runs, three, tmp_path, call, args, mess
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda a: a | {"fingerprint": NOBODYS}, "not the weights that"),
+        (lambda a: a | {"fingerprint": NOBODYS}, "not the weights and config"),
         (lambda a: a | {"pooling": "max"}, "pooling is 'max'"),
         (lambda a: a | {"max_length": True}, "max_length is True"),
         (lambda a: a | {"facts": 3}, "changed by hand"),

@@ -188,23 +188,22 @@ def sentence_pieces(marks=MARKS):
 
 
 DECLARED = {f"{n}_token": m for n, m in zip(("cls", "pad", "sep", "unk"), MARKS, strict=True)}
+ANY = {"tokenizer_class": "PreTrainedTokenizerFast"}  # as tokenizer.json says
+XLM_R = {"tokenizer_class": "XLMRobertaTokenizer"}
+MASK = {"__type": "AddedToken", "content": "<mask>", "lstrip": True, "rstrip": False}
+MASK |= {"normalized": False, "single_word": False, "special": True}
 BASES = {
     "HerBERT": (word_pieces, {"special_tokens_map.json": DECLARED}, "<pad>"),
-    "undeclared": (word_pieces, {}, "<pad>"),
     "multilingual MiniLM": (
-        sentence_pieces,
-        {"tokenizer_config.json": DECLARED | {"mask_token": {"content": "<mask>", "lstrip": True}}},
-        "<pad>",
+        sentence_pieces, {"tokenizer_config.json": XLM_R | DECLARED | {"mask_token": MASK}}, "<pad>"
     ),
-    "by its class alone": (
-        sentence_pieces, {"tokenizer_config.json": {"tokenizer_class": "XLMRobertaTokenizer"}},
-        "<pad>",
+    "by its class alone": (sentence_pieces, {"tokenizer_config.json": XLM_R}, "<pad>"),
+    "declared alone": (
+        sentence_pieces, {"tokenizer_config.json": ANY | {"pad_token": "[PAD]"}}, "[PAD]"
     ),
-    "declared, and not there": (
-        sentence_pieces, {"tokenizer_config.json": {"pad_token": "[PAD]", "cls_token": "[CLS]"}},
-        "<pad>",
+    "no padding": (
+        lambda: sentence_pieces(("<s>", "</s>", "<unk>")), {"tokenizer_config.json": ANY}, "<unk>"
     ),
-    "no padding": (lambda: sentence_pieces(("<s>", "</s>", "<unk>")), {}, "<unk>"),
 }  # fmt: skip
 
 

@@ -423,10 +423,8 @@ def places(tiny_base, tmp_path_factory):
     root = tmp_path_factory.mktemp("places")
     shutil.copytree(tiny_base, root / "base")
     shutil.copytree(tiny_base, root / "copy")
-    changed = shutil.copytree(tiny_base, root / "changed") / "tokenizer.json"
-    about = json.loads(changed.read_text())
-    about["normalizer"]["lowercase"] = not about["normalizer"]["lowercase"]
-    changed.write_text(json.dumps(about))
+    changed = shutil.copytree(tiny_base, root / "changed")
+    (changed / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     (root / "link").symlink_to(root / "base")
     return {
         "FOLDER": root / "base", "NAME": "base", "LINK": root / "link", "COPY": root / "copy",
@@ -478,6 +476,12 @@ def test_a_merged_model_can_be_the_base(tiny, tiny_base, tmp_path, values):
     base = huggingface.load(str(tmp_path / "merged"))
     theirs = peft_oracle.vectors(peft_oracle.bert(tmp_path / "merged"), base.tokenizer, SENTENCES)
     np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-5)
+
+
+def test_trained_norms_are_refused_with_a_way_out(tiny, tiny_base, tmp_path):
+    classifier(tiny_base, modules_to_save=["LayerNorm"]).save_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match=r"LayerNorm.*merge_and_unload.*save_pretrained.*--base"):
+        peft_files.load(tmp_path / "a", tiny.params)
 
 
 def test_a_pickle_is_named(tiny, tiny_base, tmp_path):

@@ -229,3 +229,24 @@ def test_heads_are_drawn_as_is_said():
     assert not drawn["bias"].any()
     linear = torch.nn.Linear(768, 768)
     assert 768 * linear.weight.var().item() == pytest.approx(1 / 3, rel=0.02)
+
+
+@pytest.mark.parametrize("metric", ALL)
+@pytest.mark.parametrize(
+    ("found", "truth"), [([1, 2, 3], [1]), ([[1], [2]], [1, 2]), ([1, 2], [1, 2, 3]), (1, 1)]
+)
+def test_predictions_that_do_not_match_the_labels_are_refused(metric, found, truth):
+    """NumPy would broadcast three answers to one label."""
+    with pytest.raises(ValueError, match="as many predictions as labels"):
+        metric(np.array(found), np.array(truth))
+
+
+@pytest.mark.parametrize("found", [[np.inf, 1, 2], [np.inf, -np.inf, 0], [-np.inf, 3, 3]])
+def test_infinite_predictions_have_scipys_answers(found):
+    truth = np.array([1.0, 2.0, 3.0])
+    with np.errstate(invalid="ignore"):
+        r, rho = (f(found, truth).statistic for f in (stats.pearsonr, stats.spearmanr))
+    assert np.isnan(r) and np.isnan(metrics.pearson(np.array(found), truth))
+    assert metrics.spearman(np.array(found), truth) == pytest.approx(rho)
+    for constant in (metrics.pearson, metrics.spearman):
+        assert constant(np.full(3, np.inf), truth) == 0

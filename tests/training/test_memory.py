@@ -1,6 +1,12 @@
-"""How many copies of an encoder a run and a predictor keep, and where."""
+"""How many copies of an encoder a run and a predictor keep, and where.
+
+What other tests leave in a process would be counted, so these have one of their own.
+"""
 
 import gc
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -15,6 +21,18 @@ from jaxlora.training import run as train
 from jaxlora.utils import trees
 
 SHARED = "sst+para+sts"
+ALONE = "JAXLORA_TESTS_ALONE"
+alone = pytest.mark.skipif(ALONE not in os.environ, reason="runs in a process of its own")
+
+
+@pytest.mark.skipif(ALONE in os.environ, reason="is the process itself")
+def test_these_pass_in_a_process_of_their_own():
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-m", "not slow"], env=os.environ | {ALONE: "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
 def held():
@@ -45,6 +63,7 @@ def needed(out, group, frozen):
     return 4 * 4 * trees.count([adapter, heads]) + frozen
 
 
+@alone
 @pytest.mark.parametrize(
     ("variant", "stop_at"),
     [
@@ -69,6 +88,7 @@ def test_a_run_holds_what_it_needs_fresh_or_resumed(make, tiny, tmp_path, varian
         assert most < needed(tmp_path / "whole", group, frozen) + 0.8 * encoder
 
 
+@alone
 def test_while_a_state_is_restored_there_is_no_other(make, tiny, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train.run(make("baseline2"), tmp_path / "run", Silent((SHARED, 6)))
@@ -84,16 +104,17 @@ def test_while_a_state_is_restored_there_is_no_other(make, tiny, tmp_path, monke
     assert len(copies) == 1 and copies[0] < 0.5
 
 
+@alone
 def test_a_predictor_sends_whole_encoders_to_the_device_once(make, tmp_path, monkeypatch):
     train.run(make("baseline4", learning_rate=0.05), tmp_path / "run", Silent())
     model = jaxlora.load(tmp_path / "run")
     used = []
 
-    def noting(*args, encode=predict.evaluate.encode, **kwargs):
+    def noting(*args, encode=predict.inference.encode, **kwargs):
         used.append(args[2])
         return encode(*args, **kwargs)
 
-    monkeypatch.setattr(predict.evaluate, "encode", noting)
+    monkeypatch.setattr(predict.inference, "encode", noting)
     requests = [("sst", "a film"), ("sts", "a dog", "the cat runs"), ("para", "good", "bad")]
     first = model(requests)
     assert model(requests) == first
@@ -105,6 +126,7 @@ def test_a_predictor_sends_whole_encoders_to_the_device_once(make, tmp_path, mon
         assert all(x is y for x, y in zip(one, again, strict=True))
 
 
+@alone
 def test_a_predictor_keeps_only_so_many_whole_encoders_on_the_device(
     make, tiny, tmp_path, monkeypatch
 ):
@@ -118,6 +140,7 @@ def test_a_predictor_keeps_only_so_many_whole_encoders_on_the_device(
     assert [model([request]) for request in requests] == answers
 
 
+@alone
 def test_with_fsdp_predictions_come_from_the_parts(tiny_base, data_dir, tmp_path):
     """No device holds the whole tree while the best model's predictions are written."""
     found = eight("predicted", tiny_base, data_dir, tmp_path / "run")

@@ -178,7 +178,7 @@ def test_resume_equals_uninterrupted(make, tmp_path, variant, stop_at):
     with pytest.raises(KeyboardInterrupt):
         train.run(settings, tmp_path / "parts", Silent(stop_at))
     assert not (tmp_path / "parts" / "result.json").exists()
-    with pytest.raises(UserError, match="--resume"):
+    with pytest.raises(UserError, match="is the run finished"):
         jaxlora.load(tmp_path / "parts")
     again = Silent()
     parts = train.run(settings, tmp_path / "parts", again, resume=True)

@@ -4,7 +4,7 @@ import pytest
 
 from jaxlora.training import run_folder
 from jaxlora.training.config import Flags, resolve
-from jaxlora.utils import distributed
+from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import UserError
 
 
@@ -44,9 +44,9 @@ def test_flatten():
 
 
 def test_write_text_leaves_nothing_behind_when_it_fails(tmp_path):
-    run_folder.write_text(tmp_path / "a", "old")
+    files.write_text(tmp_path / "a", "old")
     with pytest.raises(UnicodeEncodeError):
-        run_folder.write_text(tmp_path / "a", "\ud800")
+        files.write_text(tmp_path / "a", "\ud800")
     assert (tmp_path / "a").read_text() == "old"
 
 

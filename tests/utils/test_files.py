@@ -113,7 +113,7 @@ def test_a_run_and_a_bank_in_folders_with_brackets(make, tmp_path):
 @pytest.fixture
 def careless(monkeypatch):
     """Orbax is given every path as it is, and so loses what it writes to some."""
-    monkeypatch.setattr(checkpoint, "_PLAIN", checkpoint.re.compile(r"(?s).*"))
+    monkeypatch.setattr(tree_files, "PLAIN", tree_files.re.compile(r"(?s).*"))
 
 
 def test_a_tree_that_was_lost_is_noticed_and_the_old_one_stays(tmp_path, careless):
@@ -129,9 +129,9 @@ def test_a_tree_that_was_lost_is_noticed_and_the_old_one_stays(tmp_path, careles
 
 def test_a_tree_that_is_read_differently_is_refused(tmp_path, monkeypatch):
     tree_files.save(tmp_path / "model", TREE)
-    real = checkpoint._read_tree
+    real = tree_files._read
     monkeypatch.setattr(
-        checkpoint, "_read_tree", lambda *args: jax.tree.map(lambda x: x + 1, real(*args))
+        tree_files, "_read", lambda *args: jax.tree.map(lambda x: x + 1, real(*args))
     )
     with pytest.raises(UserError, match="is not what is read"):
         tree_files.save(tmp_path / "model", jax.tree.map(lambda x: x * 2, TREE))
@@ -327,10 +327,10 @@ def temporary(tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path / "tmp"))
     files.own_temporary.cache_clear()
-    run_folder._say_once.cache_clear()
+    cache._say_once.cache_clear()
     yield tmp_path / "tmp"
     files.own_temporary.cache_clear()
-    run_folder._say_once.cache_clear()
+    cache._say_once.cache_clear()
 
 
 PLACES = {
@@ -648,7 +648,7 @@ def test_the_library_leaves_the_umask_alone(make, runs, tmp_path, monkeypatch):
 def test_modes_are_what_the_umask_leaves_without_writing_for_all(tmp_path, mask, file, folder):
     before = os.umask(mask)
     try:
-        run_folder.write_text(tmp_path / "a" / "b" / "text", "x")
+        files.write_text(tmp_path / "a" / "b" / "text", "x")
         tree_files.save(tmp_path / "a" / "tree", TREE)
     finally:
         os.umask(before)
