@@ -13,12 +13,14 @@ import inspect
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
+from sphinx.pycode import ModuleAnalyzer
 
 import jaxlora
 
@@ -66,11 +68,11 @@ exclude_patterns = ["_build"]
 
 
 def public(module: str) -> Iterator[tuple[str, Any]]:
-    """Yield the classes and functions that a module lists in `__all__`, with their names."""
+    """Yield the names that a module lists in `__all__`, and what they are; modules are left out."""
     found = importlib.import_module(module)
     for name in found.__all__:
         value = getattr(found, name)
-        if inspect.isclass(value) or inspect.isfunction(value):
+        if not inspect.ismodule(value):
             yield name, value
 
 
@@ -82,6 +84,10 @@ def has_docstring(value: Any) -> bool:
 
 def undocumented(name: str, value: Any) -> Iterator[str]:
     """Yield a public name, and the names of a class's public methods, that have no docstring."""
+    if is_constant(value):
+        if home_of_constant(name) is None:
+            yield name
+        return
     if not has_docstring(value):
         yield name
     for member, found in vars(value).items() if isinstance(value, type) else ():
@@ -89,6 +95,20 @@ def undocumented(name: str, value: Any) -> Iterator[str]:
         shown = member == "__call__" or not member.startswith("_")
         if method and shown and not inspect.getdoc(found):
             yield f"{name}.{member}"
+
+
+def home_of_constant(name: str) -> str | None:
+    """Return the full name of a constant or type alias that a docstring follows, or None."""
+    module, _, last = name.rpartition(".")
+    for found in sorted(m for m in sys.modules if m == module or m.startswith(f"{module}.")):
+        if ("", last) in ModuleAnalyzer.for_module(found).find_attr_docs():
+            return f"{found}.{last}"
+    return None
+
+
+def is_constant(value: Any) -> bool:
+    """Tell constants and type aliases from classes and functions."""
+    return not (inspect.isclass(value) or inspect.isroutine(value)) or hasattr(value, "__origin__")
 
 
 def directive(name: str, value: Any) -> str:
@@ -99,12 +119,14 @@ def directive(name: str, value: Any) -> str:
     """
     if missing := list(undocumented(name, value)):
         raise ExtensionError(f"public and without a docstring: {', '.join(missing)}")
+    title = name.removeprefix("jaxlora.")
     kind, options = "autofunction", ""
-    if isinstance(value, type):
+    if is_constant(value):
+        kind, name = "autodata", home_of_constant(name) or name
+    elif isinstance(value, type):
         fields = ", ".join(vars(value).get("__annotations__", {}))
         called = "   :special-members: __call__\n" if "__call__" in vars(value) else ""
         kind, options = "autoclass", f"   :members:\n   :exclude-members: {fields}\n{called}"
-    title = name.removeprefix("jaxlora.")
     return f"# {title}\n\n```{{eval-rst}}\n.. {kind}:: {name}\n{options}```\n"
 
 

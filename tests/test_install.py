@@ -145,6 +145,16 @@ def test_the_library_names_the_extra_that_is_missing(tiny_base):
     assert "pip install 'jaxlora[serve]'" in python(code, "transformers", str(tiny_base))
 
 
+def test_predicting_needs_nothing_of_the_extra_for_training():
+    code = (
+        BLOCKED.replace("== sys.argv[1]", "in sys.argv[1:]")
+        + """
+    import jaxlora.cli.main, jaxlora.serving.predictor
+    """
+    )
+    python(code, *EXTRAS["train"], *EXTRAS["report"])
+
+
 def test_version():
     done = subprocess.run(
         [sys.executable, "-m", "jaxlora", "--version"], capture_output=True, text=True, check=True
@@ -178,6 +188,11 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
     assert "jaxlora/py.typed" in wanted
 
 
+def without_checkout():
+    """Return the environment variables less those that lead to the checkout."""
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MYPYPATH")}
+
+
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     """An environment with the wheel and `jaxlora[train]`, and nothing of the checkout."""
@@ -185,16 +200,15 @@ def installed(wheel, tmp_path_factory):
     venv.create(folder, with_pip=True)
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
     pinned = ["--constraint", ROOT / "constraints.txt"]
-    subprocess.run([*pip, *pinned, f"{wheel}[train]"], check=True)
+    subprocess.run([*pip, *pinned, f"{wheel}[train]"], check=True, env=without_checkout())
     return folder
 
 
 def outside(installed, cwd, *words):
     """Run a program of that environment, in a folder without the checkout."""
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [installed / "bin" / words[0], *words[1:]],
-        cwd=cwd, env=env, capture_output=True, text=True, check=False,
+        cwd=cwd, env=without_checkout(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -240,10 +254,9 @@ def check(installed, folder, *words):
     (folder / "wrong.py").write_text(WRONG)
     (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard"}')
     shutil.copy(ROOT / "tests" / "public_api.py", folder)
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MYPYPATH")}
     command = [sys.executable, "-m", *words, "public_api.py", "wrong.py"]
     return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, check=False
+        command, cwd=folder, env=without_checkout(), capture_output=True, text=True, check=False
     ).stdout
 
 

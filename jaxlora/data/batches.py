@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from jaxlora.data.tokenized import Examples
 from jaxlora.nn.encode import PackedTokens
 from jaxlora.utils.extras import explained
 
-with explained():
+if TYPE_CHECKING:
     import grain
 
 LOOKED_AT = 2048  # of a run's batches when its shapes are chosen: a second, however long it is
@@ -80,11 +80,20 @@ def make_order(sizes: Mapping[str, int], batch_size: int, seed: int) -> Order:
     >>> np.sort(order.at(0)).tolist()
     [[0, 1, 2, 3], [0, 0, 1, 1]]
     """
+    grain = _import_grain()
     streams = (
         grain.MapDataset.range(n).shuffle(_stream_seed(seed, name)).repeat()
         for name, n in sizes.items()
     )
     return Order(tuple(streams), max(sizes.values()), batch_size)
+
+
+def _import_grain() -> Any:
+    """Import Grain, which only training needs."""
+    with explained():
+        import grain
+
+    return grain
 
 
 def _stream_seed(seed: int, name: str) -> int:
@@ -258,5 +267,6 @@ def prefetch(
       start, stop: which steps.
       put: brings a batch to the devices.
     """
+    grain = _import_grain()
     steps = grain.MapDataset.range(start, stop).map(batches.__getitem__).map(put)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

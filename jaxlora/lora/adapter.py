@@ -20,9 +20,13 @@ __all__ = [
 ]  # fmt: skip
 
 PAPER_TARGETS = ("query", "key", "value", "attention.output.dense")
-ALL_TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")  # every layer's
+"""Target modules of the paper: the four Dense layers of BERT's attention."""
+
+ALL_TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")
+"""Target modules that match every Dense layer of BERT's encoder layers."""
 
 Path = tuple[str, ...]
+"""Keys from the root of a parameter tree to a layer, such as `("encoder", "query")`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +109,7 @@ def _for(name: str) -> str:
 
 
 Adapter = tuple[Tree, LoraConfig]
+"""An adapter's tree, and the configuration it was made with."""
 
 
 def matches(name: str, path: Path) -> bool:
