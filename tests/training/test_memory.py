@@ -25,6 +25,7 @@ ALONE = "JAXLORA_TESTS_ALONE"
 alone = pytest.mark.skipif(ALONE not in os.environ, reason="runs in a process of its own")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ALONE in os.environ, reason="is the process itself")
 def test_these_pass_in_a_process_of_their_own():
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
