@@ -24,7 +24,7 @@ METRICS, STATES = "metrics.jsonl", "states"
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON into the run's folder; of many processes the first does."""
-    if distributed.first():
+    if distributed.is_primary():
         files.write_json(path, value)
 
 
@@ -143,7 +143,7 @@ def write_table(path: Path, columns: Mapping[str, Iterable[str]]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
-    if distributed.first():
+    if distributed.is_primary():
         files.write_text(path, text.getvalue())
 
 
@@ -154,7 +154,7 @@ def only_run(out: Path) -> Iterator[None]:
     Raises:
       UserError: if one does.
     """
-    if not distributed.first():
+    if not distributed.is_primary():
         yield
         return
     files.make(out)
@@ -175,7 +175,7 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        if not distributed.first():  # so that the first one alone writes
+        if not distributed.is_primary():  # so that the first one alone writes
             self._scratch = tempfile.TemporaryDirectory()
             out = Path(self._scratch.name)
         self.records = [r for r in read_records(out) if r["step"] <= keep.get(r["group"], 0)]

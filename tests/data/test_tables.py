@@ -301,9 +301,9 @@ def test_a_run_leaves_them_out_and_strict_refuses(tmp_path, tiny_base):
     )
     with pytest.raises(UserError, match=r"x\.csv: 7 rows with a blank text \(lines 2, 4"):
         train.run(settings, tmp_path / "run", Silent(), strict=True)
-    listener = Silent()
-    train.run(settings, tmp_path / "run", listener)
-    (plan,) = listener.plans
+    callback = Silent()
+    train.run(settings, tmp_path / "run", callback)
+    (plan,) = callback.summaries
     assert plan.examples["topic"] == {"train": 7, "dev": 7, "test": 7}
     assert plan.notes["topic"][0].startswith("train: 7 rows with a blank text (lines 2, 4")
     with (tmp_path / "run" / "predictions" / "topic-test.csv").open() as file:

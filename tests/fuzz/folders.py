@@ -171,7 +171,7 @@ def adapter(folder: Path) -> None:
         assert math.isfinite(config.scale_of(path))
 
 
-def classifier(like: task_models.Trained) -> Callable[[Path], None]:
+def classifier(like: task_models.TaskModels) -> Callable[[Path], None]:
     """`exchange.load` of a folder that PEFT wrote."""
 
     def check(folder: Path) -> None:
@@ -194,9 +194,9 @@ def imported(folder: Path) -> None:
     _check_trained(found, ["similar"])
 
 
-def _check_trained(found: task_models.Trained, names: list[str]) -> None:
-    assert list(found.served) == names
-    for name, one in found.served.items():
+def _check_trained(found: task_models.TaskModels, names: list[str]) -> None:
+    assert list(found.models) == names
+    for name, one in found.models.items():
         assert NAME.fullmatch(name) and one.task.name == name and one.tree in found.trees
         assert one.task.outputs >= 0
         json.dumps(dict(one.facts))

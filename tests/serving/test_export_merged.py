@@ -22,7 +22,7 @@ from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.nn.encode import encoder
 from jaxlora.serving import export_merged
-from jaxlora.serving.task_models import Served, Trained
+from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks import task as tasks
 from jaxlora.utils.errors import UserError
 
@@ -44,10 +44,10 @@ def merged_params(tiny, adapter):
 
 
 def trained(base, adapter, task=tasks.STS_COSINE, head=None, pair="concat", **of_base):
-    served = {task.name: Served(task, "tree", head or {}, pair)}
+    models = {task.name: TaskModel(task, "tree", head or {}, pair)}
     of_base = {"pooling": "cls", "max_length": 48, "dtype": "float32"} | of_base
-    return Trained(
-        base.name, base.fingerprint, served, {"tree": {"lora": adapter}}, {"tree": CONFIG},
+    return TaskModels(
+        base.name, base.fingerprint, models, {"tree": {"lora": adapter}}, {"tree": CONFIG},
         origin="here", **of_base,
     )  # fmt: skip
 
