@@ -45,7 +45,7 @@ class Flags:
 def make_projection(ours: Ours) -> Callable[[], Any]:
     """PCGrad alone on gradients in the shape of the trained tree."""
     (group,) = ours.groups
-    count = len(group.setup.tasks)
+    count = len(group.tasks)
     tx = pcgrad(count)
     leaves, structure = jax.tree.flatten(group.state.trainable)
     keys = jax.random.split(jax.random.key(0), len(leaves))

@@ -107,7 +107,7 @@ class Steps:
         self.waited = 0.0
         self.stacks: list[Batch] = []
         self._scans: list[Any] = []
-        self._steps = [g.train_step() for g in self.groups]
+        self._steps = [g.compile() for g in self.groups]
         self.states: list[TrainState] = [g.state for g in self.groups]
         self._batches: list[Iterator[Batch]] = [_over_and_over(g) for g in self.groups]
 
@@ -161,7 +161,9 @@ class Ours(Steps):
         groups = [task_group.make_task_group(chosen, base, data, g, mesh) for g in chosen.groups]
         super().__init__(
             [
-                dataclasses.replace(g, setup=dataclasses.replace(g.setup, dropout=work.dropout))
+                dataclasses.replace(
+                    g, train_step=dataclasses.replace(g.train_step, dropout=work.dropout)
+                )
                 for g in groups
             ]
         )

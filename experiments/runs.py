@@ -16,7 +16,7 @@ from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.serving import finished_run
 from jaxlora.training import inputs as prepare
-from jaxlora.training import run_folder
+from jaxlora.training import metrics_log, run_folder
 from jaxlora.training.config import Flags, Settings, resolve
 from jaxlora.training.inputs import Data
 from jaxlora.utils.errors import UserError
@@ -79,7 +79,7 @@ class Run:
         """Steps taken so far, by the last record of its log."""
         if self.finished:
             return self.total
-        last = _last_record(self.out / run_folder.METRICS)
+        last = _last_record(self.out / metrics_log.METRICS)
         if last is None or last["group"] not in self.steps:
             return 0
         names = list(self.steps)

@@ -43,7 +43,7 @@ def curves(variant, base, data, *texts):
             made = task_group.make_task_group(
                 chosen, loaded, examples, names, meshes.make_mesh(text)
             )
-            state, train_step = made.state, made.train_step()
+            state, train_step = made.state, made.compile()
             for batch, _ in zip(made.prefetch(0), range(STEPS), strict=False):
                 state, metrics = train_step(state, made.frozen, batch)
                 losses.append(np.asarray(metrics.losses).tolist())

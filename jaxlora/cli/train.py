@@ -8,7 +8,7 @@ from rich.console import Console
 
 from jaxlora.cli import console as report
 from jaxlora.cli import curves
-from jaxlora.training import config, run_folder
+from jaxlora.training import config, metrics_log
 from jaxlora.training import run as training
 from jaxlora.utils import cache, distributed, files, process
 
@@ -40,7 +40,7 @@ def _train(flags: config.Flags) -> None:
             strict=flags.strict,
         )
     if distributed.is_primary():
-        curves.draw(run_folder.read_records(out), out / "curves.png", settings.title)
+        curves.draw(metrics_log.read_records(out), out / "curves.png", settings.title)
     console.print(report.result_table(result))
     for line in report.notes(result):
         console.print(f"  {line}")

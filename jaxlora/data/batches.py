@@ -109,7 +109,7 @@ class PackedBatches:
       examples: training examples by task, in the order of the task axis.
       order: which examples each step draws.
       shapes: the shapes to pack into, from `choose_batch_shapes`.
-      mixed: whether the tasks share rows (see `step.task_encoder`) or each has its own.
+      mixed: whether the tasks share rows (see `adaptation`) or each has its own.
     """
 
     examples: Mapping[str, Examples]

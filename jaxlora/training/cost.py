@@ -1,6 +1,6 @@
 """What a step will cost: FLOPs, bytes and traffic from shapes alone; nothing is allocated.
 
-Counted is what `step.train_step` does. Matmuls: 2 a kernel's number and token forward; as much
+Counted is what `step.TrainStep` does. Matmuls: 2 a kernel's number and token forward; as much
 again for each of the two gradients, less what nobody needs (frozen kernels have no gradient of
 their own). Memory: what the compiled step holds at its fullest moment, which is the end of the
 forward pass (all that the backward pass reads) or the update (all gradients and the new state);

@@ -17,8 +17,8 @@ from tiny import Silent, leaves_equal
 from experiments import fleet, reproduce, runs, studies, timing
 from jaxlora.serving import finished_run, tree_files
 from jaxlora.tasks.sharing import VARIANTS
+from jaxlora.training import metrics_log, run_folder
 from jaxlora.training import run as train
-from jaxlora.training import run_folder
 from jaxlora.training.config import Flags, resolve
 from jaxlora.utils.errors import Stopped, UserError
 
@@ -448,7 +448,7 @@ def test_stopped_gone_on_with_and_one_that_fails(call, make, tmp_path, capfd, mo
         "--eval-every=4",
     ]
     # Of the first seed's runs baseline1 comes first; lora3 is stopped at some step.
-    thread = when(first / run_folder.METRICS, '"step": 4,', signal.SIGTERM)
+    thread = when(first / metrics_log.METRICS, '"step": 4,', signal.SIGTERM)
     assert call(*asked) == 143
     thread.join()
     assert "go on with the same command" in capfd.readouterr().err

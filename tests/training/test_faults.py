@@ -20,7 +20,7 @@ from tiny import Silent, leaves_equal, short, write_data
 
 from jaxlora.serving import finished_run, tree_files
 from jaxlora.serving.finished_run import load_run
-from jaxlora.training import checkpoint, run_folder
+from jaxlora.training import checkpoint, loop, metrics_log, run_folder
 from jaxlora.training import run as train
 from jaxlora.utils import process as host
 from jaxlora.utils.errors import Stopped, UserError
@@ -49,7 +49,7 @@ def models(tmp_path, *names):
 
 def timeless(out):
     """The records of a run, all but the time they took."""
-    records = run_folder.read_records(out)
+    records = metrics_log.read_records(out)
     return [{k: v for k, v in r.items() if k != "steps_per_second"} for r in records]
 
 
@@ -302,7 +302,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(make, tmp_path, monk
     result = train.run(make("lora3"), tmp_path / "run", Silent(), resume=True, skip_nonfinite=True)
     # 19 examples are drawn 40 times in 7 steps of 6, so this one in two steps or three.
     assert result["groups"][GROUP]["skipped"] in (2, 3)
-    records = run_folder.read_records(tmp_path / "run")
+    records = metrics_log.read_records(tmp_path / "run")
     assert sum(r.get("skipped", 0) for r in records) == result["groups"][GROUP]["skipped"]
     assert all(np.isfinite(r["loss"]["sts"]) for r in records if r["kind"] == "train")
     (model,) = models(tmp_path, "run")
@@ -329,7 +329,7 @@ def test_a_record_counts_the_steps_left_out_before_it(make, tmp_path, monkeypatc
 
 def test_too_many_steps_in_a_row_are_not_left_out(make, tmp_path, monkeypatch):
     with_nan(monkeypatch, "sts", slice(None))
-    monkeypatch.setattr(train, "MOST_NONFINITE", 5)
+    monkeypatch.setattr(loop, "MOST_NONFINITE", 5)
     for resume in (False, True):  # the checkpoints of steps 2 and 4 know how many there were
         with pytest.raises(UserError, match=r"step 5 of .* the 4 steps before; lower") as caught:
             train.run(make("lora3"), tmp_path / "run", Silent(), resume=resume, skip_nonfinite=True)

@@ -17,9 +17,10 @@ from jaxlora.formats import huggingface
 from jaxlora.serving import finished_run, inference, tree_files
 from jaxlora.tasks.task import NAMES
 from jaxlora.training import inputs as prepare
-from jaxlora.training import optimizer, run_folder, task_group
+from jaxlora.training import loop, metrics_log, optimizer, run_folder, task_group
 from jaxlora.training import run as train
 from jaxlora.training.sharding import make_mesh
+from jaxlora.training.step import TrainStep
 from jaxlora.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ def test_encoder_dropout_reaches_the_encoder(make, rate, same):
         settings, base, prepare.load_data(settings, base), ("sts",), make_mesh("data=1")
     )
     one, other = (
-        made.setup.encode(
+        made.train_step.adaptation.encode_tasks(made.train_step.encode, 1)(
             made.frozen, made.state.trainable, made.batches[0].inputs, jax.random.key(n)
         )[0]
         for n in range(2)
@@ -50,8 +51,8 @@ def test_surgery_reaches_the_optimizer(make, surgery, sign):
     made = task_group.make_task_group(settings, base, data, settings.groups[0], make_mesh("data=1"))
     params = {"kernel": jax.numpy.zeros(2)}
     gradients = {"kernel": jax.numpy.array([[1.0, 0.0], [-3.0, 1.0], [0.0, 0.0]])}
-    state = made.setup.tx.init(params)
-    updates, _ = jax.jit(made.setup.tx.update)(gradients, state, params)
+    state = made.train_step.tx.init(params)
+    updates, _ = jax.jit(made.train_step.tx.update)(gradients, state, params)
     assert np.sign(updates["kernel"]).tolist() == [sign, -1]
 
 
@@ -82,7 +83,7 @@ def test_run_writes_everything(make, tmp_path, variant, groups):
     assert set(result["dev"]) == set(NAMES)
     assert result["parameters"] == callback.summaries[0].storage._asdict()
     assert not (out / run_folder.STATES).exists()
-    records = run_folder.read_records(out)
+    records = metrics_log.read_records(out)
     assert records == callback.records
     # the best score that was seen is the one that is reported
     for name, progress in result["groups"].items():
@@ -140,7 +141,7 @@ def test_dev_predictions_stand_beside_their_labels(make, data_dir, tmp_path, var
 
 
 def test_the_time_to_the_best_score():
-    progress = train.Progress()
+    progress = loop.Progress()
     for step, seconds, score in ((2, 1.5, 0.3), (4, 3.0, 0.7), (6, 4.5, 0.5)):
         progress.step, progress.seconds = step, seconds
         progress.note(score, {}, 0)
@@ -188,7 +189,7 @@ def test_resume_equals_uninterrupted(make, tmp_path, variant, stop_at):
     timeless = [
         [
             {k: v for k, v in r.items() if k != "steps_per_second"}
-            for r in run_folder.read_records(tmp_path / name)
+            for r in metrics_log.read_records(tmp_path / name)
         ]
         for name in ("whole", "parts")
     ]
@@ -237,10 +238,10 @@ def test_killed_process_resumes_to_the_same_parameters(tiny_base, data_dir, tmp_
 def test_at_most_three_train_programs(make, tmp_path, monkeypatch):
     """A step compiles once for each shape of its batches; three groups have a step each."""
     shapes = []
-    make_train_step = train.step.make_train_step
+    compile_step = TrainStep.compile
 
-    def noting(setup, shardings):
-        compiled, seen = make_train_step(setup, shardings), set()
+    def noting(self, shardings):
+        compiled, seen = compile_step(self, shardings), set()
         shapes.append(seen)
 
         def step(state, frozen, batch):
@@ -249,7 +250,7 @@ def test_at_most_three_train_programs(make, tmp_path, monkeypatch):
 
         return step
 
-    monkeypatch.setattr(train.step, "make_train_step", noting)
+    monkeypatch.setattr(TrainStep, "compile", noting)
     train.run(make("lora1"), tmp_path / "separate", Silent())
     assert [len(seen) for seen in shapes] == [1, 1, 1]
     shapes.clear()
@@ -311,7 +312,7 @@ def test_a_bank_trained_on_another_device_loads_here(make, tmp_path):
 
 
 def test_a_score_that_is_no_number_is_never_the_best():
-    progress = train.Progress(step=2)
+    progress = loop.Progress(step=2)
     assert not progress.note(float("nan"), {"a": float("nan")}, 0)
     assert progress.best_scores == {} and progress.stale == 1
     progress.step = 4

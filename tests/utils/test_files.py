@@ -26,7 +26,7 @@ from jaxlora.serving import manifest as manifests
 from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.tasks.sharing import group_name
-from jaxlora.training import checkpoint, run_folder
+from jaxlora.training import checkpoint, metrics_log, run_folder
 from jaxlora.training import run as train
 from jaxlora.training.config import Flags, resolve
 from jaxlora.utils import cache, files, process
@@ -274,7 +274,7 @@ def test_fourteen_tasks_with_long_names_share(tiny, tiny_base, tmp_path):
     leaves_equal([*bank.load(tmp_path / "bank").trees.values()], [trained.trees[group]])
     names = [p.name for p in tmp_path.rglob("*")]
     assert max(len(name.encode()) for name in names) <= 255
-    assert {r["group"] for r in run_folder.read_records(out)} == {group}
+    assert {r["group"] for r in metrics_log.read_records(out)} == {group}
 
 
 def test_curves_of_many_tasks_are_drawn(tmp_path):
