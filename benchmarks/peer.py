@@ -83,7 +83,7 @@ class Peer:
         torch.set_num_threads(os.cpu_count() or 1)
         self.device, self._pooling = torch.device(device), work.pooling
         chosen = work.settings
-        model = make_bert(base, chosen.encoder_dropout)
+        model = make_bert(base, chosen.model.encoder_dropout)
         if chosen.adapt == "lora":
             model = with_adapter(model, chosen.lora, "default")
             load_adapter(model, ours.state.trainable["lora"], "default")
@@ -97,8 +97,8 @@ class Peer:
         self.optimizers = [
             torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, fused=True)
             for parameters, rate in (
-                (self.shared, chosen.learning_rate),
-                (list(self.heads.parameters()), chosen.head_learning_rate),
+                (self.shared, chosen.optimizer.learning_rate),
+                (list(self.heads.parameters()), chosen.optimizer.head_learning_rate),
             )
             if parameters
         ]
@@ -110,7 +110,7 @@ class Peer:
         data = make_data(work, base)
         self._examples = {t.name: data[t.name]["train"] for t in ours.train_step.tasks}
         sizes = {name: len(examples) for name, examples in self._examples.items()}
-        self._order = data_batches.make_order(sizes, work.batch_size, chosen.seed)
+        self._order = data_batches.make_order(sizes, work.batch_size, chosen.loop.seed)
         self.taken = 0
 
     def run(self, steps: int) -> list[float]:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxlora import lora
+from jaxlora.cli.flags import exit_code
 from jaxlora.data import packing
 from jaxlora.data.batches import Batch
 from jaxlora.formats import huggingface
@@ -30,7 +31,7 @@ from jaxlora.tasks.sharing import VARIANTS, Adapt, Variant
 from jaxlora.training import optimizer
 from jaxlora.training.adaptation import EncodeTasks, Frozen, Full, make_adaptation
 from jaxlora.training.step import make_train_step
-from jaxlora.utils import process, trees
+from jaxlora.utils import trees
 
 TOLERANCE = 2e-3  # relative, after two AdamW steps in float32
 SHAPE, BATCH = packing.Shape(6, 64), 8
@@ -138,7 +139,7 @@ def main(base: str = "minilm") -> bool:
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags and compare; returns the exit code, see `host.exit_code`; 1 if they differ."""
     agreed: list[bool] = []
-    code = process.exit_code(lambda: agreed.append(tyro.cli(main, args=args)))
+    code = exit_code(lambda: agreed.append(tyro.cli(main, args=args)))
     return code or int(agreed == [False])
 
 

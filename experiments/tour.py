@@ -22,6 +22,7 @@ from matplotlib.patches import FancyBboxPatch
 
 from jaxlora import lora
 from jaxlora.cli.curves import COLOURS
+from jaxlora.cli.flags import exit_code
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import BertConfig
 from jaxlora.pcgrad import gram, project
@@ -29,7 +30,6 @@ from jaxlora.tasks import losses
 from jaxlora.tasks.sharing import VARIANTS, Groups, Variant
 from jaxlora.tasks.task import NAMES, paper_tasks
 from jaxlora.training import parameter_count
-from jaxlora.utils import process
 
 SIZE, RANK = 24, 3  # of the kernel in the first figure, and of its adapter
 GREY = "#777777"
@@ -226,7 +226,7 @@ def main(flags: Flags) -> None:
 
 def cli(args: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    return process.exit_code(lambda: main(tyro.cli(Flags, args=args)))
+    return exit_code(lambda: main(tyro.cli(Flags, args=args)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def _is_compared(run: Run, name: str) -> bool:
     """Whether a run should have what the others have: unless it is about this very setting."""
     study = STUDIES.get(run.study)
     means_something = name not in _OF_ADAPTERS or run.settings["adapt"] == "lora"
-    return means_something and study is not None and name not in study.flags
+    return means_something and study is not None and name not in study.settings
 
 
 def _values(name: str, runs: Iterable[Run], key: Callable[[Run], Any]) -> str:

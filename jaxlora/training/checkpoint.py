@@ -88,7 +88,7 @@ class GroupCheckpoints:
         except Exception as error:  # whatever a full disk makes Orbax and TensorStore raise
             raise UserError(
                 f"{self._folder / str(step)}: the checkpoint cannot be written ({brief(error)}); "
-                "make room, then go on with --resume"
+                "make room, then go on with `resume=True`"
             ) from error
 
     def _complete(self, step: int, tree: Tree) -> None:

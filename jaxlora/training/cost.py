@@ -29,7 +29,7 @@ from jaxlora.tasks.sharing import Adapt, group_name, variant
 from jaxlora.tasks.task import Task, paper_tasks
 from jaxlora.training import sharding
 from jaxlora.utils import trees
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError
 from jaxlora.utils.trees import Tree
 
 SIZES = {
@@ -242,7 +242,7 @@ def for_variant(
       rest: other fields of `Work`.
 
     Raises:
-      UserError: for an unknown variant, and for lengths that cannot be, naming their flags.
+      UserError: for an unknown variant, and for lengths that cannot be, naming them.
 
     >>> [(n, w.rows) for n, w in for_variant("lora1", SIZES["minilm"], 16).items()]
     [('sst', 6), ('para', 12), ('sts', 12)]
@@ -265,17 +265,18 @@ def for_variant(
 def _check_lengths(
     config: BertConfig, batch_size: int, sentence_length: float, row_length: int
 ) -> None:
-    numbers = {"batch-size": batch_size, "sentence-length": sentence_length}
-    for name, number in {**numbers, "row-length": row_length}.items():
+    numbers = {"batch_size": batch_size, "sentence_length": sentence_length}
+    for name, number in {**numbers, "row_length": row_length}.items():
         if not 0 < number < math.inf:
-            raise UserError(f"--{name} {number}: must be above 0")
+            raise ConfigError(name, "must be above 0", number)
     limit = config.max_position_embeddings
     if row_length > limit:
-        raise UserError(f"--row-length {row_length}: the base has {limit} positions")
+        raise ConfigError("row_length", f"the base has {limit} positions", row_length)
     if sentence_length > row_length:
-        raise UserError(
-            f"--sentence-length {sentence_length:g}: a sentence must fit into a row, which has "
-            f"--row-length {row_length}"
+        raise ConfigError(
+            "sentence_length",
+            f"a sentence must fit into a row, which has `row_length={row_length}`",
+            f"{sentence_length:g}",
         )
 
 

@@ -144,7 +144,9 @@ def _tell(log: metrics_log.MetricsLog, callback: Callback, record: dict[str, Any
 
 def _stopped(signal: int, group: TaskGroup, progress: Progress) -> Stopped:
     where = f"{group.name} at step {progress.step} of {group.steps}"
-    return Stopped(signal, f"{where}, saved; go on with the same flags and --resume", saved=True)
+    return Stopped(
+        signal, f"{where}, saved; go on with the same settings and `resume=True`", saved=True
+    )
 
 
 def _copy_of(state: TrainState) -> dict[str, Tree]:
@@ -254,11 +256,11 @@ class Window:
             for (name, examples), drawn, loss in named
             if not np.isfinite(loss)
         ]
-        remedy = "lower --learning-rate or --head-learning-rate in another --out"
+        remedy = "lower `learning_rate` or `head_learning_rate` in another `out`"
         if self._skip:
             remedy = f"nor was any of the {MOST_NONFINITE - 1} steps before; {remedy}"
         else:
-            remedy += ", or leave such steps out with --resume --skip-nonfinite"
+            remedy += ", or leave such steps out with `resume=True` `skip_nonfinite=True`"
         raise UserError(
             f"step {number + 1} of {self._group.name}: {' and '.join(failed) or 'the update'} "
             f"is not finite; {remedy}"

@@ -26,17 +26,35 @@ from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import Tree
 
 
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How a run is run; what it computes is in its `Settings`.
+
+    Attributes:
+      resume: go on with the run in the folder, if there is one.
+      predict_test: write predictions for the test sets, too.
+      strict: refuse tables with blank texts, instead of leaving those rows out.
+      mesh: devices: "data=4,fsdp=2" splits rows over all eight and the encoder's trees in two;
+        auto splits rows over all there are. A run may go on with others than it began with.
+      skip_nonfinite: leave steps out whose loss is not finite, and count them; many in a row
+        still end the run.
+      base_sha256: refuse the base if its weights have another checksum; the config.json of a run
+        says which they have.
+    """
+
+    resume: bool = False
+    predict_test: bool = True
+    strict: bool = False
+    mesh: str = "auto"
+    skip_nonfinite: bool = False
+    base_sha256: str | None = None
+
+
 def run(
     settings: Settings,
     out: Path,
     callback: Callback,
-    *,
-    resume: bool = False,
-    predict_test: bool = True,
-    mesh: str = "auto",
-    skip_nonfinite: bool = False,
-    base_sha256: str | None = None,
-    strict: bool = False,
+    options: RunOptions = RunOptions(),
 ) -> dict[str, Any]:
     """Train all groups of a run, keep each one's best, and write everything to `out`.
 
@@ -44,16 +62,10 @@ def run(
     for it if it fails.
 
     Args:
-      settings: from `config.resolve`.
+      settings: from `presets.make_settings`.
       out: folder of the run.
       callback: is told what happens.
-      resume: go on with the run in `out`, if there is one.
-      predict_test: write predictions for the test sets, too.
-      mesh: the devices, see `sharding.make_mesh`; any will do to go on with a run.
-      skip_nonfinite: leave steps out whose loss is not finite, instead of ending the run, unless
-        there are `loop.MOST_NONFINITE` in a row.
-      base_sha256: what the base's weights must have, see `huggingface.load`.
-      strict: refuse data with blank texts, instead of leaving those rows out.
+      options: how it is run.
 
     Returns:
       The content of `result.json`.
@@ -62,29 +74,31 @@ def run(
       UserError: for bad input, before anything is written; for a loss that is not finite.
       Stopped: after Ctrl-C or SIGTERM, when the state has been saved.
     """
-    devices = sharding.make_mesh(mesh)
+    devices = sharding.make_mesh(options.mesh)
     out = files.local(out)
     checkpoint.check_place(out)
-    run_folder.check(out, settings.to_json(), resume)
-    base = huggingface.load(settings.base, base_sha256)
+    run_folder.check(out, settings.to_json(), options.resume)
+    base = huggingface.load(settings.model.base, options.base_sha256)
     inputs.check_base(settings, base)
     with distributed.first_before_others("data"):
         data = inputs.load_data(settings, base)
-        if strict:
+        if options.strict:
             inputs.refuse_blank(settings, data)
-    checksums = inputs.fingerprints(base, data, settings.seed)
+    checksums = inputs.fingerprints(base, data, settings.loop.seed)
     run_folder.check_same_inputs(out, checksums)
     callback.summary(inputs.summarize_run(settings, out, base, data, devices))
     with run_folder.only_run(out):
-        run_folder.check(out, settings.to_json(), resume)  # another may have come in between
+        run_folder.check(
+            out, settings.to_json(), options.resume
+        )  # another may have come in between
         distributed.wait("nothing is written before all have looked")
         if not (out / finished_run.RESULT).exists():
             versions = inputs.versions()
             config = {"settings": settings.to_json(), "inputs": checksums, "versions": versions}
             if not finished_run.exists(out):
                 run_folder.write_json(out / finished_run.CONFIG, config)
-            splits = ("dev", "test") if predict_test else ("dev",)
-            context = RunContext(settings, base, data, out, splits, devices, skip_nonfinite)
+            splits = ("dev", "test") if options.predict_test else ("dev",)
+            context = RunContext(settings, base, data, out, splits, devices, options.skip_nonfinite)
             run_folder.write_json(out / finished_run.RESULT, _train_all(context, callback))
             distributed.wait("the result is written")
         checkpoint.remove_states(out / run_folder.STATES)
@@ -147,7 +161,7 @@ def _refuse_unscored(group: TaskGroup, done: Progress) -> None:
     if not done.best_scores:
         raise UserError(
             f"{group.name}: predictions for its dev set were not finite (NaN) at every evaluation, "
-            "so nothing is kept; lower --learning-rate or --head-learning-rate in another --out"
+            "so nothing is kept; lower `learning_rate` or `head_learning_rate` in another `out`"
         )
 
 
@@ -166,7 +180,7 @@ def _train_one(
       The best `{"trainable", "heads"}` as NumPy arrays, the progress, the test scores.
     """
     group = make_task_group(context.settings, context.base, context.data, names, context.mesh)
-    patience = context.settings.of_group(names).patience
+    patience = context.settings.of_group(names).loop.patience
     window = Window(group, context.skip_nonfinite)
     best, done = train_group(group, saved, log, callback, window, patience)
     _refuse_unscored(group, done)
@@ -191,8 +205,8 @@ def summarize_result(
     return {
         "variant": settings.variant,
         "preset": settings.preset,
-        "source": settings.source,
-        "base": settings.base,
+        "source": settings.data.source,
+        "base": settings.model.base,
         "metrics": {name: f"{t.title} {t.metric_name}" for name, t in settings.named.items()},
         "dev": dev,
         "dev_mean": float(np.mean(list(dev.values()))),

@@ -11,9 +11,9 @@ from typing import Any
 
 from jaxlora.formats.fingerprint import INPUTS, note_partial
 from jaxlora.serving.finished_run import CONFIG, read_config
-from jaxlora.training.config import Settings, flag
+from jaxlora.training.config import Settings
 from jaxlora.utils import distributed, files
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError, UserError
 
 STATES = "states"
 
@@ -44,22 +44,22 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
     """
     if not out.exists():
         if out.is_symlink():
-            raise UserError(f"--out {out}: is a link to {os.readlink(out)}, which is not there")
+            raise ConfigError("out", f"is a link to {os.readlink(out)}, which is not there", out)
         parent = next(p for p in out.absolute().parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"--out {out}: {parent} is no folder that can be written to")
+            raise ConfigError("out", f"{parent} is no folder that can be written to", out)
         return
     if not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
+        raise ConfigError("out", "is a file; name a folder", out)
     if not (out / CONFIG).exists():
         ours = (files.LOCK, files.TEMPORARY)  # a first write that was killed leaves them
         if not all(path.name.startswith(ours) for path in out.iterdir()):
-            raise UserError(f"--out {out}: is not empty and holds no run; name another folder")
+            raise ConfigError("out", "is not empty and holds no run; name another folder", out)
         return
     read_config(out)
     if not resume:
-        raise UserError(
-            f"--out {out}: holds another run; go on with --resume, or name another --out"
+        raise ConfigError(
+            "out", "holds another run; go on with `resume=True`, or name another folder", out
         )
     old = read_config(out)["settings"]
     with contextlib.suppress(UserError):  # what cannot be understood is compared as it stands
@@ -67,18 +67,20 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
     for name in settings:
         had, has = _compared(name, old.get(name)), _compared(name, settings[name])
         if had != has:
-            place, had, has = _difference(flag(name), had, has)
-            raise UserError(
-                f"--out {out}: its run has {place} {had!r}, not {has!r}; "
-                "give the same flags to --resume, or name another --out"
+            place, had, has = _difference(f"`{name}`", had, has)
+            raise ConfigError(
+                "out",
+                f"its run has {place} {had!r}, not {has!r}; resume it with the same settings, or "
+                "name another folder",
+                out,
             )
 
 
 def _difference(place: str, old: Any, new: Any) -> tuple[str, Any, Any]:
     """Find the first part in which two settings differ: where it is, and both values.
 
-    >>> _difference("--tasks", [{"table": {"id": "a"}}], [{"table": {"id": "b"}}])
-    ('--tasks 1 table id', 'a', 'b')
+    >>> _difference("`tasks`", [{"table": {"id": "a"}}], [{"table": {"id": "b"}}])
+    ('`tasks` 1 table id', 'a', 'b')
     """
     parts: list[tuple[Any, Any, Any]] = []
     if isinstance(old, dict) and isinstance(new, dict):
@@ -126,11 +128,11 @@ def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
         unknown = {INPUTS["config"], INPUTS["tokenizer"]} - old.keys()  # in a run of format 1
         for name, value in inputs.items():
             if name not in unknown and old.get(name) != value:
-                raise UserError(
-                    f"--resume: {name} changed since {out} was begun; use another --out"
+                raise ConfigError(
+                    "resume", f"{name} changed since {out} was begun; use another `out`"
                 )
         if unknown & inputs.keys():
-            note_partial(f"--resume: {out}")
+            note_partial(f"resumed run {out}")
 
 
 def write_table(path: Path, columns: Mapping[str, Iterable[str]]) -> None:
@@ -154,5 +156,5 @@ def only_run(out: Path) -> Iterator[None]:
         yield
         return
     files.make(out)
-    with files.locked(out, f"--out {out}: another run is writing to it; name another"):
+    with files.locked(out, f"`out` {out}: another run is writing to it; name another"):
         yield

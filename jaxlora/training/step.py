@@ -25,6 +25,7 @@ from jaxlora.nn.encode import Encode, encoder
 from jaxlora.tasks import losses
 from jaxlora.tasks.task import Task
 from jaxlora.training.adaptation import Adaptation
+from jaxlora.training.optimizer import Optimizers
 from jaxlora.utils.trees import Tree
 
 CompiledStep = Callable[["TrainState", Tree, Batch], tuple["TrainState", "StepMetrics"]]
@@ -208,7 +209,7 @@ def make_train_step(
     tasks: tuple[Task, ...],
     config: BertConfig,
     adaptation: Adaptation,
-    optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    optimizers: Optimizers,
     *,
     dtype: Any = jnp.float32,
     pooling: str = "mean",

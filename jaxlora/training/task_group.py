@@ -109,18 +109,18 @@ def make_task_group(
         frozen = train_step.freeze(base.params)
     frozen = sharding.put(frozen, sharding.of_tree(mesh, frozen))
     sizes = {name: len(examples) for name, examples in train.items()}
-    order = data_batches.make_order(sizes, settings.batch_size, settings.seed)
-    live = live_vectors(train_step.encode, frozen, mine, settings.max_length, mesh)
+    order = data_batches.make_order(sizes, settings.loop.batch_size, settings.loop.seed)
+    live = live_vectors(train_step.encode, frozen, mine, settings.model.max_length, mesh)
     vectors = train_step.adaptation.vectors(live)
 
     def pack(mixed: bool) -> PackedBatches:
         return data_batches.choose_batch_shapes(
-            train, order, steps, settings.max_length, programs, mixed, mesh.size
+            train, order, steps, settings.model.max_length, programs, mixed, mesh.size
         )
 
     batches = train_step.adaptation.batches(train, order, vectors, pack)
-    name, eval_every = group_name(names), settings.eval_every or -(-order.steps_per_epoch // 4)
-    key = named_key(settings.seed, name)
+    name, eval_every = group_name(names), settings.loop.eval_every or -(-order.steps_per_epoch // 4)
+    key = named_key(settings.loop.seed, name)
     return TaskGroup(
         name, train_step, frozen, key, base.params, batches, steps, eval_every, vectors, mine, mesh
     )
@@ -137,27 +137,15 @@ def make_group_step(
       names: the group's tasks.
       steps: how many will be taken, for the learning rates.
     """
-    rate = functools.partial(
-        optimizer.schedule, steps=steps, warmup=settings.warmup_steps, decay=settings.schedule
-    )
     weights = {spec.task.name: spec.weight for spec in settings.tasks}
     return make_train_step(
         tuple(settings.named[name] for name in names),
-        config.with_dropout(settings.encoder_dropout),
+        config.with_dropout(settings.model.encoder_dropout),
         make_adaptation(settings.adapt, settings.lora),
-        optimizer.optimizers(
-            len(names),
-            rate(settings.learning_rate),
-            rate(settings.head_learning_rate),
-            clip=settings.clip,
-            weight_decay=settings.weight_decay,
-            seed=settings.seed,
-            lora_plus_ratio=settings.lora_plus_ratio,
-            surgery=settings.surgery == "pcgrad",
-        ),
-        dtype=jnp.dtype(settings.dtype),
-        pooling=settings.pooling,
-        pair_features=settings.pair_features,
+        optimizer.from_config(settings.optimizer, len(names), steps, settings.loop.seed),
+        dtype=jnp.dtype(settings.model.dtype),
+        pooling=settings.model.pooling,
+        pair_features=settings.model.pair_features,
         weights=tuple(weights[name] for name in names),
     )
 

@@ -22,7 +22,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from jaxlora.utils import process as host
-from jaxlora.utils.errors import Stopped, UserError
+from jaxlora.utils.errors import ConfigError, Stopped, UserError
 from jaxlora.utils.trees import Tree
 
 # What launchers that JAX knows tell of the number of processes.
@@ -50,13 +50,15 @@ def join(coordinator: str | None = None, processes: int = 1, process: int | None
     """
     launcher = next((x for name, x in _LAUNCHERS.items() if _count(name) > 1), None)
     if coordinator is None and processes > 1:
-        raise UserError("--processes goes with --coordinator=host:port, the first one's address")
+        raise ConfigError("processes", "goes with `coordinator`, host:port of the first one")
     if process is None:
         process = _count(_INDEX, 0)
     if coordinator is not None and not (0 <= process < processes and ":" in coordinator):
-        raise UserError(
-            f"--coordinator={coordinator} --processes={processes} --process={process}: write "
-            "host:port, and the number of this process from 0"
+        raise ConfigError(
+            "coordinator",
+            f"with `processes={processes}` and `process={process}`: write host:port, and the "
+            "number of this process from 0",
+            coordinator,
         )
     try:
         if coordinator is not None:

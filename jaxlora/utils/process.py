@@ -94,14 +94,14 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 
 @contextlib.contextmanager
-def _notes_as_lines() -> Iterator[None]:
+def _notes_as_lines(shown: Callable[[str], str]) -> Iterator[None]:
     """While this lasts, a `Note` is a line on stderr, without the place in the code."""
     with warnings.catch_warnings():
         usual = warnings.formatwarning
 
         def line(message: Any, category: type[Warning], *place: Any, **more: Any) -> str:
             if issubclass(category, Note):
-                return f"note: {message}\n"
+                return f"note: {shown(str(message))}\n"
             return usual(message, category, *place, **more)
 
         warnings.formatwarning = line
@@ -178,8 +178,12 @@ def _possible(folder: str) -> bool:
         return False
 
 
-def exit_code(main: Callable[[], object]) -> int:
-    """Run a command; what the user can mend is told in a line, anything else is raised.
+def exit_code(main: Callable[[], object], shown: Callable[[str], str] = str) -> int:
+    """Run a command; print what the user can correct as one line, raise anything else.
+
+    Args:
+      main: the command.
+      shown: rewrites messages for this command, for instance with its flags.
 
     Returns:
       0, 2 for bad input or a file system that refuses, 130 after Ctrl-C, 143 after SIGTERM.
@@ -187,11 +191,11 @@ def exit_code(main: Callable[[], object]) -> int:
     # Orbax's threads print the traceback of what is raised, and told, here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        with _umask(), _notes_as_lines():
+        with _umask(), _notes_as_lines(shown):
             _replace_home()
             main()
     except (UserError, OSError, Stopped, KeyboardInterrupt) as error:
         code, line = verdict(error)
-        print(line, file=sys.stderr)
+        print(shown(line), file=sys.stderr)
         return code
     return 0

@@ -140,5 +140,5 @@ def test_what_cannot_be_combined(adapters):
         lora.add(adapters, [1.0])
     with pytest.raises(ValueError, match="0 adapters"):
         lora.add([], [])
-    with pytest.raises(ValueError, match="rank must be at least 1"):
+    with pytest.raises(ValueError, match="`rank` 0: must be at least 1"):
         lora.truncate(adapters[0], 0)

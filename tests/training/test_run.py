@@ -19,6 +19,7 @@ from jaxlora.tasks.task import NAMES
 from jaxlora.training import inputs as prepare
 from jaxlora.training import loop, metrics_log, optimizer, run_folder, task_group
 from jaxlora.training import run as train
+from jaxlora.training.run import RunOptions
 from jaxlora.training.sharding import make_mesh
 from jaxlora.training.step import TrainStep
 from jaxlora.utils.errors import UserError
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(("rate", "same"), [(0.0, True), (0.5, False)])
 def test_encoder_dropout_reaches_the_encoder(make, rate, same):
     settings = make("lora2", encoder_dropout=rate)
-    base = huggingface.load(settings.base)
+    base = huggingface.load(settings.model.base)
     made = task_group.make_task_group(
         settings, base, prepare.load_data(settings, base), ("sts",), make_mesh("data=1")
     )
@@ -46,7 +47,7 @@ def test_encoder_dropout_reaches_the_encoder(make, rate, same):
 def test_surgery_reaches_the_optimizer(make, surgery, sign):
     """The sum of these is (-2, 1), PCGrad's (0.1, 1.3); Adam's first step has the other sign."""
     settings = make("lora3", surgery=surgery)
-    base = huggingface.load(settings.base)
+    base = huggingface.load(settings.model.base)
     data = prepare.load_data(settings, base)
     made = task_group.make_task_group(settings, base, data, settings.groups[0], make_mesh("data=1"))
     params = {"kernel": jax.numpy.zeros(2)}
@@ -150,7 +151,7 @@ def test_the_time_to_the_best_score():
 
 def test_synthetic_pairs_are_trained_on_and_belong_to_the_inputs(make):
     plain, more = (make("lora4", synthetic_sts=added) for added in (False, True))
-    base = huggingface.load(plain.base)
+    base = huggingface.load(plain.model.base)
     without, added = (prepare.load_data(settings, base) for settings in (plain, more))
     own = without["sts"]["train"]
     assert len(added["sts"]["train"]) == len(own) + 2000
@@ -163,7 +164,7 @@ def test_synthetic_pairs_are_trained_on_and_belong_to_the_inputs(make):
 
 
 def test_no_test_predictions_when_not_asked(make, tmp_path):
-    train.run(make("baseline1"), tmp_path / "run", Silent(), predict_test=False)
+    train.run(make("baseline1"), tmp_path / "run", Silent(), RunOptions(predict_test=False))
     names = {p.name for p in (tmp_path / "run" / "predictions").iterdir()}
     assert names == {"sst-dev.csv", "para-dev.csv", "sts-dev.csv"}
 
@@ -182,7 +183,7 @@ def test_resume_equals_uninterrupted(make, tmp_path, variant, stop_at):
     with pytest.raises(UserError, match="is the run finished"):
         jaxlora.load(tmp_path / "parts")
     again = Silent()
-    parts = train.run(settings, tmp_path / "parts", again, resume=True)
+    parts = train.run(settings, tmp_path / "parts", again, RunOptions(resume=True))
     banks = [tree_files.load(tmp_path / name / finished_run.MODEL) for name in ("whole", "parts")]
     leaves_equal(*banks)
     assert parts["dev"] == whole["dev"]
@@ -200,14 +201,16 @@ def test_resume_goes_on_from_the_checkpoint_and_not_from_the_start(make, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         train.run(make("lora3"), tmp_path / "run", Silent(("sst+para+sts", 6)))
     callback = Silent()
-    train.run(make("lora3"), tmp_path / "run", callback, resume=True)
+    train.run(make("lora3"), tmp_path / "run", callback, RunOptions(resume=True))
     assert callback.started == ("sst+para+sts", 4, 7)
 
 
 def test_a_finished_run_is_not_trained_again(make, tmp_path):
     first = train.run(make("baseline1"), tmp_path / "run", Silent())
     callback = Silent()
-    assert train.run(make("baseline1"), tmp_path / "run", callback, resume=True) == first
+    assert (
+        train.run(make("baseline1"), tmp_path / "run", callback, RunOptions(resume=True)) == first
+    )
     assert callback.records == []
 
 
@@ -268,7 +271,7 @@ def test_patience_stops_a_group(make, tmp_path):
 def test_a_loss_that_is_not_finite_says_so(make, tmp_path):
     settings = make("baseline2", learning_rate=1e30, warmup_steps=0, epochs=3)
     with pytest.raises(
-        UserError, match=r"step \d of sst\+para\+sts: .* not finite; lower --learning-rate"
+        UserError, match=r"step \d of sst\+para\+sts: .* not finite; lower `learning_rate`"
     ):
         train.run(settings, tmp_path / "run", Silent())
 
@@ -327,7 +330,7 @@ def test_a_run_without_any_score_keeps_nothing(make, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "decode", lambda *args: decode(*args) * np.nan)
     for resume in (False, True):
         with pytest.raises(UserError, match=r"not finite \(NaN\) at every evaluation"):
-            train.run(make("baseline1"), tmp_path / "run", Silent(), resume=resume)
+            train.run(make("baseline1"), tmp_path / "run", Silent(), RunOptions(resume=resume))
     assert not (tmp_path / "run" / "model").exists()
 
 

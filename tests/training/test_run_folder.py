@@ -3,7 +3,7 @@ import json
 import pytest
 
 from jaxlora.training import metrics_log, run_folder
-from jaxlora.training.config import Flags, resolve
+from jaxlora.training.presets import make_settings
 from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import UserError
 
@@ -80,13 +80,13 @@ def test_a_number_that_no_float_holds_is_no_json(tmp_path):
 
 def test_a_run_goes_on_when_only_titles_of_tasks_changed(tmp_path):
     """A demo run of an earlier version called its made-up data SST-5."""
-    settings = resolve(Flags("lora3")).to_json()
+    settings = make_settings("lora3").to_json()
     (tmp_path / "config.json").write_text(
         json.dumps({"settings": settings, "inputs": {}}).replace("made-up sentiment", "SST-5")
     )
     run_folder.check(tmp_path, settings, resume=True)
-    with pytest.raises(UserError, match="--epochs"):
+    with pytest.raises(UserError, match="`epochs`"):
         run_folder.check(tmp_path, settings | {"epochs": 7}, resume=True)
     other = json.loads(json.dumps(settings).replace('"high": 5.0', '"high": 4.0'))
-    with pytest.raises(UserError, match="--tasks"):
+    with pytest.raises(UserError, match="`tasks`"):
         run_folder.check(tmp_path, other, resume=True)
