@@ -24,11 +24,10 @@ from jaxlora import lora
 from jaxlora.cli.curves import COLOURS
 from jaxlora.cli.flags import exit_code
 from jaxlora.lora import LoraConfig
-from jaxlora.nn.bert import BertConfig
 from jaxlora.pcgrad import gram, project
 from jaxlora.tasks import losses
 from jaxlora.tasks.sharing import VARIANTS, Groups, Variant
-from jaxlora.tasks.task import NAMES, paper_tasks
+from jaxlora.tasks.task import NAMES
 from jaxlora.training import parameter_count
 
 SIZE, RANK = 24, 3  # of the kernel in the first figure, and of its adapter
@@ -165,9 +164,7 @@ def draw_losses(figure: Any) -> None:
 
 def trained_millions(found: Variant) -> float:
     """Millions of parameters that a variant trains upon bert-base."""
-    tasks = paper_tasks(found.sts_loss)
-    count = parameter_count.count(BertConfig(), found.adapt, found.groups, tasks, LoraConfig())
-    return count.incremental / 1e6
+    return parameter_count.of_variant(found).incremental / 1e6
 
 
 def draw_variants(figure: Any) -> None:

@@ -106,10 +106,11 @@ def summary_table(summary: RunSummary) -> Table:
     s = summary.settings
     title = f"jaxlora: {s.variant}, preset {s.preset}"
     table = Table(title=title, show_header=False, title_justify="left")
-    rates = "" if s.adapt == "frozen" else f"encoder {s.optimizer.learning_rate:g}, "
+    trained = s.adaptation.trains_encoder
+    rates = "" if not trained else f"encoder {s.optimizer.learning_rate:g}, "
     rows = {
         "base": summary.base,
-        "encoder": {"frozen": "frozen", "full": "trained", "lora": _lora_line(summary)}[s.adapt],
+        "encoder": s.adaptation.describe(),
         "sharing": " | ".join(",".join(group) for group in s.groups)
         + (
             (
@@ -117,11 +118,10 @@ def summary_table(summary: RunSummary) -> Table:
                 if s.optimizer.surgery == "pcgrad"
                 else "  (gradients summed)"
             )
-            if s.adapt != "frozen" and any(len(g) > 1 for g in s.groups)
+            if trained and any(len(g) > 1 for g in s.groups)
             else ""
         ),
-        "dropout": "heads 0.1"
-        + ("" if s.adapt == "frozen" else f", encoder {s.model.encoder_dropout:g}"),
+        "dropout": "heads 0.1" + ("" if not trained else f", encoder {s.model.encoder_dropout:g}"),
         "vectors": f"{s.model.pooling} pooling; pairs: {s.model.pair_features}",
         "losses": ", ".join(f"{d.task.name}: {_loss(d)}" for d in s.tasks),
         "learning rates": f"{rates}heads {s.optimizer.head_learning_rate:g} "
@@ -146,12 +146,6 @@ def summary_table(summary: RunSummary) -> Table:
 def _loss(description: TaskSpec) -> str:
     weight = "" if description.weight == 1 else f" × {description.weight:g}"
     return description.task.loss.replace("_", " ") + weight
-
-
-def _lora_line(summary: RunSummary) -> str:
-    config = summary.settings.lora
-    modules = ", ".join(config.target_modules)
-    return f"frozen, LoRA rank {config.rank}, alpha {config.alpha:g} on {modules}"
 
 
 def _counts(summary: RunSummary, task: str) -> str:

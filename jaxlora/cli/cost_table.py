@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxlora import lora
 from jaxlora.formats import huggingface
 from jaxlora.nn.bert import BertConfig, param_shapes
 from jaxlora.training import cost, sharding
@@ -89,8 +88,7 @@ def lines(
             for size in sizes:
                 works = cost.for_variant(variant, config, **asked, **size)  # type: ignore[arg-type]
                 for group, work in works.items():
-                    if work.adapt == "lora":
-                        lora.targets(param_shapes(work.config), work.adapter)
+                    work.adaptation.check(param_shapes(work.config))
                     found = cost.estimate(work)
                     time = () if rates is None else (f"{found.seconds(*rates):.3f}",)
                     name = variant if len(works) == 1 else f"{variant} {group}"

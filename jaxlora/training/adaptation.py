@@ -5,6 +5,7 @@ Shapes: T tasks, N sentences a task, H hidden size.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -24,8 +25,6 @@ from jaxlora.tasks.sharing import Adapt
 from jaxlora.utils import trees
 from jaxlora.utils.trees import Tree
 
-_NO_ADAPTER = LoraConfig()
-
 Vectors = Callable[[Tree, str, str], np.ndarray]
 """`(trainable, task, split) → f32[sentences, H]`."""
 
@@ -39,12 +38,31 @@ class EncodeTasks(Protocol):
         """Vectors `f32[T, N, H]`, and from their cotangents to each task's gradient `[T, ...]`."""
 
 
-class Adaptation(Protocol):
-    """How an encoder is adapted: `Frozen`, `Lora` or `Full`."""
+class Adaptation(abc.ABC):
+    """How an encoder is adapted: `Frozen`, `Lora` or `Full`.
 
-    @property
-    def adapter(self) -> LoraConfig:
-        """Configuration of the adapters; not used without any."""
+    Attributes:
+      adapter: configuration of the adapters; not used without any.
+      trains_encoder: whether a step changes anything but heads.
+      keeps_base: whether the trained tasks need the base's own weights.
+      tasks_share_rows: whether sentences of several tasks are packed into one row.
+    """
+
+    adapter: LoraConfig
+    trains_encoder: ClassVar[bool] = True
+    keeps_base: ClassVar[bool] = True
+    tasks_share_rows: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """Return a few words for people."""
+
+    def check(self, params: Tree) -> None:  # noqa: B027 - most need no check
+        """Refuse a base that cannot be adapted so.
+
+        Raises:
+          ConfigError: naming the setting.
+        """
 
     def freeze(self, params: Tree, dtype: Any) -> Tree:
         """Return the collections that no step changes, with kernels ready for matmuls in `dtype`.
@@ -53,19 +71,23 @@ class Adaptation(Protocol):
           params: the pretrained `params` collection.
           dtype: dtype of matmul inputs, see `bert.matmul_ready`.
         """
+        return {"params": bert.matmul_ready(params, dtype)}
 
+    @abc.abstractmethod
     def init(self, key: jax.Array, params: Tree) -> Tree:
         """Return the collections that are trained, as they are before the first step.
 
         Raises:
-          ValueError: see `lora.targets`.
+          ConfigError: see `lora.targets`.
         """
 
+    @abc.abstractmethod
     def encode_tasks(self, encode: Encode, num_tasks: int) -> EncodeTasks:
         """Return how a step encodes the sentences of all its tasks, from how it encodes one's."""
 
     def vectors(self, live: Vectors) -> Vectors:
         """Return how a split is encoded for evaluation, from a function that does so each time."""
+        return live
 
     def batches(
         self,
@@ -82,20 +104,24 @@ class Adaptation(Protocol):
           vectors: see `vectors`.
           pack: packs sentences into rows; tasks share rows if its argument is true.
         """
+        del train, order, vectors
+        return pack(self.tasks_share_rows)
 
+    @abc.abstractmethod
     def row_sets(self, num_tasks: int) -> int:
         """Return how many sets of rows a step encodes."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen:
+class Frozen(Adaptation):
     """The encoder stays as it is, so each sentence is encoded once; only heads are trained."""
 
-    adapter: ClassVar[LoraConfig] = _NO_ADAPTER
+    adapter: LoraConfig = LoraConfig()
+    trains_encoder = False
 
-    def freeze(self, params: Tree, dtype: Any) -> Tree:
-        """Return all parameters."""
-        return {"params": bert.matmul_ready(params, dtype)}
+    def describe(self) -> str:
+        """Return a few words for people."""
+        return "frozen"
 
     def init(self, key: jax.Array, params: Tree) -> Tree:
         """Return nothing."""
@@ -129,37 +155,22 @@ class Frozen:
         return 0
 
 
-class _Trained:
-    """What `Lora` and `Full` have in common: sentences are encoded in each step."""
-
-    tasks_share_rows: bool
-
-    def vectors(self, live: Vectors) -> Vectors:
-        """Encode a split each time."""
-        return live
-
-    def batches(
-        self,
-        train: Mapping[str, Examples],
-        order: Order,
-        vectors: Vectors,
-        pack: Callable[[bool], PackedBatches],
-    ) -> PackedBatches:
-        """Pack the sentences."""
-        del train, order, vectors
-        return pack(self.tasks_share_rows)
-
-
 @dataclasses.dataclass(frozen=True)
-class Lora(_Trained):
+class Lora(Adaptation):
     """One adapter is trained for all tasks of the group; the tasks' sentences share rows."""
 
     adapter: LoraConfig
     tasks_share_rows = True
 
-    def freeze(self, params: Tree, dtype: Any) -> Tree:
-        """Return all parameters."""
-        return {"params": bert.matmul_ready(params, dtype)}
+    def describe(self) -> str:
+        """Return a few words for people."""
+        config = self.adapter
+        modules = ", ".join(config.target_modules)
+        return f"frozen, LoRA rank {config.rank}, alpha {config.alpha:g} on {modules}"
+
+    def check(self, params: Tree) -> None:
+        """Refuse ranks and modules that do not fit."""
+        lora.targets(params, self.adapter)
 
     def init(self, key: jax.Array, params: Tree) -> Tree:
         """Return a new adapter."""
@@ -186,11 +197,15 @@ class Lora(_Trained):
 
 
 @dataclasses.dataclass(frozen=True)
-class Full(_Trained):
+class Full(Adaptation):
     """All weights of one encoder are trained; each task has rows of its own."""
 
-    adapter: ClassVar[LoraConfig] = _NO_ADAPTER
-    tasks_share_rows = False
+    adapter: LoraConfig = LoraConfig()
+    keeps_base = False
+
+    def describe(self) -> str:
+        """Return a few words for people."""
+        return "trained"
 
     def freeze(self, params: Tree, dtype: Any) -> Tree:
         """Return nothing."""
@@ -203,7 +218,7 @@ class Full(_Trained):
         return {"params": jax.tree.map(jnp.asarray, params)}
 
     def encode_tasks(self, encode: Encode, num_tasks: int) -> EncodeTasks:
-        """Encode each task's rows with a copy of the encoder, since each needs all gradients."""
+        """Encode each task's rows with a copy of the encoder: kernels have a gradient a task."""
         encode_each = jax.vmap(encode, in_axes=(None, 0, 0, 0))
 
         def encode_rows(frozen: Tree, stack: Tree, rows: PackedTokens, key: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from jaxlora.formats.huggingface import MINILM
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.sharing import VARIANTS, Adapt, Groups
 from jaxlora.tasks.task import MADE_UP, Task
+from jaxlora.training.adaptation import Adaptation, make_adaptation
 from jaxlora.utils import bounds
 from jaxlora.utils.bounds import Above, AtLeast, Between
 from jaxlora.utils.errors import ConfigError, UserError
@@ -268,6 +269,11 @@ class Settings(Sections):
     def adapt(self) -> Adapt:
         """What is trained of the encoder."""
         return VARIANTS[self.variant].adapt
+
+    @property
+    def adaptation(self) -> Adaptation:
+        """How the encoder is adapted."""
+        return make_adaptation(self.adapt, self.lora)
 
     @property
     def title(self) -> str:

@@ -28,6 +28,7 @@ from jaxlora.nn.bert import BertConfig
 from jaxlora.tasks.sharing import Adapt, group_name, variant
 from jaxlora.tasks.task import Task, paper_tasks
 from jaxlora.training import sharding
+from jaxlora.training.adaptation import Adaptation, make_adaptation
 from jaxlora.utils import trees
 from jaxlora.utils.errors import ConfigError
 from jaxlora.utils.trees import Tree
@@ -91,6 +92,11 @@ class Work:
     fsdp: int = 1
 
     @property
+    def adaptation(self) -> Adaptation:
+        """How the encoder is adapted."""
+        return make_adaptation(self.adapt, self.adapter)
+
+    @property
     def devices(self) -> int:
         """Of the mesh."""
         return self.data * self.fsdp
@@ -98,8 +104,7 @@ class Work:
     @property
     def tokens(self) -> int:
         """Tokens of a step on all devices, padding included."""
-        packs = {"frozen": 0, "lora": 1, "full": len(self.tasks)}[self.adapt]
-        return packs * self.rows * self.row_length
+        return self.adaptation.row_sets(len(self.tasks)) * self.rows * self.row_length
 
     @property
     def width(self) -> int:
@@ -292,14 +297,12 @@ class _Trees(NamedTuple):
 def _trees(work: Work) -> _Trees:
     params = bert.param_shapes(work.config)
     key, hidden = jax.random.key(0), work.config.hidden_size
-    adapter: Tree = {}
-    if work.adapt == "lora":
-        adapter = jax.eval_shape(lambda: lora.init(key, params, work.adapter))
+    trained = jax.eval_shape(work.adaptation.init, key, params)
     heads = [
         jax.eval_shape(lambda t=task: t.init_head(key, hidden, work.pair_features))
         for task in work.tasks
     ]
-    return _Trees(params, adapter, params if work.adapt == "full" else adapter, heads)
+    return _Trees(params, trained.get("lora", {}), trained, heads)
 
 
 def _kernels(params: Tree) -> list[Any]:
@@ -353,7 +356,7 @@ def _memory(work: Work, found: _Trees) -> Memory:
 
 def _frozen(work: Work, found: _Trees) -> float:
     """Bytes of the parameters that no step changes; kernels are in the matmuls' dtype."""
-    if work.adapt == "full":
+    if not work.adaptation.keeps_base:
         return 0.0
     params = _laid_out(found.params)
     kernels = _part(_kernels(params), work.fsdp)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora import lora
 from jaxlora.data.batches import make_order
 from jaxlora.data.sources import Location, where
 from jaxlora.data.tokenized import SPLITS, Examples, list_blank, load_examples
@@ -65,8 +64,7 @@ def check_base(settings: Settings, base: Pretrained) -> None:
         raise ConfigError(
             "max_length", f"{settings.model.base} allows {limit} at most", settings.model.max_length
         )
-    if settings.adapt == "lora":
-        lora.targets(base.params, settings.lora)
+    settings.adaptation.check(base.params)
 
 
 def load_data(settings: Settings, base: Pretrained) -> Data:
@@ -147,7 +145,7 @@ def versions() -> dict[str, str]:
 def count(settings: Settings, base: Pretrained) -> parameter_count.ParameterCount:
     """The run's numbers of parameters."""
     return parameter_count.count(
-        base.config, settings.adapt, settings.groups, settings.named.values(), settings.lora,
+        base.config, settings.adaptation, settings.groups, settings.named.values(),
         settings.model.pair_features,
     )  # fmt: skip
 

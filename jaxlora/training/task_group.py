@@ -22,7 +22,7 @@ from jaxlora.serving import inference
 from jaxlora.tasks.sharing import group_name
 from jaxlora.tasks.task import Task
 from jaxlora.training import optimizer, sharding
-from jaxlora.training.adaptation import Vectors, make_adaptation
+from jaxlora.training.adaptation import Vectors
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data, make_steps
 from jaxlora.training.step import CompiledStep, TrainState, TrainStep, make_train_step
@@ -141,7 +141,7 @@ def make_group_step(
     return make_train_step(
         tuple(settings.named[name] for name in names),
         config.with_dropout(settings.model.encoder_dropout),
-        make_adaptation(settings.adapt, settings.lora),
+        settings.adaptation,
         optimizer.from_config(settings.optimizer, len(names), steps, settings.loop.seed),
         dtype=jnp.dtype(settings.model.dtype),
         pooling=settings.model.pooling,

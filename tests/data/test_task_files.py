@@ -176,13 +176,13 @@ def test_a_task_is_described_once(folder):
 
 def test_flags_that_do_not_go_with_a_file_of_tasks(folder):
     path = write(folder, TOPIC)
-    with pytest.raises(UserError, match="--sts-weight"):
+    with pytest.raises(UserError, match="`sts_weight`"):
         make_settings("lora1", tasks=(path,), sts_weight=2.0)
-    with pytest.raises(UserError, match="--data-dir goes with"):
+    with pytest.raises(UserError, match="`data_dir`: goes with"):
         make_settings("lora1", tasks=(path,), data_dir=folder)
-    with pytest.raises(UserError, match="--source=files"):
+    with pytest.raises(UserError, match="`source='files'`"):
         make_settings("lora1", source="files")
-    with pytest.raises(UserError, match="--tasks: name at least one"):
+    with pytest.raises(UserError, match="`tasks`: name at least one"):
         make_settings("lora1", tasks=(), groups="a")
     with pytest.raises(UserError, match="cannot be read"):
         make_settings("lora1", tasks=(str(folder / "none.toml"),))
@@ -195,8 +195,8 @@ def test_a_group_has_its_tasks_own_settings(folder):
     apart = make_settings("lora1", tasks=(path,))
     assert Settings.from_json(json.loads(json.dumps(apart.to_json()))) == apart
     assert isinstance(apart.tasks[1], TaskSpec)
-    assert apart.of_group(("price",)).epochs == 3
-    assert apart.of_group(("topic",)).epochs == apart.loop.epochs != 1
+    assert apart.of_group(("price",)).loop.epochs == 3
+    assert apart.of_group(("topic",)).loop.epochs == apart.loop.epochs != 1
     assert apart.of_group(("price",)).optimizer.learning_rate == 0.01
     with pytest.raises(UserError, match="must agree on epochs"):
         make_settings("lora3", tasks=(write(folder, TOPIC + "epochs = 2\n" + PRICE),))

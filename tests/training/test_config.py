@@ -1,12 +1,13 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.sharing import SEPARATE, SHARED, VARIANTS
-from jaxlora.training.config import PRESETS, Settings
-from jaxlora.training.presets import make_settings
-from jaxlora.utils.errors import UserError
+from jaxlora.training.config import Sections, Settings, flat_names
+from jaxlora.training.presets import PRESETS, Preset, make_settings
+from jaxlora.utils.errors import ConfigError, UserError
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -33,7 +34,7 @@ def test_paper_preset_has_the_papers_settings():
         "official",
     )
     assert settings.model.encoder_dropout == 0.1
-    assert make_settings("baseline1", "paper").head_learning_rate == 1e-3
+    assert make_settings("baseline1", "paper").optimizer.head_learning_rate == 1e-3
 
 
 def test_flags_come_before_presets():
@@ -44,14 +45,14 @@ def test_flags_come_before_presets():
         0.5,
     )
     assert settings.groups == (("sst",), ("para", "sts"))
-    assert make_settings("lora3", rank=4, alpha=8).alpha == 8
+    assert make_settings("lora3", rank=4, alpha=8).lora.alpha == 8
 
 
 def test_a_data_dir_means_cs224n():
-    assert make_settings("lora3", data_dir=Path("x")).source == "cs224n"
-    with pytest.raises(UserError, match="--data-dir"):
+    assert make_settings("lora3", data_dir=Path("x")).data.source == "cs224n"
+    with pytest.raises(UserError, match="`data_dir`"):
         make_settings("lora3", data_dir=Path("x"), source="demo")
-    with pytest.raises(UserError, match="--data-dir is missing"):
+    with pytest.raises(UserError, match="`data_dir`: missing"):
         make_settings("lora3", "cs224n")
 
 
@@ -95,8 +96,7 @@ def test_adapter_flags_reach_the_adapter():
 )
 def test_adapter_flags_mean_nothing_without_adapters(values):
     for name in ("baseline1", "baseline3"):
-        flag = next(iter(values)).replace("_", "-")
-        with pytest.raises(UserError, match=f"--{flag} means nothing to {name}"):
+        with pytest.raises(ConfigError, match=f"`{next(iter(values))}`: means nothing to {name}"):
             make_settings(name, **values)
 
 
@@ -112,32 +112,32 @@ def test_adapter_flags_mean_nothing_without_adapters(values):
     ],
 )
 def test_adapter_flags_out_of_range(values):
-    flag = next(iter(values)).replace("_", "-")
-    with pytest.raises(UserError, match=f"--{flag} .*must be"):
+    with pytest.raises(ConfigError, match="must be") as caught:
         make_settings("lora3", **values)
+    assert caught.value.field in (*values, "dropout")
 
 
 def test_some_module_is_adapted():
-    with pytest.raises(UserError, match="--target-modules: name at least one"):
+    with pytest.raises(UserError, match="`target_modules`: name at least one"):
         make_settings("lora3", target_modules=())
 
 
 def test_surgery_is_for_tasks_that_share():
-    assert make_settings("lora3").surgery == "pcgrad"
-    assert make_settings("lora1").surgery == "pcgrad"
-    assert make_settings("baseline2", surgery="none").surgery == "none"
-    assert make_settings("lora1", surgery="none", groups="sst|para,sts").surgery == "none"
+    assert make_settings("lora3").optimizer.surgery == "pcgrad"
+    assert make_settings("lora1").optimizer.surgery == "pcgrad"
+    assert make_settings("baseline2", surgery="none").optimizer.surgery == "none"
+    assert make_settings("lora1", surgery="none", groups="sst|para,sts").optimizer.surgery == "none"
     for variant, more in (("lora1", {}), ("baseline1", {}), ("lora3", {"only": ("sst",)})):
-        with pytest.raises(UserError, match="--surgery means nothing"):
+        with pytest.raises(UserError, match="`surgery`: means nothing"):
             make_settings(variant, surgery="none", **more)
 
 
 def test_synthetic_sts_goes_with_real_sts():
     data = Path("x")
-    assert make_settings("lora3", data_dir=data, synthetic_sts=True).synthetic_sts
-    assert make_settings("lora3", "paper", synthetic_sts=True).synthetic_sts
+    assert make_settings("lora3", data_dir=data, synthetic_sts=True).data.synthetic_sts
+    assert make_settings("lora3", "paper", synthetic_sts=True).data.synthetic_sts
     for more in ({}, {"data_dir": data, "only": ("sst", "para")}):
-        with pytest.raises(UserError, match="--synthetic-sts"):
+        with pytest.raises(UserError, match="`synthetic_sts`"):
             make_settings("lora3", synthetic_sts=True, **more)
 
 
@@ -146,11 +146,11 @@ def test_only_some_of_the_tasks():
     assert list(settings.named) == ["sst", "sts"]
     assert settings.groups == (("sst", "sts"),)
     assert make_settings("lora1", only=("para",)).groups == (("para",),)
-    with pytest.raises(UserError, match=r"--only stt: unknown task; there are sst, para, sts"):
+    with pytest.raises(UserError, match=r"`only` stt: unknown task; there are sst, para, sts"):
         make_settings("lora3", only=("stt",))
-    with pytest.raises(UserError, match="--only: name at least one"):
+    with pytest.raises(UserError, match="`only`: name at least one"):
         make_settings("lora3", only=())
-    with pytest.raises(UserError, match="--groups"):
+    with pytest.raises(UserError, match="`groups`"):
         make_settings("lora3", only=("sst",), groups="sst|para,sts")
 
 
@@ -163,3 +163,42 @@ def test_made_up_data_is_named_in_what_a_run_writes_down():
     real = make_settings("lora3", source="official")
     assert real.title == "lora3"
     assert [task.title for task in real.named.values()] == ["SST-5", "Quora", "STS-B"]
+
+
+def test_each_setting_has_a_name_of_its_own():
+    """Flags have no section's name, so two fields of one name would be one flag."""
+    sections = [getattr(Preset(), field.name) for field in dataclasses.fields(Preset)]
+    assert len(flat_names(Preset)) == sum(len(dataclasses.fields(part)) for part in sections)
+
+
+def test_change_reaches_every_section():
+    asked = {"source": "official", "base": "x", "lora_dropout": 0.5, "clip": 2.0, "seed": 7}
+    changed = Sections().change(**asked)
+    assert {name: changed.flat()[name] for name in asked} == asked
+    assert changed.lora.dropout == 0.5
+    others = Sections().flat().keys() - asked.keys()
+    assert all(changed.flat()[name] == Sections().flat()[name] for name in others)
+    with pytest.raises(ConfigError, match="`rang`: no such setting"):
+        Sections().change(rang=4)
+
+
+def test_settings_that_are_changed_are_checked_again():
+    settings = make_settings("lora3")
+    for name, value in {"rank": 0, "batch_size": 0, "encoder_dropout": 1.0, "clip": 0.0}.items():
+        with pytest.raises(ConfigError, match=f"`{name}` {value}: must be"):
+            settings.change(**{name: value})
+
+
+def test_a_learning_rate_that_no_number_is():
+    with pytest.raises(ConfigError, match="`learning_rate` nan: must be above 0"):
+        make_settings("lora3", learning_rate=float("nan"))
+
+
+def test_changed_settings_are_refused_when_they_are_read():
+    plain = make_settings("lora3").to_json()
+    for wrong in (
+        {"rank": 0}, {"rank": "4"}, {"variant": "baseline1"}, {"new": 1}, {"groups": [["sst"]]},
+        {"adapt": "full"},
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="the settings were changed"):
+            Settings.from_json(plain | wrong)
