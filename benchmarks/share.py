@@ -12,10 +12,10 @@ import jax
 import tyro
 
 from benchmarks import harness
-from benchmarks.work import Dtype, Ours, Work
+from benchmarks.work import Ours, Work
 from jaxlora.formats import huggingface
 from jaxlora.pcgrad import pcgrad
-from jaxlora.training.config import VariantName
+from jaxlora.training.config import Dtype, VariantName
 from jaxlora.utils import trees
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxlora.serving.tree_files import PLAIN, brief, plain_path
@@ -190,7 +191,7 @@ def remove_states(folder: Path) -> None:
 
 
 def _is_key(x: Any) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
