@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
 import jax
@@ -87,7 +88,7 @@ def train_group(
     window: Window,
     patience: int = 0,
 ) -> tuple[dict[str, Tree], Progress]:
-    """Train one group from its checkpoint, or from the start, to its end.
+    """Train one group from its checkpoint, or the start, to its end.
 
     A checkpoint is written after each evaluation, so a killed run repeats at the most the steps
     since the last one, and ends with the same parameters.
@@ -118,21 +119,30 @@ def train_group(
             if evaluate_now or signal or window.full:
                 tell(window.flush(progress))
             if evaluate_now:
-                tell(record := evaluate_group(group, state))
-                if progress.note(record["score"], record["dev"], patience):
-                    best = _copy_of(state)
-                progress.done |= progress.step == group.steps
+                best = _evaluate(group, state, progress, patience, tell) or best
             if evaluate_now or signal:
                 # Not by a name, which would keep this best when there is a better one.
-                saved.save(
-                    progress.step, {"state": state, "best": best}, dataclasses.asdict(progress)
-                )
+                saved.save(progress.step, {"state": state, "best": best}, vars(progress))
                 window.restart()
             if signal:
                 raise _stopped(signal, group, progress)
             if progress.done:
                 break
     return best, progress
+
+
+def _evaluate(
+    group: TaskGroup,
+    state: TrainState,
+    progress: Progress,
+    patience: int,
+    tell: Callable[[dict[str, Any]], None],
+) -> dict[str, Tree] | None:
+    """Evaluate and note the scores; return what is kept of the state if it is the best so far."""
+    tell(record := evaluate_group(group, state))
+    is_best = progress.note(record["score"], record["dev"], patience)
+    progress.done |= progress.step == group.steps
+    return _copy_of(state) if is_best else None
 
 
 def _tell(log: metrics_log.MetricsLog, callback: Callback, record: dict[str, Any] | None) -> None:

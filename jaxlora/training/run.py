@@ -49,6 +49,11 @@ class RunOptions:
     skip_nonfinite: bool = False
     base_sha256: str | None = None
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits whose predictions are written."""
+        return ("dev", "test") if self.predict_test else ("dev",)
+
 
 def run(
     settings: Settings,
@@ -93,29 +98,32 @@ def run(
         )  # another may have come in between
         distributed.wait("nothing is written before all have looked")
         if not (out / finished_run.RESULT).exists():
-            versions = inputs.versions()
-            config = {"settings": settings.to_json(), "inputs": checksums, "versions": versions}
-            if not finished_run.exists(out):
-                run_folder.write_json(out / finished_run.CONFIG, config)
-            splits = ("dev", "test") if options.predict_test else ("dev",)
-            context = RunContext(settings, base, data, out, splits, devices, options.skip_nonfinite)
-            run_folder.write_json(out / finished_run.RESULT, _train_all(context, callback))
-            distributed.wait("the result is written")
+            _train(RunContext(settings, base, data, checksums, out, devices, options), callback)
         checkpoint.remove_states(out / run_folder.STATES)
         return run_folder.read_json(out / finished_run.RESULT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RunContext:
-    """What a run works on, where and how: `splits` are those to predict."""
+    """What a run works on, where and how; `checksums` are those of the base and the data."""
 
     settings: Settings
     base: Pretrained
     data: Data
+    checksums: dict[str, str]
     out: Path
-    splits: tuple[str, ...]
     mesh: Mesh
-    skip_nonfinite: bool
+    options: RunOptions
+
+
+def _train(context: RunContext, callback: Callback) -> None:
+    """Write down what is run, train, and write the result."""
+    out, settings, versions = context.out, context.settings.to_json(), inputs.versions()
+    config = {"settings": settings, "inputs": context.checksums, "versions": versions}
+    if not finished_run.exists(out):
+        run_folder.write_json(out / finished_run.CONFIG, config)
+    run_folder.write_json(out / finished_run.RESULT, _train_all(context, callback))
+    distributed.wait("the result is written")
 
 
 def _train_all(context: RunContext, callback: Callback) -> dict[str, Any]:
@@ -181,10 +189,10 @@ def _train_one(
     """
     group = make_task_group(context.settings, context.base, context.data, names, context.mesh)
     patience = context.settings.of_group(names).loop.patience
-    window = Window(group, context.skip_nonfinite)
+    window = Window(group, context.options.skip_nonfinite)
     best, done = train_group(group, saved, log, callback, window, patience)
     _refuse_unscored(group, done)
-    test = predict_splits(context.out, group, best, context.splits)
+    test = predict_splits(context.out, group, best, context.options.splits)
     return distributed.gather(best), dataclasses.asdict(done), test
 
 

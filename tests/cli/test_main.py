@@ -104,7 +104,7 @@ BAD_FLAGS = {
     "positions": (["--max-length=9999"], ["--max-length"]),
     "base": (["--base=./nowhere"], ["--base", "nowhere"]),
     "data": (["--data-dir=nowhere"], ["nowhere", "--data-dir"]),
-    "seed": (["--seed=99999999999999999999"], ["--seed", "2147483647"]),
+    "seed": (["--seed=99999999999999999999"], ["--seed", "below 2147483648"]),
     "out below a file": ([f"--out={__file__}/x"], ["--out", "test_main.py"]),
 }
 

@@ -157,10 +157,10 @@ def test_names_of_classes_stay_as_they_are_written(folder):
         ("topic.epoch=3", "unknown key 'epoch'; did you mean epochs"),
         ("topic.epochs=x", "epochs: 'x' is not a whole number"),
         ("topic.epochs=1.5", "epochs: 1.5"),
-        ("tropic.epochs=3", "--tasks: .tropic. lacks kind"),
-        ("../x.epochs=3", "--tasks: '../x' cannot be a name"),
+        ("tropic.epochs=3", "`tasks`: .tropic. lacks kind"),
+        ("../x.epochs=3", "`tasks`: '../x' cannot be a name"),
         ("topic.dev=none.csv", "there is no file .*none.csv"),
-        ("epochs=3", "--tasks epochs=3: cannot be read"),
+        ("epochs=3", "`tasks` epochs=3: cannot be read"),
     ],
 )
 def test_mistakes_in_flags(folder, value, message):
