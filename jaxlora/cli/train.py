@@ -12,6 +12,7 @@ from rich.console import Console
 
 from jaxlora.cli import curves
 from jaxlora.cli.console import ConsoleCallback, notes, result_table, say
+from jaxlora.cli.flags import with_flags
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.sharing import variant
 from jaxlora.training import metrics_log
@@ -104,7 +105,7 @@ def train(words: Sequence[str]) -> None:
     """Join the other processes, if there are any, and run what the flags ask for."""
     flags = parse(words)
     distributed.join(flags.coordinator, flags.processes, flags.process)
-    with distributed.together():
+    with distributed.together(with_flags):
         _train(flags, words)
 
 

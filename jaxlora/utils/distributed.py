@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -116,11 +116,14 @@ def agreed_signal(received: int, due: bool) -> int:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together(shown: Callable[[str], str] = str) -> Iterator[None]:
     """End all processes when one of them fails while this lasts, with its line and exit code.
 
     The others may be waiting for the failed one inside a collective, which no exception interrupts,
     so a thread of theirs ends them. A step at which all have agreed to stop is no failure.
+
+    Args:
+      shown: rewrites the line for this command, see `process.exit_code`.
     """
     if jax.process_count() == 1:
         yield
@@ -134,7 +137,7 @@ def together() -> Iterator[None]:
             wait("all are done")
     except BaseException as error:
         if not (isinstance(error, Stopped) and error.saved):
-            _end_others(error, watcher)
+            _end_others(error, watcher, shown)
         raise
     finally:
         over.set()
@@ -153,12 +156,15 @@ def _watch(over: threading.Event) -> None:
             os._exit(code)
 
 
-def _end_others(error: BaseException, watcher: threading.Thread) -> None:
+def _end_others(
+    error: BaseException, watcher: threading.Thread, shown: Callable[[str], str]
+) -> None:
     """Tell the others what ends this process, and wait until they have heard of it.
 
     If another one has failed before, the watcher ends this process in here.
     """
-    failed = json.dumps([jax.process_index(), *host.verdict(error)])
+    code, line = host.verdict(error)
+    failed = json.dumps([jax.process_index(), code, shown(line)])
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one's is there
         _store().key_value_set(f"{_FAILED}/first", failed)
     watcher.join()

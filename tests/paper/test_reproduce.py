@@ -403,9 +403,7 @@ def test_extras_leave_out_what_means_nothing_to_the_built_in_data():
 
 def test_how_far_a_run_is(make, tmp_path):
     study = studies.STUDIES["lora1"]
-    run = runs.Run(
-        study, study.to_flags(), make("lora1"), tmp_path, {"sst": 5, "para": 7, "sts": 4}
-    )
+    run = runs.Run(study, study.asked(), make("lora1"), tmp_path, {"sst": 5, "para": 7, "sts": 4})
     assert run.done() == 0 and run.total == 16
     run.out.mkdir(parents=True)
     log = run.out / "metrics.jsonl"
