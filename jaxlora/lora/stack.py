@@ -1,7 +1,7 @@
-"""Adapters of different ranks, scales and layers, brought to one shape so that they can be stacked.
+"""Pad adapters of different ranks, scales and layers to equal shapes so that they can be stacked.
 
-An adapter of rank r is one of rank R ≥ r whose last rows and columns are zero, and a scale can be
-moved into B: `s · A B = A (s B)`. Neither changes what an adapter computes.
+An adapter of rank r is also one of rank R ≥ r with zeros in the last columns of A and rows of B,
+and its scale can be moved into B: `s · A B = A (s B)`. Neither changes what it computes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from jaxlora.utils.trees import Tree
 
 
 def stack(adapters: Sequence[Adapter | None]) -> tuple[list[Tree], LoraConfig]:
-    """Bring adapters of one base to each layer's largest rank, to all layers, and to a scale of 1.
+    """Pad adapters of one base to the union of their layers, each layer's largest rank and scale 1.
 
     Args:
-      adapters: trees with their configurations; None stands for one that changes nothing.
+      adapters: trees with their configurations; None means no adapter, and becomes zeros.
 
     Returns:
-      `(trees of equal structure and shapes, the configuration that all have now)`; empty trees if
-      there is no adapter at all.
+      `(trees, config)`: trees of equal structure and shapes, and the configuration they share.
+      Without any adapter the trees are empty.
 
     >>> one = {"q": {"A": jnp.ones((3, 1)), "B": jnp.ones((1, 2))}}
     >>> (wide, zero), config = stack([(one, LoraConfig(1, 2.0, ("q",))), None])
@@ -53,5 +53,5 @@ def _widen(
         if found is not None and path in found[0]:
             x = jnp.asarray(found[0][path])
             x = x * found[1].scale_of(path[:-1]) if path[-1] == "B" else x
-        out[path] = jnp.pad(x, [(0, to - n) for n, to in zip(x.shape, shape, strict=True)])
+        out[path] = jnp.pad(x, [(0, size - n) for n, size in zip(x.shape, shape, strict=True)])
     return trees.unflatten(out)

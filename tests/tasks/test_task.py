@@ -46,7 +46,7 @@ def test_defaults_follow_the_kind():
         ({"kind": "regression", "high": float("inf")}, "is empty"),
         ({"kind": "regression", "loss": "cosine"}, "loss 'cosine' does not go with regression"),
         ({"kind": "binary", "metric": "pearson"}, "metric 'pearson' does not go with binary"),
-        ({"kind": "similarity"}, "two columns"),
+        ({"kind": "similarity"}, "two text columns"),
         ({"kind": "regression", "pair": True, "head": "pooler"}, "reads one sentence"),
     ],
 )
@@ -237,7 +237,7 @@ def test_heads_are_drawn_as_is_said():
 )
 def test_predictions_that_do_not_match_the_labels_are_refused(metric, found, truth):
     """NumPy would broadcast three answers to one label."""
-    with pytest.raises(ValueError, match="as many predictions as labels"):
+    with pytest.raises(ValueError, match="vectors of equal length"):
         metric(np.array(found), np.array(truth))
 
 

@@ -327,10 +327,10 @@ def temporary(tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path / "tmp"))
     files.own_temporary.cache_clear()
-    cache._say_once.cache_clear()
+    cache._note_once.cache_clear()
     yield tmp_path / "tmp"
     files.own_temporary.cache_clear()
-    cache._say_once.cache_clear()
+    cache._note_once.cache_clear()
 
 
 PLACES = {
