@@ -188,7 +188,7 @@ def test_of_a_long_run_few_batches_are_looked_at_and_every_one_fits(
         examples[str(task)] = Examples(labels.astype(str), tokens, offsets, labels, 1)
     order = make_order({name: len(e) for name, e in examples.items()}, batch_size, seed=0)
     steps = 2 * order.steps_per_epoch
-    with mock.patch.object(batches, "LOOKED_AT", looked_at):
+    with mock.patch.object(batches, "MAX_SAMPLED", looked_at):
         planned = choose_batch_shapes(examples, order, steps, 32, most, mixed, multiple)
         again = choose_batch_shapes(examples, order, steps, 32, most, mixed, multiple)
     assert planned.shapes == again.shapes
@@ -218,7 +218,7 @@ def test_the_paper_preset_is_planned_in_seconds(monkeypatch, most):
     began = time.monotonic()
     planned = choose_batch_shapes(examples, order, 454_820, 128, most, mixed=most == 3)
     assert time.monotonic() - began < 60
-    assert len(looked_at) <= batches.LOOKED_AT
+    assert len(looked_at) <= batches.MAX_SAMPLED
     assert max(looked_at) == 454_819 and min(looked_at) == 0
     assert len(planned.shapes) <= max(2, most) + 1
     # Any batch fits, the one of the longest sentences, too.

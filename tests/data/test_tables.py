@@ -66,7 +66,7 @@ def test_fields_that_are_quoted_on_their_own_line_are_read_as_csv_wrote_them(tmp
     assert [text for text, _ in rows_of(path)] == list(UNQUOTED)
     assert [text for text, _ in rows_of(path, quoting="none")] == list(QUOTED)
     (note,) = tables.notes(tables.load_sheets({"train": path}))["train"]
-    assert note == "2 fields are in double quotes, as CSV has them"
+    assert note == "2 fields are in double quotes, as in standard CSV"
 
 
 def test_a_quote_means_the_same_in_all_files_of_a_task(tmp_path):
@@ -87,7 +87,7 @@ def test_fields_over_lines_and_with_delimiters_are_counted(tmp_path, delimiter):
     assert [t for t, _ in rows_of(path, quoting=quoting)] == ["a\nb", f"c{delimiter}d", "e"]
     sheets = tables.load_sheets({"train": path}, None, quoting)
     (note,) = tables.notes(sheets)["train"]
-    assert note.startswith("of the quoted fields 1 go over several lines and 1 hold a ")
+    assert note.startswith("of the quoted fields 1 span several lines and 1 contain a ")
 
 
 def test_what_cannot_be_split_names_the_other_rule(tmp_path):
@@ -361,7 +361,7 @@ def test_fields_over_lines_are_told_of_requests_too(echo, tmp_path):
     path.write_text('id,sentence\n1,"a\nb"\n2,"c, d"\n')
     rows, told = answers(echo, path, "sst")
     assert len(rows) == 2
-    assert told == ["of the quoted fields 1 go over several lines and 1 hold a comma"]
+    assert told == ["of the quoted fields 1 span several lines and 1 contain a comma"]
 
 
 def test_a_blank_request_has_no_answer_but_a_reason(echo, tmp_path):
@@ -440,7 +440,7 @@ def test_the_command_takes_both_flags_and_says_what_it_did(echo, tmp_path, monke
     code, shown = call("--strict")
     assert (code, "1 row with a blank text (line 3)" in shown, target.exists()) == (2, True, False)
     code, shown = call("--quoting=standard")
-    assert (code, "1 answer; of the quoted fields 1 go over several" in shown) == (0, True)
+    assert (code, "1 answer; of the quoted fields 1 span several" in shown) == (0, True)
     assert call("--quoting=none")[0] == 0
 
 

@@ -402,7 +402,7 @@ def test_tokens_that_cannot_be_kept_are_no_obstacle(make, tiny, tmp_path, monkey
     shutil.rmtree(tmp_path / "tokens")
     again = tokenized.load_examples(*args, tmp_path)
     np.testing.assert_array_equal(again["train"].tokens, kept["train"].tokens)
-    assert "is not kept" in capsys.readouterr().err
+    assert "is not cached" in capsys.readouterr().err
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
