@@ -33,7 +33,7 @@ def test_place_never_overlaps_and_never_leaves_the_row(sizes):
     ("sizes", "rows"),
     [([], 0), ([16], 1), ([8, 8], 1), ([9, 8], 2), ([10, 9, 7, 6], 2), ([6, 7, 9, 10], 2)],
 )
-def test_place_by_hand(sizes, rows):
+def test_place_uses_the_fewest_rows_of_small_cases(sizes, rows):
     assert place(sizes, ROW).rows == rows
 
 
@@ -105,5 +105,5 @@ def test_a_shape_must_hold_every_task():
 @pytest.mark.parametrize(
     ("most", "expected"), [(128, (64, 96, 128)), (64, (64,)), (32, (32,)), (65, (64, 65))]
 )
-def test_row_lengths(most, expected):
+def test_row_lengths_end_with_the_longest(most, expected):
     assert packing.row_lengths(most) == expected
