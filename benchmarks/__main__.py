@@ -1,4 +1,4 @@
-"""All benches that a CPU can run, one after the other: `python -m benchmarks`."""
+"""Run all benchmarks for CPUs, one after another: `python -m benchmarks`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A frozen encoder's cached vectors, beside encoding anew: `python -m benchmarks.frozen`."""
+"""Compare cached vectors of a frozen encoder with encoding: `python -m benchmarks.frozen`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benches on an accelerator, at bert-base's size: `python -m benchmarks.gpu`.
+"""Run the benchmarks on an accelerator, at the size of bert-base: `python -m benchmarks.gpu`.
 
 Weights are random, which takes as long as trained ones; nothing is downloaded.
 """

@@ -1,4 +1,4 @@
-"""Timing: sides run in turn, and what comes out is a table and a JSON file."""
+"""Timing: run both sides in turn, and write a table and a JSON file."""
 
 from __future__ import annotations
 

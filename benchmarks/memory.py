@@ -1,4 +1,4 @@
-"""Peak memory beside the peer's: `python -m benchmarks.memory`."""
+"""Measure peak memory, ours and the peer's: `python -m benchmarks.memory`."""
 
 from __future__ import annotations
 

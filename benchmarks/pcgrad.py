@@ -1,4 +1,4 @@
-"""PCGrad alone, beside torchjd's: `python -m benchmarks.pcgrad`."""
+"""Measure PCGrad alone, ours and torchjd's: `python -m benchmarks.pcgrad`."""
 
 from __future__ import annotations
 

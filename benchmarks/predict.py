@@ -1,4 +1,4 @@
-"""Mixed-task inference beside transformers + peft: `python -m benchmarks.predict`."""
+"""Measure mixed-task inference, also of transformers + peft: `python -m benchmarks.predict`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write RESULTS.md from the benches' JSON files: `python -m benchmarks.results`."""
+"""Write RESULTS.md from the JSON files of the benchmarks: `python -m benchmarks.results`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a step grows with its work: `python -m benchmarks.scaling`."""
+"""Measure how a step scales with its work: `python -m benchmarks.scaling`."""
 
 from __future__ import annotations
 

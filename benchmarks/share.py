@@ -1,4 +1,4 @@
-"""What of a LoRA step is not the network: `python -m benchmarks.share`."""
+"""Measure the share of a LoRA step outside of the network: `python -m benchmarks.share`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the start of the process to the first step: `python -m benchmarks.start`."""
+"""Measure the time from process start to the first step: `python -m benchmarks.start`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training steps a second beside PyTorch + peft: `python -m benchmarks.step`."""
+"""Measure train steps per second, ours and PyTorch + peft's: `python -m benchmarks.step`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Flags:
       rounds: timed runs of each side.
       steps: steps of a run.
       peers: eager, compile (torch.compile), graphs (that with CUDA graphs).
-      together: of our side, also so many steps in one program; 0: not.
+      together: also measure our side with this many steps in one program; 0: do not.
       device: the peer's device.
       name: of the JSON file.
       out: its folder.

@@ -1,4 +1,4 @@
-"""The work that both sides do: the same weights, sentences, adapters and heads."""
+"""The common work of both sides: the same weights, sentences, adapters and heads."""
 
 from __future__ import annotations
 

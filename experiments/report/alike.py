@@ -1,4 +1,4 @@
-"""Whether runs can be compared at all: what in their settings differs and was not meant to."""
+"""Check that runs are comparable: find settings that differ unintentionally."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the runs on disk to the whole report."""
+"""Assemble the report from the runs on disk."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The paper's claims as data, and what our runs say of each.
+"""The paper's claims as data, and the verdict of our runs on each.
 
-A claim is a quantity and the region in which it bears the claim out. Its verdict compares that
-region with the quantity's interval: inside, it is reproduced; outside, it is not; else the runs
-cannot decide. Nor can they where there are too few seeds, where a run was capped, failed or left
-steps out, and where the data is made up.
+A claim is a quantity and the region in which the claim holds. The verdict compares that region
+with the interval of the quantity: inside, the claim is reproduced; outside, it is not; otherwise
+the runs cannot decide. They cannot decide either with too few seeds, if a run was capped, failed or
+skipped steps, or if the data is made up.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SAME: Region = (-MARGIN, MARGIN)
 NOT_LOWER: Region = (-MARGIN, INFINITY)
 FEWEST = {"reproduced": 3, "not reproduced": 2}  # seeds that a verdict needs
 
-NO_LABELS = "the dev predictions hold no labels: train the runs anew"
+NO_LABELS = "the dev predictions have no labels: train these runs again"
 PARTS = {
     "a": "Cosine loss for similarity",
     "b": "Sharing parameters between tasks",
@@ -51,12 +51,12 @@ class Claim:
 
     Attributes:
       part: its letter, see `PARTS`.
-      text: what is claimed.
+      text: the statement.
       first, second: the studies.
-      measure: what is compared, see `MEASURES`.
-      region: where the quantity must lie; points for scores, else percent.
-      paper: what the paper's own figures give for it, None where it has none.
-      source: whether the paper says it, its Table 2 shows it, or we ask it.
+      measure: the quantity, see `MEASURES`.
+      region: values of the quantity for which the claim holds; points for scores, else percent.
+      paper: the quantity according to the paper's figures; None if it has none.
+      source: whether the paper states it, its Table 2 shows it, or it is our question.
     """
 
     part: str
@@ -89,11 +89,11 @@ class Evidence:
     """The measurement of a claim's quantity.
 
     Attributes:
-      interval: of the quantity; None where it cannot be had.
-      seeds: of the study that has fewer.
-      note: where it comes from, or why it is not there.
-      deviation: of the quantity over seeds; None where there are fewer than two.
-      third: a study that it depends on beside the claim's two.
+      interval: interval of the quantity; None if it cannot be measured.
+      seeds: number of seeds of the study with fewer.
+      note: source of the interval, or the reason why there is none.
+      deviation: standard deviation of the quantity over seeds; None for fewer than two.
+      third: another study that it depends on.
     """
 
     interval: Interval | None
@@ -108,9 +108,9 @@ class Finding:
     """A claim, its evidence and the verdict.
 
     Attributes:
-      claim, evidence: see there.
+      claim, evidence: the claim and its measurement.
       run: whether both studies have a finished run.
-      objection: why the runs can prove nothing, whatever they measured; "" if they can.
+      objection: reason why no result of these runs proves anything; empty if there is none.
     """
 
     claim: Claim

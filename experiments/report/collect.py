@@ -1,4 +1,4 @@
-"""Read what `experiments/reproduce.py` left on disk: runs by study and seed, and what is missing.
+"""Read the runs that `experiments/reproduce.py` wrote, by study and seed, and find missing ones.
 
 root/<study>/seed<k>/     run folders, see `jaxlora.training.run`
 root/plan.json            what was asked for
@@ -52,13 +52,13 @@ class Run:
     """A finished run.
 
     Attributes:
-      study, seed: its place among the others.
-      folder: where it lies.
+      study, seed: identify the run.
+      folder: its folder.
       settings, versions: from `config.json`.
       result: `result.json`.
       records: the lines of `metrics.jsonl`.
-      answers: task → its dev predictions; empty where they hold no labels.
-      disk_bytes: what its trained model takes on disk.
+      answers: task → its dev predictions; empty if they have no labels.
+      disk_bytes: size of the trained model on disk.
     """
 
     study: str
@@ -179,7 +179,7 @@ def collect(root: Path) -> Collection:
     """Read the runs of a root.
 
     Raises:
-      UserError: if it is no folder, holds no run at all, or a file in it is broken.
+      UserError: if it is not a folder, contains no runs, or a file in it is invalid.
     """
     if not root.is_dir():
         raise UserError(
@@ -257,7 +257,7 @@ def read_predictions(path: Path) -> Predictions:
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(
             f"{path}, line {rows.line_num}: not id,prediction,label,confidence ({error}); "
-            f"{files.ANEW}"
+            f"{files.RETRAIN}"
         ) from error
     columns = np.array(numbers, np.float64).reshape(-1, 3).T
     return Predictions(np.array(ids, str), *columns)
@@ -267,7 +267,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error}); {files.ANEW}") from error
+        raise UserError(f"{path}: not UTF-8 ({error}); {files.RETRAIN}") from error
 
 
 def _order(planned: Iterable[str]) -> Any:

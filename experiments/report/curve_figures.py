@@ -12,7 +12,7 @@ from experiments.report.drawing import INK, Panel, Plan
 from jaxlora.cli.curves import series, smooth
 from jaxlora.tasks.task import NAMES
 
-POINTS = 160  # of a curve; more cannot be told apart
+POINTS = 160  # per curve; more are not distinguishable
 LINES = {
     "baseline1": "#8a8f98", "baseline2": "#f0a35e", "baseline3": "#d9622b", "baseline4": "#a8434f",
     "lora1": "#7fb8ec", "lora2": "#2f86d1", "lora3": "#46b08c", "lora4": "#8b6fd0",

@@ -1,4 +1,4 @@
-"""How figures are drawn: wide for a desk, narrow for a phone, legible on light and on dark.
+"""Drawing of figures: wide for desktops, narrow for phones, legible on light and dark.
 
 Axes and text are drawn in `INK`, which the page replaces by its own text colour; the colours of
 data stand out on both.

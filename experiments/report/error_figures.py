@@ -1,4 +1,4 @@
-"""What goes wrong, and how sure the model is: confusion, scatter and reliability."""
+"""Figures of errors and confidence: confusion, scatter and reliability."""
 
 from __future__ import annotations
 

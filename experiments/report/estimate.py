@@ -1,4 +1,4 @@
-"""What the paper's own setting would cost: bert-base and the full Quora set, from measured runs."""
+"""Estimate of the cost of the paper's setting (bert-base, all of Quora) from measured runs."""
 
 from __future__ import annotations
 

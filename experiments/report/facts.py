@@ -1,4 +1,4 @@
-"""What a report says in words: the summary, the commands, the seeds, the versions, the machine."""
+"""The text of a report: summary, commands, seeds, versions and machine."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def missing(collection: Collection) -> list[str]:
     if unlabelled:
         lines.append(
             f"dev predictions without labels, so no intervals: {', '.join(unlabelled)} "
-            "(written by an earlier version; train them anew)"
+            "(written by an earlier version; train them again)"
         )
     return lines + alike.differing(collection)
 
@@ -147,7 +147,7 @@ def missing(collection: Collection) -> list[str]:
 def about(collection: Collection) -> dict[str, str]:
     """Return seeds, versions, machine and time of the runs.
 
-    Only timed runs write their machine down; else it is told which the report was made on.
+    Only timed runs record their machine; otherwise it is that on which the report was made.
     """
     settings = [run.settings for run in collection.runs]
     versions = _distinct(

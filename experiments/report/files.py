@@ -1,4 +1,4 @@
-"""The JSON files of a root and its runs; each holds what a report uses of it, or is refused."""
+"""Readers of the JSON files of a root and its runs; invalid files are refused."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from jaxlora.training import run_folder
 from jaxlora.utils import files, schema
 from jaxlora.utils.errors import UserError
 
-ANEW = "train the run anew"
+RETRAIN = "train the run again"
 ASIDE = "repair it, or move it away"
-# Field → type, see `plain.read`.
+# Field → type, see `schema.read`.
 _PLAN = {"studies": tuple[str, ...], "seeds": tuple[int, ...]}
 _STEP = dict.fromkeys(("low", "median", "high"), float)
 _SETTINGS = {
@@ -107,12 +107,12 @@ def model_bytes(folder: Path) -> int:
     model = folder / finished_run.MODEL
     size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
     if not size:
-        raise UserError(f"{model}: missing or empty, so nobody knows what it stores; {ANEW}")
+        raise UserError(f"{model}: missing or empty, so its size is unknown; {RETRAIN}")
     return size
 
 
 def _check(
-    value: Any, fields: Mapping[str, Any], path: Path, part: str = "", remedy: str = ANEW
+    value: Any, fields: Mapping[str, Any], path: Path, part: str = "", remedy: str = RETRAIN
 ) -> None:
     """Refuse a value that is not an object with these fields; others are allowed."""
     where = f"{path}: {part}: " if part else f"{path}: "

@@ -1,4 +1,4 @@
-"""`report.html`: one file that needs nothing else."""
+"""`report.html`: one self-contained file."""
 
 from __future__ import annotations
 

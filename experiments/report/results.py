@@ -1,4 +1,4 @@
-"""`results.md`: the report's tables as Markdown, with all that is needed to make them again."""
+"""`results.md`: the report's tables as Markdown, with all that is needed to reproduce them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.report.tables import Table
 
 HEAD = """# Results
 
-Written by `{command}`. Scores are of the dev sets; the test predictions of every run lie in its \
+Written by `{command}`. Scores are of the dev sets; the test predictions of every run are in its \
 `predictions/` folder.
 """
 

@@ -1,4 +1,4 @@
-"""Dev scores of all studies, as measured and as each bootstrap resample would have them."""
+"""Dev scores of all studies, as measured and on each bootstrap resample."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A measured value and the interval it lies in."""
+    """A measured value and its interval."""
 
     value: float
     low: float

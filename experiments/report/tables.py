@@ -1,4 +1,4 @@
-"""The report's tables as plain rows; `page` and `results` decide how they are written."""
+"""The report's tables as plain rows; `page` and `results` format them."""
 
 from __future__ import annotations
 
@@ -172,8 +172,8 @@ def verdicts(context: Context, findings: Sequence[Finding]) -> Table:
     )  # fmt: skip
     about = (
         "Study minus other study in points of the score (percent of accuracy, r × 100), or as a "
-        "share or change in percent. Reproduced: the whole interval lies where the claim says; not "
-        "reproduced: none of it does; else the runs cannot decide (of a question of ours, "
+        "share or change in percent. Reproduced: the interval is where the claim says; not "
+        "reproduced: none of it is; otherwise the runs cannot decide (for a question of ours, "
         "reproduced means yes). Intervals of scores are 95 % ones, and say what other seeds and "
         "other dev examples might have given; with one seed they are over dev examples alone. "
         "What seeds can change gets no verdict with one seed, and is called reproduced with three "
@@ -434,7 +434,7 @@ _NOT_SHOWN = {"seed", "data_dir", "variant"}
 def differs(run: Run, base: Sequence[Run]) -> str:
     """List the settings in which a run differs from its variant, as flags.
 
-    Runs of a variant that is not there cannot be compared with: then the groups and rank stand in.
+    Without a run of the variant, groups and rank are listed instead.
     """
     if not base:
         return f"groups {_sharing(run.settings['groups'])}; rank {run.settings['rank']}"

@@ -1,4 +1,4 @@
-"""How long training takes: a step, all of it, and up to the best dev score."""
+"""Training times: per step, in total, and until the best dev score."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Time:
     """The training time of a study.
 
     Attributes:
-      step: ms a step: median, and the range it lies in.
-      steps: of all groups of a run.
+      step: milliseconds per step: median and range.
+      steps: steps of all groups of a run.
       total, best: seconds of training, to the end and to the best dev score, over seeds.
       source: where `step` was measured.
     """
