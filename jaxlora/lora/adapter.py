@@ -204,7 +204,7 @@ def init(key: jax.Array, params: Tree, config: LoraConfig) -> Tree:
 
     Args:
       key: PRNG key.
-      params: base parameters (arrays or `jax.ShapeDtypeStruct`s); only shapes are read.
+      params: base parameters, or `jax.ShapeDtypeStruct` leaves; only shapes are read.
       config: what to adapt, and how.
 
     Returns:
