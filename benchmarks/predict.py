@@ -71,7 +71,8 @@ def make_ours(size: int, base: str) -> Callable[[], np.ndarray]:
     encode = encoder(loaded.config, jnp.float32, chosen.lora, chosen.pooling)
     encode_mixed = make_mixed_encode(encode)
     frozen = {"params": bert.matmul_ready(loaded.params, jnp.float32)}
-    stack = {"lora": jax.tree.map(lambda *x: jnp.stack(x), *make_adapters(loaded))}
+    adapters = map(bert.unstack_layers, make_adapters(loaded))
+    stack = jax.tree.map(lambda *x: jnp.stack(x), *adapters)
     requests, owner = make_requests(size, loaded)
     return lambda: evaluate.encode(encode_mixed, frozen, stack, requests, chosen.max_length, owner)
 

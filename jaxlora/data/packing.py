@@ -84,8 +84,45 @@ def place(lengths: Sequence[int] | np.ndarray, row_length: int) -> Placement:
     return Placement(row, start, rows)
 
 
+def place_by_owner(
+    lengths: Sequence[int] | np.ndarray, owner: np.ndarray, row_length: int, block: int
+) -> Placement:
+    """Place sentences so that each block of tokens has those of one owner.
+
+    Sentences of an owner are next to each other, as far as they fit a row; what is left of a row
+    goes to others, from the next block on.
+
+    Args:
+      lengths: tokens of each sentence, each between 1 and `row_length`.
+      owner: `i64[n]`, whose each sentence is.
+      row_length: S, a multiple of the block.
+      block: tokens that have one owner.
+
+    Raises:
+      ValueError: see `place`.
+
+    >>> place_by_owner([5, 2, 3, 9], np.array([0, 1, 0, 1]), 32, 8)
+    Placement(row=array([0, 0, 0, 0]), start=array([16, 9, 21,  0]), rows=1)
+    """
+    lengths = np.asarray(lengths)
+    strip, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    ends: list[int] = []  # of each strip: what one owner has in one row
+    order = np.argsort(owner, kind="stable")
+    for mine in np.split(order, np.flatnonzero(np.diff(owner[order])) + 1):
+        where = place(lengths[mine], row_length)
+        strip[mine], start[mine] = len(ends) + where.row, where.start
+        used = np.bincount(where.row, lengths[mine], where.rows)
+        ends += used.astype(int).tolist()
+    outer = place([-(-end // block) for end in ends], row_length // block)
+    return Placement(outer.row[strip], start + block * outer.start[strip], outer.rows)
+
+
 def fill(
-    sentences: Sequence[np.ndarray], slots: Iterable[int], num_slots: int, shape: Shape
+    sentences: Sequence[np.ndarray],
+    slots: Iterable[int],
+    num_slots: int,
+    shape: Shape,
+    where: Placement | None = None,
 ) -> PackedTokens:
     """Pack sentences into rows of a shape.
 
@@ -94,6 +131,7 @@ def fill(
       slots: number of each sentence in the batch, `0 … num_slots - 1`.
       num_slots: N; the `cls_index` of a slot without a sentence is 0.
       shape: must be large enough (see `place`).
+      where: each sentence's place; None: as `place` has it.
 
     Returns:
       `PackedTokens` of NumPy arrays.
@@ -102,7 +140,7 @@ def fill(
     >>> rows.tokens.tolist(), rows.segment_ids.tolist(), rows.cls_index.tolist()
     ([[7, 8, 9, 0]], [[1, 1, 2, 0]], [0, 2])
     """
-    where = place([len(s) for s in sentences], shape.length)
+    where = where or place([len(s) for s in sentences], shape.length)
     if where.rows > shape.rows:
         raise ValueError(f"{where.rows} rows needed, {shape.rows} given")
     tokens, positions, segment_ids = np.zeros((3, *shape), np.int32)

@@ -23,7 +23,7 @@ from jaxlora.lora.adapter import (
     unmerge,
 )
 from jaxlora.lora.combine import add, truncate
-from jaxlora.lora.stack import stack
+from jaxlora.lora.widen import widen
 
 __all__ = [
     "ALL_TARGETS",
@@ -38,8 +38,8 @@ __all__ = [
     "init",
     "matches",
     "merge",
-    "stack",
     "targets",
     "truncate",
     "unmerge",
+    "widen",
 ]
