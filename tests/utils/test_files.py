@@ -262,7 +262,7 @@ def test_fourteen_tasks_with_long_names_share(tiny, tiny_base, tmp_path):
     settings = resolve(Flags("lora3", **flags))
     (group,) = map(group_name, settings.groups)
     out = tmp_path / "run"
-    train.prepare.load_data(settings, tiny)  # so that both read the cache
+    train.inputs.load_data(settings, tiny)  # so that both read the cache
     with pytest.raises(KeyboardInterrupt):
         train.run(settings, out, Silent((group, 2)))
     callback = Silent()
