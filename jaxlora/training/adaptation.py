@@ -20,7 +20,7 @@ from jaxlora.data.batches import Order, PackedBatches, VectorBatches
 from jaxlora.data.tokenized import Examples
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
-from jaxlora.nn.encode import Encode, PackedTokens, encode_mixed
+from jaxlora.nn.encode import Encode, PackedTokens, encode_copies
 from jaxlora.tasks.sharing import Adapt
 from jaxlora.utils import trees
 from jaxlora.utils.trees import Tree
@@ -185,7 +185,7 @@ class Lora(Adaptation):
         def encode_rows(frozen: Tree, stack: Tree, rows: PackedTokens, key: jax.Array) -> jax.Array:
             sentences = rows.cls_index.shape[0] // num_tasks
             owner = jnp.repeat(jnp.arange(num_tasks), sentences)
-            vectors = encode_mixed(encode, frozen, stack, rows, owner, key)
+            vectors = encode_copies(encode, frozen, stack, rows, owner, key)
             return vectors.reshape(num_tasks, sentences, -1)
 
         return _with_copies(encode_rows, num_tasks)
