@@ -381,7 +381,7 @@ def test_bad_flags_are_told_before_anything_is_written(call, tmp_path, capfd, fl
 def test_without_data_the_message_says_what_to_do(call, capfd):
     assert call("--variants", "lora3", defaults=["--preset=cs224n"]) == 2
     message = capfd.readouterr().err
-    assert "lora3: --data-dir is missing" in message and "--preset=demo" in message
+    assert "lora3: --data-dir: missing" in message and "--preset=demo" in message
 
 
 def test_a_folder_holds_one_preset_and_one_set_of_flags(call, stub, tmp_path, capfd, monkeypatch):
