@@ -26,7 +26,7 @@ class DWAState(NamedTuple):
     taken: jax.Array
 
 
-@member("Liu et al. 2019", "homogeneous", "unit")
+@member("Liu et al. 2019", "permutation", "homogeneous", "unit")
 def dwa(temperature: float = 2.0, steps_per_epoch: int = 1) -> Method:
     """Give more weight to tasks whose loss has fallen less over the last two epochs.
 

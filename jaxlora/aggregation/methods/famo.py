@@ -31,7 +31,7 @@ class FAMOState(NamedTuple):
     taken: jax.Array
 
 
-@member("Liu et al. 2023", "homogeneous", "unit")
+@member("Liu et al. 2023", "permutation", "homogeneous", "unit")
 def famo(
     learning_rate: float = 0.025,
     weight_decay: float = 1e-3,

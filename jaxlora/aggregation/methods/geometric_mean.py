@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxlora.aggregation.method import Method, member
 
 
-@member("Chennupati et al. 2019", "homogeneous")
+@member("Chennupati et al. 2019", "permutation", "homogeneous")
 def geometric_mean() -> Method:
     """Follow the gradient of `(Π L_i)^(1/T)`: weights `(Π L)^(1/T) / (T L_i)`.
 

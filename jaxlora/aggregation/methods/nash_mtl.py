@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-
-from jaxlora.aggregation.bargain import solve_bargain
-from jaxlora.aggregation.gram import cosines, inverse_norms, norms
 from jaxlora.aggregation.method import Method, member, of_gram
+from jaxlora.aggregation.methods.fairgrad import fair_weights
 
 
-def nash_weights(K: jax.Array) -> jax.Array:
-    """Return `α √‖K‖` with `K α = 1/α` and the Frobenius norm, `f32[T]`.
-
-    With `z = α · norms` it is `C z = 1/z`, C the cosines: it does not depend on the norms at all.
-    """
-    ones = jnp.ones_like(K[0])
-    lengths = norms(K)
-    C = jnp.where(jnp.eye(len(K), dtype=bool), 1, cosines(K))  # also for zero gradients
-    size = jnp.max(lengths)
-    relative = lengths / jnp.where(size > 0, size, 1)
-    frobenius = jnp.sqrt(jnp.sum((cosines(K) * relative[:, None] * relative[None, :]) ** 2))
-    return jnp.sqrt(frobenius) * size * inverse_norms(K) * solve_bargain(C, ones, 1.0)
-
-
-@member(
-    "Navon et al. 2022",
-    "non-conflicting", "permutation", "homogeneous", "stationary", "unit",
-)  # fmt: skip
+@member("Navon et al. 2022", "non-conflicting", "permutation", "stationary")
 def nash_mtl() -> Method:
-    """Maximize the product of the tasks' gains: `K α = 1/α`.
+    """Maximize the product of the tasks' gains: weights `α > 0` with `K α = 1/α`.
 
-    Navon et al. 2022, "Multi-Task Learning as a Bargaining Game", claim 3.1. The equation fixes
-    the update's length (`√T`) whatever the gradients'; here it is scaled with the gradients, by the
-    root of the Gram matrix's Frobenius norm, as in the authors' program, so that a learning rate
-    keeps its meaning. Their limit of the update's norm is `optax.clip_by_global_norm(1.0)` behind.
-    Where positive weights sum the gradients to zero no solution exists, and the update is near zero.
+    Navon et al. 2022, "Multi-Task Learning as a Bargaining Game", claim 3.1. The authors solve it
+    by a sequence of convex programs; it is the minimum of the convex `½ αᵀ K α − Σ log α`, which
+    Newton's method finds. The update's length is `√T`, whatever the gradients' is; to limit it to 1
+    as the authors do, put `optax.clip_by_global_norm(1.0)` behind. Where positive weights sum the
+    gradients to zero there is no solution, and the update is near zero.
     """
-    return of_gram("nash_mtl", nash_weights)
+    return of_gram("nash_mtl", lambda K: fair_weights(K, 1.0))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxlora.aggregation.method import Method, check_range, member
 
 
-@member("Kendall et al. 2018", "homogeneous")
+@member("Kendall et al. 2018", "permutation", "homogeneous")
 def uw(learning_rate: float = 0.025) -> Method:
     """Learn a variance for each task: the loss is `Σ ½ e^(−s) L + ½ s`, the weights `½ e^(−s)`.
 
