@@ -16,6 +16,12 @@ scalarization = pytest.importorskip("torchjd.scalarization")
 for needed in ("cvxpy", "quadprog", "qpsolvers"):
     pytest.importorskip(needed)
 
+# What cvxpy says of the problems that TorchJD's Nash-MTL gives it.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{said}:UserWarning")
+    for said in ("You are solving a parameterized problem", "Solution may be inaccurate")
+]
+
 FEW, MANY = (3, 8), (2, 5, 16)
 COUNTS = [*FEW, *(pytest.param(count, marks=pytest.mark.slow) for count in MANY)]
 
@@ -62,7 +68,6 @@ def assert_near(found, expected, J, tolerance):
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * size)
 
 
-@pytest.mark.filterwarnings("ignore:You are solving a parameterized problem:UserWarning")
 @pytest.mark.parametrize("num_tasks", COUNTS)
 @pytest.mark.parametrize("name", ORACLES)
 def test_random_gradients(name, num_tasks):
@@ -93,7 +98,6 @@ OTHERWISE = {
 ONLY_IN_FLOAT64 = {("aligned_mtl", "huge and tiny")}
 
 
-@pytest.mark.filterwarnings("ignore:You are solving a parameterized problem:UserWarning")
 @pytest.mark.parametrize("name", ORACLES)
 def test_degenerate_gradients(name):
     for case, J in degenerate(3).items():

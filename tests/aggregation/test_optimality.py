@@ -57,7 +57,7 @@ def of_dualproj(K):
     scale = (size / d).max(1, keepdims=True)
     T = len(d[0])
     above = (v - 1 / T) * d
-    share = above / np.maximum(above.max(1, keepdims=True), 1e-30)
+    share = above / (v * d).max(1, keepdims=True)
     return above, np.maximum(-slopes / d / scale, np.minimum(share, abs(slopes) / d / scale))
 
 

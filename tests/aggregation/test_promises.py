@@ -24,13 +24,13 @@ def test_every_promise_is_known_and_made():
 
 @pytest.mark.parametrize("name", promising("non-conflicting"))
 def test_no_task_is_worked_against(name):
-    for J in (*(normal(3, 4, seed) for seed in range(8)), *degenerate(3).values()):
-        d = update(name, J)
+    for J in (*(normal(3, seed=seed) for seed in range(8)), *degenerate(3).values()):
+        d, state = program(name, 3)(jnp.asarray(J, jnp.float32), jnp.asarray(losses_of(3)))
         lengths = np.linalg.norm(J, axis=1)
-        assert (J @ d >= -1e-5 * lengths * max(np.linalg.norm(d), 0.01 * lengths.max())).all()
+        assert (J @ np.asarray(d) >= -1e-5 * lengths * (abs(state.weights) @ lengths)).all()
 
 
-@pytest.mark.parametrize("name", ["sum", "mean", "aligned_mtl", "imtl_g"])
+@pytest.mark.parametrize("name", ["sum", "mean", "aligned_mtl"])
 def test_what_promises_nothing_of_the_kind_does_work_against_tasks(name):
     """The test above can fail."""
     J = np.array([[1.0, 0.0, 0.0], [-3.0, 0.5, 0.0], [-4.0, 0.0, 0.3]])
