@@ -1,7 +1,7 @@
 """jaxlora: one frozen BERT, many tasks; LoRA and PCGrad as functions over pytrees.
 
-`aggregate` and `per_task_grads`, `pcgrad`, `sum_tasks` and `lora` need jax, numpy and optax only. What needs more (`load`,
-`Predictor`, `Answer`, `load_base`) is imported when it is first used.
+`aggregate`, `per_task_grads`, `pcgrad`, `sum_tasks` and `lora` need jax, numpy and optax only. What
+needs more (`load`, `Predictor`, `Answer`, `load_base`) is imported when it is first used.
 """
 
 from importlib import import_module

@@ -39,6 +39,7 @@ __all__ = [
     "sum_tasks",
 ]
 
+
 class PCGradState(NamedTuple):
     """State of `pcgrad`, with what the last update saw.
 

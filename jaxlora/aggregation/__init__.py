@@ -7,8 +7,25 @@ here that takes the method's own parameters.
 from jaxlora.aggregation.accumulate import accumulate
 from jaxlora.aggregation.method import MEMBERS, PROMISES, Member, Method, of_gram
 from jaxlora.aggregation.methods import (
-    aligned_mtl, cagrad, config, constant, dualproj, dwa, fairgrad, famo, geometric_mean, gradvac,
-    imtl_g, mean, mgda, nash_mtl, pcgrad, random, sum, upgrad, uw,
+    aligned_mtl,
+    cagrad,
+    config,
+    constant,
+    dualproj,
+    dwa,
+    fairgrad,
+    famo,
+    geometric_mean,
+    gradvac,
+    imtl_g,
+    mean,
+    mgda,
+    nash_mtl,
+    pcgrad,
+    random,
+    sum,
+    upgrad,
+    uw,
 )  # fmt: skip
 from jaxlora.aggregation.observe import metrics
 from jaxlora.aggregation.per_task import per_task_grads

@@ -40,9 +40,7 @@ def accumulate(
 
     def init(params: optax.Params) -> Any:
         state = around.init(params)
-        stacked = jax.tree.map(
-            lambda x: jnp.zeros((num_tasks, *x.shape), x.dtype), state.acc_grads
-        )
+        stacked = jax.tree.map(lambda x: jnp.zeros((num_tasks, *x.shape), x.dtype), state.acc_grads)
         return state._replace(acc_grads=stacked)
 
     return optax.GradientTransformationExtraArgs(init, around.update)

@@ -98,9 +98,7 @@ def _lawson_hanson(
         slopes = jnp.where(s.inside, 0, _slopes(C, q, y))
         blocked = jnp.any(leaving)
         entering = (jnp.arange(len(q)) == jnp.argmin(slopes)) & (slopes < 0) & ~blocked
-        return _Walk(
-            s.inside & ~leaving | entering, y, s.step + 1, blocked | jnp.any(entering)
-        )
+        return _Walk(s.inside & ~leaving | entering, y, s.step + 1, blocked | jnp.any(entering))
 
     most = 6 * len(q)
     start = _Walk(inside, y, jnp.int32(0), go)

@@ -212,7 +212,9 @@ class _Aggregator:
     def _gram(self, grads: Tree) -> jax.Array:
         """Return the Gram matrix of the tree, `f32[T, T]`, or of each part, `f32[P, T, T]`."""
         parts: dict[str, list[jax.Array]] = {}
-        for part, leaf in zip(_part_of_leaves(grads, self.per), jax.tree.leaves(grads), strict=True):
+        for part, leaf in zip(
+            _part_of_leaves(grads, self.per), jax.tree.leaves(grads), strict=True
+        ):
             parts.setdefault(part, []).append(leaf)
         none = jnp.zeros((self.num_tasks, self.num_tasks))  # what a tree without leaves has
         if self.per == "tree":

@@ -86,10 +86,11 @@ def of_cagrad(K, c=0.5):
     square = lambda v: np.einsum("bi,bi->b", v, times(K, v)[0])  # noqa: E731
     moved, radius = np.sqrt(square(y)), c * np.sqrt(square(mean))
     far = abs(moved - radius) / np.sqrt(np.einsum("bi,bi->b", abs(w), size))
-    level = gains.min(1, keepdims=True)
-    scale = (size / d).max(1, keepdims=True)
     share = (y * d) / (y * d).max(1, keepdims=True)
-    return y, np.maximum(np.minimum(share, (gains - level) / d / scale), far[:, None])
+    sharpest = np.where(share > 1e-5, size, np.inf).argmin(1)[:, None]  # with the least rounding
+    level = np.take_along_axis(gains, sharpest, 1)
+    gaps = (gains - level) / size
+    return y, np.maximum(np.maximum(-gaps, np.minimum(share, gaps)), far[:, None])
 
 
 RESIDUALS = {

@@ -33,12 +33,16 @@ def expected(batches):
 
 def assert_same(found, expected):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, expected)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, expected
+    )
 
 
 def test_a_batch_each_in_the_order_of_the_functions():
     fns = {"b": loss, "a": loss}
-    assert_same(jax.jit(lambda *x: per_task_grads(fns, *x))(TRUNK, HEADS, BATCHES), expected(BATCHES))
+    assert_same(
+        jax.jit(lambda *x: per_task_grads(fns, *x))(TRUNK, HEADS, BATCHES), expected(BATCHES)
+    )
 
 
 def test_sequences_of_tasks():
@@ -108,9 +112,7 @@ def test_a_scan_over_steps_with_metrics():
 
     def step(carry, _):
         trunk, heads, state, head_state = carry
-        losses, grads, head_grads = per_task_grads(
-            dict.fromkeys("ab", loss), trunk, heads, BATCHES
-        )
+        losses, grads, head_grads = per_task_grads(dict.fromkeys("ab", loss), trunk, heads, BATCHES)
         updates, state = TX.update(grads, state, trunk)
         head_updates, head_state = head_tx.update(head_grads, head_state)
         trunk = optax.apply_updates(trunk, updates)
@@ -130,7 +132,9 @@ def test_flax_linen():
         return jnp.mean((model.apply(trunk, x) @ head - 1) ** 2)
 
     trunk = model.init(KEYS[5], BATCHES["a"])
-    run = jax.jit(lambda trunk: per_task_grads(dict.fromkeys("ab", linen_loss), trunk, HEADS, BATCHES))
+    run = jax.jit(
+        lambda trunk: per_task_grads(dict.fromkeys("ab", linen_loss), trunk, HEADS, BATCHES)
+    )
     state, losses = TX.init(trunk), []
     for _ in range(20):
         found, grads, _ = run(trunk)
@@ -147,13 +151,17 @@ def test_flax_nnx():
         return jnp.mean((jnp.tanh(nnx.merge(graph, trunk)(x)) @ head - 1) ** 2)
 
     state, losses = TX.init(trunk), []
-    run = jax.jit(lambda trunk: per_task_grads(dict.fromkeys("ab", nnx_loss), trunk, HEADS, BATCHES))
+    run = jax.jit(
+        lambda trunk: per_task_grads(dict.fromkeys("ab", nnx_loss), trunk, HEADS, BATCHES)
+    )
     for _ in range(20):
         found, grads, _ = run(trunk)
         updates, state = TX.update(grads, state, trunk)
         trunk, losses = optax.apply_updates(trunk, updates), [*losses, found]
     nnx.update(model, trunk)
-    assert falls(losses) and falls([losses[0], nnx_loss(nnx.state(model), HEADS["a"], BATCHES["a"])])
+    assert falls(losses) and falls(
+        [losses[0], nnx_loss(nnx.state(model), HEADS["a"], BATCHES["a"])]
+    )
 
 
 def test_equinox():
@@ -164,7 +172,9 @@ def test_equinox():
         return jnp.mean((jnp.tanh(jax.vmap(eqx.combine(trunk, static))(x)) @ head - 1) ** 2)
 
     state, losses = TX.init(trunk), []
-    run = jax.jit(lambda trunk: per_task_grads(dict.fromkeys("ab", eqx_loss), trunk, HEADS, BATCHES))
+    run = jax.jit(
+        lambda trunk: per_task_grads(dict.fromkeys("ab", eqx_loss), trunk, HEADS, BATCHES)
+    )
     for _ in range(20):
         found, grads, _ = run(trunk)
         updates, state = TX.update(grads, state, trunk)

@@ -41,7 +41,9 @@ def test_these_end_at_the_minimum_of_the_sum(name):
     np.testing.assert_allclose(end_of(name, (0.0, 0.5)), [OPTIMUM, 0], atol=0.02)
 
 
-@pytest.mark.parametrize("name", ["mgda", "upgrad", "dualproj", "nash_mtl", "pcgrad", "aligned_mtl"])
+@pytest.mark.parametrize(
+    "name", ["mgda", "upgrad", "dualproj", "nash_mtl", "pcgrad", "aligned_mtl"]
+)
 def test_these_end_on_the_front(name):
     x, y = end_of(name, (0.0, 0.5))
     assert abs(y) < 0.02 and -1 <= x <= 1

@@ -31,6 +31,4 @@ def aligned_mtl(preference: Sequence[float] | None = None) -> Method:
     Args:
       preference: weight of each task; 1/T each if not given.
     """
-    return of_gram(
-        "aligned_mtl", lambda K: align(K, preference_of(preference, len(K), 1 / len(K)))
-    )
+    return of_gram("aligned_mtl", lambda K: align(K, preference_of(preference, len(K), 1 / len(K))))

@@ -30,8 +30,8 @@ class DWAState(NamedTuple):
 def dwa(temperature: float = 2.0, steps_per_epoch: int = 1) -> Method:
     """Give more weight to tasks whose loss has fallen less over the last two epochs.
 
-    `w = T · softmax(r / temperature)` with `r = L̄(e − 1) / L̄(e − 2)`, all 1 in the first two epochs:
-    Liu et al. 2019, "End-to-End Multi-Task Learning with Attention", equations 7 and 8.
+    `w = T · softmax(r / temperature)` with `r = L̄(e − 1) / L̄(e − 2)`; all 1 in the first two
+    epochs. Liu et al. 2019, "End-to-End Multi-Task Learning with Attention", equations 7 and 8.
 
     Args:
       temperature: above 0; the higher, the more equal the weights.

@@ -74,9 +74,7 @@ def gradvac(beta: float = 0.5, seed: int = 0) -> Method:
     def init(num_tasks: int, part: int) -> GradVacState:
         return GradVacState(raw_key(seed, part), jnp.zeros((num_tasks, num_tasks)))
 
-    def weights(
-        K: jax.Array, losses: Any, state: GradVacState
-    ) -> tuple[jax.Array, GradVacState]:
+    def weights(K: jax.Array, losses: Any, state: GradVacState) -> tuple[jax.Array, GradVacState]:
         after, now = split_raw(state.key)
         W, targets = turn(K, orders(now, len(K)), state.targets, beta)
         return W.sum(0), GradVacState(after, targets)

@@ -32,9 +32,9 @@ def shortest(K: jax.Array) -> jax.Array:
     "non-conflicting", "permutation", "homogeneous", "stationary", "unit",
 )  # fmt: skip
 def mgda() -> Method:
-    """Take the shortest vector of the gradients' convex hull, the direction of steepest common descent.
+    """Take the shortest vector of the gradients' convex hull.
 
-    `w = argmin αᵀ K α` over the simplex: Désidéri 2012, "Multiple-gradient descent algorithm
+    It is the direction of steepest common descent, `w = argmin αᵀ K α` over the simplex: Désidéri 2012, "Multiple-gradient descent algorithm
     (MGDA) for multiobjective optimization", theorem 2.1; Sener & Koltun 2018, "Multi-Task Learning
     as Multi-Objective Optimization", equation 3. Small gradients dominate; a zero one ends all.
     """

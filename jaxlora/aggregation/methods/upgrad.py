@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
 from jaxlora.aggregation.gram import cosines, inverse_norms, norms
 from jaxlora.aggregation.method import Method, member, of_gram, preference_of
