@@ -45,7 +45,7 @@ def metrics(
     if jnp.ndim(seen.conflicts) == 0:
         return _flat(seen, tasks)
     count = len(seen.conflicts)
-    flat = {}
+    flat: dict[str, jax.Array] = {}
     for n, part in enumerate(parts or map(str, range(count))):
         one = jax.tree.map(lambda x, n=n: x[n] if jnp.ndim(x) else x, seen)
         flat |= {f"{part}/{name}": value for name, value in _flat(one, tasks).items()}

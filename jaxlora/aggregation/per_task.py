@@ -100,7 +100,8 @@ def _shared_batch(
     def losses_of(trunk: Tree, heads: Any) -> Any:
         return losses_fn(trunk, heads, batch)
 
-    losses, pull_back, *aux = jax.vjp(losses_of, trunk, heads, has_aux=has_aux)
+    aux: list[Any]
+    losses, pull_back, *aux = jax.vjp(losses_of, trunk, heads, has_aux=has_aux)  # type: ignore[call-overload]
     if losses.ndim != 1:
         raise ValueError(f"loss_fns must return losses [T], got shape {losses.shape}")
     grads, head_grads = jax.vmap(pull_back)(jnp.eye(len(losses), dtype=losses.dtype))

@@ -159,9 +159,8 @@ def test_flax_nnx():
         updates, state = TX.update(grads, state, trunk)
         trunk, losses = optax.apply_updates(trunk, updates), [*losses, found]
     nnx.update(model, trunk)
-    assert falls(losses) and falls(
-        [losses[0], nnx_loss(nnx.state(model), HEADS["a"], BATCHES["a"])]
-    )
+    assert falls(losses)
+    assert nnx_loss(nnx.state(model), HEADS["a"], BATCHES["a"]) < losses[0][0]
 
 
 def test_equinox():

@@ -41,7 +41,8 @@ def dwa(temperature: float = 2.0, steps_per_epoch: int = 1) -> Method:
         raise ValueError("dwa takes a temperature above 0 and at least one step an epoch")
 
     def init(num_tasks: int, part: int) -> DWAState:
-        return DWAState(*[jnp.ones(num_tasks) * 0] * 3, jnp.int32(0))
+        zeros = jnp.zeros(num_tasks)
+        return DWAState(zeros, zeros, zeros, jnp.int32(0))
 
     def weights(K: jax.Array, losses: jax.Array, s: DWAState) -> tuple[jax.Array, DWAState]:
         ready = s.taken >= 2 * steps_per_epoch

@@ -53,7 +53,8 @@ def famo(
     check_range("weight_decay", weight_decay, 0)
 
     def init(num_tasks: int, part: int) -> FAMOState:
-        return FAMOState(*[jnp.ones(num_tasks) * 0] * 4, jnp.int32(0))
+        zeros = jnp.zeros(num_tasks)
+        return FAMOState(zeros, zeros, zeros, zeros, jnp.int32(0))
 
     def weights(K: jax.Array, losses: jax.Array, s: FAMOState) -> tuple[jax.Array, FAMOState]:
         above = losses - preference_of(min_losses, len(K), 0.0) + _LEAST

@@ -34,8 +34,9 @@ def shortest(K: jax.Array) -> jax.Array:
 def mgda() -> Method:
     """Take the shortest vector of the gradients' convex hull.
 
-    It is the direction of steepest common descent, `w = argmin αᵀ K α` over the simplex: Désidéri 2012, "Multiple-gradient descent algorithm
-    (MGDA) for multiobjective optimization", theorem 2.1; Sener & Koltun 2018, "Multi-Task Learning
-    as Multi-Objective Optimization", equation 3. Small gradients dominate; a zero one ends all.
+    It is the direction of steepest common descent, `w = argmin αᵀ K α` over the simplex: Désidéri
+    2012, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", theorem 2.1;
+    Sener & Koltun 2018, "Multi-Task Learning as Multi-Objective Optimization", equation 3. Small
+    gradients dominate; a zero one makes the update zero.
     """
     return of_gram("mgda", shortest)

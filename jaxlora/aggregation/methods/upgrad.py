@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from jaxlora.aggregation.gram import cosines, inverse_norms, norms
 from jaxlora.aggregation.method import Method, member, of_gram, preference_of
 from jaxlora.aggregation.qp import nonneg_qp
 
 
-def unconflicting(K: jax.Array, preference: jax.Array) -> jax.Array:
-    """Return the weights of UPGrad, `f32[T]`.
+def projections(K: jax.Array) -> jax.Array:
+    """Coefficients of the projected gradients, `f32[T, T]`: `projected_i = Σ_j V[i, j] g_j`.
 
-    The projection of `g_i` is `Σ_j v_j g_j` with the smallest `vᵀ K v` of all `v ≥ e_i`. Divided by
-    `‖g_i‖`, and with `u = v · norms`, it is `u = e_i + y`, `y = argmin ½ yᵀ C y + C[i]·y` over
-    `y ≥ 0`, C the cosines: it does not depend on the norms at all.
+    Row i is the `v ≥ e_i` with the smallest `vᵀ K v`. Divided by `‖g_i‖`, and with
+    `u = v · norms`, it is `u = e_i + y`, `y = argmin ½ yᵀ C y + C[i]·y` over `y ≥ 0`, C the
+    cosines: that does not depend on the norms at all.
+
+    >>> projections(jnp.array([[1.0, -1.0], [-1.0, 2.0]])).round(4).tolist()
+    [[1.0, 0.5], [1.0, 1.0]]
     """
     C = cosines(K)
     more = jax.vmap(nonneg_qp, (None, 0))(C, C)
-    return preference + (preference * norms(K)) @ more * inverse_norms(K)
+    return jnp.eye(len(K), dtype=K.dtype) + norms(K)[:, None] * more * inverse_norms(K)[None, :]
 
 
 @member(
@@ -38,5 +42,5 @@ def upgrad(preference: Sequence[float] | None = None) -> Method:
       preference: weight of each task's projection; 1/T each if not given.
     """
     return of_gram(
-        "upgrad", lambda K: unconflicting(K, preference_of(preference, len(K), 1 / len(K)))
+        "upgrad", lambda K: preference_of(preference, len(K), 1 / len(K)) @ projections(K)
     )
