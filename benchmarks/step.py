@@ -20,7 +20,7 @@ from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.nn.bert import BertConfig, param_shapes
 from jaxlora.training.config import VariantName
-from jaxlora.training.task_group import Group
+from jaxlora.training.task_group import TaskGroup
 
 KINDS = {
     "lora shared, PCGrad": "lora3",
@@ -124,7 +124,7 @@ def make_ours(work: Work, base: str, together: int = 0) -> Callable[[int], Any]:
 
 
 @functools.cache
-def make_numbers(work: Work, base: str) -> tuple[Pretrained, list[Group]]:
+def make_numbers(work: Work, base: str) -> tuple[Pretrained, list[TaskGroup]]:
     """The base, and the groups from which the peer takes the numbers to start from."""
     loaded = huggingface.load(base)
     return loaded, Ours(work, loaded).groups

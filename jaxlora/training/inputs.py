@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxlora import lora
 from jaxlora.data.batches import make_order
-from jaxlora.data.sources import Place, where
+from jaxlora.data.sources import Location, where
 from jaxlora.data.tokenized import SPLITS, Examples, list_blank, load_examples
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.tasks.sharing import group_name
@@ -26,7 +26,7 @@ Data = dict[str, dict[str, Examples]]  # task → split → examples
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunSummary:
     """What a run will do, for the eyes of its user.
 
     Attributes:
@@ -49,7 +49,7 @@ class Plan:
     truncated: dict[str, int]
     unlabelled: dict[str, int]
     notes: dict[str, list[str]]
-    storage: parameter_count.Storage
+    storage: parameter_count.ParameterCount
     steps: dict[str, int]
     device: str
 
@@ -83,7 +83,7 @@ def load_data(settings: Settings, base: Pretrained) -> Data:
       UserError: for bad data, naming the file and the line.
     """
 
-    def load(name: str, source: str, place: Place) -> dict[str, Examples]:
+    def load(name: str, source: str, place: Location) -> dict[str, Examples]:
         return load_examples(
             settings.named[name], source, place, base.tokenizer, base.fingerprint.tokenizer or "",
             settings.max_length, cache.cache_dir(),
@@ -150,7 +150,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def count(settings: Settings, base: Pretrained) -> parameter_count.Storage:
+def count(settings: Settings, base: Pretrained) -> parameter_count.ParameterCount:
     """The run's numbers of parameters."""
     return parameter_count.count(
         base.config, settings.adapt, settings.groups, settings.named.values(), settings.lora,
@@ -158,10 +158,12 @@ def count(settings: Settings, base: Pretrained) -> parameter_count.Storage:
     )  # fmt: skip
 
 
-def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data, mesh: Mesh) -> Plan:
+def summarize_run(
+    settings: Settings, out: Path, base: Pretrained, data: Data, mesh: Mesh
+) -> RunSummary:
     """Say what the run will do."""
     shape = base.config
-    return Plan(
+    return RunSummary(
         settings=settings,
         out=out,
         base=f"{base.name}: BERT, {shape.num_hidden_layers} layers, {shape.hidden_size} wide, "
