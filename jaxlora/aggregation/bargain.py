@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlora.aggregation.qp import ridge
+from jaxlora.aggregation.qp import ridge, solve_definite
 
 _HALVINGS = 24
 _MOST_STEPS = 60
@@ -43,8 +43,8 @@ def solve_bargain(C: jax.Array, beta: jax.Array, p: float) -> jax.Array:
         missing = target - z * (C @ z)
         H = z[:, None] * C * z[None, :] + jnp.diag(target / p)
         scale = jax.lax.rsqrt(jnp.diag(H))  # to ones on the diagonal
-        factor = jnp.linalg.cholesky(scale[:, None] * H * scale[None, :])
-        eta = scale * jax.scipy.linalg.cho_solve((factor, True), scale * missing)
+        scaled = scale[:, None] * H * scale[None, :]
+        eta = scale * solve_definite(scaled, scale * missing)
         tried = z[None, :] * (1 + shares[:, None] * eta[None, :])
         inside = jnp.where(tried > 0, tried, 1)
         slopes = (inside @ C - beta[None, :] * inside ** (-1 / p)) @ (z * eta)

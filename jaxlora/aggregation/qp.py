@@ -16,16 +16,21 @@ def ridge(C: jax.Array) -> jax.Array:
     return C + 4 * T * jnp.finfo(C.dtype).eps * jnp.eye(T, dtype=C.dtype)
 
 
+def solve_definite(A: jax.Array, b: jax.Array) -> jax.Array:
+    """Solve `A x = b` by Cholesky's factors, `f32[T]`; A is positive definite."""
+    L, x = jnp.linalg.cholesky(A), b[:, None]
+    for transposed in (False, True):
+        x = jax.lax.linalg.triangular_solve(
+            L, x, left_side=True, lower=True, transpose_a=transposed
+        )
+    return x[:, 0]
+
+
 def solve_within(C: jax.Array, inside: jax.Array, b: jax.Array) -> jax.Array:
     """Solve `C[S, S] y[S] = b[S]` with `y = 0` outside `S = inside: bool[T]`; `C` is definite."""
     identity = jnp.eye(len(C), dtype=C.dtype)
-    L = jnp.linalg.cholesky(jnp.where(inside[:, None] & inside[None, :], C, identity))
-    y = jnp.where(inside, b, 0)[:, None]
-    for transposed in (False, True):
-        y = jax.lax.linalg.triangular_solve(
-            L, y, left_side=True, lower=True, transpose_a=transposed
-        )
-    return y[:, 0]
+    block = jnp.where(inside[:, None] & inside[None, :], C, identity)
+    return solve_definite(block, jnp.where(inside, b, 0))
 
 
 def nonneg_qp(C: jax.Array, q: jax.Array) -> jax.Array:
