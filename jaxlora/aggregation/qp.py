@@ -13,7 +13,7 @@ _BLOCK_STEPS = 10
 def ridge(C: jax.Array) -> jax.Array:
     """Return `C` with a diagonal a little above its rounding errors, so that it is definite."""
     T = len(C)
-    return C + 4 * T * jnp.finfo(C.dtype).eps * jnp.eye(T, dtype=C.dtype)
+    return C + 2 * T * jnp.finfo(C.dtype).eps * jnp.eye(T, dtype=C.dtype)
 
 
 def solve_definite(A: jax.Array, b: jax.Array) -> jax.Array:

@@ -98,9 +98,10 @@ def test_finite_gradients_give_a_finite_update_and_state(name):
 def test_what_is_not_finite_is_seen_once_and_remembered_nowhere(name):
     J, losses = jnp.asarray(normal(3), jnp.float32), jnp.asarray(losses_of(3))
     tx = aggregate(name, 3, ema=0.5)
-    _, state = tx.update(J, tx.init(None), losses=losses)
-    found, after = tx.update(J.at[1, 0].set(jnp.nan), state, losses=losses)
-    assert not np.isfinite(found).any() or np.isnan(found[0])
+    update = jax.jit(tx.update)
+    _, state = update(J, tx.init(None), losses=losses)
+    found, after = update(J.at[1, 0].set(jnp.nan), state, losses=losses)
+    assert np.isnan(found).all()
     same = jax.tree.map(np.array_equal, (after.rules, after.weights), (state.rules, state.weights))
     assert all(jax.tree.leaves(same))
 
@@ -118,7 +119,6 @@ def test_bfloat16_is_summed_in_float32(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_scan_of_steps_is_the_steps_one_by_one(name):
-    """And so is what a compiled program does what the same functions do by themselves."""
     tx, losses = aggregate(name, 3), jnp.asarray([losses_of(3), losses_of(3)[::-1], losses_of(3)])
     J = jnp.asarray([normal(3, seed=seed) for seed in range(3)], jnp.float32)
 
@@ -127,11 +127,23 @@ def test_a_scan_of_steps_is_the_steps_one_by_one(name):
         return state, found
 
     end, together = jax.jit(lambda s: jax.lax.scan(step, s, (J, losses)))(tx.init(None))
-    state = tx.init(None)
+    state, one = tx.init(None), jax.jit(step)
     for n in range(3):
-        state, alone = step(state, (J[n], losses[n]))
+        state, alone = one(state, (J[n], losses[n]))
         np.testing.assert_allclose(together[n], alone, rtol=1e-4, atol=1e-5)
     assert jax.tree.map(jnp.shape, end) == jax.tree.map(jnp.shape, state)
+
+
+EAGER = ("sum", "pcgrad", "upgrad")
+COSTLY = [pytest.param(name, marks=pytest.mark.slow) for name in ALL if name not in EAGER]
+
+
+@pytest.mark.parametrize("name", [*EAGER, *COSTLY])
+def test_without_jit_it_is_the_same(name):
+    J, losses = jnp.asarray(normal(3), jnp.float32), jnp.asarray(losses_of(3))
+    tx = aggregate(name, 3)
+    alone, _ = tx.update(J, tx.init(None), losses=losses)
+    np.testing.assert_allclose(alone, program(name, 3)(J, losses)[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -145,7 +157,7 @@ def test_groups_are_separate_calls(name):
     for n, tasks in enumerate(map(list, groups)):
         alone = aggregate(name, len(tasks))
         start = alone.init(None)._replace(rules=(tx.init(None).rules[n],))
-        expected, after = alone.update(
+        expected, after = jax.jit(alone.update)(
             jnp.asarray(J[tasks], jnp.float32), start, losses=jnp.asarray(losses[tasks])
         )
         np.testing.assert_allclose(found[n], expected, rtol=1e-4, atol=1e-5)
@@ -161,7 +173,7 @@ def test_parts_are_separate_calls(name):
     found, state = jax.jit(tx.update)(tree, tx.init(params), params, losses=losses)
     for n, part in enumerate("ab"):
         one = aggregate(name, 3)
-        expected, after = one.update({part: tree[part]}, one.init(None), losses=losses)
+        expected, after = jax.jit(one.update)({part: tree[part]}, one.init(None), losses=losses)
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
             {part: found[part]}, expected,
@@ -188,13 +200,17 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been(way, tmp_path):
     """Of all members at once, so that it is one file each."""
     J, losses = jnp.asarray(normal(3), jnp.float32), jnp.asarray(losses_of(3))
     txs = {name: aggregate(name, 3, ema=0.5) for name in ALL}
-    states = {name: tx.update(J, tx.init(None), losses=losses)[1] for name, tx in txs.items()}
+
+    @jax.jit
+    def step(states, J):
+        found = {n: tx.update(J, states[n], losses=losses) for n, tx in txs.items()}
+        return {n: x[0] for n, x in found.items()}, {n: x[1] for n, x in found.items()}
+
+    _, states = step({name: tx.init(None) for name, tx in txs.items()}, J)
     back = SAVED[way](states, tmp_path)
     assert jax.tree.structure(back) == jax.tree.structure(states)
-    for name, tx in txs.items():
-        expected, _ = tx.update(2 * J, states[name], losses=losses)
-        found, _ = tx.update(2 * J, back[name], losses=losses)
-        np.testing.assert_array_equal(found, expected)
+    expected, found = step(states, 2 * J)[0], step(back, 2 * J)[0]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize("name", ALL)
