@@ -52,13 +52,22 @@ class Flags:
     out: Path = harness.OUT
 
 
+def waiting(run: Callable[..., Any], *args: Any) -> Callable[[], None]:
+    """A side that calls a program and waits for its result."""
+
+    def side() -> None:
+        jax.block_until_ready(run(*args))
+
+    return side
+
+
 def make_ours(name: str, tasks: int, size: int) -> Callable[[], None]:
     """A member's update of one leaf of `size` numbers a task."""
     tx, losses = aggregate(name, tasks), jnp.linspace(1.0, 2.0, tasks)
     grads = jax.random.normal(jax.random.key(0), (tasks, size))
     state = tx.init(None)
     update = jax.jit(lambda grads, state: tx.update(grads, state, losses=losses)[0])
-    return lambda: jax.block_until_ready(update(grads, state)) and None
+    return waiting(update, grads, state)
 
 
 def make_weights(name: str, tasks: int) -> Callable[[], None]:
@@ -67,7 +76,7 @@ def make_weights(name: str, tasks: int) -> Callable[[], None]:
     K, losses, method = J @ J.T, jnp.linspace(1.0, 2.0, tasks), make_method(name)
     state = method.init(tasks, 0)
     weights = jax.jit(lambda K: method.weights(K, losses, state)[0])
-    return lambda: weights(K).block_until_ready() and None
+    return waiting(weights, K)
 
 
 def make_peer(name: str, tasks: int, size: int, device: str) -> Callable[[], None]:
@@ -107,7 +116,7 @@ def make_step(way: str, tasks: int = 3, width: int = 1024) -> Callable[[], None]
         return tx.update(grads, tx.init(trunk), trunk)[0]
 
     run = jax.jit(jax.grad(total) if way == "sum" else surgery)
-    return lambda: jax.block_until_ready(run(trunk)) and None
+    return waiting(run, trunk)
 
 
 def measure(name: str, flags: Flags) -> dict[str, Any]:
