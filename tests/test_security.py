@@ -20,7 +20,6 @@ from jaxlora.data import official, tokenized
 from jaxlora.formats import huggingface
 from jaxlora.formats import peft as peft_files
 from jaxlora.serving import bank, export_peft, finished_run, manifest, tree_files
-from jaxlora.serving.finished_run import load_run
 from jaxlora.training import run as train
 from jaxlora.training.config import Flags, Settings, resolve
 from jaxlora.utils.errors import UserError
@@ -61,7 +60,7 @@ def run(tmp_path_factory, tiny_base, data_dir):
 @pytest.fixture
 def folder(run, tmp_path):
     """A bank, and an exported task beside it."""
-    bank.add(tmp_path / "bank", load_run(run), ["sst", "para"])
+    bank.add(tmp_path / "bank", bank.load(run), ["sst", "para"])
     export_peft.save(tmp_path / "peft", bank.load(tmp_path / "bank"), "sst")
     return tmp_path
 
@@ -128,7 +127,7 @@ def test_pickles_in_a_checkpoint_are_never_opened(run, folder, trap):
     """Every file of a run's model and of a bank, replaced by a pickle, one after the other."""
     content, sprung = trap
     copy = shutil.copytree(run, folder / "run")
-    places = [(copy / finished_run.MODEL, load_run, copy)]
+    places = [(copy / finished_run.MODEL, bank.load, copy)]
     kept = folder / "bank"
     places += [(kept / part, bank.load, kept) for part in (bank.ADAPTERS, bank.HEADS)]
     refused = 0
@@ -292,14 +291,14 @@ def test_names_in_a_run_are_no_paths(run, tmp_path, name):
             Settings.from_json(sound | changed)
         (copy / finished_run.CONFIG).write_text(json.dumps(config | {"settings": sound | changed}))
         with pytest.raises(UserError, match=r"config\.json: "):
-            load_run(copy)
+            bank.load(copy)
 
 
 def test_a_tree_with_a_bad_name_is_not_stored(run, tmp_path):
     """Even if it came past all that reads."""
     import dataclasses
 
-    source = load_run(run)
+    source = bank.load(run)
     model = dataclasses.replace(source.models["sst"], tree="x/../../../outside")
     trees = {model.tree: source.trees["sst"]}
     configs = {model.tree: source.configs["sst"]}
@@ -362,7 +361,7 @@ def test_a_run_is_of_the_pinned_base(hub, tiny, data_dir, tmp_path):
     train.run(settings, tmp_path / "run", Silent(), base_sha256=tiny.fingerprint.weights, **more)
     jaxlora.load(tmp_path / "run").predict("sst", ["a film"])
     assert set(hub) == {("some/bert", "v1")}
-    export_peft.save(tmp_path / "peft", load_run(tmp_path / "run"), "sst")
+    export_peft.save(tmp_path / "peft", bank.load(tmp_path / "run"), "sst")
     written = json.loads((tmp_path / "peft" / peft_files.CONFIG).read_text())
     assert (written["base_model_name_or_path"], written["revision"]) == ("some/bert", "v1")
 
@@ -377,7 +376,6 @@ from jaxlora.cli import main as cli
 from jaxlora.serving import bank, export_peft
 from jaxlora.training import run as train
 from jaxlora.training.config import Flags, resolve
-from jaxlora.serving.finished_run import load_run
 sys.path.insert(0, {tests!r})
 from tiny import Silent
 out = Path({out!r})
@@ -389,7 +387,7 @@ except SystemExit as end:
     assert end.code == 0, end.code
 flags = Flags("lora1", base={base!r}, data_dir=Path({data!r}), rank=2, max_steps=1, max_length=16)
 train.run(resolve(flags), out / "by-library", Silent())
-bank.add(out / "bank", load_run(out / "by-library"), ["sst", "sts"])
+bank.add(out / "bank", bank.load(out / "by-library"), ["sst", "sts"])
 export_peft.save(out / "peft", bank.load(out / "bank"), "sst")
 (out / "requests.tsv").write_text("task\\tsentence\\nsst\\ta film\\n")
 (out / "requests.tsv").chmod(0o644)

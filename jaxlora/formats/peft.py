@@ -419,7 +419,7 @@ def _mapping(path: Path, name: str, value: Any) -> dict[str, Any]:
 
 def _number(path: Path, name: str, value: Any, kind: type) -> Any:
     try:
-        found = schema.read(kind, value)
+        found = schema.build(kind, value)
     except ValueError:
         found = 0
     if found <= 0:

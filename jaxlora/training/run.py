@@ -18,10 +18,18 @@ from jax.sharding import Mesh
 from jaxlora.data.tokenized import Examples
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.serving import finished_run, inference, tree_files
+from jaxlora.serving import bank, finished_run, inference
 from jaxlora.tasks.sharing import group_name
 from jaxlora.tasks.task import Task
-from jaxlora.training import checkpoint, inputs, parameter_count, run_folder, sharding, step
+from jaxlora.training import (
+    checkpoint,
+    inputs,
+    parameter_count,
+    run_folder,
+    sharding,
+    step,
+    trained,
+)
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data
 from jaxlora.training.task_group import (
@@ -31,7 +39,7 @@ from jaxlora.training.task_group import (
     outputs,
     untrained_scores,
 )
-from jaxlora.utils import distributed, files, process, trees
+from jaxlora.utils import distributed, files, process
 from jaxlora.utils.errors import Stopped, UserError
 from jaxlora.utils.trees import Tree
 
@@ -154,7 +162,9 @@ def run(
             if not finished_run.exists(out):
                 run_folder.write_json(out / finished_run.CONFIG, config)
             splits = ("dev", "test") if predict_test else ("dev",)
-            context = RunContext(settings, base, data, out, splits, devices, skip_nonfinite)
+            context = RunContext(
+                settings, base, data, checksums, out, splits, devices, skip_nonfinite
+            )
             run_folder.write_json(out / finished_run.RESULT, _train_all(context, callback))
             distributed.wait("the result is written")
         checkpoint.remove_states(out / run_folder.STATES)
@@ -163,11 +173,17 @@ def run(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RunContext:
-    """What a run works on, where and how: `splits` are those to predict."""
+    """What a run works on, where and how.
+
+    Attributes:
+      checksums: of the base and the data.
+      splits: those to predict.
+    """
 
     settings: Settings
     base: Pretrained
     data: Data
+    checksums: Mapping[str, str]
     out: Path
     splits: tuple[str, ...]
     mesh: Mesh
@@ -198,18 +214,25 @@ def _train_groups(
     callback: Callback,
 ) -> dict[str, Any]:
     settings = context.settings
-    bank: dict[str, Any] = {"adapters": {}, "heads": {}}
+    best: dict[str, dict[str, Tree]] = {}
     progress: dict[str, dict[str, Any]] = {}
     test: dict[str, float] = {}
     for names in settings.groups:
         name = group_name(names)
-        best, progress[name], scores = _train_one(context, names, saved[name], log, callback)
-        bank["adapters"][name] = best["trainable"]
-        bank["heads"] |= best["heads"]
+        best[name], progress[name], scores = _train_one(context, names, saved[name], log, callback)
         test |= scores
-    tree_files.save(context.out / finished_run.MODEL, bank)
     result = summarise(settings, inputs.count(settings, context.base), progress, test)
-    return result | {"model": trees.checksum(bank)}
+    keep_models(context, best, result["dev"])
+    return result
+
+
+def keep_models(
+    context: RunContext, best: Mapping[str, Mapping[str, Tree]], dev: Mapping[str, float]
+) -> None:
+    """Write what was trained as a bank into the run's folder; of many processes the first does."""
+    models = trained.task_models(context.settings, context.checksums, best, dev)
+    if distributed.is_primary():
+        bank.write(context.out / finished_run.MODEL, models)
 
 
 def _refuse_unscored(group: TaskGroup, done: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -21,14 +22,11 @@ from jaxlora.data.task_files import NAME
 from jaxlora.formats import huggingface
 from jaxlora.formats import peft as peft_files
 from jaxlora.formats import tokenizer as base_tokenizer
-from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import param_shapes
 from jaxlora.serving import bank, export_merged, export_peft, finished_run, manifest, task_models
-from jaxlora.tasks.sharing import group_name
 from jaxlora.training import run_folder
-from jaxlora.training.config import Settings
+from jaxlora.training.config import Flags, Settings, resolve
 from jaxlora.utils.errors import UserError
-from jaxlora.utils.schema import build
 from tests.fuzz import hostile, samples
 
 INDEX = "model.safetensors.index.json"
@@ -42,6 +40,7 @@ def targets(folder: Path) -> dict[str, tuple[Inputs, Callable[..., None]]]:
     peft = samples.peft(folder / "peft", source)
     others, like = samples.classifier(folder / "classifier", source)
     run = samples.run(folder / "run", source)
+    begun = {"settings": resolve(Flags("lora1")).to_json(), "inputs": {}}
     plain = samples.bank_manifest(source)
     return {
         "base name": (_names(), find_base),
@@ -71,10 +70,11 @@ def targets(folder: Path) -> dict[str, tuple[Inputs, Callable[..., None]]]:
             _json(peft / export_peft.ABOUT), _in_copy(peft, export_peft.ABOUT, imported)
         ),
         "bank manifest": (st.tuples(hostile.json_files(plain), st.booleans()), read_bank),
-        "run config": (
+        "run config": (hostile.json_files(begun), read_settings),
+        "old run's config": (
             _json(run / finished_run.CONFIG), _in_copy(run, finished_run.CONFIG, read_run)
         ),
-        "run result": (
+        "old run's result": (
             _json(run / finished_run.RESULT), _in_copy(run, finished_run.RESULT, read_run)
         ),
         "run metrics": (_records(), read_metrics),
@@ -199,7 +199,7 @@ def _check_trained(found: task_models.TaskModels, names: list[str]) -> None:
     for name, one in found.models.items():
         assert NAME.fullmatch(name) and one.task.name == name and one.tree in found.trees
         assert one.task.outputs >= 0
-        json.dumps(dict(one.facts))
+        json.dumps(dataclasses.asdict(one.facts))
     for config in found.configs.values():
         assert math.isfinite(config.scale_of(("self", "query")))
 
@@ -212,29 +212,35 @@ def read_bank(value: tuple[bytes, bool], scratch: Path) -> None:
             content = json.dumps(manifest.signed(json.loads(content))).encode()
     (scratch / manifest.NAME).write_bytes(content)
     found = manifest.read(scratch)
-    for part, name in manifest.used(found):
+    folders = list(found.folders())
+    for part, name in folders:
         assert name and (scratch / part / name).resolve().parent == (scratch / part).resolve()
-    assert len(bank.verify(scratch)) == len(manifest.used(found))  # its trees are not there
-    for name in found["tasks"]:
+    assert len(bank.verify(scratch)) == len(folders)  # its trees are not there
+    for name in found.tasks:
         bank.describe(scratch, name)
-    for plain in found["adapters"].values():
-        assert math.isfinite(build(LoraConfig, plain).scale_of(("self", "query")))
+    for config in found.adapters.values():
+        assert config is None or math.isfinite(config.scale_of(("self", "query")))
     with contextlib.suppress(UserError):
         bank.load(scratch)
 
 
-def read_run(folder: Path) -> None:
-    """`trained.load_run`, and what a run that goes on there compares."""
-    config = finished_run.read_config(folder)
+def read_settings(content: bytes, scratch: Path) -> None:
+    """`Settings.from_json`, and what a run that goes on compares."""
+    (scratch / finished_run.CONFIG).write_bytes(content)
+    config = finished_run.read_config(scratch)
     with contextlib.suppress(UserError):
-        run_folder.check(folder, config["settings"], resume=True)
-        run_folder.check_same_inputs(folder, {"the base model": "0"})
+        run_folder.check(scratch, config["settings"], resume=True)
+        run_folder.check_same_inputs(scratch, {"the base model": "0"})
     settings = Settings.from_json(config["settings"])
-    found = finished_run.load_run(folder)
-    _check_trained(found, [d.task.name for d in settings.tasks])
     names = {name for group in settings.groups for name in group}
     assert all(map(NAME.fullmatch, names))
-    assert found.trees.keys() == set(map(group_name, settings.groups))
+
+
+def read_run(folder: Path) -> None:
+    """`bank.load` of a run that an earlier jaxlora finished."""
+    found = bank.load(folder)
+    _check_trained(found, list(found.models))
+    assert found.trees.keys() == {one.tree for one in found.models.values()}
 
 
 def _records() -> st.SearchStrategy[bytes]:

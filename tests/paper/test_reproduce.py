@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import tyro
-from tiny import Silent, leaves_equal
+from tiny import Silent, leaves_equal, trained_trees
 
 from experiments import fleet, reproduce, runs, studies, timing
-from jaxlora.serving import finished_run, tree_files
+from jaxlora.serving import finished_run
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.training import run as train
 from jaxlora.training import run_folder
@@ -467,7 +467,7 @@ def test_stopped_gone_on_with_and_one_that_fails(call, make, tmp_path, capfd, mo
               batch_size=6, eval_every=4, max_length=16, epochs=8)
     )  # fmt: skip
     train.run(settings, tmp_path / "whole", Silent())
-    leaves_equal(*(tree_files.load(p / finished_run.MODEL) for p in (first, tmp_path / "whole")))
+    leaves_equal(*(trained_trees(p) for p in (first, tmp_path / "whole")))
     # Finished runs are compared with what is asked for now.
     assert call("--variants", "baseline1", "--epochs=3") == 2
     assert "baseline1: --out" in capfd.readouterr().err

@@ -28,7 +28,9 @@ def base_like(folder, pooling="cls", **more):
     """What an import shall fit: a base of that folder."""
     found = huggingface.load(str(folder))
     about = {"max_length": 64, "dtype": "float32", "origin": "a bank"} | more
-    return TaskModels(str(folder), found.fingerprint, {}, {}, {}, pooling=pooling, **about)
+    return TaskModels(
+        str(folder), found.fingerprint, pooling=pooling, models={}, trees={}, configs={}, **about
+    )
 
 
 def sequence_model(folder, outputs=3):

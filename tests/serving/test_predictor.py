@@ -42,7 +42,15 @@ def predictor(request, tiny):
     configs = {name: config for name, tree in trees.items() if "lora" in tree}
     tasks = {"sst": model(SST, "a"), "sts": model(STS_COSINE, "b")}
     trained = TaskModels(
-        tiny.name, tiny.fingerprint, tasks, trees, configs, "mean", 32, "float32", "a test"
+        tiny.name,
+        tiny.fingerprint,
+        "mean",
+        32,
+        "float32",
+        models=tasks,
+        trees=trees,
+        configs=configs,
+        origin="a test",
     )
     return jaxlora.Predictor(tiny, trained)
 

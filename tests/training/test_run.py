@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import SHORT, Silent, leaves_equal
+from tiny import SHORT, Silent, leaves_equal, trained_trees
 
 import jaxlora
 from jaxlora.formats import huggingface
-from jaxlora.serving import finished_run, inference, tree_files
+from jaxlora.serving import inference
 from jaxlora.tasks.task import NAMES
 from jaxlora.training import inputs as prepare
 from jaxlora.training import optimizer, run_folder, task_group
@@ -182,7 +182,7 @@ def test_resume_equals_uninterrupted(make, tmp_path, variant, stop_at):
         jaxlora.load(tmp_path / "parts")
     again = Silent()
     parts = train.run(settings, tmp_path / "parts", again, resume=True)
-    banks = [tree_files.load(tmp_path / name / finished_run.MODEL) for name in ("whole", "parts")]
+    banks = [trained_trees(tmp_path / name) for name in ("whole", "parts")]
     leaves_equal(*banks)
     assert parts["dev"] == whole["dev"]
     timeless = [
@@ -231,7 +231,7 @@ def test_killed_process_resumes_to_the_same_parameters(tiny_base, data_dir, tmp_
     assert not (tmp_path / "killed" / "result.json").exists()
     assert start("killed", "--resume").wait() == 0
     assert start("whole").wait() == 0
-    leaves_equal(*(tree_files.load(tmp_path / n / finished_run.MODEL) for n in ("killed", "whole")))
+    leaves_equal(*(trained_trees(tmp_path / n) for n in ("killed", "whole")))
 
 
 def test_at_most_three_train_programs(make, tmp_path, monkeypatch):
