@@ -120,7 +120,8 @@ def special_tokens(base: Pretrained) -> dict[str, str]:
 
 def _used(tokenizer: Tokenizer) -> dict[str, str | None]:
     """The tokens that a tokenizer itself puts around a sentence, and for an unknown word."""
-    first, last = tokenizer.encode("").tokens
+    # By their ids: a template may have another name for what the vocabulary has there.
+    first, last = map(tokenizer.id_to_token, tokenizer.encode("").ids)
     model = json.loads(tokenizer.to_str())["model"]
     unknown = model.get("unk_token")
     if model.get("unk_id") is not None:  # Unigram: a number

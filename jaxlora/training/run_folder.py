@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -140,7 +139,7 @@ def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
 def write_table(path: Path, columns: Mapping[str, Iterable[str]]) -> None:
     """Write a CSV with a header into the run's folder; of many processes the first does."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = files.csv_writer(text)
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
     if distributed.is_primary():

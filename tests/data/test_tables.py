@@ -333,6 +333,15 @@ def answers(echo, source, task=None, **more):
     return rows, told
 
 
+def test_an_id_may_hold_any_line_break(echo, tmp_path):
+    path = tmp_path / "in.csv"
+    ids = ["a\rb", "a\nb", "a\r\nb", "\r"]
+    path.write_bytes(b"id,sentence\n" + b"".join(f'"{i}",a film\n'.encode() for i in ids))
+    answers(echo, path, "sst")
+    with path.with_name("answers.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == ids
+
+
 def test_each_request_has_an_answer_whatever_its_quotes(echo, tmp_path):
     path = tmp_path / "in.tsv"
     lines = ["id\tsentence", *(f"{n}\t{text}" for n, text in enumerate(SPLIT))]

@@ -201,6 +201,9 @@ BASES = {
     "declared alone": (
         sentence_pieces, {"tokenizer_config.json": ANY | {"pad_token": "[PAD]"}}, "[PAD]"
     ),
+    "a token without a name": (
+        word_pieces, {"tokenizer_config.json": DECLARED | {"cls_token": None}}, "<pad>"
+    ),
     "no padding": (
         lambda: sentence_pieces(("<s>", "</s>", "<unk>")), {"tokenizer_config.json": ANY}, "<unk>"
     ),
@@ -252,7 +255,7 @@ def test_the_special_tokens_are_the_bases(exported, other):
 
     base, padding = exported[0], other[1]
     tokenizer, config = AutoTokenizer.from_pretrained("."), AutoConfig.from_pretrained(".")
-    first, last = base.tokenizer.encode("").tokens
+    first, last = map(base.tokenizer.id_to_token, base.tokenizer.encode("").ids)
     assert (tokenizer.cls_token, tokenizer.sep_token) == (first, last)
     assert tokenizer.pad_token == padding
     assert tokenizer.pad_token_id == config.pad_token_id == base.tokenizer.token_to_id(padding)

@@ -89,11 +89,11 @@ FORK = """
 import os, sys, numpy, jaxlora
 from jaxlora.formats import huggingface as pretrained
 from jaxlora.tasks.task import STS_COSINE
-from jaxlora.serving.task_models import Served, Trained
+from jaxlora.serving.task_models import TaskModel, TaskModels
 base = pretrained.load(sys.argv[1])
-tasks = {"sts": Served(STS_COSINE, "a", {}, "concat")}
+tasks = {"sts": TaskModel(STS_COSINE, "a", {}, "concat")}
 rest = ({"a": {}}, {}, "mean", 32, "float32", "a test")
-predictor = jaxlora.Predictor(base, Trained(base.name, base.fingerprint, tasks, *rest))
+predictor = jaxlora.Predictor(base, TaskModels(base.name, base.fingerprint, tasks, *rest))
 if os.fork() == 0:
     try:
         predictor.predict("sts", [("ba", "be")])
