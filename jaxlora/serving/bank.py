@@ -40,6 +40,7 @@ from jaxlora.utils.files import LOCK, TEMPORARY
 from jaxlora.utils.trees import Tree
 
 T = TypeVar("T")
+PARTS = (ADAPTERS, HEADS)
 MOST_CHANGES = 100  # while a bank is read
 _REPAIR = "put back a copy, or bring the task back with bank update, or take it out: bank remove"
 
@@ -352,7 +353,7 @@ def _commit(folder: Path, manifest: Manifest) -> None:
     manifest = dataclasses.replace(manifest, sizes=_sizes(folder, manifest))
     manifests.write(folder, manifest)
     keep = set(manifest.folders())
-    for part in (ADAPTERS, HEADS):
+    for part in PARTS:
         for path in (folder / part).iterdir() if (folder / part).is_dir() else ():
             if (part, path.name) not in keep:
                 shutil.rmtree(path, ignore_errors=True)

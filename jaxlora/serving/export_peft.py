@@ -305,7 +305,7 @@ def _labels(id2label: Any, count: int) -> tuple[str, ...]:
 # ---- the base that an adapter was trained on
 
 
-def _check_base(path: Path, written: peft.Written, base: Pretrained) -> None:
+def _check_base(path: Path, written: peft.PeftConfig, base: Pretrained) -> None:
     """Refuse an adapter that was trained on another base, or does not say on which.
 
     A revision counts where the adapter's folder says one: PEFT leaves it out as a rule.

@@ -8,6 +8,7 @@ ValueError is refused here, too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -33,6 +34,7 @@ _PLAINER = {
     "a valid boolean": "true or false",
     "a valid": "a",
     "Tuple should": "must",
+    "String should": "must",
 }  # Pydantic's words → JSON's
 _UNKNOWN = "unexpected_keyword_argument"
 
@@ -165,11 +167,9 @@ def _reason(error: ErrorDetails) -> str:
 def _inside(value: Any, where: tuple[Any, ...]) -> Iterator[Any]:
     """Yield the parts of a place that are keys and numbers; Pydantic adds names of types."""
     for part in where:
-        try:
+        with contextlib.suppress(KeyError, IndexError, TypeError):
             value = value[part]
-        except (KeyError, IndexError, TypeError):
-            return
-        yield part
+            yield part
 
 
 def _joined(where: tuple[Any, ...]) -> str:

@@ -183,14 +183,7 @@ def test_without_a_good_checkpoint_the_group_starts_again(make, stopped, tmp_pat
 
 def test_a_damaged_model_is_not_loaded(whole):
     scratch(biggest(whole / finished_run.MODEL))
-    with pytest.raises(UserError, match="model: damaged"):
-        bank.load(whole)
-
-
-def test_a_result_of_another_model_is_refused(make, whole, tmp_path):
-    train.run(make("lora3", seed=1), tmp_path / "other", Silent())
-    shutil.copy(tmp_path / "other" / finished_run.RESULT, whole)
-    with pytest.raises(UserError, match="another checksum"):
+    with pytest.raises(UserError, match=r"model/adapters/.*: damaged"):
         bank.load(whole)
 
 

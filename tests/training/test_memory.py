@@ -57,10 +57,10 @@ class Weighing(Silent):
 
 def needed(out, group, frozen):
     """Bytes that a group needs: what is trained, its two moments, its best; and what is frozen."""
-    bank = trained_trees(out)
-    adapter = (bank.get("adapters") or {}).get(group) or {}
-    heads = [bank["heads"][task] for task in group.split("+")]
-    return 4 * 4 * trees.count([adapter, heads]) + frozen
+    found = trained_trees(out)
+    names = group.split("+")
+    heads = [found[task]["head"] for task in names]
+    return 4 * 4 * trees.count([found[names[0]]["tree"], heads]) + frozen
 
 
 @alone
