@@ -125,8 +125,8 @@ def _load_tree(folder: Path, part: str, stored: str) -> Tree:
 
 def _check_kind(path: Path, name: str, tree: Tree, config: LoraConfig | None) -> None:
     """Refuse a tree that is not of the kind, or has not the ranks, that the manifest says."""
-    if tree.keys() != {"params" if config is None else "lora"}:
-        raise UserError(f"{path}: {name} holds {', '.join(tree)}; put back a copy")
+    if not isinstance(tree, dict) or list(tree) != ["params" if config is None else "lora"]:
+        raise UserError(f"{path}: {name} is a tree of another kind than it says; put back a copy")
     try:
         if config is not None:
             lora.check_fit(tree["lora"], config)
@@ -334,7 +334,7 @@ def _store(folder: Path, manifest: Manifest, source: TaskModels, names: Sequence
 
 def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
     ending = f"-{trees.checksum(tree)[:16]}"
-    stored = name[:40].removesuffix(ending) + ending  # another bank's name has its checksum already
+    stored = name.removesuffix(ending)[:40] + ending  # another bank's name has its checksum already
     manifests.check_folder(stored)
     try:
         whole = (folder / part / stored).is_dir() and bool(_load_tree(folder, part, stored))

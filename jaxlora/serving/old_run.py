@@ -15,7 +15,7 @@ from typing import Any
 from jaxlora.data.task_files import check_name
 from jaxlora.formats.fingerprint import INPUTS
 from jaxlora.lora import LoraConfig
-from jaxlora.serving import tree_files
+from jaxlora.serving import manifest, tree_files
 from jaxlora.serving.finished_run import CONFIG, MODEL, RESULT, read_config
 from jaxlora.serving.task_models import BaseSpec, Facts, PairFeatures, TaskModel, TaskModels
 from jaxlora.tasks.sharing import Adapt, Groups, group_name
@@ -58,8 +58,9 @@ class OldSettings(BaseSpec):
 
 
 def exists(folder: Path) -> bool:
-    """Return whether a folder holds a finished run of such a kind."""
-    return all((folder / name).exists() for name in (CONFIG, RESULT, f"{MODEL}/_METADATA"))
+    """Return whether a folder holds a finished run whose `model` is no bank."""
+    there = all((folder / name).exists() for name in (CONFIG, RESULT, MODEL))
+    return there and not manifest.exist(folder / MODEL)
 
 
 def load(folder: Path) -> TaskModels:
@@ -68,10 +69,13 @@ def load(folder: Path) -> TaskModels:
     Raises:
       UserError: naming what is damaged or not understood.
     """
+    result = files.read_object(folder / RESULT)
+    if "model" not in result:
+        raise UserError(f"{folder / MODEL}: has lost its {manifest.NAME}; put back a copy")
     config = read_config(folder)
     settings = schema.parse(OldSettings, _nested(config), folder / CONFIG, _CHANGED)
     tree = tree_files.load(folder / MODEL)
-    scores = _scores(folder, settings, trees.checksum(tree))
+    scores = _scores(folder, settings, result, trees.checksum(tree))
     owners = {name: group_name(group) for group in settings.groups for name in group}
     models = {}
     for task in settings.tasks:
@@ -114,10 +118,11 @@ def _names(kind: type) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def _scores(folder: Path, settings: OldSettings, model: str) -> dict[str, float]:
+def _scores(
+    folder: Path, settings: OldSettings, result: Mapping[str, Any], model: str
+) -> dict[str, float]:
     """Return the scores of a finished run whose trained tree has this checksum."""
-    result = files.read_object(folder / RESULT)
-    if result.get("model") != model:
+    if result["model"] != model:
         raise UserError(f"{folder / MODEL}: damaged, its content has another checksum")
     scores = schema.parse(dict[str, float], result.get("dev"), f"{folder / RESULT}: dev", _CHANGED)
     if lost := [task.name for task in settings.tasks if task.name not in scores]:

@@ -29,6 +29,7 @@ from jaxlora.utils.schema import encodable
 
 TEMPORARY = ".tmp-"  # what a killed process left bears such a name, see `sweep`
 LOCK = ".lock"
+MOST_JSON = 64 * 2**20  # bytes; the manifest of ten thousand tasks has 15 million
 _FILE, _FOLDER = 0o664, 0o775  # the umask may take more away
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` makes one slash of two
 _LONGEST_NAME, _LONGEST_PATH = 255, 3500  # bytes; Linux takes 4096, the rest is for what is inside
@@ -289,12 +290,14 @@ def _whole(digits: str) -> int:
 
 
 def read_json(path: Path) -> Any:
-    """Read any JSON from a file.
+    """Read any JSON from a file of at most `MOST_JSON` bytes.
 
     Raises:
-      UserError: if the file cannot be read, or is not JSON.
+      UserError: if the file cannot be read, is larger, or is not JSON.
     """
     try:
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise ValueError(f"{size:,} bytes, at most {MOST_JSON:,} are read")
         return loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from jaxlora.utils import schema
+from jaxlora.utils import files, schema
 from jaxlora.utils.errors import UserError
 
 
@@ -123,3 +123,11 @@ def test_any_hint_will_do():
     assert schema.build(Literal["a", 3], 3) == 3
     with pytest.raises(ValueError, match="must be an object"):
         schema.build(dict[str, float], [1])
+
+
+def test_json_of_more_bytes_than_are_read(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("[1, 2]")
+    assert files.read_json(tmp_path / "a.json") == [1, 2]
+    monkeypatch.setattr(files, "MOST_JSON", 5)
+    with pytest.raises(UserError, match=r"a\.json: .*6 bytes, at most 5 are read"):
+        files.read_json(tmp_path / "a.json")
