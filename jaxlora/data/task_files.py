@@ -64,7 +64,7 @@ class TaskFields:
     classes: ClassCount | tuple[str | int, ...] | None = None
     range: tuple[float, float] | None = None
     id: str | None = None
-    delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None = None
+    delimiter: str | None = None
     quoting: Quoting | None = None
     title: str = ""
     loss: str = ""
@@ -83,6 +83,8 @@ class TaskFields:
             raise ValueError("range: goes with regression and similarity; name the classes")
         if scored and self.range is None:
             raise ValueError("range: missing; give the lowest and the highest label: [0, 5]")
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise ValueError(f'delimiter: {self.delimiter!r} is not one character, such as "\\t"')
         if self.classes is not None and not all(map(str.strip, self.names)):
             raise ValueError("classes: a name is blank")
         if self.classes is not None and len(self.names) < 2:

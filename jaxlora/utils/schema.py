@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,12 +30,14 @@ _STRICT = ConfigDict(
 _PLAINER = {
     "Input should be": "must be",
     "a valid tuple": "a list",
+    "a valid array": "a list",
     "a valid integer": "a whole number",
     "a valid boolean": "true or false",
     "a valid": "a",
     "Tuple should": "must",
     "String should": "must",
 }  # Pydantic's words → JSON's
+_MUST = "must be "
 _UNKNOWN = "unexpected_keyword_argument"
 
 
@@ -153,15 +155,24 @@ def _line(error: ValidationError, kind: Any, value: Any) -> str:
         hint = suggestion(str(where[-1]), known) or f" (known: {', '.join(sorted(known))})"
         return f"{_joined(where)}unknown field{hint}"
     if first["type"] == "missing":
-        return f"{_joined(first['loc'][1:])}missing"
-    return _joined(where) + _reason(first)
+        *outer, last = first["loc"][1:]
+        short = isinstance(last, int)
+        return (
+            f"{_joined(outer)}has too few items" if short else f"{_joined((*outer, last))}missing"
+        )
+    at_once = [one for place, one in zip(places, found, strict=True) if place == where]
+    same = dict.fromkeys(map(_reason, at_once))
+    if not all(reason.startswith(_MUST) for reason in same):
+        return _joined(where) + _reason(first)
+    allowed = " or ".join(reason.removeprefix(_MUST) for reason in same)
+    return f"{_joined(where)}{_MUST}{allowed}, not {shown(first['input'])}"
 
 
 def _reason(error: ErrorDetails) -> str:
     message = error["msg"].removeprefix("Value error, ")
     for theirs, ours in _PLAINER.items():
         message = message.replace(theirs, ours)
-    return f"{message}, not {shown(error['input'])}" if message.startswith("must be") else message
+    return message
 
 
 def _inside(value: Any, where: tuple[Any, ...]) -> Iterator[Any]:
@@ -172,7 +183,7 @@ def _inside(value: Any, where: tuple[Any, ...]) -> Iterator[Any]:
             yield part
 
 
-def _joined(where: tuple[Any, ...]) -> str:
+def _joined(where: Iterable[Any]) -> str:
     parts = [part if str(part).isidentifier() else shown(part) for part in where]
     return ".".join(map(str, parts)) + ": " if parts else ""
 
