@@ -143,28 +143,27 @@ def _strings(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[An
 
 def _line(error: ValidationError, kind: Any, value: Any) -> str:
     """Return the error that says most, in one line."""
-    found = error.errors(include_url=False, include_context=False)
-    places = [tuple(_inside(value, one["loc"][1:])) for one in found]
+    found = [
+        (tuple(_inside(value, one["loc"][1:])), one)
+        for one in error.errors(include_url=False, include_context=False)
+    ]
     # Of a field that may be of several types, the innermost error is of the type that was meant.
-    where, first = max(
-        zip(places, found, strict=True),
-        key=lambda pair: (pair[1]["type"] == _UNKNOWN, len(pair[0])),
-    )
+    where, first = max(found, key=lambda pair: (pair[1]["type"] == _UNKNOWN, len(pair[0])))
     if first["type"] == _UNKNOWN:
         known = _fields(kind)
         hint = suggestion(str(where[-1]), known) or f" (known: {', '.join(sorted(known))})"
         return f"{_joined(where)}unknown field{hint}"
     if first["type"] == "missing":
         *outer, last = first["loc"][1:]
-        short = isinstance(last, int)
         return (
-            f"{_joined(outer)}has too few items" if short else f"{_joined((*outer, last))}missing"
+            _joined(outer) + "has too few items"
+            if isinstance(last, int)
+            else (_joined((*outer, last)) + "missing")
         )
-    at_once = [one for place, one in zip(places, found, strict=True) if place == where]
-    same = dict.fromkeys(map(_reason, at_once))
-    if not all(reason.startswith(_MUST) for reason in same):
+    reasons = dict.fromkeys(_reason(one) for place, one in found if place == where)
+    if not all(reason.startswith(_MUST) for reason in reasons):
         return _joined(where) + _reason(first)
-    allowed = " or ".join(reason.removeprefix(_MUST) for reason in same)
+    allowed = " or ".join(reason.removeprefix(_MUST) for reason in reasons)
     return f"{_joined(where)}{_MUST}{allowed}, not {shown(first['input'])}"
 
 
