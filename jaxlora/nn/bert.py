@@ -66,10 +66,10 @@ class BertConfig:
 class Dense(nn.Module):
     """`x W + b`, plus `scale · x A B` where the `lora` collection has this layer.
 
-    Several adapters side by side (`A: [T, in, r]`, `B: [T, r, out]`) are one of rank T·r, of which
-    each token uses the share it is given; in training they are taken for copies of one, each with
-    its own tokens' gradient. In training the adapter's input has its own dropout. Matmul inputs are
-    `dtype`; products are summed, and returned, in float32.
+    Of several adapters (`A: [T, in, r]`, `B: [T, r, out]`) each block of tokens uses one; in
+    training they are taken for copies of one, each with its own tokens' gradient. In training the
+    adapter's input has its own dropout. Matmul inputs are `dtype`; products are summed, and
+    returned, in float32.
     """
 
     features: int
@@ -80,7 +80,7 @@ class Dense(nn.Module):
     def __call__(
         self, x: jax.Array, share: jax.Array | None = None, train: bool = False
     ) -> jax.Array:
-        """`[..., in]`, and for several adapters `share: f32[..., T]` → `f32[..., features]`."""
+        """`[..., in]`, and for several adapters `share`, see `Encoder` → `f32[..., features]`."""
         kernel = self.param(
             "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), jnp.float32
         )
@@ -89,10 +89,12 @@ class Dense(nn.Module):
         if self.has_variable("lora", "A"):
             a, b = (jnp.asarray(self.get_variable("lora", name)) for name in "AB")
             x = _dropout(self, x, self.lora.dropout, train)
-            if train and share is not None:
+            if share is None:
+                low = ops.low_rank(x, a, b, self.dtype)
+            elif train:
                 low = ops.low_rank_of_copies(x, a, b, share, self.dtype)
             else:
-                low = ops.low_rank(x, a, b, share, self.dtype)
+                low = ops.low_rank_by_block(x, a, b, share, self.dtype)
             y = y + self.lora.scale_of(self.path) * low
         return y
 
@@ -190,7 +192,7 @@ class Layer(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, share: jax.Array | None
     ) -> tuple[jax.Array, None]:
-        """`x: f32[R, S, H]`, `mask: bool[R, 1, S, S]`, `share: f32[R, S, T]`."""
+        """`x: f32[R, S, H]`, `mask: bool[R, 1, S, S]`, and `share`, see `Encoder`."""
         rest = (self.config, self.dtype, self.lora)
         x = Attention(*rest, name="attention")(x, mask, share, self.train)
         y = Intermediate(*rest, name="intermediate")(x, share, self.train)
@@ -248,8 +250,9 @@ class Encoder(nn.Module):
           segment_ids: `i32[R, S]`, which sentence a token belongs to, 0 for padding; a token
             attends to the tokens of its row that have its id.
           train: apply dropout (needs a `dropout` rng).
-          share: `f32[R, S, T]`, how much of each of T adapters a token uses (leaves of `lora` are
-            `[L, T, ...]` then, and with `train` T copies of one); None for one adapter
+          share: which of T adapters tokens use (leaves of `lora` are `[L, T, ...]` then): with
+            `train` `f32[R, S, T]`, which of T copies of one adapter gets a token's gradient; else
+            `i32[R, S / block]`, the adapter of each block of tokens. None for one adapter
             (`[L, ...]`), or none.
 
         Returns:
@@ -323,14 +326,21 @@ def param_shapes(config: BertConfig) -> dict[str, Any]:
 def matmul_ready(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
     """Frozen parameters as the programs want them, so that no step does this again.
 
-    Dense kernels are in `dtype`; embeddings, biases and LayerNorm stay float32. Few layers lie
-    apart, in a list: the programs would copy each out of the stack. `stack_layers` is the way back.
+    Dense kernels are in `dtype`; embeddings, biases and LayerNorm stay float32; see
+    `unstack_layers`.
     """
 
     def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         return jnp.asarray(x, dtype if path[-1].key == "kernel" else jnp.float32)
 
-    params = jax.tree_util.tree_map_with_path(leaf, params)
+    return unstack_layers(jax.tree_util.tree_map_with_path(leaf, params))
+
+
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Give each layer arrays of its own, up to `MOST_UNROLLED` layers, in a list.
+
+    The programs would copy each layer out of a stack. `stack_layers` is the way back.
+    """
     count = len(jax.tree.leaves(params["layers"])[0])
     if count > MOST_UNROLLED:
         return params

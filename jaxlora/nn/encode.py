@@ -80,23 +80,23 @@ def encoder(config: bert.BertConfig, dtype: Any, adapter: lora.LoraConfig, pooli
     return encode
 
 
-def encode_mixed(
+def encode_copies(
     encode: Encode,
     frozen: Tree,
     stack: Tree,
     rows: PackedTokens,
     owner: jax.Array,
-    key: jax.Array | None,
+    key: jax.Array,
 ) -> jax.Array:
-    """Encode rows in which each sentence uses one adapter of a stack.
+    """Encode rows in training, with a copy of one adapter for the gradient of each task.
 
     Args:
       encode: from `encoder`.
       frozen: the base's collections.
-      stack: `{"lora": leaves [T, L, ...]}`.
+      stack: `{"lora": leaves [T, L, ...]}`, T copies.
       rows: packed sentences.
-      owner: `i32[N]`, the adapter that each sentence uses.
-      key: PRNG key of dropout; None: evaluation.
+      owner: `i32[N]`, the copy that gets the gradient of each sentence.
+      key: PRNG key of dropout.
 
     Returns:
       `f32[N, H]`.
@@ -119,12 +119,24 @@ def make_encode(
 
 
 def make_mixed_encode(encode: Encode) -> Callable[[Tree, Tree, PackedTokens, jax.Array], jax.Array]:
-    """Compile evaluation with an adapter for each sentence.
+    """Compile evaluation with one of T adapters for each block of tokens.
 
     Returns:
-      `(frozen, {"lora": leaves [T, L, ...]}, PackedTokens, owner i32[N]) → f32[N, H]`: sentence n
-      uses adapter `owner[n]`.
+      `(frozen, adapters, PackedTokens, owner) → f32[N, H]`: T adapters are trees as
+      `bert.unstack_layers` makes them, stacked along a first axis, and `owner: i32[R, S / block]`
+      says which each block of tokens uses.
     """
-    return jax.jit(
-        lambda frozen, stack, rows, owner: encode_mixed(encode, frozen, stack, rows, owner, None)
-    )
+
+    def encode_mixed(
+        frozen: Tree, adapters: Tree, rows: PackedTokens, owner: jax.Array
+    ) -> jax.Array:
+        return encode(frozen, {"lora": _by_layer(adapters)}, rows, None, owner)
+
+    return jax.jit(encode_mixed)
+
+
+def _by_layer(adapters: Tree) -> Tree:
+    """Adapters as the module has them: leaves `[L, T, ...]`."""
+    if isinstance(adapters["layers"], list):
+        return bert.stack_layers(adapters)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), adapters)
