@@ -306,9 +306,10 @@ def test_a_tree_with_a_bad_name_is_not_stored(run, tmp_path):
     import dataclasses
 
     source = bank.load(run)
-    model = dataclasses.replace(source.models["sst"], tree="x/../../../outside")
-    trees = {model.tree: source.trees["sst"]}
-    configs = {model.tree: source.configs["sst"]}
+    old = source.models["sst"]
+    model = dataclasses.replace(old, tree="x/../../../outside")
+    trees = {model.tree: source.trees[old.tree]}
+    configs = {model.tree: source.configs[old.tree]}
     source = dataclasses.replace(source, models={"sst": model}, trees=trees, configs=configs)
     with pytest.raises(UserError, match="is not the name of a folder"):
         bank.add(tmp_path / "bank", source, ["sst"])
