@@ -1,5 +1,6 @@
 """Files and folders: odd names, no home, several processes, and what a killed one leaves."""
 
+import dataclasses
 import os
 import pwd
 import shutil
@@ -504,7 +505,7 @@ def test_a_bank_is_read_beside_a_writer(runs, tmp_path):
     assert len(changes) > 2
 
 
-@pytest.mark.parametrize("read", [bank.load, bank.verify, bank.contents])
+@pytest.mark.parametrize("read", [bank.load, bank.verify])
 def test_a_reader_retries_when_a_writer_replaces_what_it_reads(runs, tmp_path, monkeypatch, read):
     folder, sources = tmp_path / "bank", [bank.load(runs / name) for name in ("one", "two")]
     bank.add(folder, sources[0], ["sts"])
@@ -525,19 +526,23 @@ def test_a_reader_retries_when_a_writer_replaces_what_it_reads(runs, tmp_path, m
 
 
 def test_sizes_are_those_of_the_files_that_exist(runs, tmp_path, monkeypatch):
-    """A task is replaced after its trees were read and before they are measured."""
+    """Of a bank that does not say them, a task is replaced before its trees are measured."""
     folder, sources = tmp_path / "bank", [bank.load(runs / name) for name in ("one", "two")]
     bank.add(folder, sources[0], ["sst"])
-    real, calls = bank._size, []
+    (said,) = bank.contents(folder)
+    manifests.write(folder, dataclasses.replace(manifests.read(folder), sizes={}))
+    assert bank.contents(folder) == [said]
+    real, calls = bank._measure, []
 
-    def size(path):
+    def measure(*args):
         if not calls:
             calls.append(1)
             bank.add(folder, sources[1], ["sst"], replace=True)
-        return real(path)
+        return real(*args)
 
-    monkeypatch.setattr(bank, "_size", size)
+    monkeypatch.setattr(bank, "_measure", measure)
     (row,) = bank.contents(folder)
+    assert calls and row.adapter != said.adapter
     assert (folder / manifests.ADAPTERS / row.adapter).is_dir() and row.bytes > 1000
 
 
