@@ -87,8 +87,9 @@ def measure(base: str, count: int, rank: int, folder: Path) -> Row:
         t.name: TaskModel(t, t.name, head, "concat") for t, head in zip(tasks, heads, strict=True)
     }
     trained = TaskModels(
-        base, Fingerprint(*["0" * 64] * 3), models, dict(zip(models, found, strict=True)),
-        dict.fromkeys(models, adapter), "mean", 128, "float32", "made up",
+        base, Fingerprint(*["0" * 64] * 3), "mean", 128, "float32", models=models,
+        trees=dict(zip(models, found, strict=True)), configs=dict.fromkeys(models, adapter),
+        origin="made up",
     )  # fmt: skip
     bank.add(folder, trained, list(models))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

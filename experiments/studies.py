@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxlora.cli.flags import flag
 from jaxlora.tasks.sharing import VARIANTS
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import UserError, suggestion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +98,7 @@ def study(name: str) -> Study:
       UserError: for an unknown name, with one like it.
     """
     if name not in STUDIES:
-        close = difflib.get_close_matches(name, STUDIES, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = suggestion(name, STUDIES)
         raise UserError(f"--variants {name}: unknown (known: {', '.join(STUDIES)}){hint}")
     return STUDIES[name]
 

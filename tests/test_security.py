@@ -17,10 +17,9 @@ from tiny import Silent
 
 import jaxlora
 from jaxlora.data import official, tokenized
-from jaxlora.formats import huggingface
+from jaxlora.formats import huggingface, peft_config
 from jaxlora.formats import peft as peft_files
 from jaxlora.serving import bank, export_peft, finished_run, manifest, tree_files
-from jaxlora.serving.finished_run import load_run
 from jaxlora.training import run as train
 from jaxlora.training.config import Settings
 from jaxlora.training.presets import make_settings
@@ -63,7 +62,7 @@ def run(tmp_path_factory, tiny_base, data_dir):
 @pytest.fixture
 def folder(run, tmp_path):
     """A bank, and an exported task beside it."""
-    bank.add(tmp_path / "bank", load_run(run), ["sst", "para"])
+    bank.add(tmp_path / "bank", bank.load(run), ["sst", "para"])
     export_peft.save(tmp_path / "peft", bank.load(tmp_path / "bank"), "sst")
     return tmp_path
 
@@ -130,9 +129,9 @@ def test_pickles_in_a_checkpoint_are_never_opened(run, folder, trap):
     """Every file of a run's model and of a bank, replaced by a pickle, one after the other."""
     content, sprung = trap
     copy = shutil.copytree(run, folder / "run")
-    places = [(copy / finished_run.MODEL, load_run, copy)]
+    places = [(copy / finished_run.MODEL / part, bank.load, copy) for part in bank.PARTS]
     kept = folder / "bank"
-    places += [(kept / part, bank.load, kept) for part in (bank.ADAPTERS, bank.HEADS)]
+    places += [(kept / part, bank.load, kept) for part in bank.PARTS]
     refused = 0
     for place, load, whole in places:
         for path in sorted(p for p in place.rglob("*") if p.is_file()):
@@ -277,34 +276,42 @@ def test_names_in_a_manifest_are_no_paths(folder, name):
         sound | {"tasks": {name: entry | {"task": entry["task"] | {"name": name}}}},
     ):
         path.write_text(json.dumps(manifest.signed(changed)))
-        with pytest.raises(UserError, match=r"bank\.json: was changed by hand"):
+        with pytest.raises(UserError, match=r"bank\.json: .*changed by hand"):
             bank.load(folder / "bank")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_in_a_run_are_no_paths(run, tmp_path, name):
-    copy = shutil.copytree(run, tmp_path / "run")
-    config = json.loads((copy / finished_run.CONFIG).read_text())
-    sound = config["settings"]
-    groups = [[*sound["groups"][0], name], *sound["groups"][1:]]
-    tasks = [sound["tasks"][0] | {"task": sound["tasks"][0]["task"] | {"name": name}}]
-    renamed = {"groups": [[name]], "tasks": tasks}
-    for changed in ({"groups": groups}, renamed):
+    """Neither in one that goes on, nor in a finished one of an earlier jaxlora."""
+    now = json.loads((run / finished_run.CONFIG).read_text())["settings"]
+    for changed in renamed(now, name):
         with pytest.raises(UserError):
-            Settings.from_json(sound | changed)
-        (copy / finished_run.CONFIG).write_text(json.dumps(config | {"settings": sound | changed}))
+            Settings.from_json(changed)
+    old = shutil.copytree(ROOT / "tests" / "data" / "format1" / "run", tmp_path / "run")
+    config = json.loads((old / finished_run.CONFIG).read_text())
+    for changed in renamed(config["settings"], name):
+        (old / finished_run.CONFIG).write_text(json.dumps(config | {"settings": changed}))
         with pytest.raises(UserError, match=r"config\.json: "):
-            load_run(copy)
+            bank.load(old)
+
+
+def renamed(settings, name):
+    """The settings with a name among the groups, and with one of a task."""
+    groups = [[*settings["groups"][0], name], *settings["groups"][1:]]
+    (first, *_) = settings["tasks"]
+    tasks = [first | {"task": first["task"] | {"name": name}}]
+    return settings | {"groups": groups}, settings | {"groups": [[name]], "tasks": tasks}
 
 
 def test_a_tree_with_a_bad_name_is_not_stored(run, tmp_path):
     """Even if it came past all that reads."""
     import dataclasses
 
-    source = load_run(run)
-    model = dataclasses.replace(source.models["sst"], tree="x/../../../outside")
-    trees = {model.tree: source.trees["sst"]}
-    configs = {model.tree: source.configs["sst"]}
+    source = bank.load(run)
+    old = source.models["sst"]
+    model = dataclasses.replace(old, tree="x/../../../outside")
+    trees = {model.tree: source.trees[old.tree]}
+    configs = {model.tree: source.configs[old.tree]}
     source = dataclasses.replace(source, models={"sst": model}, trees=trees, configs=configs)
     with pytest.raises(UserError, match="is not the name of a folder"):
         bank.add(tmp_path / "bank", source, ["sst"])
@@ -369,8 +376,8 @@ def test_a_run_is_of_the_pinned_base(hub, tiny, data_dir, tmp_path):
     )
     jaxlora.load(tmp_path / "run").predict("sst", ["a film"])
     assert set(hub) == {("some/bert", "v1")}
-    export_peft.save(tmp_path / "peft", load_run(tmp_path / "run"), "sst")
-    written = json.loads((tmp_path / "peft" / peft_files.CONFIG).read_text())
+    export_peft.save(tmp_path / "peft", bank.load(tmp_path / "run"), "sst")
+    written = json.loads((tmp_path / "peft" / peft_config.CONFIG).read_text())
     assert (written["base_model_name_or_path"], written["revision"]) == ("some/bert", "v1")
 
 
@@ -385,7 +392,6 @@ from jaxlora.serving import bank, export_peft
 from jaxlora.training import run as train
 from jaxlora.training.run import RunOptions
 from jaxlora.training.presets import make_settings
-from jaxlora.serving.finished_run import load_run
 sys.path.insert(0, {tests!r})
 from tiny import Silent
 out = Path({out!r})
@@ -398,7 +404,7 @@ except SystemExit as end:
 more = dict(rank=2, max_steps=1, max_length=16)
 settings = make_settings("lora1", base={base!r}, data_dir={data!r}, **more)
 train.run(settings, out / "by-library", Silent())
-bank.add(out / "bank", load_run(out / "by-library"), ["sst", "sts"])
+bank.add(out / "bank", bank.load(out / "by-library"), ["sst", "sts"])
 export_peft.save(out / "peft", bank.load(out / "bank"), "sst")
 (out / "requests.tsv").write_text("task\\tsentence\\nsst\\ta film\\n")
 (out / "requests.tsv").chmod(0o644)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxlora import lora
+from jaxlora.serving import bank
 
 WORDS = ("the", "a", "film", "was", "good", "bad", "not", "very", "dog", "cat", "runs", "in")
 SIZES = {"sst": 26, "para": 40, "sts": 19}
@@ -49,6 +50,12 @@ def leaves_equal(a: object, b: object) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def trained_trees(run: Path) -> dict[str, object]:
+    """What a run has trained: each task's encoder tree and head."""
+    found = bank.load(run)
+    return {n: {"tree": found.trees[one.tree], "head": one.head} for n, one in found.models.items()}
 
 
 def random_adapter(params, config: lora.LoraConfig, size: float = 0.2):

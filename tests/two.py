@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from jaxlora.__main__ import main
 from jaxlora.cli import console
-from jaxlora.serving import finished_run, tree_files
-from jaxlora.training import checkpoint, inputs, run_folder
+from jaxlora.serving import finished_run
+from jaxlora.training import checkpoint, inputs, run, run_folder
 from jaxlora.utils.errors import UserError
 
 FAULT: dict = {}
@@ -54,7 +54,7 @@ if __name__ == "__main__":
     before(console.ConsoleCallback, "group", lambda *_: "group")
     before(console.ConsoleCallback, "record", lambda _, record: record["step"])
     before(checkpoint, "_sums", lambda *_: "save")
-    before(tree_files, "save", lambda *_: "end")
+    before(run, "keep_models", lambda *_: "end")
     before(
         run_folder,
         "write_json",

@@ -15,7 +15,7 @@ from jaxlora.utils.errors import UserError
 
 RETRAIN = "train the run again"
 ASIDE = "repair it, or move it away"
-# Field → type, see `schema.read`.
+# Field → type, see `schema.build`.
 _PLAN = {"studies": tuple[str, ...], "seeds": tuple[int, ...]}
 _STEP = dict.fromkeys(("low", "median", "high"), float)
 _SETTINGS = {
@@ -120,6 +120,6 @@ def _check(
         raise UserError(f"{where}not a JSON object; {remedy}")
     for name, hint in fields.items():
         try:
-            schema.read(hint, value.get(name))
+            schema.build(hint, value.get(name))
         except ValueError as error:
             raise UserError(f"{where}{name}: {error}; {remedy}") from error

@@ -27,10 +27,9 @@ from jaxlora.serving import bank as banks
 from jaxlora.serving import export_merged as merged
 from jaxlora.serving import export_peft as exchange
 from jaxlora.serving import manifest
-from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.serving.predictor import Predictor
-from jaxlora.serving.task_models import TaskModels, combine_tasks
+from jaxlora.serving.task_models import Pooling, TaskModels, combine_tasks
 from jaxlora.utils import cache, files, process, trees
 from jaxlora.utils.errors import UserError
 
@@ -59,7 +58,7 @@ def bank_add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
       run: a run's --out folder.
       task: which of its tasks; default: all.
     """
-    source = load_run(run)
+    source = banks.load(run)
     names = tuple(dict.fromkeys(task)) or tuple(source.models)
     banks.add(folder, source, names)
     say(f"{folder}: added {', '.join(names)}")
@@ -73,7 +72,7 @@ def bank_update(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> Non
       run: a run's --out folder.
       task: which of its tasks; default: all.
     """
-    source = load_run(run)
+    source = banks.load(run)
     names = tuple(dict.fromkeys(task)) or tuple(source.models)
     banks.add(folder, source, names, replace=True)
     say(f"{folder}: updated {', '.join(names)}")
@@ -97,7 +96,7 @@ def bank_list(folder: Folder, /, base: str | None = None) -> None:
       folder: the bank.
       base: where its base is now, if it has moved.
     """
-    rows, found = banks.contents(folder), banks.load(folder).at(base).load_base()
+    rows, found = banks.contents(folder), banks.load_base_spec(folder).at(base).load_base()
     table = Table("task", "what", "dev", "adapter", "adapter M", "head M", "kB")
     for row in rows:
         score = "" if row.score is None else f"{row.metric} {row.score:.4f}"
@@ -204,7 +203,7 @@ def export_merged(out: Folder, /, bank: Path, task: str, base: str | None = None
       task: the task.
       base: where the base is now, if it has moved; it must be the same.
     """
-    trained = banks.load_any(bank).at(base)
+    trained = banks.load(bank).at(base)
     merged.save(out, trained.load_base(), trained, task)
     say(f"{out}: {task}, merged; its {merged.README} says how to apply it")
 
@@ -218,7 +217,7 @@ def export_peft(out: Folder, /, bank: Path, task: str, base: str | None = None) 
       task: the task.
       base: where the base is now, if it has moved; it must be the same.
     """
-    trained = banks.load_any(bank).at(base)
+    trained = banks.load(bank).at(base)
     if base is not None:
         trained.load_base()  # the folder would name it, so it must be the right one
     exchange.save(out, trained, task)
@@ -233,7 +232,7 @@ def import_peft(
     base: str | None = None,
     base_sha256: str | None = None,
     any_base: bool = False,
-    pooling: Literal["cls", "mean"] | None = None,
+    pooling: Pooling | None = None,
     adapter: str | None = None,
     classes: tuple[str, ...] = (),
     encoder_only: bool = False,
@@ -272,7 +271,7 @@ def import_peft(
     _check_given(trained, base_sha256, pooling)
     banks.add(bank, trained, [name], replace=update)
     say(f"{bank}: {'updated' if update else 'added'} {name}")
-    if left_out := trained.models[name].facts.get("left out"):
+    if left_out := trained.models[name].facts.left_out:
         say(f"left out, since the vectors do not depend on it: {', '.join(left_out)}")
 
 
@@ -286,7 +285,7 @@ def _check_given(trained: TaskModels, base_sha256: str | None, pooling: str | No
 
 
 def _like(
-    bank: Path, base: str | None, base_sha256: str | None, pooling: str | None, classifier: bool
+    bank: Path, base: str | None, base_sha256: str | None, pooling: Pooling | None, classifier: bool
 ) -> TaskModels:
     """What an imported adapter shall fit: the bank, or a new one's base."""
     if manifest.exist(files.local(bank)):
@@ -298,7 +297,10 @@ def _like(
     # A classifier cuts sentences where transformers would.
     length = min(512 if classifier else 128, found.config.max_position_embeddings)
     pooling = pooling or ("cls" if classifier else "mean")
-    return TaskModels(base, found.fingerprint, {}, {}, {}, pooling, length, "float32", str(bank))
+    return TaskModels(
+        base=base, fingerprint=found.fingerprint, pooling=pooling, max_length=length,
+        dtype="float32", models={}, trees={}, configs={}, origin=str(bank),
+    )  # fmt: skip
 
 
 def combine(

@@ -20,34 +20,99 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import math
 import os
 import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from jaxlora.data.quoting import QUOTINGS
+from pydantic import Field
+
+from jaxlora.data.quoting import Quoting
 from jaxlora.data.tables import Columns, Table
-from jaxlora.tasks.task import MADE_UP_TITLES, STS_LOSSES, Task, paper_tasks
+from jaxlora.tasks.task import MADE_UP_TITLES, STS_LOSSES, KindName, Task, paper_tasks
 from jaxlora.utils import schema
 from jaxlora.utils.errors import ConfigError, UserError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-# Settings of a group that its tasks may bring along, with their smallest value.
-OWN = {"learning_rate": 0.0, "head_learning_rate": 0.0, "epochs": 1, "patience": 0}
-NEEDED = ("kind", "text", "label", "train", "dev")
+# Settings of a group that its tasks may bring along.
+OWN = ("learning_rate", "head_learning_rate", "epochs", "patience")
 _FILES = ("train", "dev", "test")
 _LISTS = ("classes", "range", "text")
 _VALUE = re.compile(r"([^=]*)\.([^=.]*)=(.*)", re.DOTALL)  # topic.epochs=3
-OPTIONAL = (
-    "classes", "range", "test", "id", "delimiter", "quoting", "title", "loss", "metric", "weight",
-)  # fmt: skip
 # The cosine loss lives on 0–1: this brings it to the scale of the other losses' labels, 0–5.
 COSINE_WEIGHT = 25.0
 MOST_CLASSES = 10_000
+ClassCount = Annotated[int, Field(ge=2, le=MOST_CLASSES)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskFields:
+    """A task's table in a TOML file, as it is written; see the module's docstring.
+
+    Raises:
+      ValueError: for fields that do not go together.
+    """
+
+    kind: KindName
+    text: str | tuple[str, ...]
+    label: str
+    train: str
+    dev: str
+    test: str | None = None
+    classes: ClassCount | tuple[str | int, ...] | None = None
+    range: tuple[float, float] | None = None
+    id: str | None = None
+    delimiter: str | None = None
+    quoting: Quoting | None = None
+    title: str = ""
+    loss: str = ""
+    metric: str = ""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    patience: Annotated[int, Field(ge=0)] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.columns) not in (1, 2):
+            raise ValueError(f"text: name one column, or two for pairs, not {len(self.columns)}")
+        scored = self.kind in ("regression", "similarity")
+        if not scored and self.range is not None:
+            raise ValueError("range: goes with regression and similarity; name the classes")
+        if scored and self.range is None:
+            raise ValueError("range: missing; give the lowest and the highest label: [0, 5]")
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise ValueError(f'delimiter: {self.delimiter!r} is not one character, such as "\\t"')
+        if self.classes is not None and not all(map(str.strip, self.names)):
+            raise ValueError("classes: a name is blank")
+        if self.classes is not None and len(self.names) < 2:
+            raise ValueError("classes: name at least two, or say how many there are")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of an example's sentences."""
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes; `()` leaves them to the kind."""
+        if isinstance(self.classes, int):
+            return tuple(map(str, range(self.classes)))
+        return tuple(str(name).strip() for name in self.classes or ())
+
+    def task(self, name: str) -> Task:
+        """Return the task.
+
+        Raises:
+          ValueError: see `Task`.
+        """
+        low, high = self.range or (0.0, 1.0)
+        return Task(
+            name, self.kind, len(self.columns) == 2, low, high, self.names,
+            self.loss, self.metric, self.title,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +190,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
                 f"{path}: {name!r} stands outside of a task's table; begin with [{name}]"
             )
         for split in fields.keys() & _FILES:
-            fields[split] = str(path.parent / _string(f"{path}: [{name}]", split, fields[split]))
+            if isinstance(fields[split], str):
+                fields[split] = str(path.parent / fields[split])
     return content
 
 
@@ -167,110 +233,26 @@ def check_name(name: str, where: str) -> str:
     return name
 
 
-def _describe(origin: str, name: str, fields: dict[str, Any]) -> TaskSpec:
+def _describe(origin: str, name: str, values: dict[str, Any]) -> TaskSpec:
     where = f"{origin}: [{name}]"
     check_name(name, origin)
-    known = (*NEEDED, *OPTIONAL, *OWN)
-    for key in fields:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else f" (known: {', '.join(known)})"
-            raise UserError(f"{where} unknown key {key!r}{hint}")
-    missing = [key for key in NEEDED if key not in fields]
-    if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}")
-    text = _texts(where, "text", fields["text"])
-    if len(text) not in (1, 2):
-        raise UserError(f"{where} text: name one column, or two for pairs, not {len(text)}")
-    kind: Any = _string(where, "kind", fields["kind"])
-    low, high = _range(where, fields)
-    classes = _classes(where, fields.get("classes", ()))
-    named = [_string(where, key, fields.get(key, "")) for key in ("loss", "metric", "title")]
+    fields = schema.parse(TaskFields, values, where)
     try:
-        task = Task(name, kind, len(text) == 2, low, high, classes, *named)
+        task = fields.task(name)
     except ValueError as error:
         raise UserError(f"{where} {error}") from None
     weight = 1.0 if task.loss != "cosine" else COSINE_WEIGHT
-    weight = _number(where, "weight", fields.get("weight", weight), 0.0)
-    own = tuple((k, _number(where, k, fields[k], low)) for k, low in OWN.items() if k in fields)
-    return TaskSpec(task, _table(where, fields, text), weight, own)
+    own = tuple((key, value) for key in OWN if (value := getattr(fields, key)) is not None)
+    return TaskSpec(task, _table(where, fields), fields.weight or weight, own)
 
 
-def _table(where: str, fields: dict[str, Any], text: tuple[str, ...]) -> Table:
-    files = {
-        split: str(Path(_string(where, split, fields[split])).absolute())
-        for split in _FILES
-        if split in fields
-    }
+def _table(where: str, fields: TaskFields) -> Table:
+    given = {split: getattr(fields, split) for split in _FILES}
+    files = {split: str(Path(file).absolute()) for split, file in given.items() if file is not None}
     for split, file in files.items():
         if not os.path.isfile(file):  # Path.is_file raises for names that no file can have
             raise UserError(f"{where} {split}: there is no file {file}")
-    delimiter = fields.get("delimiter")
-    if delimiter is not None and (
-        len(_string(where, "delimiter", delimiter)) != 1 or delimiter in '"\r\n'
-    ):
-        raise UserError(f'{where} delimiter: {delimiter!r} is not one character, such as "\\t"')
-    quoting = fields.get("quoting")
-    if quoting not in (None, *QUOTINGS):
-        raise UserError(f"{where} quoting: {quoting!r} is not {' or '.join(QUOTINGS)}")
-    name = fields.get("id")
-    label = _string(where, "label", fields["label"])
-    columns = Columns(text, label, None if name is None else _string(where, "id", name))
-    return Table(columns, files["train"], files["dev"], files.get("test"), delimiter, quoting)
-
-
-def _range(where: str, fields: dict[str, Any]) -> tuple[float, float]:
-    scored = fields["kind"] in ("regression", "similarity")
-    if not scored and "range" in fields:
-        raise UserError(f"{where} range: goes with regression and similarity; name the classes")
-    if scored and "range" not in fields:
-        raise UserError(f"{where} lacks range, the lowest and the highest label: range = [0, 5]")
-    ends = fields.get("range", [0, 1])
-    if not isinstance(ends, list) or len(ends) != 2:
-        raise UserError(f"{where} range: give two numbers, the lowest and the highest label")
-    low, high = (_number(where, "range", end, -float("inf")) for end in ends)
-    return low, high
-
-
-def _classes(where: str, value: Any) -> tuple[str, ...]:
-    """Names of the classes, or from their number; `()` leaves it to the kind."""
-    if value == ():
-        return ()
-    if isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= MOST_CLASSES:
-        return tuple(map(str, range(value)))
-    if not isinstance(value, list) or len(value) < 2:
-        raise UserError(
-            f"{where} classes: {value!r} is not a list of two or more names, or their number (from "
-            f"2 to {MOST_CLASSES:,})"
-        )
-    named = [str(v) if type(v) is int else v for v in value]
-    names = tuple(name.strip() for name in _texts(where, "classes", named))
-    if "" in names:
-        raise UserError(f"{where} classes: a name is blank")
-    return names
-
-
-def _texts(where: str, key: str, value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not values:
-        raise UserError(f"{where} {key}: give a name, or a list of names, not {value!r}")
-    return tuple(_string(where, key, v) for v in values)
-
-
-def _string(where: str, key: str, value: Any) -> str:
-    try:
-        return schema.text(value)
-    except ValueError:
-        raise UserError(f"{where} {key}: {value!r} is not a text in quotes") from None
-
-
-def _number(where: str, key: str, value: Any, low: float) -> Any:
-    whole = isinstance(low, int)
-    try:
-        found = schema.read(int if whole else float, value)
-    except ValueError:
-        found = math.nan
-    if not (found >= low if whole else found > low):  # NaN fails the comparison
-        least = f"a whole number from {low}" if whole else f"a number above {low:g}"
-        raise UserError(f"{where} {key}: {value!r} is not {least}")
-    return found
+    columns = Columns(fields.columns, fields.label, fields.id)
+    return Table(
+        columns, files["train"], files["dev"], files.get("test"), fields.delimiter, fields.quoting
+    )

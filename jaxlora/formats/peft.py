@@ -9,9 +9,7 @@ refused by name. PEFT has a Linear in each layer, `encoder.layer.3.attention.sel
 from __future__ import annotations
 
 import functools
-import math
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +21,14 @@ from safetensors.numpy import save_file
 
 from jaxlora import lora
 from jaxlora.formats.huggingface import local_folder, read_safetensors, split_revision
+from jaxlora.formats.peft_config import CONFIG, MERGE, SEQUENCE_CLASSIFIER, PeftConfig, read_config
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import BertConfig, param_shapes
-from jaxlora.utils import schema
 from jaxlora.utils.errors import UserError
-from jaxlora.utils.files import atomic_dir, read_object, write_json
+from jaxlora.utils.files import atomic_dir, write_json
 from jaxlora.utils.trees import Tree
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-SEQUENCE_CLASSIFIER = "SEQ_CLS", "BertForSequenceClassification"  # a task_type, a model's class
+TENSORS = "adapter_model.safetensors"
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+?)"
     r"\.(?:lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight|(?P<leaf>weight|bias))"
@@ -111,13 +108,10 @@ def _check_fit(factors: Mapping[lora.Path, Any], config: LoraConfig) -> None:
     if modules != wanted or not modules:
         odd = ", ".join(sorted(".".join(path) for path in modules ^ wanted)) or "none at all"
         raise UserError(f"the adapter's modules are not its configuration's targets ({odd})")
-    for path, factor in factors.items():
-        rank = factor.shape[-1 if path[-1] == "A" else -2]
-        if rank != config.rank_of(path[:-1]):
-            raise UserError(
-                f"{'.'.join(path)} has rank {rank}, its configuration says "
-                f"{config.rank_of(path[:-1])}; save it with the configuration it was made with"
-            )
+    try:
+        lora.check_fit(traverse_util.unflatten_dict(dict(factors)), config)
+    except ValueError as error:
+        raise UserError(f"{error}; save it with the configuration it was made with") from error
 
 
 @functools.cache
@@ -204,7 +198,7 @@ class PeftFolder(NamedTuple):
     adapter: Tree
     config: LoraConfig
     head: HeadParts
-    written: Written
+    written: PeftConfig
 
 
 def load(
@@ -283,42 +277,6 @@ def find(place: Path, name: str | None = None) -> Path:
     raise UserError(f"{folder}: {wrong}; choose with `adapter` from {_some(there) or 'none'}")
 
 
-class Written(NamedTuple):
-    """What an `adapter_config.json` says, as far as it matters; the names are PEFT's."""
-
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    use_rslora: bool
-    target_modules: Any
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    layers_to_transform: tuple[int, ...]
-    base_model_name_or_path: str | None
-    revision: str | None
-    task_type: str | None
-    auto_mapping: dict[str, Any]
-    modules_to_save: tuple[str, ...]
-
-    @property
-    def classifies(self) -> bool:
-        """Whether it was trained in a `BertForSequenceClassification`."""
-        model = self.task_type or self.auto_mapping.get("base_model_class")
-        return model in SEQUENCE_CLASSIFIER
-
-    def values_of(self, module: str) -> tuple[int, float]:
-        """Rank and alpha of a Linear by its whole name; as in PEFT the first pattern counts."""
-        rank, alpha = (
-            next((p[key] for key in p if re.match(rf"(.*\.)?({key})$", module)), default)
-            for p, default in ((self.rank_pattern, self.r), (self.alpha_pattern, self.lora_alpha))
-        )
-        return int(rank), float(alpha)
-
-    def scale(self, rank: int, alpha: float) -> float:
-        """The factor of `A B`, as in `LoraConfig.scale_of`."""
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
-
 class Factors(NamedTuple):
     """One Linear's adapter.
 
@@ -333,136 +291,8 @@ class Factors(NamedTuple):
     b: np.ndarray
 
 
-# Fields that must have one of these values, and fields that change nothing for us; any other field
-# that is set is refused, so that an adapter of a kind we do not know is never half read. (Weights
-# that started by PiSSA and the like belong to a changed base model.)
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
-}
-_DEFAULTS = {"bias": "none", "init_lora_weights": True}
-_NO_MATTER = {
-    "peft_version", "inference_mode", "exclude_modules", "layers_pattern", "megatron_core",
-    "qalora_group_size", "eva_config", "runtime_config",
-    "fan_in_fan_out",  # PEFT sets it to false for each torch.nn.Linear, and a BERT has no others
-}  # fmt: skip
-_MERGE = (
-    "merge it with PEFT (merge_and_unload, then save_pretrained, with the base's tokenizer "
-    "saved beside it) and use that folder as `base`"
-)
-# Kinds of adapters that are no change of weights, so that there is nothing to merge.
-_PROMPTS = (
-    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT",
-    "CPT", "XLORA",
-)  # fmt: skip
-
-
-def read_config(folder: Path) -> Written:
-    """Read a folder's `adapter_config.json`.
-
-    Raises:
-      UserError: naming the field that cannot be honoured.
-    """
-    path = folder / CONFIG
-    raw = _DEFAULTS | read_object(path)
-    for name, known in _ONLY.items():
-        if not any(raw.get(name) is k or raw.get(name) == k for k in known):
-            raise UserError(_unsupported(path, raw, name))
-    for name in raw.keys() - _ONLY.keys() - _NO_MATTER - set(Written._fields):
-        if raw[name]:
-            raise UserError(_unsupported(path, raw, name))
-    return Written(
-        _number(path, "r", raw.get("r", 8), int),
-        _number(path, "lora_alpha", raw.get("lora_alpha", 8), float),
-        _fraction(path, "lora_dropout", raw.get("lora_dropout") or 0.0),
-        _flag(path, "use_rslora", raw.get("use_rslora") or False),
-        raw.get("target_modules"),
-        _pattern(path, "rank_pattern", raw.get("rank_pattern") or {}, int),
-        _pattern(path, "alpha_pattern", raw.get("alpha_pattern") or {}, float),
-        _layers(path, raw.get("layers_to_transform")),
-        _text(path, "base_model_name_or_path", raw.get("base_model_name_or_path")),
-        _text(path, "revision", raw.get("revision")),
-        _text(path, "task_type", raw.get("task_type")),
-        _mapping(path, "auto_mapping", raw.get("auto_mapping")),
-        _names(path, "modules_to_save", raw.get("modules_to_save")),
-    )
-
-
-def _unsupported(path: Path, raw: Mapping[str, Any], name: str) -> str:
-    kind = raw.get("peft_type")
-    remedy = "" if kind in _PROMPTS or not kind else f"; {_MERGE}"
-    return (
-        f"{path}: {name} {raw.get(name)!r} is not supported; only plain LoRA and rsLoRA adapters "
-        f"are, with no other change of the encoder{remedy}"
-    )
-
-
-def _text(path: Path, name: str, value: Any) -> str | None:
-    if not isinstance(value, str | None):
-        raise UserError(f"{path}: {name} is {value!r}; it must be a string or null")
-    return value or None
-
-
-def _names(path: Path, name: str, value: Any) -> tuple[str, ...]:
-    names = [] if value is None else value
-    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
-        raise UserError(f"{path}: {name} is {value!r}; it must be a list of names or null")
-    return tuple(dict.fromkeys(names))
-
-
-def _mapping(path: Path, name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict | None):
-        raise UserError(f"{path}: {name} is {value!r}; it must be an object or null")
-    return value or {}
-
-
-def _number(path: Path, name: str, value: Any, kind: type) -> Any:
-    try:
-        found = schema.read(kind, value)
-    except ValueError:
-        found = 0
-    if found <= 0:
-        wanted = "a whole number" if kind is int else "a number"
-        raise UserError(f"{path}: {name} is {value!r}; it must be {wanted} above 0")
-    return found
-
-
-def _layers(path: Path, value: Any) -> tuple[int, ...]:
-    layers = value if isinstance(value, list) else [value]
-    if not all(type(layer) is int for layer in layers if value is not None):
-        raise UserError(f"{path}: layers_to_transform is {value!r}; it must be numbers of layers")
-    return () if value is None else tuple(layers)
-
-
-def _fraction(path: Path, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise UserError(f"{path}: {name} is {value!r}; it must be from 0 to below 1")
-    return float(value)
-
-
-def _flag(path: Path, name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise UserError(f"{path}: {name} is {value!r}; it must be true or false")
-    return value
-
-
-def _pattern(path: Path, name: str, value: Any, kind: type) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: {name} is {value!r}; it must map module names to numbers")
-    for key in value:
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of what a later Python may refuse
-                re.compile(rf"(.*\.)?({key})$")
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(
-                f"{path}: {name} has {key!r}, which is no regular expression ({error})"
-            ) from error
-    return {key: _number(path, f"{name}[{key!r}]", v, kind) for key, v in value.items()}
-
-
 def _read_factors(
-    folder: Path, written: Written
+    folder: Path, written: PeftConfig
 ) -> tuple[dict[lora.Path, dict[int, Factors]], HeadParts]:
     """The encoder's adapters (our module's path → layer → factors), and what the head has."""
     path = folder / TENSORS
@@ -484,7 +314,7 @@ def _read_factors(
     return found, HeadParts(saved, changes)
 
 
-def _check_saved(folder: Path, written: Written, saved: Iterable[str]) -> None:
+def _check_saved(folder: Path, written: PeftConfig, saved: Iterable[str]) -> None:
     """Refuse tensors that lack a module which the configuration says was saved."""
     there = {part for name in saved for part in _endings(name.rpartition(".")[0])}
     wanted = {name.removeprefix("bert.") for name in written.modules_to_save}
@@ -533,7 +363,7 @@ def _read_tensors(path: Path) -> dict[tuple[str, str], tuple[str, np.ndarray]]:
         raise UserError(
             f"{path}: these tensors are no LoRA factors of a BERT's layers: {_some(unknown)}; an "
             "adapter that trains or changes anything else but a head cannot be read; if it "
-            f"is a BERT's, {_MERGE}"
+            f"is a BERT's, {MERGE}"
         )
     return found
 
@@ -561,7 +391,7 @@ def _pairs(
     return found
 
 
-def _change(path: Path, written: Written, factors: Factors) -> np.ndarray:
+def _change(path: Path, written: PeftConfig, factors: Factors) -> np.ndarray:
     """What LoRA adds to a Linear's weight, `f32[out, in]`."""
     if factors.a.shape[1] != factors.b.shape[0]:
         raise UserError(
@@ -573,7 +403,7 @@ def _change(path: Path, written: Written, factors: Factors) -> np.ndarray:
         return np.asarray(scale * (factors.a @ factors.b).T, np.float32)
 
 
-def _checked_values(path: Path, written: Written, factors: Factors) -> tuple[int, float]:
+def _checked_values(path: Path, written: PeftConfig, factors: Factors) -> tuple[int, float]:
     """Rank and alpha of a Linear, where the tensors have that rank."""
     rank, alpha = written.values_of(factors.module)
     if factors.a.shape[1] != rank:
@@ -602,19 +432,18 @@ def _check_shapes(
 
 
 def _check_layers(
-    path: Path, written: Written, found: Mapping[lora.Path, Mapping[int, Factors]]
+    path: Path, written: PeftConfig, found: Mapping[lora.Path, Mapping[int, Factors]]
 ) -> None:
     there = {layer for by_layer in found.values() for layer in by_layer}
-    named = written.layers_to_transform
-    if named and set(named) != there:
+    if written.layers and written.layers != there:
         raise UserError(
-            f"{path}: layers_to_transform is {list(named)}, but the tensors are of the layers "
-            f"{sorted(there)}; the two files do not belong together"
+            f"{path}: layers_to_transform is {sorted(written.layers)}, but the tensors are of the "
+            f"layers {sorted(there)}; the two files do not belong together"
         )
 
 
 def _stack(
-    by_layer: Mapping[int, Factors], written: Written, layers: int, path: Path
+    by_layer: Mapping[int, Factors], written: PeftConfig, layers: int, path: Path
 ) -> tuple[tuple[int, float], Any, Any]:
     """All layers of a module as one: (rank, alpha), `A: [L, in, r]`, `B: [L, r, out]`."""
     values = {layer: _checked_values(path, written, f) for layer, f in by_layer.items()}
@@ -632,11 +461,11 @@ def _stack(
 
 
 def _config(
-    written: Written, modules: Mapping[lora.Path, tuple[int, float]], base_shapes: Tree
+    written: PeftConfig, modules: Mapping[lora.Path, tuple[int, float]], base_shapes: Tree
 ) -> LoraConfig:
     """The configuration in the words of the file, where they mean the same to us; else in ours."""
     names = written.target_modules
-    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+    if isinstance(names, tuple):
         kept = LoraConfig(
             written.r,
             written.lora_alpha,

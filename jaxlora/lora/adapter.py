@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.utils import trees
-from jaxlora.utils.errors import ConfigError
+from jaxlora.utils.errors import ConfigError, suggestion
 from jaxlora.utils.trees import Tree
 
 __all__ = [
-    "LoraConfig", "count_params", "delta", "describe", "init", "matches", "merge", "targets",
-    "unmerge",
+    "LoraConfig", "check_fit", "count_params", "delta", "describe", "init", "matches", "merge",
+    "targets", "unmerge",
 ]  # fmt: skip
 
 PAPER_TARGETS = ("query", "key", "value", "attention.output.dense")
@@ -190,9 +189,8 @@ def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:
 
 def _unknown_target(target: str, kernels: dict[Path, jax.Array]) -> str:
     known = sorted(".".join(path) for path in kernels)
-    close = difflib.get_close_matches(target, {k.rsplit(".", 1)[-1] for k in known}, 1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"unknown module {target!r}{hint}; the Dense layers are {', '.join(known)}"
+    hint = suggestion(target, {k.rsplit(".", 1)[-1] for k in known})
+    return f"unknown module {target!r}{hint} (the Dense layers are {', '.join(known)})"
 
 
 def _check_rank(rank: int, path: Path, kernel: jax.Array) -> None:
@@ -310,6 +308,29 @@ def _check_factors(path: Path, a: Any, b: Any, kernel: tuple[int, ...], rank: in
             f"the adapter of {name} has A {a.shape} and B {b.shape}; a kernel {kernel} and a "
             f"configuration with rank {rank} want {wanted[0]} and {wanted[1]}"
         )
+
+
+def check_fit(adapter: Tree, config: LoraConfig) -> None:
+    """Refuse an adapter that has a module, or a rank, which its configuration does not say.
+
+    Raises:
+      ValueError: naming the first such module.
+
+    >>> check_fit({"query": {"A": jnp.zeros((4, 2))}}, LoraConfig(3, target_modules=("query",)))
+    Traceback (most recent call last):
+    ...
+    ValueError: query has rank 2, its configuration says 3
+    """
+    factors: dict[Path, Any] = trees.flatten(adapter)
+    for (*module, factor), value in factors.items():
+        path = tuple(module)
+        if not any(matches(target, path) for target in config.target_modules):
+            raise ValueError(f"{'.'.join(path)} is none of its configuration's target modules")
+        rank = value.shape[-1 if factor == "A" else -2]
+        if rank != config.rank_of(path):
+            raise ValueError(
+                f"{'.'.join(path)} has rank {rank}, its configuration says {config.rank_of(path)}"
+            )
 
 
 def count_params(adapter: Tree) -> int:

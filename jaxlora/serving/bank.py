@@ -6,8 +6,11 @@
     heads/<task>-<hash>/      an Orbax tree (a task judged by the cosine has none)
 
 Folders bear the checksum of what they hold and are never written again. A change writes new folders
-first, then the manifest in one rename, then drops what no task uses any more: killed at any moment,
-the bank holds the old state or the new one.
+first, then the manifest in one rename, then removes what no task uses any more: killed at any
+moment, the bank holds the old state or the new one.
+
+A finished run keeps what it trained as a bank, too, in its folder `model`; only there an encoder
+may be a whole fine-tuned one.
 """
 
 from __future__ import annotations
@@ -16,98 +19,64 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from jaxlora import lora
 from jaxlora.data.task_files import check_name
-from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.lora import LoraConfig
-from jaxlora.serving import finished_run, tree_files
 from jaxlora.serving import manifest as manifests
-from jaxlora.serving.manifest import ADAPTERS, HEADS
-from jaxlora.serving.task_models import TaskModel, TaskModels, from_of_base
-from jaxlora.tasks.task import Task
+from jaxlora.serving import old_run, tree_files
+from jaxlora.serving.finished_run import find_bank
+from jaxlora.serving.manifest import ADAPTERS, HEADS, Manifest, Size, TaskEntry
+from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.utils import files, trees
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.files import LOCK, TEMPORARY
-from jaxlora.utils.schema import build
 from jaxlora.utils.trees import Tree
 
 T = TypeVar("T")
+PARTS = (ADAPTERS, HEADS)
 MOST_CHANGES = 100  # while a bank is read
 _REPAIR = "put back a copy, or bring the task back with bank update, or take it out: bank remove"
 
 
-def add(folder: Path, source: TaskModels, names: Sequence[str], *, replace: bool = False) -> None:
-    """Put trained tasks into a bank, which is made if need be; no other file is touched.
-
-    Args:
-      folder: the bank.
-      source: where the tasks come from, see `finished_run.load_run`.
-      names: which of its tasks.
-      replace: the tasks must be there already and are replaced; else they must be new.
-
-    Raises:
-      UserError: if a task is (not) there already, or the base, the pooling or the dtype differ.
-    """
-    folder = files.local(folder)
-    for name in names:
-        source.find(name)
-        check_name(name, source.origin)
-    for name in names:
-        _check_tree(source, name)
-    if not manifests.exist(folder) and folder.is_dir():
-        _check_empty(folder)
-    with _locked(folder, make=not replace):
-        there = manifests.exist(folder)
-        manifest = manifests.read(folder) if there else manifests.empty(source)
-        _check_fits(folder, manifest, source)
-        present = [name for name in names if name in manifest["tasks"]]
-        if present and not replace:
-            raise UserError(
-                f"{folder}: has {', '.join(present)} already; update it, or take another name"
-            )
-        absent = [name for name in names if name not in manifest["tasks"]]
-        if absent and replace:
-            raise UserError(f"{folder}: has no {', '.join(absent)} yet; add it instead")
-        _complete_fingerprint(folder, manifest, source)
-        for name in names:
-            manifest["tasks"][name] = _store(folder, manifest, name, source)
-        _commit(folder, manifest)
-
-
-def remove(folder: Path, name: str) -> None:
-    """Take a task out.
-
-    Raises:
-      UserError: if there is none of that name.
-    """
-    folder = files.local(folder)
-    with _locked(folder, make=False):
-        manifest = manifests.read(folder)
-        if name not in manifest["tasks"]:
-            raise UserError(f"{folder}: no task {name!r}; it has {', '.join(manifest['tasks'])}")
-        del manifest["tasks"][name]
-        _commit(folder, manifest)
+# ---- reading
 
 
 def load(folder: Path) -> TaskModels:
-    """Read a bank; every tree is compared with its checksum.
+    """Read a bank, or a finished run; every tree is compared with its checksum.
 
     Raises:
       UserError: naming what is missing, damaged or not understood.
     """
-    folder = files.local(folder)
-    return _at_one_moment(folder, lambda manifest: _load_by(folder, manifest))
+    named = files.local(folder)
+    if old_run.exists(named):
+        return old_run.load(named)
+    folder = find_bank(named)
+    found = _at_one_moment(folder, lambda manifest: _load_by(folder, manifest))
+    return dataclasses.replace(found, origin=str(named))
 
 
-def _at_one_moment(folder: Path, read: Callable[[dict[str, Any]], T]) -> T:
+def load_base_spec(folder: Path) -> TaskModels:
+    """Read of a bank what it says of its base; the result has no tasks.
+
+    Raises:
+      UserError: if the manifest cannot be read.
+    """
+    folder = find_bank(files.local(folder))
+    return _without_tasks(folder, manifests.read(folder))
+
+
+def _without_tasks(folder: Path, manifest: Manifest) -> TaskModels:
+    return TaskModels(**manifest.base_spec(), models={}, trees={}, configs={}, origin=str(folder))
+
+
+def _at_one_moment(folder: Path, read: Callable[[Manifest], T]) -> T:
     """Read what a manifest names; once more if another process has changed the bank meanwhile.
 
     Raises:
@@ -124,51 +93,64 @@ def _at_one_moment(folder: Path, read: Callable[[dict[str, Any]], T]) -> T:
     raise UserError(f"{folder}: other processes change it all the time; try again")
 
 
-def _load_by(folder: Path, manifest: Mapping[str, Any]) -> TaskModels:
-    kept = {name: _load_tree(folder, ADAPTERS, name) for name in manifest["adapters"]}
-    configs = {name: build(LoraConfig, plain) for name, plain in manifest["adapters"].items()}
-    for name, config in configs.items():
-        _check_ranks(folder / manifests.NAME, name, kept[name], config)
+def _load_by(folder: Path, manifest: Manifest) -> TaskModels:
+    kept = {name: _load_tree(folder, ADAPTERS, name) for name in manifest.adapters}
+    configs = {name: config for name, config in manifest.adapters.items() if config is not None}
+    for name, tree in kept.items():
+        _check_kind(folder / manifests.NAME, name, tree, configs.get(name))
     models = {}
-    for name, entry in manifest["tasks"].items():
-        head = {} if entry["head"] is None else _load_tree(folder, HEADS, entry["head"])
-        tree = entry["adapter"] or ""
-        task = build(Task, entry["task"])
-        models[name] = TaskModel(task, tree, head, entry["pair_features"], entry["facts"])
+    for name, entry in manifest.tasks.items():
+        head = {} if entry.head is None else _load_tree(folder, HEADS, entry.head)
+        models[name] = TaskModel(
+            entry.task, entry.adapter or "", head, entry.pair_features, entry.facts
+        )
     if any(one.tree == "" for one in models.values()):
         kept[""] = {}  # the frozen base itself
-    return TaskModels(
-        **from_of_base(manifest), models=models, trees=kept, configs=configs, origin=str(folder)
-    )
+    found = _without_tasks(folder, manifest)
+    return dataclasses.replace(found, models=models, trees=kept, configs=configs)
 
 
-def load_any(folder: Path) -> TaskModels:
-    """Read a bank or a finished run.
+def _load_tree(folder: Path, part: str, stored: str) -> Tree:
+    path = folder / part / stored
+    if not path.is_dir():
+        raise UserError(f"{path}: missing; {_REPAIR}")
+    try:
+        tree = tree_files.load(path)
+    except UserError as error:
+        raise UserError(f"{error}; {_REPAIR}") from error
+    if not stored.endswith(trees.checksum(tree)[:16]):
+        raise UserError(f"{path}: damaged, its content has another checksum; {_REPAIR}")
+    return tree
 
-    Raises:
-      UserError: if it is neither, or damaged.
-    """
-    folder = files.local(folder)
-    if not (manifests.exist(folder) or finished_run.exists(folder)):
-        raise UserError(f"{folder}: neither a bank nor a finished run")
-    return load(folder) if manifests.exist(folder) else finished_run.load_run(folder)
+
+def _check_kind(path: Path, name: str, tree: Tree, config: LoraConfig | None) -> None:
+    """Refuse a tree that is not of the kind, or has not the ranks, that the manifest says."""
+    if not isinstance(tree, dict) or list(tree) != ["params" if config is None else "lora"]:
+        raise UserError(f"{path}: {name} is a tree of another kind than it says; put back a copy")
+    try:
+        if config is not None:
+            lora.check_fit(tree["lora"], config)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: was changed by hand or damaged (adapter {name}: {error}); put back a copy"
+        ) from error
 
 
 def verify(folder: Path, base: str | None = None) -> list[str]:
-    """What is wrong with a bank's files and its base, one line each; nothing if all is well.
+    """Return what is wrong with a bank's files and its base, one line each; `[]` if nothing is.
 
     Args:
-      folder: the bank.
+      folder: the bank, or a finished run.
       base: where its base is now; None: where it was.
 
     Raises:
       UserError: if the manifest itself cannot be read.
     """
-    folder = files.local(folder)
+    folder = find_bank(files.local(folder))
     manifests.read(folder)
 
-    def check(manifest: dict[str, Any]) -> list[str]:
-        found = [_problem(folder, part, name) for part, name in manifests.used(manifest)]
+    def check(manifest: Manifest) -> list[str]:
+        found = [_problem(folder, part, name) for part, name in manifest.folders()]
         problems = [one for one in found if one]
         try:
             whole = _without_tasks(folder, manifest) if problems else _load_by(folder, manifest)
@@ -193,8 +175,7 @@ def _problem(folder: Path, part: str, name: str) -> str | None:
     return None
 
 
-def _without_tasks(folder: Path, manifest: Mapping[str, Any]) -> TaskModels:
-    return TaskModels(**from_of_base(manifest), models={}, trees={}, configs={}, origin=str(folder))
+# ---- what it holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,68 +201,162 @@ class Stored:
 
 
 def contents(folder: Path) -> list[Stored]:
-    """What a bank holds, task by task.
+    """Return what a bank holds, task by task, as its manifest says; no tree is read.
 
     Raises:
-      UserError: see `load`.
+      UserError: if the manifest is damaged or not understood.
     """
-    folder = files.local(folder)
+    folder = find_bank(files.local(folder))
     return _at_one_moment(folder, lambda manifest: _contents(folder, manifest))
 
 
-def _contents(folder: Path, manifest: Mapping[str, Any]) -> list[Stored]:
-    trained, rows = _load_by(folder, manifest), []
-    for name, one in trained.models.items():
-        entry = manifest["tasks"][name]
-        sharers = sum(other.tree == one.tree for other in trained.models.values())
-        size = _size(folder / ADAPTERS / one.tree) // sharers if one.tree else 0
-        size += _size(folder / HEADS / entry["head"]) if entry["head"] else 0
-        score = one.facts.get("dev", {}).get(one.task.metric)
+def _contents(folder: Path, manifest: Manifest) -> list[Stored]:
+    sizes, rows = _sizes(folder, manifest), []
+    sharers = [entry.adapter for entry in manifest.tasks.values()]
+    for name, entry in manifest.tasks.items():
+        adapter = sizes.get(f"{ADAPTERS}/{entry.adapter}", Size(0, 0))
+        head = sizes.get(f"{HEADS}/{entry.head}", Size(0, 0))
         rows.append(
             Stored(
                 name,
-                one.task.title,
-                one.task.metric_name,
-                score,
-                one.tree or "none",
-                trees.count(trained.trees[one.tree]),
-                trees.count(one.head),
-                size,
+                entry.task.title,
+                entry.task.metric_name,
+                entry.facts.dev.get(entry.task.metric),
+                entry.adapter or "none",
+                adapter.parameters,
+                head.parameters,
+                adapter.bytes // sharers.count(entry.adapter) + head.bytes,
             )
         )
-    if manifests.read(folder) != manifest:  # then folders may have gone while they were measured
-        raise UserError(f"{folder}: was changed meanwhile")
     return rows
 
 
+def _sizes(folder: Path, manifest: Manifest) -> dict[str, Size]:
+    """Return the sizes of all trees; those that the manifest does not say are measured."""
+    return {
+        f"{part}/{name}": manifest.sizes.get(f"{part}/{name}") or _measure(folder, part, name)
+        for part, name in manifest.folders()
+    }
+
+
+def _measure(folder: Path, part: str, name: str) -> Size:
+    tree = _load_tree(folder, part, name)
+    kept = [path for path in (folder / part / name).rglob("*") if path.is_file()]
+    return Size(trees.count(tree), sum(path.stat().st_size for path in kept))
+
+
 def describe(folder: Path, name: str) -> str:
-    """A task's manifest entry as JSON.
+    """Return a task's manifest entry as JSON.
 
     Raises:
       UserError: if there is none of that name.
     """
-    manifest = manifests.read(files.local(folder))
-    if name not in manifest["tasks"]:
-        raise UserError(f"{folder}: no task {name!r}; it has {', '.join(manifest['tasks'])}")
-    entry = manifest["tasks"][name]
-    shown = {"base": manifest["base"], **entry, "lora": manifest["adapters"].get(entry["adapter"])}
+    folder = find_bank(files.local(folder))
+    manifest = manifests.read(folder)
+    entry = manifest.find(folder, name)
+    adapted = manifest.adapters[entry.adapter] if entry.adapter else None
+    shown = {
+        "base": manifest.base,
+        **dataclasses.asdict(entry),
+        "lora": dataclasses.asdict(adapted) if adapted else None,
+    }
     return json.dumps(shown, indent=2, ensure_ascii=False)
 
 
-def _store(folder: Path, manifest: dict[str, Any], name: str, source: TaskModels) -> dict[str, Any]:
-    """Write a task's trees, as far as they are not there yet; returns its manifest entry."""
-    one, adapter = source.models[name], None
-    tree = source.trees[one.tree]
-    if tree:
-        adapter = _save_tree(folder, ADAPTERS, one.tree, tree)
-        manifest["adapters"][adapter] = dataclasses.asdict(source.configs[one.tree])
-    return {
-        "task": dataclasses.asdict(one.task),
-        "adapter": adapter,
-        "head": _save_tree(folder, HEADS, name, one.head) if one.head else None,
-        "pair_features": one.pair_features,
-        "facts": dict(one.facts),
-    }
+# ---- writing
+
+
+def write(folder: Path, source: TaskModels) -> None:
+    """Write all tasks of a source as a new bank, whole encoders too, in the place of what is there.
+
+    A process that is killed in the last moment leaves no bank, and must write it again.
+    """
+    with files.building(folder.absolute(), replace=True) as content:
+        manifest = manifests.empty(source)
+        _commit(content, _store(content, manifest, source, tuple(source.models)))
+
+
+def add(folder: Path, source: TaskModels, names: Sequence[str], *, replace: bool = False) -> None:
+    """Put trained tasks into a bank, which is made if need be; no other file is touched.
+
+    Args:
+      folder: the bank.
+      source: where the tasks come from, see `load`.
+      names: which of its tasks.
+      replace: the tasks must be there already and are replaced; else they must be new.
+
+    Raises:
+      UserError: if a task is (not) there already, or the base, the pooling or the dtype differ.
+    """
+    folder = files.local(folder)
+    for name in names:
+        source.find(name)
+        check_name(name, source.origin)
+    for name in names:
+        _check_tree(source, name)
+    if not manifests.exist(folder) and folder.is_dir():
+        _check_empty(folder)
+    with _locked(folder, make=not replace):
+        there = manifests.exist(folder)
+        manifest = manifests.read(folder) if there else manifests.empty(source)
+        _check_fits(folder, manifest, source)
+        _check_names(folder, manifest, names, replace)
+        manifest = _complete_fingerprint(folder, manifest, source)
+        _commit(folder, _store(folder, manifest, source, names))
+
+
+def remove(folder: Path, name: str) -> None:
+    """Take a task out.
+
+    Raises:
+      UserError: if there is none of that name.
+    """
+    folder = files.local(folder)
+    with _locked(folder, make=False):
+        manifest = manifests.read(folder)
+        manifest.find(folder, name)
+        tasks = {other: entry for other, entry in manifest.tasks.items() if other != name}
+        _commit(folder, dataclasses.replace(manifest, tasks=tasks))
+
+
+def _store(folder: Path, manifest: Manifest, source: TaskModels, names: Sequence[str]) -> Manifest:
+    """Write the trees of tasks, as far as they are not there; returns the manifest with them."""
+    tasks, adapters = dict(manifest.tasks), dict(manifest.adapters)
+    for name in names:
+        one, adapter = source.models[name], None
+        if tree := source.trees[one.tree]:
+            adapter = _save_tree(folder, ADAPTERS, one.tree, tree)
+            adapters[adapter] = source.configs.get(one.tree)
+        head = _save_tree(folder, HEADS, name, one.head) if one.head else None
+        tasks[name] = TaskEntry(one.task, adapter, head, one.pair_features, one.facts)
+    return dataclasses.replace(manifest, tasks=tasks, adapters=adapters)
+
+
+def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
+    ending = f"-{trees.checksum(tree)[:16]}"
+    stored = name.removesuffix(ending)[:40] + ending  # another bank's name has its checksum already
+    manifests.check_folder(stored)
+    try:
+        whole = (folder / part / stored).is_dir() and bool(_load_tree(folder, part, stored))
+    except UserError:
+        whole = False
+    if not whole:  # a damaged one is replaced, too
+        tree_files.save(folder / part / stored, tree)
+    return stored
+
+
+def _commit(folder: Path, manifest: Manifest) -> None:
+    """Put the manifest in the old one's place, then remove the folders that no task uses."""
+    used = {entry.adapter for entry in manifest.tasks.values()}
+    adapters = {name: config for name, config in manifest.adapters.items() if name in used}
+    manifest = dataclasses.replace(manifest, adapters=adapters)
+    manifest = dataclasses.replace(manifest, sizes=_sizes(folder, manifest))
+    manifests.write(folder, manifest)
+    keep = set(manifest.folders())
+    for part in PARTS:
+        for path in (folder / part).iterdir() if (folder / part).is_dir() else ():
+            if (part, path.name) not in keep:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_tree(source: TaskModels, name: str) -> None:
@@ -293,67 +368,41 @@ def _check_tree(source: TaskModels, name: str) -> None:
         raise UserError(f"{source.origin}: {name} has numbers that are not finite; nothing is kept")
 
 
-def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
-    stored = f"{name[:40]}-{trees.checksum(tree)[:16]}"
-    manifests.check_folder(stored)
-    try:
-        whole = (folder / part / stored).is_dir() and bool(_load_tree(folder, part, stored))
-    except UserError:
-        whole = False
-    if not whole:  # written anew over a damaged one, too
-        tree_files.save(folder / part / stored, tree)
-    return stored
-
-
-def _load_tree(folder: Path, part: str, stored: str) -> Tree:
-    path = folder / part / stored
-    if not path.is_dir():
-        raise UserError(f"{path}: missing; {_REPAIR}")
-    try:
-        tree = tree_files.load(path)
-    except UserError as error:
-        raise UserError(f"{error}; {_REPAIR}") from error
-    if not stored.endswith(trees.checksum(tree)[:16]):
-        raise UserError(f"{path}: damaged, its content has another checksum; {_REPAIR}")
-    return tree
-
-
-def _check_ranks(path: Path, name: str, tree: Tree, config: LoraConfig) -> None:
-    for place, factor in traverse_util.flatten_dict(tree["lora"]).items():
-        layer, rank = place[:-1], factor.shape[-1 if place[-1] == "A" else -2]
-        adapted = any(lora.matches(target, layer) for target in config.target_modules)
-        if not adapted or rank != config.rank_of(layer):
-            raise UserError(
-                f"{path}: was changed by hand or damaged (adapter {name} has rank {rank} at "
-                f"{'.'.join(layer)}, which is not what is written)"
-            )
-
-
-def _check_fits(folder: Path, manifest: Mapping[str, Any], source: TaskModels) -> None:
-    if other := _fingerprint(manifest).differing(source.fingerprint):
+def _check_names(folder: Path, manifest: Manifest, names: Sequence[str], replace: bool) -> None:
+    present = [name for name in names if name in manifest.tasks]
+    if present and not replace:
         raise UserError(
-            f"{folder}: is a bank of {manifest['base']}; {source.base}, which {source.origin} was "
+            f"{folder}: has {', '.join(present)} already; update it, or take another name"
+        )
+    absent = [name for name in names if name not in manifest.tasks]
+    if absent and replace:
+        raise UserError(f"{folder}: has no {', '.join(absent)} yet; add it instead")
+
+
+def _check_fits(folder: Path, manifest: Manifest, source: TaskModels) -> None:
+    if None in manifest.adapters.values():
+        raise UserError(f"{folder}: keeps the whole encoders of a run; name another bank")
+    if other := manifest.fingerprint.differing(source.fingerprint):
+        raise UserError(
+            f"{folder}: is a bank of {manifest.base}; {source.base}, which {source.origin} was "
             f"trained on, has another {' and another '.join(other)}"
         )
     for field in ("pooling", "max_length", "dtype"):
-        if manifest[field] != getattr(source, field):
+        has, wants = getattr(manifest, field), getattr(source, field)
+        if has != wants:
             raise UserError(
-                f"{folder}: has {field} {manifest[field]}, {source.origin} has "
-                f"{getattr(source, field)}; train with {field} {manifest[field]}"
+                f"{folder}: has {field} {has}, {source.origin} has {wants}; train with {field} "
+                f"{has}"
             )
 
 
-def _fingerprint(manifest: Mapping[str, Any]) -> Fingerprint:
-    return build(Fingerprint, manifest["fingerprint"])
-
-
-def _complete_fingerprint(folder: Path, manifest: dict[str, Any], source: TaskModels) -> None:
+def _complete_fingerprint(folder: Path, manifest: Manifest, source: TaskModels) -> Manifest:
     """Take from new tasks what a bank of format 1 does not know of its base."""
-    known = _fingerprint(manifest)
-    if manifest["tasks"]:
-        known.note_if_partial(str(folder))
+    if manifest.tasks:
+        manifest.fingerprint.note_if_partial(str(folder))
     source.fingerprint.note_if_partial(source.origin)
-    manifest["fingerprint"] = dataclasses.asdict(known.completed(source.fingerprint))
+    whole = manifest.fingerprint.completed(source.fingerprint)
+    return dataclasses.replace(manifest, fingerprint=whole)
 
 
 def _check_empty(folder: Path) -> None:
@@ -361,21 +410,6 @@ def _check_empty(folder: Path) -> None:
     names = [path.name for path in folder.iterdir()]
     if not all(name in ours or name.startswith(TEMPORARY) for name in names):
         raise UserError(f"{folder}: is not empty and holds no bank; name another folder")
-
-
-def _commit(folder: Path, manifest: dict[str, Any]) -> None:
-    used = {entry["adapter"] for entry in manifest["tasks"].values()}
-    manifest["adapters"] = {k: v for k, v in manifest["adapters"].items() if k in used}
-    manifests.write(folder, manifest)
-    keep = set(manifests.used(manifest))
-    for part in (ADAPTERS, HEADS):
-        for path in (folder / part).iterdir() if (folder / part).is_dir() else ():
-            if (part, path.name) not in keep:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 @contextlib.contextmanager

@@ -14,28 +14,42 @@ from typing import Any
 import numpy as np
 
 from jaxlora.formats import heads as head_files
-from jaxlora.formats import huggingface, peft
+from jaxlora.formats import huggingface, peft, peft_config
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.serving.task_models import (
-    OF_BASE,
+    BaseSpec,
+    Facts,
+    PairFeatures,
     TaskModel,
     TaskModels,
-    check_plain,
-    from_of_base,
-    of_base,
-    upgrade_base,
+    upgrade,
 )
 from jaxlora.tasks.task import HEADS, Task
 from jaxlora.utils import schema
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.files import atomic_dir, read_object, write_json
-from jaxlora.utils.schema import build
 from jaxlora.utils.trees import Tree
 
 ABOUT = "jaxlora.json"
-_FIELDS = {*OF_BASE, "task", "pair_features", "facts"}
+
+
+@dataclasses.dataclass(frozen=True)
+class About(BaseSpec):
+    """What `jaxlora.json` says of a task; the fields are those of `TaskModel`.
+
+    Raises:
+      ValueError: if its head needs another pooling.
+    """
+
+    task: Task
+    pair_features: PairFeatures
+    facts: Facts
+
+    def __post_init__(self) -> None:
+        if HEADS[self.task.head].pooling not in (None, self.pooling):
+            raise ValueError(f"its head does not go with pooling {self.pooling}")
 
 
 def save(folder: str | Path, trained: TaskModels, name: str) -> None:
@@ -54,16 +68,14 @@ def save(folder: str | Path, trained: TaskModels, name: str) -> None:
     if not adapter:
         raise UserError(f"{trained.origin}: {name} has no adapter; use export merged")
     hub = huggingface.MINILM_HUB if trained.base == huggingface.MINILM else trained.base
-    about = of_base(trained) | {
-        "task": dataclasses.asdict(model.task),
-        "pair_features": model.pair_features,
-        "facts": dict(model.facts),
-    }
+    about = About(
+        **trained.base_spec(), task=model.task, pair_features=model.pair_features, facts=model.facts
+    )
     head = model.head if model.task.head == "pooler" else None
     with atomic_dir(folder) as temporary:
         peft.write(temporary, adapter, trained.configs[model.tree], hub, head)
         head_files.write(temporary, model.head)
-        write_json(temporary / ABOUT, about)
+        write_json(temporary / ABOUT, dataclasses.asdict(about))
 
 
 def described(folder: str | Path) -> bool:
@@ -77,7 +89,7 @@ def classifies(folder: str | Path) -> bool:
     Raises:
       UserError: if its `adapter_config.json` cannot be read or honoured.
     """
-    return peft.read_config(Path(folder).expanduser()).classifies
+    return peft_config.read_config(Path(folder).expanduser()).classifies
 
 
 def load(
@@ -119,26 +131,27 @@ def load(
         raise UserError(f"{folder}: has no {ABOUT} to say its base; name one with `base`")
     like = like.at(base)
     there = like.load_base()
-    written = peft.read_config(folder)
+    written = peft_config.read_config(folder)
     if not any_base:
-        _check_base(folder / peft.CONFIG, written, there)
+        _check_base(folder / peft_config.CONFIG, written, there)
     found = peft.read(folder, bert.param_shapes(there.config))
-    facts: dict[str, Any] = {"imported from": str(folder)}
+    facts = Facts(imported_from=str(folder))
     if written.classifies and not encoder_only:
         model = _classifier(folder, name, found.head, there, like, classes)
     else:
         _refuse_classes(folder, classes)
         model = _similarity(folder, name, found, encoder_only)
-        facts |= {"left out": list(found.head.modules)} if found.head.modules else {}
+        facts = dataclasses.replace(facts, left_out=found.head.modules)
     model = dataclasses.replace(model, facts=facts)
     return _one(like, folder, model, found.adapter, found.config)
 
 
 def _load_ours(folder: Path, name: str, base: str | None) -> TaskModels:
-    about = _read_about(folder / ABOUT)
-    task = dataclasses.replace(about["task"], name=name)
+    path = folder / ABOUT
+    about = schema.parse(About, upgrade(read_object(path)), path, "was it changed by hand?")
+    task = dataclasses.replace(about.task, name=name)
     trained = TaskModels(
-        **from_of_base(about), models={}, trees={}, configs={}, origin=str(folder)
+        **about.base_spec(), models={}, trees={}, configs={}, origin=str(folder)
     ).at(base)
     found = trained.load_base()
     trained = dataclasses.replace(
@@ -146,7 +159,7 @@ def _load_ours(folder: Path, name: str, base: str | None) -> TaskModels:
     )
     config = found.config
     adapter, lora_config = peft.load(folder, bert.param_shapes(config), encoder_only=True)
-    model = TaskModel(task, name, {}, about["pair_features"], about["facts"])
+    model = TaskModel(task, name, {}, about.pair_features, about.facts)
     head = head_files.read(folder, model.head_shapes(config.hidden_size))
     model = dataclasses.replace(model, head=head)
     return _one(trained, folder, model, adapter, lora_config)
@@ -172,7 +185,7 @@ def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: b
     rest = [module for module in found.head.modules if not module.startswith("pooler")]
     if rest and not encoder_only:
         raise UserError(
-            f"{folder / peft.CONFIG}: task_type {found.written.task_type!r}, with a trained "
+            f"{folder / peft_config.CONFIG}: task_type {found.written.task_type!r}, with a trained "
             f"{', '.join(rest)}: only heads of task_type 'SEQ_CLS' can be imported; take the "
             "encoder's adapter alone with `encoder_only=True`"
         )
@@ -286,13 +299,13 @@ def _labels(id2label: Any, count: int) -> tuple[str, ...]:
     numbers = tuple(map(str, range(count)))
     if not isinstance(id2label, dict) or id2label.keys() != set(numbers):
         return numbers
-    return tuple(schema.text(id2label[number]) for number in numbers)
+    return tuple(schema.build(str, id2label[number]) for number in numbers)
 
 
 # ---- the base that an adapter was trained on
 
 
-def _check_base(path: Path, written: peft.Written, base: Pretrained) -> None:
+def _check_base(path: Path, written: peft_config.PeftConfig, base: Pretrained) -> None:
     """Refuse an adapter that was trained on another base, or does not say on which.
 
     A revision counts where the adapter's folder says one: PEFT leaves it out as a rule.
@@ -344,20 +357,3 @@ def _is_same_model(name: str, base: Pretrained) -> bool:
     except UserError:
         return False
     return other.fingerprint == base.fingerprint
-
-
-# ---- what `save` writes beside PEFT's files
-
-
-def _read_about(path: Path) -> dict[str, Any]:
-    about = upgrade_base(read_object(path))
-    try:
-        if about.keys() != _FIELDS:
-            raise ValueError(f"fields {', '.join(sorted(about.keys() ^ _FIELDS))}")
-        check_plain(about)
-        task = build(Task, about["task"])
-        if HEADS[task.head].pooling not in (None, about["pooling"]):
-            raise ValueError(f"its head does not go with pooling {about['pooling']}")
-        return about | {"task": task}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: was changed by hand or damaged ({error})") from error

@@ -1,45 +1,111 @@
-"""A bank's manifest, `bank.json`: read, checked, signed and written.
+"""A bank's manifest, `bank.json`: its types, and reading and writing it.
 
-format      a whole number; a newer jaxlora's is refused, an older one's is upgraded when read
-base, fingerprint, pooling, max_length, dtype
-            of the base model, and how sentences become vectors
-tasks       name → the task, its adapter and its head (names of folders), scores and versions
-adapters    name of a folder → the LoraConfig of what is in it
-checksum    sha256 of all the rest
+Beside the fields of `Manifest` the file has `format`, a whole number (a newer jaxlora's is refused,
+an older one's is upgraded when it is read), and `checksum`, the sha256 of all the rest.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxlora.data.task_files import check_name
 from jaxlora.lora import LoraConfig
-from jaxlora.serving.task_models import OF_BASE, TaskModels, check_plain, of_base, upgrade_base
+from jaxlora.serving.task_models import BaseSpec, Facts, PairFeatures, TaskModels, upgrade
 from jaxlora.tasks.task import Task
-from jaxlora.utils import files
+from jaxlora.utils import files, schema
 from jaxlora.utils.errors import UserError
-from jaxlora.utils.schema import build
 
 NAME = "bank.json"
 ADAPTERS, HEADS = "adapters", "heads"
-FORMAT = 2
-_FIELDS = {"format", *OF_BASE, "tasks", "adapters", "checksum"}
-_TASK_FIELDS = {"task", "adapter", "head", "pair_features", "facts"}
+FORMAT = 3
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # tasks joined by +, and a checksum
+_CHANGED = "it was changed by hand or damaged; put back a copy"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskEntry:
+    """A task in a bank.
+
+    Attributes:
+      task: what it is.
+      adapter: folder of its encoder tree; None: the frozen base.
+      head: folder of its head; None: it needs none.
+      pair_features: see `heads.pair_vector`.
+      facts: where it comes from.
+    """
+
+    task: Task
+    adapter: str | None
+    head: str | None
+    pair_features: PairFeatures
+    facts: Facts
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What a stored tree takes: its number of parameters, and bytes on disk."""
+
+    parameters: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest(BaseSpec):
+    """What a bank holds.
+
+    Attributes:
+      tasks: by name.
+      adapters: folder of an encoder tree → its configuration; None: a whole fine-tuned encoder.
+      sizes: folder of a tree, such as `heads/sst-…` → its size; a bank of format 2 has none.
+
+    Raises:
+      ValueError: for a name that cannot be one, or a task without the trees that it needs.
+    """
+
+    tasks: dict[str, TaskEntry]
+    adapters: dict[str, LoraConfig | None]
+    sizes: dict[str, Size] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for _, folder in self.folders():
+            check_folder(folder)
+        for name, entry in self.tasks.items():
+            if check_name(name, "tasks") != entry.task.name:
+                raise ValueError(f"task {name} is called {entry.task.name!r}")
+            if entry.adapter is not None and entry.adapter not in self.adapters:
+                raise ValueError(f"adapter {entry.adapter!r} of {name} is not described")
+            if entry.head is None and entry.task.outputs:
+                raise ValueError(f"{name} needs a head and has none")
+
+    def folders(self) -> Iterator[tuple[str, str]]:
+        """Yield the folders that it names, as (part, name)."""
+        yield from ((ADAPTERS, name) for name in self.adapters)
+        yield from ((HEADS, one.head) for one in self.tasks.values() if one.head is not None)
+
+    def find(self, folder: Path, name: str) -> TaskEntry:
+        """Return a task's entry.
+
+        Raises:
+          UserError: if there is none of that name.
+        """
+        if name not in self.tasks:
+            raise UserError(f"{folder}: no task {name!r}; it has {', '.join(self.tasks)}")
+        return self.tasks[name]
 
 
 def exist(folder: Path) -> bool:
-    """Whether a folder has one, sound or not."""
+    """Return whether a folder has a manifest, sound or not."""
     return (folder / NAME).exists()
 
 
 def stamp(folder: Path) -> tuple[int, int]:
-    """What differs between any two manifests that a bank has had.
+    """Return what differs between any two manifests that a bank has had.
 
     Raises:
       UserError: if it has none.
@@ -51,69 +117,44 @@ def stamp(folder: Path) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
-def empty(source: TaskModels) -> dict[str, Any]:
-    """That of a new bank, for what has been trained on a base."""
-    return {"format": FORMAT, **of_base(source), "tasks": {}, "adapters": {}}
+def empty(source: TaskModels) -> Manifest:
+    """Return the manifest of a new bank, for tasks that were trained on a base."""
+    return Manifest(**source.base_spec(), tasks={}, adapters={})
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The manifest, checked.
+def read(folder: Path) -> Manifest:
+    """Read and check a manifest.
 
     Raises:
       UserError: naming what is wrong with it.
     """
     stamp(folder)
     path = folder / NAME
-    manifest = files.read_json(path)
-    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
+    values = files.read_json(path)
+    if not isinstance(values, dict) or type(values.get("format")) is not int:
         raise UserError(f"{path}: not a bank's manifest; put back a copy")
-    if manifest["format"] > FORMAT:
+    if values["format"] > FORMAT:
         raise UserError(
-            f"{path}: format {manifest['format']} is newer than this jaxlora's {FORMAT}; update it"
+            f"{path}: format {values['format']} is newer than this jaxlora's {FORMAT}; update it"
         )
     try:
-        if manifest != signed(manifest):
-            raise ValueError("its checksum is another")
-        manifest = _upgrade(manifest)
-        _check_manifest(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path}: was changed by hand or damaged ({error}); put back a copy"
-        ) from error
-    return manifest
+        sound = values == signed(values)
+    except RecursionError:
+        sound = False
+    if not sound:
+        raise UserError(f"{path}: has another checksum than it says; {_CHANGED}")
+    return schema.parse(Manifest, _upgrade(values), path, _CHANGED)
 
 
-def _upgrade(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Bring an older format's manifest to the present one.
-
-    Format 1 knew the base by its weights alone.
-    """
-    if manifest["format"] == 1:
-        return upgrade_base(manifest) | {"format": FORMAT}
-    return manifest
-
-
-def _check_manifest(manifest: dict[str, Any]) -> None:
-    if manifest.keys() != _FIELDS:
-        raise ValueError(f"fields {', '.join(sorted(manifest.keys() ^ _FIELDS))}")
-    check_plain(manifest)
-    for stored, plain in manifest["adapters"].items():
-        check_folder(stored)
-        build(LoraConfig, plain)
-    for name, entry in manifest["tasks"].items():
-        check_name(name, "tasks")
-        if entry.keys() != _TASK_FIELDS:
-            raise ValueError(f"fields of {name}: {', '.join(entry.keys() ^ _TASK_FIELDS)}")
-        check_plain(entry)
-        task = build(Task, entry["task"])
-        if task.name != name:
-            raise ValueError(f"task {name} is called {task.name}")
-        if entry["adapter"] is not None and entry["adapter"] not in manifest["adapters"]:
-            raise ValueError(f"adapter {entry['adapter']!r} of {name} is not described")
-        if entry["head"] is not None:
-            check_folder(entry["head"])
-        elif task.outputs:
-            raise ValueError(f"{name} needs a head and has none")
+def _upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a manifest, of this format or an older one."""
+    fields = {key: value for key, value in values.items() if key not in ("format", "checksum")}
+    if values["format"] == FORMAT:
+        return fields
+    tasks = fields.get("tasks")
+    if isinstance(tasks, dict):
+        fields["tasks"] = {k: upgrade(v) if isinstance(v, dict) else v for k, v in tasks.items()}
+    return upgrade(fields)
 
 
 def check_folder(name: str) -> None:
@@ -123,22 +164,16 @@ def check_folder(name: str) -> None:
       UserError: if it is not.
     """
     if not _FOLDER.fullmatch(name):
-        raise UserError(f"{name!r} is not the name of a folder in the bank")
+        raise UserError(f"{schema.shown(name)} is not the name of a folder in the bank")
 
 
-def write(folder: Path, manifest: Mapping[str, Any]) -> None:
+def write(folder: Path, manifest: Manifest) -> None:
     """Put a signed manifest in the old one's place, at once."""
-    files.write_json(folder / NAME, signed(manifest))
+    files.write_json(folder / NAME, signed({"format": FORMAT, **dataclasses.asdict(manifest)}))
 
 
-def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest with the checksum of the rest of it."""
-    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+def signed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest's plain values with the checksum of the rest of them."""
+    rest = {key: value for key, value in values.items() if key != "checksum"}
     text = json.dumps(rest, sort_keys=True, ensure_ascii=False)
-    return rest | {"checksum": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def used(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The folders in use, as (part, name)."""
-    heads = [entry["head"] for entry in manifest["tasks"].values() if entry["head"] is not None]
-    return [*((ADAPTERS, name) for name in manifest["adapters"]), *((HEADS, h) for h in heads)]
+    return rest | {"checksum": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()}

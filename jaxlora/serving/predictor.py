@@ -96,7 +96,7 @@ class Predictor:
             a process that was forked from one with a predictor.
         """
         _refuse_forked()
-        trained = bank.load_any(Path(folder)).at(base)
+        trained = bank.load(Path(folder)).at(base)
         return Predictor(trained.load_base(), trained)
 
     @property

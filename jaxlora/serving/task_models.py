@@ -1,13 +1,13 @@
-"""What training leaves behind: tasks with their heads and encoder trees, and the base they need."""
+"""Trained tasks with their heads and encoder trees, and the base that they need."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
+from pydantic import Field
 
 from jaxlora import lora
 from jaxlora.formats import huggingface
@@ -15,9 +15,34 @@ from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.formats.huggingface import Pretrained, absolute
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.task import HEADS, Task
-from jaxlora.utils import schema
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import UserError, suggestion
 from jaxlora.utils.trees import Tree
+
+Pooling = Literal["cls", "mean"]
+PairFeatures = Literal["concat", "interaction"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Where a trained task comes from.
+
+    Attributes:
+      dev: its metric → the score of its dev set.
+      data: checksum of its examples.
+      variant: of the run.
+      versions: package → version, of what computed it.
+      imported_from: the PEFT folder that others wrote.
+      left_out: what was trained beside it and has no effect here.
+      combined_from: task → weight, of the adapters that were added up.
+    """
+
+    dev: dict[str, float] = dataclasses.field(default_factory=dict)
+    data: str | None = None
+    variant: str | None = None
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    imported_from: str | None = None
+    left_out: tuple[str, ...] = ()
+    combined_from: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,44 +54,59 @@ class TaskModel:
       tree: name of its encoder tree.
       head: its head's parameters, `{}` for a task without a head.
       pair_features: see `heads.pair_vector`.
-      facts: plain values that say where it comes from: dev score, data, versions.
+      facts: where it comes from.
     """
 
     task: Task
     tree: str
     head: Tree
-    pair_features: str
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pair_features: PairFeatures
+    facts: Facts = Facts()
 
     def head_shapes(self, hidden_size: int) -> Tree:
-        """A tree of the head's shapes, `{}` for none."""
+        """Return a tree of the head's shapes, `{}` for none."""
         return jax.eval_shape(
             lambda: self.task.init_head(jax.random.key(0), hidden_size, self.pair_features)
         )
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class TaskModels:
-    """Trained tasks that share a base.
+@dataclasses.dataclass(frozen=True)
+class BaseSpec:
+    """The base model that tasks were trained on, and how its outputs become sentence vectors.
 
     Attributes:
       base: its name or folder.
-      fingerprint: what decides the base's vectors.
-      models: the tasks by name.
-      trees: encoder trees by name: `{}` (frozen), `{"lora": …}` or `{"params": …}` (a whole BERT).
-      configs: the configuration of each adapter among the trees, by the tree's name.
-      pooling, max_length, dtype: as in `config.Settings`.
-      origin: the folder they come from.
+      fingerprint: what decides its vectors.
+      pooling: of a sentence's tokens.
+      max_length: tokens a sentence is cut to.
+      dtype: of matmul inputs.
     """
 
     base: str
     fingerprint: Fingerprint
+    pooling: Pooling
+    max_length: Annotated[int, Field(ge=3)]
+    dtype: Literal["float32", "bfloat16"]
+
+    def base_spec(self) -> dict[str, Any]:
+        """Return these fields, also of a subclass, as arguments of another."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(BaseSpec)}
+
+
+@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+class TaskModels(BaseSpec):
+    """Trained tasks that share a base.
+
+    Attributes:
+      models: the tasks by name.
+      trees: encoder trees by name: `{}` (frozen), `{"lora": …}` or `{"params": …}` (a whole BERT).
+      configs: the configuration of each adapter among the trees, by the tree's name.
+      origin: the folder they come from.
+    """
+
     models: Mapping[str, TaskModel]
     trees: Mapping[str, Tree]
     configs: Mapping[str, LoraConfig]
-    pooling: str
-    max_length: int
-    dtype: str
     origin: str
 
     def find(self, name: str) -> TaskModel:
@@ -76,9 +116,8 @@ class TaskModels:
           UserError: if there is none of that name.
         """
         if name not in self.models:
-            close = difflib.get_close_matches(name, self.models, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
             there = ", ".join(self.models) or "none"
+            hint = suggestion(name, self.models)
             raise UserError(f"{self.origin}: no task {name!r}; there are {there}{hint}")
         return self.models[name]
 
@@ -126,54 +165,17 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-# Fields of `TaskModels` that are plain values, and of `TaskModel`, with what they may be.
-OF_BASE = ("base", "fingerprint", "pooling", "max_length", "dtype")
-_CHOICES = {
-    "pooling": ("cls", "mean"),
-    "dtype": ("float32", "bfloat16"),
-    "pair_features": ("concat", "interaction"),
-}
+def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring plain values of an earlier jaxlora to the present form.
 
-
-def of_base(trained: TaskModels) -> dict[str, Any]:
-    """What is kept of the base, as plain values."""
-    values = {field: getattr(trained, field) for field in OF_BASE}
-    return values | {"fingerprint": dataclasses.asdict(trained.fingerprint)}
-
-
-def from_of_base(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `of_base`, as arguments of `TaskModels`; other values are left out."""
-    fingerprint = schema.build(Fingerprint, values["fingerprint"])
-    return {field: values[field] for field in OF_BASE} | {"fingerprint": fingerprint}
-
-
-def upgrade_base(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring plain values to the present format: format 1 had the weights' checksum alone."""
+    Format 1 knew the base by the checksum of its weights alone, and names of facts had spaces.
+    """
     known = {name: value for name, value in values.items() if name != "sha256"}
     if "sha256" in values:
-        known["fingerprint"] = dataclasses.asdict(Fingerprint(values["sha256"]))
+        known["fingerprint"] = {"weights": values["sha256"]}
+    if isinstance(values.get("facts"), Mapping):
+        known["facts"] = {str(k).replace(" ", "_"): v for k, v in values["facts"].items()}
     return known
-
-
-def check_plain(values: Mapping[str, Any]) -> None:
-    """Check those of the plain fields that are there.
-
-    Raises:
-      AttributeError, TypeError, ValueError: naming the first that is wrong.
-    """
-    for field, value in values.items():
-        if field in _CHOICES and value not in _CHOICES[field]:
-            raise ValueError(f"{field} is {value!r}, not one of {', '.join(_CHOICES[field])}")
-        if field == "base":
-            schema.text(value)
-        if field == "fingerprint":
-            schema.build(Fingerprint, value)
-        if field == "max_length" and (type(value) is not int or value < 3):
-            raise ValueError(f"max_length is {value!r}, not a whole number from 3")
-        if field == "facts":
-            scores = value.get("dev", {})  # AttributeError if it is no object
-            if not all(isinstance(score, int | float) for score in scores.values()):
-                raise TypeError(f"facts: dev is {scores!r}")
 
 
 def combine_tasks(
@@ -201,7 +203,9 @@ def combine_tasks(
         adapter = lora.truncate(adapter, rank)
     source = trained.models[head]
     task = dataclasses.replace(source.task, name=name, title=" + ".join(parts))
-    model = TaskModel(task, name, source.head, source.pair_features, {"combined from": dict(parts)})
+    model = TaskModel(
+        task, name, source.head, source.pair_features, Facts(combined_from=dict(parts))
+    )
     return dataclasses.replace(
         trained,
         models={name: model},

@@ -7,13 +7,12 @@ Table 3 (storage).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
 from jaxlora.tasks.task import NAMES
-from jaxlora.utils.errors import ConfigError
+from jaxlora.utils.errors import ConfigError, suggestion
 
 Adapt = Literal["frozen", "lora", "full"]
 Groups = tuple[tuple[str, ...], ...]
@@ -100,8 +99,7 @@ def variant(name: str) -> Variant:
     'lora'
     """
     if name not in VARIANTS:
-        close = difflib.get_close_matches(name, VARIANTS, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = suggestion(name, VARIANTS)
         raise ConfigError("variant", f"unknown (known: {', '.join(VARIANTS)}){hint}", name)
     return VARIANTS[name]
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxlora.nn import heads
 from jaxlora.tasks import losses, metrics
-from jaxlora.utils.schema import ADDED
 
 KindName = Literal["classification", "binary", "regression", "similarity"]
 HeadName = Literal["mlp", "pooler"]
@@ -105,7 +104,7 @@ class Task:
     loss: str = ""
     metric: str = ""
     title: str = ""
-    head: HeadName = dataclasses.field(default="mlp", kw_only=True, metadata=ADDED)
+    head: HeadName = dataclasses.field(default="mlp", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -125,8 +125,13 @@ def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
     for task, splits in data.items():
         parts = [splits[split] for split in SPLITS]
         arrays = [x for part in parts for x in (part.tokens, part.offsets, part.labels)]
-        prints[f"the data of {task}"] = _checksum(arrays)
+        prints[data_of(task)] = _checksum(arrays)
     return prints
+
+
+def data_of(task: str) -> str:
+    """Return the name of a task's data among the inputs of a run."""
+    return f"the data of {task}"
 
 
 def _checksum(arrays: Iterable[np.ndarray]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ from jax.sharding import Mesh
 
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.serving import finished_run, tree_files
+from jaxlora.serving import bank, finished_run
 from jaxlora.tasks.sharing import group_name
-from jaxlora.training import checkpoint, inputs, parameter_count, run_folder, sharding
+from jaxlora.training import checkpoint, inputs, parameter_count, run_folder, sharding, trained
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data
 from jaxlora.training.loop import Callback, Progress, Window, train_group
 from jaxlora.training.metrics_log import MetricsLog
 from jaxlora.training.predictions import predict_splits
 from jaxlora.training.task_group import TaskGroup, make_task_group
-from jaxlora.utils import distributed, files, trees
+from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import Tree
 
@@ -105,7 +106,11 @@ def run(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RunContext:
-    """What a run works on, where and how; `checksums` are those of the base and the data."""
+    """What a run works on, where and how.
+
+    Attributes:
+      checksums: of the base and the data.
+    """
 
     settings: Settings
     base: Pretrained
@@ -150,18 +155,25 @@ def _train_groups(
     callback: Callback,
 ) -> dict[str, Any]:
     settings = context.settings
-    bank: dict[str, Any] = {"adapters": {}, "heads": {}}
+    best: dict[str, dict[str, Tree]] = {}
     progress: dict[str, dict[str, Any]] = {}
     test: dict[str, float] = {}
     for names in settings.groups:
         name = group_name(names)
-        best, progress[name], scores = _train_one(context, names, saved[name], log, callback)
-        bank["adapters"][name] = best["trainable"]
-        bank["heads"] |= best["heads"]
+        best[name], progress[name], scores = _train_one(context, names, saved[name], log, callback)
         test |= scores
-    tree_files.save(context.out / finished_run.MODEL, bank)
     result = summarize_result(settings, inputs.count(settings, context.base), progress, test)
-    return result | {"model": trees.checksum(bank)}
+    keep_models(context, best, result["dev"])
+    return result
+
+
+def keep_models(
+    context: RunContext, best: Mapping[str, Mapping[str, Tree]], dev: Mapping[str, float]
+) -> None:
+    """Write what was trained as a bank into the run's folder; of many processes the first does."""
+    models = trained.task_models(context.settings, context.checksums, best, dev)
+    if distributed.is_primary():
+        bank.write(context.out / finished_run.MODEL, models)
 
 
 def _refuse_unscored(group: TaskGroup, done: Progress) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input: the message names the file, line or argument and what to do about it.
@@ -43,3 +46,13 @@ class Stopped(BaseException):
 
 class Note(UserWarning):
     """What a user should know of something that is done all the same; commands show a line."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the known name that is most like a wrong one; empty if none is.
+
+    >>> suggestion("querry", ["query", "key"]), suggestion("x", ["query"])
+    ('; did you mean query?', '')
+    """
+    close = difflib.get_close_matches(name[:100], known, 1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -29,6 +29,7 @@ from jaxlora.utils.schema import encodable
 
 TEMPORARY = ".tmp-"  # prefix of unfinished files and folders, see `sweep`
 LOCK = ".lock"
+MOST_JSON = 64 * 2**20  # bytes; the manifest of ten thousand tasks has 15 million
 _FILE_MODE, _FOLDER_MODE = 0o664, 0o775  # the umask may remove further permissions
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` reduces two slashes to one
 _LONGEST_NAME, _LONGEST_PATH = 255, 3500  # bytes; Linux allows 4096, the rest is for files inside
@@ -289,12 +290,14 @@ def _parse_int(digits: str) -> int:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file of at most `MOST_JSON` bytes.
 
     Raises:
-      UserError: if the file cannot be read, or is not JSON.
+      UserError: if the file cannot be read, is larger, or is not JSON.
     """
     try:
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise ValueError(f"{size:,} bytes, at most {MOST_JSON:,} are read")
         return loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

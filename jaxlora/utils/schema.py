@@ -1,6 +1,9 @@
-"""Dataclasses from their JSON, where each value must be of its field's type.
+"""The boundary that data of others passes: plain values become typed objects, or are refused.
 
-Files that others wrote pass through here, so nothing of a wrong type goes further.
+Types are dataclasses (or any other hint), validated by Pydantic as strictly as JSON allows: exact
+types, finite numbers, no unknown field, strings of bounded length. A dataclass needs nothing of
+Pydantic for that, so the pure rooms do not import it; what its `__post_init__` refuses with a
+ValueError is refused here, too.
 """
 
 from __future__ import annotations
@@ -8,167 +11,189 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
-import types
+import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from jaxlora.utils.errors import UserError, suggestion
+
 T = TypeVar("T")
-# Metadata of a field that files of earlier versions lack: it has its default there.
-ADDED = {"added": True}
+LONGEST_STRING = 10_000  # a path has 4,096 bytes at most
+_STRICT = ConfigDict(
+    strict=True, extra="forbid", allow_inf_nan=False, str_max_length=LONGEST_STRING
+)
+_PLAINER = {
+    "Input should be": "must be",
+    "a valid tuple": "a list",
+    "a valid array": "a list",
+    "a valid integer": "a whole number",
+    "a valid boolean": "true or false",
+    "a valid": "a",
+    "Tuple should": "must",
+    "String should": "must",
+}  # Pydantic's words → JSON's
+_MUST = "must be "
+_UNKNOWN = "unexpected_keyword_argument"
 
 
-def build(cls: type[T], value: Any) -> T:
-    """The inverse of `dataclasses.asdict`, also after JSON made lists of tuples.
+def build(kind: type[T], value: Any) -> T:
+    """Return a plain value as a typed one: the inverse of `dataclasses.asdict`, also through JSON.
 
     Args:
-      cls: a dataclass; its fields are plain values, tuples, choices, or such dataclasses.
-      value: a dict with all of its fields (but for `ADDED` ones) and no others.
+      kind: a dataclass, or any type hint: `tuple[str, ...]`, a `Literal`, an `Annotated` type.
+      value: JSON-like; fields that have a default may be missing.
 
     Raises:
-      ValueError: naming the field that is wrong; from the dataclass's own checks.
+      ValueError: one line that names the field that is wrong.
 
     >>> @dataclasses.dataclass
     ... class Point:
     ...     at: tuple[float, float]
-    ...     name: str | None
-    >>> build(Point, {"at": [1, 2.5], "name": None})
+    ...     name: str | None = None
+    >>> build(Point, {"at": [1, 2.5]})
     Point(at=(1.0, 2.5), name=None)
-    >>> build(Point, {"at": [1, "2"], "name": None})
+    >>> build(Point, {"at": [1, "2"]})
     Traceback (most recent call last):
     ...
-    ValueError: at: '2' is not a finite number
-    """
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{_shown(value)} is not an object with fields")
-    hints = _fields(cls)  # type: ignore[arg-type]
-    value = {**_added(cls), **value}  # type: ignore[arg-type]
-    if odd := value.keys() ^ hints.keys():
-        raise ValueError(f"fields missing or unknown: {', '.join(sorted(odd))}")
-    found = {}
-    for name, hint in hints.items():
-        try:
-            found[name] = read(hint, value[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return cls(**found)
-
-
-@functools.cache
-def _fields(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-@functools.cache
-def _added(cls: type) -> dict[str, Any]:
-    return {f.name: f.default for f in dataclasses.fields(cls) if f.metadata.get("added")}
-
-
-def read(hint: Any, value: Any) -> Any:
-    """A value of a type, e.g. `int`, `tuple[str, ...]`, `str | None`.
-
-    Raises:
-      ValueError: if it is not.
-
-    >>> read(tuple[tuple[str, float], ...], [["query", 2]])
-    (('query', 2.0),)
-    """
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value)  # type: ignore[arg-type]
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        if value not in inner:
-            raise ValueError(f"{_shown(value)} is not one of {', '.join(map(str, inner))}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return _first(inner, value)
-    if origin is tuple:
-        return _tuple(inner, value)
-    return _SIMPLE[hint](value)
-
-
-def _first(kinds: tuple[Any, ...], value: Any) -> Any:
-    """As the first of the types that it can be."""
-    *others, last = [kind for kind in kinds if kind is not types.NoneType]
-    if value is None and types.NoneType in kinds:
-        return None
-    for kind in others:
-        with contextlib.suppress(ValueError):
-            return read(kind, value)
-    return read(last, value)
-
-
-def _tuple(inner: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{_shown(value)} is not a list")
-    kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
-    if len(kinds) != len(value):
-        raise ValueError(f"{_shown(value)} has not {len(kinds)} items")
-    return tuple(map(read, kinds, value))
-
-
-def number(value: Any) -> float:
-    """A finite number.
-
-    Raises:
-      ValueError: if it is not.
+    ValueError: at.1: must be a number, not '2'
+    >>> build(Point, {"at": [1, 2], "nam": "x"})
+    Traceback (most recent call last):
+    ...
+    ValueError: nam: unknown field; did you mean name?
     """
     try:
-        fits = type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # a whole number that no float can be
-        fits = False
-    if not fits:
-        raise ValueError(f"{_shown(value)} is not a finite number")
-    return float(value)
+        for where, string in _strings(value):
+            if "\0" in string or not encodable(string):
+                raise ValueError(f"{_joined(where)}{shown(string)} is not text")
+        content = json.dumps([value], default=_refuse)
+        found: T = _adapter(kind).validate_json(content)[0]  # type: ignore[arg-type]
+        return found
+    except ValidationError as error:
+        raise ValueError(_line(error, kind, value)) from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
 
 
-def text(value: Any) -> str:
-    """A text that can be written to a file.
+def parse(kind: type[T], value: Any, where: str | Path, remedy: str = "") -> T:
+    """Build a typed value from what a file holds.
+
+    Args:
+      kind, value: see `build`.
+      where: the file, and the part of it.
+      remedy: what to do, where what the field must be does not say that.
 
     Raises:
-      ValueError: if it is none, or has half a surrogate pair or a NUL in it.
+      UserError: one line with the place, the field and the remedy.
     """
-    if not isinstance(value, str) or "\0" in value or not encodable(value):
-        raise ValueError(f"{_shown(value)} is not a text")
-    return value
+    try:
+        return build(kind, value)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}{'; ' if remedy else ''}{remedy}") from error
 
 
-def encodable(value: str) -> bool:
-    r"""Whether UTF-8 has all of a text's characters; it lacks the halves of surrogate pairs.
+def encodable(string: str) -> bool:
+    r"""Return whether UTF-8 has all characters of a string; it lacks halves of surrogate pairs.
 
     >>> encodable("né"), encodable("\ud800")
     (True, False)
     """
     try:
-        value.encode()
+        string.encode()
     except UnicodeEncodeError:
         return False
     return True
 
 
-def _exactly(kind: type, what: str) -> Any:
-    def check(value: Any) -> Any:
-        if type(value) is not kind:
-            raise ValueError(f"{_shown(value)} is not {what}")
-        return value
-
-    return check
-
-
-_SIMPLE: dict[Any, Any] = {
-    int: _exactly(int, "a whole number"),
-    bool: _exactly(bool, "true or false"),
-    float: number,
-    str: text,
-}
-
-
-def _shown(value: Any) -> str:
-    """The value's repr, if it is short and can be printed."""
+def shown(value: Any) -> str:
+    """Return a value's repr in printable ASCII, cut to 60 characters."""
     try:
-        shown = ascii(value)
-    except ValueError:  # a whole number of thousands of digits
-        return "a very long number"
-    return shown if len(shown) <= 60 else shown[:60] + "…"
+        text = ascii(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or deep nesting
+        return "a value too large to show"
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[tuple[Any]]:
+    # In a tuple, because Pydantic takes no configuration for a dataclass that is not its own.
+    return TypeAdapter(tuple[kind], config=_STRICT)
+
+
+def _refuse(value: Any) -> Any:
+    raise ValueError(f"{shown(value)} is no JSON value")
+
+
+def _strings(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Yield every string in a plain value, keys included, and where it is."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key, where)
+            yield from _strings(item, (*where, key))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _strings(item, (*where, number))
+
+
+def _line(error: ValidationError, kind: Any, value: Any) -> str:
+    """Return the error that says most, in one line."""
+    found = [
+        (tuple(_inside(value, one["loc"][1:])), one)
+        for one in error.errors(include_url=False, include_context=False)
+    ]
+    # Of a field that may be of several types, the innermost error is of the type that was meant.
+    where, first = max(found, key=lambda pair: (pair[1]["type"] == _UNKNOWN, len(pair[0])))
+    if first["type"] == _UNKNOWN:
+        known = _fields(kind)
+        hint = suggestion(str(where[-1]), known) or f" (known: {', '.join(sorted(known))})"
+        return f"{_joined(where)}unknown field{hint}"
+    if first["type"] == "missing":
+        *outer, last = first["loc"][1:]
+        return (
+            _joined(outer) + "has too few items"
+            if isinstance(last, int)
+            else (_joined((*outer, last)) + "missing")
+        )
+    reasons = dict.fromkeys(_reason(one) for place, one in found if place == where)
+    if not all(reason.startswith(_MUST) for reason in reasons):
+        return _joined(where) + _reason(first)
+    allowed = " or ".join(reason.removeprefix(_MUST) for reason in reasons)
+    return f"{_joined(where)}{_MUST}{allowed}, not {shown(first['input'])}"
+
+
+def _reason(error: ErrorDetails) -> str:
+    message = error["msg"].removeprefix("Value error, ")
+    for theirs, ours in _PLAINER.items():
+        message = message.replace(theirs, ours)
+    return message
+
+
+def _inside(value: Any, where: tuple[Any, ...]) -> Iterator[Any]:
+    """Yield the parts of a place that are keys and numbers; Pydantic adds names of types."""
+    for part in where:
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            value = value[part]
+            yield part
+
+
+def _joined(where: Iterable[Any]) -> str:
+    parts = [part if str(part).isidentifier() else shown(part) for part in where]
+    return ".".join(map(str, parts)) + ": " if parts else ""
+
+
+@functools.cache
+def _fields(kind: Any) -> frozenset[str]:
+    """Return the names of all fields of a type and of the types in it."""
+    names: set[str] = set()
+    if dataclasses.is_dataclass(kind):
+        names |= {field.name for field in dataclasses.fields(kind)}
+        inner = tuple(typing.get_type_hints(kind).values())
+    else:
+        inner = typing.get_args(kind)
+    return frozenset(names.union(*map(_fields, inner)))

@@ -16,7 +16,6 @@ from jaxlora.cli import main as cli
 from jaxlora.formats import huggingface
 from jaxlora.serving import bank, export_peft, finished_run
 from jaxlora.serving import manifest as manifests
-from jaxlora.serving.finished_run import load_run
 from jaxlora.training import run as train
 from jaxlora.training.presets import make_settings
 from jaxlora.training.run import RunOptions
@@ -34,7 +33,7 @@ def made(tiny_base, data_dir, tmp_path_factory):
     shutil.copytree(tiny_base, folder / "base")
     settings = flags(folder / "base", data_dir)
     train.run(settings, folder / "run", Silent(), RunOptions(predict_test=False))
-    bank.add(folder / "bank", load_run(folder / "run"), ["sst", "para", "sts"])
+    bank.add(folder / "bank", bank.load(folder / "run"), ["sst", "para", "sts"])
     return folder
 
 
@@ -114,7 +113,7 @@ def test_a_bank_takes_no_task_of_another_base(run, three, base, change):
     apply, part = CHANGES[change]
     apply(base)
     other = huggingface.load(str(base)).fingerprint
-    source = dataclasses.replace(load_run(run), fingerprint=other)
+    source = dataclasses.replace(bank.load(run), fingerprint=other)
     before = (three / manifests.NAME).read_bytes()
     with pytest.raises(UserError, match=rf"is a bank of .* has another {part}"):
         bank.add(three, source, ["sts"], replace=True)
@@ -237,7 +236,7 @@ def test_an_exported_task_of_the_first_format_is_read(old):
 def test_adding_to_a_bank_of_the_first_format_upgrades_it(old):
     before = json.loads((old / "bank" / manifests.NAME).read_text())
     known = huggingface.load(str(old / "base")).fingerprint
-    source = dataclasses.replace(load_run(old / "run"), fingerprint=known)
+    source = dataclasses.replace(bank.load(old / "run"), fingerprint=known)
     with pytest.warns(Note, match="by the weights alone"):
         bank.add(old / "bank", source, ["para"])
     after = json.loads((old / "bank" / manifests.NAME).read_text())

@@ -15,6 +15,7 @@ from tiny import random_adapter
 from jaxlora import lora
 from jaxlora.data.packing import Shape, fill
 from jaxlora.formats import peft as peft_files
+from jaxlora.formats import peft_config
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import Encoder, pool
 from jaxlora.utils.errors import UserError
@@ -53,7 +54,7 @@ def save(folder, base, config=CASES["defaults"], name="tiny"):
 
 
 def edit_config(folder, **values):
-    path = folder / peft_files.CONFIG
+    path = folder / peft_config.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
@@ -80,7 +81,7 @@ def test_a_round_trip_changes_no_bit(tiny, tmp_path, config):
 def test_the_folder_holds_what_peft_looks_for(tiny, tmp_path):
     adapter = save(tmp_path / "new" / "a", tiny, LoraConfig(4, 6.0, ("query",)))
     folder = tmp_path / "new" / "a"
-    assert sorted(p.name for p in folder.iterdir()) == [peft_files.CONFIG, peft_files.TENSORS]
+    assert sorted(p.name for p in folder.iterdir()) == [peft_config.CONFIG, peft_files.TENSORS]
     assert [p.name for p in folder.parent.iterdir()] == ["a"]  # nothing temporary is left
     header = (folder / peft_files.TENSORS).read_bytes()[8:300]
     assert b'"__metadata__":{"format":"pt"}' in header
@@ -109,12 +110,12 @@ def test_an_adapter_and_another_configuration(tiny, tmp_path):
 def test_nothing_is_overwritten(tiny, tmp_path):
     folder = tmp_path / "a"
     save(folder, tiny)
-    before = (folder / peft_files.CONFIG).read_bytes()
+    before = (folder / peft_config.CONFIG).read_bytes()
     with pytest.raises(UserError, match="is not empty"):
         save(folder, tiny, LoraConfig(2, 2.0))
-    assert (folder / peft_files.CONFIG).read_bytes() == before
+    assert (folder / peft_config.CONFIG).read_bytes() == before
     with pytest.raises(UserError, match="is a file"):
-        save(folder / peft_files.CONFIG, tiny)
+        save(folder / peft_config.CONFIG, tiny)
     (tmp_path / "empty").mkdir()
     save(tmp_path / "empty", tiny)
     assert len(list((tmp_path / "empty").iterdir())) == 2
@@ -233,10 +234,10 @@ FIRST = "base_model.model.encoder.layer.0.attention.self.query.lora_{}.weight"
         ({"peft_type": ["LORA"]}, r"peft_type \['LORA'\] is not supported"),
         ({"bias": "lora_only"}, "bias 'lora_only' is not supported"),
         ({"modules_to_save": ["classifier"]}, "modules_to_save names classifier, which"),
-        ({"modules_to_save": "classifier"}, "modules_to_save is 'classifier'; it must be a list"),
-        ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3; it must be a string"),
-        ({"task_type": ["SEQ_CLS"]}, "task_type is .*; it must be a string or null"),
-        ({"auto_mapping": "BertModel"}, "auto_mapping is 'BertModel'; it must be an object"),
+        ({"modules_to_save": "classifier"}, "modules_to_save: must be a list, not 'classifier'"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path: must be a string, not 3"),
+        ({"task_type": ["SEQ_CLS"]}, "task_type: must be a string, not"),
+        ({"auto_mapping": "BertModel"}, "auto_mapping: must be an object, not"),
         ({"peft_type": "PROMPT_TUNING"}, "peft_type 'PROMPT_TUNING' .*change of the encoder$"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported"),
         ({"lora_bias": True}, "lora_bias True is not supported"),
@@ -244,19 +245,19 @@ FIRST = "base_model.model.encoder.layer.0.attention.self.query.lora_{}.weight"
         ({"layers_to_transform": [0]}, r"layers_to_transform is \[0\].*layers \[0, 1\]"),
         ({"r": 5}, "says that .* has rank 5, its tensors have 6"),
         ({"rank_pattern": {"key": 3}}, "says that .*key has rank 3, its tensors have 6"),
-        ({"r": "6"}, "r is '6'; it must be a whole number above 0"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan; it must be a number above 0"),
-        ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
-        ({"use_rslora": "yes"}, "use_rslora is 'yes'; it must be true or false"),
-        ({"alpha_pattern": ["query"]}, "alpha_pattern is .*must map module names"),
-        ({"alpha_pattern": {"(": 2}}, r"alpha_pattern has '\(', which is no regular expression"),
-        ({"alpha_pattern": {"query": None}}, r"alpha_pattern\['query'\] is None"),
+        ({"r": "6"}, "r: must be a whole number, not '6'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: must be a finite number, not nan"),
+        ({"lora_dropout": 1.5}, "lora_dropout: must be less than 1, not 1.5"),
+        ({"use_rslora": "yes"}, "use_rslora: must be true or false, not 'yes'"),
+        ({"alpha_pattern": ["query"]}, "alpha_pattern: must be an object, not"),
+        ({"alpha_pattern": {"(": 2}}, r"alpha_pattern: '\(' is no regular expression"),
+        ({"alpha_pattern": {"query": None}}, r"alpha_pattern.query: must be a number, not None"),
     ],
 )
 def test_a_config_we_cannot_honour(tiny, tmp_path, values, fragment):
     save(tmp_path / "a", tiny)
     edit_config(tmp_path / "a", **values)
-    with pytest.raises(UserError, match=f"{peft_files.CONFIG}: {fragment}"):
+    with pytest.raises(UserError, match=f"{peft_config.CONFIG}: {fragment}"):
         peft_files.load(tmp_path / "a", tiny.params)
 
 
@@ -324,9 +325,9 @@ def test_a_cut_off_file(tiny, tmp_path, size):
 )
 def test_a_broken_config(tiny, tmp_path, text, fragment):
     save(tmp_path / "a", tiny)
-    path = tmp_path / "a" / peft_files.CONFIG
+    path = tmp_path / "a" / peft_config.CONFIG
     path.unlink() if text is None else path.write_text(text)
-    with pytest.raises(UserError, match=f"{peft_files.CONFIG}: .*{fragment}"):
+    with pytest.raises(UserError, match=f"{peft_config.CONFIG}: .*{fragment}"):
         peft_files.load(tmp_path / "a", tiny.params)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -18,17 +19,15 @@ from hypothesis import strategies as st
 
 from jaxlora import lora
 from jaxlora.data.task_files import NAME
-from jaxlora.formats import huggingface
+from jaxlora.formats import huggingface, peft_config
 from jaxlora.formats import peft as peft_files
 from jaxlora.formats import tokenizer as base_tokenizer
-from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import param_shapes
 from jaxlora.serving import bank, export_merged, export_peft, finished_run, manifest, task_models
-from jaxlora.tasks.sharing import group_name
 from jaxlora.training import metrics_log, run_folder
 from jaxlora.training.config import Settings
+from jaxlora.training.presets import make_settings
 from jaxlora.utils.errors import UserError
-from jaxlora.utils.schema import build
 from tests.fuzz import hostile, samples
 
 INDEX = "model.safetensors.index.json"
@@ -42,6 +41,7 @@ def targets(folder: Path) -> dict[str, tuple[Inputs, Callable[..., None]]]:
     peft = samples.peft(folder / "peft", source)
     others, like = samples.classifier(folder / "classifier", source)
     run = samples.run(folder / "run", source)
+    begun = {"settings": make_settings("lora1").to_json(), "inputs": {}}
     plain = samples.bank_manifest(source)
     return {
         "base name": (_names(), find_base),
@@ -50,13 +50,14 @@ def targets(folder: Path) -> dict[str, tuple[Inputs, Callable[..., None]]]:
         "base weights": (_tensors(base / "model.safetensors"), read_weights),
         "tokenizer file": (_json(base / "tokenizer.json"), read_tokenizer),
         "PEFT config": (
-            _json(peft / peft_files.CONFIG), _in_copy(peft, peft_files.CONFIG, adapter)
+            _json(peft / peft_config.CONFIG), _in_copy(peft, peft_config.CONFIG, adapter)
         ),
         "PEFT tensors": (
             _tensors(peft / peft_files.TENSORS), _in_copy(peft, peft_files.TENSORS, adapter)
         ),
         "PEFT classifier's config": (
-            _json(others / peft_files.CONFIG), _in_copy(others, peft_files.CONFIG, classifier(like))
+            _json(others / peft_config.CONFIG),
+            _in_copy(others, peft_config.CONFIG, classifier(like)),
         ),
         "PEFT classifier's tensors": (
             _tensors(others / peft_files.TENSORS),
@@ -71,10 +72,11 @@ def targets(folder: Path) -> dict[str, tuple[Inputs, Callable[..., None]]]:
             _json(peft / export_peft.ABOUT), _in_copy(peft, export_peft.ABOUT, imported)
         ),
         "bank manifest": (st.tuples(hostile.json_files(plain), st.booleans()), read_bank),
-        "run config": (
+        "run config": (hostile.json_files(begun), read_settings),
+        "old run's config": (
             _json(run / finished_run.CONFIG), _in_copy(run, finished_run.CONFIG, read_run)
         ),
-        "run result": (
+        "old run's result": (
             _json(run / finished_run.RESULT), _in_copy(run, finished_run.RESULT, read_run)
         ),
         "run metrics": (_records(), read_metrics),
@@ -199,7 +201,7 @@ def _check_trained(found: task_models.TaskModels, names: list[str]) -> None:
     for name, one in found.models.items():
         assert NAME.fullmatch(name) and one.task.name == name and one.tree in found.trees
         assert one.task.outputs >= 0
-        json.dumps(dict(one.facts))
+        json.dumps(dataclasses.asdict(one.facts))
     for config in found.configs.values():
         assert math.isfinite(config.scale_of(("self", "query")))
 
@@ -212,30 +214,36 @@ def read_bank(value: tuple[bytes, bool], scratch: Path) -> None:
             content = json.dumps(manifest.signed(json.loads(content))).encode()
     (scratch / manifest.NAME).write_bytes(content)
     found = manifest.read(scratch)
-    for part, name in manifest.used(found):
+    folders = list(found.folders())
+    for part, name in folders:
         assert name and (scratch / part / name).resolve().parent == (scratch / part).resolve()
     # Its trees are not there; neither may be its base.
-    assert len(bank.verify(scratch)) - len(manifest.used(found)) in (0, 1)
-    for name in found["tasks"]:
+    assert len(bank.verify(scratch)) - len(folders) in (0, 1)
+    for name in found.tasks:
         bank.describe(scratch, name)
-    for plain in found["adapters"].values():
-        assert math.isfinite(build(LoraConfig, plain).scale_of(("self", "query")))
+    for config in found.adapters.values():
+        assert config is None or math.isfinite(config.scale_of(("self", "query")))
     with contextlib.suppress(UserError):
         bank.load(scratch)
 
 
-def read_run(folder: Path) -> None:
-    """`trained.load_run`, and what a run that goes on there compares."""
-    config = finished_run.read_config(folder)
+def read_settings(content: bytes, scratch: Path) -> None:
+    """`Settings.from_json`, and what a run that goes on compares."""
+    (scratch / finished_run.CONFIG).write_bytes(content)
+    config = finished_run.read_config(scratch)
     with contextlib.suppress(UserError):
-        run_folder.check(folder, config["settings"], resume=True)
-        run_folder.check_same_inputs(folder, {"the base model": "0"})
+        run_folder.check(scratch, config["settings"], resume=True)
+        run_folder.check_same_inputs(scratch, {"the base model": "0"})
     settings = Settings.from_json(config["settings"])
-    found = finished_run.load_run(folder)
-    _check_trained(found, [d.task.name for d in settings.tasks])
     names = {name for group in settings.groups for name in group}
     assert all(map(NAME.fullmatch, names))
-    assert found.trees.keys() == set(map(group_name, settings.groups))
+
+
+def read_run(folder: Path) -> None:
+    """`bank.load` of a run that an earlier jaxlora finished."""
+    found = bank.load(folder)
+    _check_trained(found, list(found.models))
+    assert found.trees.keys() == {one.tree for one in found.models.values()}
 
 
 def _records() -> st.SearchStrategy[bytes]:

@@ -16,12 +16,10 @@ from jaxlora import lora
 from jaxlora.formats import huggingface
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import BertConfig, param_shapes
-from jaxlora.serving import export_peft, finished_run, manifest, tree_files
+from jaxlora.serving import export_peft, finished_run, manifest, task_models, tree_files
 from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks.task import PARA, SST, STS_COSINE, Task
-from jaxlora.training import run_folder
-from jaxlora.training.presets import make_settings
-from jaxlora.utils import trees
+from jaxlora.utils import files, trees
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "runs", "##s", ".", "e", "[MASK]")
 BERT = BertConfig(len(WORDS), 8, 2, 2, 16, 32)
@@ -92,29 +90,37 @@ def classifier(folder: Path, source: TaskModels) -> tuple[Path, TaskModels]:
 
 def bank_manifest(source: TaskModels) -> dict[str, Any]:
     """The manifest of a bank with one task, unsigned."""
-    entry = {
-        "task": dataclasses.asdict(SST), "adapter": "sst-0123456789abcdef",
-        "head": "sst-fedcba9876543210", "pair_features": "concat",
-        "facts": {"dev": {"accuracy": 0.5}, "variant": "lora1"},
-    }  # fmt: skip
-    adapters = {entry["adapter"]: dataclasses.asdict(ADAPTER)}
-    whole = manifest.empty(source) | {"tasks": {"sst": entry}, "adapters": adapters}
-    plain: dict[str, Any] = json.loads(json.dumps(whole))
+    facts = task_models.Facts(dev={"accuracy": 0.5}, variant="lora1", versions={"jax": "0"})
+    entry = manifest.TaskEntry(SST, "sst-0123456789abcdef", "sst-fedcba9876543210", "concat", facts)
+    whole = dataclasses.replace(
+        manifest.empty(source),
+        tasks={"sst": entry},
+        adapters={"sst-0123456789abcdef": ADAPTER},
+        sizes={"heads/sst-fedcba9876543210": manifest.Size(10, 1000)},
+    )
+    values = {"format": manifest.FORMAT, **dataclasses.asdict(whole)}
+    plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 
 
 def run(folder: Path, source: TaskModels) -> Path:
-    """A finished run."""
-    settings = make_settings("lora1", base=source.base, rank=2, max_length=16, max_steps=1)
+    """A finished run as an earlier jaxlora left it."""
+    settings = source.base_spec() | {
+        "variant": "lora1", "adapt": "lora", "groups": [[name] for name in source.models],
+        "pair_features": "concat", "rank": 2, "alpha": 4.0, "rslora": False, "lora_dropout": 0.0,
+        "target_modules": ADAPTER.target_modules, "rank_pattern": [["query", 1]],
+        "alpha_pattern": [], "tasks": [{"task": dataclasses.asdict(task)} for task in TASKS],
+    }  # fmt: skip
+    del settings["fingerprint"]
     tree = {
         "adapters": dict(source.trees),
         "heads": {name: one.head for name, one in source.models.items() if one.head},
     }
     tree_files.save(folder / finished_run.MODEL, tree)
     inputs = source.fingerprint.to_inputs() | {"the data of sst": "0" * 64}
-    config = {"settings": settings.to_json(), "inputs": inputs, "versions": {"jax": "0"}}
-    run_folder.write_json(folder / finished_run.CONFIG, config)
+    config = {"settings": settings, "inputs": inputs, "versions": {"jax": "0"}}
+    files.write_json(folder / finished_run.CONFIG, config)
     dev = dict.fromkeys(source.models, 0.5)
     model = trees.checksum(tree_files.load(folder / finished_run.MODEL))
-    run_folder.write_json(folder / finished_run.RESULT, {"dev": dev, "model": model})
+    files.write_json(folder / finished_run.RESULT, {"dev": dev, "model": model})
     return folder

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import Silent, leaves_equal
+from tiny import Silent, leaves_equal, trained_trees
 
 from experiments import fleet, reproduce, runs, studies, timing
 from jaxlora.cli import train as cli
-from jaxlora.serving import finished_run, tree_files
+from jaxlora.serving import finished_run
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.training import metrics_log, run_folder
 from jaxlora.training import run as train
@@ -470,7 +470,7 @@ def test_stopped_gone_on_with_and_one_that_fails(call, make, tmp_path, capfd, mo
         eval_every=4, max_length=16, epochs=8,
     )  # fmt: skip
     train.run(settings, tmp_path / "whole", Silent())
-    leaves_equal(*(tree_files.load(p / finished_run.MODEL) for p in (first, tmp_path / "whole")))
+    leaves_equal(*(trained_trees(p) for p in (first, tmp_path / "whole")))
     # Finished runs are compared with what is asked for now.
     assert call("--variants", "baseline1", "--epochs=3") == 2
     assert "baseline1: --out" in capfd.readouterr().err

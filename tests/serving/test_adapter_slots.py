@@ -36,7 +36,15 @@ def many(tiny, count, ranks=(1, 4, 7, 64)):
         models[name] = TaskModel(task, name, head, "concat")
     models["frozen"] = TaskModel(dataclasses.replace(STS_COSINE, name="frozen"), "", {}, "concat")
     trained = TaskModels(
-        tiny.name, tiny.fingerprint, models, trees, configs, "mean", 30, "float32", "many"
+        tiny.name,
+        tiny.fingerprint,
+        "mean",
+        30,
+        "float32",
+        models=models,
+        trees=trees,
+        configs=configs,
+        origin="many",
     )
     return jaxlora.Predictor(tiny, trained)
 

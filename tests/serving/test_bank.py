@@ -21,7 +21,6 @@ from jaxlora.cli import main
 from jaxlora.serving import bank, export_peft, finished_run, tree_files
 from jaxlora.serving import manifest as manifests
 from jaxlora.serving import predictor as predict
-from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.training import run as train
 from jaxlora.training import run_folder
@@ -68,7 +67,7 @@ def runs(tmp_path_factory, tiny_base):
 @pytest.fixture
 def three(runs, tmp_path):
     """A bank with the three tasks of `lora1`."""
-    bank.add(tmp_path / "bank", load_run(runs / "lora1"), ["sst", "para", "sts"])
+    bank.add(tmp_path / "bank", bank.load(runs / "lora1"), ["sst", "para", "sts"])
     return tmp_path / "bank"
 
 
@@ -93,7 +92,7 @@ def test_a_bank_answers_as_its_run_does(runs, three):
 
 def test_an_update_leaves_every_other_file_as_it_was(runs, three):
     before, answers = hashes(three), values(jaxlora.load(three))
-    bank.add(three, load_run(runs / "again"), ["sts"], replace=True)
+    bank.add(three, bank.load(runs / "again"), ["sts"], replace=True)
     after = hashes(three)
     kept = {name: value for name, value in before.items() if "/sts-" not in name}
     assert kept.items() <= after.items()
@@ -107,9 +106,9 @@ def test_an_update_leaves_every_other_file_as_it_was(runs, three):
 
 def test_adding_and_removing_leave_every_other_file_as_it_was(runs, tmp_path):
     folder = tmp_path / "bank"
-    bank.add(folder, load_run(runs / "lora1"), ["sst"])
+    bank.add(folder, bank.load(runs / "lora1"), ["sst"])
     first = hashes(folder)
-    bank.add(folder, load_run(runs / "lora4"), ["para", "sts"])
+    bank.add(folder, bank.load(runs / "lora4"), ["para", "sts"])
     assert first.items() <= hashes(folder).items()
     rows = {row.task: row for row in bank.contents(folder)}
     assert rows["para"].adapter == rows["sts"].adapter != rows["sst"].adapter
@@ -135,12 +134,12 @@ def test_tasks_of_any_run_are_served_together(runs, tmp_path):
     folder = tmp_path / "bank"
     origin = {"sst": "again", "para": "baseline1", "sts": "lora4"}
     for task, run in origin.items():
-        bank.add(folder, load_run(runs / run), [task])
+        bank.add(folder, bank.load(runs / run), [task])
     predictor = jaxlora.load(folder)
     mixed = predictor(REQUESTS)
     assert predictor([]) == []
     for request, answer in zip(REQUESTS, mixed, strict=True):
-        run = load_run(runs / origin[request[0]])
+        run = bank.load(runs / origin[request[0]])
         (alone,) = jaxlora.Predictor(predictor.base, with_merged_weights(run, predictor.base))(
             [request]
         )
@@ -178,18 +177,18 @@ def test_any_number_of_requests_takes_programs_that_are_there(three, caplog):
 
 def test_what_does_not_belong_is_refused(runs, three, tmp_path):
     before = hashes(three) | {"manifest": (three / manifests.NAME).read_text()}
-    source = load_run(runs / "again")
+    source = bank.load(runs / "again")
     for call, message in [
         (lambda: bank.add(three, source, ["sts"]), "has sts already; update it"),
         (lambda: bank.add(three, source, ["stss"]), "no task .stss.; there are sst, para, sts"),
         (lambda: bank.remove(three, "topic"), "no task 'topic'; it has"),
         (lambda: bank.describe(three, "topic"), "no task 'topic'"),
         (
-            lambda: bank.add(three, load_run(runs / "baseline4"), ["sst"], replace=True),
+            lambda: bank.add(three, bank.load(runs / "baseline4"), ["sst"], replace=True),
             "whole fine-tuned BERT",
         ),
         (
-            lambda: bank.add(three, load_run(runs / "cls"), ["sst"], replace=True),
+            lambda: bank.add(three, bank.load(runs / "cls"), ["sst"], replace=True),
             "has pooling mean, .* has cls; train with pooling mean",
         ),
     ]:
@@ -227,7 +226,7 @@ def test_another_base_is_refused(three, tiny_base, runs, tmp_path):
         )
     )
     with pytest.raises(UserError, match="is a bank of"):
-        bank.add(three, load_run(runs / "again"), ["sts"], replace=True)
+        bank.add(three, bank.load(runs / "again"), ["sts"], replace=True)
 
 
 class Killed(BaseException):
@@ -240,7 +239,7 @@ class Killed(BaseException):
 def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
     runs, three, monkeypatch, victim, before, change
 ):
-    source = load_run(runs / "again")
+    source = bank.load(runs / "again")
     bank.remove(three, "para")
     old = bank.load(three).models.keys()
     old_value = values_of(three, "sts")
@@ -272,7 +271,7 @@ def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
     if "sts" in found and (change != "update" or victim == "save"):
         assert values_of(three, "sts") == old_value
     # The next change tidies up what the killed one left.
-    bank.add(three, load_run(runs / "lora4"), ["sst"], replace=True)
+    bank.add(three, bank.load(runs / "lora4"), ["sst"], replace=True)
     manifest = json.loads((three / manifests.NAME).read_text())
     used = {e["head"] for e in manifest["tasks"].values()} | set(manifest["adapters"])
     left = {
@@ -354,7 +353,7 @@ def test_a_bank_and_a_run_of_the_last_version(runs, three, tmp_path):
         assert entry["task"].pop("head") == "mlp"
     path.write_text(json.dumps(manifests.signed(manifest)))
     np.testing.assert_array_equal(values(jaxlora.load(three)), answers)
-    bank.add(three, load_run(runs / "again"), ["sts"], replace=True)  # beside tasks of today's
+    bank.add(three, bank.load(runs / "again"), ["sts"], replace=True)  # beside tasks of today's
     np.testing.assert_array_equal(values(jaxlora.load(three))[1:], answers[1:])
     run = shutil.copytree(runs / "lora1", tmp_path / "run")
     config = json.loads((run / finished_run.CONFIG).read_text())
@@ -371,19 +370,22 @@ def test_a_bank_and_a_run_of_the_last_version(runs, three, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m | {"format": 3}, "format 3 is newer than this jaxlora's 2"),
+        (lambda m: m | {"format": 4}, "format 4 is newer than this jaxlora's 3"),
         (lambda m: [m], "not a bank's manifest"),
-        (lambda m: {k: v for k, v in m.items() if k != "base"}, "changed by hand .* base"),
-        (lambda m: m | {"pooling": 3}, "pooling is 3"),
+        (
+            lambda m: {k: v for k, v in m.items() if k != "base"},
+            "base: missing; it was changed by hand",
+        ),
+        (lambda m: m | {"pooling": 3}, "pooling: must be 'cls' or 'mean', not 3"),
         (lambda m: m | {"adapters": {}}, "is not described"),
         (lambda m: m | {"tasks": {"../x": m["tasks"]["sst"]}}, "cannot be a name"),
         (lambda m: m | {"tasks": {"x" * 300: m["tasks"]["sst"]}}, "cannot be a name"),
         (lambda m: m | {"tasks": {"a\n": m["tasks"]["sst"]}}, "cannot be a name"),
-        (lambda m: m | {"tasks": {"sts": m["tasks"]["sst"]}}, "sts is called sst"),
+        (lambda m: m | {"tasks": {"sts": m["tasks"]["sst"]}}, "task sts is called 'sst'"),
         (lambda m: m | {"tasks": {"sst": m["tasks"]["sst"] | {"head": "../../x"}}}, "not the name"),
         (lambda m: m | {"tasks": {"sst": m["tasks"]["sst"] | {"head": None}}}, "needs a head"),
         (lambda m: m | {"tasks": {"sst": m["tasks"]["sst"] | {"head": 7}}}, "changed by hand"),
-        (lambda m: m | {"tasks": {"sst": {}}}, "fields of sst"),
+        (lambda m: m | {"tasks": {"sst": {}}}, "tasks.sst.task: missing"),
         (lambda m: m | {"tasks": 3}, "changed by hand"),
         (
             lambda m: m | {"tasks": {"sst": m["tasks"]["sst"] | {"task": {"name": "sst"}}}},
@@ -418,9 +420,9 @@ def test_any_change_of_the_manifest_is_found(three):
     [
         (
             lambda e, a: a.update(rank=3, alpha=3.0),
-            "has rank 4 at .*, which is not what is written",
+            "para.* has rank 4, its configuration says 3",
         ),
-        (lambda e, a: a.update(target_modules=["query"]), "which is not what is written"),
+        (lambda e, a: a.update(target_modules=["query"]), "none of its configuration's target"),
         (lambda e, a: e.update(pair_features="concat"), "the head of para is not one of such"),
         (lambda e, a: e["task"].update(pair=False), "the head of para is not one of such"),
     ],
@@ -448,7 +450,7 @@ def test_an_update_repairs_a_damaged_task(runs, three):
     data = max(head.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     data.write_bytes(b"")
     assert bank.verify(three)
-    bank.add(three, load_run(runs / "lora1"), ["sst"], replace=True)
+    bank.add(three, bank.load(runs / "lora1"), ["sst"], replace=True)
     assert bank.verify(three) == []
     np.testing.assert_array_equal(values(jaxlora.load(three)), answers)
 
@@ -459,16 +461,16 @@ def test_a_first_change_that_was_killed_is_no_obstacle(runs, tmp_path, monkeypat
 
     monkeypatch.setattr(files, "write_json", die)
     with pytest.raises(Killed):
-        bank.add(tmp_path / "bank", load_run(runs / "lora1"), ["sst"])
+        bank.add(tmp_path / "bank", bank.load(runs / "lora1"), ["sst"])
     monkeypatch.undo()
     assert (tmp_path / "bank" / bank.HEADS).is_dir()
-    bank.add(tmp_path / "bank", load_run(runs / "lora1"), ["sts"])
+    bank.add(tmp_path / "bank", bank.load(runs / "lora1"), ["sts"])
     assert list(jaxlora.load(tmp_path / "bank").tasks) == ["sts"]
     assert not list((tmp_path / "bank" / bank.HEADS).glob("sst-*"))
 
 
 def test_numbers_that_are_not_finite_are_refused(runs, three):
-    source = load_run(runs / "again")
+    source = bank.load(runs / "again")
     source.models["sst"].head["out"]["bias"] = np.full(5, np.nan, np.float32)
     with pytest.raises(UserError, match="not finite"):
         bank.add(three, source, ["sst"], replace=True)
@@ -482,7 +484,7 @@ def test_a_reader_sees_one_moment(three, runs, monkeypatch):
         found = real(folder)
         if not calls:
             calls.append(1)
-            bank.add(three, load_run(runs / "again"), ["sts"], replace=True)
+            bank.add(three, bank.load(runs / "again"), ["sts"], replace=True)
         return found
 
     monkeypatch.setattr(manifests, "read", read)
@@ -703,13 +705,19 @@ def test_exchange_and_combination_refuse(runs, three, tmp_path, call, args, mess
     ("edit", "message"),
     [
         (lambda a: a | {"fingerprint": NOBODYS}, "not the weights and config"),
-        (lambda a: a | {"pooling": "max"}, "pooling is 'max'"),
-        (lambda a: a | {"max_length": True}, "max_length is True"),
+        (lambda a: a | {"pooling": "max"}, "pooling: must be 'cls' or 'mean', not 'max'"),
+        (lambda a: a | {"max_length": True}, "max_length: must be a whole number, not True"),
         (lambda a: a | {"facts": 3}, "changed by hand"),
-        (lambda a: a | {"facts": {"dev": {"accuracy": "high"}}}, "facts: dev is"),
-        (lambda a: a | {"task": a["task"] | {"kind": "x"}}, "kind: 'x' is not one of"),
+        (
+            lambda a: a | {"facts": {"dev": {"accuracy": "high"}}},
+            "facts.dev.accuracy: must be a number, not 'high'",
+        ),
+        (
+            lambda a: a | {"task": a["task"] | {"kind": "x"}},
+            "task.kind: must be 'classification', 'binary'",
+        ),
         (lambda a: a | {"task": {}}, "changed by hand"),
-        (lambda a: a | {"more": 1}, "fields more"),
+        (lambda a: a | {"more": 1}, "more: unknown field"),
         (lambda a: a | {"task": a["task"] | {"classes": ["a", "b"]}}, "head"),
     ],
 )

@@ -47,8 +47,8 @@ def trained(base, adapter, task=tasks.STS_COSINE, head=None, pair="concat", **of
     models = {task.name: TaskModel(task, "tree", head or {}, pair)}
     of_base = {"pooling": "cls", "max_length": 48, "dtype": "float32"} | of_base
     return TaskModels(
-        base.name, base.fingerprint, models, {"tree": {"lora": adapter}}, {"tree": CONFIG},
-        origin="here", **of_base,
+        base.name, base.fingerprint, models=models, trees={"tree": {"lora": adapter}},
+        configs={"tree": CONFIG}, origin="here", **of_base,
     )  # fmt: skip
 
 

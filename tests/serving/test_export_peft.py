@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxlora
 from jaxlora.cli import main as cli
-from jaxlora.formats import huggingface
+from jaxlora.formats import huggingface, peft_config
 from jaxlora.formats import peft as peft_files
 from jaxlora.serving import bank, export_merged, export_peft
 from jaxlora.serving.task_models import TaskModels
@@ -28,7 +28,9 @@ def base_like(folder, pooling="cls", **more):
     """What an import shall fit: a base of that folder."""
     found = huggingface.load(str(folder))
     about = {"max_length": 64, "dtype": "float32", "origin": "a bank"} | more
-    return TaskModels(str(folder), found.fingerprint, {}, {}, {}, pooling=pooling, **about)
+    return TaskModels(
+        str(folder), found.fingerprint, pooling=pooling, models={}, trees={}, configs={}, **about
+    )
 
 
 def sequence_model(folder, outputs=3):
@@ -75,7 +77,7 @@ def probabilities(folder, name="x"):
 
 
 def edit_config(folder, **values):
-    path = folder / peft_files.CONFIG
+    path = folder / peft_config.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
@@ -440,12 +442,12 @@ def test_names_of_bases(tiny, places, tmp_path, monkeypatch, name, revision, bas
         return text
 
     monkeypatch.chdir(places["FOLDER"].parent)
-    (tmp_path / peft_files.CONFIG).write_text(
+    (tmp_path / peft_config.CONFIG).write_text(
         json.dumps(
             {"peft_type": "LORA", "base_model_name_or_path": placed(name), "revision": revision}
         )
     )
-    written = peft_files.read_config(tmp_path)
+    written = peft_config.read_config(tmp_path)
     here = dataclasses.replace(tiny, name=placed(base))
     if same:
         export_peft._check_base(tmp_path, written, here)

@@ -42,7 +42,15 @@ def predictor(request, tiny):
     configs = {name: config for name, tree in trees.items() if "lora" in tree}
     tasks = {"sst": model(SST, "a"), "sts": model(STS_COSINE, "b")}
     trained = TaskModels(
-        tiny.name, tiny.fingerprint, tasks, trees, configs, "mean", 32, "float32", "a test"
+        tiny.name,
+        tiny.fingerprint,
+        "mean",
+        32,
+        "float32",
+        models=tasks,
+        trees=trees,
+        configs=configs,
+        origin="a test",
     )
     return jaxlora.Predictor(tiny, trained)
 
@@ -84,8 +92,9 @@ from jaxlora.tasks.task import STS_COSINE
 from jaxlora.serving.task_models import TaskModel, TaskModels
 base = pretrained.load(sys.argv[1])
 tasks = {"sts": TaskModel(STS_COSINE, "a", {}, "concat")}
-rest = ({"a": {}}, {}, "mean", 32, "float32", "a test")
-predictor = jaxlora.Predictor(base, TaskModels(base.name, base.fingerprint, tasks, *rest))
+of_base = (base.name, base.fingerprint, "mean", 32, "float32")
+found = {"models": tasks, "trees": {"a": {}}, "configs": {}, "origin": "a test"}
+predictor = jaxlora.Predictor(base, TaskModels(*of_base, **found))
 if os.fork() == 0:
     try:
         predictor.predict("sts", [("ba", "be")])

@@ -11,10 +11,9 @@ import sys
 import jax
 import pytest
 from test_sharding import eight
-from tiny import Silent
+from tiny import Silent, trained_trees
 
 import jaxlora
-from jaxlora.serving import finished_run, tree_files
 from jaxlora.serving import predictor as predict
 from jaxlora.training import checkpoint
 from jaxlora.training import run as train
@@ -59,10 +58,10 @@ class Weighing(Silent):
 
 def needed(out, group, frozen):
     """Bytes that a group needs: what is trained, its two moments, its best; and what is frozen."""
-    bank = tree_files.load(out / finished_run.MODEL)
-    adapter = (bank.get("adapters") or {}).get(group) or {}
-    heads = [bank["heads"][task] for task in group.split("+")]
-    return 4 * 4 * trees.count([adapter, heads]) + frozen
+    found = trained_trees(out)
+    names = group.split("+")
+    heads = [found[task]["head"] for task in names]
+    return 4 * 4 * trees.count([found[names[0]]["tree"], heads]) + frozen
 
 
 @alone

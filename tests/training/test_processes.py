@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import leaves_equal, short
+from tiny import leaves_equal, short, trained_trees
 
-from jaxlora.serving import finished_run, tree_files
 from jaxlora.training import run_folder
 from jaxlora.utils import distributed
 from jaxlora.utils import process as host
@@ -91,7 +90,7 @@ def whole(tiny_base, data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     codes, said = two(tiny_base, data_dir, out, {})
     assert codes == [0, 0], said
-    return tree_files.load(out / finished_run.MODEL)
+    return trained_trees(out)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,7 @@ def test_a_signal_to_one_stops_both(tiny_base, data_dir, tmp_path, request, numb
         return
     codes, said = two(tiny_base, data_dir, out, {}, "--resume")
     assert codes == [0, 0], said
-    leaves_equal(tree_files.load(out / finished_run.MODEL), request.getfixturevalue("whole"))
+    leaves_equal(trained_trees(out), request.getfixturevalue("whole"))
 
 
 MESSAGE = {

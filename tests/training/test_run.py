@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import SHORT, Silent, leaves_equal
+from tiny import SHORT, Silent, leaves_equal, trained_trees
 
 import jaxlora
 from jaxlora.formats import huggingface
-from jaxlora.serving import finished_run, inference, tree_files
+from jaxlora.serving import inference
 from jaxlora.tasks.task import NAMES
 from jaxlora.training import inputs as prepare
 from jaxlora.training import loop, metrics_log, optimizer, run_folder, task_group
@@ -184,7 +184,7 @@ def test_resume_equals_uninterrupted(make, tmp_path, variant, stop_at):
         jaxlora.load(tmp_path / "parts")
     again = Silent()
     parts = train.run(settings, tmp_path / "parts", again, RunOptions(resume=True))
-    banks = [tree_files.load(tmp_path / name / finished_run.MODEL) for name in ("whole", "parts")]
+    banks = [trained_trees(tmp_path / name) for name in ("whole", "parts")]
     leaves_equal(*banks)
     assert parts["dev"] == whole["dev"]
     timeless = [
@@ -235,7 +235,7 @@ def test_killed_process_resumes_to_the_same_parameters(tiny_base, data_dir, tmp_
     assert not (tmp_path / "killed" / "result.json").exists()
     assert start("killed", "--resume").wait() == 0
     assert start("whole").wait() == 0
-    leaves_equal(*(tree_files.load(tmp_path / n / finished_run.MODEL) for n in ("killed", "whole")))
+    leaves_equal(*(trained_trees(tmp_path / n) for n in ("killed", "whole")))
 
 
 def test_at_most_three_train_programs(make, tmp_path, monkeypatch):
@@ -306,9 +306,8 @@ def test_model_names_what_is_wrong_with_a_request(make, tmp_path):
 def test_a_bank_trained_on_another_device_loads_here(make, tmp_path):
     train.run(make("lora3"), tmp_path / "run", Silent())
     expected = jaxlora.load(tmp_path / "run").predict("sst", ["a film"])
-    sharding = tmp_path / "run" / "model" / "_sharding"
-    text = sharding.read_text() if sharding.exists() else ""
-    assert "CPU" not in text.upper()
+    for path in (tmp_path / "run" / "model").rglob("_sharding"):
+        assert "CPU" not in path.read_text().upper()
     np.testing.assert_array_equal(
         jaxlora.load(tmp_path / "run").predict("sst", ["a film"]), expected
     )

@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import leaves_equal, short
+from tiny import leaves_equal, short, trained_trees
 
 from jaxlora.data import batches
-from jaxlora.serving import finished_run, tree_files
+from jaxlora.serving import finished_run
 from jaxlora.tasks import sharing
 from jaxlora.training import inputs, run_folder, sharding, task_group
 from jaxlora.utils import distributed
@@ -148,10 +148,10 @@ def test_the_optimizer_fetches_nothing():
 def test_a_checkpoint_of_eight_devices_goes_on_upon_one_and_four(tiny_base, data_dir, tmp_path):
     folders = eight("resumed", tiny_base, data_dir, tmp_path / "runs")
     whole, *others = sorted(folders, key=lambda path: not path.endswith("whole"))
-    expected = tree_files.load(Path(whole) / finished_run.MODEL)
+    expected = trained_trees(Path(whole))
     assert len(others) == 3
     for path in others:
-        found = tree_files.load(Path(path) / finished_run.MODEL)
+        found = trained_trees(Path(path))
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, expected)
 
 
@@ -219,7 +219,7 @@ def test_two_processes_end_as_one(tiny_base, data_dir, tmp_path):
     assert [process.returncode for process in both] == [0, 0], said
     assert "best on dev" in said[0][0] and "best on dev" not in said[1][0]
     subprocess.run([*command, f"--out={tmp_path / 'one'}"], check=True, capture_output=True)
-    one, two = (tree_files.load(tmp_path / name / finished_run.MODEL) for name in ("one", "two"))
+    one, two = (trained_trees(tmp_path / name) for name in ("one", "two"))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), one, two)
     leaves_equal(jax.tree.map(np.shape, one), jax.tree.map(np.shape, two))
     scores = [

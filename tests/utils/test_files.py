@@ -1,5 +1,6 @@
 """Files and folders: odd names, no home, several processes, and what a killed one leaves."""
 
+import dataclasses
 import os
 import pwd
 import shutil
@@ -23,7 +24,6 @@ from jaxlora.cli import curves
 from jaxlora.data import official, tokenized
 from jaxlora.serving import bank, export_peft, finished_run, tree_files
 from jaxlora.serving import manifest as manifests
-from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.tasks.sharing import group_name
 from jaxlora.training import checkpoint, metrics_log, run_folder
@@ -102,12 +102,12 @@ def test_a_run_and_a_bank_in_folders_with_brackets(make, tmp_path):
     train.run(make("lora3"), odd, callback, RunOptions(resume=True))
     assert callback.started == ("sst+para+sts", 4, 7) and callback.notes == []
     assert not (odd / run_folder.STATES).exists()
-    leaves_equal(load_run(odd).trees, load_run(tmp_path / "plain").trees)
-    bank.add(tmp_path / "bank [prod]", load_run(odd), ["sst", "sts"])
+    leaves_equal(bank.load(odd).trees, bank.load(tmp_path / "plain").trees)
+    bank.add(tmp_path / "bank [prod]", bank.load(odd), ["sst", "sts"])
     assert bank.verify(tmp_path / "bank [prod]") == []
     shutil.move(tmp_path / "bank [prod]", tmp_path / "moved?")
     leaves_equal(
-        [bank.load(tmp_path / "moved?").models["sst"].head], [load_run(odd).models["sst"].head]
+        [bank.load(tmp_path / "moved?").models["sst"].head], [bank.load(odd).models["sst"].head]
     )
 
 
@@ -189,18 +189,18 @@ def test_addresses_and_invalid_names_are_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         train.run(make("lora1"), Path(path), Silent())
     with pytest.raises(UserError, match=message):
-        bank.add(Path(path), load_run(runs / "one"), ["sst"])
-    for read in (bank.load, bank.load_any, bank.verify, bank.contents, load_run, jaxlora.load):
+        bank.add(Path(path), bank.load(runs / "one"), ["sst"])
+    for read in (bank.load, bank.verify, bank.contents, bank.load, jaxlora.load):
         with pytest.raises(UserError, match=message):
             read(Path(path))
     with pytest.raises(UserError, match=message):
-        export_peft.save(path, load_run(runs / "one"), "sst")
+        export_peft.save(path, bank.load(runs / "one"), "sst")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_home_folders_are_expanded_and_a_missing_one_is_named(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    bank.add(Path("~/bank"), load_run(runs / "one"), ["sst"])
+    bank.add(Path("~/bank"), bank.load(runs / "one"), ["sst"])
     assert bank.verify(tmp_path / "home" / "bank") == []
     assert list(bank.load(Path("~/bank")).models) == ["sst"]
     no_home(monkeypatch)
@@ -221,7 +221,7 @@ def test_results_are_written_through_links(make, runs, tmp_path):
     with pytest.raises(UserError, match=r"is a link to .*nowhere"):
         run_folder.check(tmp_path / "link", {}, resume=False)
     (tmp_path / "nowhere").mkdir()
-    export_peft.save(tmp_path / "link", load_run(runs / "one"), "sst")
+    export_peft.save(tmp_path / "link", bank.load(runs / "one"), "sst")
     assert (tmp_path / "link").is_symlink() and export_peft.described(tmp_path / "nowhere")
 
 
@@ -269,7 +269,7 @@ def test_fourteen_tasks_with_long_names_share(tiny, tiny_base, tmp_path):
     callback = Silent()
     train.run(settings, out, callback, RunOptions(resume=True))
     assert callback.started == (group, 1, 2)
-    trained = load_run(out)
+    trained = bank.load(out)
     bank.add(tmp_path / "bank", trained, list(trained.models))
     assert bank.verify(tmp_path / "bank") == []
     leaves_equal([*bank.load(tmp_path / "bank").trees.values()], [trained.trees[group]])
@@ -297,15 +297,10 @@ def test_names_of_groups_are_bounded_and_differ():
 
 def test_a_run_without_its_adapter_is_not_served_as_the_base(runs, tmp_path):
     out = shutil.copytree(runs / "one", tmp_path / "run")
-    tree = tree_files.load(out / finished_run.MODEL)
-    tree["adapters"]["other"] = tree["adapters"].pop("sst")
-    tree_files.save(out / finished_run.MODEL, tree)
-    result = run_folder.read_json(out / finished_run.RESULT)
-    run_folder.write_json(
-        out / finished_run.RESULT, result | {"model": jaxlora.utils.trees.checksum(tree)}
-    )
-    with pytest.raises(UserError, match="has nothing trained for sst"):
-        load_run(out)
+    (adapter,) = (out / finished_run.MODEL / bank.ADAPTERS).glob("sst-*")
+    shutil.rmtree(adapter)
+    with pytest.raises(UserError, match=rf"{adapter.name}: missing"):
+        bank.load(out)
 
 
 # --- no home folder
@@ -487,7 +482,7 @@ def test_two_processes_can_unpack_the_same_archive(tmp_path, monkeypatch):
 
 
 def test_a_bank_is_read_beside_a_writer(runs, tmp_path):
-    folder, sources = tmp_path / "bank", [load_run(runs / name) for name in ("one", "two")]
+    folder, sources = tmp_path / "bank", [bank.load(runs / name) for name in ("one", "two")]
     bank.add(folder, sources[0], ["sst", "para", "sts"])
     stop, changes = threading.Event(), []
 
@@ -511,9 +506,9 @@ def test_a_bank_is_read_beside_a_writer(runs, tmp_path):
     assert len(changes) > 2
 
 
-@pytest.mark.parametrize("read", [bank.load, bank.verify, bank.contents])
+@pytest.mark.parametrize("read", [bank.load, bank.verify])
 def test_a_reader_retries_when_a_writer_replaces_what_it_reads(runs, tmp_path, monkeypatch, read):
-    folder, sources = tmp_path / "bank", [load_run(runs / name) for name in ("one", "two")]
+    folder, sources = tmp_path / "bank", [bank.load(runs / name) for name in ("one", "two")]
     bank.add(folder, sources[0], ["sts"])
     real, calls = bank._load_tree, []
 
@@ -532,19 +527,23 @@ def test_a_reader_retries_when_a_writer_replaces_what_it_reads(runs, tmp_path, m
 
 
 def test_sizes_are_those_of_the_files_that_exist(runs, tmp_path, monkeypatch):
-    """A task is replaced after its trees were read and before they are measured."""
-    folder, sources = tmp_path / "bank", [load_run(runs / name) for name in ("one", "two")]
+    """Of a bank that does not say them, a task is replaced before its trees are measured."""
+    folder, sources = tmp_path / "bank", [bank.load(runs / name) for name in ("one", "two")]
     bank.add(folder, sources[0], ["sst"])
-    real, calls = bank._size, []
+    (said,) = bank.contents(folder)
+    manifests.write(folder, dataclasses.replace(manifests.read(folder), sizes={}))
+    assert bank.contents(folder) == [said]
+    real, calls = bank._measure, []
 
-    def size(path):
+    def measure(*args):
         if not calls:
             calls.append(1)
             bank.add(folder, sources[1], ["sst"], replace=True)
-        return real(path)
+        return real(*args)
 
-    monkeypatch.setattr(bank, "_size", size)
+    monkeypatch.setattr(bank, "_measure", measure)
     (row,) = bank.contents(folder)
+    assert calls and row.adapter != said.adapter
     assert (folder / manifests.ADAPTERS / row.adapter).is_dir() and row.bytes > 1000
 
 
@@ -593,7 +592,7 @@ def test_a_run_starts_after_a_killed_first_write(make, tmp_path, resume):
 
 def test_a_bank_is_created_after_a_killed_first_write(runs, tmp_path):
     left = killed_while_writing(tmp_path / "bank" / manifests.NAME)
-    bank.add(tmp_path / "bank", load_run(runs / "one"), ["sst"])
+    bank.add(tmp_path / "bank", bank.load(runs / "one"), ["sst"])
     assert not left.exists() and bank.verify(tmp_path / "bank") == []
 
 
@@ -619,7 +618,7 @@ def test_everything_is_flushed_before_it_is_renamed(runs, tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", replace)
-    source = load_run(runs / "one")
+    source = bank.load(runs / "one")
     bank.add(tmp_path / "bank", source, ["sst"])
     export_peft.save(tmp_path / "peft", source, "sst")
     states = checkpoint.GroupCheckpoints(tmp_path / "states" / "g")
@@ -639,7 +638,7 @@ def test_everything_is_flushed_before_it_is_renamed(runs, tmp_path, monkeypatch)
 def test_the_library_leaves_the_umask_alone(make, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("a thread's files would change"))
     train.run(make("lora1", max_steps=1), tmp_path / "run", Silent())
-    bank.add(tmp_path / "bank", load_run(tmp_path / "run"), ["sst"])
+    bank.add(tmp_path / "bank", bank.load(tmp_path / "run"), ["sst"])
     export_peft.save(tmp_path / "peft", bank.load(tmp_path / "bank"), "sst")
     (tmp_path / "in.tsv").write_text("task\tsentence\nsst\ta film\n")
     predict_file(jaxlora.load(tmp_path / "bank"), tmp_path / "in.tsv", tmp_path / "out.csv", None)

@@ -1,0 +1,53 @@
+"""What a run has trained, as the task models that prediction reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxlora.formats.fingerprint import Fingerprint
+from jaxlora.serving.task_models import Facts, TaskModel, TaskModels
+from jaxlora.tasks.sharing import group_name
+from jaxlora.training import inputs
+from jaxlora.training.config import Settings
+from jaxlora.utils.trees import Tree
+
+
+def task_models(
+    settings: Settings,
+    checksums: Mapping[str, str],
+    best: Mapping[str, Mapping[str, Tree]],
+    dev: Mapping[str, float],
+) -> TaskModels:
+    """Return the tasks of a run with their trees, heads and facts.
+
+    Args:
+      settings: of the run.
+      checksums: of its base and data, see `inputs.fingerprints`.
+      best: group → `{"trainable", "heads"}`, NumPy arrays.
+      dev: task → score on its dev set.
+    """
+    versions = inputs.versions()
+    models = {}
+    for group in settings.groups:
+        for name in group:
+            task, tree = settings.named[name], group_name(group)
+            facts = Facts(
+                dev={task.metric: dev[name]},
+                data=checksums[inputs.data_of(name)],
+                variant=settings.variant,
+                versions=versions,
+            )
+            head = best[tree]["heads"].get(name) or {}
+            models[name] = TaskModel(task, tree, head, settings.model.pair_features, facts)
+    trees = {name: found["trainable"] for name, found in best.items()}
+    return TaskModels(
+        base=settings.model.base,
+        fingerprint=Fingerprint.from_inputs(checksums),
+        pooling=settings.model.pooling,
+        max_length=settings.model.max_length,
+        dtype=settings.model.dtype or "float32",
+        models={name: models[name] for name in settings.named},
+        trees=trees,
+        configs={name: settings.lora for name, tree in trees.items() if "lora" in tree},
+        origin=settings.variant,
+    )
