@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxlora.utils.trees import Tree
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_CHUNK = 1 << 16  # numbers of each task in a matmul on CPU
 _FEW = 4  # tasks; a matmul of so few rows takes longer than a dot product of each pair
 
 
@@ -33,12 +34,32 @@ def gram(grads: Tree) -> jax.Array:
 
     def leaf(g: jax.Array) -> jax.Array:
         if len(g) > _FEW:
-            return _dots(g, g, range(1, g.ndim))
+            return _many(g)
         upper = [[_dots(x, y, range(x.ndim)) for y in g[i:]] for i, x in enumerate(g)]
         square = jnp.stack([jnp.pad(jnp.stack(dots), (i, 0)) for i, dots in enumerate(upper)])
         return square + jnp.triu(square, 1).T
 
     return jnp.asarray(sum(map(leaf, jax.tree.leaves(grads))))
+
+
+def _many(g: jax.Array) -> jax.Array:
+    """Dot products of many tasks' gradients, `[T, ...]` → `f32[T, T]`, by matmuls.
+
+    On one CPU XLA's matmul of few long rows is far from the speed of memory; of chunks that fit the
+    cache it is near. Elsewhere flattening would gather leaves whose parts lie on several devices.
+    """
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    if not alone or _everywhere(g) or g.size < 2 * _CHUNK * len(g):
+        return _dots(g, g, range(1, g.ndim))
+    rows = g.reshape(len(g), -1)
+    count = rows.shape[1] // _CHUNK
+
+    def add(n: jax.Array, K: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(rows, n * _CHUNK, _CHUNK, 1)
+        return K + _dots(part, part, range(1, 2))
+
+    rest = rows[:, count * _CHUNK :]
+    return jax.lax.fori_loop(0, count, add, _dots(rest, rest, range(1, 2)))
 
 
 def _dots(x: jax.Array, y: jax.Array, axes: range) -> jax.Array:

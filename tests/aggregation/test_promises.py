@@ -14,7 +14,9 @@ from gradients import degenerate, losses_of, normal, program, promising, update
 from jaxlora.aggregation import MEMBERS, PROMISES, aggregate
 
 ALL = sorted(MEMBERS)
-STATELESS = [name for name in ALL if name not in {"random", "pcgrad", "gradvac"}]
+# For tests that compile programs of their own: one of each kind is quick, all are slow.
+KINDS = ("aligned_mtl", "cagrad", "famo", "gradvac", "nash_mtl", "pcgrad", "upgrad")
+EACH = [*KINDS, *(pytest.param(n, marks=pytest.mark.slow) for n in ALL if n not in KINDS)]
 
 
 def test_every_promise_is_known_and_made():
@@ -94,7 +96,7 @@ def test_finite_gradients_give_a_finite_update_and_state(name):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves((found, state)))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EACH)
 def test_what_is_not_finite_is_seen_once_and_remembered_nowhere(name):
     J, losses = jnp.asarray(normal(3), jnp.float32), jnp.asarray(losses_of(3))
     tx = aggregate(name, 3, ema=0.5)
@@ -106,7 +108,7 @@ def test_what_is_not_finite_is_seen_once_and_remembered_nowhere(name):
     assert all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EACH)
 def test_bfloat16_is_summed_in_float32(name):
     half = jnp.asarray(normal(3, 3000), jnp.bfloat16)
     losses = jnp.asarray(losses_of(3))
@@ -117,7 +119,7 @@ def test_bfloat16_is_summed_in_float32(name):
     np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EACH)
 def test_a_scan_of_steps_is_the_steps_one_by_one(name):
     tx, losses = aggregate(name, 3), jnp.asarray([losses_of(3), losses_of(3)[::-1], losses_of(3)])
     J = jnp.asarray([normal(3, seed=seed) for seed in range(3)], jnp.float32)
@@ -134,11 +136,7 @@ def test_a_scan_of_steps_is_the_steps_one_by_one(name):
     assert jax.tree.map(jnp.shape, end) == jax.tree.map(jnp.shape, state)
 
 
-EAGER = ("sum", "pcgrad", "upgrad")
-COSTLY = [pytest.param(name, marks=pytest.mark.slow) for name in ALL if name not in EAGER]
-
-
-@pytest.mark.parametrize("name", [*EAGER, *COSTLY])
+@pytest.mark.parametrize("name", EACH)
 def test_without_jit_it_is_the_same(name):
     J, losses = jnp.asarray(normal(3), jnp.float32), jnp.asarray(losses_of(3))
     tx = aggregate(name, 3)
@@ -146,7 +144,7 @@ def test_without_jit_it_is_the_same(name):
     np.testing.assert_allclose(alone, program(name, 3)(J, losses)[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EACH)
 def test_groups_are_separate_calls(name):
     """Tasks 0, 3, 4 and 1, 2; random methods have a key of their own for each group."""
     J, losses, groups = normal(5), losses_of(5), ((0, 3, 4), (1, 2))
@@ -164,8 +162,9 @@ def test_groups_are_separate_calls(name):
         np.testing.assert_allclose(state.weights[np.array(tasks)], after.weights, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", STATELESS)
+@pytest.mark.parametrize("name", EACH)
 def test_parts_are_separate_calls(name):
+    """Random methods have a key of their own for each part."""
     tree = {"a": {"x": normal(3, 7, 1), "y": normal(3, 5, 2)}, "b": normal(3, 9, 3)}
     tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
     params, losses = jax.tree.map(lambda x: x[0], tree), jnp.asarray(losses_of(3))
@@ -173,7 +172,9 @@ def test_parts_are_separate_calls(name):
     found, state = jax.jit(tx.update)(tree, tx.init(params), params, losses=losses)
     for n, part in enumerate("ab"):
         one = aggregate(name, 3)
-        expected, after = jax.jit(one.update)({part: tree[part]}, one.init(None), losses=losses)
+        rules = jax.tree.map(lambda x, n=n: x[n], tx.init(params).rules)
+        start = one.init(None)._replace(rules=rules)
+        expected, after = jax.jit(one.update)({part: tree[part]}, start, losses=losses)
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
             {part: found[part]}, expected,
