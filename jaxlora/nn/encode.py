@@ -46,7 +46,9 @@ class Encode(Protocol):
         """Sentence vectors `f32[N, H]`; dropout is on when a key is given."""
 
 
-def encoder(config: bert.BertConfig, dtype: Any, adapter: lora.LoraConfig, pooling: str) -> Encode:
+def encoder(
+    config: bert.EncoderConfig, dtype: Any, adapter: lora.LoraConfig, pooling: str
+) -> Encode:
     """Encode packed rows with one trainable tree.
 
     Returns:
@@ -54,7 +56,7 @@ def encoder(config: bert.BertConfig, dtype: Any, adapter: lora.LoraConfig, pooli
       are the Flax collections (with `params` as `bert.stack_layers` takes them), so a trainable
       `params` takes the place of the frozen one; for the share see `bert.Encoder`.
     """
-    module = bert.Encoder(config, dtype, adapter)
+    module = config.network(dtype, adapter)
 
     def encode(
         frozen: Tree,
@@ -93,7 +95,7 @@ def encode_mixed(
     Args:
       encode: from `encoder`.
       frozen: the base's collections.
-      stack: `{"lora": leaves [T, L, ...]}`.
+      stack: `{"lora": leaves [T, L, ...]}`; `[T, ...]` outside the layers.
       rows: packed sentences.
       owner: `i32[N]`, the adapter that each sentence uses.
       key: PRNG key of dropout; None: evaluation.
@@ -104,8 +106,13 @@ def encode_mixed(
     count = jax.tree.leaves(stack)[0].shape[0]
     # Padding belongs to adapter -1, that is to none.
     task = jnp.where(rows.segment_ids > 0, owner[rows.segment_ids - 1], -1)
-    by_layer = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), stack)
-    return encode(frozen, by_layer, rows, key, jax.nn.one_hot(task, count))
+    return encode(frozen, _by_layer(stack), rows, key, jax.nn.one_hot(task, count))
+
+
+def _by_layer(stack: Tree) -> Tree:
+    """Bring the axis of the layers before that of the adapters: `[T, L, ...]` → `[L, T, ...]`."""
+    layers = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), stack["lora"].get("layers", {}))
+    return stack | {"lora": stack["lora"] | ({"layers": layers} if layers else {})}
 
 
 def make_encode(

@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import lora
+from jaxlora.formats import families
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
-from jaxlora.nn.bert import BertConfig
+from jaxlora.nn.bert import BertConfig, EncoderConfig
 from jaxlora.tasks.sharing import Adapt, group_name, variant
 from jaxlora.tasks.task import Task, paper_tasks
 from jaxlora.training import sharding
@@ -78,7 +79,7 @@ class Work:
       data, fsdp: the mesh.
     """
 
-    config: BertConfig
+    config: EncoderConfig
     adapt: Adapt
     tasks: tuple[Task, ...]
     batch_size: int
@@ -225,7 +226,7 @@ def estimate(work: Work) -> Estimate:
 
 def for_variant(
     name: str,
-    config: BertConfig,
+    config: EncoderConfig,
     batch_size: int,
     sentence_length: float = 20.0,
     row_length: int = 64,
@@ -256,6 +257,7 @@ def for_variant(
         each = [task.sentences for task in tasks]
         together = max(each) if chosen.adapt == "full" else sum(each)
         work = Work(config, chosen.adapt, tasks, batch_size, 0, row_length, **rest)
+        work = dataclasses.replace(work, adapter=families.localise(work.adapter, config))
         needed = together * batch_size * sentence_length / (PACKED * row_length)
         rows = math.ceil(needed / work.devices) * work.devices
         works[group_name(group)] = dataclasses.replace(work, rows=rows)
@@ -263,13 +265,13 @@ def for_variant(
 
 
 def _check_lengths(
-    config: BertConfig, batch_size: int, sentence_length: float, row_length: int
+    config: EncoderConfig, batch_size: int, sentence_length: float, row_length: int
 ) -> None:
     numbers = {"batch-size": batch_size, "sentence-length": sentence_length}
     for name, number in {**numbers, "row-length": row_length}.items():
         if not 0 < number < math.inf:
             raise UserError(f"--{name} {number}: must be above 0")
-    limit = config.max_position_embeddings
+    limit = config.max_length
     if row_length > limit:
         raise UserError(f"--row-length {row_length}: the base has {limit} positions")
     if sentence_length > row_length:
@@ -409,7 +411,7 @@ def _inputs(work: Work, found: _Trees) -> int:
     return sum(kernel.shape[-2] for kernel in shared.values()) + ranks
 
 
-def _kept_layers(config: BertConfig) -> int:
+def _kept_layers(config: EncoderConfig) -> int:
     """Layers whose leavings are held: a loop holds those of its last pass twice."""
     layers = config.num_hidden_layers
     return layers if layers <= bert.MOST_UNROLLED else layers + bert.MOST_UNROLLED

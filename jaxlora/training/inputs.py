@@ -15,6 +15,7 @@ from jaxlora import lora
 from jaxlora.data.batches import make_order
 from jaxlora.data.sources import Place, where
 from jaxlora.data.tokenized import SPLITS, Examples, list_blank, load_examples
+from jaxlora.formats import families, huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.tasks.sharing import group_name
 from jaxlora.training import parameter_count
@@ -54,13 +55,30 @@ class Plan:
     device: str
 
 
+def name_targets(settings: Settings) -> Settings:
+    """Return the settings with the adapter's modules named as the base has them.
+
+    Raises:
+      UserError: if the base cannot be found, or its config not be read.
+    """
+    if settings.adapt != "lora":
+        return settings
+    found = families.localise(settings.lora, huggingface.config_of(settings.base))
+    return dataclasses.replace(
+        settings,
+        target_modules=found.target_modules,
+        rank_pattern=found.rank_pattern,
+        alpha_pattern=found.alpha_pattern,
+    )
+
+
 def check_base(settings: Settings, base: Pretrained) -> None:
     """Refuse flags that do not fit the base model.
 
     Raises:
       UserError: naming the flag.
     """
-    limit = base.config.max_position_embeddings
+    limit = base.config.max_length
     if settings.max_length > limit:
         raise UserError(
             f"--max-length {settings.max_length}: {settings.base} allows {limit} at most"
@@ -164,7 +182,7 @@ def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data, mesh:
     return Plan(
         settings=settings,
         out=out,
-        base=f"{base.name}: BERT, {shape.num_hidden_layers} layers, {shape.hidden_size} wide, "
+        base=f"{base.name}: {families.of(shape).model}, {shape.num_hidden_layers} layers, {shape.hidden_size} wide, "
         f"{shape.num_attention_heads} heads, sha256 {base.fingerprint.weights[:12]}…{base.without}",
         examples={task: {k: len(v) for k, v in splits.items()} for task, splits in data.items()},
         truncated={t: sum(e.truncated for e in splits.values()) for t, splits in data.items()},

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from jaxlora import lora
-from jaxlora.nn.bert import BertConfig, param_shapes
+from jaxlora.nn.bert import EncoderConfig, param_shapes
 from jaxlora.tasks.sharing import Adapt, Groups
 from jaxlora.tasks.task import Task
 from jaxlora.utils import trees
@@ -33,7 +33,7 @@ class Storage(NamedTuple):
 
 
 def count(
-    config: BertConfig,
+    config: EncoderConfig,
     adapt: Adapt,
     groups: Groups,
     tasks: Iterable[Task],
@@ -42,6 +42,7 @@ def count(
 ) -> Storage:
     """Count by shapes alone; nothing is allocated.
 
+    >>> from jaxlora.nn.bert import BertConfig
     >>> from jaxlora.tasks.sharing import SHARED
     >>> from jaxlora.tasks.task import paper_tasks
     >>> count(BertConfig(), "lora", SHARED, paper_tasks("mse"), lora.LoraConfig()).incremental

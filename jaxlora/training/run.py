@@ -130,6 +130,7 @@ def run(
     devices = sharding.make_mesh(mesh)
     out = files.local(out)
     checkpoint.check_place(out)
+    settings = prepare.name_targets(settings)
     run_folder.check(out, settings.to_json(), resume)
     base = huggingface.load(settings.base, base_sha256)
     prepare.check_base(settings, base)

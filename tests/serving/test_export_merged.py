@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from jaxlora import lora
 from jaxlora.data.packing import Shape, fill
-from jaxlora.formats import heads, huggingface
+from jaxlora.formats import families, heads, huggingface
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.nn.encode import encoder
@@ -273,10 +273,10 @@ def test_sentence_transformers_reads_it(exported):
 
 def test_the_readme_says_what_the_encoder_is(tiny, adapter):
     made = trained(tiny, adapter)
-    assert "its adapter merged into the weights" in export_merged.readme(made, made.find("sts"))
+    assert "its adapter merged into the weights" in export_merged.readme(made, made.find("sts"), families.FAMILIES["bert"])
     for tree in ({}, {"params": tiny.params}):  # frozen, fully trained
         made.trees["tree"] = tree
-        assert "adapter" not in export_merged.readme(made, made.find("sts"))
+        assert "adapter" not in export_merged.readme(made, made.find("sts"), families.FAMILIES["bert"])
 
 
 @pytest.mark.parametrize(
@@ -289,14 +289,14 @@ def test_the_readme_says_what_the_encoder_is(tiny, adapter):
 )
 def test_the_readme_names_the_base_and_no_folder_of_ours(tiny, adapter, base, shown):
     made = dataclasses.replace(trained(tiny, adapter), base=base)
-    text = export_merged.readme(made, made.find("sts"))
+    text = export_merged.readme(made, made.find("sts"), families.FAMILIES["bert"])
     assert f"trained from {shown} with" in text and "someone" not in text
 
 
 def test_the_readmes_title_means_only_itself(tiny, adapter):
     title = "~~gone~~ &lt;img&gt; https://x.org www.x.org @someone"
     made = trained(tiny, adapter, dataclasses.replace(tasks.STS_COSINE, title=title))
-    first = export_merged.readme(made, made.find("sts")).splitlines()[0]
+    first = export_merged.readme(made, made.find("sts"), families.FAMILIES["bert"]).splitlines()[0]
     assert first.replace("\u200b", "").replace("\\", "") == f"# {title}"
     assert not re.search(r"(?<!\\)[~&]|://|www\.|@\w", first)
 
