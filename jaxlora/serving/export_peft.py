@@ -58,7 +58,7 @@ def save(folder: str | Path, trained: Trained, name: str) -> None:
         "pair_features": served.pair_features,
         "facts": dict(served.facts),
     }
-    encoder = huggingface.config_of(trained.base)
+    encoder = families.config_like(trained.fingerprint.model_type, adapter)
     known = families.of(encoder).classifier and served.task.head == "pooler"
     head = served.head if known else None
     with atomic_dir(folder) as temporary:

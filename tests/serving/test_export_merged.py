@@ -273,10 +273,14 @@ def test_sentence_transformers_reads_it(exported):
 
 def test_the_readme_says_what_the_encoder_is(tiny, adapter):
     made = trained(tiny, adapter)
-    assert "its adapter merged into the weights" in export_merged.readme(made, made.find("sts"), families.FAMILIES["bert"])
+    assert "its adapter merged into the weights" in export_merged.readme(
+        made, made.find("sts"), families.FAMILIES["bert"]
+    )
     for tree in ({}, {"params": tiny.params}):  # frozen, fully trained
         made.trees["tree"] = tree
-        assert "adapter" not in export_merged.readme(made, made.find("sts"), families.FAMILIES["bert"])
+        assert "adapter" not in export_merged.readme(
+            made, made.find("sts"), families.FAMILIES["bert"]
+        )
 
 
 @pytest.mark.parametrize(
