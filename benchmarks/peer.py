@@ -26,7 +26,7 @@ from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.task import Task
-from jaxlora.training.task_group import Group
+from jaxlora.training.task_group import TaskGroup
 
 Mode = Literal["eager", "compile", "graphs"]
 
@@ -75,7 +75,7 @@ class Peer:
         self,
         work: Work,
         base: Pretrained,
-        ours: Group,
+        ours: TaskGroup,
         *,
         mode: Mode = "eager",
         device: str = "cpu",

@@ -18,9 +18,9 @@ from benchmarks.peer import Mode, Peer
 from benchmarks.work import Dtype, Ours, Work, real_tokens
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.nn.bert import BertConfig, param_shapes
+from jaxlora.nn.bert import EncoderConfig, param_shapes
 from jaxlora.training.config import VariantName
-from jaxlora.training.task_group import Group
+from jaxlora.training.task_group import TaskGroup
 
 KINDS = {
     "lora shared, PCGrad": "lora3",
@@ -60,7 +60,7 @@ class Flags:
     out: Path = harness.OUT
 
 
-def dense_weights(config: BertConfig) -> int:
+def dense_weights(config: EncoderConfig) -> int:
     """Weights of the layers' kernels: a token costs twice as many FLOPs in a forward pass."""
     flat = param_shapes(config)["layers"]
     return sum(int(np.prod(x.shape)) for x in _kernels(flat))
@@ -72,7 +72,7 @@ def _kernels(tree: Any) -> list[Any]:
     return [x for child in tree.values() if isinstance(child, dict) for x in _kernels(child)]
 
 
-def flops(config: BertConfig, tokens: float, full: bool) -> float:
+def flops(config: EncoderConfig, tokens: float, full: bool) -> float:
     """Matmul FLOPs of a step: forward, the inputs' gradients, and for `full` the kernels'."""
     return 2 * dense_weights(config) * tokens * (3 if full else 2)
 
@@ -124,7 +124,7 @@ def make_ours(work: Work, base: str, together: int = 0) -> Callable[[int], Any]:
 
 
 @functools.cache
-def make_numbers(work: Work, base: str) -> tuple[Pretrained, list[Group]]:
+def make_numbers(work: Work, base: str) -> tuple[Pretrained, list[TaskGroup]]:
     """The base, and the groups from which the peer takes the numbers to start from."""
     loaded = huggingface.load(base)
     return loaded, Ours(work, loaded).groups

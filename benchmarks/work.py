@@ -96,13 +96,13 @@ class Steps:
     """The steps of some groups, each on its batches, over and over.
 
     Attributes:
-      groups: see `group.Group`.
+      groups: see `group.TaskGroup`.
       states: of each group.
       stacks: the batches of `run_together`, of each group.
       waited: seconds that steps have waited for their batches so far.
     """
 
-    def __init__(self, groups: list[task_group.Group]) -> None:
+    def __init__(self, groups: list[task_group.TaskGroup]) -> None:
         self.groups = groups
         self.waited = 0.0
         self.stacks: list[Batch] = []
@@ -158,7 +158,7 @@ class Ours(Steps):
 
     def __init__(self, work: Work, base: Pretrained) -> None:
         data, chosen, mesh = make_data(work, base), work.settings, sharding.make_mesh("data=1")
-        groups = [task_group.make_group(chosen, base, data, g, mesh) for g in chosen.groups]
+        groups = [task_group.make_task_group(chosen, base, data, g, mesh) for g in chosen.groups]
         super().__init__(
             [
                 dataclasses.replace(g, setup=dataclasses.replace(g.setup, dropout=work.dropout))
@@ -167,7 +167,7 @@ class Ours(Steps):
         )
 
 
-def _over_and_over(of: task_group.Group) -> Iterator[Batch]:
+def _over_and_over(of: task_group.TaskGroup) -> Iterator[Batch]:
     while True:
         yield from of.prefetch(0)
 

@@ -24,7 +24,7 @@ from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.serving import bank
-from jaxlora.serving.task_models import Served, Trained
+from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks.task import Task
 from jaxlora.utils import process, trees
 
@@ -82,14 +82,14 @@ def measure(base: str, count: int, rank: int, folder: Path) -> Row:
         for k, tree in ((k, lora.init(k, shapes, adapter)) for k in keys)
     ]
     heads = [t.init_head(k, width, "concat") for t, k in zip(tasks, keys, strict=True)]
-    served = {
-        t.name: Served(t, t.name, head, "concat") for t, head in zip(tasks, heads, strict=True)
+    models = {
+        t.name: TaskModel(t, t.name, head, "concat") for t, head in zip(tasks, heads, strict=True)
     }
-    trained = Trained(
-        base, Fingerprint(*["0" * 64] * 3), served, dict(zip(served, found, strict=True)),
-        dict.fromkeys(served, adapter), "mean", 128, "float32", "made up",
+    trained = TaskModels(
+        base, Fingerprint(*["0" * 64] * 3), models, dict(zip(models, found, strict=True)),
+        dict.fromkeys(models, adapter), "mean", 128, "float32", "made up",
     )  # fmt: skip
-    bank.add(folder, trained, list(served))
+    bank.add(folder, trained, list(models))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Row(base, count, size / MB, 4 * trees.count(shapes) / MB)
 

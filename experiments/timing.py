@@ -33,7 +33,8 @@ def make_side(settings: Settings) -> Callable[[int, int], None]:
     base = huggingface.load(settings.base)
     data, devices = inputs.load_data(settings, base), sharding.make_mesh("auto")
     groups = [
-        task_group.make_group(settings, base, data, names, devices) for names in settings.groups
+        task_group.make_task_group(settings, base, data, names, devices)
+        for names in settings.groups
     ]
     steps = Steps(groups)
     steps.compile()

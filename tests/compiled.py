@@ -66,7 +66,9 @@ def compile_step(work):
             (batch, meshes.of_batch(mesh, batch)),
         )
     ]  # fmt: skip
-    return step.make_train_step(setup, (shardings, meshes.whole(mesh))).lower(*placed).compile()
+    return (
+        step.make_train_step(setup, (shardings, meshes.replicated(mesh))).lower(*placed).compile()
+    )
 
 
 def batch_shapes(work):

@@ -40,7 +40,9 @@ def curves(variant, base, data, *texts):
     for text in texts:
         losses = []
         for names in chosen.groups:
-            made = task_group.make_group(chosen, loaded, examples, names, meshes.make_mesh(text))
+            made = task_group.make_task_group(
+                chosen, loaded, examples, names, meshes.make_mesh(text)
+            )
             state, train_step = made.state, made.train_step()
             for batch, _ in zip(made.prefetch(0), range(STEPS), strict=False):
                 state, metrics = train_step(state, made.frozen, batch)
@@ -61,9 +63,9 @@ def resumed(base, data, out):
         try:
             train.run(chosen, run, Silent(("sst+para+sts", 6)), mesh="data=4,fsdp=2")
         except KeyboardInterrupt:
-            listener = Silent()
-            train.run(chosen, run, listener, resume=True, mesh=text)
-            assert listener.started == ("sst+para+sts", 4, 7)
+            callback = Silent()
+            train.run(chosen, run, callback, resume=True, mesh=text)
+            assert callback.started == ("sst+para+sts", 4, 7)
     return [str(path) for path in sorted(first.iterdir())]
 
 

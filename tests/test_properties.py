@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlora.data import cs224n, tables
-from jaxlora.data.batches import make_order, plan
-from jaxlora.data.task_files import Description
+from jaxlora.data.batches import choose_batch_shapes, make_order
+from jaxlora.data.task_files import TaskSpec
 from jaxlora.data.tokenized import Examples, tokenize, truncating
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.sharing import parse_groups
@@ -179,7 +179,7 @@ configs = st.builds(
     alphas, st.floats(0, 0.9),
 )  # fmt: skip
 descriptions = st.builds(
-    Description,
+    TaskSpec,
     st.sampled_from((*TASKS, Task("topic", "classification", classes=("a", "b")))),
     st.one_of(
         st.none(),
@@ -202,14 +202,14 @@ def test_a_dataclass_comes_back_from_its_json(value):
 @quick
 @given(st.data())
 def test_other_json_is_no_dataclass_or_a_sound_one(data):
-    plain = json.loads(json.dumps(dataclasses.asdict(Description(PARA))))
+    plain = json.loads(json.dumps(dataclasses.asdict(TaskSpec(PARA))))
     changed = data.draw(hostile.changed(plain))
     try:
-        found = build(Description, changed)
+        found = build(TaskSpec, changed)
     except ValueError:
         assert changed != plain
     else:
-        assert build(Description, json.loads(json.dumps(dataclasses.asdict(found)))) == found
+        assert build(TaskSpec, json.loads(json.dumps(dataclasses.asdict(found)))) == found
 
 
 # --- packing, from examples to batches
@@ -231,7 +231,7 @@ def test_every_token_of_a_batch_stands_in_it_once(sizes, batch_size, mixed, most
         examples[str(task)] = Examples(labels.astype(str), tokens, offsets, labels, 1)
         first += int(offsets[-1])
     order = make_order({name: len(e) for name, e in examples.items()}, batch_size, seed=0)
-    batches = plan(examples, order, order.steps_per_epoch, 32, most, mixed)
+    batches = choose_batch_shapes(examples, order, order.steps_per_epoch, 32, most, mixed)
     for step in range(order.steps_per_epoch):
         rows = batches[step].inputs
         drawn = [

@@ -300,10 +300,10 @@ def test_a_tree_with_a_bad_name_is_not_stored(run, tmp_path):
     import dataclasses
 
     source = load_run(run)
-    served = dataclasses.replace(source.served["sst"], tree="x/../../../outside")
-    trees = {served.tree: source.trees["sst"]}
-    configs = {served.tree: source.configs["sst"]}
-    source = dataclasses.replace(source, served={"sst": served}, trees=trees, configs=configs)
+    model = dataclasses.replace(source.models["sst"], tree="x/../../../outside")
+    trees = {model.tree: source.trees["sst"]}
+    configs = {model.tree: source.configs["sst"]}
+    source = dataclasses.replace(source, models={"sst": model}, trees=trees, configs=configs)
     with pytest.raises(UserError, match="is not the name of a folder"):
         bank.add(tmp_path / "bank", source, ["sst"])
     assert not list(tmp_path.rglob("outside*"))

@@ -78,14 +78,14 @@ def write_data(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
 
 
 class Silent:
-    """A listener that says nothing, and fails at a given training record."""
+    """A callback that says nothing, and fails at a given training record."""
 
     def __init__(self, stop_at: tuple[str, int] | None = None) -> None:
         self.stop_at = stop_at
-        self.plans, self.records, self.notes = [], [], []
+        self.summaries, self.records, self.notes = [], [], []
 
-    def plan(self, plan) -> None:
-        self.plans.append(plan)
+    def summary(self, summary) -> None:
+        self.summaries.append(summary)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

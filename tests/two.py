@@ -51,8 +51,8 @@ def before(owner, name, at):
 if __name__ == "__main__":
     FAULT |= json.loads(sys.argv[1])
     before(inputs, "load_data", lambda *_: "data")
-    before(console.ConsoleListener, "group", lambda *_: "group")
-    before(console.ConsoleListener, "record", lambda _, record: record["step"])
+    before(console.ConsoleCallback, "group", lambda *_: "group")
+    before(console.ConsoleCallback, "record", lambda _, record: record["step"])
     before(checkpoint, "_sums", lambda *_: "save")
     before(tree_files, "save", lambda *_: "end")
     before(

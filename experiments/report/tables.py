@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import io
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from jaxlora.nn.bert import BertConfig
 from jaxlora.tasks.sharing import VARIANTS, Groups
 from jaxlora.tasks.task import NAMES, paper_tasks
 from jaxlora.training import parameter_count
-from jaxlora.utils.files import write_text
+from jaxlora.utils.files import csv_writer, write_text
 
 Value = Summary | Interval | str | float | int | None
 MILLION = 1e6
@@ -109,7 +108,7 @@ def to_csv(table: Table) -> str:
     """As CSV: a mean and its deviation, an interval and its ends in columns of their own."""
     ends = [_ends(row[n] for row in table.rows) for n in range(len(table.columns))]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv_writer(text)
     writer.writerow(
         c.name + end for c, named in zip(table.columns, ends, strict=True) for end in named
     )

@@ -1,4 +1,4 @@
-"""What a run shows: the plan, a progress bar, and the final table beside the paper's row."""
+"""What a run shows: its summary, a progress bar, and the final table beside the paper's row."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from jaxlora.data.task_files import Description
+from jaxlora.data.task_files import TaskSpec
 from jaxlora.formats.huggingface import MINILM
 from jaxlora.tasks.sharing import VARIANTS, Variant
 from jaxlora.tasks.task import MADE_UP, NAMES
-from jaxlora.training.inputs import Plan
+from jaxlora.training.inputs import RunSummary
 
 UNTRAINED = (
     "untrained: the best constant answer; for pairs, the cosine of the base's vectors (a yes or "
@@ -48,8 +48,8 @@ def saw_quora(base: str) -> bool:
     return base == MINILM or "all-minilm" in base.lower()
 
 
-class ConsoleListener:
-    """Shows a run on the console (see `train.Listener`)."""
+class ConsoleCallback:
+    """Shows a run on the console (see `train.Callback`)."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -69,9 +69,9 @@ class ConsoleListener:
         with self._bar:
             yield
 
-    def plan(self, plan: Plan) -> None:
+    def summary(self, summary: RunSummary) -> None:
         """Say what the run will do."""
-        self._console.print(plan_table(plan))
+        self._console.print(summary_table(summary))
         self._bar.update(self._task, description="preparing order and packing", visible=True)
 
     def group(self, name: str, start: int, steps: int) -> None:
@@ -101,15 +101,15 @@ def say(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
-def plan_table(plan: Plan) -> Table:
-    """The plan as two columns."""
-    s = plan.settings
+def summary_table(summary: RunSummary) -> Table:
+    """The summary as two columns."""
+    s = summary.settings
     title = f"jaxlora: {s.variant}, preset {s.preset}"
     table = Table(title=title, show_header=False, title_justify="left")
     rates = "" if s.adapt == "frozen" else f"encoder {s.learning_rate:g}, "
     rows = {
-        "base": plan.base,
-        "encoder": {"frozen": "frozen", "full": "trained", "lora": _lora_line(plan)}[s.adapt],
+        "base": summary.base,
+        "encoder": {"frozen": "frozen", "full": "trained", "lora": _lora_line(summary)}[s.adapt],
         "sharing": " | ".join(",".join(group) for group in s.groups)
         + (
             ("  (PCGrad within a group)" if s.surgery == "pcgrad" else "  (gradients summed)")
@@ -122,40 +122,45 @@ def plan_table(plan: Plan) -> Table:
         "losses": ", ".join(f"{d.task.name}: {_loss(d)}" for d in s.tasks),
         "learning rates": f"{rates}heads {s.head_learning_rate:g} "
         f"({s.warmup_steps} steps warm-up, then {s.schedule})",
-        **{f"data {t}": "\n".join([_counts(plan, t), *plan.notes[t]]) for t in plan.examples},
-        "parameters": f"{plan.storage.incremental:,} trained and stored "
-        f"(encoder {plan.storage.encoder:,}, heads {plan.storage.heads:,}); "
-        f"base {plan.storage.base:,}",
-        "steps": ", ".join(f"{g}: {n:,}" for g, n in plan.steps.items())
+        **{
+            f"data {t}": "\n".join([_counts(summary, t), *summary.notes[t]])
+            for t in summary.examples
+        },
+        "parameters": f"{summary.storage.incremental:,} trained and stored "
+        f"(encoder {summary.storage.encoder:,}, heads {summary.storage.heads:,}); "
+        f"base {summary.storage.base:,}",
+        "steps": ", ".join(f"{g}: {n:,}" for g, n in summary.steps.items())
         + f" (batch {s.batch_size} of each task)",
-        "device": plan.device,
-        "out": str(plan.out),
+        "device": summary.device,
+        "out": str(summary.out),
     }
     for name, value in rows.items():
         table.add_row(name, Text(value))  # not a str: brackets in names and paths are no markup
     return table
 
 
-def _loss(description: Description) -> str:
+def _loss(description: TaskSpec) -> str:
     weight = "" if description.weight == 1 else f" × {description.weight:g}"
     return description.task.loss.replace("_", " ") + weight
 
 
-def _lora_line(plan: Plan) -> str:
-    s = plan.settings
+def _lora_line(summary: RunSummary) -> str:
+    s = summary.settings
     return f"frozen, LoRA rank {s.rank}, alpha {s.alpha:g} on {', '.join(s.target_modules)}"
 
 
-def _counts(plan: Plan, task: str) -> str:
-    counts = ", ".join(f"{split} {n:,}" for split, n in plan.examples[task].items())
-    cut = plan.truncated[task]
-    note = f"; {cut} sentences cut to {plan.settings.max_length} tokens" if cut else ""
-    left_out = plan.unlabelled[task]
+def _counts(summary: RunSummary, task: str) -> str:
+    counts = ", ".join(f"{split} {n:,}" for split, n in summary.examples[task].items())
+    cut = summary.truncated[task]
+    note = f"; {cut} sentences cut to {summary.settings.max_length} tokens" if cut else ""
+    left_out = summary.unlabelled[task]
     note += f"; {left_out} without a label left out" if left_out else ""
     extra = (
-        " (with the demo grammar's pairs)" if plan.settings.synthetic_sts and task == "sts" else ""
+        " (with the demo grammar's pairs)"
+        if summary.settings.synthetic_sts and task == "sts"
+        else ""
     )
-    source = MADE_UP if plan.settings.source == "demo" else plan.settings.source
+    source = MADE_UP if summary.settings.source == "demo" else summary.settings.source
     return f"{source}: {counts}{extra}{note}"
 
 

@@ -1,4 +1,4 @@
-"""What `jaxlora plan` shows: one line for each step that was asked about."""
+"""What `jaxlora cost` shows: one line for each step that was asked about."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GIGA, TERA = 1e9, 1e12
 
 
 def find_base(name: str) -> EncoderConfig:
-    """The shape of a base: one of `plan.SIZES`, or a Hugging Face folder's.
+    """The shape of a base: one of `cost.SIZES`, or a Hugging Face folder's.
 
     Raises:
       UserError: if it is neither.
@@ -76,10 +76,10 @@ def lines(
       variants: names.
       texts: see `find_mesh`.
       rates: FLOP/s and the link's bytes/s; with them a column of seconds is added.
-      asked: the rest of `plan.for_variant`'s arguments.
+      asked: the rest of `cost.for_variant`'s arguments.
 
     Raises:
-      UserError: see `find_base`, `find_mesh` and `plan.for_variant`; for a rank that does not fit.
+      UserError: see `find_base`, `find_mesh` and `cost.for_variant`; for a rank that does not fit.
     """
     chosen = {base: find_base(base) for base in bases}
     sizes = [find_mesh(text) for text in texts]

@@ -1,4 +1,4 @@
-"""The command `jaxlora`: training, banks of adapters, predictions, exports, imports and plans."""
+"""The command `jaxlora`: training, banks of adapters, predictions, exports, imports and costs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from jaxlora.serving import manifest
 from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.serving.predictor import Predictor
-from jaxlora.serving.task_models import Trained, combine_tasks
+from jaxlora.serving.task_models import TaskModels, combine_tasks
 from jaxlora.training.config import Flags
 from jaxlora.utils import cache, files, process, trees
 from jaxlora.utils.errors import UserError
@@ -64,7 +64,7 @@ def bank_add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
       task: which of its tasks; default: all.
     """
     source = load_run(run)
-    names = tuple(dict.fromkeys(task)) or tuple(source.served)
+    names = tuple(dict.fromkeys(task)) or tuple(source.models)
     banks.add(folder, source, names)
     say(f"{folder}: added {', '.join(names)}")
 
@@ -78,7 +78,7 @@ def bank_update(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> Non
       task: which of its tasks; default: all.
     """
     source = load_run(run)
-    names = tuple(dict.fromkeys(task)) or tuple(source.served)
+    names = tuple(dict.fromkeys(task)) or tuple(source.models)
     banks.add(folder, source, names, replace=True)
     say(f"{folder}: updated {', '.join(names)}")
 
@@ -276,11 +276,11 @@ def import_peft(
     _check_given(trained, base_sha256, pooling)
     banks.add(bank, trained, [name], replace=update)
     say(f"{bank}: {'updated' if update else 'added'} {name}")
-    if left_out := trained.served[name].facts.get("left out"):
+    if left_out := trained.models[name].facts.get("left out"):
         say(f"left out, since the vectors do not depend on it: {', '.join(left_out)}")
 
 
-def _check_given(trained: Trained, base_sha256: str | None, pooling: str | None) -> None:
+def _check_given(trained: TaskModels, base_sha256: str | None, pooling: str | None) -> None:
     """Refuse flags that say something else than what was imported."""
     if pooling not in (None, trained.pooling):
         raise UserError(f"--pooling={pooling}: it is {trained.pooling} here; leave it out")
@@ -291,7 +291,7 @@ def _check_given(trained: Trained, base_sha256: str | None, pooling: str | None)
 
 def _like(
     bank: Path, base: str | None, base_sha256: str | None, pooling: str | None, classifier: bool
-) -> Trained:
+) -> TaskModels:
     """What an imported adapter shall fit: the bank, or a new one's base."""
     if manifest.exist(files.local(bank)):
         return banks.load(bank)
@@ -302,7 +302,7 @@ def _like(
     # A classifier cuts sentences where transformers would.
     length = min(512 if classifier else 128, found.config.max_length)
     pooling = pooling or ("cls" if classifier else "mean")
-    return Trained(base, found.fingerprint, {}, {}, {}, pooling, length, "float32", str(bank))
+    return TaskModels(base, found.fingerprint, {}, {}, {}, pooling, length, "float32", str(bank))
 
 
 def combine(
@@ -346,7 +346,7 @@ def combine(
     say(f"{bank}: added {name}")
 
 
-def plan(
+def cost(
     *,
     variant: tuple[str, ...],
     base: tuple[str, ...] = ("bert-base",),
@@ -415,7 +415,7 @@ ALONE: dict[str, Callable[..., None]] = {
     "train": train,
     "predict": predict,
     "combine": combine,
-    "plan": plan,
+    "cost": cost,
 }
 
 

@@ -23,15 +23,15 @@ def train(flags: config.Flags) -> None:
 def _train(flags: config.Flags) -> None:
     process.reuse_memory()
     process.keep_programs(cache.cache_dir() / "xla")
-    console = Console(quiet=not distributed.first())
-    listener = report.ConsoleListener(console)
+    console = Console(quiet=not distributed.is_primary())
+    callback = report.ConsoleCallback(console)
     out = files.local(flags.out or Path("runs") / flags.variant)
     settings = config.resolve(flags)
-    with listener.live():
+    with callback.live():
         result = training.run(
             settings,
             out,
-            listener,
+            callback,
             resume=flags.resume,
             predict_test=flags.predict_test,
             mesh=flags.mesh,
@@ -39,7 +39,7 @@ def _train(flags: config.Flags) -> None:
             base_sha256=flags.base_sha256,
             strict=flags.strict,
         )
-    if distributed.first():
+    if distributed.is_primary():
         curves.draw(run_folder.read_records(out), out / "curves.png", settings.title)
     console.print(report.result_table(result))
     for line in report.notes(result):

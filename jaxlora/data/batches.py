@@ -108,7 +108,7 @@ class PackedBatches:
     Attributes:
       examples: training examples by task, in the order of the task axis.
       order: which examples each step draws.
-      shapes: the shapes to pack into, from `plan`.
+      shapes: the shapes to pack into, from `choose_batch_shapes`.
       mixed: whether the tasks share rows (see `step.task_encoder`) or each has its own.
     """
 
@@ -190,7 +190,7 @@ def targets(
     return labels, weights
 
 
-def plan(
+def choose_batch_shapes(
     examples: Mapping[str, Examples],
     order: Order,
     steps: int,

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from jaxlora.data import tables
-from jaxlora.data.raw_examples import Row
+from jaxlora.data.raw_examples import TextExample
 from jaxlora.data.tables import Columns, Sheet
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
@@ -61,7 +61,7 @@ def sheets(task: Task, folder: Path | None) -> dict[str, Sheet]:
     return tables.load_sheets(files(task, folder), "\t")
 
 
-def read_splits(task: Task, folder: Path | None) -> dict[str, list[Row]]:
+def read_splits(task: Task, folder: Path | None) -> dict[str, list[TextExample]]:
     """All splits of a task.
 
     Raises:
@@ -74,7 +74,7 @@ def read_splits(task: Task, folder: Path | None) -> dict[str, list[Row]]:
     }
 
 
-def read(task: Task, path: Path, *, labelled: bool = True) -> list[Row]:
+def read(task: Task, path: Path, *, labelled: bool = True) -> list[TextExample]:
     """Read one file.
 
     Args:

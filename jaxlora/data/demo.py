@@ -16,7 +16,7 @@ from collections.abc import Callable
 from jaxlora.data.grammars.questions import question_pair
 from jaxlora.data.grammars.reviews import review
 from jaxlora.data.grammars.scenes import scene_pair
-from jaxlora.data.raw_examples import Row
+from jaxlora.data.raw_examples import TextExample
 
 GRAMMARS: dict[str, Callable[[random.Random, bool], tuple[str, str, float]]] = {
     "sst": review,
@@ -26,7 +26,7 @@ GRAMMARS: dict[str, Callable[[random.Random, bool], tuple[str, str, float]]] = {
 SIZES = {"train": 2000, "dev": 400, "test": 400}
 
 
-def read(task_name: str) -> dict[str, list[Row]]:
+def read(task_name: str) -> dict[str, list[TextExample]]:
     """The demo examples of a task by split, test labels included.
 
     Args:
@@ -39,20 +39,20 @@ def read(task_name: str) -> dict[str, list[Row]]:
 
 
 @functools.cache
-def _read(task_name: str) -> dict[str, tuple[Row, ...]]:
+def _read(task_name: str) -> dict[str, tuple[TextExample, ...]]:
     train = _split(task_name, "train", frozenset())
     seen = frozenset(text for row in train for text in (row.sentence1, row.sentence2) if text)
     return {"train": train} | {s: _split(task_name, s, seen) for s in ("dev", "test")}
 
 
-def _split(task_name: str, split: str, seen: frozenset[str]) -> tuple[Row, ...]:
+def _split(task_name: str, split: str, seen: frozenset[str]) -> tuple[TextExample, ...]:
     """Draw until there are enough examples that are new and share no sentence with `seen`."""
     rng = random.Random(f"jaxlora demo {task_name} {split}")  # text seeds are stable
     grammar = GRAMMARS[task_name]
-    rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, str], TextExample] = {}
     while len(rows) < SIZES[split]:
         first, second, label = grammar(rng, split == "train")
         if (first, second) in rows or first in seen or second in seen:
             continue
-        rows[first, second] = Row(f"{split}-{len(rows)}", first, second, label)
+        rows[first, second] = TextExample(f"{split}-{len(rows)}", first, second, label)
     return tuple(rows.values())

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from jaxlora.data.raw_examples import UNLABELLED, Row, parse_label
+from jaxlora.data.raw_examples import UNLABELLED, TextExample, parse_label
 from jaxlora.tasks.task import Task
 from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
@@ -59,7 +59,7 @@ def key(task: Task) -> str:
     return f"tfds {version} {TREEBANK if task.name == 'sst' else 'glue/' + GLUE[task.name][0]}"
 
 
-def read(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[Row]]:
+def read(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[TextExample]]:
     """Download and read a task's splits; GLUE's hidden test labels are NaN.
 
     Raises:
@@ -68,7 +68,9 @@ def read(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[R
     return read_treebank(task, manager) if task.name == "sst" else read_glue(task, manager)
 
 
-def read_treebank(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[Row]]:
+def read_treebank(
+    task: Task, manager: tfds.download.DownloadManager
+) -> dict[str, list[TextExample]]:
     """SST-5 from the parse trees: the label of the root, and the leaves as the sentence."""
     folder = fetch(manager, TREEBANK) / "trees"
     splits = {}
@@ -76,7 +78,7 @@ def read_treebank(task: Task, manager: tfds.download.DownloadManager) -> dict[st
         # Words may have other white space in them, such as 2 1/2's no-break space.
         lines = (folder / f"{split}.txt").read_text(encoding="utf-8").split("\n")
         splits[split] = [
-            Row(f"{split}-{n}", sentence, "", parse_label(label, task, f"{split}.txt:{n}"))
+            TextExample(f"{split}-{n}", sentence, "", parse_label(label, task, f"{split}.txt:{n}"))
             for n, (label, sentence) in enumerate(map(parse_tree, filter(None, lines)), 1)
         ]
     return splits
@@ -93,7 +95,7 @@ def parse_tree(tree: str) -> tuple[str, str]:
     return tree[1:2], " ".join(words)
 
 
-def read_glue(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[Row]]:
+def read_glue(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[TextExample]]:
     """Quora or STS-B, read by TFDS's GLUE builder; quotes are part of the text, as it has them."""
     # `tfds.builder("glue/…")` imports every dataset of TFDS and fails without TensorFlow.
     from tensorflow_datasets.text.glue import Glue
@@ -104,7 +106,7 @@ def read_glue(task: Task, manager: tfds.download.DownloadManager) -> dict[str, l
     for generator in glue._split_generators(Unzipping(manager)):
         split = GLUE_SPLITS[generator.name]
         splits[split] = [
-            Row(f"{split}-{n}", example[first].strip(), example[second].strip(), label)
+            TextExample(f"{split}-{n}", example[first].strip(), example[second].strip(), label)
             for n, example in glue._generate_examples(**generator.gen_kwargs)
             for label in [_glue_label(example["label"], task, f"glue/{config} {split}:{n}")]
         ]

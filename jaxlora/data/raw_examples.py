@@ -12,7 +12,7 @@ from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
 
 
-class Row(NamedTuple):
+class TextExample(NamedTuple):
     """One example as it leaves a source.
 
     Attributes:
@@ -141,11 +141,11 @@ def is_blank(text: str) -> bool:
     return all(unicodedata.category(c) in _UNSEEN or c in _EMPTY for c in text)
 
 
-def sentences(row: Row, task: Task) -> dict[str, str]:
+def sentences(row: TextExample, task: Task) -> dict[str, str]:
     """The sentences of a row by column name, as many as the task has.
 
     >>> from jaxlora.tasks.task import SST
-    >>> sentences(Row("a", "Good .", "", 3.0), SST)
+    >>> sentences(TextExample("a", "Good .", "", 3.0), SST)
     {'sentence': 'Good .'}
     """
     if not task.pair:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlora.data import cs224n, demo, official, tables
-from jaxlora.data.raw_examples import Row
+from jaxlora.data.raw_examples import TextExample
 from jaxlora.data.tables import Table
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
@@ -19,8 +19,8 @@ from jaxlora.utils.errors import UserError
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-Splits = dict[str, list[Row]]
-Place = Path | Table | None  # the folder of `cs224n`, the table of `files`; others need none
+Splits = dict[str, list[TextExample]]
+Location = Path | Table | None  # the folder of `cs224n`, the table of `files`; others need none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +76,13 @@ SOURCES = {
 READERS = "3"
 
 
-def fingerprint(task: Task, source: str, place: Place) -> str:
+def fingerprint(task: Task, source: str, place: Location) -> str:
     """Name of the content, `<source>-<sha256 prefix>`, found without importing TFDS.
 
     Args:
       task: whose rows.
       source: `demo`, `cs224n`, `official` or `files`.
-      place: see `Place`; what a source does not need, it ignores.
+      place: see `Location`; what a source does not need, it ignores.
 
     Raises:
       UserError: unknown source, or files missing.
@@ -93,7 +93,7 @@ def fingerprint(task: Task, source: str, place: Place) -> str:
     return f"{source}-{hashlib.sha256(READERS.encode() + content).hexdigest()[:16]}"
 
 
-def notes(task: Task, source: str, place: Place) -> dict[str, list[str]]:
+def notes(task: Task, source: str, place: Location) -> dict[str, list[str]]:
     """What must be known of how a task's files are read, by split.
 
     Raises:
@@ -102,7 +102,7 @@ def notes(task: Task, source: str, place: Place) -> dict[str, list[str]]:
     return tables.notes(SOURCES[source].sheets(task, place))
 
 
-def where(task: Task, source: str, place: Place, split: str) -> str:
+def where(task: Task, source: str, place: Location, split: str) -> str:
     """What to call a split in a message: its file, or its name."""
     files = place.files if isinstance(place, Table) else {}
     if source == "cs224n":
@@ -110,7 +110,7 @@ def where(task: Task, source: str, place: Place, split: str) -> str:
     return str(files.get(split, f"{source} {task.name} {split}"))
 
 
-def load_rows(task: Task, source: str, place: Place, cache: Path) -> tuple[Splits, str]:
+def load_rows(task: Task, source: str, place: Location, cache: Path) -> tuple[Splits, str]:
     """Rows by split (`train`, `dev`, `test`) and the content's fingerprint.
 
     The TFDS dataset is prepared on the first call and read from the cache after that.
@@ -118,7 +118,7 @@ def load_rows(task: Task, source: str, place: Place, cache: Path) -> tuple[Split
     Args:
       task: whose rows.
       source: `demo`, `cs224n`, `official` or `files`.
-      place: see `Place`; what a source does not need, it ignores.
+      place: see `Location`; what a source does not need, it ignores.
       cache: the folder under which TFDS keeps its files.
 
     Raises:

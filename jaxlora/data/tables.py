@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jaxlora.data import foreign
 from jaxlora.data.quoting import CSV, Quotes, Quoting, Tally, find_quotes
-from jaxlora.data.raw_examples import UNLABELLED, Row, parse_label
+from jaxlora.data.raw_examples import UNLABELLED, TextExample, parse_label
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
 
@@ -159,13 +159,13 @@ def _in_memory(path: Path) -> Callable[[], Iterable[str]]:
     return lambda: io.StringIO(text, newline="")
 
 
-def read_splits(task: Task, table: Table) -> dict[str, list[Row]]:
+def read_splits(task: Task, table: Table) -> dict[str, list[TextExample]]:
     """All splits of a task; without a test file that split is empty.
 
     Raises:
       UserError: see `read`; also if no row of train or dev has a label.
     """
-    splits: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
+    splits: dict[str, list[TextExample]] = {"train": [], "dev": [], "test": []}
     for split, sheet in load_sheets(table.files, table.delimiter, table.quoting).items():
         needed = None if split == "test" else True
         splits[split] = read_sheet(task, sheet, table.columns, labelled=needed)
@@ -208,7 +208,7 @@ def read(
     quoting: Quoting | None = None,
     *,
     labelled: bool | None = True,
-) -> list[Row]:
+) -> list[TextExample]:
     """Read one file: UTF-8, columns found by name.
 
     Args:
@@ -228,7 +228,7 @@ def read(
 
 def read_sheet(
     task: Task, sheet: Sheet, columns: Columns, *, labelled: bool | None = True
-) -> list[Row]:
+) -> list[TextExample]:
     """Read the rows of one file, those with blank texts among them.
 
     Args:
@@ -252,7 +252,7 @@ def read_sheet(
     at = {name: header.index(name) for name in header}
     if labelled is False:
         at.pop(columns.label, None)
-    rows: list[Row] = []
+    rows: list[TextExample] = []
     for line, fields in lines:
         where = f"{path}:{line}"
         check_width(fields, header, where, dialect)
@@ -260,7 +260,7 @@ def read_sheet(
         texts = [fields[at[column]].strip() for column in columns.text]
         written = fields[at[columns.label]] if columns.label in at else ""
         label = parse_label(written, task, where) if written else UNLABELLED
-        rows.append(Row(name, texts[0], "".join(texts[1:]), label, line))
+        rows.append(TextExample(name, texts[0], "".join(texts[1:]), label, line))
     if not rows:
         raise UserError(f"{path} is empty: there is no example in it; replace the file.")
     return rows

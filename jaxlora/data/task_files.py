@@ -51,7 +51,7 @@ MOST_CLASSES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
+class TaskSpec:
     """A task, where its examples are, and how it wants to be trained.
 
     Attributes:
@@ -67,30 +67,29 @@ class Description:
     own: tuple[tuple[str, int | float], ...] = ()
 
 
-def paper_descriptions(sts_loss: str, sts_weight: float) -> tuple[Description, ...]:
+def paper_specs(sts_loss: str, sts_weight: float) -> tuple[TaskSpec, ...]:
     """The paper's three tasks.
 
-    >>> [d.weight for d in paper_descriptions("cosine", 25.0)]
+    >>> [d.weight for d in paper_specs("cosine", 25.0)]
     [1.0, 1.0, 25.0]
     """
     sts = STS_LOSSES[sts_loss]
     return tuple(
-        Description(task, weight=sts_weight if task == sts else 1.0)
-        for task in paper_tasks(sts_loss)
+        TaskSpec(task, weight=sts_weight if task == sts else 1.0) for task in paper_tasks(sts_loss)
     )
 
 
-def made_up(description: Description) -> Description:
+def made_up(description: TaskSpec) -> TaskSpec:
     """Rename one of the paper's tasks, whose examples are the built-in made-up ones.
 
-    >>> [made_up(d).task.title for d in paper_descriptions("mse", 1.0)][0]
+    >>> [made_up(d).task.title for d in paper_specs("mse", 1.0)][0]
     'made-up sentiment'
     """
     title = MADE_UP_TITLES[description.task.name]
     return dataclasses.replace(description, task=dataclasses.replace(description.task, title=title))
 
 
-def read_tasks(given: Sequence[str]) -> tuple[Description, ...]:
+def read_tasks(given: Sequence[str]) -> tuple[TaskSpec, ...]:
     """Read tasks from TOML files, and from values such as `topic.epochs=3`, which come last.
 
     Raises:
@@ -168,7 +167,7 @@ def check_name(name: str, where: str) -> str:
     return name
 
 
-def _describe(origin: str, name: str, fields: dict[str, Any]) -> Description:
+def _describe(origin: str, name: str, fields: dict[str, Any]) -> TaskSpec:
     where = f"{origin}: [{name}]"
     check_name(name, origin)
     known = (*NEEDED, *OPTIONAL, *OWN)
@@ -194,7 +193,7 @@ def _describe(origin: str, name: str, fields: dict[str, Any]) -> Description:
     weight = 1.0 if task.loss != "cosine" else COSINE_WEIGHT
     weight = _number(where, "weight", fields.get("weight", weight), 0.0)
     own = tuple((k, _number(where, k, fields[k], low)) for k, low in OWN.items() if k in fields)
-    return Description(task, _table(where, fields, text), weight, own)
+    return TaskSpec(task, _table(where, fields, text), weight, own)
 
 
 def _table(where: str, fields: dict[str, Any], text: tuple[str, ...]) -> Table:

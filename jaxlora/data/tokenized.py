@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxlora.data import sources
-from jaxlora.data.raw_examples import Row, is_blank, sentences
+from jaxlora.data.raw_examples import TextExample, is_blank, sentences
 from jaxlora.tasks.task import Task
 from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
@@ -139,7 +139,7 @@ _DAMAGED = (
 def load_examples(
     task: Task,
     source: str,
-    place: sources.Place,
+    place: sources.Location,
     tokenizer: Tokenizer,
     tokenizer_key: str,
     max_length: int,
@@ -226,7 +226,12 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np
 
 
 def _examples(
-    rows: Sequence[Row], task: Task, tokenizer: Tokenizer, max_length: int, *, labelled: bool
+    rows: Sequence[TextExample],
+    task: Task,
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    labelled: bool,
 ) -> Examples:
     """Tokenise a split's rows, except for those with a blank text and, if `labelled`, no label."""
     blank = {n for n, row in enumerate(rows) if any(map(is_blank, sentences(row, task).values()))}

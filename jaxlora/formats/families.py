@@ -288,7 +288,8 @@ def tensor_names(path: lora.Path, config: EncoderConfig) -> list[str]:
 def module_names(module: lora.Path, config: EncoderConfig) -> list[str]:
     """Return transformers' names of a module: one, or one for each layer.
 
-    >>> module_names(("layers", "attention", "self", "query"), BertConfig(model_type="distilbert"))[1]
+    >>> config = BertConfig(model_type="distilbert")
+    >>> module_names(("layers", "attention", "self", "query"), config)[1]
     'transformer.layer.1.attention.q_lin'
     """
     family = of(config)
@@ -319,7 +320,7 @@ class Place(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def linears(config: EncoderConfig) -> dict[str, Place]:
     """Return the Linears of transformers' encoder by their names; not to be changed."""
-    found = {}
+    found: dict[str, Place] = {}
     for path in dense_layers(config):
         names = module_names(path, config)
         numbers = range(len(names)) if path[0] == "layers" else (None,)
@@ -354,7 +355,7 @@ def config_like(model_type: str, adapter: trees.Tree) -> EncoderConfig:
             f"the base model's family {model_type!r} is not one of {', '.join(FAMILIES)}"
         )
     layers = [x.shape[0] for x in jax.tree.leaves(adapter.get("layers", {}))]
-    more = {"embedding_size": 1} if "embeddings_project" in adapter else {}
+    more: dict[str, Any] = {"embedding_size": 1} if "embeddings_project" in adapter else {}
     count = max(layers, default=1)
     return FAMILIES[model_type].config(num_hidden_layers=count, model_type=model_type, **more)
 

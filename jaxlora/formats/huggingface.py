@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from jaxlora.formats import families
 from jaxlora.formats import tokenizer as base_tokenizer
-from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.formats.families import FAMILIES, Family, tensor_names
+from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.nn.bert import EncoderConfig, param_shapes
 from jaxlora.utils import schema
 from jaxlora.utils.errors import UserError

@@ -34,6 +34,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
 }
+NO_ADAPTER = LoraConfig()
 # Layers in a row without a loop: a loop stacks what the backward pass needs (10–20 % of a step on
 # CPU), unrolled layers take longer to compile.
 MOST_UNROLLED = 12
@@ -70,7 +71,7 @@ class EncoderConfig:
         rates = {f.name: rate for f in dataclasses.fields(self) if "dropout" in f.name}
         return dataclasses.replace(self, **rates)  # type: ignore[arg-type]
 
-    def network(self, dtype: Any = jnp.float32, adapter: LoraConfig = LoraConfig()) -> nn.Module:
+    def network(self, dtype: Any = jnp.float32, adapter: LoraConfig = NO_ADAPTER) -> nn.Module:
         """Return the encoder as a Flax module, called as `Encoder` is."""
         raise NotImplementedError
 
@@ -94,7 +95,7 @@ class BertConfig(EncoderConfig):
         """The most tokens that a sentence may have."""
         return self.max_position_embeddings - self.padding_idx - 1
 
-    def network(self, dtype: Any = jnp.float32, adapter: LoraConfig = LoraConfig()) -> Encoder:
+    def network(self, dtype: Any = jnp.float32, adapter: LoraConfig = NO_ADAPTER) -> Encoder:
         """Return the encoder as a Flax module."""
         return Encoder(self, dtype, adapter)
 

@@ -22,6 +22,7 @@ from jaxlora.lora import LoraConfig
 from jaxlora.nn import ops
 from jaxlora.nn.bert import (
     ACTIVATIONS,
+    NO_ADAPTER,
     Dense,
     EncoderConfig,
     dropout,
@@ -72,7 +73,7 @@ class ModernBertConfig(EncoderConfig):
         if self.hidden_size % (2 * max(1, self.num_attention_heads)):
             raise ValueError("hidden_size: not an even multiple of num_attention_heads")
 
-    def network(self, dtype: Any = jnp.float32, adapter: LoraConfig = LoraConfig()) -> Encoder:
+    def network(self, dtype: Any = jnp.float32, adapter: LoraConfig = NO_ADAPTER) -> Encoder:
         """Return the encoder as a Flax module."""
         return Encoder(self, dtype, adapter)
 

@@ -31,7 +31,7 @@ from jaxlora.lora import LoraConfig
 from jaxlora.serving import finished_run, tree_files
 from jaxlora.serving import manifest as manifests
 from jaxlora.serving.manifest import ADAPTERS, HEADS
-from jaxlora.serving.task_models import Served, Trained, from_of_base
+from jaxlora.serving.task_models import TaskModel, TaskModels, from_of_base
 from jaxlora.tasks.task import Task
 from jaxlora.utils import files, trees
 from jaxlora.utils.errors import UserError
@@ -44,7 +44,7 @@ MOST_CHANGES = 100  # while a bank is read
 _REPAIR = "put back a copy, or bring the task back with bank update, or take it out: bank remove"
 
 
-def add(folder: Path, source: Trained, names: Sequence[str], *, replace: bool = False) -> None:
+def add(folder: Path, source: TaskModels, names: Sequence[str], *, replace: bool = False) -> None:
     """Put trained tasks into a bank, which is made if need be; no other file is touched.
 
     Args:
@@ -97,7 +97,7 @@ def remove(folder: Path, name: str) -> None:
         _commit(folder, manifest)
 
 
-def load(folder: Path) -> Trained:
+def load(folder: Path) -> TaskModels:
     """Read a bank; every tree is compared with its checksum.
 
     Raises:
@@ -124,25 +124,25 @@ def _at_one_moment(folder: Path, read: Callable[[dict[str, Any]], T]) -> T:
     raise UserError(f"{folder}: other processes change it all the time; try again")
 
 
-def _load_by(folder: Path, manifest: Mapping[str, Any]) -> Trained:
+def _load_by(folder: Path, manifest: Mapping[str, Any]) -> TaskModels:
     kept = {name: _load_tree(folder, ADAPTERS, name) for name in manifest["adapters"]}
     configs = {name: build(LoraConfig, plain) for name, plain in manifest["adapters"].items()}
     for name, config in configs.items():
         _check_ranks(folder / manifests.NAME, name, kept[name], config)
-    served = {}
+    models = {}
     for name, entry in manifest["tasks"].items():
         head = {} if entry["head"] is None else _load_tree(folder, HEADS, entry["head"])
         tree = entry["adapter"] or ""
         task = build(Task, entry["task"])
-        served[name] = Served(task, tree, head, entry["pair_features"], entry["facts"])
-    if any(one.tree == "" for one in served.values()):
+        models[name] = TaskModel(task, tree, head, entry["pair_features"], entry["facts"])
+    if any(one.tree == "" for one in models.values()):
         kept[""] = {}  # the frozen base itself
-    return Trained(
-        **from_of_base(manifest), served=served, trees=kept, configs=configs, origin=str(folder)
+    return TaskModels(
+        **from_of_base(manifest), models=models, trees=kept, configs=configs, origin=str(folder)
     )
 
 
-def load_any(folder: Path) -> Trained:
+def load_any(folder: Path) -> TaskModels:
     """Read a bank or a finished run.
 
     Raises:
@@ -193,8 +193,8 @@ def _problem(folder: Path, part: str, name: str) -> str | None:
     return None
 
 
-def _without_tasks(folder: Path, manifest: Mapping[str, Any]) -> Trained:
-    return Trained(**from_of_base(manifest), served={}, trees={}, configs={}, origin=str(folder))
+def _without_tasks(folder: Path, manifest: Mapping[str, Any]) -> TaskModels:
+    return TaskModels(**from_of_base(manifest), models={}, trees={}, configs={}, origin=str(folder))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,9 +231,9 @@ def contents(folder: Path) -> list[Stored]:
 
 def _contents(folder: Path, manifest: Mapping[str, Any]) -> list[Stored]:
     trained, rows = _load_by(folder, manifest), []
-    for name, one in trained.served.items():
+    for name, one in trained.models.items():
         entry = manifest["tasks"][name]
-        sharers = sum(other.tree == one.tree for other in trained.served.values())
+        sharers = sum(other.tree == one.tree for other in trained.models.values())
         size = _size(folder / ADAPTERS / one.tree) // sharers if one.tree else 0
         size += _size(folder / HEADS / entry["head"]) if entry["head"] else 0
         score = one.facts.get("dev", {}).get(one.task.metric)
@@ -268,9 +268,9 @@ def describe(folder: Path, name: str) -> str:
     return json.dumps(shown, indent=2, ensure_ascii=False)
 
 
-def _store(folder: Path, manifest: dict[str, Any], name: str, source: Trained) -> dict[str, Any]:
+def _store(folder: Path, manifest: dict[str, Any], name: str, source: TaskModels) -> dict[str, Any]:
     """Write a task's trees, as far as they are not there yet; returns its manifest entry."""
-    one, adapter = source.served[name], None
+    one, adapter = source.models[name], None
     tree = source.trees[one.tree]
     if tree:
         adapter = _save_tree(folder, ADAPTERS, one.tree, tree)
@@ -284,8 +284,8 @@ def _store(folder: Path, manifest: dict[str, Any], name: str, source: Trained) -
     }
 
 
-def _check_tree(source: Trained, name: str) -> None:
-    one = source.served[name]
+def _check_tree(source: TaskModels, name: str) -> None:
+    one = source.models[name]
     tree = source.trees[one.tree]
     if "params" in tree:
         raise UserError(f"{source.origin}: {name} is a whole fine-tuned BERT; banks keep adapters")
@@ -329,7 +329,7 @@ def _check_ranks(path: Path, name: str, tree: Tree, config: LoraConfig) -> None:
             )
 
 
-def _check_fits(folder: Path, manifest: Mapping[str, Any], source: Trained) -> None:
+def _check_fits(folder: Path, manifest: Mapping[str, Any], source: TaskModels) -> None:
     if other := _fingerprint(manifest).differing(source.fingerprint):
         raise UserError(
             f"{folder}: is a bank of {manifest['base']}; {source.base}, which {source.origin} was "
@@ -347,7 +347,7 @@ def _fingerprint(manifest: Mapping[str, Any]) -> Fingerprint:
     return build(Fingerprint, manifest["fingerprint"])
 
 
-def _complete_fingerprint(folder: Path, manifest: dict[str, Any], source: Trained) -> None:
+def _complete_fingerprint(folder: Path, manifest: dict[str, Any], source: TaskModels) -> None:
     """Take from new tasks what a bank of format 1 does not know of its base."""
     known = _fingerprint(manifest)
     if manifest["tasks"]:

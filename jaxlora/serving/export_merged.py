@@ -5,7 +5,6 @@ Who gets the folder needs transformers and torch, or sentence-transformers, and 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import textwrap
@@ -19,7 +18,7 @@ from jaxlora.formats import families, heads, huggingface
 from jaxlora.formats.families import Family
 from jaxlora.formats.heads import HEAD
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.serving.task_models import Served, Trained
+from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks.task import HEADS, SPAN, Task
 from jaxlora.utils.files import atomic_dir, read_object, write_json, write_text
 from jaxlora.utils.trees import Tree
@@ -30,19 +29,19 @@ if TYPE_CHECKING:
 README = "README.md"
 
 
-def save(folder: str | Path, base: Pretrained, trained: Trained, name: str) -> None:
+def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -> None:
     """Write a task for `AutoModel.from_pretrained` and `SentenceTransformer`.
 
     Args:
       folder: new or empty; appears whole or not at all.
-      base: the base model, see `Trained.load_base`.
+      base: the base model, see `TaskModels.load_base`.
       trained: where the task comes from.
       name: the task.
 
     Raises:
       UserError: if the folder is not empty.
     """
-    served = trained.find(name)
+    model = trained.find(name)
     tensors = huggingface.export(encoder_params(base, trained, name), base.config)
     special = special_tokens(base)
     with atomic_dir(folder) as temporary:
@@ -53,20 +52,20 @@ def save(folder: str | Path, base: Pretrained, trained: Trained, name: str) -> N
         write_json(temporary / "special_tokens_map.json", special)
         for file, value in _sentence_transformers(base, trained).items():
             write_json(temporary / file, value)
-        heads.write(temporary, served.head)
-        write_text(temporary / README, readme(trained, served, families.of(base.config)))
+        heads.write(temporary, model.head)
+        write_text(temporary / README, readme(trained, model, families.of(base.config)))
 
 
-def encoder_params(base: Pretrained, trained: Trained, name: str) -> Tree:
+def encoder_params(base: Pretrained, trained: TaskModels, name: str) -> Tree:
     """The encoder of a task as one `params` tree, its adapter merged into the base's."""
-    tree = trained.served[name].tree
+    tree = trained.models[name].tree
     found = trained.trees[tree]
     if "lora" in found:
         return lora.merge(base.params, found["lora"], trained.configs[tree])
     return found.get("params", base.params)
 
 
-def _sentence_transformers(base: Pretrained, trained: Trained) -> dict[str, Any]:
+def _sentence_transformers(base: Pretrained, trained: TaskModels) -> dict[str, Any]:
     """The files that tell sentence-transformers how to pool; file name → content."""
     width, kind = base.config.hidden_size, "sentence_transformers.models."
     mode = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
@@ -129,7 +128,8 @@ def special_tokens(base: Pretrained) -> dict[str, str]:
 
 def _used(tokenizer: Tokenizer) -> dict[str, str | None]:
     """The tokens that a tokenizer itself puts around a sentence, and for an unknown word."""
-    first, last = tokenizer.encode("").tokens
+    # By their ids: a template may have another name for what the vocabulary has there.
+    first, last = map(tokenizer.id_to_token, tokenizer.encode("").ids)
     model = json.loads(tokenizer.to_str())["model"]
     unknown = model.get("unk_token")
     if model.get("unk_id") is not None:  # Unigram: a number
@@ -159,12 +159,12 @@ _POOL = {
 _PAIR = {"concat": "u, v", "interaction": "u, v, (u - v).abs(), u * v"}
 
 
-def readme(trained: Trained, served: Served, family: Family) -> str:
+def readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
     """The folder's README: what it holds, and Python code that applies it."""
-    task, last = served.task, "\n\n\n"
+    task, last = model.task, "\n\n\n"
     base = _code(_base_name(trained.base))
-    merged = ", its adapter merged into the weights" if "lora" in trained.trees[served.tree] else ""
-    code = [_imports(bool(task.outputs), family), _encode(trained), _predict(served)]
+    merged = ", its adapter merged into the weights" if "lora" in trained.trees[model.tree] else ""
+    code = [_imports(bool(task.outputs), family), _encode(trained), _predict(model)]
     no_pooler = "It has no pooling layer: load it with `add_pooling_layer=False`. "
     example = '("A dog runs.", "A dog is running.")' if task.pair else '"A lovely film."'
     code.append(f"print(predict([{example}]))\n")
@@ -215,7 +215,7 @@ def _imports(head: bool, family: Family) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _encode(trained: Trained) -> str:
+def _encode(trained: TaskModels) -> str:
     return _function(
         "encode(sentences)",
         "batch = tokenizer(\n"
@@ -226,13 +226,13 @@ def _encode(trained: Trained) -> str:
     )
 
 
-def _predict(served: Served) -> str:
-    task = served.task
+def _predict(model: TaskModel) -> str:
+    task = model.task
     lines = ["x = encode(list(examples))"]
     if task.pair:
         lines = ["u, v = (encode(list(sentences)) for sentences in zip(*examples))"]
     if task.pair and task.outputs:
-        lines.append(f"x = torch.cat([{_PAIR[served.pair_features]}], -1)")
+        lines.append(f"x = torch.cat([{_PAIR[model.pair_features]}], -1)")
     if task.outputs:
         kind = HEADS[task.head]
         layer = f'x @ head["{kind.first}.weight"].T + head["{kind.first}.bias"]'

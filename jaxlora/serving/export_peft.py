@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxlora.formats import heads as head_files
 from jaxlora.formats import families, huggingface, peft
+from jaxlora.formats import heads as head_files
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import LoraConfig
 from jaxlora.serving.task_models import (
     OF_BASE,
-    Served,
-    Trained,
+    TaskModel,
+    TaskModels,
     check_plain,
     from_of_base,
     of_base,
@@ -37,7 +37,7 @@ ABOUT = "jaxlora.json"
 _FIELDS = {*OF_BASE, "task", "pair_features", "facts"}
 
 
-def save(folder: str | Path, trained: Trained, name: str) -> None:
+def save(folder: str | Path, trained: TaskModels, name: str) -> None:
     """Write a task for `PeftModel.from_pretrained`, and for `load`.
 
     Args:
@@ -48,22 +48,22 @@ def save(folder: str | Path, trained: Trained, name: str) -> None:
     Raises:
       UserError: if the task has no adapter, or the folder is not empty.
     """
-    served = trained.find(name)
-    adapter = trained.trees[served.tree].get("lora")
+    model = trained.find(name)
+    adapter = trained.trees[model.tree].get("lora")
     if not adapter:
         raise UserError(f"{trained.origin}: {name} has no adapter; use export merged")
     hub = huggingface.MINILM_HUB if trained.base == huggingface.MINILM else trained.base
     about = of_base(trained) | {
-        "task": dataclasses.asdict(served.task),
-        "pair_features": served.pair_features,
-        "facts": dict(served.facts),
+        "task": dataclasses.asdict(model.task),
+        "pair_features": model.pair_features,
+        "facts": dict(model.facts),
     }
     encoder = families.config_like(trained.fingerprint.model_type, adapter)
-    known = families.of(encoder).classifier and served.task.head == "pooler"
-    head = served.head if known else None
+    known = families.of(encoder).classifier and model.task.head == "pooler"
+    head = model.head if known else None
     with atomic_dir(folder) as temporary:
-        peft.write(temporary, adapter, trained.configs[served.tree], hub, encoder, head)
-        head_files.write(temporary, served.head)
+        peft.write(temporary, adapter, trained.configs[model.tree], hub, encoder, head)
+        head_files.write(temporary, model.head)
         write_json(temporary / ABOUT, about)
 
 
@@ -84,13 +84,13 @@ def classifies(folder: str | Path) -> bool:
 def load(
     folder: str | Path,
     name: str,
-    like: Trained | None = None,
+    like: TaskModels | None = None,
     base: str | None = None,
     *,
     any_base: bool = False,
     encoder_only: bool = False,
     classes: Sequence[str] = (),
-) -> Trained:
+) -> TaskModels:
     """Read a task from a PEFT folder.
 
     From a folder that others wrote for `BertForSequenceClassification` (`task_type` SEQ_CLS) the
@@ -126,20 +126,20 @@ def load(
     found = peft.read(folder, there.config)
     facts: dict[str, Any] = {"imported from": str(folder)}
     if written.classifies and not encoder_only:
-        served = _classifier(folder, name, found.head, there, like, classes)
+        model = _classifier(folder, name, found.head, there, like, classes)
     else:
         _refuse_classes(folder, classes)
-        served = _similarity(folder, name, found, encoder_only)
+        model = _similarity(folder, name, found, encoder_only)
         facts |= {"left out": list(found.head.modules)} if found.head.modules else {}
-    served = dataclasses.replace(served, facts=facts)
-    return _one(like, folder, served, found.adapter, found.config)
+    model = dataclasses.replace(model, facts=facts)
+    return _one(like, folder, model, found.adapter, found.config)
 
 
-def _load_ours(folder: Path, name: str, base: str | None) -> Trained:
+def _load_ours(folder: Path, name: str, base: str | None) -> TaskModels:
     about = _read_about(folder / ABOUT)
     task = dataclasses.replace(about["task"], name=name)
-    trained = Trained(
-        **from_of_base(about), served={}, trees={}, configs={}, origin=str(folder)
+    trained = TaskModels(
+        **from_of_base(about), models={}, trees={}, configs={}, origin=str(folder)
     ).at(base)
     found = trained.load_base()
     trained = dataclasses.replace(
@@ -147,16 +147,18 @@ def _load_ours(folder: Path, name: str, base: str | None) -> Trained:
     )
     config = found.config
     adapter, lora_config = peft.load(folder, config, encoder_only=True)
-    served = Served(task, name, {}, about["pair_features"], about["facts"])
-    head = head_files.read(folder, served.head_shapes(config.hidden_size))
-    served = dataclasses.replace(served, head=head)
-    return _one(trained, folder, served, adapter, lora_config)
+    model = TaskModel(task, name, {}, about["pair_features"], about["facts"])
+    head = head_files.read(folder, model.head_shapes(config.hidden_size))
+    model = dataclasses.replace(model, head=head)
+    return _one(trained, folder, model, adapter, lora_config)
 
 
-def _one(like: Trained, folder: Path, served: Served, adapter: Tree, config: LoraConfig) -> Trained:
-    name = served.task.name
+def _one(
+    like: TaskModels, folder: Path, model: TaskModel, adapter: Tree, config: LoraConfig
+) -> TaskModels:
+    name = model.task.name
     return dataclasses.replace(
-        like, served={name: served}, trees={name: {"lora": adapter}}, configs={name: config},
+        like, models={name: model}, trees={name: {"lora": adapter}}, configs={name: config},
         origin=str(folder),
     )  # fmt: skip
 
@@ -166,7 +168,7 @@ def _refuse_classes(folder: Path, classes: Sequence[str]) -> None:
         raise UserError(f"{folder}: --classes goes with a classifier that others trained")
 
 
-def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: bool) -> Served:
+def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: bool) -> TaskModel:
     """A task without a head; a pooler alone is left out, since nothing reads it."""
     rest = [module for module in found.head.modules if not module.startswith("pooler")]
     if rest and not encoder_only:
@@ -176,7 +178,7 @@ def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: b
             "encoder's adapter alone with --encoder-only"
         )
     task = Task(name, "similarity", pair=True, title=f"similarity, {folder.name}")
-    return Served(task, name, {}, "concat")
+    return TaskModel(task, name, {}, "concat")
 
 
 # ---- a classifier
@@ -189,9 +191,9 @@ def _classifier(
     name: str,
     parts: peft.HeadParts,
     base: Pretrained,
-    like: Trained,
+    like: TaskModels,
     classes: Sequence[str],
-) -> Served:
+) -> TaskModel:
     """A task whose head is the pooler and the classifier of a `BertForSequenceClassification`."""
     if like.pooling != "cls":
         raise UserError(
@@ -209,7 +211,7 @@ def _classifier(
         task = _classifier_task(folder, name, head["out"]["bias"].size, of_base, classes)
     except ValueError as error:
         raise UserError(f"{folder}: {error}; name them with --classes") from error
-    return Served(task, name, head, "concat")
+    return TaskModel(task, name, head, "concat")
 
 
 def _head(
@@ -330,7 +332,7 @@ def _place(base: str) -> str:
     folder = huggingface.local_folder(base)
     if folder is not None:
         return str(folder.resolve())
-    # The hub's oldest models had no owner; google-bert has got the BERTs among them.
+    # The hub's oldest model had no owner; google-bert has got the BERTs among them.
     return huggingface.split_revision(base)[0].rstrip("/").removeprefix("google-bert/")
 
 

@@ -11,7 +11,7 @@ from jaxlora.data.task_files import check_name
 from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.lora import LoraConfig
 from jaxlora.serving import tree_files
-from jaxlora.serving.task_models import Served, Trained, check_plain
+from jaxlora.serving.task_models import TaskModel, TaskModels, check_plain
 from jaxlora.tasks.sharing import Adapt, Groups, group_name
 from jaxlora.tasks.task import Task
 from jaxlora.utils import files, schema
@@ -66,7 +66,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def load_run(folder: Path) -> Trained:
+def load_run(folder: Path) -> TaskModels:
     """Read a finished run's tasks.
 
     Args:
@@ -87,7 +87,7 @@ def load_run(folder: Path) -> Trained:
     trained = tree_files.load(folder / MODEL)
     scores = _scores(folder, list(tasks), checksum(trained))
     owners = {name: group_name(group) for group in settings.groups for name in group}
-    served = {}
+    models = {}
     for name, task in tasks.items():
         facts = {
             "dev": {task.metric: scores[name]},
@@ -97,12 +97,12 @@ def load_run(folder: Path) -> Trained:
         }
         # Empty trees are not kept in a checkpoint.
         head = (trained.get("heads") or {}).get(name) or {}
-        served[name] = Served(task, owners[name], head, settings.pair_features, facts)
+        models[name] = TaskModel(task, owners[name], head, settings.pair_features, facts)
     trees = _trees(folder, settings, trained.get("adapters") or {}, owners)
-    return Trained(
+    return TaskModels(
         settings.base,
         fingerprint,
-        served,
+        models,
         trees,
         {name: adapter for name, tree in trees.items() if "lora" in tree},
         settings.pooling,

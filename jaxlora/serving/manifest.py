@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxlora.data.task_files import check_name
 from jaxlora.lora import LoraConfig
-from jaxlora.serving.task_models import OF_BASE, Trained, check_plain, of_base, upgrade_base
+from jaxlora.serving.task_models import OF_BASE, TaskModels, check_plain, of_base, upgrade_base
 from jaxlora.tasks.task import Task
 from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
@@ -51,7 +51,7 @@ def stamp(folder: Path) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
-def empty(source: Trained) -> dict[str, Any]:
+def empty(source: TaskModels) -> dict[str, Any]:
     """That of a new bank, for what has been trained on a base."""
     return {"format": FORMAT, **of_base(source), "tasks": {}, "adapters": {}}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import itertools
 import json
@@ -218,7 +217,7 @@ class Requests:
 
 
 def _csv_writer(file: IO[str]) -> Write:
-    writer = csv.writer(file, lineterminator="\n")
+    writer = files.csv_writer(file)
     writer.writerow(("id", "task", "prediction", "label", "probability", "reason"))
 
     def write(request: Request, answer: Answer | None) -> None:

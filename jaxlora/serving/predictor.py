@@ -21,7 +21,7 @@ from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.nn.encode import encoder, make_encode, make_mixed_encode
 from jaxlora.serving import bank, inference
-from jaxlora.serving.task_models import Trained
+from jaxlora.serving.task_models import TaskModels
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import Tree
@@ -67,7 +67,7 @@ class Predictor:
     """
 
     base: Pretrained
-    trained: Trained
+    trained: TaskModels
 
     def __post_init__(self) -> None:
         _refuse_forked()
@@ -97,7 +97,7 @@ class Predictor:
     @property
     def tasks(self) -> dict[str, Task]:
         """The tasks it can do, by name."""
-        return {name: served.task for name, served in self.trained.served.items()}
+        return {name: model.task for name, model in self.trained.models.items()}
 
     def __call__(self, requests: Sequence[tuple[str, ...]]) -> list[Answer]:
         """Answer requests to any mix of tasks, in order.
@@ -160,13 +160,13 @@ class Predictor:
         names = np.array([task.name for task, _ in checked])
         vectors, found = self._vectors(checked), []
         for name in dict.fromkeys(names.tolist()):
-            served, mine = self.trained.served[name], np.flatnonzero(names == name)
-            numbers = (first[mine, None] + np.arange(served.task.sentences)).ravel()
+            model, mine = self.trained.models[name], np.flatnonzero(names == name)
+            numbers = (first[mine, None] + np.arange(model.task.sentences)).ravel()
             outputs = inference.outputs(
-                served.task, self._heads[name], vectors[numbers], served.task.sentences,
-                served.pair_features,
+                model.task, self._heads[name], vectors[numbers], model.task.sentences,
+                model.pair_features,
             )  # fmt: skip
-            found.append((served.task, mine, outputs))
+            found.append((model.task, mine, outputs))
         return found
 
     def _vectors(self, checked: list[tuple[Task, tuple[str, ...]]]) -> np.ndarray:
@@ -176,7 +176,7 @@ class Predictor:
         tokens, offsets, cut = tokenize(self._tokenizer, texts)
         nowhere = np.full(len(texts), np.nan, np.float32)
         examples = Examples(nowhere.astype(str), tokens, offsets, nowhere, 1, cut)
-        trees = [self.trained.served[task.name].tree for task, parts in checked for _ in parts]
+        trees = [self.trained.models[task.name].tree for task, parts in checked for _ in parts]
         used = sorted(set(trees))
         owner = np.array([used.index(tree) for tree in trees])
         if self._full:
@@ -220,7 +220,7 @@ class Predictor:
     @functools.cached_property
     def _heads(self) -> dict[str, Tree]:
         """The heads by task, on the device."""
-        return {name: jax.device_put(one.head) for name, one in self.trained.served.items()}
+        return {name: jax.device_put(one.head) for name, one in self.trained.models.items()}
 
     @functools.cached_property
     def _on_device(self) -> Callable[[str], Tree]:

@@ -21,7 +21,7 @@ from jaxlora.utils.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
+class TaskModel:
     """A task as it is served.
 
     Attributes:
@@ -46,22 +46,22 @@ class Served:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Trained:
+class TaskModels:
     """Trained tasks that share a base.
 
     Attributes:
       base: its name or folder.
       fingerprint: what decides the base's vectors.
-      served: the tasks by name.
+      models: the tasks by name.
       trees: encoder trees by name: `{}` (frozen), `{"lora": …}` or `{"params": …}` (a whole BERT).
       configs: the configuration of each adapter among the trees, by the tree's name.
-      pooling, max_length, dtype: as in `settings.Settings`.
+      pooling, max_length, dtype: as in `config.Settings`.
       origin: the folder they come from.
     """
 
     base: str
     fingerprint: Fingerprint
-    served: Mapping[str, Served]
+    models: Mapping[str, TaskModel]
     trees: Mapping[str, Tree]
     configs: Mapping[str, LoraConfig]
     pooling: str
@@ -69,20 +69,20 @@ class Trained:
     dtype: str
     origin: str
 
-    def find(self, name: str) -> Served:
+    def find(self, name: str) -> TaskModel:
         """A task by its name.
 
         Raises:
           UserError: if there is none of that name.
         """
-        if name not in self.served:
-            close = difflib.get_close_matches(name, self.served, 1)
+        if name not in self.models:
+            close = difflib.get_close_matches(name, self.models, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            there = ", ".join(self.served) or "none"
+            there = ", ".join(self.models) or "none"
             raise UserError(f"{self.origin}: no task {name!r}; there are {there}{hint}")
-        return self.served[name]
+        return self.models[name]
 
-    def at(self, base: str | None) -> Trained:
+    def at(self, base: str | None) -> TaskModels:
         """The same tasks, with their base in another place; None: where it was."""
         return self if base is None else dataclasses.replace(self, base=absolute(base))
 
@@ -103,7 +103,7 @@ class Trained:
         limit = base.config.max_length
         if self.max_length > limit:
             raise UserError(f"{self.origin}: max_length {self.max_length}, {self.base} has {limit}")
-        for name, one in self.served.items():
+        for name, one in self.models.items():
             if _shapes(one.head) != _shapes(one.head_shapes(base.config.hidden_size)):
                 raise UserError(f"{self.origin}: the head of {name} is not one of such a task")
             if HEADS[one.task.head].pooling not in (None, self.pooling):
@@ -127,7 +127,7 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-# Fields of `Trained` that are plain values, and of `Served`, with what they may be.
+# Fields of `TaskModels` that are plain values, and of `TaskModel`, with what they may be.
 OF_BASE = ("base", "fingerprint", "pooling", "max_length", "dtype")
 _CHOICES = {
     "pooling": ("cls", "mean"),
@@ -136,14 +136,14 @@ _CHOICES = {
 }
 
 
-def of_base(trained: Trained) -> dict[str, Any]:
+def of_base(trained: TaskModels) -> dict[str, Any]:
     """What is kept of the base, as plain values."""
     values = {field: getattr(trained, field) for field in OF_BASE}
     return values | {"fingerprint": dataclasses.asdict(trained.fingerprint)}
 
 
 def from_of_base(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `of_base`, as arguments of `Trained`; other values are left out."""
+    """The inverse of `of_base`, as arguments of `TaskModels`; other values are left out."""
     fingerprint = schema.build(Fingerprint, values["fingerprint"])
     return {field: values[field] for field in OF_BASE} | {"fingerprint": fingerprint}
 
@@ -178,8 +178,8 @@ def check_plain(values: Mapping[str, Any]) -> None:
 
 
 def combine_tasks(
-    trained: Trained, parts: Mapping[str, float], name: str, head: str, rank: int | None = None
-) -> Trained:
+    trained: TaskModels, parts: Mapping[str, float], name: str, head: str, rank: int | None = None
+) -> TaskModels:
     """A new task whose adapter is a weighted sum of other tasks'.
 
     Args:
@@ -192,7 +192,7 @@ def combine_tasks(
     Raises:
       UserError: if a task has no adapter to add up.
     """
-    trees = {part: trained.served[part].tree for part in parts}
+    trees = {part: trained.models[part].tree for part in parts}
     for part, tree in trees.items():
         if "lora" not in trained.trees[tree]:
             raise UserError(f"{trained.origin}: {part} has no adapter that could be added up")
@@ -200,12 +200,12 @@ def combine_tasks(
     adapter = lora.add(adapters, list(parts.values()))
     if rank is not None:
         adapter = lora.truncate(adapter, rank)
-    source = trained.served[head]
+    source = trained.models[head]
     task = dataclasses.replace(source.task, name=name, title=" + ".join(parts))
-    served = Served(task, name, source.head, source.pair_features, {"combined from": dict(parts)})
+    model = TaskModel(task, name, source.head, source.pair_features, {"combined from": dict(parts)})
     return dataclasses.replace(
         trained,
-        served={name: served},
+        models={name: model},
         trees={name: {"lora": adapter[0]}},
         configs={name: adapter[1]},
     )

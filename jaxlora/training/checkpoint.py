@@ -54,7 +54,7 @@ class GroupCheckpoints:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
-        self.dropped = _prepare(self._folder) if distributed.first() else []
+        self.dropped = _prepare(self._folder) if distributed.is_primary() else []
         distributed.wait(f"checked {folder}")
         self._link = contextlib.ExitStack()
         place = self._link.enter_context(plain_path(self._folder))
@@ -79,11 +79,11 @@ class GroupCheckpoints:
                 force=True,
             )
             self._manager.wait_until_finished()
-            if distributed.first():
+            if distributed.is_primary():
                 self._complete(step, tree)
             for old in sorted(self._manager.all_steps())[:-KEPT]:
                 self._manager.delete(old)
-            if distributed.first():
+            if distributed.is_primary():
                 _drop_lone_sums(self._folder)
         except Exception as error:  # whatever a full disk makes Orbax and TensorStore raise
             raise UserError(

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import jax
 
-from jaxlora.data.sources import Place
-from jaxlora.data.task_files import Description, check_name, made_up, paper_descriptions, read_tasks
+from jaxlora.data.sources import Location
+from jaxlora.data.task_files import TaskSpec, check_name, made_up, paper_specs, read_tasks
 from jaxlora.formats import huggingface
 from jaxlora.lora import ALL_TARGETS, PAPER_TARGETS, LoraConfig
 from jaxlora.tasks.sharing import Adapt, Groups, Variant, groups_like, parse_groups, variant
@@ -207,7 +207,7 @@ class Settings:
     variant: VariantName
     adapt: Adapt
     groups: Groups
-    tasks: tuple[Description, ...]
+    tasks: tuple[TaskSpec, ...]
     preset: PresetName
     source: Source
     data_dir: str | None
@@ -258,7 +258,7 @@ class Settings:
         """The tasks by name."""
         return {d.task.name: d.task for d in self.tasks}
 
-    def place(self, task: str) -> Place:
+    def place(self, task: str) -> Location:
         """Where a task's source finds its rows."""
         if self.source == "files":
             return next(d.table for d in self.tasks if d.task.name == task)
@@ -362,14 +362,14 @@ def resolve(flags: Flags) -> Settings:
         | {"data_dir": None if flags.data_dir is None else str(flags.data_dir.absolute())}
         | {"base": huggingface.absolute(values["base"])}
     )
-    _refuse_meaningless(given, settings)
+    _reject_unused(given, settings)
     _check(settings)
     for group in settings.groups:
         _check(settings.of_group(group))
     return settings
 
 
-def _tasks(flags: Flags, chosen: Variant, sts_weight: float) -> tuple[Description, ...]:
+def _tasks(flags: Flags, chosen: Variant, sts_weight: float) -> tuple[TaskSpec, ...]:
     known = _described(flags, chosen, sts_weight)
     names = [d.task.name for d in known]
     if flags.only == ():
@@ -380,11 +380,11 @@ def _tasks(flags: Flags, chosen: Variant, sts_weight: float) -> tuple[Descriptio
     return tuple(d for d in known if flags.only is None or d.task.name in flags.only)
 
 
-def _described(flags: Flags, chosen: Variant, sts_weight: float) -> tuple[Description, ...]:
+def _described(flags: Flags, chosen: Variant, sts_weight: float) -> tuple[TaskSpec, ...]:
     if flags.tasks is None:
         if not 0 < sts_weight < float("inf"):
             raise UserError(f"--sts-weight {sts_weight}: must be above 0")
-        return paper_descriptions(chosen.sts_loss, sts_weight)
+        return paper_specs(chosen.sts_loss, sts_weight)
     if flags.tasks == ():
         raise UserError("--tasks: name at least one TOML file, or values such as topic.epochs=3")
     if flags.sts_weight is not None:
@@ -418,7 +418,7 @@ _ONLY_FOR = {
 }
 
 
-def _refuse_meaningless(given: dict[str, Any], settings: Settings) -> None:
+def _reject_unused(given: dict[str, Any], settings: Settings) -> None:
     for name, adapts in _ONLY_FOR.items():
         if given.get(name, False) is not False and settings.adapt not in adapts:
             raise UserError(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxlora import lora
 from jaxlora.data.batches import make_order
-from jaxlora.data.sources import Place, where
+from jaxlora.data.sources import Location, where
 from jaxlora.data.tokenized import SPLITS, Examples, list_blank, load_examples
 from jaxlora.formats import families, huggingface
 from jaxlora.formats.huggingface import Pretrained
@@ -27,7 +27,7 @@ Data = dict[str, dict[str, Examples]]  # task → split → examples
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunSummary:
     """What a run will do, for the eyes of its user.
 
     Attributes:
@@ -50,7 +50,7 @@ class Plan:
     truncated: dict[str, int]
     unlabelled: dict[str, int]
     notes: dict[str, list[str]]
-    storage: parameter_count.Storage
+    storage: parameter_count.ParameterCount
     steps: dict[str, int]
     device: str
 
@@ -101,7 +101,7 @@ def load_data(settings: Settings, base: Pretrained) -> Data:
       UserError: for bad data, naming the file and the line.
     """
 
-    def load(name: str, source: str, place: Place) -> dict[str, Examples]:
+    def load(name: str, source: str, place: Location) -> dict[str, Examples]:
         return load_examples(
             settings.named[name], source, place, base.tokenizer, base.fingerprint.tokenizer or "",
             settings.max_length, cache.cache_dir(),
@@ -168,7 +168,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def count(settings: Settings, base: Pretrained) -> parameter_count.Storage:
+def count(settings: Settings, base: Pretrained) -> parameter_count.ParameterCount:
     """The run's numbers of parameters."""
     return parameter_count.count(
         base.config, settings.adapt, settings.groups, settings.named.values(), settings.lora,
@@ -176,13 +176,16 @@ def count(settings: Settings, base: Pretrained) -> parameter_count.Storage:
     )  # fmt: skip
 
 
-def make_plan(settings: Settings, out: Path, base: Pretrained, data: Data, mesh: Mesh) -> Plan:
+def summarize_run(
+    settings: Settings, out: Path, base: Pretrained, data: Data, mesh: Mesh
+) -> RunSummary:
     """Say what the run will do."""
     shape = base.config
-    return Plan(
+    return RunSummary(
         settings=settings,
         out=out,
-        base=f"{base.name}: {families.of(shape).model}, {shape.num_hidden_layers} layers, {shape.hidden_size} wide, "
+        base=f"{base.name}: {families.of(shape).model}, {shape.num_hidden_layers} layers, "
+        f"{shape.hidden_size} wide, "
         f"{shape.num_attention_heads} heads, sha256 {base.fingerprint.weights[:12]}…{base.without}",
         examples={task: {k: len(v) for k, v in splits.items()} for task, splits in data.items()},
         truncated={t: sum(e.truncated for e in splits.values()) for t, splits in data.items()},

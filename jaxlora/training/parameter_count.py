@@ -14,7 +14,7 @@ from jaxlora.tasks.task import Task
 from jaxlora.utils import trees
 
 
-class Storage(NamedTuple):
+class ParameterCount(NamedTuple):
     """Numbers of parameters.
 
     Attributes:
@@ -39,7 +39,7 @@ def count(
     tasks: Iterable[Task],
     adapter: lora.LoraConfig,
     pair_features: str = "concat",
-) -> Storage:
+) -> ParameterCount:
     """Count by shapes alone; nothing is allocated.
 
     >>> from jaxlora.nn.bert import BertConfig
@@ -64,4 +64,4 @@ def count(
     )
     encoder = one_tree * len(groups)
     incremental = encoder + heads
-    return Storage(base, encoder, heads, incremental, incremental + (adapt != "full") * base)
+    return ParameterCount(base, encoder, heads, incremental, incremental + (adapt != "full") * base)

@@ -21,23 +21,28 @@ from jaxlora.formats.huggingface import Pretrained
 from jaxlora.serving import finished_run, inference, tree_files
 from jaxlora.tasks.sharing import group_name
 from jaxlora.tasks.task import Task
-from jaxlora.training import checkpoint, parameter_count, run_folder, sharding, step
-from jaxlora.training import inputs as prepare
+from jaxlora.training import checkpoint, inputs, parameter_count, run_folder, sharding, step
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data
-from jaxlora.training.task_group import Group, evaluate_group, make_group, outputs, untrained_scores
+from jaxlora.training.task_group import (
+    TaskGroup,
+    evaluate_group,
+    make_task_group,
+    outputs,
+    untrained_scores,
+)
 from jaxlora.utils import distributed, files, process, trees
 from jaxlora.utils.errors import Stopped, UserError
 from jaxlora.utils.trees import Tree
 
 LOG_EVERY = 10
-MOST_BAD = 10  # steps in a row that are not finite: more data will not mend that
+MOST_NONFINITE = 10  # steps in a row that are not finite: more data will not mend that
 
 
-class Listener(Protocol):
+class Callback(Protocol):
     """Someone who watches a run (the console does)."""
 
-    def plan(self, plan: prepare.Plan) -> None:
+    def summary(self, summary: inputs.RunSummary) -> None:
         """Before anything is trained."""
 
     def group(self, name: str, start: int, steps: int) -> None:
@@ -60,7 +65,7 @@ class Progress:
       best_step, best_score, best_scores: the best evaluation.
       best_seconds: time spent training until then.
       stale: evaluations since then.
-      untrained: dev scores that need no training (see `evaluate.untrained`).
+      untrained: dev scores that need no training (see `inference.untrained`).
       skipped: steps left out since a loss was not finite.
       unlogged: those of them that no record counts yet.
       bad: those of them since the last step that was taken.
@@ -76,8 +81,8 @@ class Progress:
     stale: int = 0
     untrained: dict[str, float] = dataclasses.field(default_factory=dict)
     skipped: int = 0
-    unlogged: int = 0
-    bad: int = 0
+    nonfinite_since_log: int = 0
+    nonfinite_in_a_row: int = 0
     done: bool = False
 
     def note(self, score: float, scores: dict[str, float], patience: int) -> bool:
@@ -94,7 +99,7 @@ class Progress:
 def run(
     settings: Settings,
     out: Path,
-    listener: Listener,
+    callback: Callback,
     *,
     resume: bool = False,
     predict_test: bool = True,
@@ -105,19 +110,19 @@ def run(
 ) -> dict[str, Any]:
     """Train all groups of a run, keep each one's best, and write everything to `out`.
 
-    One of many processes calls this inside `cluster.together`, so that no other waits for it if it
-    fails.
+    One of many processes calls this inside `distributed.together`, so that no other process waits
+    for it if it fails.
 
     Args:
-      settings: from `settings.resolve`.
+      settings: from `config.resolve`.
       out: folder of the run.
-      listener: is told what happens.
+      callback: is told what happens.
       resume: go on with the run in `out`, if there is one.
       predict_test: write predictions for the test sets, too.
-      mesh: the devices, see `mesh.make_mesh`; any will do to go on with a run.
+      mesh: the devices, see `sharding.make_mesh`; any will do to go on with a run.
       skip_nonfinite: leave steps out whose loss is not finite, instead of ending the run, unless
-        there are `MOST_BAD` in a row.
-      base_sha256: what the base's weights must have, see `pretrained.load`.
+        there are `MOST_NONFINITE` in a row.
+      base_sha256: what the base's weights must have, see `huggingface.load`.
       strict: refuse data with blank texts, instead of leaving those rows out.
 
     Returns:
@@ -130,35 +135,35 @@ def run(
     devices = sharding.make_mesh(mesh)
     out = files.local(out)
     checkpoint.check_place(out)
-    settings = prepare.name_targets(settings)
+    settings = inputs.name_targets(settings)
     run_folder.check(out, settings.to_json(), resume)
     base = huggingface.load(settings.base, base_sha256)
-    prepare.check_base(settings, base)
+    inputs.check_base(settings, base)
     with distributed.first_before_others("data"):
-        data = prepare.load_data(settings, base)
+        data = inputs.load_data(settings, base)
         if strict:
-            prepare.refuse_blank(settings, data)
-    inputs = prepare.fingerprints(base, data, settings.seed)
-    run_folder.check_same_inputs(out, inputs)
-    listener.plan(prepare.make_plan(settings, out, base, data, devices))
+            inputs.refuse_blank(settings, data)
+    checksums = inputs.fingerprints(base, data, settings.seed)
+    run_folder.check_same_inputs(out, checksums)
+    callback.summary(inputs.summarize_run(settings, out, base, data, devices))
     with run_folder.only_run(out):
         run_folder.check(out, settings.to_json(), resume)  # another may have come in between
         distributed.wait("nothing is written before all have looked")
         if not (out / finished_run.RESULT).exists():
-            versions = prepare.versions()
-            config = {"settings": settings.to_json(), "inputs": inputs, "versions": versions}
+            versions = inputs.versions()
+            config = {"settings": settings.to_json(), "inputs": checksums, "versions": versions}
             if not finished_run.exists(out):
                 run_folder.write_json(out / finished_run.CONFIG, config)
             splits = ("dev", "test") if predict_test else ("dev",)
-            job = Job(settings, base, data, out, splits, devices, skip_nonfinite)
-            run_folder.write_json(out / finished_run.RESULT, _train_all(job, listener))
+            context = RunContext(settings, base, data, out, splits, devices, skip_nonfinite)
+            run_folder.write_json(out / finished_run.RESULT, _train_all(context, callback))
             distributed.wait("the result is written")
         checkpoint.remove_states(out / run_folder.STATES)
         return run_folder.read_json(out / finished_run.RESULT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Job:
+class RunContext:
     """What a run works on, where and how: `splits` are those to predict."""
 
     settings: Settings
@@ -170,45 +175,45 @@ class Job:
     skip_nonfinite: bool
 
 
-def _train_all(job: Job, listener: Listener) -> dict[str, Any]:
+def _train_all(context: RunContext, callback: Callback) -> dict[str, Any]:
     """Train the groups, with their checkpoints and the log open as long as it takes."""
     with contextlib.ExitStack() as stack:
         saved = {}
-        for name in map(group_name, job.settings.groups):
-            states = checkpoint.GroupCheckpoints(job.out / run_folder.STATES / name)
+        for name in map(group_name, context.settings.groups):
+            states = checkpoint.GroupCheckpoints(context.out / run_folder.STATES / name)
             saved[name] = stack.enter_context(contextlib.closing(states))
             for path in states.dropped:
-                listener.note(
+                callback.note(
                     f"{path} was damaged, or not written to its end, and is left out; "
                     f"{name} goes on from step {states.latest_step()}"
                 )
         steps = {name: states.latest_step() for name, states in saved.items()}
-        log = stack.enter_context(contextlib.closing(run_folder.MetricsLog(job.out, steps)))
-        return _train_groups(job, saved, log, listener)
+        log = stack.enter_context(contextlib.closing(run_folder.MetricsLog(context.out, steps)))
+        return _train_groups(context, saved, log, callback)
 
 
 def _train_groups(
-    job: Job,
+    context: RunContext,
     saved: dict[str, checkpoint.GroupCheckpoints],
     log: run_folder.MetricsLog,
-    listener: Listener,
+    callback: Callback,
 ) -> dict[str, Any]:
-    settings = job.settings
+    settings = context.settings
     bank: dict[str, Any] = {"adapters": {}, "heads": {}}
     progress: dict[str, dict[str, Any]] = {}
     test: dict[str, float] = {}
     for names in settings.groups:
         name = group_name(names)
-        best, progress[name], scores = _train_one(job, names, saved[name], log, listener)
+        best, progress[name], scores = _train_one(context, names, saved[name], log, callback)
         bank["adapters"][name] = best["trainable"]
         bank["heads"] |= best["heads"]
         test |= scores
-    tree_files.save(job.out / finished_run.MODEL, bank)
-    result = summarise(settings, prepare.count(settings, job.base), progress, test)
+    tree_files.save(context.out / finished_run.MODEL, bank)
+    result = summarise(settings, inputs.count(settings, context.base), progress, test)
     return result | {"model": trees.checksum(bank)}
 
 
-def _refuse_unscored(group: Group, done: Progress) -> None:
+def _refuse_unscored(group: TaskGroup, done: Progress) -> None:
     """Raise UserError where no evaluation had a score, since there is no best then."""
     if not done.best_scores:
         raise UserError(
@@ -218,11 +223,11 @@ def _refuse_unscored(group: Group, done: Progress) -> None:
 
 
 def _train_one(
-    job: Job,
+    context: RunContext,
     names: tuple[str, ...],
     saved: checkpoint.GroupCheckpoints,
     log: run_folder.MetricsLog,
-    listener: Listener,
+    callback: Callback,
 ) -> tuple[dict[str, Tree], dict[str, Any], dict[str, float]]:
     """Train a group and write its predictions; nothing of it stays on the devices.
 
@@ -231,20 +236,20 @@ def _train_one(
     Returns:
       The best `{"trainable", "heads"}` as NumPy arrays, the progress, the test scores.
     """
-    group = make_group(job.settings, job.base, job.data, names, job.mesh)
-    patience = job.settings.of_group(names).patience
-    window = Window(group, job.skip_nonfinite)
-    best, done = train_group(group, saved, log, listener, window, patience)
+    group = make_task_group(context.settings, context.base, context.data, names, context.mesh)
+    patience = context.settings.of_group(names).patience
+    window = Window(group, context.skip_nonfinite)
+    best, done = train_group(group, saved, log, callback, window, patience)
     _refuse_unscored(group, done)
-    test = predict_splits(job.out, group, best, job.splits)
-    return distributed.host_tree(best), dataclasses.asdict(done), test
+    test = predict_splits(context.out, group, best, context.splits)
+    return distributed.gather(best), dataclasses.asdict(done), test
 
 
 def train_group(
-    group: Group,
+    group: TaskGroup,
     saved: checkpoint.GroupCheckpoints,
     log: run_folder.MetricsLog,
-    listener: Listener,
+    callback: Callback,
     window: Window,
     patience: int = 0,
 ) -> tuple[dict[str, Tree], Progress]:
@@ -260,10 +265,10 @@ def train_group(
       UserError: for a loss that is not finite; no state that it has touched is kept.
       Stopped: after a signal; the state has been saved.
     """
-    tell = functools.partial(_tell, log, listener)
+    tell = functools.partial(_tell, log, callback)
     with process.stop_signals() as stopped:
         state, best, progress = _restore(group, saved)
-        listener.group(group.name, progress.step, group.steps)
+        callback.group(group.name, progress.step, group.steps)
         if progress.done:
             return best, progress
         progress.untrained = progress.untrained or untrained_scores(group, state.trainable)
@@ -296,14 +301,14 @@ def train_group(
     return best, progress
 
 
-def _tell(log: run_folder.MetricsLog, listener: Listener, record: dict[str, Any] | None) -> None:
+def _tell(log: run_folder.MetricsLog, callback: Callback, record: dict[str, Any] | None) -> None:
     """Log a record, if there is one, and let the listener have it."""
     if record is not None:
         log.write(record)
-        listener.record(record)
+        callback.record(record)
 
 
-def _stopped(signal: int, group: Group, progress: Progress) -> Stopped:
+def _stopped(signal: int, group: TaskGroup, progress: Progress) -> Stopped:
     where = f"{group.name} at step {progress.step} of {group.steps}"
     return Stopped(signal, f"{where}, saved; go on with the same flags and --resume", saved=True)
 
@@ -314,7 +319,7 @@ def _copy_of(state: step.TrainState) -> dict[str, Tree]:
 
 
 def _restore(
-    group: Group, saved: checkpoint.GroupCheckpoints
+    group: TaskGroup, saved: checkpoint.GroupCheckpoints
 ) -> tuple[step.TrainState, dict[str, Tree], Progress]:
     """The latest state, best and progress, or those of the start.
 
@@ -337,10 +342,10 @@ class Window:
 
     Args:
       group: whose steps.
-      skip_nonfinite: count steps that are not finite, and refuse `MOST_BAD` in a row only.
+      skip_nonfinite: count steps that are not finite, and refuse `MOST_NONFINITE` in a row only.
     """
 
-    def __init__(self, group: Group, skip_nonfinite: bool = False) -> None:
+    def __init__(self, group: TaskGroup, skip_nonfinite: bool = False) -> None:
         self._group = group
         self._skip = skip_nonfinite
         self._metrics: list[step.StepMetrics] = []
@@ -390,39 +395,39 @@ class Window:
             "cosine": _pairs(names, mean.cosines),
             "steps_per_second": len(metrics) / seconds,
         }
-        if progress.unlogged:
-            record["skipped"], progress.unlogged = progress.unlogged, 0
+        if progress.nonfinite_since_log:
+            record["skipped"], progress.nonfinite_since_log = progress.nonfinite_since_log, 0
         return record
 
     def _count(self, metrics: list[step.StepMetrics], progress: Progress) -> None:
         """Count the steps that were left out, or refuse them."""
         for number, one in enumerate(metrics, progress.step - len(metrics)):
             if one.finite:
-                progress.bad = 0
+                progress.nonfinite_in_a_row = 0
                 continue
-            progress.bad += 1
-            if not self._skip or progress.bad >= MOST_BAD:
+            progress.nonfinite_in_a_row += 1
+            if not self._skip or progress.nonfinite_in_a_row >= MOST_NONFINITE:
                 self._refuse(number, one)
             progress.skipped += 1
-            progress.unlogged += 1
+            progress.nonfinite_since_log += 1
 
     def _refuse(self, number: int, metrics: step.StepMetrics) -> NoReturn:
         """Say which step (from 0), which task and which examples."""
         batches = self._group.batches
         named = zip(batches.examples.items(), batches.order.at(number), metrics.losses, strict=True)
-        bad = [
+        failed = [
             f"the loss of {name} is {loss} (examples {', '.join(examples.ids[drawn[:3]])}, …)"
             for (name, examples), drawn, loss in named
             if not np.isfinite(loss)
         ]
         remedy = "lower --learning-rate or --head-learning-rate in another --out"
         if self._skip:
-            remedy = f"nor was any of the {MOST_BAD - 1} steps before; {remedy}"
+            remedy = f"nor was any of the {MOST_NONFINITE - 1} steps before; {remedy}"
         else:
             remedy += ", or leave such steps out with --resume --skip-nonfinite"
         raise UserError(
-            f"step {number + 1} of {self._group.name}: {' and '.join(bad) or 'the update'} is not "
-            f"finite; {remedy}"
+            f"step {number + 1} of {self._group.name}: {' and '.join(failed) or 'the update'} "
+            f"is not finite; {remedy}"
         )
 
 
@@ -436,7 +441,7 @@ def _pairs(names: list[str], matrix: np.ndarray) -> dict[str, float]:
 
 
 def predict_splits(
-    out: Path, group: Group, best: dict[str, Tree], splits: tuple[str, ...]
+    out: Path, group: TaskGroup, best: dict[str, Tree], splits: tuple[str, ...]
 ) -> dict[str, float]:
     """Write predictions of a group's tasks; returns the scores of the test sets with labels."""
     scores = {}
@@ -482,7 +487,7 @@ def _compared(task: Task, examples: Examples, found: np.ndarray) -> dict[str, li
 
 def summarise(
     settings: Settings,
-    stored: parameter_count.Storage,
+    stored: parameter_count.ParameterCount,
     progress: dict[str, dict[str, Any]],
     test: dict[str, float],
 ) -> dict[str, Any]:
@@ -492,7 +497,7 @@ def summarise(
     for group in progress.values():
         dev |= group.pop("best_scores")
         untrained |= group.pop("untrained")
-        del group["unlogged"], group["bad"]
+        del group["nonfinite_since_log"], group["nonfinite_in_a_row"]
         group["steps_per_second"] = group["step"] / group["seconds"]
     return {
         "variant": settings.variant,

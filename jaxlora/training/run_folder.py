@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -24,7 +23,7 @@ METRICS, STATES = "metrics.jsonl", "states"
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON into the run's folder; of many processes the first does."""
-    if distributed.first():
+    if distributed.is_primary():
         files.write_json(path, value)
 
 
@@ -140,10 +139,10 @@ def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
 def write_table(path: Path, columns: Mapping[str, Iterable[str]]) -> None:
     """Write a CSV with a header into the run's folder; of many processes the first does."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = files.csv_writer(text)
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
-    if distributed.first():
+    if distributed.is_primary():
         files.write_text(path, text.getvalue())
 
 
@@ -154,7 +153,7 @@ def only_run(out: Path) -> Iterator[None]:
     Raises:
       UserError: if one does.
     """
-    if not distributed.first():
+    if not distributed.is_primary():
         yield
         return
     files.make(out)
@@ -175,7 +174,7 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        if not distributed.first():  # so that the first one alone writes
+        if not distributed.is_primary():  # so that the first one alone writes
             self._scratch = tempfile.TemporaryDirectory()
             out = Path(self._scratch.name)
         self.records = [r for r in read_records(out) if r["step"] <= keep.get(r["group"], 0)]

@@ -74,7 +74,7 @@ def _parse(text: str) -> dict[str, int]:
     return sizes
 
 
-def whole(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """On every device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -98,7 +98,7 @@ def split(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """Where a leaf of an encoder's tree lives."""
     axis = split_axis(shape, mesh.shape["fsdp"])
     if axis is None:
-        return whole(mesh)
+        return replicated(mesh)
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
 
 
@@ -109,7 +109,7 @@ def of_tree(mesh: Mesh, tree: Tree) -> Tree:
 
 def of_state(mesh: Mesh, state: TrainState) -> TrainState:
     """Where a train state lives."""
-    shardings: TrainState = jax.tree.map(lambda _: whole(mesh), state)
+    shardings: TrainState = jax.tree.map(lambda _: replicated(mesh), state)
     return shardings.replace(  # type: ignore[attr-defined]
         trainable=of_tree(mesh, state.trainable), opt_state=of_tree(mesh, state.opt_state)
     )
@@ -118,16 +118,20 @@ def of_state(mesh: Mesh, state: TrainState) -> TrainState:
 def of_rows(mesh: Mesh, rows: PackedTokens) -> PackedTokens:
     """Where packed rows live; too few for all devices are whole everywhere."""
     *lead, count, _ = rows.tokens.shape
-    part = whole(mesh)
+    part = replicated(mesh)
     if count % mesh.size == 0:
         part = NamedSharding(mesh, PartitionSpec(*(None,) * len(lead), AXES))
-    return PackedTokens(part, part, part, whole(mesh))
+    return PackedTokens(part, part, part, replicated(mesh))
 
 
 def of_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Where a batch lives."""
     mixed = isinstance(batch.inputs, PackedTokens)
-    return Batch(of_rows(mesh, batch.inputs) if mixed else whole(mesh), whole(mesh), whole(mesh))
+    return Batch(
+        of_rows(mesh, batch.inputs) if mixed else replicated(mesh),
+        replicated(mesh),
+        replicated(mesh),
+    )
 
 
 def shapes_at(shapes: Tree, shardings: Tree) -> Tree:

@@ -25,19 +25,19 @@ from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data, make_steps
 from jaxlora.utils.trees import Tree
 
-# Compiled train programs in a run, or one for each group if there are more (see `batches.plan` for
-# what a long run has besides).
+# Compiled train programs in a run, or one for each group if there are more (a long run may have
+# one more, see `batches.choose_batch_shapes`).
 MOST_PROGRAMS = 3
 
 Vectors = Callable[[Tree, str, str], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Group:
+class TaskGroup:
     """One group of tasks, ready to train.
 
     Attributes:
-      name: see `variants.group_name`.
+      name: see `sharing.group_name`.
       setup: its tasks and optimizers.
       frozen: the frozen collections.
       start: makes its first state, from the base's parameters.
@@ -79,7 +79,7 @@ class Group:
     def train_step(self) -> Callable[..., tuple[step.TrainState, step.StepMetrics]]:
         """Its compiled step, see `step.make_train_step`."""
         state = jax.tree.map(lambda x: x.sharding, self.state_shapes)
-        shardings = (state, sharding.whole(self.mesh))
+        shardings = (state, sharding.replicated(self.mesh))
         return step.make_train_step(self.setup, shardings)
 
     def place(self, batch: Batch) -> Batch:
@@ -91,9 +91,9 @@ class Group:
         return data_batches.prefetch(self.batches, start, self.steps, self.place)
 
 
-def make_group(
+def make_task_group(
     settings: Settings, base: Pretrained, data: Data, names: tuple[str, ...], mesh: Mesh
-) -> Group:
+) -> TaskGroup:
     """Assemble a group: its parameters, its order, its packing and its optimizers."""
     dtype = jnp.dtype(settings.dtype)
     settings = settings.of_group(names)
@@ -118,7 +118,7 @@ def make_group(
         batches = data_batches.VectorBatches(train, order, ready)
     else:
         most, mixed = max(1, MOST_PROGRAMS // len(settings.groups)), settings.adapt == "lora"
-        batches = data_batches.plan(
+        batches = data_batches.choose_batch_shapes(
             train, order, steps, settings.max_length, most, mixed, mesh.size
         )
     rate = functools.partial(
@@ -148,7 +148,7 @@ def make_group(
         return step.init_state(setup, trainable, state_key)
 
     eval_every = settings.eval_every or -(-order.steps_per_epoch // 4)
-    return Group(
+    return TaskGroup(
         name, setup, frozen, start, base.params, batches, steps, eval_every, vectors, mine, mesh
     )
 
@@ -160,7 +160,7 @@ def named_key(seed: int, name: str) -> jax.Array:
 
 def live_vectors(encode: Encode, frozen: Tree, data: Data, max_length: int, mesh: Mesh) -> Vectors:
     """Encode a split anew at each call."""
-    compiled = make_encode(encode, sharding.whole(mesh))
+    compiled = make_encode(encode, sharding.replicated(mesh))
 
     def encode_rows(frozen: Tree, trainable: Tree, rows: PackedTokens) -> jax.Array:
         return compiled(frozen, trainable, sharding.put(rows, sharding.of_rows(mesh, rows)))
@@ -177,7 +177,7 @@ def cached_vectors(live: Vectors) -> Vectors:
     return lambda trainable, task, split: table(task, split)
 
 
-def evaluate_group(group: Group, state: step.TrainState) -> dict[str, Any]:
+def evaluate_group(group: TaskGroup, state: step.TrainState) -> dict[str, Any]:
     """The dev record of a group: each task's metric, and their mean as the score."""
     scores = {}
     for task in group.setup.tasks:
@@ -194,16 +194,16 @@ def evaluate_group(group: Group, state: step.TrainState) -> dict[str, Any]:
 
 
 def outputs(
-    group: Group, task: Task, trainable: Tree, heads: dict[str, Tree], split: str
+    group: TaskGroup, task: Task, trainable: Tree, heads: dict[str, Tree], split: str
 ) -> np.ndarray:
-    """What a task's head says of one split, see `evaluate.outputs`."""
+    """What a task's head says of one split, see `inference.outputs`."""
     vectors = group.vectors(trainable, task.name, split)
     return inference.outputs(
         task, heads[task.name], vectors, task.sentences, group.setup.pair_features
     )
 
 
-def untrained_scores(group: Group, trainable: Tree) -> dict[str, float]:
+def untrained_scores(group: TaskGroup, trainable: Tree) -> dict[str, float]:
     """Dev scores that need no training, from the group's first tree (the base's own vectors)."""
     return {
         task.name: inference.untrained(

@@ -74,7 +74,7 @@ def _count(name: str, default: int = 1) -> int:
     return int(value) if value.isdecimal() else default
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this is the process that writes."""
     return jax.process_index() == 0
 
@@ -166,19 +166,19 @@ def _end_others(error: BaseException, watcher: threading.Thread) -> None:
 @contextlib.contextmanager
 def first_before_others(name: str) -> Iterator[None]:
     """The first process does this alone, then the others do (they find what it has prepared)."""
-    if not first():
+    if not is_primary():
         wait(name)
     yield
-    if first():
+    if is_primary():
         wait(name)
 
 
-def host_tree(tree: Tree) -> Tree:
+def gather(tree: Tree) -> Tree:
     """Whole NumPy arrays of a tree whose parts may lie with other processes."""
-    return jax.tree.map(_whole, tree)
+    return jax.tree.map(_gather, tree)
 
 
-def _whole(x: jax.Array | np.ndarray) -> np.ndarray:
+def _gather(x: jax.Array | np.ndarray) -> np.ndarray:
     # What this process has already would come back once for each process.
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import csv
 import functools
 import itertools
 import json
@@ -234,6 +235,31 @@ def write_text(path: Path, text: str) -> None:
     """Write a file, complete or not at all, see `replacing`."""
     with replacing(path, "w") as file:
         file.write(text)
+
+
+class _UnixLines:
+    """A text file that is given rows ending in CR LF, and ends them in LF."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, row: str) -> int:
+        return self._file.write(row.removesuffix("\r\n") + "\n")
+
+
+def csv_writer(file: IO[str]) -> Any:
+    r"""Make a `csv.writer` whose rows end in LF and whose fields may hold any line break.
+
+    The module quotes a carriage return only where it ends rows, too; readers would take one that is
+    not quoted for the end of a row.
+
+    >>> import io
+    >>> text = io.StringIO()
+    >>> _ = csv_writer(text).writerow(["a", "b\rc"])
+    >>> text.getvalue()
+    'a,"b\rc"\n'
+    """
+    return csv.writer(_UnixLines(file), lineterminator="\r\n")
 
 
 def write_json(path: Path, value: Any) -> None:

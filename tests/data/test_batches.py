@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlora.data import batches
-from jaxlora.data.batches import Batch, PackedBatches, VectorBatches, make_order, plan, prefetch
+from jaxlora.data.batches import (
+    Batch,
+    PackedBatches,
+    VectorBatches,
+    choose_batch_shapes,
+    make_order,
+    prefetch,
+)
 from jaxlora.data.packing import choose_shapes, fitting, place, row_lengths
 from jaxlora.data.tokenized import Examples
 from jaxlora.nn.encode import PackedTokens
@@ -33,7 +40,7 @@ def make_examples(name, count, longest=20):
 def packed(request):
     examples = {name: make_examples(name, count) for name, count in SIZES.items()}
     order = make_order(SIZES, 4, seed=0)
-    return plan(examples, order, steps=9, max_length=32, most=2, mixed=request.param)
+    return choose_batch_shapes(examples, order, steps=9, max_length=32, most=2, mixed=request.param)
 
 
 def view(rows, task):
@@ -133,7 +140,7 @@ def test_vectors_take_the_slots_that_sentences_take(packed):
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_plan_keeps_to_its_number_of_shapes(packed, most):
-    planned = plan(packed.examples, packed.order, 9, 128, most, packed.mixed)
+    planned = choose_batch_shapes(packed.examples, packed.order, 9, 128, most, packed.mixed)
     assert 1 <= len(planned.shapes) <= most
     assert {planned[k].inputs.tokens.shape[-2:] for k in range(9)} <= set(planned.shapes)
 
@@ -182,8 +189,8 @@ def test_of_a_long_run_few_batches_are_looked_at_and_every_one_fits(
     order = make_order({name: len(e) for name, e in examples.items()}, batch_size, seed=0)
     steps = 2 * order.steps_per_epoch
     with mock.patch.object(batches, "LOOKED_AT", looked_at):
-        planned = plan(examples, order, steps, 32, most, mixed, multiple)
-        again = plan(examples, order, steps, 32, most, mixed, multiple)
+        planned = choose_batch_shapes(examples, order, steps, 32, most, mixed, multiple)
+        again = choose_batch_shapes(examples, order, steps, 32, most, mixed, multiple)
     assert planned.shapes == again.shapes
     seen = {planned[k].inputs.tokens.shape[-2:] for k in range(steps)}  # raises if one does not fit
     assert seen <= set(planned.shapes)
@@ -209,7 +216,7 @@ def test_the_paper_preset_is_planned_in_seconds(monkeypatch, most):
         batches.Order, "at", lambda self, step: looked_at.append(step) or at(self, step)
     )
     began = time.monotonic()
-    planned = plan(examples, order, 454_820, 128, most, mixed=most == 3)
+    planned = choose_batch_shapes(examples, order, 454_820, 128, most, mixed=most == 3)
     assert time.monotonic() - began < 60
     assert len(looked_at) <= batches.LOOKED_AT
     assert max(looked_at) == 454_819 and min(looked_at) == 0

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from jaxlora.data import cs224n, demo, official, sources
 from jaxlora.data.builders import BUILDERS, SourceConfig, load
-from jaxlora.data.raw_examples import Row
+from jaxlora.data.raw_examples import TextExample
 from jaxlora.data.sources import fingerprint, load_rows
 from jaxlora.tasks.task import paper_tasks
 from jaxlora.utils.errors import UserError
@@ -68,9 +68,12 @@ def refusal(task, path):
 
 def test_reads_columns_by_name_and_strips_sentences(folder):
     rows = cs224n.read(SST, folder / "ids-sst-train.csv")
-    assert rows == [Row("a", "Good .", "", 3.0, 2), Row("b", "Bad .", "", 0.0, 3)]
+    assert rows == [TextExample("a", "Good .", "", 3.0, 2), TextExample("b", "Bad .", "", 0.0, 3)]
     rows = cs224n.read(STS, folder / "sts-dev.csv")
-    assert rows == [Row("deva", "One café ?", "Two ?", 4.6, 2), Row("b", 'A "b" c', "Two", 0.0, 3)]
+    assert rows == [
+        TextExample("deva", "One café ?", "Two ?", 4.6, 2),
+        TextExample("b", 'A "b" c', "Two", 0.0, 3),
+    ]
 
 
 def test_test_files_have_no_labels(folder):
@@ -200,7 +203,7 @@ def test_keys_differ_between_sources_tasks_and_contents(folder):
 
 
 def test_an_interrupted_prepare_leaves_no_half_dataset(tmp_path):
-    rows = [Row(str(n), f"sentence {n}", "", 1.0) for n in range(50)]
+    rows = [TextExample(str(n), f"sentence {n}", "", 1.0) for n in range(50)]
 
     class Interrupted(list):
         def __iter__(self):
@@ -216,7 +219,7 @@ def test_an_interrupted_prepare_leaves_no_half_dataset(tmp_path):
 
 
 def test_two_processes_may_prepare_at_once(tmp_path):
-    rows = [Row("a", "sentence", "", 1.0)]
+    rows = [TextExample("a", "sentence", "", 1.0)]
 
     def read(_):
         # The other process is done before this one has written its own.
@@ -286,8 +289,8 @@ def test_official_sst_is_read_from_trees(internet, tmp_path):
     splits, name = load_rows(SST, "official", None, tmp_path)
     assert name.startswith("official-")
     assert splits["dev"] == [
-        Row("dev-1", "It 's good/great ( really", "", 3.0),
-        Row("dev-2", "So bad", "", 0.0),
+        TextExample("dev-1", "It 's good/great ( really", "", 3.0),
+        TextExample("dev-2", "So bad", "", 0.0),
     ]
     assert internet == [official.TREEBANK]
     load_rows(SST, "official", None, tmp_path)
@@ -307,18 +310,18 @@ def test_official_sst_keeps_words_with_other_white_space(tmp_path, monkeypatch):
 def test_official_quora_is_read_from_glue(internet, tmp_path):
     splits, _ = load_rows(PARA, "official", None, tmp_path)
     assert splits["train"] == [
-        Row("train-0", "Why ?", "How ?", 0.0),
-        Row("train-1", "Who ?", "", 1.0),  # left out, and counted, where it is tokenised
-        Row("train-2", "When ?", "At what time ?", 1.0),
+        TextExample("train-0", "Why ?", "How ?", 0.0),
+        TextExample("train-1", "Who ?", "", 1.0),  # left out, and counted, where it is tokenised
+        TextExample("train-2", "When ?", "At what time ?", 1.0),
     ]
-    assert splits["dev"] == [Row("dev-0", "A ?", "B ?", 1.0)]
+    assert splits["dev"] == [TextExample("dev-0", "A ?", "B ?", 1.0)]
     assert splits["test"][0].sentence2 == "D ?"
     assert math.isnan(splits["test"][0].label)
 
 
 def test_official_sts_is_read_from_glue(internet, tmp_path):
     splits, _ = load_rows(STS, "official", None, tmp_path)
-    assert splits["train"] == [Row("train-0", "A plane .", "A jet .", 4.5)]
+    assert splits["train"] == [TextExample("train-0", "A plane .", "A jet .", 4.5)]
     assert splits["dev"][0].label == 0.0
     assert math.isnan(splits["test"][0].label)
 

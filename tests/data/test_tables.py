@@ -301,9 +301,9 @@ def test_a_run_leaves_them_out_and_strict_refuses(tmp_path, tiny_base):
     )
     with pytest.raises(UserError, match=r"x\.csv: 7 rows with a blank text \(lines 2, 4"):
         train.run(settings, tmp_path / "run", Silent(), strict=True)
-    listener = Silent()
-    train.run(settings, tmp_path / "run", listener)
-    (plan,) = listener.plans
+    callback = Silent()
+    train.run(settings, tmp_path / "run", callback)
+    (plan,) = callback.summaries
     assert plan.examples["topic"] == {"train": 7, "dev": 7, "test": 7}
     assert plan.notes["topic"][0].startswith("train: 7 rows with a blank text (lines 2, 4")
     with (tmp_path / "run" / "predictions" / "topic-test.csv").open() as file:
@@ -331,6 +331,15 @@ def answers(echo, source, task=None, **more):
         rows = list(csv.DictReader(file))
     assert len(rows) == count
     return rows, told
+
+
+def test_an_id_may_hold_any_line_break(echo, tmp_path):
+    path = tmp_path / "in.csv"
+    ids = ["a\rb", "a\nb", "a\r\nb", "\r"]
+    path.write_bytes(b"id,sentence\n" + b"".join(f'"{i}",a film\n'.encode() for i in ids))
+    answers(echo, path, "sst")
+    with path.with_name("answers.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == ids
 
 
 def test_each_request_has_an_answer_whatever_its_quotes(echo, tmp_path):

@@ -9,7 +9,7 @@ from tiny import Silent
 
 import jaxlora
 from jaxlora.data import tables
-from jaxlora.data.task_files import Description, paper_descriptions, read_tasks
+from jaxlora.data.task_files import TaskSpec, paper_specs, read_tasks
 from jaxlora.tasks.task import Task
 from jaxlora.training import run as train
 from jaxlora.training.config import Flags, Settings, resolve
@@ -77,7 +77,7 @@ def test_a_file_is_read(folder):
 
 
 def test_the_papers_tasks_are_three_such_descriptions():
-    assert [d.task.kind for d in paper_descriptions("mse", 1.0)] == [
+    assert [d.task.kind for d in paper_specs("mse", 1.0)] == [
         "classification", "binary", "similarity",
     ]  # fmt: skip
 
@@ -193,7 +193,7 @@ def test_a_group_has_its_tasks_own_settings(folder):
     path = write(folder, TOPIC + PRICE)
     apart = resolve(Flags("lora1", tasks=(path,)))
     assert Settings.from_json(json.loads(json.dumps(apart.to_json()))) == apart
-    assert isinstance(apart.tasks[1], Description)
+    assert isinstance(apart.tasks[1], TaskSpec)
     assert apart.of_group(("price",)).epochs == 3
     assert apart.of_group(("topic",)).epochs == apart.epochs != 1
     assert apart.of_group(("price",)).learning_rate == 0.01
@@ -207,10 +207,10 @@ def test_a_run_trains_and_serves_them(folder, tiny_base, variant):
     flags = Flags(
         variant, tasks=(path,), base=str(tiny_base), batch_size=6, max_steps=5, max_length=32
     )
-    listener = Silent()
-    result = train.run(resolve(flags), folder / "run", listener)
-    assert listener.plans[0].unlabelled == {"topic": 2, "price": 0}
-    assert listener.plans[0].examples["topic"] == {"train": 48, "dev": 6, "test": 0}
+    callback = Silent()
+    result = train.run(resolve(flags), folder / "run", callback)
+    assert callback.summaries[0].unlabelled == {"topic": 2, "price": 0}
+    assert callback.summaries[0].examples["topic"] == {"train": 48, "dev": 6, "test": 0}
     assert result["metrics"] == {"topic": "topic accuracy", "price": "price Spearman ρ"}
     written = {p.name for p in (folder / "run" / "predictions").iterdir()}
     assert written == {"topic-dev.csv", "price-dev.csv", "price-test.csv"}

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from jaxlora.data import sources, tokenized
-from jaxlora.data.raw_examples import Row
+from jaxlora.data.raw_examples import TextExample
 from jaxlora.data.tokenized import load_examples, tokenize, truncating
 from jaxlora.tasks.task import PARA, SST
 
@@ -28,9 +28,12 @@ def tokenizer():
 
 
 ROWS = {
-    "train": [Row("x", "a b c", "d e", 1.0), Row("y", "good films", "bad film a b c d", 0.0)],
-    "dev": [Row("z", "a", "b", 1.0)],
-    "test": [Row("w", "a a", "b b b b b b b b", float("nan"))],
+    "train": [
+        TextExample("x", "a b c", "d e", 1.0),
+        TextExample("y", "good films", "bad film a b c d", 0.0),
+    ],
+    "dev": [TextExample("z", "a", "b", 1.0)],
+    "test": [TextExample("w", "a a", "b b b b b b b b", float("nan"))],
 }
 
 

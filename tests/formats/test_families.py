@@ -259,8 +259,8 @@ def set_config(folder, **fields):
 # Each changes what the model computes, or could; the message names the file and the field.
 REFUSED = {
     "roberta": {
-        "pad_token_id": [None, -1, 65, 1.5], "is_decoder": [True], "hidden_act": ["gelu_fast", None],
-        "position_embedding_type": ["relative_key"], "embedding_size": [16],
+        "pad_token_id": [None, -1, 65, 1.5], "is_decoder": [True],
+        "hidden_act": ["gelu_fast", None], "position_embedding_type": ["relative_key"], "embedding_size": [16],
         "num_attention_heads": [5],
     },
     "xlm-roberta": {"add_cross_attention": [True]},
@@ -354,7 +354,6 @@ def test_localised_names(family, saved):
         config = families.localise(LoraConfig(2, 2.0, tuple(names)), base.config)
         chosen = lora.targets(base.params, config)
         assert chosen and families.localise(config, base.config) == config
-    assert {p for p in chosen} == {p for p in lora.targets(base.params, config)}
     with pytest.raises(ValueError, match="unknown target module 'no_such'"):
         lora.targets(base.params, families.localise(LoraConfig(2, 2.0, ("no_such",)), base.config))
 
@@ -413,7 +412,7 @@ MORE = [
 
 @pytest.mark.parametrize(("family", "more"), [*((f, {}) for f in FAMILIES), *MORE], ids=str)
 def test_we_read_pefts_and_peft_reads_ours(family, more, saved, adapted, tmp_path):
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
     base = huggingface.load(str(saved(family)[0]))
     folder, model = adapted(family, **more)
     adapter, config = peft_files.load(folder, base.config)

@@ -183,8 +183,8 @@ def test_peft_folders_go_over_though_the_base_moved(three, base, tmp_path, capsy
     assert cli.main(into) == 2
     assert "--base" in capsys.readouterr().err
     assert cli.main([*into, f"--base={moved}"]) == 0
-    served = jaxlora.load(three, base=str(moved))
-    (first, second) = served([("sst", "ba be"), ("again", "ba be")])
+    predictor = jaxlora.load(three, base=str(moved))
+    (first, second) = predictor([("sst", "ba be"), ("again", "ba be")])
     assert first.probabilities == pytest.approx(second.probabilities, abs=1e-6)
 
 

@@ -1,6 +1,5 @@
 """Weights in: the conversion is total, and what cannot be honoured is refused by name."""
 
-import dataclasses
 import fnmatch
 import importlib.util
 import json
@@ -14,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlora.formats import families, huggingface
-from jaxlora.nn.bert import ACTIVATIONS, BertConfig, Encoder, param_shapes
+from jaxlora.nn.bert import ACTIVATIONS, Encoder, param_shapes
 from jaxlora.utils.errors import UserError
 
 WORD = "embeddings.word_embeddings.weight"

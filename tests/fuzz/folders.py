@@ -172,7 +172,7 @@ def adapter(folder: Path) -> None:
         assert math.isfinite(config.scale_of(path))
 
 
-def classifier(like: task_models.Trained) -> Callable[[Path], None]:
+def classifier(like: task_models.TaskModels) -> Callable[[Path], None]:
     """`exchange.load` of a folder that PEFT wrote."""
 
     def check(folder: Path) -> None:
@@ -195,9 +195,9 @@ def imported(folder: Path) -> None:
     _check_trained(found, ["similar"])
 
 
-def _check_trained(found: task_models.Trained, names: list[str]) -> None:
-    assert list(found.served) == names
-    for name, one in found.served.items():
+def _check_trained(found: task_models.TaskModels, names: list[str]) -> None:
+    assert list(found.models) == names
+    for name, one in found.models.items():
         assert NAME.fullmatch(name) and one.task.name == name and one.tree in found.trees
         assert one.task.outputs >= 0
         json.dumps(dict(one.facts))
@@ -215,7 +215,8 @@ def read_bank(value: tuple[bytes, bool], scratch: Path) -> None:
     found = manifest.read(scratch)
     for part, name in manifest.used(found):
         assert name and (scratch / part / name).resolve().parent == (scratch / part).resolve()
-    assert len(bank.verify(scratch)) == len(manifest.used(found))  # its trees are not there
+    # Its trees are not there; neither may be its base.
+    assert len(bank.verify(scratch)) - len(manifest.used(found)) in (0, 1)
     for name in found["tasks"]:
         bank.describe(scratch, name)
     for plain in found["adapters"].values():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jaxlora.data import packing
 from jaxlora.data.tables import Columns
-from jaxlora.data.task_files import NAME, Description, read_tasks
+from jaxlora.data.task_files import NAME, TaskSpec, read_tasks
 from jaxlora.tasks.sharing import parse_groups
 from jaxlora.tasks.task import NAMES
 from jaxlora.training import sharding
@@ -122,7 +122,7 @@ def make_mesh(value: tuple[str, int], scratch: Path) -> None:
     assert text == "auto" or re.fullmatch(r"\s*(data|fsdp)=\d+\s*(,\s*(data|fsdp)=\d+\s*)?", text)
 
 
-def _check_tasks(found: Sequence[Description]) -> None:
+def _check_tasks(found: Sequence[TaskSpec]) -> None:
     for one in found:
         assert NAME.fullmatch(one.task.name)
         assert 0 < float(one.weight) < float("inf") and one.task.high > one.task.low

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from jaxlora.data import cs224n, official, tables, tokenized
 from jaxlora.data.quoting import QUOTINGS, Quoting
-from jaxlora.data.raw_examples import Row, parse_label, sentences
+from jaxlora.data.raw_examples import TextExample, parse_label, sentences
 from jaxlora.formats import huggingface
 from jaxlora.serving import predict_table
 from jaxlora.serving.predictor import Answer, Predictor
@@ -96,7 +96,7 @@ def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[..
     }
 
 
-def _check_rows(task: Task, rows: Sequence[Row], labels: bool | None) -> None:
+def _check_rows(task: Task, rows: Sequence[TextExample], labels: bool | None) -> None:
     assert rows
     for row in rows:
         assert all(text == text.strip() for text in sentences(row, task).values())

@@ -17,7 +17,7 @@ from jaxlora.formats import huggingface
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import BertConfig, param_shapes
 from jaxlora.serving import export_peft, finished_run, manifest, tree_files
-from jaxlora.serving.task_models import Served, Trained
+from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks.task import PARA, SST, STS_COSINE, Task
 from jaxlora.training import run_folder
 from jaxlora.training.config import Flags, resolve
@@ -50,19 +50,19 @@ def base(folder: Path) -> Path:
     return folder
 
 
-def trained(base_folder: Path) -> Trained:
+def trained(base_folder: Path) -> TaskModels:
     """Three tasks, an adapter each, untrained."""
     shapes, key = param_shapes(BERT), jax.random.key(0)
-    served = {
-        task.name: Served(
+    models = {
+        task.name: TaskModel(
             task, task.name, task.init_head(key, BERT.hidden_size, "concat"), "concat"
         )
         for task in TASKS
     }
-    return Trained(
+    return TaskModels(
         base=str(base_folder),
         fingerprint=huggingface.load(str(base_folder)).fingerprint,
-        served=served,
+        models=models,
         trees={task.name: {"lora": lora.init(key, shapes, ADAPTER)} for task in TASKS},
         configs={task.name: ADAPTER for task in TASKS},
         pooling="mean",
@@ -72,25 +72,25 @@ def trained(base_folder: Path) -> Trained:
     )
 
 
-def peft(folder: Path, source: Trained, task: Task = SST) -> Path:
+def peft(folder: Path, source: TaskModels, task: Task = SST) -> Path:
     """An exported task."""
     export_peft.save(folder, source, task.name)
     return folder
 
 
-def classifier(folder: Path, source: Trained) -> tuple[Path, Trained]:
+def classifier(folder: Path, source: TaskModels) -> tuple[Path, TaskModels]:
     """A sequence classifier as PEFT has it, and what it shall fit."""
     like = dataclasses.replace(source, pooling="cls")
     task = Task("topic", "classification", classes=("a", "b", "c"), head="pooler")
     head = task.init_head(jax.random.key(1), BERT.hidden_size, "concat")
-    served = Served(task, SST.name, head, "concat")
-    export_peft.save(folder, dataclasses.replace(like, served={"topic": served}), "topic")
+    model = TaskModel(task, SST.name, head, "concat")
+    export_peft.save(folder, dataclasses.replace(like, models={"topic": model}), "topic")
     for name in (export_peft.ABOUT, "head.safetensors"):
         (folder / name).unlink()
     return folder, like
 
 
-def bank_manifest(source: Trained) -> dict[str, Any]:
+def bank_manifest(source: TaskModels) -> dict[str, Any]:
     """The manifest of a bank with one task, unsigned."""
     entry = {
         "task": dataclasses.asdict(SST), "adapter": "sst-0123456789abcdef",
@@ -103,18 +103,18 @@ def bank_manifest(source: Trained) -> dict[str, Any]:
     return plain
 
 
-def run(folder: Path, source: Trained) -> Path:
+def run(folder: Path, source: TaskModels) -> Path:
     """A finished run."""
     settings = resolve(Flags("lora1", base=source.base, rank=2, max_length=16, max_steps=1))
     tree = {
         "adapters": dict(source.trees),
-        "heads": {name: one.head for name, one in source.served.items() if one.head},
+        "heads": {name: one.head for name, one in source.models.items() if one.head},
     }
     tree_files.save(folder / finished_run.MODEL, tree)
     inputs = source.fingerprint.to_inputs() | {"the data of sst": "0" * 64}
     config = {"settings": settings.to_json(), "inputs": inputs, "versions": {"jax": "0"}}
     run_folder.write_json(folder / finished_run.CONFIG, config)
-    dev = dict.fromkeys(source.served, 0.5)
+    dev = dict.fromkeys(source.models, 0.5)
     model = trees.checksum(tree_files.load(folder / finished_run.MODEL))
     run_folder.write_json(folder / finished_run.RESULT, {"dev": dev, "model": model})
     return folder

@@ -135,12 +135,14 @@ def test_tasks_of_any_run_are_served_together(runs, tmp_path):
     origin = {"sst": "again", "para": "baseline1", "sts": "lora4"}
     for task, run in origin.items():
         bank.add(folder, load_run(runs / run), [task])
-    served = jaxlora.load(folder)
-    mixed = served(REQUESTS)
-    assert served([]) == []
+    predictor = jaxlora.load(folder)
+    mixed = predictor(REQUESTS)
+    assert predictor([]) == []
     for request, answer in zip(REQUESTS, mixed, strict=True):
         run = load_run(runs / origin[request[0]])
-        (alone,) = jaxlora.Predictor(served.base, with_merged_weights(run, served.base))([request])
+        (alone,) = jaxlora.Predictor(predictor.base, with_merged_weights(run, predictor.base))(
+            [request]
+        )
         assert answer.value == pytest.approx(alone.value, abs=1e-5)
         if alone.probabilities:
             assert answer.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
@@ -239,7 +241,7 @@ def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
 ):
     source = load_run(runs / "again")
     bank.remove(three, "para")
-    old = bank.load(three).served.keys()
+    old = bank.load(three).models.keys()
     old_value = values_of(three, "sts")
     module = {"save": tree_files, "write_json": files, "rmtree": shutil}[victim]
     real = getattr(module, victim)
@@ -264,7 +266,7 @@ def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
     assert died or victim != "write_json"
     assert bank.verify(three) == []
     new = {"update": old, "add": old | {"para"}, "remove": old - {"sts"}}[change]
-    found = bank.load(three).served.keys()
+    found = bank.load(three).models.keys()
     assert found in (old, new)
     if "sts" in found and (change != "update" or victim == "save"):
         assert values_of(three, "sts") == old_value
@@ -300,7 +302,7 @@ def corrupt_every(three):
 @pytest.mark.parametrize("how", ["truncated", "emptied", "flipped", "gone"])
 def test_damage_is_found_and_never_loaded(three, how):
     answers, manifest = values(jaxlora.load(three)), bank.load(three)
-    assert manifest.served.keys() == {"sst", "para", "sts"}
+    assert manifest.models.keys() == {"sst", "para", "sts"}
     # Orbax copies small arrays out of what each process wrote, and reads the copies.
     files = sorted(
         corrupt_every(three), key=lambda p: ("ocdbt.process_0" in p.parts, -p.stat().st_size)
@@ -466,7 +468,7 @@ def test_a_first_change_that_was_killed_is_no_obstacle(runs, tmp_path, monkeypat
 
 def test_numbers_that_are_not_finite_are_refused(runs, three):
     source = load_run(runs / "again")
-    source.served["sst"].head["out"]["bias"] = np.full(5, np.nan, np.float32)
+    source.models["sst"].head["out"]["bias"] = np.full(5, np.nan, np.float32)
     with pytest.raises(UserError, match="not finite"):
         bank.add(three, source, ["sst"], replace=True)
 
@@ -483,7 +485,7 @@ def test_a_reader_sees_one_moment(three, runs, monkeypatch):
         return found
 
     monkeypatch.setattr(manifests, "read", read)
-    assert bank.load(three).configs[bank.load(three).served["sts"].tree].rank == 2
+    assert bank.load(three).configs[bank.load(three).models["sts"].tree].rank == 2
 
 
 def test_a_manifest_that_is_no_json(three):
@@ -557,7 +559,7 @@ def test_exported_and_imported_it_is_the_same_bit_for_bit(runs, three, tmp_path,
         assert (code, shown) == (0, f"{again}: added {task}\n")
     before, after = bank.load(three), bank.load(again)
     for task in ("sst", "sts"):
-        old, new = before.served[task], after.served[task]
+        old, new = before.models[task], after.models[task]
         assert (new.task, new.pair_features, new.facts) == (old.task, old.pair_features, old.facts)
         assert trees.checksum(new.head) == trees.checksum(old.head)
         assert trees.checksum(after.trees[new.tree]) == trees.checksum(before.trees[old.tree])
@@ -648,9 +650,9 @@ def test_combined_in_a_bank(runs, three, call):
     assert call("combine", three, "--task", "sst", "sts", "--as", "low", *weights, "--rank", "3",
                 "--head", "sts")[0] == 0  # fmt: skip
     kept = bank.load(three)
-    assert kept.configs[kept.served["both"].tree].rank == 8
-    assert kept.configs[kept.served["low"].tree].rank == 3
-    assert kept.served["both"].task.classes and kept.served["low"].task.pair
+    assert kept.configs[kept.models["both"].tree].rank == 8
+    assert kept.configs[kept.models["low"].tree].rank == 3
+    assert kept.models["both"].task.classes and kept.models["low"].task.pair
     # Doubled and halved again it is the task itself.
     assert call("combine", three, "--task", "sst", "--weight", "1", "--as", "same")[0] == 0
     predictor = jaxlora.load(three)

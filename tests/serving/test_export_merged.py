@@ -22,7 +22,7 @@ from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.nn.encode import encoder
 from jaxlora.serving import export_merged
-from jaxlora.serving.task_models import Served, Trained
+from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks import task as tasks
 from jaxlora.utils.errors import UserError
 
@@ -44,10 +44,10 @@ def merged_params(tiny, adapter):
 
 
 def trained(base, adapter, task=tasks.STS_COSINE, head=None, pair="concat", **of_base):
-    served = {task.name: Served(task, "tree", head or {}, pair)}
+    models = {task.name: TaskModel(task, "tree", head or {}, pair)}
     of_base = {"pooling": "cls", "max_length": 48, "dtype": "float32"} | of_base
-    return Trained(
-        base.name, base.fingerprint, served, {"tree": {"lora": adapter}}, {"tree": CONFIG},
+    return TaskModels(
+        base.name, base.fingerprint, models, {"tree": {"lora": adapter}}, {"tree": CONFIG},
         origin="here", **of_base,
     )  # fmt: skip
 
@@ -201,6 +201,9 @@ BASES = {
     "declared alone": (
         sentence_pieces, {"tokenizer_config.json": ANY | {"pad_token": "[PAD]"}}, "[PAD]"
     ),
+    "a token without a name": (
+        word_pieces, {"tokenizer_config.json": DECLARED | {"cls_token": None}}, "<pad>"
+    ),
     "no padding": (
         lambda: sentence_pieces(("<s>", "</s>", "<unk>")), {"tokenizer_config.json": ANY}, "<unk>"
     ),
@@ -252,7 +255,7 @@ def test_the_special_tokens_are_the_bases(exported, other):
 
     base, padding = exported[0], other[1]
     tokenizer, config = AutoTokenizer.from_pretrained("."), AutoConfig.from_pretrained(".")
-    first, last = base.tokenizer.encode("").tokens
+    first, last = map(base.tokenizer.id_to_token, base.tokenizer.encode("").ids)
     assert (tokenizer.cls_token, tokenizer.sep_token) == (first, last)
     assert tokenizer.pad_token == padding
     assert tokenizer.pad_token_id == config.pad_token_id == base.tokenizer.token_to_id(padding)

@@ -14,7 +14,7 @@ from jaxlora.cli import main as cli
 from jaxlora.formats import huggingface
 from jaxlora.formats import peft as peft_files
 from jaxlora.serving import bank, export_merged, export_peft
-from jaxlora.serving.task_models import Trained
+from jaxlora.serving.task_models import TaskModels
 from jaxlora.utils.errors import UserError
 
 peft = pytest.importorskip("peft")
@@ -28,7 +28,7 @@ def base_like(folder, pooling="cls", **more):
     """What an import shall fit: a base of that folder."""
     found = huggingface.load(str(folder))
     about = {"max_length": 64, "dtype": "float32", "origin": "a bank"} | more
-    return Trained(str(folder), found.fingerprint, {}, {}, {}, pooling=pooling, **about)
+    return TaskModels(str(folder), found.fingerprint, {}, {}, {}, pooling=pooling, **about)
 
 
 def sequence_model(folder, outputs=3):
@@ -128,7 +128,7 @@ def test_a_sequence_classifier_is_imported_whole(tiny, tiny_base, tmp_path, valu
     expected = softmax(logits(model, tiny.tokenizer))
     assert np.ptp(expected, 0).min() > 0.01
     np.testing.assert_allclose(probabilities(tmp_path / "bank"), expected, rtol=0, atol=1e-5)
-    (task,) = (one.task for one in found.served.values())
+    (task,) = (one.task for one in found.models.values())
     assert (task.kind, task.classes, task.pair) == ("classification", ("0", "1", "2"), False)
     assert not bank.verify(tmp_path / "bank")
     # PEFT reads our export as it reads its own.
@@ -211,7 +211,7 @@ def test_keys_of_other_versions(tiny_base, seq_cls, tmp_path, rename):
     found = export_peft.load(tmp_path / "a", "x", like)
     for trees in (
         (found.trees["x"], expected.trees["x"]),
-        (found.served["x"].head, expected.served["x"].head),
+        (found.models["x"].head, expected.models["x"].head),
     ):
         ours, theirs = map(torch.utils._pytree.tree_leaves, trees)
         for one, other in zip(ours, theirs, strict=True):
@@ -227,7 +227,7 @@ def test_what_stood_there_before_is_left_out(tiny_base, seq_cls, tmp_path):
         tensors[key] = np.zeros_like(tensors[f"base_model.model.classifier.{name}"])
     save_file(tensors, tmp_path / "a" / peft_files.TENSORS)
     found = export_peft.load(tmp_path / "a", "x", base_like(tiny_base))
-    assert np.abs(found.served["x"].head["out"]["kernel"]).min() > 0
+    assert np.abs(found.models["x"].head["out"]["kernel"]).min() > 0
 
 
 def test_fan_in_fan_out_changes_nothing(tiny, tiny_base, seq_cls, tmp_path):
@@ -285,10 +285,10 @@ def test_names_of_classes_come_from_the_base(tiny_base, seq_cls, tmp_path):
     ):
         (base / "config.json").write_text(json.dumps(about | {"id2label": names}))
         found = export_peft.load(seq_cls[0], "x", base_like(base), any_base=True)
-        assert found.served["x"].task.classes == expected
+        assert found.models["x"].task.classes == expected
     like = base_like(base)
     found = export_peft.load(seq_cls[0], "x", like, any_base=True, classes=["a", "b", "c"])
-    assert found.served["x"].task.classes == ("a", "b", "c")
+    assert found.models["x"].task.classes == ("a", "b", "c")
     for wrong in (["a", "b"], ["a", "b", "b"], ["a", "b", " "]):
         with pytest.raises(UserError, match="name them with --classes"):
             export_peft.load(seq_cls[0], "x", like, any_base=True, classes=wrong)
@@ -354,7 +354,7 @@ def test_named_adapters(tiny, tiny_base, tmp_path, call):
         assert call("import", "peft", tmp_path / "all", *flags, *add)[0] == 0
         assert (
             bank.load(tmp_path / "b")
-            .configs[bank.load(tmp_path / "b").served[f"x{number}"].tree]
+            .configs[bank.load(tmp_path / "b").models[f"x{number}"].tree]
             .rank
             == rank
         )

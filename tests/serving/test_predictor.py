@@ -14,15 +14,15 @@ import pytest
 
 import jaxlora
 from jaxlora import lora
-from jaxlora.serving.task_models import Served, Trained
+from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks.task import SST, STS_COSINE
 from jaxlora.utils.errors import UserError
 
 REQUESTS = [("sst", "ban cen."), ("sts", "dan fen", "gan len"), ("sts", "ba be", "ba bi")]
 
 
-def served(task, tree, seed=0):
-    return Served(task, tree, task.init_head(jax.random.key(seed), 32, "concat"), "concat")
+def model(task, tree, seed=0):
+    return TaskModel(task, tree, task.init_head(jax.random.key(seed), 32, "concat"), "concat")
 
 
 def warm(tree):
@@ -40,8 +40,8 @@ def predictor(request, tiny):
         made = [{"params": tiny.params}, {"params": warm(tiny.params)}]
     trees = dict(zip(names, made, strict=True))
     configs = {name: config for name, tree in trees.items() if "lora" in tree}
-    tasks = {"sst": served(SST, "a"), "sts": served(STS_COSINE, "b")}
-    trained = Trained(
+    tasks = {"sst": model(SST, "a"), "sts": model(STS_COSINE, "b")}
+    trained = TaskModels(
         tiny.name, tiny.fingerprint, tasks, trees, configs, "mean", 32, "float32", "a test"
     )
     return jaxlora.Predictor(tiny, trained)
@@ -81,11 +81,11 @@ FORK = """
 import os, sys, numpy, jaxlora
 from jaxlora.formats import huggingface as pretrained
 from jaxlora.tasks.task import STS_COSINE
-from jaxlora.serving.task_models import Served, Trained
+from jaxlora.serving.task_models import TaskModel, TaskModels
 base = pretrained.load(sys.argv[1])
-tasks = {"sts": Served(STS_COSINE, "a", {}, "concat")}
+tasks = {"sts": TaskModel(STS_COSINE, "a", {}, "concat")}
 rest = ({"a": {}}, {}, "mean", 32, "float32", "a test")
-predictor = jaxlora.Predictor(base, Trained(base.name, base.fingerprint, tasks, *rest))
+predictor = jaxlora.Predictor(base, TaskModels(base.name, base.fingerprint, tasks, *rest))
 if os.fork() == 0:
     try:
         predictor.predict("sts", [("ba", "be")])
@@ -105,8 +105,8 @@ def test_a_forked_process_does_not_hang(tiny_base):
 
 
 def test_an_answer_that_is_no_number_is_refused(predictor, monkeypatch):
-    head = jax.tree.map(lambda x: x * np.nan, predictor.trained.served["sst"].head)
-    monkeypatch.setitem(predictor.trained.served, "sst", Served(SST, "a", head, "concat"))
+    head = jax.tree.map(lambda x: x * np.nan, predictor.trained.models["sst"].head)
+    monkeypatch.setitem(predictor.trained.models, "sst", TaskModel(SST, "a", head, "concat"))
     with pytest.raises(UserError, match="sst: 1 of 1 answers are not numbers"):
         predictor(REQUESTS)
     assert np.isnan(predictor.predict("sst", ["ban"])).all()

@@ -185,7 +185,7 @@ def test_time_is_work_and_traffic_one_after_the_other():
 def test_the_command(capsys, monkeypatch):
     monkeypatch.setattr(cli, "CONSOLE", Console(width=200))
     flags = ["--variant", "lora3", "--base=bert-base", "--batch-size=16"]
-    assert main(["plan", *flags, "--mesh", "data=4,fsdp=2", "--flops=1e13", "--link=1e10"]) == 0
+    assert main(["cost", *flags, "--mesh", "data=4,fsdp=2", "--flops=1e13", "--link=1e10"]) == 0
     said = capsys.readouterr().out
     assert "data=4,fsdp=2" in said and "seconds" in said
 
@@ -213,7 +213,7 @@ def test_a_folder_is_a_base(tiny_base, tiny):
     ],
 )
 def test_bad_flags(flags, message, capsys):
-    assert main(["plan", *flags]) == 2
+    assert main(["cost", *flags]) == 2
     said = capsys.readouterr()
     assert message in " ".join((said.out + said.err).split())
 

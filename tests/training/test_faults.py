@@ -67,9 +67,9 @@ def test_a_signal_saves_and_says_so(make, whole, tmp_path, number):
         train.run(make("lora3"), tmp_path / "parts", Signalling(2, number))
     assert stopped.value.signal == number
     assert signal.getsignal(number) == before
-    listener = Silent()
-    train.run(make("lora3"), tmp_path / "parts", listener, resume=True)
-    assert listener.started == (GROUP, 3, 7)
+    callback = Silent()
+    train.run(make("lora3"), tmp_path / "parts", callback, resume=True)
+    assert callback.started == (GROUP, 3, 7)
     leaves_equal(*models(tmp_path, "whole", "parts"))
 
 
@@ -162,10 +162,10 @@ def test_of_damaged_checkpoints_the_last_good_one_is_taken(make, stopped, tmp_pa
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     states = tmp_path / "parts" / run_folder.STATES / GROUP
     DAMAGE[damage](states / "6")
-    listener = Silent()
-    train.run(make("lora3"), tmp_path / "parts", listener, resume=True)
-    assert listener.started == (GROUP, 4, 7)
-    (note,) = listener.notes
+    callback = Silent()
+    train.run(make("lora3"), tmp_path / "parts", callback, resume=True)
+    assert callback.started == (GROUP, 4, 7)
+    (note,) = callback.notes
     assert str(states / "6") in note and "goes on from step 4" in note
     leaves_equal(*models(tmp_path, "whole", "parts"))
     assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
@@ -175,10 +175,10 @@ def test_without_a_good_checkpoint_the_group_starts_again(make, stopped, tmp_pat
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "parts" / run_folder.STATES / GROUP).glob("[0-9]"):
         flip(biggest(path))
-    listener = Silent()
-    train.run(make("lora3"), tmp_path / "parts", listener, resume=True)
-    assert listener.started == (GROUP, 0, 7)
-    assert len(listener.notes) == 2 and "from step 0" in listener.notes[-1]
+    callback = Silent()
+    train.run(make("lora3"), tmp_path / "parts", callback, resume=True)
+    assert callback.started == (GROUP, 0, 7)
+    assert len(callback.notes) == 2 and "from step 0" in callback.notes[-1]
     leaves_equal(*models(tmp_path, "whole", "parts"))
 
 
@@ -329,7 +329,7 @@ def test_a_record_counts_the_steps_left_out_before_it(make, tmp_path, monkeypatc
 
 def test_too_many_steps_in_a_row_are_not_left_out(make, tmp_path, monkeypatch):
     with_nan(monkeypatch, "sts", slice(None))
-    monkeypatch.setattr(train, "MOST_BAD", 5)
+    monkeypatch.setattr(train, "MOST_NONFINITE", 5)
     for resume in (False, True):  # the checkpoints of steps 2 and 4 know how many there were
         with pytest.raises(UserError, match=r"step 5 of .* the 4 steps before; lower") as caught:
             train.run(make("lora3"), tmp_path / "run", Silent(), resume=resume, skip_nonfinite=True)

@@ -79,12 +79,12 @@ def test_fingerprints_are_those_of_the_content(tmp_path, cache, tiny, tiny_base)
 @pytest.mark.parametrize("stop", [True, False], ids=["stopped", "finished"])
 def test_a_run_goes_on_where_its_tables_moved(tmp_path, cache, tiny_base, stop):
     folder = write_tables(tmp_path / "tables")
-    listener = Silent(stop_at=("topic", 2) if stop else None)
+    callback = Silent(stop_at=("topic", 2) if stop else None)
     if stop:
         with pytest.raises(KeyboardInterrupt):
-            train.run(settings_of(folder, tiny_base), folder / "run", listener)
+            train.run(settings_of(folder, tiny_base), folder / "run", callback)
     else:
-        train.run(settings_of(folder, tiny_base), folder / "run", listener)
+        train.run(settings_of(folder, tiny_base), folder / "run", callback)
     moved = Path(shutil.move(folder, tmp_path / "elsewhere"))
     result = train.run(settings_of(moved, tiny_base), moved / "run", Silent(), resume=True)
     assert result["groups"]["topic"]["step"] == 3

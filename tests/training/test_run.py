@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 def test_encoder_dropout_reaches_the_encoder(make, rate, same):
     settings = make("lora2", encoder_dropout=rate)
     base = huggingface.load(settings.base)
-    made = task_group.make_group(
+    made = task_group.make_task_group(
         settings, base, prepare.load_data(settings, base), ("sts",), make_mesh("data=1")
     )
     one, other = (
@@ -47,7 +47,7 @@ def test_surgery_reaches_the_optimizer(make, surgery, sign):
     settings = make("lora3", surgery=surgery)
     base = huggingface.load(settings.base)
     data = prepare.load_data(settings, base)
-    made = task_group.make_group(settings, base, data, settings.groups[0], make_mesh("data=1"))
+    made = task_group.make_task_group(settings, base, data, settings.groups[0], make_mesh("data=1"))
     params = {"kernel": jax.numpy.zeros(2)}
     gradients = {"kernel": jax.numpy.array([[1.0, 0.0], [-3.0, 1.0], [0.0, 0.0]])}
     state = made.setup.tx.init(params)
@@ -67,8 +67,8 @@ def test_surgery_reaches_the_optimizer(make, surgery, sign):
 )
 def test_run_writes_everything(make, tmp_path, variant, groups):
     settings = make(variant, groups=groups)
-    listener = Silent()
-    result = train.run(settings, tmp_path / "run", listener)
+    callback = Silent()
+    result = train.run(settings, tmp_path / "run", callback)
     out = tmp_path / "run"
     for name in (
         "config.json",
@@ -80,15 +80,15 @@ def test_run_writes_everything(make, tmp_path, variant, groups):
         assert (out / name).exists(), name
     assert json.loads((out / "result.json").read_text()) == result
     assert set(result["dev"]) == set(NAMES)
-    assert result["parameters"] == listener.plans[0].storage._asdict()
+    assert result["parameters"] == callback.summaries[0].storage._asdict()
     assert not (out / run_folder.STATES).exists()
     records = run_folder.read_records(out)
-    assert records == listener.records
+    assert records == callback.records
     # the best score that was seen is the one that is reported
     for name, progress in result["groups"].items():
         scores = [r["score"] for r in records if r["kind"] == "eval" and r["group"] == name]
         assert progress["best_score"] == max(scores)
-        assert progress["step"] == listener.plans[0].steps[name]
+        assert progress["step"] == callback.summaries[0].steps[name]
 
 
 def test_predictions_match_the_restored_model(make, data_dir, tmp_path):
@@ -198,16 +198,16 @@ def test_resume_equals_uninterrupted(make, tmp_path, variant, stop_at):
 def test_resume_goes_on_from_the_checkpoint_and_not_from_the_start(make, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train.run(make("lora3"), tmp_path / "run", Silent(("sst+para+sts", 6)))
-    listener = Silent()
-    train.run(make("lora3"), tmp_path / "run", listener, resume=True)
-    assert listener.started == ("sst+para+sts", 4, 7)
+    callback = Silent()
+    train.run(make("lora3"), tmp_path / "run", callback, resume=True)
+    assert callback.started == ("sst+para+sts", 4, 7)
 
 
 def test_a_finished_run_is_not_trained_again(make, tmp_path):
     first = train.run(make("baseline1"), tmp_path / "run", Silent())
-    listener = Silent()
-    assert train.run(make("baseline1"), tmp_path / "run", listener, resume=True) == first
-    assert listener.records == []
+    callback = Silent()
+    assert train.run(make("baseline1"), tmp_path / "run", callback, resume=True) == first
+    assert callback.records == []
 
 
 @pytest.mark.slow

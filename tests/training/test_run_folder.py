@@ -29,7 +29,7 @@ def test_log_drops_what_came_after_the_checkpoint(tmp_path):
 
 
 def test_of_many_processes_the_others_leave_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "first", lambda: False)
+    monkeypatch.setattr(distributed, "is_primary", lambda: False)
     monkeypatch.setattr(run_folder.tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     log = run_folder.MetricsLog(tmp_path / "run", {})

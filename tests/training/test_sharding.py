@@ -76,12 +76,12 @@ def test_the_axis_that_is_split(shape, parts, axis):
 def test_a_dozen_rows_on_eight_devices_become_sixteen(make, tiny):
     settings = make("lora3")
     data = inputs.load_data(settings, tiny)
-    one = task_group.make_group(
+    one = task_group.make_task_group(
         settings, tiny, data, settings.groups[0], sharding.make_mesh("data=1")
     )
     order, train = one.batches.order, {n: data[n]["train"] for n in settings.groups[0]}
     for count in (1, 8):
-        made = batches.plan(train, order, 7, 16, 3, True, count)
+        made = batches.choose_batch_shapes(train, order, 7, 16, 3, True, count)
         assert all(shape.rows % count == 0 for shape in made.shapes)
 
 

@@ -38,27 +38,27 @@ class Watching(Silent):
 class Compilations(logging.Handler):
     """What JAX's own log says it compiles, with the step after which it did."""
 
-    def __init__(self, listener):
+    def __init__(self, callback):
         super().__init__()
-        self.listener, self.found = listener, []
+        self.callback, self.found = callback, []
 
     def emit(self, record):
         if "Compiling" in record.getMessage():
-            self.found.append((max(self.listener.memory, default=0), record.getMessage()))
+            self.found.append((max(self.callback.memory, default=0), record.getMessage()))
 
 
 def soak(tiny_base, folder, dtype):
     flags = short("lora3", epochs=STEPS, max_steps=STEPS, eval_every=500, dtype=dtype)
     settings = resolve(Flags("lora3", base=str(tiny_base), data_dir=folder / "data", **flags))
-    listener = Watching()
-    handler, logger = Compilations(listener), logging.getLogger("jax")
+    callback = Watching()
+    handler, logger = Compilations(callback), logging.getLogger("jax")
     logger.addHandler(handler)
     try:
         with jax.log_compiles(True):
-            run.run(settings, folder / dtype, listener)
+            run.run(settings, folder / dtype, callback)
     finally:
         logger.removeHandler(handler)
-    return listener, handler.found
+    return callback, handler.found
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,8 @@ def soaked(tiny_base, tmp_path_factory):
 
 def test_the_two_dtypes_stay_close(soaked):
     losses = [
-        np.array([list(r["loss"].values()) for r in listener.records if r["kind"] == "train"])
-        for listener, _ in soaked.values()
+        np.array([list(r["loss"].values()) for r in callback.records if r["kind"] == "train"])
+        for callback, _ in soaked.values()
     ]
     assert all(len(found) == STEPS // 10 for found in losses)
     means = [found.reshape(10, -1, 3).mean(1) for found in losses]  # of 500 steps, by task

@@ -97,16 +97,16 @@ def test_a_run_and_a_bank_in_folders_with_brackets(make, tmp_path):
     odd = tmp_path / "runs *" / "run [v2]"
     with pytest.raises(KeyboardInterrupt):
         train.run(make("lora3"), odd, Silent(("sst+para+sts", 6)))
-    listener = Silent()
-    train.run(make("lora3"), odd, listener, resume=True)
-    assert listener.started == ("sst+para+sts", 4, 7) and listener.notes == []
+    callback = Silent()
+    train.run(make("lora3"), odd, callback, resume=True)
+    assert callback.started == ("sst+para+sts", 4, 7) and callback.notes == []
     assert not (odd / run_folder.STATES).exists()
     leaves_equal(load_run(odd).trees, load_run(tmp_path / "plain").trees)
     bank.add(tmp_path / "bank [prod]", load_run(odd), ["sst", "sts"])
     assert bank.verify(tmp_path / "bank [prod]") == []
     shutil.move(tmp_path / "bank [prod]", tmp_path / "moved?")
     leaves_equal(
-        [bank.load(tmp_path / "moved?").served["sst"].head], [load_run(odd).served["sst"].head]
+        [bank.load(tmp_path / "moved?").models["sst"].head], [load_run(odd).models["sst"].head]
     )
 
 
@@ -201,7 +201,7 @@ def test_a_home_folder_is_found_and_its_want_is_told(runs, tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     bank.add(Path("~/bank"), load_run(runs / "one"), ["sst"])
     assert bank.verify(tmp_path / "home" / "bank") == []
-    assert list(bank.load(Path("~/bank")).served) == ["sst"]
+    assert list(bank.load(Path("~/bank")).models) == ["sst"]
     no_home(monkeypatch)
     with pytest.raises(UserError, match=r"~/bank: there is no home folder"):
         bank.load(Path("~/bank"))
@@ -265,11 +265,11 @@ def test_fourteen_tasks_with_long_names_share(tiny, tiny_base, tmp_path):
     train.prepare.load_data(settings, tiny)  # so that both read the cache
     with pytest.raises(KeyboardInterrupt):
         train.run(settings, out, Silent((group, 2)))
-    listener = Silent()
-    train.run(settings, out, listener, resume=True)
-    assert listener.started == (group, 1, 2)
+    callback = Silent()
+    train.run(settings, out, callback, resume=True)
+    assert callback.started == (group, 1, 2)
     trained = load_run(out)
-    bank.add(tmp_path / "bank", trained, list(trained.served))
+    bank.add(tmp_path / "bank", trained, list(trained.models))
     assert bank.verify(tmp_path / "bank") == []
     leaves_equal([*bank.load(tmp_path / "bank").trees.values()], [trained.trees[group]])
     names = [p.name for p in tmp_path.rglob("*")]
@@ -503,7 +503,7 @@ def test_a_bank_is_read_beside_a_writer(runs, tmp_path):
             assert [row.task for row in rows] == ["sst", "para", "sts"]
             assert all(row.bytes > 1000 for row in rows)
             assert bank.verify(folder) == []
-            assert bank.load(folder).served.keys() == {"sst", "para", "sts"}
+            assert bank.load(folder).models.keys() == {"sst", "para", "sts"}
     finally:
         stop.set()
         writer.join()

@@ -13,10 +13,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from jaxlora.data.raw_examples import Row
+from jaxlora.data.raw_examples import TextExample
 from jaxlora.utils import files
 
-Splits = Mapping[str, Sequence[Row]]
+Splits = Mapping[str, Sequence[TextExample]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,7 +37,7 @@ class RowsBuilder(
     tfds.core.GeneratorBasedBuilder,
     skip_registration=True,  # type: ignore[call-arg]  # TFDS takes it, its stubs do not say so
 ):
-    """A dataset of `Row`s in their source's order; a subclass adds a name and a description."""
+    """A dataset of `TextExample`s in their order; a subclass adds a name and a description."""
 
     VERSION = tfds.core.Version("1.0.0")
     DESCRIPTION = ""
@@ -62,7 +62,9 @@ class RowsBuilder(
         splits = self.builder_config.read(dl_manager)
         return {split: self._generate_examples(rows) for split, rows in splits.items()}
 
-    def _generate_examples(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(
+        self, rows: Sequence[TextExample]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         for key, row in enumerate(rows):
             yield key, row._asdict()
 
@@ -101,10 +103,10 @@ def _settle(prepared: Path, folder: Path) -> None:
             files.guard(path)
 
 
-def _rows(source: Any) -> list[Row]:
+def _rows(source: Any) -> list[TextExample]:
     examples = source.__getitems__(range(len(source)))
     return [
-        Row(
+        TextExample(
             id=example["id"].decode(),
             sentence1=example["sentence1"].decode(),
             sentence2=example["sentence2"].decode(),
