@@ -260,8 +260,8 @@ def set_config(folder, **fields):
 REFUSED = {
     "roberta": {
         "pad_token_id": [None, -1, 65, 1.5], "is_decoder": [True],
-        "hidden_act": ["gelu_fast", None], "position_embedding_type": ["relative_key"], "embedding_size": [16],
-        "num_attention_heads": [5],
+        "hidden_act": ["gelu_fast", None], "position_embedding_type": ["relative_key"],
+        "embedding_size": [16], "num_attention_heads": [5],
     },
     "xlm-roberta": {"add_cross_attention": [True]},
     "camembert": {"type_vocab_size": [0, "1"]},
