@@ -57,7 +57,8 @@ class Flags:
       pair_features: what a pair's head sees: u, v (the paper's) or u, v, |u-v|, u·v.
       rank: rank of the adapters.
       alpha: numerator of the adapters' scale alpha / rank; default: the rank.
-      target_modules: Dense layers with an adapter, by PEFT's names.
+      target_modules: Dense layers with an adapter: BERT's names, which mean the same layers in
+        its relatives, or the base's own by PEFT's names.
       rank_pattern: other ranks for some modules, e.g. query 4 intermediate.dense 8.
       alpha_pattern: other alphas, likewise.
       rslora: scale the adapters by alpha / √rank instead.

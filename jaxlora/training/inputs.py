@@ -64,6 +64,8 @@ def name_targets(settings: Settings) -> Settings:
     if settings.adapt != "lora":
         return settings
     found = families.localise(settings.lora, huggingface.config_of(settings.base))
+    if found == settings.lora:
+        return settings
     return dataclasses.replace(
         settings,
         target_modules=found.target_modules,
