@@ -366,8 +366,8 @@ def rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
     """Rotate each pair `(x[i], x[i + d/2])` of a query or key by its angle; `f32[R, S, heads, d]`.
 
     >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
-    >>> rotate(x, *rotations(jnp.array([[1]]), 2, 1e4)).round(2).tolist()
-    [[[[0.5400000214576721, 0.8399999737739563]]]]
+    >>> [round(v, 2) for v in rotate(x, *rotations(jnp.array([[1]]), 2, 1e4)).ravel().tolist()]
+    [0.54, 0.84]
     """
     first, second = jnp.split(x, 2, -1)
     return x * cosines + jnp.concatenate([-second, first], -1) * sines
