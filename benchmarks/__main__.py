@@ -1,4 +1,4 @@
-"""All benches that a CPU can run, one after the other: `python -m benchmarks`."""
+"""Run all benchmarks for CPUs, one after another: `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BENCHES = (
 
 
 def main() -> int:
-    """Run all benches that a CPU can, each in a process of its own; returns how many failed."""
+    """Run all benchmarks for CPUs, each in its own process, and return how many failed."""
     quiet = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     failed = 0
     for bench in BENCHES:

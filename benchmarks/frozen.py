@@ -1,4 +1,4 @@
-"""A frozen encoder's cached vectors, beside encoding anew: `python -m benchmarks.frozen`."""
+"""Compare cached vectors of a frozen encoder with encoding: `python -m benchmarks.frozen`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxlora.serving import inference
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """An epoch of baseline1 with cached vectors, in turn with encoding every sentence again.
+    """Measure an epoch of baseline1, with cached vectors and without.
 
     Attributes:
       base: the base model.
@@ -35,7 +35,7 @@ class Flags:
 
 
 def make_cached(work: Work, base: str) -> Callable[[], float]:
-    """An epoch of all three heads; returns the seconds that loading and encoding took."""
+    """Train all three heads for an epoch; return the seconds that loading and encoding took."""
     began = time.perf_counter()
     ours = Ours(work, huggingface.load(base))
     setup = time.perf_counter() - began
@@ -50,7 +50,7 @@ def make_cached(work: Work, base: str) -> Callable[[], float]:
 
 
 def make_encoding(work: Work, base: str) -> Callable[[], None]:
-    """Encode every training sentence once, as a run without a cache must in every epoch."""
+    """Encode every training sentence once, as each epoch of a run without a cache does."""
     loaded = huggingface.load(base)
     settings = work.settings
     encode = make_encode(encoder(loaded.config, work.dtype, settings.lora, settings.pooling))
@@ -65,7 +65,7 @@ def make_encoding(work: Work, base: str) -> Callable[[], None]:
 
 
 def main(flags: Flags) -> None:
-    """Measure both; the encoder alone stands for an epoch without a cache (a lower bound)."""
+    """Measure both; encoding alone is a lower bound of an epoch without a cache."""
     work = Work("baseline1", 16, "float32", examples=flags.examples)
     cached = harness.Worker(make_cached, work, flags.base)
     seconds = cached()  # timed inside: alone

@@ -1,4 +1,4 @@
-"""The benches on an accelerator, at bert-base's size: `python -m benchmarks.gpu`.
+"""Run the benchmarks on an accelerator, at the size of bert-base: `python -m benchmarks.gpu`.
 
 Weights are random, which takes as long as trained ones; nothing is downloaded.
 """
@@ -25,7 +25,7 @@ WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Steps, PCGrad, inference, start and memory; the JSON files go to `out`.
+    """Run the benchmarks on a GPU, and write their JSON files to `out`.
 
     Attributes:
       parts: which benches.
@@ -45,7 +45,7 @@ class Flags:
 
 
 def write_random_base(folder: Path, config: bert.BertConfig) -> str:
-    """A Hugging Face folder with random weights; returns its path."""
+    """Write a Hugging Face folder with random weights, and return its path."""
     leaves, structure = jax.tree.flatten(bert.param_shapes(config))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     params = jax.tree.unflatten(
@@ -71,7 +71,7 @@ def write_random_base(folder: Path, config: bert.BertConfig) -> str:
 
 
 def main(flags: Flags) -> None:
-    """Run them all."""
+    """Run all benchmarks."""
     config = dataclasses.replace(bert.BertConfig(), num_hidden_layers=flags.layers)
     base = write_random_base(flags.out / "random-base", config)
     others = {

@@ -1,4 +1,4 @@
-"""Timing: sides run in turn, and what comes out is a table and a JSON file."""
+"""Timing: run both sides in turn, and write a table and a JSON file."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Spread:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Spread:
-        """Of some measurements."""
+        """Compute the spread of some measurements."""
         return cls(min(seconds), statistics.median(seconds), max(seconds))
 
     def per(self, count: float) -> Spread:
-        """Of one of `count` things that a run did."""
+        """Return the spread per item, for runs of `count` items each."""
         return Spread(self.low / count, self.median / count, self.high / count)
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ K = TypeVar("K", bound=Hashable)
 def interleave(
     sides: Mapping[K, Callable[[], object]], rounds: int, warmups: int = 1
 ) -> dict[K, Spread]:
-    """Run the sides in turn, A B A B …, and time each call; `warmups` rounds are not counted.
+    """Time calls of the sides in turn, A B A B …; `warmups` rounds are not counted.
 
     Each side must wait for its own results, and none may go on working after that.
     """
@@ -68,7 +68,7 @@ def interleave(
 
 
 class Worker:
-    """A side in a process of its own: no side meets the other's threads or freed memory.
+    """A side in its own process, without the other's threads and freed memory.
 
     It gets ready by itself, so that several can at the same time; its first call waits for that,
     and must not be timed.
@@ -87,7 +87,7 @@ class Worker:
         self._ready = False
 
     def __call__(self, *args: Any) -> Any:
-        """Call the side, and wait for what it returns.
+        """Call the side and wait for its result.
 
         Raises:
           EOFError: if its process has died.
@@ -98,7 +98,7 @@ class Worker:
         return self._pipe.recv()
 
     def close(self) -> None:
-        """End the process, and wait until it is gone."""
+        """End the process and wait for it."""
         self._pipe.close()
         self._process.join()
 
@@ -117,7 +117,7 @@ def _serve(pipe: Any, factory: Callable[..., Callable[..., Any]], args: tuple[An
 
 
 def matmul_rate(tokens: int, dtype: Any, width: int = 384, wide: int = 1536) -> float:
-    """Best measured FLOP/s of the feed-forward layer's matmul, sums in float32."""
+    """Measure the best FLOP/s of the feed-forward layer's matmul, accumulated in float32."""
     a, b = jnp.ones((tokens, width), dtype), jnp.ones((width, wide), dtype)
     multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     spread = interleave({"": lambda: multiply(a, b).block_until_ready()}, 30, 3)[""]
@@ -125,7 +125,7 @@ def matmul_rate(tokens: int, dtype: Any, width: int = 384, wide: int = 1536) -> 
 
 
 def copy_rate(size: int = 1 << 28) -> float:
-    """Bytes a second that a copy reads and writes together."""
+    """Measure the bytes per second that a copy reads and writes in total."""
     host.reuse_memory()  # else this measures the kernel's page faults
     x = jnp.zeros(size // 4)
     copied = jax.jit(lambda x: x + 1)
@@ -133,12 +133,12 @@ def copy_rate(size: int = 1 << 28) -> float:
 
 
 def peer_device() -> str:
-    """Where the peer must run to have what JAX has."""
+    """Return the device on which the peer must run to have the same hardware as JAX."""
     return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
 
 def machine() -> dict[str, Any]:
-    """What ran: for the head of a result."""
+    """Describe the machine and the versions, for the head of a result."""
     found = {}
     for name in PACKAGES:
         try:
@@ -181,7 +181,7 @@ def _shown(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Spreads are shown, and written, in milliseconds."""
+    """Convert spreads to milliseconds, for the table and the file."""
     if not isinstance(value, Spread):
         return value
     return {name: 1e3 * seconds for name, seconds in dataclasses.asdict(value).items()}

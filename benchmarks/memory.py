@@ -1,4 +1,4 @@
-"""Peak memory beside the peer's: `python -m benchmarks.memory`."""
+"""Measure peak memory, ours and the peer's: `python -m benchmarks.memory`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxlora.training.config import VariantName
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Peak memory of a few training steps, each side in a fresh process.
+    """Measure peak memory: each side in a new process.
 
     Attributes:
       base: the base model.
@@ -40,7 +40,7 @@ class Flags:
 
 
 def make_side(name: str, work: Work, flags: Flags) -> Callable[[], float]:
-    """A side that takes its steps and tells what they added to its process, in MB.
+    """Run a side's steps in its process; print what they added to its memory, in MB.
 
     What is there before the side loads its weights (the libraries, and for the peer the numbers
     that it starts from) is not counted; compiling is. What the peer's numbers took and left free it
@@ -62,7 +62,7 @@ def make_side(name: str, work: Work, flags: Flags) -> Callable[[], float]:
 
 
 def megabytes(name: str, device: str) -> float:
-    """The peak so far: the accelerator's if there is one, else of resident memory."""
+    """Return the peak memory so far: of the accelerator if there is one, else resident."""
     if name == "ours" and jax.default_backend() != "cpu":
         return (jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"] / 1e6
     if name == "peer" and device != "cpu":
@@ -74,7 +74,7 @@ def megabytes(name: str, device: str) -> float:
 
 
 def measure(work: Work, flags: Flags) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     peaks = {}
     for name in ("ours", "peer"):
         side = harness.Worker(make_side, name, work, flags)

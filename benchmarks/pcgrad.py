@@ -1,4 +1,4 @@
-"""PCGrad alone, beside torchjd's: `python -m benchmarks.pcgrad`."""
+"""Measure PCGrad alone, ours and torchjd's: `python -m benchmarks.pcgrad`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks import harness
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """One projection of per-task gradients, in turn with torchjd's.
+    """Measure one projection, in turn with torchjd.
 
     Attributes:
       tasks: numbers of tasks.
@@ -37,7 +37,7 @@ class Flags:
 
 
 def make_ours(tasks: int, size: int) -> Callable[[], None]:
-    """Our transform on one leaf of `size` numbers a task."""
+    """Build our transform on one leaf of `size` numbers per task."""
     tx = jaxlora.pcgrad(tasks)
     grads = {"w": jax.random.normal(jax.random.key(0), (tasks, size))}
     state = tx.init({"w": jnp.zeros(size)})
@@ -46,7 +46,7 @@ def make_ours(tasks: int, size: int) -> Callable[[], None]:
 
 
 def make_peer(tasks: int, size: int, device: str) -> Callable[[], None]:
-    """The aggregator of torchjd on a ready matrix, which it is not charged for."""
+    """Build torchjd's aggregator, on a matrix whose construction is not timed."""
     import torch
     from torchjd.aggregation import PCGrad
 
@@ -61,7 +61,7 @@ def make_peer(tasks: int, size: int, device: str) -> Callable[[], None]:
 
 
 def measure(tasks: int, millions: int, rate: float, flags: Flags) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     size = millions * 1_000_000
     ours = harness.Worker(make_ours, tasks, size)
     peer = harness.Worker(make_peer, tasks, size, flags.device)

@@ -42,7 +42,7 @@ class Head(torch.nn.Module):
         self.dropout = dropout
 
     def loss(self, vectors: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean loss of sentence vectors, first sentences first."""
+        """Compute the mean loss of sentence vectors, first sentences first."""
         u, v = vectors.chunk(2) if self.task.pair else (vectors, vectors)
         if not self.layers:
             return functional.mse_loss(functional.cosine_similarity(u, v), labels / 5)
@@ -69,7 +69,7 @@ def _linear(params: Mapping[str, Any]) -> torch.nn.Linear:
 
 
 class Peer:
-    """The peer's side of one group: the same start, the same order of the same sentences."""
+    """The peer's side of one group: equal initial parameters and order of sentences."""
 
     def __init__(
         self,
@@ -114,19 +114,19 @@ class Peer:
         self.taken = 0
 
     def run(self, steps: int) -> list[float]:
-        """Take some steps; returns the last losses."""
+        """Take some steps; return the last losses."""
         for _ in range(steps):
             losses = self.step(self.taken % (2 * self._order.steps_per_epoch))
             self.taken += 1
         return losses
 
     def losses(self, step: int) -> list[torch.Tensor]:
-        """Every task's loss on the batch of a step."""
+        """Compute every task's loss on the batch of a step."""
         numbers = self._order.at(step)
         return [self._loss(t, chosen) for t, chosen in enumerate(numbers)]
 
     def step(self, step: int) -> list[float]:
-        """One update: a backward pass for each task, surgery, clipping, AdamW."""
+        """Take one step: a backward pass per task, surgery, clipping, AdamW."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         rows, losses = [], []
@@ -181,7 +181,7 @@ def _nothing() -> contextlib.AbstractContextManager[None]:
 def pad(
     examples: Examples, numbers: np.ndarray, multiple: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sentences padded to the longest, or a multiple beyond, and their mask: `i64[N, S]` each."""
+    """Pad sentences to the longest, or to a multiple; return ids and mask, `i64[N, S]` each."""
     lengths = examples.lengths[numbers]
     width = -(-lengths.max() // multiple) * multiple
     tokens = np.zeros((len(numbers), width), np.int64)
@@ -192,7 +192,7 @@ def pad(
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
-    """Sentence vectors, as `bert.pool`."""
+    """Compute sentence vectors as `bert.pool` does."""
     if kind == "cls":
         return hidden[:, 0]
     weights = mask[..., None].to(hidden.dtype)
@@ -200,7 +200,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def make_bert(base: Pretrained, dropout: float) -> Any:
-    """Our base as a model of transformers."""
+    """Convert our base to a model of transformers."""
     return BertModel.from_pretrained(
         huggingface.find(base.name),
         attn_implementation="sdpa",
@@ -212,7 +212,7 @@ def make_bert(base: Pretrained, dropout: float) -> Any:
 
 
 def with_adapter(model: Any, config: LoraConfig, name: str) -> Any:
-    """A peft model with one adapter of our configuration."""
+    """Build a peft model with one adapter of our configuration."""
     same = peft.LoraConfig(
         r=config.rank, lora_alpha=int(config.alpha), target_modules=list(config.target_modules)
     )
@@ -220,7 +220,7 @@ def with_adapter(model: Any, config: LoraConfig, name: str) -> Any:
 
 
 def load_adapter(model: Any, adapter: Mapping[str, Any], name: str) -> None:
-    """Give an adapter of a peft model our numbers."""
+    """Copy our values into an adapter of a peft model."""
     named = dict(model.named_parameters())
     with torch.no_grad():
         for path, stacked in traverse_util.flatten_dict(dict(adapter)).items():

@@ -1,4 +1,4 @@
-"""Mixed-task inference beside transformers + peft: `python -m benchmarks.predict`."""
+"""Measure mixed-task inference, also of transformers + peft: `python -m benchmarks.predict`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORK = Work("lora1", 8, "float32")  # an adapter for each task
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Sentences a second of requests to three tasks with an adapter each.
+    """Measure requests to three tasks with one adapter each.
 
     Both sides start from token ids and end with sentence vectors; heads cost nothing beside them.
 
@@ -48,7 +48,7 @@ class Flags:
 
 
 def make_requests(size: int, base: Pretrained) -> tuple[Examples, np.ndarray]:
-    """Sentences of the tasks in turn, and which task each belongs to."""
+    """Draw sentences of the tasks in turn, and the task of each."""
     owner = np.arange(size) % len(TASKS)
     parts = [make_examples(task, size, base.config.vocab_size) for task in TASKS]
     tokens = [parts[t].sentence(n) for n, t in enumerate(owner)]
@@ -59,25 +59,26 @@ def make_requests(size: int, base: Pretrained) -> tuple[Examples, np.ndarray]:
 
 
 def make_adapters(base: Pretrained) -> list[Tree]:
-    """An adapter for each task, none of them zero."""
+    """Initialize one adapter per task, with a B that is not zero."""
     keys = jax.random.split(jax.random.key(0), len(TASKS))
     adapters = [lora.init(key, base.params, WORK.settings.lora) for key in keys]
     return jax.tree.map(lambda x: x + 0.01, adapters)
 
 
 def make_ours(size: int, base: str) -> Callable[[], np.ndarray]:
-    """All requests in one pass, adapters by sentence."""
+    """Build our side: all requests in one pass, adapters by sentence."""
     loaded, chosen = huggingface.load(base), WORK.settings
     encode = encoder(loaded.config, jnp.float32, chosen.lora, chosen.pooling)
     encode_mixed = make_mixed_encode(encode)
     frozen = {"params": bert.matmul_ready(loaded.params, jnp.float32)}
-    stack = {"lora": jax.tree.map(lambda *x: jnp.stack(x), *make_adapters(loaded))}
+    adapters = map(bert.unstack_layers, make_adapters(loaded))
+    stack = jax.tree.map(lambda *x: jnp.stack(x), *adapters)
     requests, owner = make_requests(size, loaded)
     return lambda: evaluate.encode(encode_mixed, frozen, stack, requests, chosen.max_length, owner)
 
 
 def make_peer(size: int, base: str, device: str) -> Callable[[], np.ndarray]:
-    """The way peft mixes tasks: `adapter_names`, one name a row."""
+    """Build the peer's side: peft's `adapter_names`, one name per row."""
     import torch
 
     from benchmarks.peer import load_adapter, make_bert, pad, pool, with_adapter
@@ -105,7 +106,7 @@ def make_peer(size: int, base: str, device: str) -> Callable[[], np.ndarray]:
 
 
 def measure(size: int, flags: Flags) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     ours = harness.Worker(make_ours, size, flags.base)
     peer = harness.Worker(make_peer, size, flags.base, flags.device)
     difference = float(np.abs(ours() - peer()).max())

@@ -1,4 +1,4 @@
-"""Write RESULTS.md from the benches' JSON files: `python -m benchmarks.results`."""
+"""Write RESULTS.md from the JSON files of the benchmarks: `python -m benchmarks.results`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ stands in [LOG.md](LOG.md).
 
 
 def cell(value: Any) -> str:
-    """A value as the tables print it."""
+    """Format a value for the tables."""
     if isinstance(value, dict):
         return str(harness.Spread(**{name: ms / 1e3 for name, ms in value.items()}))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def section(content: dict[str, Any]) -> str:
-    """One bench as a Markdown table."""
+    """Format one benchmark as a Markdown table."""
     columns = list(content["rows"][0])
     lines = [f"## {content['title']}", "", f"| {' | '.join(columns)} |"]
     lines.append("|" + "---|" * len(columns))
@@ -38,7 +38,7 @@ def section(content: dict[str, Any]) -> str:
 
 
 def main(source: Path = harness.OUT, out: Path = Path(__file__).parent / "RESULTS.md") -> None:
-    """Write all benches that have been run."""
+    """Write all benchmarks that have been run."""
     contents = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(source.glob("*.json"))]
     machine = contents[0]["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())

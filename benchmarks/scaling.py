@@ -1,4 +1,4 @@
-"""How a step grows with its work: `python -m benchmarks.scaling`."""
+"""Measure how a step scales with its work: `python -m benchmarks.scaling`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Milliseconds of a step as one of batch, row length, layers and tasks grows.
+    """Measure a step as batch, row length, layers or tasks grow.
 
     Attributes:
       base: the base model.
@@ -61,7 +61,7 @@ class Flags:
 
 
 def make_ours(case: Case, flags: Flags) -> Callable[[], float]:
-    """A step on one batch, again and again; returns the process's peak memory in MB."""
+    """Repeat a step on one batch; return the peak memory of the process in MB."""
     base, adapter = huggingface.load(flags.base), lora.LoraConfig()
     layers = jax.tree.map(lambda x: x[: case.layers], base.params["layers"])
     config = dataclasses.replace(base.config, num_hidden_layers=case.layers)
@@ -96,7 +96,7 @@ def make_ours(case: Case, flags: Flags) -> Callable[[], float]:
 
 
 def first_batch(train: Mapping[str, Examples], order: data_batches.Order, length: int) -> Batch:
-    """The first step's batch in just as many rows of a length as it needs."""
+    """Pack the first step's batch into the fewest rows of a length."""
     sentences = [
         e.lengths[data_batches.sentence_numbers(e, numbers)]
         for e, numbers in zip(train.values(), order.at(0), strict=True)
@@ -106,7 +106,7 @@ def first_batch(train: Mapping[str, Examples], order: data_batches.Order, length
 
 
 def measure(axis: str, flags: Flags) -> list[dict[str, Any]]:
-    """The rows of one axis, and the slope of the curve in logarithms (1: in proportion)."""
+    """Measure the rows of one axis, and the slope in logarithms (1: proportional)."""
     values = AXES[axis]
     spreads, peaks = [], []
     for value in values:

@@ -1,4 +1,4 @@
-"""What of a LoRA step is not the network: `python -m benchmarks.share`."""
+"""Measure the share of a LoRA step outside of the network: `python -m benchmarks.share`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxlora.utils import trees
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """PCGrad's share of a step, and the host's work for it: order, packing, transfer.
+    """Measure PCGrad's share of a step, and of the host's work for it.
 
     Attributes:
       base: the base model.
@@ -43,7 +43,7 @@ class Flags:
 
 
 def make_projection(ours: Ours) -> Callable[[], Any]:
-    """PCGrad alone on gradients in the shape of the trained tree."""
+    """Time PCGrad alone on gradients in the shapes of the trained tree."""
     (group,) = ours.groups
     count = len(group.setup.tasks)
     tx = pcgrad(count)
@@ -59,7 +59,7 @@ def make_projection(ours: Ours) -> Callable[[], Any]:
 
 
 def host_seconds(ours: Ours, steps: int) -> float:
-    """Seconds that making a step's batch takes, nothing else going on."""
+    """Measure the seconds in which the batch of a step is built, without other work."""
     (group,) = ours.groups
     began = time.perf_counter()
     for step in range(steps):
@@ -68,7 +68,7 @@ def host_seconds(ours: Ours, steps: int) -> float:
 
 
 def measure(work: Work, flags: Flags) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     ours = Ours(work, huggingface.load(flags.base))
     ours.compile()
     sides = {"projection": make_projection(ours), "steps": lambda: ours.run(flags.steps)}

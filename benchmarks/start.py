@@ -1,4 +1,4 @@
-"""From the start of the process to the first step: `python -m benchmarks.start`."""
+"""Measure the time from process start to the first step: `python -m benchmarks.start`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHILD = "import benchmarks.start as s, sys; s.child(*sys.argv[1:])"
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Seconds until the first train step is done, with an empty and with a filled program cache.
+    """Measure the time to the first step, with and without cached programs.
 
     Attributes:
       base: the base model.
@@ -38,7 +38,7 @@ class Flags:
 
 
 def child(variant: VariantName, base: str, cache: str, began: str) -> None:
-    """In a fresh process: import, load, compile, take a step; print what it took."""
+    """Import, load, compile and take a step in a new process; print the seconds of each."""
     import jax
 
     from benchmarks.work import Ours, Work
@@ -61,7 +61,7 @@ def child(variant: VariantName, base: str, cache: str, began: str) -> None:
 
 
 def start(variant: VariantName, base: str, cache: str) -> dict[str, Any]:
-    """One start."""
+    """Measure one start."""
     arguments = (variant, base, cache, str(time.time()))
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments],
@@ -71,7 +71,7 @@ def start(variant: VariantName, base: str, cache: str) -> dict[str, Any]:
 
 
 def measure(variant: VariantName, flags: Flags) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     with tempfile.TemporaryDirectory() as cache:
         cold = start(variant, flags.base, cache)
         warm = [start(variant, flags.base, cache) for _ in range(flags.rounds)]

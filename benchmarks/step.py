@@ -1,4 +1,4 @@
-"""Training steps a second beside PyTorch + peft: `python -m benchmarks.step`."""
+"""Measure train steps per second, ours and PyTorch + peft's: `python -m benchmarks.step`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Steps a second of the three-task step, in turn with the peer's.
+    """Measure the three-task step, in turn with the peer's.
 
     Attributes:
       base: the base model.
@@ -41,7 +41,7 @@ class Flags:
       rounds: timed runs of each side.
       steps: steps of a run.
       peers: eager, compile (torch.compile), graphs (that with CUDA graphs).
-      together: of our side, also so many steps in one program; 0: not.
+      together: also measure our side with this many steps in one program; 0: do not.
       device: the peer's device.
       name: of the JSON file.
       out: its folder.
@@ -61,7 +61,7 @@ class Flags:
 
 
 def dense_weights(config: EncoderConfig) -> int:
-    """Weights of the layers' kernels: a token costs twice as many FLOPs in a forward pass."""
+    """Count the kernel weights of the layers; a forward pass takes two FLOPs per token of each."""
     flat = param_shapes(config)["layers"]
     return sum(int(np.prod(x.shape)) for x in _kernels(flat))
 
@@ -73,12 +73,12 @@ def _kernels(tree: Any) -> list[Any]:
 
 
 def flops(config: EncoderConfig, tokens: float, full: bool) -> float:
-    """Matmul FLOPs of a step: forward, the inputs' gradients, and for `full` the kernels'."""
+    """Count a step's matmul FLOPs: forward, gradients of inputs, for `full` also of kernels."""
     return 2 * dense_weights(config) * tokens * (3 if full else 2)
 
 
 def measure(work: Work, base: Pretrained, flags: Flags) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     start = (work, flags.base)
     workers = {"ours": harness.Worker(make_ours, *start)}
     if flags.together:
@@ -115,7 +115,7 @@ def measure(work: Work, base: Pretrained, flags: Flags) -> dict[str, Any]:
 
 
 def make_ours(work: Work, base: str, together: int = 0) -> Callable[[int], Any]:
-    """Our side, compiled, on JAX's default device."""
+    """Compile our side on JAX's default device."""
     ours = Ours(work, huggingface.load(base))
     if together:
         return lambda _: ours.run_together(together) and None
@@ -125,13 +125,13 @@ def make_ours(work: Work, base: str, together: int = 0) -> Callable[[int], Any]:
 
 @functools.cache
 def make_numbers(work: Work, base: str) -> tuple[Pretrained, list[TaskGroup]]:
-    """The base, and the groups from which the peer takes the numbers to start from."""
+    """Load the base, and the groups whose initial parameters the peer copies."""
     loaded = huggingface.load(base)
     return loaded, Ours(work, loaded).groups
 
 
 def make_peer(work: Work, base: str, device: str, mode: Mode = "eager") -> Callable[[int], Any]:
-    """The peer's side: one or three models."""
+    """Build the peer's side: one or three models."""
     loaded, groups = make_numbers(work, base)
     peers = [Peer(work, loaded, g, mode=mode, device=device) for g in groups]
     return lambda steps: [peer.run(steps) for peer in peers] and None

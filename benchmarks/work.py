@@ -1,4 +1,4 @@
-"""The work that both sides do: the same weights, sentences, adapters and heads."""
+"""The common work of both sides: the same weights, sentences, adapters and heads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOOK_AT = 200  # steps, to find the shapes of batches
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is trained: a variant at a batch size and a dtype, on `examples` of each task.
+    """What is trained: a variant at a batch size and dtype, on `examples` of each task.
 
     Heads and encoder have the same dropout.
     """
@@ -46,7 +46,7 @@ class Work:
 
     @property
     def settings(self) -> config.Settings:
-        """The run's settings."""
+        """The settings of the run."""
         flags = config.Flags(
             self.variant,
             preset="demo",
@@ -60,12 +60,12 @@ class Work:
 
     @property
     def tasks(self) -> dict[str, Task]:
-        """Its tasks."""
+        """The tasks of the run."""
         return self.settings.named
 
 
 def make_examples(task: Task, count: int, vocabulary: int, seed: int = 0) -> Examples:
-    """Random words in sentences as long as the real ones, with random labels."""
+    """Draw sentences of random words, as long as the real ones, with random labels."""
     rng = np.random.default_rng([seed, *task.name.encode()])
     quantiles = rng.uniform(0, 100, count * task.sentences)
     lengths = np.interp(quantiles, np.arange(0, 101, 5), LENGTHS[task.name]).astype(np.int64)
@@ -77,7 +77,7 @@ def make_examples(task: Task, count: int, vocabulary: int, seed: int = 0) -> Exa
 
 
 def make_data(work: Work, base: Pretrained) -> Data:
-    """All splits of all tasks; only `train` is large."""
+    """Build all splits of all tasks; only `train` is large."""
     sizes = {"train": work.examples, "dev": 8, "test": 8}
     return {
         name: {k: make_examples(task, n, base.config.vocab_size) for k, n in sizes.items()}
@@ -86,14 +86,14 @@ def make_data(work: Work, base: Pretrained) -> Data:
 
 
 def real_tokens(work: Work, base: Pretrained) -> float:
-    """Tokens of a step's sentences, all tasks together, without padding; on average."""
+    """Compute the average tokens per step of all tasks' sentences, without padding."""
     data = make_data(work, base)
     means = {name: splits["train"].lengths.mean() for name, splits in data.items()}
     return sum(work.batch_size * t.sentences * means[name] for name, t in work.tasks.items())
 
 
 class Steps:
-    """The steps of some groups, each on its batches, over and over.
+    """The steps of some groups, each on its own batches in a cycle.
 
     Attributes:
       groups: see `group.TaskGroup`.
@@ -112,13 +112,13 @@ class Steps:
         self._batches: list[Iterator[Batch]] = [_over_and_over(g) for g in self.groups]
 
     def run(self, steps: int) -> list[StepMetrics]:
-        """Take some steps with every group, and wait for them; returns the last metrics."""
+        """Take some steps with every group and wait for them; return the last metrics."""
         for _ in range(steps):
             metrics = [self._step(i) for i in range(len(self.groups))]
         return jax.block_until_ready(metrics)
 
     def run_group(self, i: int, steps: int) -> StepMetrics:
-        """As `run`, with one group."""
+        """Do the same as `run`, with one group."""
         for _ in range(steps):
             metrics = self._step(i)
         return jax.block_until_ready(metrics)
@@ -132,7 +132,7 @@ class Steps:
                 jax.block_until_ready(train_step(state, g.frozen, g.place(batch)))
 
     def run_together(self, steps: int) -> list[StepMetrics]:
-        """As `run`, in one program of `steps` steps, on batches that are on the device already."""
+        """Do the same as `run` in one program, on batches that are already on the device."""
         if not self.stacks:
             self.stacks = [_next_of_one_shape(batches, steps) for batches in self._batches]
             self._scans = [_make_scan(train_step) for train_step in self._steps]
@@ -154,7 +154,7 @@ class Steps:
 
 
 class Ours(Steps):
-    """Our side: the groups of a variant."""
+    """Build our side: the groups of a variant."""
 
     def __init__(self, work: Work, base: Pretrained) -> None:
         data, chosen, mesh = make_data(work, base), work.settings, sharding.make_mesh("data=1")
@@ -173,7 +173,7 @@ def _over_and_over(of: task_group.TaskGroup) -> Iterator[Batch]:
 
 
 def _make_scan(train_step: Any) -> Any:
-    """The step over stacked batches; returns the last metrics."""
+    """Run the step over stacked batches; return the last metrics."""
 
     def several(state: TrainState, frozen: Any, batches: Batch) -> Any:
         state, metrics = jax.lax.scan(lambda s, b: train_step(s, frozen, b), state, batches)
@@ -183,7 +183,7 @@ def _make_scan(train_step: Any) -> Any:
 
 
 def _next_of_one_shape(batches: Iterator[Batch], count: int) -> Batch:
-    """`count` of the next batches whose shape is the first's, stacked on the device."""
+    """Stack the next `count` batches that have the first one's shape, on the device."""
     found = [next(batches)]
     shape = jax.tree.map(np.shape, found[0])
     while len(found) < count:
@@ -194,7 +194,7 @@ def _next_of_one_shape(batches: Iterator[Batch], count: int) -> Batch:
 
 
 def one_of_each_shape(batches: Any, look_at: int) -> list[Batch]:
-    """The first batch of each shape among the first steps."""
+    """Return the first batch of each shape among the first steps."""
     found: dict[Any, Batch] = {}
     for step in range(look_at):
         batch = batches[step]

@@ -68,7 +68,7 @@ exclude_patterns = ["_build"]
 
 
 def public(module: str) -> Iterator[tuple[str, Any]]:
-    """Yield the names that a module lists in `__all__`, and what they are; modules are left out."""
+    """Yield the names in a module's `__all__` and their values, without modules."""
     found = importlib.import_module(module)
     for name in found.__all__:
         value = getattr(found, name)
@@ -77,7 +77,7 @@ def public(module: str) -> Iterator[tuple[str, Any]]:
 
 
 def has_docstring(value: Any) -> bool:
-    """Tell whether somebody wrote a docstring; dataclasses and named tuples make one up."""
+    """Return whether a docstring was written; dataclasses and named tuples generate one."""
     text = vars(value).get("__doc__") if isinstance(value, type) else inspect.getdoc(value)
     return bool(text) and not text.startswith(f"{value.__name__}(")
 
@@ -107,7 +107,7 @@ def home_of_constant(name: str) -> str | None:
 
 
 def is_constant(value: Any) -> bool:
-    """Tell constants and type aliases from classes and functions."""
+    """Return whether a value is a constant or type alias, not a class or function."""
     return not (inspect.isclass(value) or inspect.isroutine(value)) or hasattr(value, "__origin__")
 
 
@@ -174,7 +174,7 @@ def write_project() -> None:
 
 
 def write_pages(app: Sphinx) -> None:
-    """Write what is not written by hand."""
+    """Write all generated pages."""
     del app
     for folder in (API, PROJECT):
         shutil.rmtree(folder, ignore_errors=True)
@@ -184,13 +184,13 @@ def write_pages(app: Sphinx) -> None:
 
 
 def relink_page(app: Sphinx, name: str, source: list[str]) -> None:
-    """Let a page of `docs/` link to the repository's pages where the site has them."""
+    """Relink a page of `docs/` to the repository's pages on the site."""
     page = Path(app.env.doc2path(name))
     if page.parent == HERE:
         source[0] = relink(source[0], page, page)
 
 
 def setup(app: Sphinx) -> None:
-    """Register what writes and changes pages."""
+    """Register the functions that write and change pages."""
     app.connect("builder-inited", write_pages)
     app.connect("source-read", relink_page)

@@ -47,7 +47,7 @@ class Flags:
 
 
 class Learnt(NamedTuple):
-    """A kernel, the change wanted of it and the one learnt, `f32[in, out]`."""
+    """A kernel, the wanted change of it and the learned one, `f32[in, out]`."""
 
     kernel: jax.Array
     wanted: jax.Array
@@ -55,7 +55,7 @@ class Learnt(NamedTuple):
 
 
 def learn(steps: int = 500) -> Learnt:
-    """Teach a frozen kernel a change of rank `RANK` through an adapter of that rank."""
+    """Train an adapter of rank `RANK` on a change of that rank of a frozen kernel."""
     keys = jax.random.split(jax.random.key(0), 5)
     kernel = jax.random.normal(keys[0], (SIZE, SIZE)) / SIZE**0.5
     left, right = (jax.random.normal(k, (SIZE, RANK)) for k in keys[1:3])
@@ -81,7 +81,7 @@ def learn(steps: int = 500) -> Learnt:
 
 
 def draw_lora(figure: Any) -> None:
-    """W + A B = W', and the singular values of W and of A B."""
+    """Draw W + A B = W', and the singular values of W and of A B."""
     found = learn()
     panels = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.4))
     added = found.kernel + found.change
@@ -101,26 +101,26 @@ def draw_lora(figure: Any) -> None:
 
 
 class Surgery(NamedTuple):
-    """Two gradients, what PCGrad makes of each, and the two sums; rows are vectors."""
+    """Two gradients and their projections; rows are vectors."""
 
     gradients: np.ndarray
     projected: np.ndarray
 
     @property
     def sums(self) -> np.ndarray:
-        """Of the gradients, and of the projected ones."""
+        """Sums of the gradients, and of the projected ones."""
         return np.stack([self.gradients.sum(0), self.projected.sum(0)])
 
 
 def operate(first: Sequence[float], second: Sequence[float]) -> Surgery:
-    """PCGrad on two gradients of two numbers."""
+    """Project two gradients of two numbers with PCGrad."""
     gradients = jnp.array([first, second])
     weights = project(gram({"w": gradients}), jnp.array([[1, 0], [0, 1]]))
     return Surgery(np.asarray(gradients), np.asarray(weights @ gradients))
 
 
 def draw_pcgrad(figure: Any) -> None:
-    """The conflict, its projection, and what is added up; then two that agree."""
+    """Draw a conflict, its projection and the sums, and two gradients that agree."""
     conflict, peace = operate((3.0, 1.0), (-1.5, 1.5)), operate((3.0, 1.0), (1.0, 2.0))
     panels = figure.subplots(1, 3)
     titles = (
@@ -147,7 +147,7 @@ def draw_pcgrad(figure: Any) -> None:
 
 
 def draw_losses(figure: Any) -> None:
-    """Each loss against what it judges, for three labels."""
+    """Draw each loss against its input, for three labels."""
     scores, cosines = jnp.linspace(-1, 6, 141), jnp.linspace(-1, 1, 141)
     panels = figure.subplots(1, 2)
     shown: tuple[tuple[str, str, jax.Array, Callable[..., jax.Array]], ...] = (
@@ -164,14 +164,14 @@ def draw_losses(figure: Any) -> None:
 
 
 def trained_millions(found: Variant) -> float:
-    """Millions of parameters that a variant trains upon bert-base."""
+    """Count the parameters that a variant trains with bert-base, in millions."""
     tasks = paper_tasks(found.sts_loss)
     count = parameter_count.count(BertConfig(), found.adapt, found.groups, tasks, LoraConfig())
     return count.incremental / 1e6
 
 
 def draw_variants(figure: Any) -> None:
-    """A line a variant: which tasks share a tree, what the tree is, and what is trained."""
+    """Draw one row per variant: which tasks share a tree, its kind, and its size."""
     axes = figure.subplots()
     what = {"frozen": "frozen", "lora": "adapter", "full": "whole BERT"}
     for row, found in enumerate(VARIANTS.values()):
@@ -198,7 +198,7 @@ def draw_variants(figure: Any) -> None:
 
 
 def spans(groups: Groups) -> list[tuple[int, int]]:
-    """Where each group's box begins, and how wide it is, in tasks.
+    """Return the start and the width of each group's box, in tasks.
 
     >>> spans((("sst",), ("para", "sts")))
     [(0, 1), (1, 2)]
@@ -215,7 +215,7 @@ FIGURES: dict[str, tuple[Callable[[Any], None], tuple[float, float]]] = {
 
 
 def main(flags: Flags) -> None:
-    """Draw them all."""
+    """Draw all figures."""
     flags.out.mkdir(parents=True, exist_ok=True)
     for name, (draw, size) in FIGURES.items():
         figure = Figure(figsize=size, layout="constrained")
@@ -225,7 +225,7 @@ def main(flags: Flags) -> None:
 
 
 def cli(args: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Parse flags, draw and return the exit code."""
     return process.exit_code(lambda: main(tyro.cli(Flags, args=args)))
 
 

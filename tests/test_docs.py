@@ -186,3 +186,15 @@ def test_links_lead_to_files_of_the_repository(page):
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", text):
         assert (page.parent / link).exists(), link
+
+
+def test_tests_named_by_reliability_exist():
+    text = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+)(…?)`", text)
+    code = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")
+    )
+    defined = set(re.findall(r"^def (test_\w+)", code, re.MULTILINE))
+    assert len(named) > 20
+    for name, cut in named:
+        assert any(test.startswith(name) for test in defined) if cut else name in defined, name

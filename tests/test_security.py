@@ -241,10 +241,10 @@ def test_an_archive_cannot_write_outside(tmp_path, name, kind, message):
 
 
 def test_an_archive_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(official, "MOST_BYTES", 17)
+    monkeypatch.setattr(official, "MAX_BYTES", 17)
     with pytest.raises(UserError, match="18 bytes, at most 17"):
         official.unzip(archive(tmp_path / "x.zip", "y"))
-    monkeypatch.setattr(official, "MOST_BYTES", 18)
+    monkeypatch.setattr(official, "MAX_BYTES", 18)
     found = official.unzip(tmp_path / "x.zip")
     assert (found / "trees" / "dev.txt").read_text() == "sound"
 

@@ -35,13 +35,13 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
-    """Build it and say where it is."""
+    """Build the report and print its path."""
     path = report.build(flags.root, flags.out, resamples=flags.resamples, seed=flags.seed)
     say(Console(), f"The report is {path}")
 
 
 def cli(args: Sequence[str] | None = None) -> int:
-    """Parse flags and build; returns the exit code, see `host.exit_code`."""
+    """Parse flags, build the report and return the exit code, see `process.exit_code`."""
     return process.exit_code(lambda: main(tyro.cli(Flags, args=args)))
 
 

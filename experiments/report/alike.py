@@ -1,4 +1,4 @@
-"""Whether runs can be compared at all: what in their settings differs and was not meant to."""
+"""Check that runs are comparable: find settings that differ unintentionally."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OF_ADAPTERS = ("rank", "alpha", "target_modules")
 
 
 def differing(collection: Collection) -> list[str]:
-    """A line for each setting that differs between seeds of a study, or between studies."""
+    """Return a line for each setting that differs between seeds of a study, or between studies."""
     lines = [
         f"not alike: seeds of {study} differ in {name}: {values}"
         for study, runs in collection.studies.items()
@@ -30,14 +30,14 @@ def differing(collection: Collection) -> list[str]:
 
 
 def _is_compared(run: Run, name: str) -> bool:
-    """Whether a run should have what the others have: unless it is about this very setting."""
+    """Return whether a run should agree with others in a setting that its study does not vary."""
     study = STUDIES.get(run.study)
     means_something = name not in _OF_ADAPTERS or run.settings["adapt"] == "lora"
     return means_something and study is not None and name not in study.flags
 
 
 def _values(name: str, runs: Iterable[Run], key: Callable[[Run], Any]) -> str:
-    """Who has which value, or nothing if all have the same, as far as they wrote it down."""
+    """List the values of a setting and their runs; empty if all values recorded are equal."""
     found: dict[Hashable, dict[Any, None]] = {}
     for run in runs:
         if name in run.settings:

@@ -1,4 +1,4 @@
-"""From the runs on disk to the whole report."""
+"""Assemble the report from the runs on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGE, MARKDOWN, TABLES, FIGURES = "report.html", "results.md", "tables", "figure
 
 
 def build(root: Path, out: Path, *, resamples: int = statistics.RESAMPLES, seed: int = 0) -> Path:
-    """Write the report of a root; what is missing from it, the report names.
+    """Write the report of a root; the report names what is missing from it.
 
     Args:
       root: what `experiments/reproduce.py` wrote, see `collect`.

@@ -1,9 +1,9 @@
-"""The paper's claims as data, and what our runs say of each.
+"""The paper's claims as data, and the verdict of our runs on each.
 
-A claim is a quantity and the region in which it bears the claim out. Its verdict compares that
-region with the quantity's interval: inside, it is reproduced; outside, it is not; else the runs
-cannot decide. Nor can they where there are too few seeds, where a run was capped, failed or left
-steps out, and where the data is made up.
+A claim is a quantity and the region in which the claim holds. The verdict compares that region
+with the interval of the quantity: inside, the claim is reproduced; outside, it is not; otherwise
+the runs cannot decide. They cannot decide either with too few seeds, if a run was capped, failed or
+skipped steps, or if the data is made up.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SAME: Region = (-MARGIN, MARGIN)
 NOT_LOWER: Region = (-MARGIN, INFINITY)
 FEWEST = {"reproduced": 3, "not reproduced": 2}  # seeds that a verdict needs
 
-NO_LABELS = "the dev predictions hold no labels: train the runs anew"
+NO_LABELS = "the dev predictions have no labels: train these runs again"
 PARTS = {
     "a": "Cosine loss for similarity",
     "b": "Sharing parameters between tasks",
@@ -51,12 +51,12 @@ class Claim:
 
     Attributes:
       part: its letter, see `PARTS`.
-      text: what is claimed.
+      text: the statement.
       first, second: the studies.
-      measure: what is compared, see `MEASURES`.
-      region: where the quantity must lie; points for scores, else percent.
-      paper: what the paper's own figures give for it, None where it has none.
-      source: whether the paper says it, its Table 2 shows it, or we ask it.
+      measure: the quantity, see `MEASURES`.
+      region: values of the quantity for which the claim holds; points for scores, else percent.
+      paper: the quantity according to the paper's figures; None if it has none.
+      source: whether the paper states it, its Table 2 shows it, or it is our question.
     """
 
     part: str
@@ -70,30 +70,30 @@ class Claim:
 
     @property
     def unit(self) -> str:
-        """Of the quantity."""
+        """Unit of the quantity."""
         return "points" if self.measure in TITLES else "%"
 
     @property
     def change(self) -> bool:
-        """Whether the quantity is a change, and not a share."""
+        """Whether the quantity is a change rather than a share."""
         return self.measure not in ("gain", "parameters")
 
     @property
     def by_seeds(self) -> bool:
-        """Whether other seeds would give another quantity."""
+        """Whether the quantity depends on the seed."""
         return self.measure not in ("parameters", "step")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What the runs say of a claim.
+    """The measurement of a claim's quantity.
 
     Attributes:
-      interval: of the quantity; None where it cannot be had.
-      seeds: of the study that has fewer.
-      note: where it comes from, or why it is not there.
-      deviation: of the quantity over seeds; None where there are fewer than two.
-      third: a study that it depends on beside the claim's two.
+      interval: interval of the quantity; None if it cannot be measured.
+      seeds: number of seeds of the study with fewer.
+      note: source of the interval, or the reason why there is none.
+      deviation: standard deviation of the quantity over seeds; None for fewer than two.
+      third: another study that it depends on.
     """
 
     interval: Interval | None
@@ -108,9 +108,9 @@ class Finding:
     """A claim, its evidence and the verdict.
 
     Attributes:
-      claim, evidence: see there.
+      claim, evidence: the claim and its measurement.
       run: whether both studies have a finished run.
-      objection: why the runs can prove nothing, whatever they measured; "" if they can.
+      objection: reason why no result of these runs proves anything; empty if there is none.
     """
 
     claim: Claim
@@ -120,14 +120,14 @@ class Finding:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict of `judge`, if these runs may have one."""
+        """The verdict of `judge`, unless these runs cannot have one."""
         if not self.run:
             return "not run"
         return "not decidable" if self.objection or self._lacks_seeds else self._judged
 
     @property
     def note(self) -> str:
-        """Where the quantity comes from, and what keeps it from a verdict."""
+        """The source of the quantity, and the reasons against a verdict."""
         return "; ".join(s for s in (self.objection, self._lacks_seeds, self.evidence.note) if s)
 
     @property
@@ -146,7 +146,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What claims are measured on."""
+    """The data on which claims are measured."""
 
     collection: Collection
     scores: Scores
@@ -154,7 +154,7 @@ class Context:
 
     @property
     def data_note(self) -> str:
-        """What must be known of the data to read any score, or nothing."""
+        """A caveat for all scores of this data; empty if there is none."""
         if self.collection.made_up:
             return MADE_UP_DATA
         bases = {run.settings["base"] for run in self.collection.runs}
@@ -162,16 +162,16 @@ class Context:
 
     @property
     def titles(self) -> Mapping[str, str]:
-        """Score → what to call it."""
+        """Score → its title."""
         return MADE_UP if self.collection.made_up else TITLES
 
     def seeds(self, *studies: str) -> int:
-        """How many the poorest of them has."""
+        """Return the smallest number of seeds of some studies."""
         return min(len(self.collection.studies[study]) for study in studies)
 
 
 def judge(region: Region, interval: Interval | None) -> Verdict:
-    """Compare an interval with the region that bears a claim out.
+    """Compare an interval with the region in which a claim holds.
 
     >>> judge(HIGHER, Interval(1.0, 0.5, 1.5)), judge(HIGHER, Interval(0.0, 0.0, 0.0))
     ('reproduced', 'not reproduced')
@@ -212,7 +212,7 @@ def _objection(collection: Collection, claim: Claim, evidence: Evidence) -> str:
 
 
 def _renamed(claim: Claim) -> Claim:
-    """On made-up data: tasks by their own names, and no figure of the paper's beside them."""
+    """Use the titles of made-up data in a claim, and drop the paper's figure."""
     text = claim.text
     for name in NAMES:
         text = text.replace(TITLES[name], MADE_UP[name])
@@ -232,12 +232,12 @@ def _difference(context: Context, claim: Claim) -> Evidence:
 
 
 def _drawn_over(seeds: int) -> str:
-    """What a score's interval is over."""
+    """Describe what the interval of a score covers."""
     return f"paired bootstrap of {'seeds and ' if seeds > 1 else ''}dev examples"
 
 
 def _gain(context: Context, claim: Claim) -> Evidence:
-    """The share of the best baseline's gain over frozen heads that the first study has."""
+    """Measure which share of the best baseline's gain over frozen heads the first study has."""
     scores = context.scores
     best = scores.best([n for n, v in VARIANTS.items() if v.adapt == "full"])
     if best is None:
@@ -275,7 +275,7 @@ def _parameters(context: Context, claim: Claim) -> Evidence:
 
 
 def _of_bert_base(name: str) -> int:
-    """A variant's incremental parameters with bert-base, the paper's adapters and its heads."""
+    """Count a variant's incremental parameters with bert-base, paper adapters and heads."""
     v = VARIANTS[name]
     tasks = paper_tasks(v.sts_loss)
     return parameter_count.count(BertConfig(), v.adapt, v.groups, tasks, LoraConfig()).incremental
@@ -305,7 +305,7 @@ def _time_to_best(context: Context, claim: Claim) -> Evidence:
 
 
 def _change(ratio: Interval) -> Interval:
-    """A ratio as a change in percent."""
+    """Convert a ratio to a change in percent."""
     return Interval(*(100 * (x - 1) for x in (ratio.value, ratio.low, ratio.high)))
 
 
@@ -318,13 +318,13 @@ MEASURES: dict[str, Callable[[Context, Claim], Evidence]] = {
 
 
 def paper_score(name: str, score: str) -> float:
-    """A variant's score in the paper, in percent; its mean recomputed from its row."""
+    """Return a variant's score in the paper, in percent; its mean recomputed from its row."""
     row = VARIANTS[name].paper
     return row.mean_recomputed if score == MEAN else float(getattr(row, score))
 
 
 def paper_gain(name: str, printed: bool = False) -> float:
-    """The share of the best baseline's gain that a variant has in the paper's Table 2, in percent.
+    """Compute a variant's share of the best baseline's gain in the paper's Table 2, in percent.
 
     Args:
       name: of the variant.
@@ -340,7 +340,7 @@ def paper_gain(name: str, printed: bool = False) -> float:
 
 
 def paper_difference(first: str, second: str, score: str) -> float:
-    """First minus second in the paper's Table 2, in points."""
+    """Compute first minus second in the paper's Table 2, in points."""
     return round(paper_score(first, score) - paper_score(second, score), 2)
 
 
@@ -351,7 +351,7 @@ def _cosine(first: str, second: str) -> Claim:
 
 
 def _shared(first: str, second: str, task: str) -> Claim:
-    """What the paper saw decides the direction; less than `MARGIN` counts as no change."""
+    """Claim the direction that the paper measured; less than `MARGIN` counts as no change."""
     paper = paper_difference(first, second, task)
     region, says = (
         (SAME, "hardly changes")
@@ -371,7 +371,7 @@ def _keeps_up(first: str, second: str) -> Claim:
 
 
 def paper_share(first: str, second: str) -> float:
-    """One variant's incremental parameters in the paper's Table 3 over another's, in percent.
+    """Compute the ratio of incremental parameters in the paper's Table 3, in percent.
 
     >>> round(paper_share("lora2", "baseline3"), 2)
     4.56

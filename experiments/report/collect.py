@@ -1,4 +1,4 @@
-"""Read what `experiments/reproduce.py` left on disk: runs by study and seed, and what is missing.
+"""Read the runs that `experiments/reproduce.py` wrote, by study and seed, and find missing ones.
 
 root/<study>/seed<k>/     run folders, see `jaxlora.training.run`
 root/plan.json            what was asked for
@@ -33,7 +33,7 @@ SEED_FOLDER = re.compile(r"seed(\d+)")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictions:
-    """A run's answers to the dev examples of a task, `E` of them.
+    """The predictions of a run for the E dev examples of a task.
 
     Attributes:
       ids: `str[E]`.
@@ -52,13 +52,13 @@ class Run:
     """A finished run.
 
     Attributes:
-      study, seed: its place among the others.
-      folder: where it lies.
+      study, seed: identify the run.
+      folder: its folder.
       settings, versions: from `config.json`.
       result: `result.json`.
       records: the lines of `metrics.jsonl`.
-      answers: task → its dev predictions; empty where they hold no labels.
-      disk_bytes: what its trained model takes on disk.
+      answers: task → its dev predictions; empty if they have no labels.
+      disk_bytes: size of the trained model on disk.
     """
 
     study: str
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def faults(self) -> list[str]:
-        """Why it is not what its study asks for: it was capped, or left steps out."""
+        """Why the run deviates from its study: it was capped, or skipped steps."""
         cap, groups = self.settings.get("max_steps"), self.result["groups"].values()
         found = []
         if cap is not None and any(group["step"] >= cap for group in groups):
@@ -86,7 +86,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """A run that was asked for, or begun, and is not finished; `failed` if it ended by an error."""
+    """A run that was requested or begun but is not finished; `failed` if it ended by an error."""
 
     study: str
     seed: int
@@ -96,7 +96,7 @@ class Missing:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Collection:
-    """All that a report is made of.
+    """All data of a report.
 
     Attributes:
       root: the folder.
@@ -121,12 +121,12 @@ class Collection:
 
     @property
     def variants(self) -> dict[str, tuple[Run, ...]]:
-        """The paper's among them."""
+        """The studies that are variants of the paper."""
         return {name: self.studies[name] for name in VARIANTS if name in self.studies}
 
     @property
     def extras(self) -> dict[str, tuple[Run, ...]]:
-        """The others."""
+        """The other studies."""
         return {name: runs for name, runs in self.studies.items() if name not in VARIANTS}
 
     @property
@@ -136,16 +136,16 @@ class Collection:
 
     @property
     def made_up(self) -> bool:
-        """Whether the data is the built-in made-up one."""
+        """Whether the data is the built-in made-up data."""
         return any(run.settings["source"] == "demo" for run in self.runs)
 
     def faults(self, study: str) -> str:
-        """Why a study's runs can prove nothing: capped, steps left out, failed; "" if they can."""
+        """Return why a study's runs prove nothing (capped, failed, …); empty if they can."""
         found = [(run.seed, why) for run in self.studies.get(study, ()) for why in run.faults]
         return _by_seeds(found + [(m.seed, "failed") for m in self._missing(study) if m.failed])
 
     def state(self, study: str) -> str:
-        """What a table says of a study's runs: whole, not run, or what is wrong with them."""
+        """Return the state of a study for the tables: whole, not run, or its faults."""
         missing = self._missing(study)
         if study not in self.studies and all(m.why == NOT_BEGUN for m in missing):
             return "not run"
@@ -162,13 +162,13 @@ class Collection:
 
     @property
     def machine(self) -> Mapping[str, Any]:
-        """What it ran on, as far as that was written down."""
+        """The machine of the runs, if it was recorded."""
         machine: Mapping[str, Any] = self.plan.get("machine") or self.timing.get("machine") or {}
         return machine
 
 
 def _by_seeds(reasons: Iterable[tuple[int, str]]) -> str:
-    """Each reason once, after the seeds that have it."""
+    """Format each reason once, after the seeds that have it."""
     seeds: dict[str, list[str]] = {}
     for seed, why in reasons:
         seeds.setdefault(why, []).append(str(seed))
@@ -176,10 +176,10 @@ def _by_seeds(reasons: Iterable[tuple[int, str]]) -> str:
 
 
 def collect(root: Path) -> Collection:
-    """Read a root.
+    """Read the runs of a root.
 
     Raises:
-      UserError: if it is no folder, holds no run at all, or a file in it is broken.
+      UserError: if it is not a folder, contains no runs, or a file in it is invalid.
     """
     if not root.is_dir():
         raise UserError(
@@ -240,7 +240,7 @@ def read_run(folder: Path, study: str, seed: int) -> Run:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read `id,prediction,label,confidence`; no rows where the file has no labels.
+    """Read `id,prediction,label,confidence`; no rows if the file has no labels.
 
     Raises:
       UserError: for a line that cannot be read, with its number; for what is not UTF-8.
@@ -257,7 +257,7 @@ def read_predictions(path: Path) -> Predictions:
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(
             f"{path}, line {rows.line_num}: not id,prediction,label,confidence ({error}); "
-            f"{files.ANEW}"
+            f"{files.RETRAIN}"
         ) from error
     columns = np.array(numbers, np.float64).reshape(-1, 3).T
     return Predictions(np.array(ids, str), *columns)
@@ -267,17 +267,17 @@ def _text(path: Path) -> str:
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error}); {files.ANEW}") from error
+        raise UserError(f"{path}: not UTF-8 ({error}); {files.RETRAIN}") from error
 
 
 def _order(planned: Iterable[str]) -> Any:
-    """The paper's variants first, then the plan's order; others come last."""
+    """Sort studies: the paper's variants, then in the order of the plan, then others."""
     names = list(dict.fromkeys([*VARIANTS, *planned]))
     return lambda study: names.index(study) if study in names else len(names)
 
 
 def _unfinished(folder: Path) -> str:
-    """Why a run cannot be reported, or nothing."""
+    """Return why a run cannot be reported; empty if it can."""
     if (folder / finished_run.RESULT).exists():
         return ""
     if not finished_run.exists(folder):
@@ -288,7 +288,7 @@ def _unfinished(folder: Path) -> str:
 
 
 def _check_same_examples(runs: Iterable[Run]) -> None:
-    """Runs are compared example by example, so they must have answered the same ones.
+    """Refuse runs with different dev examples, since runs are compared example by example.
 
     Raises:
       UserError: naming two runs that did not.

@@ -12,7 +12,7 @@ from experiments.report.drawing import INK, Panel, Plan
 from jaxlora.cli.curves import series, smooth
 from jaxlora.tasks.task import NAMES
 
-POINTS = 160  # of a curve; more cannot be told apart
+POINTS = 160  # per curve; more are not distinguishable
 LINES = {
     "baseline1": "#8a8f98", "baseline2": "#f0a35e", "baseline3": "#d9622b", "baseline4": "#a8434f",
     "lora1": "#7fb8ec", "lora2": "#2f86d1", "lora3": "#46b08c", "lora4": "#8b6fd0",
@@ -21,7 +21,7 @@ SEED = "Each variant's lowest seed."
 
 
 def plans(variants: Mapping[str, Sequence[Run]], titles: Mapping[str, str]) -> list[Plan]:
-    """The figures, of each variant's first seed; `titles` are the tasks' names for people."""
+    """Plan the figures of each variant's first seed; `titles` are the names of the tasks."""
     runs = {name: found[0] for name, found in variants.items()}
     dev = [_panel(runs, "eval", "dev", name, titles[name], "dev score") for name in NAMES]
     loss = [_panel(runs, "train", "loss", name, titles[name], "training loss") for name in NAMES]
@@ -37,7 +37,7 @@ def plans(variants: Mapping[str, Sequence[Run]], titles: Mapping[str, str]) -> l
 def _panel(
     runs: Mapping[str, Run], kind: str, field: str, key: str, title: str, label: str
 ) -> Panel:
-    """The lines of one key of a dict field, such as the loss of a task, for each run."""
+    """Draw one key of a dict field, such as the loss of a task, with one line per run."""
 
     def paint(axes: Any) -> None:
         for name, run in runs.items():
@@ -54,7 +54,7 @@ def _panel(
 
 
 def gradients(shared: Mapping[str, Run], titles: Mapping[str, str]) -> Plan:
-    """How two tasks' gradients stand to each other, where parameters are shared."""
+    """Plan the figure of gradient cosines and conflicts, for runs with shared parameters."""
     records = [r for run in shared.values() for r in run.records]
     pairs = list(dict.fromkeys(pair for r in records for pair in r.get("cosine", ())))
 
@@ -88,6 +88,6 @@ def _cosines(shared: Mapping[str, Run], pair: str, titles: Mapping[str, str]) ->
 
 
 def thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `POINTS` of a curve's points, the last among them."""
+    """Thin a curve to about `POINTS` points, including the last."""
     keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int))
     return np.asarray(x)[keep], np.asarray(y)[keep]

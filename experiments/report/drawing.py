@@ -1,4 +1,4 @@
-"""How figures are drawn: wide for a desk, narrow for a phone, legible on light and on dark.
+"""Drawing of figures: wide for desktops, narrow for phones, legible on light and dark.
 
 Axes and text are drawn in `INK`, which the page replaces by its own text colour; the colours of
 data stand out on both.
@@ -52,7 +52,7 @@ Panel = Callable[[Any], None]  # draws into axes
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A figure before it is drawn.
+    """A figure to be drawn.
 
     Attributes:
       name: of its files.
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A figure as SVG texts, to be put into a page."""
+    """A figure as SVG strings, to be embedded in a page."""
 
     name: str
     title: str
@@ -97,7 +97,7 @@ def draw(plan: Plan, narrow: bool) -> Figure:
 
 
 def render(plans: Sequence[Plan], folder: Path) -> list[Drawn]:
-    """Write each figure as PNG and SVG, and return what a page shows."""
+    """Write each figure as PNG and SVG, and return those for the page."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for plan in plans:
@@ -114,7 +114,7 @@ def render(plans: Sequence[Plan], folder: Path) -> list[Drawn]:
 
 
 def to_svg(figure: Figure) -> str:
-    """A figure as an SVG file without the date, so that equal figures are equal files."""
+    """Save a figure as SVG without the date, so that equal figures are equal files."""
     file = io.StringIO()
     unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", metadata=unsaid)
@@ -122,7 +122,7 @@ def to_svg(figure: Figure) -> str:
 
 
 def for_page(svg: str, name: str) -> str:
-    """An SVG file made fit for a page: no prolog, ids of its own, the page's text colour.
+    """Adapt an SVG file to a page: no prolog, unique ids, the page's text colour.
 
     >>> for_page('<?xml?><svg xmlns="u" width="9pt"><g id="a" style="fill: #010203"/></svg>', "f")
     '<svg aria-hidden="true"><g id="f-a" style="fill: currentColor"/></svg>'
@@ -137,5 +137,5 @@ def for_page(svg: str, name: str) -> str:
 
 
 def kind_of(run: Run) -> tuple[str, str]:
-    """Colour and marker of a run."""
+    """Return the colour and marker of a run."""
     return KINDS[run.settings["adapt"]]

@@ -1,4 +1,4 @@
-"""What goes wrong, and how sure the model is: confusion, scatter and reliability."""
+"""Figures of errors and confidence: confusion, scatter and reliability."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from jaxlora.tasks.task import NAMES, Task, paper_tasks
 
 
 def plans(context: Context) -> list[Plan]:
-    """The figures, of nothing where no run's answers have labels."""
+    """Plan the figures of errors; none if no run has labelled predictions."""
     shown = examined(context)
     titles = context.titles
     return [figure(shown, titles) for figure in (confusions, scatters, reliability) if shown]
 
 
 def examined(context: Context) -> dict[str, Run]:
-    """The best run with adapters and the best with all weights trained, if they have labels."""
+    """Return the best adapter run and the best full fine-tuning run that have labels."""
     found = {}
     for adapt in ("lora", "full"):
         names = [n for n, v in VARIANTS.items() if v.adapt == adapt]
@@ -39,7 +39,7 @@ def examined(context: Context) -> dict[str, Run]:
 
 
 def confusions(shown: Mapping[str, Run], titles: Mapping[str, str]) -> Plan:
-    """Which classes are taken for which."""
+    """Draw the confusion matrix of classes."""
     panels = [
         _confusion(run, task, titles[task.name])
         for task in paper_tasks()
@@ -77,7 +77,7 @@ def _confusion(run: Run, task: Task, title: str) -> Panel:
 
 
 def scatters(shown: Mapping[str, Run], titles: Mapping[str, str]) -> Plan:
-    """Predicted against true similarity."""
+    """Draw predicted against true similarity."""
 
     def panel(run: Run) -> Panel:
         def paint(axes: Any) -> None:
@@ -98,7 +98,7 @@ def scatters(shown: Mapping[str, Run], titles: Mapping[str, str]) -> Plan:
 
 
 def reliability(shown: Mapping[str, Run], titles: Mapping[str, str]) -> Plan:
-    """How often answers of each confidence are right."""
+    """Draw the accuracy at each confidence."""
 
     def panel(task: Task) -> Panel:
         def paint(axes: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the paper's own setting would cost: bert-base and the full Quora set, from measured runs."""
+"""Estimate of the cost of the paper's setting (bert-base, all of Quora) from measured runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HOW = (
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one seed of a variant on the machine of the runs: hours with either data, peak memory."""
+    """The cost of one seed of a variant: hours with either data set, and peak memory."""
 
     variant: str
     paper_hours: float
@@ -48,7 +48,7 @@ class Cost:
 
 
 def costs(collection: Collection) -> tuple[list[Cost], str]:
-    """The cost of each variant that has a finished MiniLM run, and how it was reckoned."""
+    """Estimate the cost of each variant with a finished MiniLM run, and describe how."""
     small, large = storage.BASES["MiniLM"], bert.BertConfig()
     preset = PRESETS[PRESET]
     flops = _layers(large) / _layers(small)
@@ -77,13 +77,13 @@ def costs(collection: Collection) -> tuple[list[Cost], str]:
 
 
 def command(collection: Collection) -> str:
-    """What runs it, with the dtype that the hours were measured in."""
+    """Return the command, with the dtype in which the hours were measured."""
     dtypes = {runs[0].settings["dtype"] for runs in collection.variants.values()}
     return f"{COMMAND} --dtype={dtypes.pop()}" if len(dtypes) == 1 else COMMAND
 
 
 def bench_peaks(text: str, batch: int = 8) -> dict[str, float]:
-    """Variant → MB that training steps add, from the bench's table.
+    """Read the MB that train steps add, by variant, from the benchmark's table.
 
     >>> bench_peaks("| lora3 | 8 | 1452 | 751 | 1.93 |")
     {'lora3': 1452.0}
@@ -93,7 +93,7 @@ def bench_peaks(text: str, batch: int = 8) -> dict[str, float]:
 
 
 def _layers(config: bert.BertConfig) -> int:
-    """Parameters of the layers' matmuls, of which each token takes two FLOPs."""
+    """Count the parameters of the layers' matmuls; each takes two FLOPs per token."""
     h = config.hidden_size
     return config.num_hidden_layers * (4 * h * h + 2 * h * config.intermediate_size)
 
@@ -103,7 +103,7 @@ def _parameters(config: bert.BertConfig) -> int:
 
 
 def _seconds(run: Run, preset: Mapping[str, Any], data: Mapping[str, int]) -> float:
-    """A run's own seconds a step, by group, for the preset's steps over some data."""
+    """Extrapolate a run's seconds per step, by group, to the preset's steps on some data."""
     seconds = 0.0
     for group in run.settings["groups"]:
         progress = run.result["groups"][group_name(group)]

@@ -1,4 +1,4 @@
-"""What a report says in words: the summary, the commands, the seeds, the versions, the machine."""
+"""The text of a report: summary, commands, seeds, versions and machine."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Part:
 
 
 def parts(context: Context, findings: Sequence[Finding]) -> list[Part]:
-    """The findings by the claims' letters."""
+    """Group the findings by the letters of their claims."""
     found = []
     for letter, title in PARTS.items():
         mine = tuple(f for f in findings if f.claim.part == letter)
@@ -76,7 +76,7 @@ def _sentence(context: Context, letter: str, findings: Sequence[Finding]) -> str
 
 
 def chance(findings: Sequence[Finding]) -> str:
-    """Say how many verdicts on scores to expect by chance alone."""
+    """State how many verdicts on scores are expected by chance alone."""
     open_ = [
         f for f in findings
         if f.claim.by_seeds and f.claim.measure != "best" and f.evidence.interval
@@ -98,7 +98,7 @@ def chance(findings: Sequence[Finding]) -> str:
 
 
 def headline(context: Context) -> str:
-    """The best adapters beside the best of full fine-tuning, and frozen heads."""
+    """State the best scores of adapters, full fine-tuning and frozen heads."""
     said = []
     for adapt, what in (
         ("lora", "adapters"),
@@ -118,7 +118,7 @@ def headline(context: Context) -> str:
 
 
 def missing(collection: Collection) -> list[str]:
-    """What is not there, one line for each reason and study; what was not made alike."""
+    """List missing runs, one line per reason and study, and settings that differ."""
     grouped: dict[tuple[str, str], list[int]] = {}
     for run in collection.missing:
         grouped.setdefault((run.study, run.why), []).append(run.seed)
@@ -139,15 +139,15 @@ def missing(collection: Collection) -> list[str]:
     if unlabelled:
         lines.append(
             f"dev predictions without labels, so no intervals: {', '.join(unlabelled)} "
-            "(written by an earlier version; train them anew)"
+            "(written by an earlier version; train them again)"
         )
     return lines + alike.differing(collection)
 
 
 def about(collection: Collection) -> dict[str, str]:
-    """Seeds, versions, machine and time of the runs.
+    """Return seeds, versions, machine and time of the runs.
 
-    Only timed runs write their machine down; else it is told which the report was made on.
+    Only timed runs record their machine; otherwise it is that on which the report was made.
     """
     settings = [run.settings for run in collection.runs]
     versions = _distinct(
@@ -181,5 +181,5 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 def commands(collection: Collection) -> dict[str, str]:
-    """Study → the command that trains it, as the plan says."""
+    """Return the command of each study, from the plan."""
     return dict(collection.plan.get("commands", {}))

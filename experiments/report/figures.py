@@ -17,7 +17,7 @@ HOLLOW = "Hollow: the paper, with bert-base on its own splits."
 
 
 def plans(context: Context) -> list[Plan]:
-    """All figures that the runs have something to show in."""
+    """Plan all figures for which the runs have data."""
     variants = context.collection.variants
     if not variants:
         return []
@@ -31,7 +31,7 @@ def plans(context: Context) -> list[Plan]:
 
 
 def training_time(context: Context) -> Plan:
-    """Figure 1: training time of each variant, in all and by step."""
+    """Draw figure 1: training time of each variant, in total and per step."""
     variants = context.collection.variants
     times = {name: context.times[name] for name in variants}
 
@@ -79,7 +79,7 @@ def _unit(seconds: float) -> tuple[str, float]:
 
 
 def dev_scores(context: Context) -> Plan:
-    """Figure 2: each variant's dev scores, ours with intervals beside the paper's."""
+    """Draw figure 2: dev scores of each variant with intervals, and the paper's scores."""
     variants, titles = context.collection.variants, context.titles
     names, beside = list(variants), not context.collection.made_up
 
@@ -112,7 +112,7 @@ def dev_scores(context: Context) -> Plan:
 
 
 def trade_off(context: Context) -> Plan:
-    """Scores against stored parameters: the paper's main trade-off."""
+    """Draw scores against stored parameters, the paper's main trade-off."""
     studies = context.collection.studies
 
     def ours(axes: Any) -> None:
@@ -166,7 +166,7 @@ _SIDES = {"center": 0, "left": 1, "right": -1}
 
 
 def _label(points: Mapping[str, tuple[float, float]], axes: Any) -> None:
-    """Names beside points, each where it touches the fewest names and points."""
+    """Place names beside points so that they overlap few other names and points."""
     pixels = axes.figure.dpi / 72
     taken = [(*axes.transData.transform(at), 6 * pixels) for at in points.values()]
     for name, at in sorted(points.items(), key=lambda item: -item[1][1]):
@@ -187,13 +187,13 @@ Box = tuple[float, float, float]  # the middle of a name in pixels, and half its
 
 
 def _crowd(taken: Sequence[Box], box: Box) -> int:
-    """How many of the places taken a name would touch."""
+    """Count the taken places that a name would overlap."""
     x, y, half = box
     return sum(abs(x - cx) < half + c_half and abs(y - cy) < 15 for cx, cy, c_half in taken)
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Those that no other beats: none has at most as much x and a higher y; by x.
+    """Return the Pareto front, sorted by x: no other point has less x and a higher y.
 
     >>> pareto({"a": (1, 50.0), "b": (2, 40.0), "c": (3, 60.0)})
     ['a', 'c']

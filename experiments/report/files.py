@@ -1,4 +1,4 @@
-"""The JSON files of a root and its runs; each holds what a report uses of it, or is refused."""
+"""Readers of the JSON files of a root and its runs; invalid files are refused."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from jaxlora.training import run_folder
 from jaxlora.utils import files, schema
 from jaxlora.utils.errors import UserError
 
-ANEW = "train the run anew"
+RETRAIN = "train the run again"
 ASIDE = "repair it, or move it away"
-# Field → type, see `plain.read`.
+# Field → type, see `schema.read`.
 _PLAN = {"studies": tuple[str, ...], "seeds": tuple[int, ...]}
 _STEP = dict.fromkeys(("low", "median", "high"), float)
 _SETTINGS = {
@@ -30,7 +30,7 @@ _GROUP = {"step": int, "best_step": int, "seconds": float}
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """Read `plan.json`, see `reproduce.write_plan`; nothing in it if there is none.
+    """Read `plan.json`, see `reproduce.write_plan`; an empty plan if there is none.
 
     Raises:
       UserError: if it is broken.
@@ -65,7 +65,7 @@ def read_timing(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and versions of a run.
+    """Read the settings and versions of a run.
 
     Raises:
       UserError: if its `config.json` is missing or broken.
@@ -83,7 +83,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_result(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's `result.json`.
+    """Read a run's `result.json`.
 
     Raises:
       UserError: if it is missing or broken.
@@ -99,7 +99,7 @@ def read_result(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_bytes(folder: Path) -> int:
-    """What a run's trained model takes on disk.
+    """Return the bytes on disk of a run's trained model.
 
     Raises:
       UserError: if it is not there.
@@ -107,14 +107,14 @@ def model_bytes(folder: Path) -> int:
     model = folder / finished_run.MODEL
     size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
     if not size:
-        raise UserError(f"{model}: missing or empty, so nobody knows what it stores; {ANEW}")
+        raise UserError(f"{model}: missing or empty, so its size is unknown; {RETRAIN}")
     return size
 
 
 def _check(
-    value: Any, fields: Mapping[str, Any], path: Path, part: str = "", remedy: str = ANEW
+    value: Any, fields: Mapping[str, Any], path: Path, part: str = "", remedy: str = RETRAIN
 ) -> None:
-    """Refuse what is no object with these fields; it may have others, too."""
+    """Refuse a value that is not an object with these fields; others are allowed."""
     where = f"{path}: {part}: " if part else f"{path}: "
     if not isinstance(value, Mapping):
         raise UserError(f"{where}not a JSON object; {remedy}")

@@ -1,4 +1,4 @@
-"""`report.html`: one file that needs nothing else."""
+"""`report.html`: one self-contained file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def html(
     drawn: Sequence[Drawn],
     command: str,
 ) -> str:
-    """The whole page."""
+    """Render the page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -57,12 +57,12 @@ def html(
 
 
 def slug(text: str) -> str:
-    """For the class of an element."""
+    """Convert a name to the class of an element."""
     return text.replace(" ", "-")
 
 
 def sort_key(value: Any) -> float | str:
-    """What a column is sorted by; empty for nothing, which goes last."""
+    """Return the sort key of a cell; empty for no value, which is sorted last."""
     if value is None:
         return ""
     if isinstance(value, Summary):
@@ -71,7 +71,7 @@ def sort_key(value: Any) -> float | str:
 
 
 def measured(finding: Finding) -> str:
-    """The quantity with its interval and unit."""
+    """Format the quantity with its interval and unit."""
     claim, found = finding.claim, finding.evidence.interval
     if found is None:
         return "not measured"
@@ -81,7 +81,7 @@ def measured(finding: Finding) -> str:
 
 
 def in_the_paper(finding: Finding) -> str:
-    """The paper's own figure, or nothing."""
+    """Format the paper's figure; empty if there is none."""
     claim = finding.claim
     if claim.paper is None:
         return ""
@@ -91,7 +91,7 @@ def in_the_paper(finding: Finding) -> str:
 
 
 def bars(findings: Sequence[Finding]) -> list[dict[str, float] | None]:
-    """Each finding's interval and claimed region as percent of a strip's width.
+    """Compute each finding's interval and region as percent of the width of a strip.
 
     Findings in the same measure and unit share a scale, so that strips can be compared.
     """

@@ -1,4 +1,4 @@
-"""`results.md`: the report's tables as Markdown, with all that is needed to make them again."""
+"""`results.md`: the report's tables as Markdown, with all that is needed to reproduce them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from experiments.report.tables import Table
 
 HEAD = """# Results
 
-Written by `{command}`. Scores are of the dev sets; the test predictions of every run lie in its \
+Written by `{command}`. Scores are of the dev sets; the test predictions of every run are in its \
 `predictions/` folder.
 """
 
 
 def markdown(context: Context, parts: Sequence[Part], found: Sequence[Table], command: str) -> str:
-    """The whole file."""
+    """Write the report as Markdown."""
     collection = context.collection
     sections = [
         HEAD.format(command=command).strip(),
@@ -52,7 +52,7 @@ def _table(table: Table) -> str:
 
 
 def rows(table: Table) -> str:
-    """The table alone, numbers to the right."""
+    """Format a table, with numbers aligned to the right."""
     head = " | ".join(column.title for column in table.columns)
     marks = "|".join("---" if _is_text(table, n) else "---:" for n in range(len(table.columns)))
     body = [
@@ -80,7 +80,7 @@ def _commands(context: Context) -> list[str]:
 
 
 def not_run_here(context: Context) -> str:
-    """What the paper's own setting would cost; nothing where it was run."""
+    """Describe the cost of the paper's setting; nothing if it was run."""
     if any(run.settings["preset"] == estimate.PRESET for run in context.collection.runs):
         return ""
     found = estimate_table(context)
@@ -92,7 +92,7 @@ def not_run_here(context: Context) -> str:
 
 
 def estimate_table(context: Context) -> Table:
-    """The costs as a table."""
+    """Build the table of costs."""
     found, how = estimate.costs(context.collection)
     columns = (
         tables.Column("variant", "variant"),

@@ -1,4 +1,4 @@
-"""Dev scores of all studies, as measured and as each bootstrap resample would have them."""
+"""Dev scores of all studies, as measured and on each bootstrap resample."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ class Scores:
         return study in self.by_seed
 
     def summary(self, study: str, score: str) -> Summary:
-        """Mean and deviation over the study's seeds."""
+        """Return mean and deviation over the seeds of a study."""
         return Summary.of(list(self.by_seed[study][score].values()))
 
     def interval(self, study: str, score: str) -> Interval | None:
-        """A score's own interval, or None without labels."""
+        """Return the interval of a score; None without labels."""
         drawn = self.resampled.get(study, {}).get(score)
         if drawn is None:
             return None
         return statistics.interval(self.summary(study, score).mean, drawn)
 
     def difference(self, first: str, second: str, score: str) -> Interval | None:
-        """First minus second, paired by example."""
+        """Return first minus second, paired by example."""
         drawn = [self.resampled.get(study, {}).get(score) for study in (first, second)]
         if drawn[0] is None or drawn[1] is None:
             return None
@@ -57,13 +57,13 @@ class Scores:
         return statistics.interval(value, drawn[0] - drawn[1])
 
     def difference_over_seeds(self, first: str, second: str, score: str) -> Summary | None:
-        """First minus second for each seed that both have, or None if there is none."""
+        """Return first minus second over their common seeds; None if there are none."""
         one, other = (self.by_seed[study][score] for study in (first, second))
         common = sorted(one.keys() & other.keys())
         return Summary.of([one[seed] - other[seed] for seed in common]) if common else None
 
     def best(self, studies: list[str]) -> str | None:
-        """The one with the highest mean, or None of none."""
+        """Return the study with the highest mean; None if there are no studies."""
         there = [study for study in studies if study in self]
         return max(there, key=lambda study: self.summary(study, MEAN).mean, default=None)
 
@@ -100,7 +100,7 @@ def _resampled(
     resamples: int,
     seed: statistics.Seed,
 ) -> dict[str, np.ndarray]:
-    """Study → each run's score on each resample of the examples, `f64[resamples, runs]`."""
+    """Compute each run's score on each resample of examples: study → `f64[resamples, runs]`."""
     every = [found for runs in answers.values() for found in runs]
     if not every:
         return {}
@@ -115,7 +115,7 @@ def _measured(run: Run, name: str) -> float:
 
 
 def _answers(collection: Collection, task: str) -> dict[str, list[Predictions]]:
-    """The studies all of whose runs have labelled answers."""
+    """Select the studies whose runs all have labelled predictions."""
     return {
         study: [run.answers[task] for run in runs]
         for study, runs in collection.studies.items()

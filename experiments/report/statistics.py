@@ -24,7 +24,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
-        """Of some values, at least one.
+        """Compute mean and deviation of at least one value.
 
         >>> Summary.of([1.0, 3.0])
         Summary(mean=2.0, deviation=1.4142135623730951, count=2)
@@ -33,38 +33,38 @@ class Summary:
         return cls(float(np.mean(values)), deviation, len(values))
 
     def scaled(self, factor: float) -> Summary:
-        """In another unit."""
+        """Convert to another unit."""
         deviation = None if self.deviation is None else self.deviation * factor
         return Summary(self.mean * factor, deviation, self.count)
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A measured value and the interval it lies in."""
+    """A measured value and its interval."""
 
     value: float
     low: float
     high: float
 
     def scaled(self, factor: float) -> Interval:
-        """In another unit."""
+        """Convert to another unit."""
         return Interval(self.value * factor, self.low * factor, self.high * factor)
 
 
 class Range(Interval):
-    """An interval of a quantity that has no sign, such as a time."""
+    """An interval of a quantity without a sign, such as a time."""
 
 
 Seed = int | np.random.SeedSequence
 
 
 def stream(seed: int, *key: int) -> np.random.SeedSequence:
-    """Return a seed of its own for each key, independent of all others."""
+    """Derive a seed for each key, independent of all others."""
     return np.random.SeedSequence(seed, spawn_key=key)
 
 
 def draws(examples: int, resamples: int = RESAMPLES, seed: Seed = 0) -> Iterator[np.ndarray]:
-    """Bootstrap resamples as counts, `f64[chunk, examples]`: how often each example was drawn.
+    """Draw bootstrap resamples as counts of each example, `f64[chunk, examples]`.
 
     The same arguments give the same draws, which is what makes comparisons paired.
     """
@@ -113,7 +113,7 @@ def resampled_pearson(
 
 
 def resample_seeds(drawn: np.ndarray, scores: Mapping[int, float], seed: int = 0) -> np.ndarray:
-    """Resample a study's seeds, too: the second level of the bootstrap.
+    """Resample the seeds of a study, the second level of the bootstrap.
 
     A resample's score is the mean over the seeds on its examples, plus what a resample of the seeds
     moves that mean by. Seeds differ partly since the dev set is small, which the first level has
@@ -138,7 +138,7 @@ def resample_seeds(drawn: np.ndarray, scores: Mapping[int, float], seed: int = 0
 
 
 def _seed_weights(seeds: tuple[int, ...], resamples: int, seed: int) -> np.ndarray:
-    """`f64[resamples, seeds]`: how far a resample's weight of each seed is from an equal one.
+    """Compute deviations of resampled seed weights from equal ones: `f64[resamples, seeds]`.
 
     Of n seeds, a plain resample's mean varies by (n - 1)/n too little, and its tails are a normal
     distribution's instead of Student's t with n - 1 degrees of freedom; the factor mends both.
@@ -152,7 +152,7 @@ def _seed_weights(seeds: tuple[int, ...], resamples: int, seed: int) -> np.ndarr
 
 
 def _standard(values: np.ndarray) -> np.ndarray:
-    """Centred and of scale 1, which changes no r and keeps the sums well conditioned."""
+    """Center and scale values, which keeps r and makes the sums well conditioned."""
     centred = values - values.mean(axis=-1, keepdims=True)
     scale = centred.std(axis=-1, keepdims=True)
     return centred / np.where(scale > 0, scale, 1.0)
@@ -168,7 +168,7 @@ def _correlation(
 
 
 def interval(value: float, resampled: np.ndarray, level: float = LEVEL) -> Interval:
-    """The percentile interval around a measured value.
+    """Compute the percentile interval around a measured value.
 
     >>> interval(0.5, np.linspace(0, 1, 101), level=0.5)
     Interval(value=0.5, low=0.25, high=0.75)
@@ -194,7 +194,7 @@ class Calibration:
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> Calibration:
-    """Compare how sure a classifier was with how often it was right.
+    """Compare the confidence of a classifier with its accuracy.
 
     Args:
       confidence: `f64[E]`, the probability of the predicted class.
@@ -217,7 +217,7 @@ def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> Ca
 
 
 def confusion(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """`i64[classes, classes]`: examples by label (row) and prediction (column).
+    """Count examples by label (row) and prediction (column): `i64[classes, classes]`.
 
     >>> confusion(np.array([0, 1, 1]), np.array([0, 1, 0]), 2).tolist()
     [[1, 1], [0, 1]]

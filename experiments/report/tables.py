@@ -1,4 +1,4 @@
-"""The report's tables as plain rows; `page` and `results` decide how they are written."""
+"""The report's tables as plain rows; `page` and `results` format them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ENCODING = (
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column: its name in CSV, its heading, and the decimals its numbers are shown with."""
+    """A column: its name in CSV, its heading, and the decimals of its numbers."""
 
     name: str
     title: str
@@ -67,7 +67,7 @@ class Table:
 
 
 def show(value: Value, digits: int = 2) -> str:
-    """A value as people read it.
+    """Format a value for people.
 
     >>> show(Summary(50.0, 0.25, 3)), show(Summary(50.0, None, 1)), show(None)
     ('50.00 ± 0.25', '50.00', '–')
@@ -85,7 +85,7 @@ def show(value: Value, digits: int = 2) -> str:
 
 
 def _show_interval(found: Interval, digits: int) -> str:
-    """With signs, unless it is a `Range`; alone where it has no width."""
+    """Format an interval: signed unless it is a `Range`; one number if it has no width."""
     plain = isinstance(found, Range)
     middle, low, high = (
         f"{x:,.{digits}f}" if plain else signed(x, digits) for x in dataclasses.astuple(found)
@@ -96,7 +96,7 @@ def _show_interval(found: Interval, digits: int) -> str:
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """With its sign, a real minus.
+    """Format a number with its sign, using a minus sign instead of a hyphen.
 
     >>> signed(-1.5), signed(0.0)
     ('−1.50', '+0.00')
@@ -105,7 +105,7 @@ def signed(value: float, digits: int = 2) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """As CSV: a mean and its deviation, an interval and its ends in columns of their own."""
+    """Convert a value to CSV cells: deviations and ends of intervals have own columns."""
     ends = [_ends(row[n] for row in table.rows) for n in range(len(table.columns))]
     text = io.StringIO()
     writer = csv_writer(text)
@@ -119,13 +119,13 @@ def to_csv(table: Table) -> str:
 
 
 def write_csv(tables: Sequence[Table], folder: Path) -> None:
-    """One file a table."""
+    """Write one CSV file per table."""
     for table in tables:
         write_text(folder / f"{table.name}.csv", to_csv(table))
 
 
 def _ends(values: Any) -> tuple[str, ...]:
-    """What a column's CSV columns are called after its name, by the values that it holds."""
+    """Return the suffixes of a column's CSV columns, by the type of its values."""
     for value in values:
         if isinstance(value, Summary):
             return ("", "_deviation", "_seeds")
@@ -144,7 +144,7 @@ STATE = Column("runs", "runs")
 
 
 def make(context: Context, findings: Sequence[Finding]) -> list[Table]:
-    """All tables that have rows."""
+    """Build all tables that have rows."""
     every = [
         verdicts(context, findings), variants(context), scores(context), parameters(context),
         training_time(context), storage_table(context), extras(context), calibrations(context),
@@ -153,7 +153,7 @@ def make(context: Context, findings: Sequence[Finding]) -> list[Table]:
 
 
 def verdicts(context: Context, findings: Sequence[Finding]) -> Table:
-    """Each claim with its numbers."""
+    """Build the table of claims with their numbers."""
     columns = (
         Column("claim", ""), Column("text", "claim or question"), Column("source", "whose"),
         Column("first", "study"), Column("second", "against"), Column("verdict", "verdict"),
@@ -171,8 +171,8 @@ def verdicts(context: Context, findings: Sequence[Finding]) -> Table:
     )  # fmt: skip
     about = (
         "Study minus other study in points of the score (percent of accuracy, r × 100), or as a "
-        "share or change in percent. Reproduced: the whole interval lies where the claim says; not "
-        "reproduced: none of it does; else the runs cannot decide (of a question of ours, "
+        "share or change in percent. Reproduced: the interval is where the claim says; not "
+        "reproduced: none of it is; otherwise the runs cannot decide (for a question of ours, "
         "reproduced means yes). Intervals of scores are 95 % ones, and say what other seeds and "
         "other dev examples might have given; with one seed they are over dev examples alone. "
         "What seeds can change gets no verdict with one seed, and is called reproduced with three "
@@ -185,13 +185,13 @@ def verdicts(context: Context, findings: Sequence[Finding]) -> Table:
 
 
 def _states(context: Context, *studies: str) -> str:
-    """The states of studies, each once; of those that are not whole, by name."""
+    """List the distinct states of studies; states other than whole with the studies' names."""
     found = {study: context.collection.state(study) for study in studies}
     return "; ".join(f"{study}: {said}" for study, said in found.items() if said != WHOLE) or WHOLE
 
 
 def variants(context: Context) -> Table:
-    """Table 1: how each variant adapts BERT, ours and the paper's rates."""
+    """Build table 1: how each variant adapts BERT, with our and the paper's learning rates."""
     columns = (
         Column("variant", "variant"), Column("bert", "BERT"),
         Column("together", "trained together"), Column("surgery", "gradients"),
@@ -223,7 +223,7 @@ def _sharing(groups: Groups) -> str:
 
 
 def scores(context: Context) -> Table:
-    """Table 2: dev scores in percent; beside the paper's, unless the data is made up."""
+    """Build table 2: dev scores in percent, beside the paper's unless the data is made up."""
     beside = not context.collection.made_up
     columns = (
         Column("variant", "variant"),
@@ -261,7 +261,7 @@ _OTHER_BASE = (
 
 
 def parameters(context: Context) -> Table:
-    """Table 3: stored parameters of these runs, of bert-base as we count it, and the paper's."""
+    """Build table 3: stored parameters of the runs, of bert-base, and in the paper."""
     columns = (
         Column("variant", "variant"),
         Column("incremental", "incremental, M"), Column("bundled", "bundled, M"),
@@ -295,7 +295,7 @@ def parameters(context: Context) -> Table:
 
 
 def training_time(context: Context) -> Table:
-    """Figure 1 as a table."""
+    """Build figure 1 as a table."""
     columns = (
         Column("study", "study"), Column("ms_per_step", "ms a step (range)", 1),
         Column("steps", "steps"), Column("seconds", "training, s", 0),
@@ -316,7 +316,7 @@ def training_time(context: Context) -> Table:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What a study stores, of numbers of parameters or of bytes.
+    """The storage of a study, in parameters or in bytes.
 
     Attributes:
       base: the pretrained encoder.
@@ -333,22 +333,22 @@ class Stored:
     full: bool
 
     def incremental(self, tasks: int) -> float:
-        """For so many tasks, beside the base."""
+        """Return the storage for some tasks, without the base."""
         return self.tree * (tasks if self.apart else 1) + self.head * tasks
 
     def bundled(self, tasks: int) -> float:
-        """For so many tasks, with the base where it is still used."""
+        """Return the storage for some tasks, including the base if it is still used."""
         return self.incremental(tasks) + (0 if self.full else self.base)
 
     def scaled(self, factor: float) -> Stored:
-        """In another unit; the base is float32, 4 bytes a number, whatever the factor."""
+        """Convert to another unit; the base is float32, 4 bytes per parameter, for any factor."""
         return Stored(
             4.0 * self.base, self.tree * factor, self.head * factor, self.apart, self.full
         )
 
 
 def stored(run: Run) -> Stored:
-    """What a run stores, by numbers of parameters."""
+    """Compute the storage of a run in parameters."""
     count, groups = run.result["parameters"], run.settings["groups"]
     tasks = sum(map(len, groups))
     return Stored(
@@ -361,7 +361,7 @@ def stored(run: Run) -> Stored:
 
 
 def storage_table(context: Context) -> Table:
-    """Parameters and bytes for 3, 10 and 100 tasks."""
+    """Build the table of parameters and bytes for 3, 10 and 100 tasks."""
     kinds = {"incremental": "added", "bundled": "in all"}
     units = {"m": "M parameters", "mb": "MB"}
     columns = [
@@ -397,7 +397,7 @@ def storage_table(context: Context) -> Table:
 
 
 def extras(context: Context) -> Table:
-    """What the paper only proposes, beside the variant each is based on."""
+    """Build the table of extensions that the paper proposes, beside their base variants."""
     columns = (
         Column("study", "study"), Column("variant", "based on"),
         Column("differs", "differs in"),
@@ -431,9 +431,9 @@ _NOT_SHOWN = {"seed", "data_dir", "variant"}
 
 
 def differs(run: Run, base: Sequence[Run]) -> str:
-    """The settings in which a run differs from its variant's, as flags.
+    """List the settings in which a run differs from its variant, as flags.
 
-    Runs of a variant that is not there cannot be compared with: then the groups and rank stand in.
+    Without a run of the variant, groups and rank are listed instead.
     """
     if not base:
         return f"groups {_sharing(run.settings['groups'])}; rank {run.settings['rank']}"
@@ -457,7 +457,7 @@ def _flag(name: str, value: Any) -> str:
 
 
 def calibrations(context: Context) -> Table:
-    """Expected calibration errors."""
+    """Build the table of expected calibration errors."""
     named = [task.name for task in paper_tasks() if task.integer]
     columns = (
         Column("study", "study"),
@@ -487,7 +487,7 @@ def _calibration_error(runs: Sequence[Run], task: str) -> Summary | None:
 
 
 def footnotes() -> list[str]:
-    """The paper's slips, printed and recomputed."""
+    """Build the table of errors in the paper, printed and recomputed."""
     notes = [
         f"The paper prints {name}'s {what} as {printed:.2f}{unit}; its own row gives "
         f"{recomputed:.2f}{unit}."

@@ -1,4 +1,4 @@
-"""How long training takes: a step, all of it, and up to the best dev score."""
+"""Training times: per step, in total, and until the best dev score."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ QUANTILES = (0.05, 0.5, 0.95)
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """A study's training time.
+    """The training time of a study.
 
     Attributes:
-      step: ms a step: median, and the range it lies in.
-      steps: of all groups of a run.
+      step: milliseconds per step: median and range.
+      steps: steps of all groups of a run.
       total, best: seconds of training, to the end and to the best dev score, over seeds.
       source: where `step` was measured.
     """
@@ -34,7 +34,7 @@ class Time:
 
 
 def measure(collection: Collection) -> dict[str, Time]:
-    """The times of every study."""
+    """Measure the times of every study."""
     timed = collection.timing.get("studies", {})
     return {
         study: Time(
@@ -49,7 +49,7 @@ def measure(collection: Collection) -> dict[str, Time]:
 
 
 def to_best(run: Run) -> float:
-    """Seconds of training until each group's best dev score, added up over the groups.
+    """Compute the seconds until each group's best dev score, summed over the groups.
 
     Runs of earlier versions wrote down only the step; the seconds then follow from the run's rate.
     """
@@ -60,7 +60,7 @@ def to_best(run: Run) -> float:
 
 
 def ratio(first: Interval, second: Interval) -> Interval:
-    """First over second, by interval arithmetic: as wide as the two ranges allow.
+    """Divide first by second with interval arithmetic, the widest that the ranges allow.
 
     >>> ratio(Interval(2.0, 1.0, 3.0), Interval(4.0, 2.0, 4.0))
     Interval(value=0.5, low=0.25, high=1.5)
@@ -74,7 +74,7 @@ def _timed(study: Mapping[str, Any]) -> Range:
 
 
 def _own(runs: tuple[Run, ...]) -> Range:
-    """Quantiles of the logged windows, by group, then averaged over groups by their steps."""
+    """Compute quantiles of the logged windows by group, averaged over groups by their steps."""
     windows: dict[str, list[float]] = {}
     for run in runs:
         for record in run.records:

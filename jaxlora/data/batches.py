@@ -1,4 +1,4 @@
-"""Which examples step k trains on, and the batch they make: a pure function of (seed, k)."""
+"""The batch of step k, as a pure function of (seed, k)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from jaxlora.utils.extras import explained
 if TYPE_CHECKING:
     import grain
 
-LOOKED_AT = 2048  # of a run's batches when its shapes are chosen: a second, however long it is
+MAX_SAMPLED = 2048  # batches from which a run's shapes are chosen; this takes about a second
 
 
 class Batch(NamedTuple):
-    """One step's examples of every task of a group.
+    """The examples of one step for all T tasks of a group.
 
     Attributes:
-      inputs: for adapters `PackedTokens` of T·N sentences, task t's sentence n being number
-        `t N + n`; for whole encoders `PackedTokens` with leading `[T]`; for a frozen one vectors
-        `f32[T, N, H]`. First sentences come first: example b is sentence b, its second one is
-        sentence `B + b`.
+      inputs: for adapters, `PackedTokens` of T·N sentences, where sentence n of task t has number
+        `t N + n`; for full fine-tuning, `PackedTokens` with a leading axis `[T]`; for a frozen
+        encoder, vectors `f32[T, N, H]`. The first sentence of example b is sentence b of its task,
+        the second one is sentence `B + b`.
       labels: `f32[T, B]`.
       weights: `f32[T, B]`, 1 for a real example, 0 for padding.
     """
@@ -39,16 +39,15 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """The order in which a group's tasks are read, without end.
+    """The endless order in which a group's tasks draw their examples.
 
-    In an epoch every task draws as many examples as the largest set has: the largest is seen
-    exactly once, the shorter ones are stretched (repeated, newly shuffled each time), as evenly as
-    can be.
+    In an epoch every task draws as many examples as the largest training set has: each example of
+    the largest set is drawn exactly once, and smaller sets are repeated, reshuffled each time.
 
     Attributes:
-      streams: the example numbers of each task; indexing draws them, so nothing is stored.
-      size: E, the size of the largest set, and the draws of an epoch.
-      batch_size: B; an epoch's last batch may be smaller.
+      streams: example numbers of each task, computed when indexed.
+      size: E, the size of the largest training set, which is the number of draws in an epoch.
+      batch_size: B; the last batch of an epoch may be smaller.
     """
 
     streams: tuple[grain.MapDataset[int], ...]
@@ -57,11 +56,11 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """`ceil(E / B)`."""
+        """Number of steps in an epoch, `ceil(E / B)`."""
         return -(-self.size // self.batch_size)
 
     def at(self, step: int) -> np.ndarray:
-        """Example numbers of step k (from 0), `i64[T, b]` with `b ≤ B`."""
+        """Return the example numbers of step k (from 0), `i64[T, b]` with `b ≤ B`."""
         epoch, k = divmod(step, self.steps_per_epoch)
         start = epoch * self.size + k * self.batch_size
         stop = min(start + self.batch_size, (epoch + 1) * self.size)
@@ -69,12 +68,12 @@ class Order:
 
 
 def make_order(sizes: Mapping[str, int], batch_size: int, seed: int) -> Order:
-    """Shuffle every task's examples, and again for each repetition.
+    """Shuffle the examples of every task, differently in each repetition.
 
     Args:
-      sizes: examples of each task.
+      sizes: task → number of training examples.
       batch_size: B.
-      seed: of all shuffles; each task has its own.
+      seed: seed of all shuffles; each task is shuffled differently.
 
     >>> order = make_order({"long": 4, "short": 2}, batch_size=4, seed=0)
     >>> np.sort(order.at(0)).tolist()
@@ -89,7 +88,7 @@ def make_order(sizes: Mapping[str, int], batch_size: int, seed: int) -> Order:
 
 
 def _import_grain() -> Any:
-    """Import Grain, which only training needs."""
+    """Import Grain, which is only needed for training."""
     with explained():
         import grain
 
@@ -97,19 +96,19 @@ def _import_grain() -> Any:
 
 
 def _stream_seed(seed: int, name: str) -> int:
-    # Mixed, since Grain's own next shuffle has the next seed.
+    # Hashed, because Grain shuffles repetition n with seed + n.
     return int(np.random.SeedSequence([seed, *name.encode()]).generate_state(1)[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedBatches:
-    """Batches of packed rows; indexing gives step k's batch.
+    """Batches of packed rows; indexing with k gives the batch of step k.
 
     Attributes:
       examples: training examples by task, in the order of the task axis.
       order: which examples each step draws.
-      shapes: the shapes to pack into, from `choose_batch_shapes`.
-      mixed: whether the tasks share rows (see `step.task_encoder`) or each has its own.
+      shapes: shapes of the packed rows, from `choose_batch_shapes`.
+      mixed: whether sentences of different tasks share rows, or each task has rows of its own.
     """
 
     examples: Mapping[str, Examples]
@@ -139,12 +138,12 @@ class PackedBatches:
 
 @dataclasses.dataclass(frozen=True)
 class VectorBatches:
-    """Batches of ready sentence vectors, for an encoder that never changes.
+    """Batches of precomputed sentence vectors, for a frozen encoder.
 
     Attributes:
       examples: training examples by task.
       order: which examples each step draws.
-      vectors: `f32[sentences, H]` by task, one vector for each sentence of `examples`.
+      vectors: task → `f32[sentences, H]`, one vector for each sentence of its examples.
     """
 
     examples: Mapping[str, Examples]
@@ -165,24 +164,24 @@ class VectorBatches:
 
 
 def slot_count(examples: Mapping[str, Examples], batch_size: int) -> int:
-    """N: sentences a task may have in a batch."""
+    """Return N, the maximum number of sentences of a task in a batch."""
     return batch_size * max(e.sentences for e in examples.values())
 
 
 def sentence_numbers(examples: Examples, numbers: np.ndarray) -> np.ndarray:
-    """Sentences of some examples: all first ones, then all second ones."""
+    """Return the sentence numbers of some examples: all first sentences, then all second ones."""
     return np.concatenate([numbers * examples.sentences + k for k in range(examples.sentences)])
 
 
 def slot_numbers(examples: Examples, count: int, batch_size: int) -> np.ndarray:
-    """Slots of those sentences: example b's are b and `B + b`."""
+    """Return the slots of these sentences: example b of the batch has slots b and `B + b`."""
     return np.concatenate([np.arange(count) + k * batch_size for k in range(examples.sentences)])
 
 
 def targets(
     batches: PackedBatches | VectorBatches, chosen: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and weights `f32[T, B]` of the chosen examples."""
+    """Return labels and weights `f32[T, B]` of the chosen examples."""
     labels, weights = np.zeros((2, len(chosen), batches.order.batch_size), np.float32)
     for t, (examples, numbers) in enumerate(zip(batches.examples.values(), chosen, strict=True)):
         labels[t, : len(numbers)] = examples.labels[numbers]
@@ -199,34 +198,35 @@ def choose_batch_shapes(
     mixed: bool,
     multiple: int = 1,
 ) -> PackedBatches:
-    """Choose the shapes that a run's batches are packed into.
+    """Choose the shapes of packed rows for the batches of a run.
 
-    All batches of a run of at most `LOOKED_AT` steps are looked at. To draw half a million would
-    take minutes, so of a longer run only so many are, evenly spread. Its shapes also hold a batch
-    that is larger than all of these (`packing.larger`); behind them stands one that holds any
-    batch, and is compiled only if one occurs that needs it.
+    For runs of up to `MAX_SAMPLED` steps every batch is considered. For longer runs, where that
+    would take minutes, only `MAX_SAMPLED` evenly spaced batches are. Their shapes then also hold a
+    batch somewhat larger than all of these (`packing.larger`), and a last shape holds any batch; it
+    is compiled only if a batch needs it.
 
     Args:
       examples: training examples by task.
       order: which examples each step draws.
-      steps: how many steps the run has.
-      max_length: the longest row, and the longest sentence.
-      most: how many shapes (compiled programs) at the most; a longer run has up to
-        `max(2, most)`, and the one for any batch.
-      mixed: whether the tasks share rows.
-      multiple: the number of rows is a multiple of this, the number of devices.
+      steps: number of steps of the run.
+      max_length: length of the longest row, and of the longest sentence.
+      most: maximum number of shapes, that is, of compiled programs. A run of more than
+        `MAX_SAMPLED` steps has up to `max(2, most)` and the one for any batch.
+      mixed: whether sentences of different tasks share rows.
+      multiple: the number of rows is a multiple of this; used for the number of devices.
     """
     lengths = packing.row_lengths(max_length)
-    steps_seen = np.linspace(0, steps - 1, min(steps, LOOKED_AT)).round().astype(int)
-    needs = _needs(examples, order, steps_seen.tolist(), lengths, mixed)
+    sampled = np.linspace(0, steps - 1, min(steps, MAX_SAMPLED)).round().astype(int)
+    needs = _needs(examples, order, sampled.tolist(), lengths, mixed)
     last: list[packing.Shape] = []
     if len(needs) < steps:
         each = [order.batch_size * e.sentences for e in examples.values()]
         longest = max(int(e.lengths.max()) for e in examples.values())
         larger = packing.larger(needs, lengths, longest)
-        last = [packing.Shape(_up(sum(each) if mixed else max(each), multiple), max_length)]
+        rows = _round_up(sum(each) if mixed else max(each), multiple)
+        last = [packing.Shape(rows, max_length)]
         needs, most = np.concatenate([needs, larger[None]]), max(2, most)
-    shapes = packing.choose_shapes(_up(needs, multiple), lengths, most, steps / len(needs))
+    shapes = packing.choose_shapes(_round_up(needs, multiple), lengths, most, steps / len(needs))
     return PackedBatches(examples, order, (*shapes, *last), mixed)
 
 
@@ -237,8 +237,8 @@ def _needs(
     lengths: Sequence[int],
     mixed: bool,
 ) -> np.ndarray:
-    """The rows that the batches of some steps need at each row length, see `packing.needs`."""
-    sizes = [e.lengths for e in examples.values()]  # computed at each look
+    """Count the rows that the batches of some steps need at each row length."""
+    sizes = [e.lengths for e in examples.values()]  # a property: computed once, not at every step
     found = []
     for step in steps:
         packs = [
@@ -249,8 +249,8 @@ def _needs(
     return np.array(found)
 
 
-def _up(rows: Any, multiple: int) -> Any:
-    """Round numbers of rows up to a multiple."""
+def _round_up(rows: Any, multiple: int) -> Any:
+    """Round one or many numbers of rows up to a multiple."""
     return -(-rows // multiple) * multiple
 
 
@@ -260,12 +260,12 @@ def prefetch(
     stop: int,
     put: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Iterator[Batch]:
-    """Batches of steps `start … stop - 1`, made by Grain in a thread while the device works.
+    """Iterate over the batches of steps `start … stop - 1`, built by Grain in a background thread.
 
     Args:
-      batches: indexable by step.
-      start, stop: which steps.
-      put: brings a batch to the devices.
+      batches: batches, indexed by step.
+      start, stop: the range of steps.
+      put: puts a batch on the devices.
     """
     grain = _import_grain()
     steps = grain.MapDataset.range(start, stop).map(batches.__getitem__).map(put)

@@ -1,4 +1,4 @@
-"""The tab-separated files of the Stanford CS224N default project."""
+"""Reader of the tab-separated files of the Stanford CS224N default project."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxlora.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a task's files are named and which columns they have."""
+    """The names of a task's files and their columns."""
 
     stem: str
     columns: Columns
@@ -29,10 +29,10 @@ SUFFIXES = {"train": "train", "dev": "dev", "test": "test-student"}
 
 
 def files(task: Task, folder: Path | None) -> dict[str, Path]:
-    """Paths of a task's files by split: `train`, `dev` and the unlabelled `test`.
+    """Return the paths of a task's files by split: `train`, `dev` and the unlabelled `test`.
 
     Raises:
-      UserError: no folder given, or the folder or a file is missing.
+      UserError: if no folder is given, or the folder or a file is missing.
     """
     if folder is None:
         raise UserError(
@@ -53,19 +53,19 @@ def files(task: Task, folder: Path | None) -> dict[str, Path]:
 
 
 def sheets(task: Task, folder: Path | None) -> dict[str, Sheet]:
-    """A task's files by split; quotes mean the same in all of them.
+    """Load a task's files by split, with one meaning of quotes for all of them.
 
     Raises:
-      UserError: see `files`; if one cannot be read.
+      UserError: see `files`; also if a file cannot be read.
     """
     return tables.load_sheets(files(task, folder), "\t")
 
 
 def read_splits(task: Task, folder: Path | None) -> dict[str, list[TextExample]]:
-    """All splits of a task.
+    """Read all splits of a task.
 
     Raises:
-      UserError: anything wrong with a file; the message names the line and the remedy.
+      UserError: if a file is invalid; the message names the line and the remedy.
     """
     columns = LAYOUTS[task.name].columns
     return {
@@ -78,11 +78,11 @@ def read(task: Task, path: Path, *, labelled: bool = True) -> list[TextExample]:
     """Read one file.
 
     Args:
-      task: decides the columns and the range of the labels.
+      task: determines the columns and the range of the labels.
       path: the file.
-      labelled: whether to read labels; without, every label is NaN.
+      labelled: whether to read labels; otherwise every label is NaN.
 
     Raises:
-      UserError: anything wrong with the file; the message names the line and the remedy.
+      UserError: if the file is invalid; the message names the line and the remedy.
     """
     return tables.read(task, path, LAYOUTS[task.name].columns, "\t", labelled=labelled)

@@ -1,4 +1,4 @@
-"""Files that are no tables of text: what they are, and how to make tables of them."""
+"""Recognition of files that are not text tables, with advice on how to convert them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from jaxlora.utils.errors import UserError
 
-HEAD = 4096  # bytes that tell
+HEAD = 4096  # number of bytes from which a kind is recognized
 
 
 class Kind(NamedTuple):
-    """What a file begins with, what it then is, and the remedy."""
+    """A kind of file: the pattern of its first bytes, its name, and the remedy."""
 
     start: str
     name: str
@@ -23,7 +23,7 @@ _PANDAS = "write it as a CSV file, for instance with pandas: read_{}(…).to_csv
 _UNPACK = "unpack it first, with {}"
 _SAVE = "save it as UTF-8"
 _FETCH = "get the file itself"
-# Regular expressions over bytes, read as Latin-1.
+# Patterns are regular expressions over bytes decoded as Latin-1.
 KINDS = (
     Kind(r"PAR[1E][\x00-\x08\x0e-\x1f]", "a Parquet file", _PANDAS.format("parquet")),
     Kind(r"ARROW1\x00|\xff\xff\xff\xff", "an Arrow or Feather file", _PANDAS.format("feather")),
@@ -65,10 +65,10 @@ KINDS = (
 
 
 def refuse(head: bytes, path: Path) -> None:
-    """Refuse a file that is known not to be a table, by its first `HEAD` bytes.
+    """Refuse a file whose first `HEAD` bytes are those of a known kind that is not a table.
 
     Raises:
-      UserError: naming what it is and the remedy.
+      UserError: naming the kind of file and the remedy.
     """
     text = head.removeprefix(b"\xef\xbb\xbf").decode("latin-1")
     for start, name, remedy in KINDS:

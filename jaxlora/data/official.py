@@ -1,8 +1,8 @@
-"""The public releases: SST-5 from the Stanford treebank, Quora and STS-B as GLUE has them.
+"""The public releases: SST-5 from the Stanford treebank, Quora and STS-B from GLUE.
 
-TFDS downloads them, but its `extract` and hence `download_and_extract` need TensorFlow. So
-archives are unpacked here, and TFDS's own GLUE builder, which does the reading, is handed a
-download manager that does the same.
+TFDS downloads them, but its `extract` and `download_and_extract` need TensorFlow. Archives are
+therefore unpacked here, and TFDS's GLUE builder, which reads the files, gets a download manager
+that does the same.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ GLUE = {
     "sts": ("stsb", "sentence1", "sentence2"),
 }
 GLUE_SPLITS = {"train": "train", "validation": "dev", "test": "test"}
-MOST_BYTES = 1_000_000_000  # unpacked; ten times the largest of them
-# What reading a damaged archive may raise.
+MAX_BYTES = 1_000_000_000  # unpacked; ten times the largest archive
+# Errors that reading a damaged archive may raise.
 _UNREADABLE = (
     zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError,
     zlib.error, lzma.LZMAError, struct.error,
@@ -50,10 +50,10 @@ ESCAPES = {
 
 
 def key(task: Task) -> str:
-    """What names the content before it is downloaded.
+    """Return a key of the content that is known before the download.
 
-    The releases never change under their address, and which GLUE archive is meant is decided
-    by TFDS: so its version and the address stand for the bytes.
+    The releases never change at their address, and TFDS decides which GLUE archive is used, so
+    TFDS's version and the address identify the content.
     """
     version = importlib.metadata.version("tensorflow-datasets")
     return f"tfds {version} {TREEBANK if task.name == 'sst' else 'glue/' + GLUE[task.name][0]}"
@@ -63,7 +63,7 @@ def read(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[T
     """Download and read a task's splits; GLUE's hidden test labels are NaN.
 
     Raises:
-      UserError: the download fails or the archive is damaged.
+      UserError: if the download fails or the archive is damaged.
     """
     return read_treebank(task, manager) if task.name == "sst" else read_glue(task, manager)
 
@@ -71,11 +71,11 @@ def read(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[T
 def read_treebank(
     task: Task, manager: tfds.download.DownloadManager
 ) -> dict[str, list[TextExample]]:
-    """SST-5 from the parse trees: the label of the root, and the leaves as the sentence."""
+    """Read SST-5 from its parse trees: the label of the root, and the leaves as the sentence."""
     folder = fetch(manager, TREEBANK) / "trees"
     splits = {}
     for split in ("train", "dev", "test"):
-        # Words may have other white space in them, such as 2 1/2's no-break space.
+        # Not `splitlines`: words may contain other white space, such as a no-break space in 2 1/2.
         lines = (folder / f"{split}.txt").read_text(encoding="utf-8").split("\n")
         splits[split] = [
             TextExample(f"{split}-{n}", sentence, "", parse_label(label, task, f"{split}.txt:{n}"))
@@ -85,7 +85,7 @@ def read_treebank(
 
 
 def parse_tree(tree: str) -> tuple[str, str]:
-    r"""The root's label and the sentence of a tree in bracket notation.
+    r"""Parse a tree in bracket notation into the label of its root and its sentence.
 
     >>> parse_tree(r"(3 (2 (2 Writer\/director) (2 -LRB-)) (4 shines))")
     ('3', 'Writer/director ( shines')
@@ -96,7 +96,7 @@ def parse_tree(tree: str) -> tuple[str, str]:
 
 
 def read_glue(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[TextExample]]:
-    """Quora or STS-B, read by TFDS's GLUE builder; quotes are part of the text, as it has them."""
+    """Read Quora or STS-B with TFDS's GLUE builder, which keeps quotes as part of the text."""
     # `tfds.builder("glue/…")` imports every dataset of TFDS and fails without TensorFlow.
     from tensorflow_datasets.text.glue import Glue
 
@@ -119,25 +119,25 @@ def _glue_label(value: float, task: Task, where: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Unzipping:
-    """All that TFDS's GLUE builder asks of a download manager, without TensorFlow."""
+    """The part of a download manager that TFDS's GLUE builder uses, without TensorFlow."""
 
     manager: tfds.download.DownloadManager
 
     def download_and_extract(self, url: str) -> str:
-        """Download an archive and return the folder with its files."""
+        """Download and unpack an archive, and return the folder of its files."""
         return os.fspath(fetch(self.manager, url))
 
 
 def fetch(manager: tfds.download.DownloadManager, url: str) -> Path:
-    """Download a zip archive, unpack it beside itself, and return the folder.
+    """Download a zip archive, unpack it into a folder beside it, and return the folder.
 
     Raises:
-      UserError: no network, no such file, or a damaged archive.
+      UserError: if the network or the file is unavailable, or the archive is damaged.
     """
     from tensorflow_datasets.core.download.util import DownloadError
 
     try:
-        _reach(url)
+        _check_reachable(url)
         archive = Path(manager.download(url))
     except (OSError, DownloadError) as error:
         raise UserError(
@@ -147,18 +147,18 @@ def fetch(manager: tfds.download.DownloadManager, url: str) -> Path:
     return unzip(archive)
 
 
-def _reach(url: str) -> None:
-    """Fail at once without a network: TFDS would retry for minutes, a warning each time."""
-    # An HTTP error means that somebody answered; TFDS will report what is wrong.
+def _check_reachable(url: str) -> None:
+    """Fail at once without a network; TFDS would retry for minutes, with a warning each time."""
+    # An HTTP error is a response of the server; TFDS will report it.
     with contextlib.suppress(urllib.error.HTTPError):
         urllib.request.urlopen(url, timeout=30).close()
 
 
 def unzip(archive: Path) -> Path:
-    """Unpack into `<archive>.files`, all or nothing, and nothing anywhere else.
+    """Unpack an archive into `<archive>.files` atomically.
 
     Raises:
-      UserError: if the archive is damaged, too large, or names a place outside of the folder.
+      UserError: if the archive is damaged, too large, or has a member outside of the folder.
     """
     target = archive.with_name(archive.name + ".files")
     if target.is_dir():
@@ -168,7 +168,7 @@ def unzip(archive: Path) -> Path:
             _check_members(bundle.infolist())
             bundle.extractall(scratch)
     except _UNREADABLE as error:
-        if target.is_dir():  # another process was quicker
+        if target.is_dir():  # another process was faster
             return target
         raise UserError(
             f"--source official: {archive} is damaged or cannot be unpacked ({error}); "
@@ -178,10 +178,10 @@ def unzip(archive: Path) -> Path:
 
 
 def _check_members(members: Iterable[zipfile.ZipInfo]) -> None:
-    """Refuse what leads out of the folder, and more than a disk should be filled with.
+    """Refuse members outside of the folder, links, and archives that unpack to too many bytes.
 
     Raises:
-      BadZipFile: naming the member.
+      BadZipFile: naming the member or the size.
     """
     size = 0
     for member in members:
@@ -194,5 +194,5 @@ def _check_members(members: Iterable[zipfile.ZipInfo]) -> None:
         if stat.S_ISLNK(member.external_attr >> 16):
             raise zipfile.BadZipFile(f"{member.filename!r} is a link")
         size += member.file_size
-    if size > MOST_BYTES:
-        raise zipfile.BadZipFile(f"{size:,} bytes, at most {MOST_BYTES:,} are expected")
+    if size > MAX_BYTES:
+        raise zipfile.BadZipFile(f"{size:,} bytes, at most {MAX_BYTES:,} are expected")

@@ -1,8 +1,8 @@
-"""Packing: many short sentences in few rows, in few shapes.
+"""Packing of many short sentences into few rows, with few different shapes.
 
 Sentences average 15–25 tokens, so a padded batch is mostly padding. Here each batch is packed into
-rows of one length by best-fit decreasing, and a run uses at most a handful of row counts, chosen
-beforehand from all its batches, because every shape costs a compilation.
+rows of equal length by best-fit decreasing. A run uses only a few shapes, chosen before training
+from its batches, because every shape is compiled separately.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ import numpy as np
 from jaxlora.nn.encode import PackedTokens
 
 ROW_LENGTHS = (64, 96)
-# A row of so many tokens costs twice what its tokens cost without attention (MiniLM on CPU).
+# Row length at which attention costs as much as everything else (MiniLM on CPU).
 ATTENTION = 256
-# What compiling one more program costs, in tokens that could have been trained on meanwhile.
+# Cost of compiling one more program, in tokens that could be trained on in the meantime.
 PROGRAM_COST = 30_000
-# By how much the shapes of a long run exceed what the largest batch that was looked at needs.
+# Factor by which the shapes of a long run exceed the needs of the largest sampled batch.
 SPARE = 1.25
 
 
 class Shape(NamedTuple):
-    """PackedTokens of one size: `rows` × `length` tokens."""
+    """The shape of packed rows: `rows` × `length` tokens."""
 
     rows: int
     length: int
 
     @property
     def tokens(self) -> int:
-        """Tokens of a batch of this shape, padding included."""
+        """Number of tokens of this shape, including padding."""
         return self.rows * self.length
 
     @property
     def cost(self) -> float:
-        """What it costs, in tokens without attention; attention grows with the row's length."""
+        """Cost of this shape in tokens; the share of attention grows with the row length."""
         return self.tokens * (1 + self.length / ATTENTION)
 
 
 class Placement(NamedTuple):
-    """Where each sentence goes: `row i64[n]`, `start i64[n]`, and how many rows that takes."""
+    """The positions of sentences in rows: `row i64[n]`, `start i64[n]`, and the number of rows."""
 
     row: np.ndarray
     start: np.ndarray
@@ -50,14 +50,16 @@ class Placement(NamedTuple):
 
 
 def place(lengths: Sequence[int] | np.ndarray, row_length: int) -> Placement:
-    """Best-fit decreasing: the longest first, each into the fullest row that still has room.
+    """Assign sentences to rows by best-fit decreasing.
+
+    The longest sentences are placed first, each in the fullest row that has enough free tokens.
 
     Args:
-      lengths: tokens of each sentence, each between 1 and `row_length`.
-      row_length: S.
+      lengths: number of tokens of each sentence, from 1 to `row_length`.
+      row_length: number of tokens of a row.
 
     Raises:
-      ValueError: if a sentence is longer than a row (truncate it first), or has no token.
+      ValueError: if a sentence is longer than a row (truncate it first) or has no tokens.
 
     >>> place([5, 3, 4, 2], 8).rows
     2
@@ -66,32 +68,70 @@ def place(lengths: Sequence[int] | np.ndarray, row_length: int) -> Placement:
     if lengths.size and lengths.max() > row_length:
         raise ValueError(f"a sentence of {lengths.max()} tokens does not fit rows of {row_length}")
     if lengths.size and lengths.min() < 1:
-        raise ValueError(f"a sentence of {lengths.min()} tokens")
+        raise ValueError(f"a sentence of {lengths.min()} tokens; it needs at least one")
     row, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
-    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by free tokens
+    by_free: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by free tokens
     rows = 0
     for n in np.argsort(-lengths, kind="stable").tolist():
         need = int(lengths[n])
-        free = next((f for f in range(need, row_length + 1) if with_room[f]), None)
+        free = next((f for f in range(need, row_length + 1) if by_free[f]), None)
         if free is None:
             r, free, rows = rows, row_length, rows + 1
         else:
-            r = with_room[free].pop()
+            r = by_free[free].pop()
         row[n], start[n] = r, row_length - free
-        with_room[free - need].append(r)
+        by_free[free - need].append(r)
     return Placement(row, start, rows)
 
 
+def place_by_owner(
+    lengths: Sequence[int] | np.ndarray, owner: np.ndarray, row_length: int, block: int
+) -> Placement:
+    """Place sentences so that each block of tokens has those of one owner.
+
+    Sentences of an owner are next to each other, as far as they fit a row; what is left of a row
+    goes to others, from the next block on.
+
+    Args:
+      lengths: tokens of each sentence, each between 1 and `row_length`.
+      owner: `i64[n]`, whose each sentence is.
+      row_length: S, a multiple of the block.
+      block: tokens that have one owner.
+
+    Raises:
+      ValueError: see `place`.
+
+    >>> place_by_owner([5, 2, 3, 9], np.array([0, 1, 0, 1]), 32, 8)
+    Placement(row=array([0, 0, 0, 0]), start=array([16, 9, 21,  0]), rows=1)
+    """
+    lengths = np.asarray(lengths)
+    strip, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    ends: list[int] = []  # of each strip: what one owner has in one row
+    order = np.argsort(owner, kind="stable")
+    for mine in np.split(order, np.flatnonzero(np.diff(owner[order])) + 1):
+        where = place(lengths[mine], row_length)
+        strip[mine], start[mine] = len(ends) + where.row, where.start
+        used = np.bincount(where.row, lengths[mine], where.rows)
+        ends += used.astype(int).tolist()
+    outer = place([-(-end // block) for end in ends], row_length // block)
+    return Placement(outer.row[strip], start + block * outer.start[strip], outer.rows)
+
+
 def fill(
-    sentences: Sequence[np.ndarray], slots: Iterable[int], num_slots: int, shape: Shape
+    sentences: Sequence[np.ndarray],
+    slots: Iterable[int],
+    num_slots: int,
+    shape: Shape,
+    where: Placement | None = None,
 ) -> PackedTokens:
     """Pack sentences into rows of a shape.
 
     Args:
       sentences: token ids of each sentence.
-      slots: the sentence's number in the batch, `0 … num_slots - 1`.
-      num_slots: N; a slot without a sentence points at token 0.
+      slots: number of each sentence in the batch, `0 … num_slots - 1`.
+      num_slots: N; the `cls_index` of a slot without a sentence is 0.
       shape: must be large enough (see `place`).
+      where: each sentence's place; None: as `place` has it.
 
     Returns:
       `PackedTokens` of NumPy arrays.
@@ -100,7 +140,7 @@ def fill(
     >>> rows.tokens.tolist(), rows.segment_ids.tolist(), rows.cls_index.tolist()
     ([[7, 8, 9, 0]], [[1, 1, 2, 0]], [0, 2])
     """
-    where = place([len(s) for s in sentences], shape.length)
+    where = where or place([len(s) for s in sentences], shape.length)
     if where.rows > shape.rows:
         raise ValueError(f"{where.rows} rows needed, {shape.rows} given")
     tokens, positions, segment_ids = np.zeros((3, *shape), np.int32)
@@ -115,7 +155,7 @@ def fill(
 
 
 def row_lengths(max_length: int) -> tuple[int, ...]:
-    """The row lengths that shapes are chosen from.
+    """Return the row lengths among which shapes are chosen.
 
     >>> row_lengths(128), row_lengths(64)
     ((64, 96, 128), (64,))
@@ -124,14 +164,14 @@ def row_lengths(max_length: int) -> tuple[int, ...]:
 
 
 def needs(packs: Sequence[np.ndarray], lengths: Sequence[int]) -> list[int]:
-    """The rows that each of some packs has to have at each row length.
+    """Count the rows that the packs of a batch need at each row length.
 
     Args:
-      packs: tokens of each sentence, by pack.
-      lengths: row lengths; the longest holds every sentence.
+      packs: for each pack the lengths of its sentences.
+      lengths: row lengths; every sentence fits the last.
 
     Returns:
-      For each row length the most that a pack needs; 0 where a sentence is longer than the row.
+      For each row length the maximum over the packs, or 0 if a sentence is longer than the row.
 
     >>> needs([np.array([5, 3]), np.array([2])], (4, 6, 8))
     [0, 2, 1]
@@ -144,12 +184,12 @@ def needs(packs: Sequence[np.ndarray], lengths: Sequence[int]) -> list[int]:
 
 
 def larger(needs: np.ndarray, lengths: Sequence[int], longest: int) -> np.ndarray:
-    """The needs of a made-up batch that is larger than those looked at, and has any sentence.
+    """Return the needs of a hypothetical batch, `SPARE` times larger than all sampled ones.
 
     Args:
-      needs: of those looked at, see `choose_shapes`.
+      needs: needs of the sampled batches, see `choose_shapes`.
       lengths: row lengths, ascending.
-      longest: tokens of the longest sentence there is.
+      longest: length of the longest sentence of all examples.
 
     >>> larger(np.array([[0, 4], [5, 3]]), (64, 128), 100)
     array([0, 5])
@@ -160,18 +200,19 @@ def larger(needs: np.ndarray, lengths: Sequence[int], longest: int) -> np.ndarra
 def choose_shapes(
     needs: np.ndarray, lengths: Sequence[int], most: int, repeated: float = 1.0
 ) -> list[Shape]:
-    """The shapes that a run's batches cost least in, compiling included.
+    """Choose the shapes that minimize the cost of a run, including compilation.
+
+    All combinations of a few quantiles of the needs are tried.
 
     Args:
-      needs: `i64[steps, len(lengths)]`, the rows that each batch needs at each row length; 0 where
-        a sentence of it is longer than the row.
+      needs: `i64[steps, len(lengths)]`, the rows that each batch needs at each row length, or 0 if
+        one of its sentences is longer than the row.
       lengths: row lengths, ascending; every batch fits the last.
-      most: how many shapes at the most.
-      repeated: for how many batches of the run each of these stands.
+      most: maximum number of shapes.
+      repeated: number of batches of the run that each sampled batch represents.
 
     Returns:
-      Shapes, cheapest first, such that every batch fits one. Found by trying all combinations of a
-      few quantiles.
+      Shapes, cheapest first, such that every batch fits at least one.
 
     >>> choose_shapes(np.array([[2, 1]] * 9 + [[0, 3]]), (64, 128), 1)
     [Shape(rows=3, length=128)]
@@ -210,10 +251,14 @@ def _quantiles(rows: np.ndarray) -> list[int]:
 
 
 def fitting(shapes: Sequence[Shape], packs: Sequence[Sequence[int]]) -> Shape:
-    """The first (cheapest) of `shapes` that holds each pack of sentences (given by lengths).
+    """Return the first, that is, cheapest shape that holds each pack of sentences.
+
+    Args:
+      shapes: shapes, cheapest first.
+      packs: for each pack the lengths of its sentences.
 
     Raises:
-      ValueError: if none does.
+      ValueError: if no shape is large enough.
     """
     for shape in shapes:
         if all(

@@ -1,4 +1,4 @@
-"""Double quotes in tables: whether they hold fields together, or are part of the text."""
+"""Double quotes in tables: whether they enclose fields or are part of the text."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-# none: a quote is a character like any other. standard: a field that begins with one ends with
-# one, may hold delimiters and line breaks, and has the quotes inside it doubled.
+# none: a quote is an ordinary character. standard: a field that begins with a quote ends with one,
+# may contain delimiters and line breaks, and doubles the quotes inside.
 Quoting = Literal["none", "standard"]
 QUOTINGS: tuple[Quoting, ...] = ("none", "standard")
 CSV: dict[Quoting, Literal[0, 3]] = {"none": csv.QUOTE_NONE, "standard": csv.QUOTE_MINIMAL}
 
 
 class Quotes(NamedTuple):
-    """The fields of a file that begin with a double quote.
+    """Fields of a file that begin with a double quote.
 
     Attributes:
-      quoted: how many there are before the first open one.
-      open: the line of the first that is not closed on its own line, from 1; None if all are.
+      quoted: number of such fields before the first one that is not closed.
+      open: line, from 1, of the first field not closed on that line; None if all are closed.
     """
 
     quoted: int
@@ -27,7 +27,7 @@ class Quotes(NamedTuple):
 
 
 def find_quotes(lines: Iterable[str], delimiter: str) -> Quotes:
-    r"""Look for fields that begin with a double quote, up to one that is not closed on its line.
+    r"""Count fields that begin with a double quote, up to the first not closed on its line.
 
     >>> find_quotes(["a\tb\n", '"one ""two"" three"\t"four"\n'], "\t")
     Quotes(quoted=2, open=None)
@@ -45,19 +45,19 @@ def find_quotes(lines: Iterable[str], delimiter: str) -> Quotes:
 
 
 def _closed(field: str) -> bool:
-    """Whether a field that begins with a quote ends with one, and has those inside doubled."""
+    """Return whether a field that begins with a quote ends with one and doubles those inside."""
     return len(field) > 1 and field.endswith('"') and '"' not in field[1:-1].replace('""', "")
 
 
 @dataclasses.dataclass
 class Tally:
-    """What quotes did to the fields of a table, counted while it is read.
+    """Counts of a table's rows and quoted fields, made while it is read.
 
     Attributes:
-      rows: rows, the header among them.
-      lines: physical lines that they take.
-      spanning: fields that go over more than one line.
-      holding: fields that hold the delimiter.
+      rows: number of rows, including the header.
+      lines: number of physical lines of these rows.
+      spanning: number of fields that span several lines.
+      holding: number of fields that contain the delimiter.
     """
 
     rows: int = 0
@@ -66,7 +66,7 @@ class Tally:
     holding: int = 0
 
     def add(self, fields: Sequence[str], lines: int, delimiter: str) -> None:
-        """Count a row that takes so many lines."""
+        """Count a row of the given number of physical lines."""
         self.rows += 1
         self.lines += lines
         if lines > 1:
@@ -74,7 +74,7 @@ class Tally:
         self.holding += sum(delimiter in field for field in fields)
 
     def note(self, delimiter: str) -> str:
-        """Say how many fields hold what would otherwise end them; empty if none does."""
-        counts = {"go over several lines": self.spanning, f"hold a {delimiter}": self.holding}
-        told = [f"{count:,} {what}" for what, count in counts.items() if count]
-        return f"of the quoted fields {' and '.join(told)}" if told else ""
+        """Describe the fields that contain line breaks or delimiters; empty if there are none."""
+        counts = {"span several lines": self.spanning, f"contain a {delimiter}": self.holding}
+        parts = [f"{count:,} {what}" for what, count in counts.items() if count]
+        return f"of the quoted fields {' and '.join(parts)}" if parts else ""

@@ -1,4 +1,4 @@
-"""One labelled example as text, and how labels are read."""
+"""Labelled examples as text, and the parser of labels."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxlora.utils.errors import UserError
 
 
 class TextExample(NamedTuple):
-    """One example as it leaves a source.
+    """One example as a source provides it.
 
     Attributes:
-      id: the source's own name for it.
+      id: its id in the source.
       sentence1: the sentence, or the first of a pair.
       sentence2: the second of a pair; empty for single-sentence tasks.
-      label: on the task's scale; NaN when unlabelled.
-      line: where it stands in its file, from 1; 0 if it is in no file.
+      label: on the task's scale; NaN if unlabelled.
+      line: its line in the file, from 1; 0 if it is from no file.
     """
 
     id: str
@@ -32,23 +32,23 @@ class TextExample(NamedTuple):
 
 UNLABELLED = math.nan
 _DIGITS = re.compile(r"[0-9]{1,9}")
-# What programs write where there is no value, in small letters.
+# What programs write for a missing value, in lower case.
 MISSING = ("", "nan", "-nan", "na", "<na>", "#na", "n/a", "#n/a", "none", "null")
 
 
 def parse_label(text: str, task: Task, where: str) -> float:
-    """Read a label and check it against the task's range.
+    """Parse a label and check it against the task's range.
 
     Args:
-      text: the label as written, e.g. `"3"`, `"1.0"`, `"4.6"` or a class's name.
-      task: says the range and whether labels are whole numbers.
+      text: the label as written, e.g. `"3"`, `"1.0"`, `"4.6"` or the name of a class.
+      task: determines the classes or the range.
       where: `file:line`, for the message.
 
     Returns:
-      The label on the task's scale; NaN for one that is missing (see `MISSING`).
+      The label on the task's scale; NaN if it is missing (see `MISSING`).
 
     Raises:
-      UserError: neither a class's name, nor a number in the range (of classes, a whole one).
+      UserError: if it is neither the name of a class nor a number in the range.
 
     >>> from jaxlora.tasks.task import SST
     >>> parse_label("3.0", SST, "sst.csv:7"), parse_label("NaN", SST, "sst.csv:8")
@@ -76,13 +76,13 @@ def parse_label(text: str, task: Task, where: str) -> float:
 
 
 def _is_missing(written: str, classes: tuple[str, ...]) -> bool:
-    """Whether a label says that there is none; where a class is named so, it is a mistake."""
+    """Return whether a label denotes a missing value, unless a class has that name."""
     folded = written.casefold()
     return folded in MISSING and folded not in map(str.casefold, classes)
 
 
 def _number(text: str) -> Decimal | None:
-    """The exact value of a number, so that long ones stay apart; None for what is none.
+    """Parse a number exactly, so that long numbers do not become equal; None if it is not one.
 
     >>> _number("1e0") == _number("01") == 1, _number("inf"), _number("1_0")
     (True, None, None)
@@ -95,10 +95,9 @@ def _number(text: str) -> Decimal | None:
 
 
 def _class_number(value: Decimal, classes: tuple[str, ...]) -> Decimal | None:
-    """The class of a number: the one whose name is that number, or that has it if names are words.
+    """Find the class that a number means: by name if names are numbers, else by index.
 
-    Names that hold other numbers than their own are no words: of "1 star", "2 stars" nobody knows
-    which one 1 is.
+    None if that is ambiguous: with classes "1 star" and "2 stars", 1 may be a name or an index.
 
     >>> _class_number(Decimal("2.0"), ("1", "2", "unknown"))
     Decimal('1')
@@ -124,25 +123,25 @@ def _allowed(task: Task) -> str:
     return f"one of {', '.join(task.classes)}"
 
 
-# Separators, controls, format characters (such as U+200B), private ones, and marks that stand on
-# a letter: a BERT sees nothing of them.
-_UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf", "Co", "Mn", "Mc", "Me")
-# Letters and symbols that are drawn as nothing: Hangul's fillers, Braille's blank; and what stands
-# for a character that was lost.
+# Categories that BERT's tokenizer drops: separators, control, format (such as U+200B) and private
+# characters, and combining marks.
+_INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf", "Co", "Mn", "Mc", "Me")
+# Letters and symbols with an empty glyph (Hangul fillers, the Braille blank), and the replacement
+# for a lost character.
 _EMPTY = "\u115f\u1160\u3164\uffa0\u2800\N{REPLACEMENT CHARACTER}"
 
 
 def is_blank(text: str) -> bool:
-    r"""Whether a text has nothing to read: no letter, digit, punctuation mark or symbol.
+    r"""Return whether a string has no letter, digit, punctuation mark or symbol.
 
     >>> is_blank(" \u200b\ufeff"), is_blank("?")
     (True, False)
     """
-    return all(unicodedata.category(c) in _UNSEEN or c in _EMPTY for c in text)
+    return all(unicodedata.category(c) in _INVISIBLE or c in _EMPTY for c in text)
 
 
 def sentences(row: TextExample, task: Task) -> dict[str, str]:
-    """The sentences of a row by column name, as many as the task has.
+    """Return the one or two sentences of an example by column name.
 
     >>> from jaxlora.tasks.task import SST
     >>> sentences(TextExample("a", "Good .", "", 3.0), SST)

@@ -1,4 +1,4 @@
-"""Where rows come from: the demo grammar, a folder of TSV files, the public releases, or tables."""
+"""Sources of examples: the demo grammars, CS224N files, public releases, and the user's tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 Splits = dict[str, list[TextExample]]
-Location = Path | Table | None  # the folder of `cs224n`, the table of `files`; others need none
+Location = Path | Table | None  # a folder for `cs224n`, a table for `files`, None for the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Source:
     """A source as data.
 
     Attributes:
-      content: `(task, place) -> bytes` that change whenever the rows would.
-      read: `(task, place, download manager) -> rows by split`.
-      sheets: `(task, place) -> files by split`; none where there are no files of the user's.
-      prepared: whether TFDS prepares and keeps the rows.
+      content: `(task, location) → bytes`, which change whenever the rows would.
+      read: `(task, location, download manager) → rows by split`.
+      sheets: `(task, location) → files by split`; empty for sources without files of the user.
+      prepared: whether TFDS prepares and caches the rows.
     """
 
     content: Callable[[Task, Any], bytes]
@@ -46,7 +46,7 @@ def _digest(paths: Iterable[Path]) -> bytes:
 
 def _table_content(task: Task, table: Table) -> bytes:
     for path in table.files.values():
-        tables.read_text(path)  # an error that names it, if it cannot be read
+        tables.read_text(path)  # raises an error that names the file if it cannot be read
     read_as = (task.kind, task.pair, task.low, task.high, task.classes, table.columns)
     return repr((*read_as, table.delimiter, table.quoting)).encode() + _digest(table.files.values())
 
@@ -72,63 +72,63 @@ SOURCES = {
         prepared=False,
     ),
 }
-# Raise this when a reader gives other rows for the same bytes.
+# Increase this when a reader is changed so that it returns other rows for the same bytes.
 READERS = "3"
 
 
-def fingerprint(task: Task, source: str, place: Location) -> str:
-    """Name of the content, `<source>-<sha256 prefix>`, found without importing TFDS.
+def fingerprint(task: Task, source: str, location: Location) -> str:
+    """Return the key of the content, `<source>-<sha256 prefix>`, without importing TFDS.
 
     Args:
-      task: whose rows.
+      task: the task whose rows are meant.
       source: `demo`, `cs224n`, `official` or `files`.
-      place: see `Location`; what a source does not need, it ignores.
+      location: see `Location`; ignored by sources that need none.
 
     Raises:
-      UserError: unknown source, or files missing.
+      UserError: if the source is unknown, or files are missing.
     """
     if source not in SOURCES:
         raise UserError(f"--source: no source {source!r}; choose from {', '.join(SOURCES)}.")
-    content = SOURCES[source].content(task, place)
+    content = SOURCES[source].content(task, location)
     return f"{source}-{hashlib.sha256(READERS.encode() + content).hexdigest()[:16]}"
 
 
-def notes(task: Task, source: str, place: Location) -> dict[str, list[str]]:
-    """What must be known of how a task's files are read, by split.
+def notes(task: Task, source: str, location: Location) -> dict[str, list[str]]:
+    """Return notes on how a task's files are read, by split.
 
     Raises:
-      UserError: if one cannot be read.
+      UserError: if a file cannot be read.
     """
-    return tables.notes(SOURCES[source].sheets(task, place))
+    return tables.notes(SOURCES[source].sheets(task, location))
 
 
-def where(task: Task, source: str, place: Location, split: str) -> str:
-    """What to call a split in a message: its file, or its name."""
-    files = place.files if isinstance(place, Table) else {}
+def where(task: Task, source: str, location: Location, split: str) -> str:
+    """Return the name of a split for messages: its file, or else its source, task and split."""
+    files = location.files if isinstance(location, Table) else {}
     if source == "cs224n":
-        files = cs224n.files(task, place)  # type: ignore[arg-type]  # its place is a folder
+        files = cs224n.files(task, location)  # type: ignore[arg-type]  # a folder here
     return str(files.get(split, f"{source} {task.name} {split}"))
 
 
-def load_rows(task: Task, source: str, place: Location, cache: Path) -> tuple[Splits, str]:
-    """Rows by split (`train`, `dev`, `test`) and the content's fingerprint.
+def load_rows(task: Task, source: str, location: Location, cache: Path) -> tuple[Splits, str]:
+    """Load the rows by split (`train`, `dev`, `test`), and the fingerprint of the content.
 
     The TFDS dataset is prepared on the first call and read from the cache after that.
 
     Args:
-      task: whose rows.
+      task: the task whose rows are loaded.
       source: `demo`, `cs224n`, `official` or `files`.
-      place: see `Location`; what a source does not need, it ignores.
-      cache: the folder under which TFDS keeps its files.
+      location: see `Location`; ignored by sources that need none.
+      cache: folder of TFDS's files.
 
     Raises:
-      UserError: anything wrong with the source.
+      UserError: if the source is invalid.
     """
-    name, chosen = fingerprint(task, source, place), SOURCES[source]
+    name, chosen = fingerprint(task, source, location), SOURCES[source]
     if not chosen.prepared:
-        return chosen.read(task, place, None), name
+        return chosen.read(task, location, None), name
     from jaxlora.data.builders import BUILDERS, SourceConfig, load
 
-    read = functools.partial(chosen.read, task, place)
+    read = functools.partial(chosen.read, task, location)
     splits = load(BUILDERS[task.name], SourceConfig(name=name, read=read), cache / "tfds")
     return {split: list(splits[split]) for split in ("train", "dev", "test")}, name

@@ -1,4 +1,4 @@
-"""Reads tables of examples: text files with a header, fields apart by tabs, commas or the like."""
+"""Reader of tables of examples: text files with a header, separated by tabs, commas or similar."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from jaxlora.utils.errors import UserError
 
 DELIMITERS = "\t,;|"
 DELIMITER_NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
-# Excel may write its delimiter into a line before the header.
+# A line before the header in which Excel may state the delimiter.
 _HINT = re.compile(r"""sep=([^"\r\n])|"sep=([^"\r\n])"[^"\r\n]*""", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Which columns of a table are read.
+    """The columns of a table that are read.
 
     Attributes:
-      text: one column for a single sentence, two for a pair.
-      label: the label's.
-      id: the examples' own names; None: their number in the file, from 0.
+      text: one column for single sentences, two for pairs.
+      label: the column of labels.
+      id: the column of ids; None: ids are the row numbers, from 0.
     """
 
     text: tuple[str, ...]
@@ -41,14 +41,14 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The files of a task.
+    """The files of a task and how to read them.
 
     Attributes:
-      columns: the same in all files.
-      train, dev: their paths.
-      test: a third one, with labels or without; None if there is none.
-      delimiter: what separates fields; None: found out from the header.
-      quoting: what double quotes mean; None: found out, see `open_sheets`.
+      columns: the columns, the same in all files.
+      train, dev: paths of the training and the dev file.
+      test: path of the test file, with or without labels; None: there is none.
+      delimiter: delimiter of fields; None: detected from the header.
+      quoting: meaning of double quotes; None: detected, see `open_sheets`.
     """
 
     columns: Columns
@@ -60,7 +60,7 @@ class Table:
 
     @property
     def files(self) -> dict[str, Path]:
-        """Paths by split."""
+        """Paths of the files by split."""
         named = {"train": self.train, "dev": self.dev, "test": self.test}
         return {split: Path(path) for split, path in named.items() if path is not None}
 
@@ -69,9 +69,10 @@ class Dialect(NamedTuple):
     """How the fields of a file are separated and quoted.
 
     Attributes:
-      delimiter: what separates them.
-      quoting: what double quotes mean.
-      found: the quotes that decided it; None where it was chosen, or follows from the delimiter.
+      delimiter: delimiter of fields.
+      quoting: meaning of double quotes.
+      found: the quotes from which it was detected; None if it was given, or follows from the
+        delimiter.
     """
 
     delimiter: str
@@ -80,12 +81,12 @@ class Dialect(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """A file of a table.
+    """One file of a table.
 
     Attributes:
-      path: where it is, for messages.
-      lines: gives its physical lines, as often as it is called.
-      dialect: how to split them.
+      path: its path, for messages.
+      lines: returns an iterator over its physical lines; may be called several times.
+      dialect: delimiter and quoting.
     """
 
     path: Path
@@ -102,20 +103,21 @@ def open_sheets(
     delimiter: str | None = None,
     quoting: Quoting | None = None,
 ) -> dict[str, Sheet]:
-    """Find out how the files of a table are separated and quoted.
+    """Detect the delimiter and quoting of the files of a table.
 
-    A quote means the same in all of them. Unless it is chosen, fields separated by commas and the
-    like are quoted as in any CSV. Separated by tabs they are so only if each field that begins with
-    a double quote also ends with one, on the same line, and has those inside it doubled: many
-    programs write tabs and no quoting, and then a sentence may begin with a quote.
+    Quotes have one meaning in all files. Unless it is given, fields separated by commas,
+    semicolons or bars are quoted as in standard CSV. Many programs write tab-separated files
+    without quoting, where a sentence may begin with a quote. Fields separated by tabs therefore
+    count as quoted only if every field that begins with a double quote also ends with one on the
+    same line, and doubles the quotes inside.
 
     Args:
-      texts: by name, the path and what gives the lines.
-      delimiter: what separates fields; None: found out from each header.
-      quoting: none or standard; None: found out.
+      texts: name → path, and a function that returns the lines.
+      delimiter: delimiter of fields; None: detected from each header.
+      quoting: none or standard; None: detected.
 
     Raises:
-      UserError: if a header does not tell the delimiter.
+      UserError: if the delimiter cannot be detected from a header.
     """
     headers = {name: _first_line(lines()) for name, (_, lines) in texts.items()}
     delimiters = {n: delimiter or sniff(headers[n], path) for n, (path, _) in texts.items()}
@@ -123,11 +125,11 @@ def open_sheets(
     for name, (path, lines) in texts.items():
         if quoting is None and _may_be_unquoted(headers[name], delimiters[name], path):
             found[name] = find_quotes(lines(), delimiters[name])
-    plain = any(quotes.open for quotes in found.values())
+    unquoted = any(quotes.open for quotes in found.values())
     return {
         name: Sheet(path, lines, Dialect(
             delimiters[name],
-            quoting or ("none" if plain and name in found else "standard"),
+            quoting or ("none" if unquoted and name in found else "standard"),
             found.get(name),
         ))
         for name, (path, lines) in texts.items()
@@ -135,7 +137,7 @@ def open_sheets(
 
 
 def _may_be_unquoted(header: str, delimiter: str, path: Path) -> bool:
-    """Whether tabs separate the fields; a .csv with one column is quoted as if by commas."""
+    """Return whether tabs separate the fields; a .csv file with one column counts as commas."""
     return delimiter == "\t" and ("\t" in header or path.suffix.lower() != ".csv")
 
 
@@ -149,7 +151,7 @@ def load_sheets(
     """Read the files of a table into memory, see `open_sheets`.
 
     Raises:
-      UserError: if one cannot be read, or is no table.
+      UserError: if a file cannot be read, or is not a table.
     """
     return open_sheets({n: (p, _in_memory(p)) for n, p in files.items()}, delimiter, quoting)
 
@@ -160,10 +162,10 @@ def _in_memory(path: Path) -> Callable[[], Iterable[str]]:
 
 
 def read_splits(task: Task, table: Table) -> dict[str, list[TextExample]]:
-    """All splits of a task; without a test file that split is empty.
+    """Read all splits of a task; without a test file the test split is empty.
 
     Raises:
-      UserError: see `read`; also if no row of train or dev has a label.
+      UserError: see `read`; also if no row of train or of dev has a label.
     """
     splits: dict[str, list[TextExample]] = {"train": [], "dev": [], "test": []}
     for split, sheet in load_sheets(table.files, table.delimiter, table.quoting).items():
@@ -175,29 +177,29 @@ def read_splits(task: Task, table: Table) -> dict[str, list[TextExample]]:
 
 
 def notes(sheets: Mapping[str, Sheet]) -> dict[str, list[str]]:
-    """Say of each file of a table what its quotes were taken for, and what they hold."""
-    told = {}
+    """Return notes for each file of a table, see `describe`."""
+    found = {}
     for name, sheet in sheets.items():
         tally = Tally()
         for _ in sheet.rows(tally):
             pass
-        told[name] = describe(sheet.dialect, tally)
-    return told
+        found[name] = describe(sheet.dialect, tally)
+    return found
 
 
 def describe(dialect: Dialect, tally: Tally) -> list[str]:
-    """Say what quotes were taken for, where that was found out, and what they hold."""
-    told = []
+    """Describe the meaning of quotes where it was detected, and what quoted fields contain."""
+    found = []
     if dialect.found and dialect.found.open:
-        told.append(
+        found.append(
             f"double quotes are part of the text (line {dialect.found.open} opens one only)"
         )
     elif dialect.found and dialect.quoting == "none":
-        told.append("double quotes are part of the text, as in the other files")
+        found.append("double quotes are part of the text, as in the other files")
     elif dialect.found and dialect.found.quoted:
-        told.append(f"{dialect.found.quoted:,} fields are in double quotes, as CSV has them")
-    held = tally.note(DELIMITER_NAMES.get(dialect.delimiter, repr(dialect.delimiter)))
-    return [*told, held] if held else told
+        found.append(f"{dialect.found.quoted:,} fields are in double quotes, as in standard CSV")
+    special = tally.note(DELIMITER_NAMES.get(dialect.delimiter, repr(dialect.delimiter)))
+    return [*found, special] if special else found
 
 
 def read(
@@ -209,18 +211,18 @@ def read(
     *,
     labelled: bool | None = True,
 ) -> list[TextExample]:
-    """Read one file: UTF-8, columns found by name.
+    """Read one UTF-8 file by the names of its columns.
 
     Args:
-      task: decides the labels' range.
+      task: determines the range of the labels.
       path: the file.
-      columns: what to read.
-      delimiter: what separates fields; None: found out from the header.
-      quoting: what double quotes mean; None: found out, see `open_sheets`.
+      columns: the columns to read.
+      delimiter: delimiter of fields; None: detected from the header.
+      quoting: meaning of double quotes; None: detected, see `open_sheets`.
       labelled: see `read_sheet`.
 
     Raises:
-      UserError: anything wrong with the file; the message names the line and the remedy.
+      UserError: if the file is invalid; the message names the line and the remedy.
     """
     sheet = load_sheets({"": path}, delimiter, quoting)[""]
     return read_sheet(task, sheet, columns, labelled=labelled)
@@ -229,17 +231,17 @@ def read(
 def read_sheet(
     task: Task, sheet: Sheet, columns: Columns, *, labelled: bool | None = True
 ) -> list[TextExample]:
-    """Read the rows of one file, those with blank texts among them.
+    """Read the rows of one file, including rows with blank text.
 
     Args:
-      task: decides the labels' range.
+      task: determines the range of the labels.
       sheet: the file.
-      columns: what to read.
-      labelled: True: there must be a column of labels, of which some may be missing, and then are
-        NaN. False: every label is NaN. None: the column may be missing, too.
+      columns: the columns to read.
+      labelled: True: the column of labels is required; missing labels are NaN. False: every label
+        is NaN. None: the column of labels is optional.
 
     Raises:
-      UserError: anything wrong with the file; the message names the line and the remedy.
+      UserError: if the file is invalid; the message names the line and the remedy.
     """
     lines, path, dialect = sheet.rows(), sheet.path, sheet.dialect
     _, header = next(lines, (0, []))
@@ -262,15 +264,15 @@ def read_sheet(
         label = parse_label(written, task, where) if written else UNLABELLED
         rows.append(TextExample(name, texts[0], "".join(texts[1:]), label, line))
     if not rows:
-        raise UserError(f"{path} is empty: there is no example in it; replace the file.")
+        raise UserError(f"{path} is empty: it has a header but no examples; replace the file.")
     return rows
 
 
 def read_text(path: Path) -> str:
-    """The file's text; a byte order mark, as Excel writes it, is dropped.
+    """Read a file as text, without the byte order mark that Excel writes.
 
     Raises:
-      UserError: it cannot be read, is of another kind, not UTF-8, or has a NUL character.
+      UserError: if it cannot be read, is another kind of file, is not UTF-8, or contains NUL.
     """
     try:
         raw = path.read_bytes()
@@ -295,14 +297,14 @@ def _nul(path: Path, line: int) -> UserError:
 
 
 def stream(file: Path, path: Path) -> Iterator[str]:
-    """Yield the physical lines of a file without keeping it in memory, as `read_text` reads it.
+    """Yield the physical lines of a file, decoded as by `read_text`, without loading all of it.
 
     Args:
-      file: what is read.
-      path: what to call it.
+      file: the file to read.
+      path: its path in messages.
 
     Raises:
-      UserError: it cannot be read, is of another kind, not UTF-8, or has a NUL character.
+      UserError: if it cannot be read, is another kind of file, is not UTF-8, or contains NUL.
     """
     number = 0
     try:
@@ -320,7 +322,7 @@ def stream(file: Path, path: Path) -> Iterator[str]:
 
 
 def sniff(text: str, path: Path) -> str:
-    r"""The delimiter that the header line has most of; a tab where it has none (one column).
+    r"""Detect the delimiter: the most frequent one in the header, or a tab if there is none.
 
     >>> sniff("id,text,label\\n1,a;b,0", Path("x.csv")), sniff("sep=;\\na,b;c", Path("x.csv"))
     (',', ';')
@@ -331,8 +333,8 @@ def sniff(text: str, path: Path) -> str:
     best = max(DELIMITERS, key=header.count)
     if sum(header.count(d) == header.count(best) > 0 for d in DELIMITERS) > 1:
         raise UserError(
-            f"{path}:1: cannot tell what separates the fields; of tab, comma, semicolon and bar "
-            "use one alone in the header (a task's description may name its delimiter)."
+            f"{path}:1: cannot tell what separates the fields; use only one of tab, comma, "
+            "semicolon and bar in the header (or set `delimiter` in the task file)."
         )
     return best
 
@@ -340,18 +342,18 @@ def sniff(text: str, path: Path) -> str:
 def read_lines(
     lines: Iterable[str], path: Path, dialect: Dialect, tally: Tally
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of lines of text, blank ones left out, each with its last physical line.
+    """Yield the rows that are not blank, each with the number of its last physical line.
 
     Args:
       lines: physical lines.
-      path: for messages.
-      dialect: how to split them.
+      path: path of the file, for messages.
+      dialect: delimiter and quoting.
       tally: counts the rows.
 
     Raises:
-      UserError: quotes in the wrong place, or a field longer than csv allows.
+      UserError: if quotes are misplaced, or a field is longer than the csv module allows.
     """
-    # Strict: a quote in the wrong place is an error instead of swallowing the lines after it.
+    # Strict: a misplaced quote is an error; otherwise its field would swallow the next lines.
     reader = csv.reader(
         _without_hint(lines),
         delimiter=dialect.delimiter,
@@ -372,13 +374,13 @@ def read_lines(
 
 
 def _without_hint(lines: Iterable[str]) -> Iterator[str]:
-    """Empty the line with which Excel names its delimiter; the others keep their numbers."""
+    """Blank out the line in which Excel states the delimiter, so that line numbers stay right."""
     for number, line in enumerate(lines):
         yield "\n" if number == 0 and _HINT.fullmatch(line.rstrip("\r\n")) else line
 
 
 def _misquoted(path: Path, first: int, last: int, error: csv.Error) -> str:
-    # An open quote runs on until the next one: the mistake is where the row starts.
+    # An open quote extends to the next one, so the mistake is at the start of the row.
     what = str(error).replace("\t", "a tab")
     message = f"{path}:{first}: {what} (reached line {last}); "
     if "field larger than" in what and first == last:
@@ -398,10 +400,10 @@ def find_columns(
     who: str,
     optional: Sequence[str] = (),
 ) -> None:
-    """Refuse a header that lacks a needed column, or has one that is read twice.
+    """Refuse a header that lacks a needed column, or contains one twice.
 
     Raises:
-      UserError: naming what is missing and what there is.
+      UserError: naming the missing columns and those found.
     """
     if not any(header):
         raise UserError(f"{path}: is empty. {who} needs a header with {', '.join(needed)}.")
@@ -418,11 +420,11 @@ def find_columns(
 
 
 def _hint(missing: Sequence[str], header: Sequence[str]) -> str:
-    """Suggest the columns whose names are nearly those that are missing, however they are spelt."""
+    """Suggest existing columns with names similar to the missing ones, ignoring case."""
     if any(f'"{name}"' in header for name in missing):
         return (
             " (double quotes are part of the text here, since a field opens one and does not close "
-            "it on its line; if they hold fields together, choose quoting standard)"
+            "it on its line; if they enclose fields, choose quoting standard)"
         )
     folded = {name.strip().casefold(): name for name in header if name}
     close = [difflib.get_close_matches(name.casefold(), folded, 1) for name in missing]
@@ -442,8 +444,8 @@ def check_width(fields: Sequence[str], header: Sequence[str], where: str, dialec
     remedy = f'put a field that contains a {name} or a line break in "double quotes".'
     if dialect.quoting == "none":
         remedy = (
-            f"double quotes are part of the text here: if they hold fields with a {name} or a "
-            "line break together, choose quoting standard."
+            f"double quotes are part of the text here: if they enclose fields with a {name} or a "
+            "line break, choose quoting standard."
         )
     raise UserError(
         f"{where}: {len(fields)} fields where the header has {len(header)}; "

@@ -1,4 +1,4 @@
-"""Examples of one split: ragged token ids and labels, tokenised once."""
+"""Tokenized examples of a split, and their cache on disk."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ MOST_LISTED = 10
 
 
 class Blank(NamedTuple):
-    """A row that was left out since a text of it is blank, or nothing that the tokenizer knows.
+    """A row that was left out because a sentence is blank, or has no token.
 
     Attributes:
       at: its number among the rows of its split, from 0.
-      line: where it stands in its file, from 1; 0 if it is in no file.
-      id: its name.
+      line: its line in the file, from 1; 0 if it is from no file.
+      id: its id.
     """
 
     at: int
@@ -43,7 +43,7 @@ class Blank(NamedTuple):
 
 
 def list_blank(rows: Sequence[Blank]) -> str:
-    """Count rows with a blank text and name the first ten.
+    """Describe rows with a blank text: their number, and the first ten.
 
     >>> list_blank([Blank(0, 2, "a"), Blank(5, 7, "f")])
     '2 rows with a blank text (lines 2, 7)'
@@ -57,18 +57,18 @@ def list_blank(rows: Sequence[Blank]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Tokenised examples; sentence `k` of example `i` is number `i * sentences + k`.
+    """Tokenized examples; sentence `k` of example `i` is number `i * sentences + k`.
 
     Attributes:
-      ids: `object[E]`, the examples' ids as the source gives them, strings of any length.
-      tokens: `i32[total]`, all sentences end to end, each `[CLS] … [SEP]`.
-      offsets: `i64[E * sentences + 1]`, where each sentence starts; the last is `total`.
-      labels: `f32[E]`; NaN where the source has none.
+      ids: `object[E]`, the ids in the source, strings of any length.
+      tokens: `i32[total]`, all sentences concatenated, each `[CLS] … [SEP]`.
+      offsets: `i64[E * sentences + 1]`, the start of each sentence; the last is `total`.
+      labels: `f32[E]`; NaN for unlabelled examples.
       sentences: sentences per example, 1 or 2.
-      truncated: how many sentences were cut to the length limit.
-      unlabelled: how many examples were left out because they have no label.
-      blank: the rows that were left out because a text of theirs is blank.
-      notes: what must be known of how their file was read.
+      truncated: number of sentences that were truncated.
+      unlabelled: number of examples left out because they have no label.
+      blank: rows left out because a sentence is blank.
+      notes: notes for the user on how the file was read.
     """
 
     ids: np.ndarray
@@ -86,23 +86,23 @@ class Examples:
 
     @property
     def lengths(self) -> np.ndarray:
-        """`i64[E * sentences]`: tokens in each sentence."""
+        """Number of tokens of each sentence, `i64[E * sentences]`."""
         return np.diff(self.offsets)
 
     def sentence(self, number: int) -> np.ndarray:
-        """Token ids of one sentence, `i32[length]`."""
+        """Return the token ids of one sentence, `i32[length]`."""
         return self.tokens[self.offsets[number] : self.offsets[number + 1]]
 
     def take(self, numbers: np.ndarray) -> Examples:
-        """Some of these examples of one sentence, `numbers: i64[n]`, in that order."""
+        """Select examples by number, `i64[n]`; for single-sentence tasks only."""
         if self.sentences != 1:
-            raise ValueError("take() is for examples of one sentence")
+            raise ValueError("take() needs examples of one sentence")
         tokens = [self.sentence(n) for n in numbers]
         offsets = np.concatenate([[0], np.cumsum([len(t) for t in tokens])])
         return Examples(self.ids[numbers], np.concatenate(tokens), offsets, self.labels[numbers], 1)
 
     def join(self, other: Examples) -> Examples:
-        """These examples and then another's of as many sentences."""
+        """Concatenate these examples and `other`, which must have as many sentences each."""
         if self.sentences != other.sentences:
             raise ValueError(f"sentences: {self.sentences} and {other.sentences}")
         return Examples(
@@ -124,12 +124,12 @@ class Examples:
 
 
 SPLITS = ("train", "dev", "test")
-# Raise this when `tokenize` or the layout of the cache file changes.
+# Increase this when `tokenize` or the layout of the cache file changes.
 FORMAT = "3"
-# Encodings are bulky: turn this many at a time into arrays.
+# Encodings take much memory, so they are converted to arrays in chunks of this size.
 _CHUNK = 10_000
-# What reading a damaged or half-copied .npz may raise (zipfile has an error for what it does not
-# know, and one for what looks encrypted).
+# Errors that reading a damaged or incomplete .npz file may raise; zipfile has separate ones for
+# unknown formats and for what looks encrypted.
 _DAMAGED = (
     OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError,
     RuntimeError, TypeError,
@@ -139,34 +139,34 @@ _DAMAGED = (
 def load_examples(
     task: Task,
     source: str,
-    place: sources.Location,
+    location: sources.Location,
     tokenizer: Tokenizer,
     tokenizer_key: str,
     max_length: int,
     cache: Path,
 ) -> dict[str, Examples]:
-    """Tokenised splits of a task; tokenised once, then read from the cache without TFDS.
+    """Load the splits of a task, tokenized; later calls read them from the cache without TFDS.
 
     Args:
-      task: whose examples.
-      source, place: see `sources.load_rows`.
-      tokenizer: a fast tokenizer whose post-processor adds `[CLS]` and `[SEP]`; left as it is.
-      tokenizer_key: names the tokenizer's content, e.g. a checksum.
-      max_length: the most tokens a sentence may have, `[CLS]` and `[SEP]` included.
-      cache: folder for datasets and token files; deleting it costs only time.
+      task: the task whose examples are loaded.
+      source, location: see `sources.load_rows`.
+      tokenizer: a fast tokenizer whose post-processor adds `[CLS]` and `[SEP]`; not changed.
+      tokenizer_key: identifies the content of the tokenizer, e.g. a checksum.
+      max_length: maximum number of tokens of a sentence, including `[CLS]` and `[SEP]`.
+      cache: folder for datasets and token files; it may be deleted at any time.
 
     Raises:
-      UserError: anything wrong with the source.
+      UserError: if the source is invalid.
     """
-    content = sources.fingerprint(task, source, place)
+    content = sources.fingerprint(task, source, location)
     key = json.dumps([FORMAT, content, tokenizer_key, max_length])
     name = f"{task.name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     path = cache / "tokens" / name
     found = _restore(path)
     if found is not None:
         return found
-    rows, _ = sources.load_rows(task, source, place, cache)
-    notes = sources.notes(task, source, place)
+    rows, _ = sources.load_rows(task, source, location, cache)
+    notes = sources.notes(task, source, location)
     splits = {
         split: dataclasses.replace(
             _examples(found, task, tokenizer, max_length, labelled=split != "test"),
@@ -176,22 +176,22 @@ def load_examples(
     }
     for split in ("train", "dev"):
         if not len(splits[split]):
-            where = sources.where(task, source, place, split)
-            raise UserError(f"{where}: no example is left; {_why_none(splits[split])}")
+            where = sources.where(task, source, location, split)
+            raise UserError(f"{where}: no example is left; {_left_out(splits[split])}")
     _save(path, splits)
     return splits
 
 
-def _why_none(examples: Examples) -> str:
+def _left_out(examples: Examples) -> str:
     blank = list_blank(examples.blank) if examples.blank else "no blank rows"
     return f"there are {examples.unlabelled:,} rows without a label and {blank}."
 
 
 def truncating(tokenizer: Tokenizer, max_length: int) -> Tokenizer:
-    """A copy that cuts sentences to a length and pads none; the copy takes some 25 ms.
+    """Copy a tokenizer, with truncation to a length and without padding; takes about 25 ms.
 
     Args:
-      tokenizer: a fast tokenizer; its own truncation and padding stay as set.
+      tokenizer: a fast tokenizer; its own truncation and padding are not changed.
       max_length: longer sentences lose their last words and keep `[CLS]` and `[SEP]`.
     """
     copy = type(tokenizer).from_str(tokenizer.to_str())
@@ -201,21 +201,21 @@ def truncating(tokenizer: Tokenizer, max_length: int) -> Tokenizer:
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Token ids of sentences, end to end.
+    """Tokenize sentences into one array of token ids.
 
     Args:
       tokenizer: from `truncating`.
       texts: the sentences.
 
     Returns:
-      `(tokens i32[total], offsets i64[len(texts) + 1], how many were cut)`.
+      `(tokens i32[total], offsets i64[len(texts) + 1], number of truncated sentences)`.
 
     Raises:
-      UserError: for half a surrogate pair, which is no character.
+      UserError: if a sentence contains a lone surrogate, which is not a character.
     """
     for text in texts:
         if not encodable(text):
-            raise UserError(f"{ascii(text)[:60]}: is not Unicode text; take the surrogates out")
+            raise UserError(f"{ascii(text)[:60]}: is not Unicode text; remove the lone surrogates")
     parts, lengths, truncated = [np.zeros(0, np.int32)], [0], 0
     for start in range(0, len(texts), _CHUNK):
         for encoding in tokenizer.encode_batch(list(texts[start : start + _CHUNK])):
@@ -233,7 +233,7 @@ def _examples(
     *,
     labelled: bool,
 ) -> Examples:
-    """Tokenise a split's rows, except for those with a blank text and, if `labelled`, no label."""
+    """Tokenize the rows of a split without those that are blank or, if `labelled`, unlabelled."""
     blank = {n for n, row in enumerate(rows) if any(map(is_blank, sentences(row, task).values()))}
     cut = truncating(tokenizer, max_length)
     while True:
@@ -241,7 +241,7 @@ def _examples(
         kept = [n for n in found if not (labelled and math.isnan(rows[n].label))]
         texts = [text for n in kept for text in sentences(rows[n], task).values()]
         tokens, offsets, truncated = tokenize(cut, texts)
-        # [CLS] and [SEP] alone: the tokenizer dropped every character.
+        # Two tokens are [CLS] and [SEP] alone: the tokenizer dropped every character.
         shortest = np.diff(offsets).reshape(len(kept), task.sentences).min(1, initial=max_length)
         empty = {kept[n] for n in np.flatnonzero(shortest <= 2)}
         if not empty:
@@ -256,18 +256,18 @@ def _examples(
 
 
 def _strings(values: Iterable[str]) -> np.ndarray:
-    """An array of strings, each as long as it is; NumPy's own would all be as long as the longest.
+    """Build an object array of strings; NumPy's own string arrays pad all to the longest.
 
     >>> _strings(["a", "bcd"]).tolist()
     ['a', 'bcd']
     """
-    return np.array([*values, None], dtype=object)[:-1]  # None: or no values would be no array
+    return np.array([*values, None], dtype=object)[:-1]
 
 
 def _save(path: Path, splits: dict[str, Examples]) -> None:
-    """Write all or nothing: a reader never sees half a file. A full disk costs the file only."""
+    """Write the cache file atomically. If that fails, e.g. on a full disk, only print a note."""
     arrays = {
-        f"{split}.{field.name}": _plain(getattr(examples, field.name))
+        f"{split}.{field.name}": _to_array(getattr(examples, field.name))
         for split, examples in splits.items()
         for field in dataclasses.fields(Examples)
     }
@@ -275,11 +275,11 @@ def _save(path: Path, splits: dict[str, Examples]) -> None:
         with files.replacing(path) as file:
             np.savez(file, allow_pickle=False, **arrays)
     except OSError as error:
-        print(f"note: {path} is not kept ({error})", file=sys.stderr)
+        print(f"note: {path} is not cached ({error})", file=sys.stderr)
 
 
 def _restore(path: Path) -> dict[str, Examples] | None:
-    """The splits in a cache file; None if it is missing or damaged."""
+    """Read the splits from a cache file; None if it is missing or damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {split: _split(arrays, split) for split in SPLITS}
@@ -287,8 +287,8 @@ def _restore(path: Path) -> dict[str, Examples] | None:
         return None
 
 
-def _plain(value: Any) -> Any:
-    """Numbers as they are; what holds strings as the bytes of its JSON."""
+def _to_array(value: Any) -> Any:
+    """Encode tuples and arrays of strings as JSON bytes, which need no pickle; keep numbers."""
     if isinstance(value, np.ndarray) and value.dtype == object:
         value = value.tolist()
     if not isinstance(value, list | tuple):
@@ -296,20 +296,20 @@ def _plain(value: Any) -> Any:
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
-def _json(array: np.ndarray) -> Any:
-    """The inverse of `_plain` where it made bytes."""
+def _from_json(array: np.ndarray) -> Any:
+    """Decode JSON bytes written by `_to_array`."""
     return json.loads(np.asarray(array, np.uint8).tobytes())
 
 
 def _split(arrays: Mapping[str, np.ndarray], split: str) -> Examples:
     return Examples(
-        ids=_strings(_json(arrays[f"{split}.ids"])),
+        ids=_strings(_from_json(arrays[f"{split}.ids"])),
         tokens=arrays[f"{split}.tokens"],
         offsets=arrays[f"{split}.offsets"],
         labels=arrays[f"{split}.labels"],
         sentences=int(arrays[f"{split}.sentences"]),
         truncated=int(arrays[f"{split}.truncated"]),
         unlabelled=int(arrays[f"{split}.unlabelled"]),
-        blank=tuple(Blank(*row) for row in _json(arrays[f"{split}.blank"])),
-        notes=tuple(_json(arrays[f"{split}.notes"])),
+        blank=tuple(Blank(*row) for row in _from_json(arrays[f"{split}.blank"])),
+        notes=tuple(_from_json(arrays[f"{split}.notes"])),
     )

@@ -1,10 +1,10 @@
-"""LoRA: low-rank adapters as plain pytrees beside a frozen one.
+"""LoRA: low-rank adapters as plain pytrees beside frozen parameters.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1:
 `W' = W + (alpha / rank) · A B` with `W: [in, out]` (Flax kernels), `A: [in, r]`, `B: [r, out]`.
 An adapter mirrors the parameter tree: where the base has `{"query": {"kernel": W, "bias": b}}`
-the adapter has `{"query": {"A": A, "B": B}}`. Leading axes (stacked layers) are carried along.
-Adapters of several tasks are a dict keyed by task or group, one adapter each.
+the adapter has `{"query": {"A": A, "B": B}}`. Leading axes (stacked layers) are kept.
+Adapters of several tasks are a dict: task or group → adapter.
 """
 
 from jaxlora.lora.adapter import (
@@ -23,7 +23,7 @@ from jaxlora.lora.adapter import (
     unmerge,
 )
 from jaxlora.lora.combine import add, truncate
-from jaxlora.lora.stack import stack
+from jaxlora.lora.widen import widen
 
 __all__ = [
     "ALL_TARGETS",
@@ -38,8 +38,8 @@ __all__ = [
     "init",
     "matches",
     "merge",
-    "stack",
     "targets",
     "truncate",
     "unmerge",
+    "widen",
 ]

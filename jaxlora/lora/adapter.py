@@ -1,4 +1,4 @@
-"""One adapter: its configuration, its start, and folding it into kernels."""
+"""One adapter: its configuration, its initialization, and merging it into kernels."""
 
 from __future__ import annotations
 
@@ -31,27 +31,28 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """How to adapt (the names are Hugging Face PEFT's).
+    """Configuration of an adapter, with the field names of Hugging Face PEFT.
 
-    A module's name matches a layer whose dotted path is it or ends with `.` + it, so `query` and
-    `attention.output.dense` both work, and `output.dense` means both layers that end so. Lists
-    become tuples, and so do patterns that are dicts as in PEFT.
+    A module name matches a layer if the layer's dotted path equals the name or ends with `.` and
+    the name: `query` and `attention.output.dense` both work, and `output.dense` matches both
+    layers whose paths end with it. Lists are converted to tuples, and so are patterns given as
+    dicts.
 
     Attributes:
-      rank: r, the inner width of the adapters.
+      rank: r, the inner dimension of the adapters.
       alpha: numerator of the scale.
       target_modules: names of the Dense layers that get an adapter.
       rslora: scale by `alpha / √r` instead of `alpha / r`, so that a high rank learns as fast as a
         low one (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with
         LoRA").
-      rank_pattern: `(name, rank)` for modules that have another rank; where several names match,
-        the longest counts. They are kept longest first.
+      rank_pattern: `(name, rank)` of modules whose rank differs. If several names match, the
+        longest one applies; they are sorted longest first.
       alpha_pattern: `(name, alpha)`, likewise.
-      dropout: of the adapter's input, in training.
+      dropout: dropout rate of the adapter's input during training.
 
     Raises:
-      ValueError: for a rank below 1, an alpha that is not a finite number above 0, a dropout that
-        is not from 0 to below 1, or target modules that are one text.
+      ValueError: if a rank is below 1, an alpha is not positive and finite, the dropout rate is
+        outside [0, 1), or `target_modules` is a single string.
 
     >>> config = LoraConfig(4, 8.0, rank_pattern=(("query", 16),), rslora=True)
     >>> config.rank_of(("self", "query")), config.scale_of(("self", "query"))
@@ -75,7 +76,7 @@ class LoraConfig:
         for field in ("rank_pattern", "alpha_pattern"):
             given = getattr(self, field)
             items = map(tuple, given.items() if isinstance(given, Mapping) else given)
-            # In one order, so that two configurations that mean the same are equal.
+            # Sorted, so that configurations with the same meaning compare equal.
             ordered = sorted(items, key=lambda item: (-len(item[0]), item[0]))
             object.__setattr__(self, field, tuple(ordered))
         self._check_numbers()
@@ -91,15 +92,15 @@ class LoraConfig:
             raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
 
     def rank_of(self, path: Path) -> int:
-        """Inner width of the module's adapter."""
+        """Return the rank of the adapter of the module at `path`."""
         return next((rank for name, rank in self.rank_pattern if matches(name, path)), self.rank)
 
     def alpha_of(self, path: Path) -> float:
-        """Numerator of the module's scale."""
+        """Return the numerator of the scale of the module at `path`."""
         return next((a for name, a in self.alpha_pattern if matches(name, path)), self.alpha)
 
     def scale_of(self, path: Path) -> float:
-        """`alpha / r` (rsLoRA: `alpha / √r`) of the module, the factor of its `A B`."""
+        """Return the factor of `A B` of the module: `alpha / r` (rsLoRA: `alpha / √r`)."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
 
@@ -109,11 +110,11 @@ def _for(name: str) -> str:
 
 
 Adapter = tuple[Tree, LoraConfig]
-"""An adapter's tree, and the configuration it was made with."""
+"""The tree of an adapter and its configuration."""
 
 
 def matches(name: str, path: Path) -> bool:
-    """Whether a module's name, as in `LoraConfig`, means the layer at this path.
+    """Return whether a module name, as in `LoraConfig`, matches the layer at `path`.
 
     >>> matches("output.dense", ("attention", "output", "dense")), matches("ense", ("dense",))
     (True, False)
@@ -124,11 +125,11 @@ def matches(name: str, path: Path) -> bool:
 def describe(
     modules: Mapping[Path, tuple[int, float]], rslora: bool = False, dropout: float = 0.0
 ) -> LoraConfig:
-    """The configuration that gives these modules, and no others, their ranks and alphas.
+    """Return the configuration that adapts exactly these modules, with these ranks and alphas.
 
     Args:
-      modules: path → (rank, alpha), not empty. The modules are named by whole paths, so none may
-        end with another's.
+      modules: path → (rank, alpha), not empty. Modules are named by their full paths, so no path
+        may end with another one.
       rslora, dropout: see `LoraConfig`.
 
     >>> config = describe({("self", "query"): (2, 4.0), ("self", "key"): (3, 4.0)})
@@ -143,18 +144,18 @@ def describe(
 
 
 def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:
-    """The kernels that `config` adapts: path of the Dense layer → kernel `[..., in, out]`.
+    """Return the kernels that `config` adapts: path of the Dense layer → kernel `[..., in, out]`.
 
-    All but a kernel's last two axes are taken for stacked layers, so the kernels of Flax's
-    `DenseGeneral`, with several axes for the input or the output, cannot be adapted.
+    All axes of a kernel except the last two are treated as stacked layers. Kernels of Flax's
+    `DenseGeneral` with several input or output axes can therefore not be adapted.
 
     Args:
       params: a parameter tree, of arrays or of `jax.ShapeDtypeStruct` leaves.
       config: what to adapt.
 
     Raises:
-      ValueError: if a target matches nothing (with the names there are), a pattern no target, a
-        kernel is not `[..., in, out]`, or a rank is above the smaller side of its kernel.
+      ValueError: if a target matches no layer (the message lists the layers), a pattern matches no
+        target, a kernel is not `[..., in, out]`, or a rank exceeds `min(in, out)` of its kernel.
 
     >>> params = {"self": {"query": {"kernel": jnp.zeros((4, 4))}}}
     >>> list(targets(params, LoraConfig(rank=2, target_modules=("query",))))
@@ -199,11 +200,11 @@ def _check_rank(rank: int, path: Path, kernel: jax.Array) -> None:
 
 
 def init(key: jax.Array, params: Tree, config: LoraConfig) -> Tree:
-    """A fresh adapter: A uniform in ±1/√in (as in PEFT), B zero, so the model starts unchanged.
+    """Initialize an adapter: A uniform in ±1/√in (as in PEFT) and B zero, so nothing changes yet.
 
     Args:
       key: PRNG key.
-      params: base parameters (arrays or shapes); only shapes are read.
+      params: base parameters, or `jax.ShapeDtypeStruct` leaves; only shapes are read.
       config: what to adapt, and how.
 
     Returns:
@@ -230,23 +231,23 @@ def init(key: jax.Array, params: Tree, config: LoraConfig) -> Tree:
 
 
 def delta(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """`scale · A B` in float32: `[..., in, r], [..., r, out]` → `f32[..., in, out]`."""
+    """Compute `scale · A B` in float32: `[..., in, r], [..., r, out]` → `f32[..., in, out]`."""
     return scale * jnp.matmul(
         a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
 
 
 def merge(params: Tree, adapter: Tree, config: LoraConfig) -> Tree:
-    """Fold an adapter into the kernels: `W + scale · A B`; the result needs no adapter to run.
+    """Add an adapter to the kernels: `W + scale · A B`. The result runs without the adapter.
 
     Args:
       params: base parameters; not changed.
-      adapter: from `init`, trained.
-      config: the adapter's configuration (only its ranks and scales are read).
+      adapter: a tree as `init` returns it.
+      config: the adapter's configuration; only ranks and scales are read.
 
     Raises:
-      ValueError: if the adapter has a layer that the base has not, lacks one of a layer's factors,
-        or has factors that fit neither the kernel nor the configuration.
+      ValueError: if the adapter has a layer that the base lacks, if a layer lacks A or B, or if
+        their shapes do not fit the kernel and the configuration.
 
     >>> params = {"query": {"kernel": jnp.zeros((1, 1))}}
     >>> adapter = {"query": {"A": jnp.array([[2.0]]), "B": jnp.array([[3.0]])}}
@@ -257,7 +258,7 @@ def merge(params: Tree, adapter: Tree, config: LoraConfig) -> Tree:
 
 
 def unmerge(params: Tree, adapter: Tree, config: LoraConfig) -> Tree:
-    """Take a merged adapter out again, `W - scale · A B` (equal to the base up to rounding).
+    """Subtract a merged adapter: `W - scale · A B`, equal to the base up to rounding.
 
     >>> params = {"query": {"kernel": jnp.array([[3.0]])}}
     >>> adapter = {"query": {"A": jnp.array([[2.0]]), "B": jnp.array([[3.0]])}}
@@ -280,7 +281,7 @@ def _fold(
     for path in {p[:-1] for p in factors}:
         kernel = (*path, "kernel")
         if kernel not in flat:
-            raise ValueError(f"the adapter has {'.'.join(path)}, which the base model has not")
+            raise ValueError(f"the adapter has {'.'.join(path)}, which the base model lacks")
         a, b = (factors.get((*path, name)) for name in "AB")
         _check_factors(path, a, b, flat[kernel].shape, config.rank_of(path))
         change = delta(a, b, config.scale_of(path))
@@ -289,7 +290,7 @@ def _fold(
 
 
 def _check_factors(path: Path, a: Any, b: Any, kernel: tuple[int, ...], rank: int) -> None:
-    """Refuse what would broadcast, or would be scaled as another rank's."""
+    """Refuse factors that would broadcast, or would be scaled by the wrong rank."""
     name = ".".join(path)
     if a is None or b is None:
         raise ValueError(f"the adapter of {name} lacks {'A' if a is None else 'B'}")
@@ -303,7 +304,7 @@ def _check_factors(path: Path, a: Any, b: Any, kernel: tuple[int, ...], rank: in
 
 
 def count_params(adapter: Tree) -> int:
-    """Number of parameters of an adapter, or of a dict of adapters.
+    """Count the parameters of an adapter, or of a dict of adapters.
 
     >>> count_params({"query": {"A": jnp.zeros((4, 2)), "B": jnp.zeros((2, 6))}})
     20

@@ -1,8 +1,9 @@
-"""Weighted sums of adapters: exactly, side by side, or as the nearest adapter of a given rank.
+"""Weighted sums of adapters: exact by concatenation, or the nearest adapter of a given rank.
 
-`Σ wᵢ sᵢ Aᵢ Bᵢ = [A₁ … A_T] [w₁ s₁ B₁; …; w_T s_T B_T]`, so adapters of any ranks, scales and layers
-add up to one of the summed rank. Its truncated singular value decomposition is the nearest one of a
-lower rank (Eckart & Young 1936). PEFT calls these `cat` and `svd`.
+`Σ wᵢ sᵢ Aᵢ Bᵢ = [A₁ … A_T] [w₁ s₁ B₁; …; w_T s_T B_T]`, so the sum of adapters of any ranks, scales
+and layers is one adapter whose rank is the sum of theirs. Its truncated singular value
+decomposition is the nearest adapter of a lower rank (Eckart & Young 1936). PEFT calls the two
+`cat` and `svd`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from jaxlora.utils.trees import Tree
 
 
 def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Add adapters up: the exact weighted sum, of the summed rank.
+    """Compute the exact weighted sum of adapters; its rank is the sum of theirs.
 
     Args:
-      adapters: trees with their configurations; a layer that one lacks, it leaves alone.
-      weights: one for each.
+      adapters: trees with their configurations; they may adapt different layers.
+      weights: one weight for each adapter.
 
     Raises:
-      ValueError: if there is no adapter, or the numbers of the two differ.
+      ValueError: if there is no adapter, or not one weight for each.
 
     >>> from jaxlora.lora import LoraConfig
     >>> a = {"q": {"A": jnp.ones((2, 1)), "B": jnp.ones((1, 2))}}
@@ -53,11 +54,11 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def truncate(adapter: Adapter, rank: int) -> Adapter:
-    """Find the nearest adapter of a rank, layer by layer, in the sum of squares of `s A B`.
+    """Find the nearest adapter of a given rank: layer by layer, in the Frobenius norm of `s A B`.
 
     Args:
       adapter: tree and configuration.
-      rank: the new one, at most; a layer that has less keeps it.
+      rank: the new rank; layers with a lower rank keep theirs.
 
     Raises:
       ValueError: if the rank is below 1.
@@ -79,7 +80,7 @@ def truncate(adapter: Adapter, rank: int) -> Adapter:
 
 
 def _truncate(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    """`[..., in, r]`, `[..., r, out]` → the same with at most `rank`; never forms `[in, out]`."""
+    """Truncate factors `[..., in, r]` and `[..., r, out]` to a rank without forming `[in, out]`."""
     left, ra = jnp.linalg.qr(a)
     right, rb = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
     u, sizes, vt = jnp.linalg.svd(_exact(ra, jnp.swapaxes(rb, -1, -2)), full_matrices=False)
@@ -91,7 +92,7 @@ def _truncate(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Arr
 
 
 def _exact(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a @ b` in float32, where an accelerator would take fewer bits."""
+    """Compute `a @ b` in full float32, also where an accelerator's default is less."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 

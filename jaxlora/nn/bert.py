@@ -103,10 +103,10 @@ class BertConfig(EncoderConfig):
 class Dense(nn.Module):
     """`x W + b`, plus `scale · x A B` where the `lora` collection has this layer.
 
-    Several adapters side by side (`A: [T, in, r]`, `B: [T, r, out]`) are one of rank T·r, of which
-    each token uses the share it is given; in training they are taken for copies of one, each with
-    its own tokens' gradient. In training the adapter's input has its own dropout. Matmul inputs are
-    `dtype`; products are summed, and returned, in float32.
+    Of several adapters (`A: [T, in, r]`, `B: [T, r, out]`) each block of tokens uses one; in
+    training they are taken for copies of one, each with its own tokens' gradient. In training the
+    adapter's input has its own dropout. Matmul inputs are `dtype`; products are summed, and
+    returned, in float32.
     """
 
     features: int
@@ -118,7 +118,7 @@ class Dense(nn.Module):
     def __call__(
         self, x: jax.Array, share: jax.Array | None = None, train: bool = False
     ) -> jax.Array:
-        """`[..., in]`, and for several adapters `share: f32[..., T]` → `f32[..., features]`."""
+        """`[..., in]`, and for several adapters `share`, see `Encoder` → `f32[..., features]`."""
         kernel = self.param(
             "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), jnp.float32
         )
@@ -129,10 +129,12 @@ class Dense(nn.Module):
         if self.has_variable("lora", "A"):
             a, b = (jnp.asarray(self.get_variable("lora", name)) for name in "AB")
             x = dropout(self, x, self.lora.dropout, train)
-            if train and share is not None:
+            if share is None:
+                low = ops.low_rank(x, a, b, self.dtype)
+            elif train:
                 low = ops.low_rank_of_copies(x, a, b, share, self.dtype)
             else:
-                low = ops.low_rank(x, a, b, share, self.dtype)
+                low = ops.low_rank_by_block(x, a, b, share, self.dtype)
             y = y + self.lora.scale_of(self.path) * low
         return y
 
@@ -233,7 +235,14 @@ class Layer(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, share: jax.Array | None, bias: jax.Array | None
     ) -> tuple[jax.Array, None]:
-        """Inputs: `f32[R, S, H]`, `bool[R, 1, S, S]`, `f32[R, S, T]`, `f32[1, heads, S, S]`."""
+        """Return the next layer's input.
+
+        Args:
+          x: `f32[R, S, H]`.
+          mask: `bool[R, 1, S, S]`.
+          share: see `Encoder`.
+          bias: `f32[1, heads, S, S]`, added to the scores of attention; None: nothing.
+        """
         rest = (self.config, self.dtype, self.lora)
         x = Attention(*rest, name="attention")(x, mask, share, bias, self.train)
         y = Intermediate(*rest, name="intermediate")(x, share, self.train)
@@ -294,8 +303,9 @@ class Encoder(nn.Module):
           segment_ids: `i32[R, S]`, which sentence a token belongs to, 0 for padding; a token
             attends to the tokens of its row that have its id.
           train: apply dropout (needs a `dropout` rng).
-          share: `f32[R, S, T]`, how much of each of T adapters a token uses (leaves of `lora` are
-            `[L, T, ...]` then, and with `train` T copies of one); None for one adapter
+          share: which of T adapters tokens use (leaves of `lora` are `[L, T, ...]` then): with
+            `train` `f32[R, S, T]`, which of T copies of one adapter gets a token's gradient; else
+            `i32[R, S / block]`, the adapter of each block of tokens. None for one adapter
             (`[L, ...]`), or none.
 
         Returns:
@@ -415,16 +425,23 @@ def param_shapes(config: EncoderConfig) -> dict[str, Any]:
 def matmul_ready(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
     """Frozen parameters as the programs want them, so that no step does this again.
 
-    Dense kernels are in `dtype`; embeddings, biases and LayerNorm stay float32. Few layers lie
-    apart, in a list: the programs would copy each out of the stack. `stack_layers` is the way back.
+    Dense kernels are in `dtype`; embeddings, biases and LayerNorm stay float32; see
+    `unstack_layers`.
     """
 
     def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         return jnp.asarray(x, dtype if path[-1].key == "kernel" else jnp.float32)
 
-    params = jax.tree_util.tree_map_with_path(leaf, params)
-    count = len(jax.tree.leaves(params["layers"])[0])
-    if count > MOST_UNROLLED:
+    return unstack_layers(jax.tree_util.tree_map_with_path(leaf, params))
+
+
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Give each layer arrays of its own, up to `MOST_UNROLLED` layers, in a list.
+
+    The programs would copy each layer out of a stack. `stack_layers` is the way back.
+    """
+    count = len(jax.tree.leaves(params["layers"])[0]) if "layers" in params else 0
+    if not 0 < count <= MOST_UNROLLED:
         return params
     layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(count)]
     return params | {"layers": layers}
@@ -436,6 +453,6 @@ def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
     In a program that unrolls them this costs nothing: XLA takes a slice of a stack for what was put
     there.
     """
-    if isinstance(params["layers"], dict):
+    if not isinstance(params.get("layers"), list):
         return params
     return params | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *params["layers"])}

@@ -82,23 +82,23 @@ def encoder(
     return encode
 
 
-def encode_mixed(
+def encode_copies(
     encode: Encode,
     frozen: Tree,
     stack: Tree,
     rows: PackedTokens,
     owner: jax.Array,
-    key: jax.Array | None,
+    key: jax.Array,
 ) -> jax.Array:
-    """Encode rows in which each sentence uses one adapter of a stack.
+    """Encode rows in training, with a copy of one adapter for the gradient of each task.
 
     Args:
       encode: from `encoder`.
       frozen: the base's collections.
-      stack: `{"lora": leaves [T, L, ...]}`; `[T, ...]` outside the layers.
+      stack: `{"lora": leaves [T, L, ...]}`, T copies; `[T, ...]` outside the layers.
       rows: packed sentences.
-      owner: `i32[N]`, the adapter that each sentence uses.
-      key: PRNG key of dropout; None: evaluation.
+      owner: `i32[N]`, the copy that gets the gradient of each sentence.
+      key: PRNG key of dropout.
 
     Returns:
       `f32[N, H]`.
@@ -106,13 +106,8 @@ def encode_mixed(
     count = jax.tree.leaves(stack)[0].shape[0]
     # Padding belongs to adapter -1, that is to none.
     task = jnp.where(rows.segment_ids > 0, owner[rows.segment_ids - 1], -1)
-    return encode(frozen, _by_layer(stack), rows, key, jax.nn.one_hot(task, count))
-
-
-def _by_layer(stack: Tree) -> Tree:
-    """Bring the axis of the layers before that of the adapters: `[T, L, ...]` → `[L, T, ...]`."""
-    layers = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), stack["lora"].get("layers", {}))
-    return stack | {"lora": stack["lora"] | ({"layers": layers} if layers else {})}
+    by_layer = stack | {"lora": _by_layer(stack["lora"])}
+    return encode(frozen, by_layer, rows, key, jax.nn.one_hot(task, count))
 
 
 def make_encode(
@@ -126,12 +121,25 @@ def make_encode(
 
 
 def make_mixed_encode(encode: Encode) -> Callable[[Tree, Tree, PackedTokens, jax.Array], jax.Array]:
-    """Compile evaluation with an adapter for each sentence.
+    """Compile evaluation with one of T adapters for each block of tokens.
 
     Returns:
-      `(frozen, {"lora": leaves [T, L, ...]}, PackedTokens, owner i32[N]) → f32[N, H]`: sentence n
-      uses adapter `owner[n]`.
+      `(frozen, adapters, PackedTokens, owner) → f32[N, H]`: T adapters are trees as
+      `bert.unstack_layers` makes them, stacked along a first axis, and `owner: i32[R, S / block]`
+      says which each block of tokens uses.
     """
-    return jax.jit(
-        lambda frozen, stack, rows, owner: encode_mixed(encode, frozen, stack, rows, owner, None)
-    )
+
+    def encode_mixed(
+        frozen: Tree, adapters: Tree, rows: PackedTokens, owner: jax.Array
+    ) -> jax.Array:
+        return encode(frozen, {"lora": _by_layer(adapters)}, rows, None, owner)
+
+    return jax.jit(encode_mixed)
+
+
+def _by_layer(adapters: Tree) -> Tree:
+    """Adapters as the module has them: leaves `[L, T, ...]`, outside the layers `[T, ...]`."""
+    if isinstance(adapters.get("layers", []), list):
+        return bert.stack_layers(adapters)
+    layers = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), adapters["layers"])
+    return adapters | {"layers": layers}

@@ -137,27 +137,47 @@ def _matmul_backward(
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def low_rank(
-    x: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array | None, dtype: Any
-) -> jax.Array:
-    """`x A B`, or `Σ_t share_t · x A_t B_t` in the same two matmuls.
+def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    """`x A B`, with matmul inputs in `dtype`.
 
     Args:
       x: `[..., in]`.
-      a: `[in, r]`; with a share `[T, in, r]`.
-      b: `[r, out]`; with a share `[T, r, out]`.
-      share: `f32[..., T]`, how much of each adapter a token uses, or None for the only one.
+      a: `[in, r]`.
+      b: `[r, out]`.
       dtype: of the matmuls' inputs.
 
     Returns:
       `f32[..., out]`.
     """
-    if share is None:
-        return matmul(matmul(x, a, dtype), b, dtype)
-    count, fan_in, rank = a.shape
-    beside = jnp.moveaxis(a, 0, 1).reshape(fan_in, count * rank)
-    inner = matmul(x, beside, dtype) * jnp.repeat(share, rank, axis=-1)
-    return matmul(inner, b.reshape(count * rank, -1), dtype)
+    return matmul(matmul(x, a, dtype), b, dtype)
+
+
+def low_rank_by_block(
+    x: jax.Array, a: jax.Array, b: jax.Array, owner: jax.Array, dtype: Any
+) -> jax.Array:
+    """`x A_t B_t` with one of T adapters for each block of tokens; the cost does not depend on T.
+
+    The factors of each block are gathered, and all blocks are multiplied in one batched matmul, as
+    Punica's BGMV does for a token (Chen et al. 2023, "Punica", section 4).
+
+    Args:
+      x: `[R, S, in]`.
+      a: `[T, in, r]`.
+      b: `[T, r, out]`.
+      owner: `i32[R, S / block]`, the adapter of each block of consecutive tokens.
+      dtype: of the matmuls' inputs.
+
+    Returns:
+      `f32[R, S, out]`.
+
+    >>> a, b = jnp.ones((2, 3, 1)), jnp.array([[[1.0]], [[2.0]]])
+    >>> low_rank_by_block(jnp.ones((1, 4, 3)), a, b, jnp.array([[0, 1]]), jnp.float32)[0, :, 0]
+    Array([3., 3., 6., 6.], dtype=float32)
+    """
+    blocks, owner = x.reshape(owner.size, -1, x.shape[-1]), owner.ravel()
+    inner = _product("bsi,bir->bsr", blocks.astype(dtype), a[owner].astype(dtype))
+    outer = _product("bsr,bro->bso", inner.astype(dtype), b[owner].astype(dtype))
+    return outer.reshape(*x.shape[:-1], -1)
 
 
 def low_rank_of_copies(

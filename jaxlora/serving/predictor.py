@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,7 @@ from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.nn.encode import encoder, make_encode, make_mixed_encode
 from jaxlora.serving import bank, inference
+from jaxlora.serving.adapter_slots import AdapterSlots
 from jaxlora.serving.task_models import TaskModels
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 # Whole encoders that a predictor keeps on the device, those used last; more wait in host memory.
 MOST_ON_DEVICE = 4
+MEMORY = 2**30
 WANTED = "(task, sentence) or (task, first sentence, second sentence)"
 
 
@@ -61,6 +64,7 @@ class Predictor:
     Attributes:
       base: the base model.
       trained: the tasks, their trees and their heads.
+      memory: bytes that adapters may take on the device; those used last stay there.
 
     Raises:
       UserError: in a process that was forked from one with a predictor.
@@ -68,6 +72,7 @@ class Predictor:
 
     base: Pretrained
     trained: TaskModels
+    memory: int = MEMORY
 
     def __post_init__(self) -> None:
         _refuse_forked()
@@ -177,33 +182,52 @@ class Predictor:
         nowhere = np.full(len(texts), np.nan, np.float32)
         examples = Examples(nowhere.astype(str), tokens, offsets, nowhere, 1, cut)
         trees = [self.trained.models[task.name].tree for task, parts in checked for _ in parts]
-        used = sorted(set(trees))
-        owner = np.array([used.index(tree) for tree in trees])
-        if self._full:
-            return self._one_by_one(examples, used, owner)
-        encode, stacked = self._adapted
-        if not stacked:
-            return inference.encode(encode, self._frozen, {}, examples, self.trained.max_length)
-        names = list(self.trained.trees)
-        chosen = np.array([names.index(tree) for tree in used])
-        chosen = np.resize(chosen, 1 << (len(chosen) - 1).bit_length())  # few sizes, few programs
-        stack = jax.tree.map(lambda x: x[chosen], stacked)
-        return inference.encode(
-            encode, self._frozen, stack, examples, self.trained.max_length, owner
-        )
-
-    def _one_by_one(self, examples: Examples, used: list[str], owner: np.ndarray) -> np.ndarray:
-        out = np.empty((len(owner), self.base.config.hidden_size), np.float32)
-        for number, name in enumerate(used):
-            mine = np.flatnonzero(owner == number)
-            out[mine] = inference.encode(
-                self._plain,
-                {},
-                self._on_device(name),
-                examples.take(mine),
-                self.trained.max_length,
-            )
+        out = np.empty((len(trees), self.base.config.hidden_size), np.float32)
+        with self._lock:
+            for mine, run in self._passes(trees):
+                out[mine] = run(examples.take(mine), self.trained.max_length)
         return out
+
+    def _passes(self, used: list[str]) -> Iterator[tuple[np.ndarray, Callable[..., np.ndarray]]]:
+        """Give the passes of a call: which sentences, and what encodes them.
+
+        Adapters of one width share a pass, as many as there are slots; a whole BERT needs one of
+        its own.
+
+        Args:
+          used: the tree of each sentence.
+        """
+        names, owner = np.unique(used, return_inverse=True)
+        groups: dict[Any, list[int]] = {}
+        for number, name in enumerate(names.tolist()):
+            groups.setdefault(self._pass_of(name), []).append(number)
+        for key, numbers in groups.items():
+            most = self._slots[key].most if isinstance(key, int) else 1
+            for start in range(0, len(numbers), most):
+                chosen = np.array(numbers[start : start + most])
+                mine = np.flatnonzero(np.isin(owner, chosen))
+                yield (
+                    mine,
+                    self._run(key, names[chosen].tolist(), np.searchsorted(chosen, owner[mine])),
+                )
+
+    def _pass_of(self, name: str) -> int | str:
+        """Return an adapter's width, or the name of a tree that is none."""
+        return _width(self.trained.configs[name]) if name in self.trained.configs else name
+
+    def _run(
+        self, key: int | str, names: list[str], owner: np.ndarray
+    ) -> Callable[..., np.ndarray]:
+        if isinstance(key, int):
+            slots, places = self._slots[key](names)
+            encode = self._mixed(key)
+            return lambda examples, max_length: inference.encode(
+                encode, self._frozen, slots, examples, max_length, places[owner]
+            )
+        frozen, tree = self._frozen, {}
+        if self.trained.trees[key]:
+            frozen, tree = {}, self._on_device(key)
+        return functools.partial(inference.encode, self._plain, frozen, tree)
 
     @property
     def _dtype(self) -> Any:
@@ -214,8 +238,9 @@ class Predictor:
         return truncating(self.base.tokenizer, self.trained.max_length)
 
     @functools.cached_property
-    def _full(self) -> bool:
-        return any("params" in tree for tree in self.trained.trees.values())
+    def _lock(self) -> threading.Lock:
+        """One call at a time: the next may give a slot to another adapter."""
+        return threading.Lock()
 
     @functools.cached_property
     def _heads(self) -> dict[str, Tree]:
@@ -242,18 +267,41 @@ class Predictor:
         )
 
     @functools.cached_property
-    def _adapted(self) -> tuple[inference.EncodeRows, Tree]:
-        """The encoder for mixed adapters, and all of them stacked: leaves `[T, L, ...]`."""
-        adapters = [
-            (tree["lora"], self.trained.configs[name]) if tree else None
-            for name, tree in self.trained.trees.items()
-        ]
-        aligned, config = lora.stack(adapters)
-        if not config.target_modules:
-            return self._plain, {}
-        encode = encoder(self.base.config, self._dtype, config, self.trained.pooling)
-        stack = {"lora": jax.tree.map(lambda *x: jnp.stack(x), *aligned)}
-        return make_mixed_encode(encode), stack
+    def _mixed(self) -> Callable[[int], inference.EncodeRows]:
+        """The encoders for mixed adapters, by width; their scales are 1."""
+
+        def make(width: int) -> inference.EncodeRows:
+            config = LoraConfig(width, float(width))
+            return make_mixed_encode(
+                encoder(self.base.config, self._dtype, config, self.trained.pooling)
+            )
+
+        return functools.cache(make)
+
+    @functools.cached_property
+    def _slots(self) -> Mapping[int, AdapterSlots]:
+        """The adapters on the device, by width."""
+        by_width: dict[int, set[LoraConfig]] = {}
+        for config in self.trained.configs.values():
+            by_width.setdefault(_width(config), set()).add(config)
+        budget = self.memory // max(1, len(by_width))
+        return {
+            width: AdapterSlots(self._adapter, self._shapes(width, configs), budget)
+            for width, configs in by_width.items()
+        }
+
+    def _adapter(self, name: str) -> lora.Adapter:
+        return self.trained.trees[name]["lora"], self.trained.configs[name]
+
+    def _shapes(self, width: int, configs: Iterable[LoraConfig]) -> dict[lora.Path, Any]:
+        """Return the shapes of an adapter of a width at all layers that any has."""
+        shapes = {}
+        for config in configs:
+            for path, kernel in lora.targets(self.base.params, config).items():
+                *lead, fan_in, fan_out = kernel.shape
+                shapes[*path, "A"] = (*lead, fan_in, width)
+                shapes[*path, "B"] = (*lead, width, fan_out)
+        return shapes
 
     def check(self, request: Any, which: str = "the request") -> tuple[Task, tuple[str, ...]]:
         """The task of a request, and its sentences.
@@ -275,6 +323,12 @@ class Predictor:
           UserError: if there is none of that name.
         """
         return self.trained.find(name).task
+
+
+def _width(config: LoraConfig) -> int:
+    """Return the power of two that holds an adapter's ranks, so that there are few widths."""
+    widest = max([config.rank, *(rank for _, rank in config.rank_pattern)])
+    return 1 << (widest - 1).bit_length()
 
 
 @functools.cache

@@ -1,1 +1,1 @@
-"""What a task is, as data: kind, losses, metrics, and who shares what with whom."""
+"""Tasks as data: kinds, losses, metrics, and which tasks share parameters."""

@@ -1,7 +1,6 @@
-"""Per-example losses: one number for each example, so that the caller can mask and average.
+"""Per-example losses, so that the caller can mask and average.
 
-Every function takes a batch and returns `f32[B]`; nothing here reduces over the batch except
-`masked_mean`, which divides once.
+Every function takes a batch and returns `f32[B]`. Only `masked_mean` reduces over the batch.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ import optax
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Softmax cross-entropy with whole-number classes.
+    """Compute the softmax cross-entropy with integer classes.
 
     Args:
       logits: `f32[B, K]`.
-      labels: `f32[B]`, classes `0 … K-1` (labels are floats everywhere; here they are cast).
+      labels: `f32[B]`, classes `0 … K-1` (labels of all tasks are floats; they are cast here).
 
     Returns:
       `f32[B]`: `-log softmax(logits)[label]`, in nats.
@@ -28,7 +27,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Sigmoid cross-entropy of one logit.
+    """Compute the sigmoid cross-entropy of one logit.
 
     Args:
       logits: `f32[B]`.
@@ -41,7 +40,7 @@ def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def squared_error(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """Squared distance `(score - y)²` on the label's own scale.
+    """Compute the squared error `(score - y)²` on the scale of the labels.
 
     >>> squared_error(jnp.array([4.0]), jnp.array([2.5])).tolist()
     [2.25]
@@ -50,7 +49,7 @@ def squared_error(scores: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def cosine_error(cosines: jax.Array, labels: jax.Array) -> jax.Array:
-    """Squared distance of a cosine from a 0–5 similarity brought to 0–1: `(cos - y/5)²`.
+    """Compute the squared error `(cos - y/5)²` of a cosine, for similarities y from 0 to 5.
 
     Fuest & Tacke, "Low Rank Adaptation for Multitask BERT", section 4 (the cosine loss of STS).
 
@@ -61,7 +60,7 @@ def cosine_error(cosines: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def masked_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Weighted mean over the last axis, divided once: `Σ w·v / Σ w` (0 where all weights are 0).
+    """Compute the weighted mean over the last axis: `Σ w·v / Σ w`, 0 where all weights are 0.
 
     Args:
       values: `f32[..., B]`.

@@ -1,9 +1,9 @@
-"""What a dev set is judged by: accuracy, F1 and correlations, in float64 on the host.
+"""Metrics of dev sets: accuracy, F1 and correlations, in float64 on the host.
 
-Degenerate input has the answers of scikit-learn and scipy, with two rules of our own: a correlation
-with a constant is 0 (scipy: NaN), and without examples, or with a prediction or label that is NaN,
-every metric is NaN (so that no such score is ever the best). As many predictions as labels are
-needed, else it is a ValueError.
+For degenerate input the results are those of scikit-learn and scipy, with two exceptions: the
+correlation with a constant is 0 (scipy: NaN), and every metric is NaN if there is no example or any
+prediction or label is NaN, so that such a score is never the best. Arrays that are not
+one-dimensional and of equal length raise ValueError.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the share of predictions that equal their label, 0 … 1.
+    """Compute the fraction of predictions that equal their label, 0 … 1.
 
     >>> accuracy(np.array([1, 0, 4]), np.array([1, 0, 3]))
     0.6666666666666666
@@ -25,9 +25,9 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the F1 of class 1, 0 … 1: `2 TP / (2 TP + FP + FN)`.
+    """Compute the F1 score of class 1, 0 … 1: `2 TP / (2 TP + FP + FN)`.
 
-    It is 0 where class 1 is neither predicted nor there.
+    It is 0 if class 1 occurs in neither the predictions nor the labels.
 
     >>> f1(np.array([1, 1, 0, 0]), np.array([1, 0, 1, 0]))
     0.5
@@ -40,7 +40,7 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the mean F1 of all classes that are predicted or there, 0 … 1.
+    """Compute the mean F1 score, 0 … 1, of all classes in the predictions or the labels.
 
     >>> macro_f1(np.array([0, 1, 1]), np.array([0, 1, 2]))
     0.5555555555555555
@@ -49,16 +49,16 @@ def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     if not _defined(x, y):
         return np.nan
     classes = np.union1d(x, y)
-    # Classes in sorted order: each is found at its own place.
-    right, found, true = (
+    # `classes` is sorted, so `searchsorted` gives each value the index of its class.
+    correct, predicted, true = (
         np.bincount(np.searchsorted(classes, values), minlength=len(classes))
         for values in (x[x == y], x, y)
     )
-    return float(np.mean(2 * right / (found + true)))
+    return float(np.mean(2 * correct / (predicted + true)))
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Compute Pearson's correlation r, -1 … 1; 0 where either side is constant.
+    """Compute Pearson's correlation r, -1 … 1; 0 if either argument is constant.
 
     >>> round(pearson(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])), 12)
     1.0
@@ -69,7 +69,7 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Compute Spearman's rank correlation ρ, -1 … 1; 0 where either side is constant.
+    """Compute Spearman's rank correlation ρ, -1 … 1; 0 if either argument is constant.
 
     >>> round(spearman(np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.3])), 12)
     1.0
@@ -80,16 +80,16 @@ def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
 def _correlation(
     name: Literal["pearsonr", "spearmanr"], predictions: np.ndarray, labels: np.ndarray
 ) -> float:
-    from scipy import stats  # takes most of a second
+    from scipy import stats  # imported here because it takes most of a second
 
     x, y = _arrays(predictions, labels)
     if not _defined(x, y):
         return np.nan
     if (x == x[0]).all() or (y == y[0]).all():
         return 0.0
-    # With an infinite value scipy's r is NaN; ρ only looks at ranks.
+    # With an infinite value scipy's r is NaN; ρ depends on ranks only.
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-        # All but constant: the value is less exact, not undefined.
+        # Nearly constant input makes the value less accurate, not undefined.
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
         return float(getattr(stats, name)(x, y).statistic)
 
@@ -98,7 +98,9 @@ def _arrays(*values: np.ndarray) -> tuple[np.ndarray, ...]:
     arrays = tuple(np.asarray(x, np.float64) for x in values)
     if arrays[0].ndim != 1 or arrays[0].shape != arrays[1].shape:
         shapes = " and ".join(str(x.shape) for x in arrays)
-        raise ValueError(f"as many predictions as labels are needed, not arrays of {shapes}")
+        raise ValueError(
+            f"predictions and labels must be vectors of equal length, got shapes {shapes}"
+        )
     return arrays
 
 

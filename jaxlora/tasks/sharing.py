@@ -1,4 +1,4 @@
-"""The paper's eight variants, and what it measured for each, as data.
+"""The paper's eight variants and its results for each, as data.
 
 Fuest & Tacke, "Low Rank Adaptation for Multitask BERT": Table 1 (variants), Table 2 (scores),
 Table 3 (storage).
@@ -18,17 +18,17 @@ from jaxlora.utils.errors import UserError
 Adapt = Literal["frozen", "lora", "full"]
 Groups = tuple[tuple[str, ...], ...]
 
-LONGEST_NAME = 200  # of 255 bytes that file systems take, so that suffixes have room
+LONGEST_NAME = 200  # file systems allow 255 bytes; the rest is room for suffixes
 SEPARATE: Groups = (("sst",), ("para",), ("sts",))
 SHARED: Groups = (("sst", "para", "sts"),)
 
 
 @dataclasses.dataclass(frozen=True)
 class PaperRow:
-    """The paper's figures for a variant; scores in percent, parameters in millions.
+    """The paper's results for a variant; scores in percent, parameters in millions.
 
-    `mean` and `bundled` are what is printed; where that does not follow from the row itself,
-    `mean_recomputed` and `bundled_recomputed` hold what does.
+    `mean` and `bundled` are the printed values. `mean_recomputed` and `bundled_recomputed` follow
+    from the other values of the row; they differ where the paper has a slip.
     """
 
     sst: float
@@ -43,14 +43,14 @@ class PaperRow:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How a run adapts BERT.
+    """One way to adapt BERT to the paper's tasks.
 
     Attributes:
-      name: as in Table 1.
-      adapt: what is trained in the encoder: nothing, an adapter, or everything.
-      groups: a partition of the tasks; each group is trained by itself and shares one tree.
+      name: its name in Table 1.
+      adapt: what is trained in the encoder: nothing, an adapter, or all weights.
+      groups: a partition of the tasks; each group is trained separately and shares one tree.
       sts_loss: `mse` or `cosine`.
-      learning_rate: the paper's.
+      learning_rate: the paper's learning rate.
       paper: the paper's results.
     """
 
@@ -91,10 +91,10 @@ VARIANTS: dict[str, Variant] = {row[0]: Variant(*row) for row in _TABLE}  # type
 
 
 def variant(name: str) -> Variant:
-    """Look a variant up.
+    """Return the variant of this name.
 
     Raises:
-      UserError: for an unknown name, with the known ones.
+      UserError: if the name is unknown; the message lists the known ones.
 
     >>> variant("lora4").adapt
     'lora'
@@ -107,7 +107,7 @@ def variant(name: str) -> Variant:
 
 
 def groups_like(shape: Groups, names: tuple[str, ...]) -> Groups:
-    """Share among any tasks as `SHARED` or `SEPARATE` does among the paper's three.
+    """Group any tasks as `SHARED` or `SEPARATE` groups the paper's three.
 
     >>> groups_like(SHARED, ("a", "b")), groups_like(SEPARATE, ("a", "b"))
     ((('a', 'b'),), (('a',), ('b',)))
@@ -116,10 +116,10 @@ def groups_like(shape: Groups, names: tuple[str, ...]) -> Groups:
 
 
 def parse_groups(text: str, names: tuple[str, ...] = NAMES) -> Groups:
-    """Read a partition of the tasks: groups apart by `|`, tasks of a group by `,`.
+    """Parse a partition of the tasks: groups are separated by `|`, tasks of a group by `,`.
 
     Raises:
-      UserError: for an unknown task, a task in two groups, or a task in none.
+      UserError: if a task is unknown, in two groups, or in none.
 
     >>> parse_groups("sst|para,sts")
     (('sst',), ('para', 'sts'))
@@ -145,10 +145,10 @@ def parse_groups(text: str, names: tuple[str, ...] = NAMES) -> Groups:
 
 
 def group_name(group: Sequence[str]) -> str:
-    """Return the name of a group: its tasks joined by `+`; a group of one has its task's name.
+    """Return the name of a group: the names of its tasks, joined by `+`.
 
-    It names the group's folder, tags and trees, so it has at most `LONGEST_NAME` characters: a
-    longer one is cut, and ends with its checksum.
+    Folders, tags and trees are named by it, so it has at most `LONGEST_NAME` characters: a longer
+    name is cut and ends with its checksum.
 
     >>> group_name(("para", "sts")), group_name(("sst",))
     ('para+sts', 'sst')

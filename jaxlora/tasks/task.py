@@ -1,4 +1,4 @@
-"""What a task is: its sentences, its labels, its head, its loss and its metric, as plain data."""
+"""A task as plain data: its sentences, labels, head, loss and metric."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HeadName = Literal["mlp", "pooler"]
 
 
 class Kind(NamedTuple):
-    """What a kind of task allows; the first loss and the first metric are its defaults."""
+    """The losses and metrics of a kind of task; the first of each is the default."""
 
     integer: bool
     losses: tuple[str, ...]
@@ -39,9 +39,9 @@ class HeadKind(NamedTuple):
 
     Attributes:
       first: name of its first layer; the second is `out`.
-      activation: between them, by its name in both flax.linen and torch.
-      pooling: how it needs sentences to be pooled; None: any way.
-      scaled: whether scores come out from 0 to `SPAN`; else they are the labels' own, of any range.
+      activation: the activation between them, by its name in both flax.linen and torch.
+      pooling: the pooling of sentences that it requires; None: any.
+      scaled: whether its scores are from 0 to `SPAN`; otherwise they are on the labels' scale.
     """
 
     first: str
@@ -60,7 +60,7 @@ LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "squared_error": losses.squared_error,
     "cosine": losses.cosine_error,
 }
-# Inside, scores go from 0 to 5 as STS-B's do, so that no head must reach for large numbers.
+# Heads give scores from 0 to 5, as in STS-B, so that no head has to learn a large scale.
 SPAN = 5.0
 METRICS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], float]]] = {
     "accuracy": ("accuracy", metrics.accuracy),
@@ -73,23 +73,23 @@ METRICS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], float]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task; everything that differs between tasks stands here and nowhere else.
+    """One task: everything that differs between tasks is defined here.
 
     Attributes:
       name: short name, used in flags, trees and file names.
       kind: see `KINDS`.
-      pair: whether an example is two sentences.
-      low, high: the range of the labels; of classes, the first and the last number.
+      pair: whether an example is a pair of sentences.
+      low, high: the range of the labels; for classes, the first and the last number.
       classes: names of the classes, in the order of their numbers.
-      loss: `cross_entropy`, `binary_cross_entropy`, `squared_error`, or `cosine`, which has no head
-        and reads the cosine of the two vectors; default: the kind's.
-      metric: see `METRICS`; default: the kind's. `f1` is that of the second class where there are
-        two, and with more classes another name of `macro_f1`.
-      title: the name people know it by; default: the name.
+      loss: `cross_entropy`, `binary_cross_entropy`, `squared_error`, or `cosine`, which needs no
+        head and uses the cosine of the two vectors; default: that of the kind.
+      metric: see `METRICS`; default: that of the kind. `f1` is the F1 score of the second of two
+        classes; with more classes it is `macro_f1`.
+      title: name for tables and messages; default: `name`.
       head: see `HEADS`.
 
     Raises:
-      ValueError: for what does not go together.
+      ValueError: if fields contradict each other.
 
     >>> task = Task("topic", "classification", classes=("sport", "science"))
     >>> task.high, task.loss, task.metric_name
@@ -128,7 +128,7 @@ class Task:
 
     def _check_labels(self) -> None:
         if len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"classes: a name stands there twice ({', '.join(self.classes)})")
+            raise ValueError(f"classes: a name occurs twice ({', '.join(self.classes)})")
         if self.kind == "classification" and len(self.classes) < 2:
             raise ValueError("classes: name at least two")
         if self.kind == "binary" and len(self.classes) != 2:
@@ -138,44 +138,49 @@ class Task:
         if not -float("inf") < self.low < self.high < float("inf"):
             raise ValueError(f"the labels' range {self.low:g} to {self.high:g} is empty")
         if self.kind == "similarity" and not self.pair:
-            raise ValueError("a similarity is between two texts; name two columns")
+            raise ValueError("a similarity task needs two sentences; name two text columns")
         if self.head == "pooler" and (self.pair or not self.outputs):
-            raise ValueError("a pooler's head reads one sentence")
+            raise ValueError(
+                "the head 'pooler' reads one sentence; it fits neither pairs nor the cosine loss"
+            )
 
     @property
     def integer(self) -> bool:
-        """Whether labels are whole numbers, that is classes."""
+        """Whether labels are integers, that is, classes."""
         return KINDS[self.kind].integer
 
     @property
     def outputs(self) -> int:
-        """Outputs of the head; 0 means no head."""
+        """Number of outputs of the head; 0 means no head."""
         return {"cross_entropy": len(self.classes), "cosine": 0}.get(self.loss, 1)
 
     @property
     def metric_name(self) -> str:
-        """What to call the metric."""
+        """Name of the metric for tables and messages."""
         return METRICS[self._metric][0]
 
     def score(self, predictions: np.ndarray, labels: np.ndarray) -> float:
-        """The metric of predictions; higher is better, and NaN where a prediction is NaN."""
+        """Compute the metric of predictions: higher is better, NaN if any prediction is NaN."""
         return METRICS[self._metric][1](predictions, labels)
 
     @property
     def _metric(self) -> str:
-        # By the task's classes, not by those that happen to occur.
+        # Decided by the task's classes, not by those that occur in the data.
         return "macro_f1" if self.metric == "f1" and len(self.classes) > 2 else self.metric
 
     def per_example_loss(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        """`(outputs, labels f32[B]) → f32[B]`; scores are on a scale of 0 to `SPAN` here."""
+        """Compute the loss of each example: `(outputs, labels f32[B]) → f32[B]`.
+
+        Labels that are scores are rescaled to 0 … `SPAN` if the head's outputs are.
+        """
         if not self.integer and HEADS[self.head].scaled:
             labels = (labels - self.low) * (SPAN / (self.high - self.low))
         return LOSSES[self.loss](outputs, labels)
 
     def decode(self, outputs: jax.Array) -> jax.Array:
-        """Outputs → predictions `f32[B]` on the label's scale: a class's number, or a score.
+        """Convert outputs to predictions `f32[B]`: the number of a class, or a score.
 
-        An output that is NaN gives NaN, for classes too.
+        A NaN output gives a NaN prediction, for classes too.
         """
         if self.loss == "cross_entropy":
             classes = jnp.argmax(outputs, -1).astype(jnp.float32)
@@ -187,7 +192,7 @@ class Task:
         return self._on_scale(outputs) if HEADS[self.head].scaled else outputs
 
     def decode_cosine(self, cosines: jax.Array) -> jax.Array:
-        """Cosines → scores `f32[B]` on the label's scale, as `decode` does with the cosine loss."""
+        """Convert cosines to scores `f32[B]` on the labels' scale."""
         return self._on_scale(SPAN * cosines)
 
     def _on_scale(self, inner: jax.Array) -> jax.Array:
@@ -195,7 +200,7 @@ class Task:
         return jnp.clip(scores, self.low, self.high)
 
     def probabilities(self, outputs: jax.Array) -> jax.Array | None:
-        """Outputs → `f32[B, classes]`; None for a task with scores."""
+        """Convert outputs to probabilities `f32[B, classes]`; None for a task with scores."""
         if self.loss == "cross_entropy":
             return jax.nn.softmax(outputs)
         if self.loss == "binary_cross_entropy":
@@ -205,23 +210,23 @@ class Task:
 
     @property
     def sentences(self) -> int:
-        """Sentences in an example: 1 or 2."""
+        """Number of sentences in an example: 1 or 2."""
         return 2 if self.pair else 1
 
     def features(self, hidden_size: int, pair_features: str) -> int:
-        """Width of what the head reads."""
+        """Return the width of the head's input."""
         return hidden_size * ((4 if pair_features == "interaction" else 2) if self.pair else 1)
 
     def head_module(self, hidden_size: int, dropout: float) -> heads.Head:
-        """The head module; a pair task's hidden layer is half as wide (the paper's sizes)."""
+        """Build the head; the hidden layer of pair tasks is half as wide, as in the paper."""
         kind, width = HEADS[self.head], hidden_size // self.sentences
         return heads.Head(width, self.outputs, dropout, kind.first, kind.activation)
 
     def init_head(self, key: jax.Array, hidden_size: int, pair_features: str) -> dict[str, Any]:
-        """Draw fresh head parameters, `{}` for a task without a head.
+        """Initialize the head's parameters, `{}` for a task without a head.
 
-        Kernels are flax's `lecun_normal` (variance 1/inputs), biases 0. `torch.nn.Linear` would
-        draw both uniformly from ±1/√inputs (variance 1/(3 · inputs)).
+        Kernels are drawn by Flax's `lecun_normal` (variance 1/inputs), biases are 0. PyTorch's
+        `nn.Linear` draws both uniformly from ±1/√inputs (variance 1/(3 · inputs)).
 
         >>> sum(x.size for x in jax.tree.leaves(SST.init_head(jax.random.key(0), 768, "concat")))
         594437
@@ -243,14 +248,14 @@ class Task:
         dropout: float = 0.0,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Head outputs for sentence vectors `u, v: f32[B, H]` (`v` is ignored by single tasks).
+        """Apply the head to sentence vectors `u, v: f32[B, H]`; single tasks ignore `v`.
 
         Args:
-          params: this task's head tree, `{}` where it has none.
-          u, v: first and second sentence of each example.
+          params: the head's parameters, `{}` without a head.
+          u, v: vectors of the first and the second sentence of each example.
           pair_features: see `heads.pair_vector`.
-          dropout: head dropout, used when a `key` is given.
-          key: PRNG key; None means evaluation.
+          dropout: dropout rate of the head, applied if `key` is given.
+          key: PRNG key for training; None: evaluation, without dropout.
         """
         u, v = jnp.asarray(u), jnp.asarray(v)
         if not self.outputs:
@@ -269,7 +274,7 @@ STS_MSE = dataclasses.replace(STS_COSINE, loss="squared_error")
 
 STS_LOSSES = {"mse": STS_MSE, "cosine": STS_COSINE}
 NAMES = ("sst", "para", "sts")
-# What the built-in data is called, and each task's: it is not the data set of the same kind.
+# Titles of the built-in data, so that nobody takes it for the public data sets.
 MADE_UP = "built-in made-up data"
 MADE_UP_TITLES = {
     "sst": "made-up sentiment", "para": "made-up paraphrases", "sts": "made-up similarity",
@@ -277,7 +282,7 @@ MADE_UP_TITLES = {
 
 
 def paper_tasks(sts_loss: str = "cosine") -> tuple[Task, ...]:
-    """The paper's three tasks, STS with the loss asked for (`mse` or `cosine`).
+    """Return the paper's three tasks, STS with the given loss (`mse` or `cosine`).
 
     >>> [task.name for task in paper_tasks("mse")]
     ['sst', 'para', 'sts']

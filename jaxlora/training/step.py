@@ -22,7 +22,7 @@ from flax import struct
 from jaxlora import lora
 from jaxlora.data.batches import Batch
 from jaxlora.nn import bert
-from jaxlora.nn.encode import Encode, PackedTokens, encode_mixed
+from jaxlora.nn.encode import Encode, PackedTokens, encode_copies
 from jaxlora.pcgrad import PCGradState
 from jaxlora.tasks import losses
 from jaxlora.tasks.sharing import Adapt
@@ -145,7 +145,7 @@ def _mixed(encode: Encode, num_tasks: int) -> EncodeTasks:
     def encode_tasks(frozen: Tree, stack: Tree, rows: PackedTokens, key: jax.Array) -> jax.Array:
         sentences = rows.cls_index.shape[0] // num_tasks
         owner = jnp.repeat(jnp.arange(num_tasks), sentences)
-        vectors = encode_mixed(encode, frozen, stack, rows, owner, key)
+        vectors = encode_copies(encode, frozen, stack, rows, owner, key)
         return vectors.reshape(num_tasks, sentences, -1)
 
     return _copied(encode_tasks, num_tasks)

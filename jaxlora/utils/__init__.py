@@ -1,1 +1,1 @@
-"""What knows neither machine learning nor this project: errors, files, trees, processes."""
+"""General utilities: errors, files, schemas, trees and processes."""

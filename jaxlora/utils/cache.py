@@ -1,4 +1,4 @@
-"""Where prepared data and compiled programs are kept."""
+"""The cache folder for prepared data and compiled programs."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from jaxlora.utils.errors import UserError
 
 
 def cache_dir() -> Path:
-    """Return the folder for prepared data and compiled programs, which can be written to.
+    """Return a writable folder for prepared data and compiled programs.
 
-    It is `$JAXLORA_CACHE`, or `~/.cache/jaxlora`; where that cannot be, one of ours alone in the
-    system's temporary folder, which is said once.
+    It is `$JAXLORA_CACHE` or `~/.cache/jaxlora`. If that folder cannot be written to, it is a
+    private one in the system's temporary folder, and a note on stderr says so once.
     """
     wanted = os.environ.get("JAXLORA_CACHE") or "~/.cache/jaxlora"
     try:
         return files.writable(files.local(wanted).absolute())
     except (OSError, UserError) as error:
         found = files.own_temporary()
-        _say_once(f"the cache is in {found}, {wanted} cannot be ({error}); set $JAXLORA_CACHE")
+        _note_once(
+            f"the cache is in {found}, {wanted} cannot be used ({error}); set $JAXLORA_CACHE"
+        )
         return found
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def _note_once(line: str) -> None:
     print(f"note: {line}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Many processes: joining them, waiting for one another, and ending together.
+"""Runs of several processes: how they join, wait for each other, and stop together.
 
-Each process drives its own devices. All of them compute the same program; the first one alone
-writes what people read, and checkpoints are written by all.
+Each process drives its own devices, and all run the same program. Checkpoints are written by all
+processes, all other files by the primary process (number 0) alone.
 """
 
 from __future__ import annotations
@@ -25,32 +25,34 @@ from jaxlora.utils import process as host
 from jaxlora.utils.errors import Stopped, UserError
 from jaxlora.utils.trees import Tree
 
-# What launchers that JAX knows tell of the number of processes.
+# Environment variables in which launchers that JAX supports give the number of processes.
 _LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
-# Where Kubernetes writes a pod's number in an Indexed Job. It does not say how many pods there are,
-# and JAX's own look at the cluster needs a client and the right to list pods; two flags do not.
+# The environment variable with a pod's number in an Indexed Job of Kubernetes. The number of pods
+# is in none. JAX's own detection needs a client and permission to list pods; two flags do not.
 _INDEX = "JOB_COMPLETION_INDEX"
-# Keys of the coordinator's store, and the seconds between two looks at it.
-_FAILED, _HERE, _LOOK = "jaxlora/failed", "jaxlora/here", 0.1
-_waits = itertools.count()
+# Keys of the coordinator's store, and how often it is polled, in seconds.
+_FAILED, _ARRIVED, _POLL = "jaxlora/failed", "jaxlora/arrived", 0.1
+_barriers = itertools.count()
 
 
 def join(coordinator: str | None = None, processes: int = 1, process: int | None = None) -> None:
-    """Join the other processes, if there are any; call it before all else of JAX.
+    """Join the other processes, if there are any. Call it before anything else of JAX.
 
-    Slurm and Open MPI tell JAX what it needs. Elsewhere (Kubernetes, ssh) the arguments do.
+    Under Slurm and Open MPI JAX finds the others by itself; elsewhere (Kubernetes, ssh) the
+    arguments say where they are.
 
     Args:
-      coordinator: `host:port` of the first process.
-      processes: how many there are.
-      process: which one this is, from 0; None: what an Indexed Job of Kubernetes says, or 0.
+      coordinator: `host:port` of process 0.
+      processes: number of processes.
+      process: number of this process, from 0; None: its index in an Indexed Job of Kubernetes,
+        else 0.
 
     Raises:
-      UserError: if the arguments do not fit each other, or the processes do not meet.
+      UserError: if the arguments contradict each other, or the processes cannot connect.
     """
     launcher = next((x for name, x in _LAUNCHERS.items() if _count(name) > 1), None)
     if coordinator is None and processes > 1:
-        raise UserError("--processes goes with --coordinator=host:port, the first one's address")
+        raise UserError("--processes goes with --coordinator=host:port, the address of process 0")
     if process is None:
         process = _count(_INDEX, 0)
     if coordinator is not None and not (0 <= process < processes and ":" in coordinator):
@@ -65,7 +67,7 @@ def join(coordinator: str | None = None, processes: int = 1, process: int | None
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the processes did not meet ({launcher or coordinator}): {error}"
+            f"the processes could not connect ({launcher or coordinator}): {error}"
         ) from error
 
 
@@ -75,38 +77,39 @@ def _count(name: str, default: int = 1) -> int:
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes."""
+    """Return whether this is process 0, which alone writes files other than checkpoints."""
     return jax.process_index() == 0
 
 
 def _store() -> Any:
-    """Return the coordinator's store of keys; it needs no device. JAX has no public name for it."""
+    """Return the coordinator's key-value store. JAX has no public name for it."""
     return distributed.global_state.client
 
 
 def wait(name: str) -> None:
-    """Wait until all processes are here, however long the slowest takes.
+    """Wait until all processes have called this, without a time limit.
 
-    A collective of the devices would give up after half a minute, and let no signal through.
+    A collective operation of the devices would time out after half a minute and block signals.
     """
     count = jax.process_count()
     if count == 1:
         return
-    here = f"{_HERE}/{next(_waits)} {name.replace('/', ' ')}"
-    _store().key_value_set(f"{here}/{jax.process_index()}", "")
-    while len(_store().key_value_dir_get(here)) < count:
-        time.sleep(_LOOK)
+    barrier = f"{_ARRIVED}/{next(_barriers)} {name.replace('/', ' ')}"
+    _store().key_value_set(f"{barrier}/{jax.process_index()}", "")
+    while len(_store().key_value_dir_get(barrier)) < count:
+        time.sleep(_POLL)
 
 
 def agreed_signal(received: int, due: bool) -> int:
-    """Return the signal that all processes stop for at this step, or 0 to go on.
+    """Return the signal for which all processes stop at this step, or 0 to continue.
 
-    A process that stopped alone would leave the others waiting for its part of the next step, so
-    they ask one another. That waits for the devices; it is done only at steps that do so anyway.
+    If one process stopped alone, the others would hang in the next step, so they exchange what
+    they received. This waits for the devices, so it is done only at steps that wait for them
+    anyway.
 
     Args:
       received: the signal that this process has received, or 0.
-      due: whether this is such a step; the same in all processes.
+      due: whether this step waits for the devices; must be equal in all processes.
     """
     if jax.process_count() == 1:
         return received
@@ -115,10 +118,10 @@ def agreed_signal(received: int, due: bool) -> int:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """End all processes when one of them fails while this lasts, with its line and exit code.
+    """End all processes if one of them fails in this context, with its message and exit code.
 
-    The others may be waiting for the failed one inside a collective, which no exception interrupts,
-    so a thread of theirs ends them. A step at which all have agreed to stop is no failure.
+    The others may be waiting for the failed process in a collective operation, which no exception
+    can interrupt, so a thread in each of them ends it. Stopping at an agreed step is no failure.
     """
     if jax.process_count() == 1:
         yield
@@ -129,7 +132,7 @@ def together() -> Iterator[None]:
     try:
         with host.ended_by_sigterm():
             yield
-            wait("all are done")
+            wait("all done")
     except BaseException as error:
         if not (isinstance(error, Stopped) and error.saved):
             _end_others(error, watcher)
@@ -140,24 +143,24 @@ def together() -> Iterator[None]:
 
 
 def _watch(over: threading.Event) -> None:
-    """End this process when another one has failed."""
-    while not over.wait(_LOOK):
+    """End this process once another one has failed."""
+    while not over.wait(_POLL):
         for _, failed in _store().key_value_dir_get(_FAILED):
             process, code, line = json.loads(failed)
             if process == jax.process_index():
                 return
             print(line, file=sys.stderr, flush=True)
-            jax.distributed.shutdown()  # waits until the failed one has seen it
+            jax.distributed.shutdown()  # waits for the failed process to call it, too
             os._exit(code)
 
 
 def _end_others(error: BaseException, watcher: threading.Thread) -> None:
-    """Tell the others what ends this process, and wait until they have heard of it.
+    """Publish the error that ends this process, and wait until the others have read it.
 
-    If another one has failed before, the watcher ends this process in here.
+    If another process failed earlier, the watcher ends this process during the wait.
     """
     failed = json.dumps([jax.process_index(), *host.verdict(error)])
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one's is there
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process failed first
         _store().key_value_set(f"{_FAILED}/first", failed)
     watcher.join()
     jax.distributed.shutdown()
@@ -165,7 +168,7 @@ def _end_others(error: BaseException, watcher: threading.Thread) -> None:
 
 @contextlib.contextmanager
 def first_before_others(name: str) -> Iterator[None]:
-    """The first process does this alone, then the others do (they find what it has prepared)."""
+    """Run the block in process 0 first, then in the others, which find what it has prepared."""
     if not is_primary():
         wait(name)
     yield
@@ -174,12 +177,12 @@ def first_before_others(name: str) -> Iterator[None]:
 
 
 def gather(tree: Tree) -> Tree:
-    """Whole NumPy arrays of a tree whose parts may lie with other processes."""
+    """Gather a tree of arrays, possibly sharded over processes, as complete NumPy arrays."""
     return jax.tree.map(_gather, tree)
 
 
 def _gather(x: jax.Array | np.ndarray) -> np.ndarray:
-    # What this process has already would come back once for each process.
+    # `process_allgather` would concatenate one copy from each process of an array that all have.
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)

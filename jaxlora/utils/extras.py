@@ -1,4 +1,4 @@
-"""Which extra of `pip install jaxlora` brings a package that is not installed."""
+"""Optional packages, and the extra of `pip install jaxlora` that installs each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from jaxlora.utils.errors import UserError
 
-# As in pyproject.toml; tests compare the two. By the name that is imported.
+# Extra → packages by their import names. A test compares it with pyproject.toml.
 EXTRAS = {
     "serve": ("huggingface_hub", "rich", "tokenizers", "transformers", "tyro"),
     "train": ("grain", "importlib_resources", "matplotlib", "tensorboardX", "tensorflow_datasets"),
@@ -16,15 +16,15 @@ EXTRAS = {
 
 
 class MissingExtraError(UserError, ImportError):
-    """A package is missing that an extra of jaxlora brings; the message names the extra."""
+    """Error for a missing optional package; the message names the extra that installs it."""
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Name the extra to install when a package of one cannot be imported.
+    """Name the extra to install if an optional package cannot be imported.
 
     Raises:
-      MissingExtraError: for a package in `EXTRAS`; any other error passes unchanged.
+      MissingExtraError: for a package in `EXTRAS`; other errors are raised unchanged.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""Files and folders that appear complete or not at all, and are written by one process at a time.
+"""Atomic writes of files and folders, and a lock for one writer at a time.
 
-There is one way to write: under a name that begins with `TEMPORARY`, flushed to the disk, then
-renamed. Whatever the umask, nothing is made that everybody may write to.
+Everything is written under a temporary name that begins with `TEMPORARY`, flushed to the disk and
+then renamed. Files are never world-writable, for any umask.
 """
 
 from __future__ import annotations
@@ -27,50 +27,50 @@ import filelock
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.schema import encodable
 
-TEMPORARY = ".tmp-"  # what a killed process left bears such a name, see `sweep`
+TEMPORARY = ".tmp-"  # prefix of unfinished files and folders, see `sweep`
 LOCK = ".lock"
-_FILE, _FOLDER = 0o664, 0o775  # the umask may take more away
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` makes one slash of two
-_LONGEST_NAME, _LONGEST_PATH = 255, 3500  # bytes; Linux takes 4096, the rest is for what is inside
+_FILE_MODE, _FOLDER_MODE = 0o664, 0o775  # the umask may remove further permissions
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` reduces two slashes to one
+_LONGEST_NAME, _LONGEST_PATH = 255, 3500  # bytes; Linux allows 4096, the rest is for files inside
 
 
 def local(path: str | Path) -> Path:
     """Return the path of a local file or folder, with `~` replaced by the home folder.
 
     Raises:
-      UserError: for an address such as gs://bucket, for `~` where nobody knows the home folder, and
-        for what no file can be called.
+      UserError: if it is an address such as gs://bucket, if there is no home folder for `~`, or if
+        no file can have this name.
     """
     text = os.fspath(path)
     if _ADDRESS.match(text):
         raise UserError(f"{text}: is an address; name a folder of this machine, or mount it first")
     if "\0" in text or not encodable(text):
-        raise UserError(f"{text!a}: is not a name in UTF-8; take another")
+        raise UserError(f"{text!a}: is not a valid UTF-8 file name; use another name")
     try:
         found = Path(text).expanduser()
     except RuntimeError:
         if text == "~" or text.startswith("~/"):
             raise UserError(f"{text}: there is no home folder; write the path out") from None
-        found = Path(text)  # nobody is called so; a shell keeps it, too
+        found = Path(text)  # `~name` of an unknown user: kept unchanged, as a shell does
     names = [len(name.encode()) for name in found.parts]
     if max(names, default=0) > _LONGEST_NAME or len(os.fsencode(found.absolute())) > _LONGEST_PATH:
-        raise UserError(f"{text[:60]}…: is too long a path; take a shorter one")
+        raise UserError(f"{text[:60]}…: the path is too long; use a shorter one")
     return found
 
 
 def make(folder: Path) -> None:
-    """Make a folder and those above it, as far as they are missing."""
+    """Create a folder and its missing parents."""
     missing = itertools.takewhile(lambda path: not path.is_dir(), (folder, *folder.parents))
     for path in reversed(list(missing)):
-        path.mkdir(_FOLDER, exist_ok=True)
+        path.mkdir(_FOLDER_MODE, exist_ok=True)
         sync(path.parent)
 
 
 def writable(folder: Path) -> Path:
-    """Make a folder if need be, and try whether it can be written to.
+    """Create a folder if it is missing, check that it can be written to, and return it.
 
     Raises:
-      OSError: if not.
+      OSError: if it cannot.
     """
     make(folder)
     with tempfile.TemporaryFile(dir=folder):
@@ -79,14 +79,14 @@ def writable(folder: Path) -> Path:
 
 @functools.cache
 def own_temporary() -> Path:
-    """Return a folder for this user alone in the system's temporary one, where all may write.
+    """Return a private folder of this user in the system's temporary folder.
 
-    It is the same for all processes of the user, unless somebody else has taken the name.
+    All processes of the user share it, unless its name is taken by another user.
     """
     folder = Path(tempfile.gettempdir()).absolute() / f"jaxlora-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(0o700)
-    found = folder.lstat()  # what a link leads to is not ours
+    found = folder.lstat()  # not `stat`: a link may lead to another user's folder
     if found.st_uid == os.getuid() and found.st_mode == stat.S_IFDIR | 0o700:
         return folder
     folder = Path(tempfile.mkdtemp(prefix="jaxlora-"))
@@ -95,7 +95,7 @@ def own_temporary() -> Path:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk, if the file system can."""
+    """Flush a file, or the entries of a folder, to the disk if the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -105,14 +105,14 @@ def sync(path: Path) -> None:
 
 
 def guard(path: Path) -> None:
-    """Take the right to write to a file or folder from everybody."""
+    """Make a file or folder not world-writable."""
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & stat.S_IWOTH:
         path.chmod(mode & ~stat.S_IWOTH)
 
 
 def settle(folder: Path) -> None:
-    """Guard what Orbax, TFDS and other libraries wrote into a folder, and flush it to the disk."""
+    """Guard everything that other libraries wrote into a folder, and flush it to the disk."""
     for path in (*folder.rglob("*"), folder):
         if not path.is_symlink():
             guard(path)
@@ -120,22 +120,22 @@ def settle(folder: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(TEMPORARY + secrets.token_hex(8))  # a name of any length has room
+    return path.with_name(TEMPORARY + secrets.token_hex(8))  # short for names of any length
 
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Give a file, which takes the place of `path` when the block ends well.
+    """Open a temporary file that replaces `path` when the block ends without an error.
 
     Args:
-      path: the file; its folder is made if need be.
-      mode: `wb`, or `w` for UTF-8 text whose line ends stay as they are written.
+      path: the file; its folder is created if it is missing.
+      mode: `wb`, or `w` for UTF-8 text without conversion of line ends.
     """
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     make(path.parent)
     temporary = _temporary(path)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE)
         with open(descriptor, mode, **text) as file:
             yield file
             file.flush()
@@ -148,23 +148,23 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def building(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Give a folder, which becomes `folder` when the block ends well.
+    """Create a temporary folder that is renamed to `folder` when the block ends without an error.
 
-    Nobody else can reach it before, so it does not matter what modes its files are made with.
+    Other users cannot access it before, so the modes of the files in it do not matter until then.
 
     Args:
-      folder: its place.
-      replace: what is there may hold something, and is deleted.
+      folder: path of the finished folder.
+      replace: delete an existing folder, which may hold files.
 
     Raises:
-      OSError: if it cannot be written, or `folder` holds what may not be replaced.
+      OSError: if it cannot be written, or `folder` is not empty and may not be replaced.
     """
     make(folder.parent)
     hidden = _temporary(folder)
     try:
         hidden.mkdir(0o700)
         content = hidden / "content"
-        content.mkdir(_FOLDER)
+        content.mkdir(_FOLDER_MODE)
         yield content
         settle(content)
         if replace and folder.exists():
@@ -177,10 +177,10 @@ def building(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_dir(folder: str | Path) -> Iterator[Path]:
-    """Give a temporary folder beside `folder`, which takes its place when the block ends well.
+    """Create a temporary folder that is renamed to `folder`, which must be new or empty.
 
     Raises:
-      UserError: if `folder` is a file, holds something, or cannot be written.
+      UserError: if `folder` is a file, is not empty, or cannot be written.
     """
     folder = local(folder).absolute()
     if folder.exists() and not folder.is_dir():
@@ -188,7 +188,7 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: is not empty; name a new folder, or remove it first")
     try:
-        with building(Path(os.path.realpath(folder))) as content:  # no rename replaces a link
+        with building(Path(os.path.realpath(folder))) as content:  # a rename cannot replace a link
             yield content
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error})") from error
@@ -196,14 +196,14 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path, taken: str) -> Iterator[None]:
-    """Keep other processes out of a folder, and remove what a killed one left half written.
+    """Lock a folder against other processes, and remove what a killed one left unfinished.
 
     Args:
       folder: must exist.
-      taken: what to say if another process is in there.
+      taken: error message if another process holds the lock.
 
     Raises:
-      UserError: saying so, or that the folder cannot be locked.
+      UserError: with that message, or if the folder cannot be locked.
     """
     lock = filelock.FileLock(folder / LOCK)
     try:
@@ -212,7 +212,7 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
         raise UserError(taken) from None
     except (OSError, NotImplementedError) as error:
         raise UserError(
-            f"{folder / LOCK}: cannot be locked ({error}); may it be written?"
+            f"{folder / LOCK}: cannot be locked ({error}); check its permissions"
         ) from None
     try:
         guard(folder / LOCK)
@@ -223,7 +223,7 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half written, anywhere in a folder that is locked."""
+    """Remove what killed processes left unfinished in a folder, which must be locked."""
     for path in list(folder.rglob(f"{TEMPORARY}*")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -232,7 +232,7 @@ def sweep(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, complete or not at all, see `replacing`."""
+    """Write a text file atomically, see `replacing`."""
     with replacing(path, "w") as file:
         file.write(text)
 
@@ -263,23 +263,23 @@ def csv_writer(file: IO[str]) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, indented, see `write_text`."""
+    """Write indented JSON atomically, see `replacing`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def loads(text: str | bytes) -> Any:
-    """Parse JSON; whole numbers that no float could hold are refused.
+    """Parse JSON, and refuse integers beyond the range of a float.
 
     Raises:
-      ValueError, RecursionError: if it is none.
+      ValueError, RecursionError: if it is not valid JSON.
 
     >>> loads("[1, 2.5]")
     [1, 2.5]
     """
-    return json.loads(text, parse_int=_whole)
+    return json.loads(text, parse_int=_parse_int)
 
 
-def _whole(digits: str) -> int:
+def _parse_int(digits: str) -> int:
     value = int(digits)
     try:
         float(value)
@@ -289,7 +289,7 @@ def _whole(digits: str) -> int:
 
 
 def read_json(path: Path) -> Any:
-    """Read any JSON from a file.
+    """Read a JSON file.
 
     Raises:
       UserError: if the file cannot be read, or is not JSON.
@@ -298,7 +298,7 @@ def read_json(path: Path) -> Any:
         return loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # also UTF-8, long numbers, deep nesting
+    except (ValueError, RecursionError) as error:  # includes bad UTF-8, long numbers, deep nesting
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
@@ -306,7 +306,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-      UserError: see `read_json`; or if it is no object.
+      UserError: see `read_json`; also if it is not an object.
     """
     value = read_json(path)
     if not isinstance(value, dict):

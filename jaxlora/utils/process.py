@@ -1,4 +1,4 @@
-"""The process on its host: its memory, its signals, its exit code."""
+"""The operating system process: its memory, signals and exit code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxlora.utils.errors import Note, Stopped, UserError
 # glibc's <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
-# Variable of a library's own cache → that of all caches, and where it is without either.
+# Variable of a library's cache → the general XDG variable, and the default folder.
 _CACHES = {
     "HF_HOME": ("XDG_CACHE_HOME", "~/.cache/huggingface"),
     "MPLCONFIGDIR": ("XDG_CONFIG_HOME", "~/.config/matplotlib"),
@@ -30,30 +30,29 @@ _CACHES = {
 
 
 def reuse_memory() -> bool:
-    """Let freed memory stay with this process; call it before JAX computes anything.
+    """Keep freed memory in this process. Call it before JAX computes anything.
 
-    XLA allocates a program's temporary memory anew each time it runs it. glibc takes so large a
-    piece from the kernel and gives it back, so on CPU every train step faults hundreds of megabytes
-    in again, page by page: a quarter to a third of its time. The price is that the process keeps
-    its peak memory until it ends; so that this is one step's, the next waits for it (on CPU both
-    would use the same cores).
+    XLA allocates a program's temporary memory at each execution. glibc maps such large blocks from
+    the kernel and unmaps them afterwards, so on CPU every train step faults in hundreds of
+    megabytes page by page: a quarter to a third of its time. The price is that the process keeps
+    its peak memory until it ends. To keep the peak to that of one step, asynchronous dispatch is
+    switched off (on CPU two steps would use the same cores anyway).
 
     Returns:
-      Whether the C library could be told (it is glibc).
+      Whether the C library accepted the settings, that is, whether it is glibc.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:
         return False
     options = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}  # -1: never trim
-    taken = [mallopt(name, value) for name, value in options.items()]
-    return taken == [1, 1, 1]
+    return [mallopt(name, value) for name, value in options.items()] == [1, 1, 1]
 
 
 def keep_programs(folder: Path) -> None:
-    """Keep compiled programs in a folder, for the next run; in none if it cannot be written to.
+    """Cache compiled programs in a folder, unless it cannot be written to.
 
-    It is the user's alone: whoever may write there decides what is run.
+    The folder is private to the user, since its files are executed.
     """
     try:
         files.make(folder.parent)
@@ -67,13 +66,13 @@ def keep_programs(folder: Path) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """While this lasts, Ctrl-C and SIGTERM are remembered instead of ending the process.
+    """Record Ctrl-C and SIGTERM in this context instead of ending the process.
 
-    The second one ends it at once. Threads other than the main one cannot be told of signals; there
+    A second signal ends it at once. Outside of the main thread, where Python handles no signals,
     this does nothing.
 
     Yields:
-      A function that gives the signal's number, or 0 if there was none.
+      A function that returns the number of the signal received, or 0.
     """
     received: list[int] = []
 
@@ -95,14 +94,14 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 @contextlib.contextmanager
 def _notes_as_lines() -> Iterator[None]:
-    """While this lasts, a `Note` is a line on stderr, without the place in the code."""
+    """Print a `Note` as one line on stderr in this context, without its position in the code."""
     with warnings.catch_warnings():
         usual = warnings.formatwarning
 
-        def line(message: Any, category: type[Warning], *place: Any, **more: Any) -> str:
+        def line(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> str:
             if issubclass(category, Note):
                 return f"note: {message}\n"
-            return usual(message, category, *place, **more)
+            return usual(message, category, *args, **kwargs)
 
         warnings.formatwarning = line
         try:
@@ -113,9 +112,9 @@ def _notes_as_lines() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """While this lasts, SIGTERM raises `Stopped` in the main thread, as Ctrl-C raises an error.
+    """Raise `Stopped` in the main thread on SIGTERM in this context.
 
-    JAX catches SIGTERM in a process of many, and then nothing ends it.
+    Without it, JAX catches SIGTERM in runs of several processes and the process never ends.
     """
 
     def stop(number: int, frame: object) -> None:
@@ -132,12 +131,12 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def verdict(error: BaseException) -> tuple[int, str]:
-    """Return the exit code and the line for what has ended a command, see `exit_code`."""
+    """Return the exit code and the message for an error that ended a command, see `exit_code`."""
     match error:
         case UserError():
             return 2, f"error: {error}"
         case OSError():
-            return 2, f"error: {error}; is there room, and may it be written?"
+            return 2, f"error: {error}; is there room on the disk, and permission to write?"
         case Stopped():
             return 128 + error.signal, str(error)
         case KeyboardInterrupt():
@@ -147,11 +146,11 @@ def verdict(error: BaseException) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def _umask() -> Iterator[None]:
-    """Take the right to write from everybody, also to what JAX and other libraries make.
+    """Make no file world-writable, including those of JAX and other libraries.
 
-    Commands alone do this: the umask is the whole process's, all its threads'.
+    Only commands do this, since the umask is shared by all threads of the process.
     """
-    before = os.umask(0o077)  # it can be read only by setting it
+    before = os.umask(0o077)  # the umask can be read only by setting it
     os.umask(before | 0o002)
     try:
         yield
@@ -160,17 +159,17 @@ def _umask() -> Iterator[None]:
 
 
 def _replace_home() -> None:
-    """Give other libraries a place for their caches where the home folder cannot have them.
+    """Give other libraries another folder for their caches if the home folder is not writable.
 
-    Else the one makes a folder that is called ~, and the other a new cache each time.
+    Otherwise one of them creates a folder named ~, and another a new cache for each process.
     """
     for name, (base, default) in _CACHES.items():
-        if not (name in os.environ or base in os.environ or _possible(default)):
+        if not (name in os.environ or base in os.environ or _can_create(default)):
             os.environ[name] = str(files.own_temporary() / Path(default).name)
 
 
-def _possible(folder: str) -> bool:
-    """Whether a folder is there, or could be made."""
+def _can_create(folder: str) -> bool:
+    """Return whether a folder exists or could be created."""
     try:
         path = files.local(folder)
         return path.is_dir() or bool(files.writable(next(p for p in path.parents if p.exists())))
@@ -179,12 +178,12 @@ def _possible(folder: str) -> bool:
 
 
 def exit_code(main: Callable[[], object]) -> int:
-    """Run a command; what the user can mend is told in a line, anything else is raised.
+    """Run a command, print errors that the user can fix as one line, and raise all others.
 
     Returns:
-      0, 2 for bad input or a file system that refuses, 130 after Ctrl-C, 143 after SIGTERM.
+      0 for success, 2 for bad input or a file system error, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    # Orbax's threads print the traceback of what is raised, and told, here.
+    # Orbax's threads log the traceback of errors that are raised and reported here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         with _umask(), _notes_as_lines():

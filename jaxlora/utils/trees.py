@@ -28,7 +28,7 @@ def broadcast(tree: Tree, count: int) -> Tree:
 
 
 def count(tree: Tree) -> int:
-    """Number of parameters; works on arrays and on `jax.ShapeDtypeStruct`s.
+    """Count the parameters of a tree of arrays or `jax.ShapeDtypeStruct`s.
 
     >>> count({"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)})
     10
@@ -37,7 +37,7 @@ def count(tree: Tree) -> int:
 
 
 def names(tree: Tree) -> list[str]:
-    """Dotted path of every leaf, in leaf order.
+    """Return the dotted path of every leaf, in the order of `jax.tree.leaves`.
 
     >>> names({"layer": {"kernel": 1, "bias": 2}})
     ['layer.bias', 'layer.kernel']
@@ -49,11 +49,11 @@ def names(tree: Tree) -> list[str]:
 def flatten(tree: Mapping[str, Any], keep_empty: bool = False) -> dict[Path, Any]:
     """Return the leaves of nested dicts by their paths.
 
-    Flax's `traverse_util` does the same, and takes longer to import than all of optax.
+    Flax's `traverse_util` does the same but takes longer to import than optax.
 
     Args:
       tree: nested dicts with string keys.
-      keep_empty: list an empty dict as a leaf; without it `unflatten` does not bring it back.
+      keep_empty: treat empty dicts as leaves, so that `unflatten` restores them.
 
     >>> flatten({"layer": {"kernel": 1, "bias": 2}, "pooler": {}})
     {('layer', 'kernel'): 1, ('layer', 'bias'): 2}
@@ -69,7 +69,7 @@ def flatten(tree: Mapping[str, Any], keep_empty: bool = False) -> dict[Path, Any
 
 
 def unflatten(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """Build nested dicts from their leaves by path: the inverse of `flatten`.
+    """Build nested dicts from leaves by path, the inverse of `flatten`.
 
     >>> unflatten({("layer", "kernel"): 1, ("layer", "bias"): 2})
     {'layer': {'kernel': 1, 'bias': 2}}
@@ -84,7 +84,7 @@ def unflatten(flat: Mapping[Path, Any]) -> dict[str, Any]:
 
 
 def checksum(tree: Tree) -> str:
-    """sha256 of a tree: its paths, shapes, dtypes and numbers.
+    """Compute the sha256 of a tree: its paths, shapes, dtypes and values.
 
     >>> checksum({"a": np.zeros(2)}) == checksum({"a": np.zeros((2, 1))})
     False

@@ -18,7 +18,7 @@ from jaxlora.data.batches import (
     make_order,
     prefetch,
 )
-from jaxlora.data.packing import choose_shapes, fitting, place, row_lengths
+from jaxlora.data.packing import fitting
 from jaxlora.data.tokenized import Examples
 from jaxlora.nn.encode import PackedTokens
 
@@ -64,7 +64,7 @@ def drawn_in(order, epoch):
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.integers(0, 9))
-def test_each_epoch_is_fair(long, short, batch_size, seed):
+def test_each_epoch_draws_every_example_equally_often(long, short, batch_size, seed):
     sizes, epochs = {"a": long, "b": short}, 2
     order = make_order(sizes, batch_size, seed)
     size = max(sizes.values())
@@ -87,7 +87,7 @@ def test_order_is_a_pure_function_of_seed_and_step():
     assert (drawn_in(one, 0)[0] != drawn_in(one, 1)[0]).any()  # reshuffled in each epoch
 
 
-def test_a_task_is_read_the_same_whatever_its_group():
+def test_the_order_of_a_task_does_not_depend_on_its_group():
     alone = make_order({"sst": 10}, 4, seed=0)
     together = make_order({"para": 10, "sst": 10}, 4, seed=0)
     alone, together = drawn_in(alone, 0), drawn_in(together, 0)
@@ -139,7 +139,7 @@ def test_vectors_take_the_slots_that_sentences_take(packed):
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_plan_keeps_to_its_number_of_shapes(packed, most):
+def test_a_run_has_at_most_the_requested_number_of_shapes(packed, most):
     planned = choose_batch_shapes(packed.examples, packed.order, 9, 128, most, packed.mixed)
     assert 1 <= len(planned.shapes) <= most
     assert {planned[k].inputs.tokens.shape[-2:] for k in range(9)} <= set(planned.shapes)
@@ -155,7 +155,7 @@ def test_prefetch_from_the_middle_equals_indexing(packed):
         np.testing.assert_array_equal(found.weights, expected.weights)
 
 
-def test_slots_of_single_sentences_are_the_first_half():
+def test_first_sentences_come_before_second_ones():
     single, pair = make_examples("sst", 3), make_examples("sts", 3)
     assert batches.slot_count({"sst": single}, 4) == 4
     assert batches.slot_count({"sst": single, "sts": pair}, 4) == 8
@@ -177,10 +177,9 @@ def test_a_shape_too_small_is_refused(packed):
     st.integers(1, 5),
     st.integers(1, 3),
 )
-def test_of_a_long_run_few_batches_are_looked_at_and_every_one_fits(
+def test_every_batch_of_a_long_run_fits_though_few_are_sampled(
     sizes, batch_size, mixed, most, looked_at, multiple
 ):
-    """Also the batches that are unlike all those looked at."""
     examples = {}
     for task, lengths in enumerate(sizes):
         offsets, labels = np.cumsum([0, *lengths]), np.zeros(len(lengths), np.float32)
@@ -188,7 +187,7 @@ def test_of_a_long_run_few_batches_are_looked_at_and_every_one_fits(
         examples[str(task)] = Examples(labels.astype(str), tokens, offsets, labels, 1)
     order = make_order({name: len(e) for name, e in examples.items()}, batch_size, seed=0)
     steps = 2 * order.steps_per_epoch
-    with mock.patch.object(batches, "LOOKED_AT", looked_at):
+    with mock.patch.object(batches, "MAX_SAMPLED", looked_at):
         planned = choose_batch_shapes(examples, order, steps, 32, most, mixed, multiple)
         again = choose_batch_shapes(examples, order, steps, 32, most, mixed, multiple)
     assert planned.shapes == again.shapes
@@ -202,7 +201,7 @@ def test_of_a_long_run_few_batches_are_looked_at_and_every_one_fits(
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_the_paper_preset_is_planned_in_seconds(monkeypatch, most):
+def test_the_shapes_of_the_paper_preset_are_chosen_from_few_batches(monkeypatch, most):
     """454,820 steps; the lengths are random, as long as those of SST-5, Quora and STS are."""
     rng, looked_at = np.random.default_rng(0), []
     examples = {}
@@ -218,7 +217,7 @@ def test_the_paper_preset_is_planned_in_seconds(monkeypatch, most):
     began = time.monotonic()
     planned = choose_batch_shapes(examples, order, 454_820, 128, most, mixed=most == 3)
     assert time.monotonic() - began < 60
-    assert len(looked_at) <= batches.LOOKED_AT
+    assert len(looked_at) <= batches.MAX_SAMPLED
     assert max(looked_at) == 454_819 and min(looked_at) == 0
     assert len(planned.shapes) <= max(2, most) + 1
     # Any batch fits, the one of the longest sentences, too.
@@ -226,14 +225,11 @@ def test_the_paper_preset_is_planned_in_seconds(monkeypatch, most):
     fitting(planned.shapes, [np.concatenate(longest)] if most == 3 else longest)
 
 
-def test_a_short_run_has_the_shapes_of_all_its_batches(packed):
-    lengths = row_lengths(32)
-    needs = []
+def test_no_shape_of_a_short_run_has_a_row_that_no_batch_needs(packed):
+    filled = dict.fromkeys(packed.shapes, 0)
     for number in range(9):
-        packs = [
-            e.lengths[batches.sentence_numbers(e, n)]
-            for e, n in zip(packed.examples.values(), packed.order.at(number), strict=True)
-        ]
-        packs = [np.concatenate(packs)] if packed.mixed else packs
-        needs.append([max(place(pack, length).rows for pack in packs) for length in lengths])
-    assert packed.shapes == tuple(choose_shapes(np.array(needs), lengths, 2))
+        inputs = packed[number].inputs
+        rows = inputs.tokens.any(-1).sum(-1).max()  # of a batch, or of its largest task
+        shape = inputs.tokens.shape[-2:]
+        filled[shape] = max(filled[shape], rows)
+    assert filled == {shape: shape.rows for shape in packed.shapes}

@@ -37,7 +37,7 @@ def tokens(name, split):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sizes_ids_and_labels(name):
+def test_splits_have_their_sizes_unique_ids_and_labels_in_range(name):
     task, splits = TASKS[name], demo.read(name)
     assert {s: len(rows) for s, rows in splits.items()} == {"train": 2000, "dev": 400, "test": 400}
     for rows in splits.values():
@@ -96,7 +96,7 @@ def test_labels_are_balanced():
     assert sts.min() > 0.08 * 2000
 
 
-def test_words_alone_do_not_tell_paraphrases():
+def test_word_overlap_does_not_identify_paraphrases():
     """Positives and negatives share about as many words."""
 
     def overlap(row):
@@ -176,7 +176,7 @@ def test_a_negative_question_differs_in_its_filling():
         assert questions._changed(frame, filling, rng, train=False) != filling
 
 
-def test_scene_scores():
+def test_scene_scores_are_weighted_by_slot():
     man, woman = (scenes.Concept("adult", names) for names in scenes.WHO["adult"].seen)
     dog = scenes.Concept("animal", scenes.WHO["animal"].seen[0])
     rest = {
@@ -190,7 +190,7 @@ def test_scene_scores():
     assert scenes.score(scene, {**scene, "who": dog, "whom": man}) == 5 - 2 * 1.25
 
 
-def test_articles_and_capitals():
+def test_sentences_begin_with_a_capital_and_have_the_right_articles():
     for text in texts("sts", "train") + texts("sst", "train") + texts("para", "train"):
         assert text[0].isupper()
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", text), text

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlora.data import packing
-from jaxlora.data.packing import Shape, choose_shapes, fill, fitting, place
+from jaxlora.data.packing import Shape, choose_shapes, fill, fitting, place, place_by_owner
 
 ROW = 16
 lengths = st.lists(st.integers(1, ROW), max_size=40)
@@ -29,11 +29,34 @@ def test_place_never_overlaps_and_never_leaves_the_row(sizes):
     assert set(where.row.tolist()) == set(range(where.rows))  # no empty row
 
 
+@quick
+@given(
+    st.lists(st.tuples(st.integers(1, 32), st.integers(0, 5)), min_size=1, max_size=40),
+    st.sampled_from([1, 8, 32]),
+)
+def test_each_block_has_one_owner_and_each_token_its_place(drawn, block):
+    sizes, owner = map(np.array, zip(*drawn, strict=True))
+    where = place_by_owner(sizes, owner, 32, block)
+    taken = np.full((where.rows, 32), -1)
+    for row, start, size, mine in zip(where.row, where.start, sizes, owner, strict=True):
+        assert start + size <= 32 and (taken[row, start : start + size] == -1).all()
+        taken[row, start : start + size] = mine
+    for part in taken.reshape(-1, block):
+        assert len(set(part.tolist()) - {-1}) <= 1
+
+
+def test_sentences_of_one_owner_are_placed_as_if_there_were_no_owners():
+    sizes = [10, 9, 7, 6, 16, 20, 3]
+    where = place_by_owner(sizes, np.zeros(7, int), 32, 8)
+    np.testing.assert_array_equal(where.row, place(sizes, 32).row)
+    np.testing.assert_array_equal(where.start, place(sizes, 32).start)
+
+
 @pytest.mark.parametrize(
     ("sizes", "rows"),
     [([], 0), ([16], 1), ([8, 8], 1), ([9, 8], 2), ([10, 9, 7, 6], 2), ([6, 7, 9, 10], 2)],
 )
-def test_place_by_hand(sizes, rows):
+def test_place_uses_the_fewest_rows_of_small_cases(sizes, rows):
     assert place(sizes, ROW).rows == rows
 
 
@@ -105,5 +128,5 @@ def test_a_shape_must_hold_every_task():
 @pytest.mark.parametrize(
     ("most", "expected"), [(128, (64, 96, 128)), (64, (64,)), (32, (32,)), (65, (64, 65))]
 )
-def test_row_lengths(most, expected):
+def test_row_lengths_end_with_the_longest(most, expected):
     assert packing.row_lengths(most) == expected

@@ -53,7 +53,7 @@ def tsv(path, texts, header="text\tlabel"):
 # --- quotes
 
 
-def test_quotes_that_open_fields_of_tabs_lose_no_row(tmp_path):
+def test_unclosed_quotes_in_tab_separated_files_lose_no_row(tmp_path):
     path = tsv(tmp_path / "x.tsv", SPLIT)
     assert rows_of(path) == [(text, n % 2) for n, text in enumerate(SPLIT)]
     assert rows_of(path, quoting="none") == rows_of(path)
@@ -61,15 +61,15 @@ def test_quotes_that_open_fields_of_tabs_lose_no_row(tmp_path):
     assert "part of the text" in note and "line 2" in note
 
 
-def test_fields_that_are_quoted_on_their_own_line_are_read_as_csv_wrote_them(tmp_path):
+def test_quoted_fields_in_tab_separated_files_are_read_as_csv_wrote_them(tmp_path):
     path = tsv(tmp_path / "x.tsv", QUOTED)
     assert [text for text, _ in rows_of(path)] == list(UNQUOTED)
     assert [text for text, _ in rows_of(path, quoting="none")] == list(QUOTED)
     (note,) = tables.notes(tables.load_sheets({"train": path}))["train"]
-    assert note == "2 fields are in double quotes, as CSV has them"
+    assert note == "2 fields are in double quotes, as in standard CSV"
 
 
-def test_a_quote_means_the_same_in_all_files_of_a_task(tmp_path):
+def test_quotes_have_one_meaning_in_all_files_of_a_task(tmp_path):
     train, dev = tsv(tmp_path / "train.tsv", SPLIT), tsv(tmp_path / "dev.tsv", QUOTED)
     splits = tables.read_splits(BINARY, tables.Table(COLUMNS, str(train), str(dev)))
     assert [row.sentence1 for row in splits["dev"]] == list(QUOTED)
@@ -78,7 +78,7 @@ def test_a_quote_means_the_same_in_all_files_of_a_task(tmp_path):
 
 
 @pytest.mark.parametrize("delimiter", list("\t,;|"))
-def test_fields_over_lines_and_with_delimiters_are_counted(tmp_path, delimiter):
+def test_fields_with_line_breaks_and_delimiters_are_counted(tmp_path, delimiter):
     path, text = tmp_path / "x.csv", io.StringIO()
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     writer.writerows([("text", "label"), ("a\nb", 0), (f"c{delimiter}d", 1), ("e", 0)])
@@ -87,10 +87,10 @@ def test_fields_over_lines_and_with_delimiters_are_counted(tmp_path, delimiter):
     assert [t for t, _ in rows_of(path, quoting=quoting)] == ["a\nb", f"c{delimiter}d", "e"]
     sheets = tables.load_sheets({"train": path}, None, quoting)
     (note,) = tables.notes(sheets)["train"]
-    assert note.startswith("of the quoted fields 1 go over several lines and 1 hold a ")
+    assert note.startswith("of the quoted fields 1 span several lines and 1 contain a ")
 
 
-def test_what_cannot_be_split_names_the_other_rule(tmp_path):
+def test_errors_of_misread_quotes_suggest_the_other_quoting(tmp_path):
     path = tmp_path / "x.tsv"
     path.write_text('text\tlabel\n"a\nb"\t0\n')
     with pytest.raises(UserError, match=r"x\.tsv:2: 1 fields .* choose quoting standard"):
@@ -106,7 +106,7 @@ def test_what_cannot_be_split_names_the_other_rule(tmp_path):
     assert rows_of(path, quoting="none") == [('"a" b', 0)]
 
 
-def test_one_column_in_a_csv_is_quoted_as_csv_does(tmp_path):
+def test_a_csv_file_with_one_column_has_standard_quoting(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text('text\n"a, ""b""\nc"\n')
     (row,) = tables.read(BINARY, path, COLUMNS, labelled=False)
@@ -124,7 +124,7 @@ def test_the_cs224n_files_follow_the_same_rule(tmp_path):
     assert [rows[s][0].sentence1 for s in ("train", "dev")] == ['"Good ""film"" ."', '"Good .']
 
 
-def test_the_rule_is_chosen_in_a_task_file_and_by_flag(tmp_path):
+def test_quoting_can_be_set_in_a_task_file_and_by_flag(tmp_path):
     path = tsv(tmp_path / "x.tsv", QUOTED)
     toml = tmp_path / "tasks.toml"
     toml.write_text(
@@ -144,7 +144,7 @@ def test_the_rule_is_chosen_in_a_task_file_and_by_flag(tmp_path):
     assert path.exists()
 
 
-def test_settings_of_runs_that_know_no_quoting_are_read(tmp_path):
+def test_settings_of_runs_before_quoting_are_read(tmp_path):
     path = tsv(tmp_path / "x.tsv", QUOTED)
     flags = ("kind=classification", "text=text", "label=label", f"train={path}", f"dev={path}")
     settings = resolve(Flags("lora1", tasks=tuple(f"topic.{flag}" for flag in flags)))
@@ -222,18 +222,18 @@ def test_missing_labels_are_counted(tmp_path, task, written):
     ["", " ", "\t", "\u00a0", "\u200b", "\ufeff", "\u00ad\u200c", "\u200b \u200d", "\x07", "\u2028",
      "\u0301", "\ufffd"],
 )  # fmt: skip
-def test_texts_of_nothing_that_is_seen_are_blank(text):
+def test_texts_of_invisible_characters_are_blank(text):
     assert is_blank(text)
     assert len(tokenizer().encode(text).ids) == 2  # as BERT sees it
 
 
 @pytest.mark.parametrize("text", ["\u2800", "\u3164 ", "\u115f\u1160", "\uffa0\u200b"])
-def test_texts_of_letters_that_are_drawn_as_nothing_are_blank(text):
+def test_texts_of_letters_with_empty_glyphs_are_blank(text):
     assert is_blank(text)
 
 
 @pytest.mark.parametrize("text", ["a", "?", "\U0001f642", "\u200ba", "0", "\u05e9", "e\u0301"])
-def test_other_texts_are_not(text):
+def test_other_texts_are_not_blank(text):
     assert not is_blank(text)
 
 
@@ -269,7 +269,7 @@ def test_a_pair_is_blank_if_one_of_its_texts_is(tmp_path):
     assert [row.line for row in found["train"].blank] == [2, 4]
 
 
-def test_texts_of_which_the_tokenizer_keeps_nothing_are_blank_too(tmp_path):
+def test_texts_without_tokens_are_blank(tmp_path):
     from tokenizers import normalizers
 
     dropping = tokenizer()
@@ -292,7 +292,7 @@ def test_a_table_without_any_text_is_refused(tmp_path):
         tokenized.load_examples(BINARY, "files", table, tokenizer(), "k", 8, tmp_path / "cache")
 
 
-def test_a_run_leaves_them_out_and_strict_refuses(tmp_path, tiny_base):
+def test_a_run_leaves_out_blank_rows_and_strict_refuses_them(tmp_path, tiny_base):
     table = blank_table(tmp_path)
     flags = [f"topic.{split}={table.train}" for split in ("train", "dev", "test")]
     flags += ["topic.kind=classification", "topic.text=text", "topic.label=label"]
@@ -342,7 +342,7 @@ def test_an_id_may_hold_any_line_break(echo, tmp_path):
         assert [row["id"] for row in csv.DictReader(file)] == ids
 
 
-def test_each_request_has_an_answer_whatever_its_quotes(echo, tmp_path):
+def test_every_request_is_answered_with_any_quotes(echo, tmp_path):
     path = tmp_path / "in.tsv"
     lines = ["id\tsentence", *(f"{n}\t{text}" for n, text in enumerate(SPLIT))]
     path.write_text("\n".join(lines) + "\n")
@@ -365,15 +365,15 @@ def test_each_request_has_an_answer_whatever_its_quotes(echo, tmp_path):
         assert [text for _, text in seen] == list(texts)
 
 
-def test_fields_over_lines_are_told_of_requests_too(echo, tmp_path):
+def test_fields_with_line_breaks_are_reported_for_requests(echo, tmp_path):
     path = tmp_path / "in.csv"
     path.write_text('id,sentence\n1,"a\nb"\n2,"c, d"\n')
     rows, told = answers(echo, path, "sst")
     assert len(rows) == 2
-    assert told == ["of the quoted fields 1 go over several lines and 1 hold a comma"]
+    assert told == ["of the quoted fields 1 span several lines and 1 contain a comma"]
 
 
-def test_a_blank_request_has_no_answer_but_a_reason(echo, tmp_path):
+def test_a_blank_request_has_a_reason_instead_of_an_answer(echo, tmp_path):
     path = tmp_path / "in.tsv"
     path.write_text(
         "id\ttask\tsentence\tsentence2\n"
@@ -395,14 +395,14 @@ def test_a_blank_request_has_no_answer_but_a_reason(echo, tmp_path):
     assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_all_of_a_table_is_read_before_anything_is_answered(echo, tmp_path):
+def test_a_table_is_checked_completely_before_anything_is_answered(echo, tmp_path):
     path = tmp_path / "in.tsv"
     path.write_text("task\tsentence\n" + "sst\ta dog\n" * 9 + "stt\ta dog\n")
     with pytest.raises(UserError, match=r"in\.tsv:11: .*stt"):
         predict_file(echo, path, tmp_path / "o.csv", None, progress=pytest.fail)
 
 
-def test_a_table_that_grows_meanwhile_is_refused(echo, tmp_path, monkeypatch):
+def test_a_table_that_grows_during_prediction_is_refused(echo, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxlora.serving.predict_table.PART", 2)
     path = tmp_path / "in.tsv"
     path.write_text("task\tsentence\n" + "sst\ta dog\n" * 5000)
@@ -417,7 +417,7 @@ def test_a_table_that_grows_meanwhile_is_refused(echo, tmp_path, monkeypatch):
     assert not (tmp_path / "o.csv").exists()
 
 
-def test_requests_come_through_a_pipe(echo, tmp_path):
+def test_requests_can_be_read_from_a_pipe(echo, tmp_path):
     pipe, target = tmp_path / "pipe", tmp_path / "o.csv"
     os.mkfifo(pipe)
     text = "task\tsentence\n" + "sst\ta dog\n" * 3
@@ -427,7 +427,7 @@ def test_requests_come_through_a_pipe(echo, tmp_path):
     writer.join()
 
 
-def test_the_command_takes_both_flags_and_says_what_it_did(echo, tmp_path, monkeypatch, capsys):
+def test_predict_has_the_flags_quoting_and_strict(echo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(main.Predictor, "load", lambda bank, base: echo)
     monkeypatch.setattr(main.process, "reuse_memory", lambda: True)
     monkeypatch.setattr(main.process, "keep_programs", lambda folder: None)
@@ -449,7 +449,7 @@ def test_the_command_takes_both_flags_and_says_what_it_did(echo, tmp_path, monke
     code, shown = call("--strict")
     assert (code, "1 row with a blank text (line 3)" in shown, target.exists()) == (2, True, False)
     code, shown = call("--quoting=standard")
-    assert (code, "1 answer; of the quoted fields 1 go over several" in shown) == (0, True)
+    assert (code, "1 answer; of the quoted fields 1 span several" in shown) == (0, True)
     assert call("--quoting=none")[0] == 0
 
 
@@ -516,14 +516,14 @@ def test_a_file_of_another_kind_is_named(echo, tmp_path, content, name):
 @pytest.mark.parametrize(
     "header", ["{a}\tlabel", "[a]\tlabel", "PAR1\tlabel", "PK\tlabel", "ORC\tlabel", "ORCID\tlabel"]
 )
-def test_odd_headers_are_no_other_kind(tmp_path, header):
+def test_unusual_headers_are_not_taken_for_other_kinds_of_files(tmp_path, header):
     path = tsv(tmp_path / "x.tsv", ["a dog"], header)
     columns = tables.Columns((header.split("\t")[0],), "label")
     assert rows_of(path, columns=columns) == [("a dog", 0)]
 
 
 @pytest.mark.parametrize("hint", ["sep=;", '"sep=;"', "SEP=;"])
-def test_a_line_that_names_the_delimiter_is_heeded(echo, tmp_path, hint):
+def test_a_line_that_names_the_delimiter_is_respected(echo, tmp_path, hint):
     path = tmp_path / "x.csv"
     path.write_bytes(f"\ufeff{hint}\r\ntext;label\r\na, b;1\r\n".encode())
     assert rows_of(path) == [("a, b", 1)]
@@ -544,7 +544,7 @@ def test_a_misspelt_label_column_is_named(tmp_path, column):
         tables.read_splits(BINARY, table)
 
 
-def test_labels_may_be_missing_from_the_test_file_alone(tmp_path):
+def test_only_the_test_file_may_lack_labels(tmp_path):
     path, test = tmp_path / "x.csv", tmp_path / "test.csv"
     path.write_text("text,label\na,1\n")
     test.write_text("text\na\n")
@@ -555,7 +555,7 @@ def test_labels_may_be_missing_from_the_test_file_alone(tmp_path):
 # --- ids
 
 
-def test_one_long_id_does_not_make_all_of_them_long(tmp_path):
+def test_one_long_id_does_not_enlarge_the_others(tmp_path):
     path = tmp_path / "x.csv"
     ids = ["i" * 5000, *(f"i{n}" for n in range(199))]
     path.write_text("id,text,label\n" + "".join(f"{name},a dog,1\n" for name in ids))

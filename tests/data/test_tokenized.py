@@ -186,7 +186,7 @@ def test_a_failed_write_ends_no_run_and_leaves_nothing_behind(
 
     monkeypatch.setattr(np, "savez", full)
     found = load(tokenizer, tmp_path)
-    assert len(found["train"]) and "is not kept (no space left)" in capsys.readouterr().err
+    assert len(found["train"]) and "is not cached (no space left)" in capsys.readouterr().err
     assert not list((tmp_path / "tokens").iterdir())
 
 

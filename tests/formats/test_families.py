@@ -17,7 +17,7 @@ from jaxlora.formats import families, huggingface
 from jaxlora.formats import peft as peft_files
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import ops
-from jaxlora.nn.bert import param_shapes
+from jaxlora.nn.bert import param_shapes, unstack_layers
 from jaxlora.nn.encode import encoder, make_encode, make_mixed_encode
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import flatten as lora_leaves
@@ -477,8 +477,10 @@ def test_each_sentence_uses_its_own_adapter(family, saved, adapted):
     encode = encoder(base.config, jnp.float32, config, "mean")
     rows, owner = family_bases.packed(IDS), np.arange(len(IDS)) % 2
     frozen = {"params": base.params}
-    stack = {"lora": jax.tree.map(lambda *x: jnp.stack(x), adapter, other)}
-    mixed = make_mixed_encode(encode)(frozen, stack, rows, jnp.array(owner))
+    both = (unstack_layers(x) for x in (adapter, other))
+    stack = jax.tree.map(lambda *x: jnp.stack(x), *both)
+    of_token = np.where(rows.segment_ids > 0, owner[rows.segment_ids - 1], 0)
+    mixed = make_mixed_encode(encode)(frozen, stack, rows, jnp.array(of_token))
     alone = [make_encode(encode)(frozen, {"lora": x}, rows) for x in (adapter, other)]
     wanted = np.where(owner[:, None] == 0, *alone)
     np.testing.assert_allclose(mixed, wanted, atol=1e-5)

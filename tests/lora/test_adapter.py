@@ -51,7 +51,7 @@ def encode(base, variables, rows, config=DEFAULT):
         (PAPER_TARGETS, 15, 1_105_920),
     ],
 )
-def test_counts_on_bert_base(targets, rank, expected):
+def test_parameter_counts_on_bert_base_are_pefts(targets, rank, expected):
     shapes = param_shapes(BertConfig())
     config = LoraConfig(rank, 1.0, targets)
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, config))
@@ -59,12 +59,15 @@ def test_counts_on_bert_base(targets, rank, expected):
     assert lora.count_params({"sst": adapter, "sts": adapter}) == 2 * expected
 
 
-def test_defaults_are_the_papers():
-    config = LoraConfig()
-    assert (config.rank, config.scale_of(()), config.target_modules) == (15, 1.0, PAPER_TARGETS)
+def test_the_default_adapter_has_the_papers_size_and_scale():
+    adapter = jax.eval_shape(
+        lambda: lora.init(jax.random.key(0), param_shapes(BertConfig()), LoraConfig())
+    )
+    assert round(lora.count_params(adapter) / 1e6, 2) == 1.11
+    assert LoraConfig().scale_of(()) == 1
 
 
-def test_targets_match_whole_names(tiny):
+def test_targets_match_complete_names(tiny):
     def chosen(*names):
         found = lora.targets(tiny.params, LoraConfig(4, 4.0, names))
         return {".".join(path) for path in found}
@@ -98,7 +101,7 @@ def test_unknown_target_lists_the_modules(tiny):
     ],
 )
 @pytest.mark.parametrize("turn", [1, -1])
-def test_the_longest_name_of_a_pattern_counts(name, rank, alpha, turn):
+def test_the_longest_matching_name_of_a_pattern_applies(name, rank, alpha, turn):
     ranks = (("output.dense", 2), ("attention.output.dense", 6))[::turn]
     alphas = (("attention.output.dense", 3.0), ("intermediate.dense", 5.0))[::turn]
     for rslora in (False, True):
@@ -108,7 +111,7 @@ def test_the_longest_name_of_a_pattern_counts(name, rank, alpha, turn):
         assert config.scale_of(path) == (alpha / rank**0.5 if rslora else alpha / rank)
 
 
-def test_patterns_have_one_order():
+def test_configurations_whose_patterns_differ_in_order_are_equal():
     given = (("query", 2), ("self.query", 3), ("value", 2))
     assert LoraConfig(rank_pattern=given) == LoraConfig(rank_pattern=given[::-1])
 
@@ -120,7 +123,7 @@ def test_ranks_follow_their_pattern(tiny):
     assert shapes["output"]["dense"] == {"A": (2, 64, 4), "B": (2, 4, 32)}
 
 
-def test_a_pattern_without_a_module(tiny):
+def test_a_pattern_that_matches_no_adapted_module_is_refused(tiny):
     for pattern in ({"rank_pattern": (("qury", 2),)}, {"alpha_pattern": (("key", 2.0),)}):
         config = LoraConfig(4, 4.0, ("query",), **pattern)
         with pytest.raises(ValueError, match=r"matches no adapted module; they are .*query"):
@@ -128,20 +131,20 @@ def test_a_pattern_without_a_module(tiny):
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
-def test_dropout_out_of_range(dropout):
+def test_a_dropout_rate_out_of_range_is_refused(dropout):
     with pytest.raises(ValueError, match="dropout must be from 0"):
         LoraConfig(dropout=dropout)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
-def test_alpha_out_of_range(alpha):
+def test_an_alpha_that_is_not_positive_and_finite_is_refused(alpha):
     with pytest.raises(ValueError, match="alpha must be a number above 0"):
         LoraConfig(alpha=alpha)
     with pytest.raises(ValueError, match=r"alpha must be a number above 0, got .* for 'key'"):
         LoraConfig(alpha_pattern=(("key", alpha),))
 
 
-def test_one_text_is_no_list_of_modules():
+def test_a_string_instead_of_a_tuple_of_modules_is_refused():
     with pytest.raises(ValueError, match=r"must be a tuple of names: \('query',\)"):
         LoraConfig(target_modules="query")
 
@@ -152,7 +155,7 @@ def test_lists_and_pefts_dicts_become_tuples():
     assert isinstance(hash(given), int)
 
 
-def test_a_kernel_of_one_axis():
+def test_a_kernel_with_one_axis_is_refused():
     with pytest.raises(ValueError, match=r"query has a kernel of shape \(4,\)"):
         lora.init(
             jax.random.key(0), {"query": {"kernel": jnp.ones(4)}}, LoraConfig(1, 1.0, ("query",))
@@ -160,14 +163,14 @@ def test_a_kernel_of_one_axis():
 
 
 @pytest.mark.parametrize("rank", [0, -1])
-def test_rank_below_one(rank):
+def test_a_rank_below_one_is_refused(rank):
     with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank}"):
         LoraConfig(rank, 1.0, ("query",))
     with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank} for 'key'"):
         LoraConfig(rank_pattern=(("key", rank),))
 
 
-def test_rank_above_the_width(tiny):
+def test_a_rank_above_the_kernels_width_is_refused(tiny):
     with pytest.raises(ValueError, match=r"rank must be between 1 and 32 .*got 33"):
         lora.init(jax.random.key(0), tiny.params, LoraConfig(33, 1.0, ("query",)))
 
@@ -179,7 +182,7 @@ def test_full_rank_is_allowed(tiny):
     }  # fmt: skip
 
 
-def test_a_fresh_adapter(tiny):
+def test_init_draws_a_within_its_bound_and_sets_b_to_zero(tiny):
     adapter = lora.init(jax.random.key(0), tiny.params, LoraConfig(4, 4.0))
     flat = traverse_util.flatten_dict(adapter)
     assert len(flat) == 8
@@ -197,7 +200,7 @@ def test_a_fresh_adapter(tiny):
 # ---- what it does
 
 
-def test_starts_equal_to_the_base_bit_for_bit(tiny):
+def test_an_initialized_adapter_does_not_change_the_base_bit_for_bit(tiny):
     rng = np.random.default_rng(0)
     rows = fill([rng.integers(5, 200, n) for n in (9, 30, 4)], range(3), 3, Shape(2, 32))
     config = LoraConfig(4, 8.0)
@@ -210,7 +213,7 @@ def test_starts_equal_to_the_base_bit_for_bit(tiny):
     np.testing.assert_allclose(adapted, base, rtol=0, atol=2e-6)
 
 
-def test_dense_with_an_adapter_by_hand():
+def test_a_dense_layer_adds_alpha_over_rank_times_x_a_b():
     variables = {
         "params": {"kernel": jnp.array([[1.0], [0.0]]), "bias": jnp.array([0.5])},
         "lora": {"A": jnp.array([[2.0], [1.0]]), "B": jnp.array([[3.0]])},
@@ -252,7 +255,7 @@ def test_merged_equals_unmerged_on_real_weights(minilm):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
 
 
-def test_merging_an_alien_adapter_raises(tiny):
+def test_merging_an_adapter_of_another_base_raises(tiny):
     factors = {"A": jnp.ones((2, 32, 1)), "B": jnp.ones((2, 1, 32))}
     alien = {"layers": {"attention": {"self": {"values": factors}}}}
     for fold in (lora.merge, lora.unmerge):
@@ -285,7 +288,7 @@ def test_merging_keeps_empty_parts_of_the_tree():
     assert lora.merge(params, {}, LoraConfig()).keys() == params.keys()
 
 
-def test_merging_obeys_the_patterns():
+def test_merging_uses_the_alpha_pattern_and_rslora():
     params = {n: {"kernel": jnp.zeros((3, 2))} for n in ("query", "key")}
     adapter = {n: {"A": jnp.ones((3, 4)), "B": jnp.ones((4, 2))} for n in ("query", "key")}
     config = LoraConfig(4, 8.0, ("query", "key"), True, alpha_pattern=(("key", 3.0),))
@@ -298,7 +301,7 @@ def test_merging_obeys_the_patterns():
 # ---- dropout of the adapter's input
 
 
-def test_dropout_touches_the_adapter_alone_and_keeps_the_mean():
+def test_dropout_applies_to_the_adapter_only_and_keeps_the_mean():
     size, keys = 64, jax.random.split(jax.random.key(5), 2000)
     params = {"kernel": jnp.eye(size), "bias": jnp.zeros(size)}
     variables = {"params": params, "lora": {"A": jnp.eye(size), "B": jnp.eye(size)}}
@@ -317,8 +320,7 @@ def test_dropout_touches_the_adapter_alone_and_keeps_the_mean():
     np.testing.assert_array_equal(dense.apply(variables, x), 2 * x)  # none in evaluation
 
 
-def test_copies_of_an_adapter_drop_what_one_alone_drops(tiny):
-    """In training an adapter's copies see the very mask that it would see alone."""
+def test_copies_of_an_adapter_have_the_dropout_mask_of_a_single_one(tiny):
     config = LoraConfig(4, 8.0, dropout=0.5)
     plain = dataclasses.replace(config, dropout=0.0)
     rng = np.random.default_rng(0)

@@ -1,10 +1,11 @@
-"""Sums of adapters: exact side by side, nearest by singular value decomposition."""
+"""Sums of adapters: exact by concatenation, nearest by singular value decomposition."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from tiny import random_adapter
 
 from jaxlora import lora
 from jaxlora.lora import LoraConfig, combine
@@ -18,14 +19,7 @@ WEIGHTS = [0.7, -1.5]
 
 @pytest.fixture(scope="module")
 def adapters(tiny):
-    made = []
-    for seed, config in enumerate(CONFIGS):
-        fresh = lora.init(jax.random.key(seed), tiny.params, config)
-        keys = iter(jax.random.split(jax.random.key(seed + 7), 100))
-        made.append(
-            (jax.tree.map(lambda x, k=keys: x + jax.random.normal(next(k), x.shape), fresh), config)
-        )
-    return made
+    return [(random_adapter(tiny.params, config, 1.0), config) for config in CONFIGS]
 
 
 def deltas(adapter):
@@ -48,7 +42,7 @@ def summed(adapters):
     return out
 
 
-def test_cat_is_the_sum_of_the_deltas(adapters):
+def test_add_is_the_weighted_sum_of_the_deltas(adapters):
     found, expected = deltas(lora.add(adapters, WEIGHTS)), summed(adapters)
     assert found.keys() == expected.keys()
     assert len({path[-1] for path in found}) == 3  # layers that only one of the two adapts
@@ -56,7 +50,7 @@ def test_cat_is_the_sum_of_the_deltas(adapters):
         np.testing.assert_allclose(found[path], delta, atol=1e-5)
 
 
-def test_no_product_takes_fewer_bits_on_an_accelerator():
+def test_every_product_requests_full_precision():
     a, b = jnp.ones((8, 2)), jnp.ones((2, 6))
     program = jax.make_jaxpr(lambda a, b: combine._truncate(a, b, 1))(a, b)
     products = [p for p in str(program).split("\n") if "dot_general" in p]
@@ -66,8 +60,7 @@ def test_no_product_takes_fewer_bits_on_an_accelerator():
     )
 
 
-def test_its_configuration_describes_it(tiny, adapters):
-    """What `merge` and the network read from it gives the same sum."""
+def test_merging_the_sum_with_its_configuration_adds_the_weighted_deltas(tiny, adapters):
     tree, config = lora.add(adapters, WEIGHTS)
     merged = lora.merge(tiny.params, tree, config)
     flat, base = (traverse_util.flatten_dict(t) for t in (merged, tiny.params))
@@ -80,7 +73,7 @@ def test_its_configuration_describes_it(tiny, adapters):
     assert ranks == {"query": 7, "value": 3, "dense": 2}
 
 
-def test_svd_is_the_nearest_of_its_rank(adapters):
+def test_truncate_finds_the_nearest_adapter_of_a_rank(adapters):
     whole = lora.add(adapters, WEIGHTS)
     for rank in (1, 2, 4):
         found = deltas(lora.truncate(whole, rank))
@@ -93,7 +86,7 @@ def test_svd_is_the_nearest_of_its_rank(adapters):
         np.testing.assert_allclose(full[path], delta, atol=1e-4)
 
 
-def test_as_peft_combines_them(adapters, tiny_base, tmp_path):
+def test_add_equals_pefts_cat(adapters, tiny_base, tmp_path):
     """peft's `add_weighted_adapter`, whose weights have one sign and whose adapters one form."""
     peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
@@ -135,7 +128,7 @@ def test_as_peft_combines_them(adapters, tiny_base, tmp_path):
     assert checked == 2 * len(next(iter(found.values())))
 
 
-def test_what_cannot_be_combined(adapters):
+def test_unequal_numbers_and_ranks_below_one_are_refused(adapters):
     with pytest.raises(ValueError, match="2 adapters and 1 weights"):
         lora.add(adapters, [1.0])
     with pytest.raises(ValueError, match="0 adapters"):

@@ -108,10 +108,28 @@ def test_copies_of_an_adapter_have_the_gradients_of_adapters_side_by_side(dtype)
         return real * ops.low_rank_of_copies(x, a, b, share, dtype)
 
     def side_by_side(x, a, b):
-        return ops.low_rank(x, a, b, share, dtype)
+        each = jax.vmap(lambda a, b: ops.low_rank(x, a, b, dtype), out_axes=-1)(a, b)
+        return jnp.sum(each * share[..., None, :], -1)
 
     rtol = 1e-5 if dtype == jnp.float32 else 2**-6
     compare(copies, side_by_side, HIDDEN, a, b, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("block", [1, 2, 6])
+def test_each_block_of_tokens_uses_its_own_adapter(block, dtype):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, a, b = (
+        jax.random.normal(k, s)
+        for k, s in zip(keys, ((2, 6, 8), (5, 8, 3), (5, 3, 4)), strict=False)
+    )
+    owner = jax.random.randint(keys[3], (2, 6 // block), 0, 5)
+    found = ops.low_rank_by_block(x, a, b, owner, dtype)
+    for row in range(2):
+        for token in range(6):
+            t = owner[row, token // block]
+            alone = ops.low_rank(x[row, token], a[t], b[t], dtype)
+            np.testing.assert_allclose(found[row, token], alone, rtol=1e-5, atol=1e-5)
 
 
 X, W = jnp.ones((3, 4)), jnp.ones((4, 2))
@@ -120,7 +138,7 @@ QUERY, SEEN = jnp.ones((1, 3, 2, 4)), jnp.ones((1, 1, 3, 3), bool)
 OWN_DERIVATIVES = {
     "gelu": (ops.gelu, X),
     "matmul": (lambda x: ops.matmul(x, W, jnp.float32), X),
-    "low_rank": (lambda x: ops.low_rank(x, W, W.T, None, jnp.float32), X),
+    "low_rank": (lambda x: ops.low_rank(x, W, W.T, jnp.float32), X),
     "matmul_of_copies": (
         lambda x: ops.matmul_of_copies(x, jnp.stack([W, W]), ONE_EACH, jnp.float32), X,
     ),

@@ -27,7 +27,7 @@ def test_nan_in_any_leaf_is_seen(place):
 
 
 @pytest.mark.parametrize(("agree", "code"), [(True, 0), (False, 1)])
-def test_exit_code(monkeypatch, agree, code):
+def test_the_exit_code_is_1_if_the_accelerator_disagrees(monkeypatch, agree, code):
     monkeypatch.setattr(accelerator, "main", lambda: agree)
     assert accelerator.cli([]) == code
 

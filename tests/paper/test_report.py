@@ -88,7 +88,7 @@ def test_interval_of_a_difference_is_the_closed_form():
     assert found.high == pytest.approx(difference.mean() + 1.96 * error, abs=0.1 * error)
 
 
-def test_equal_predictions_differ_by_exactly_nothing(findings, context):
+def test_equal_predictions_differ_by_exactly_zero(findings, context):
     assert context.scores.difference("lora3", "lora3-summed", "sts") == Interval(0.0, 0.0, 0.0)
     finding = findings["lora3", "lora3-summed", "mean"]
     assert finding.evidence.interval == Interval(0.0, 0.0, 0.0)
@@ -115,7 +115,7 @@ def test_resamples_score_as_the_metrics_do(resampled, metric, levels):
         assert found[n] == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_constant_has_no_correlation():
+def test_the_correlation_with_a_constant_is_zero():
     labels = np.arange(10.0)
     found = statistics.resampled_pearson(np.full((1, 10), 0.1), labels, 20)
     assert found[:, 0].tolist() == [0.0] * 20
@@ -140,7 +140,9 @@ def test_resamples_draw_each_example_as_often_as_any():
         (NOT_LOWER, [(-0.9, 9.0)], [(-3.0, -1.0)], [(-1.1, 9.0)]),
     ],
 )
-def test_verdict_is_where_the_interval_lies(region, reproduced, not_reproduced, open_):
+def test_the_verdict_compares_the_interval_with_the_region(
+    region, reproduced, not_reproduced, open_
+):
     expected = {
         "reproduced": reproduced, "not reproduced": not_reproduced, "not decidable": open_
     }  # fmt: skip
@@ -150,7 +152,7 @@ def test_verdict_is_where_the_interval_lies(region, reproduced, not_reproduced, 
     assert claims.judge(region, None) == "not decidable"
 
 
-def test_paper_decides_what_is_claimed_of_sharing():
+def test_claims_on_sharing_follow_the_papers_scores():
     """69.10 − 76.73, 57.55 − 47.61 and 48.77 − 48.68: lower, higher and the same within a point."""
     found = {(c.first, c.measure): c for c in claims.CLAIMS if c.part == "b"}
     assert (found["lora3", "para"].region, found["lora3", "para"].paper) == (LOWER, -7.63)
@@ -176,7 +178,7 @@ def test_gain_is_a_share_of_the_best_baselines(findings):
     assert "best baseline on dev is baseline4" in finding.evidence.note
 
 
-def test_claims_on_these_runs(findings):
+def test_claims_on_the_sample_runs_have_the_expected_verdicts(findings):
     """r is 0.96 against 0.6; of the parameters, LoRA has 1.8 in 66.6."""
     cosine = findings["lora2", "lora1", "sts"]
     assert cosine.evidence.interval.value == pytest.approx(36.0)
@@ -259,7 +261,7 @@ def test_table3_counts_exactly(context):
 KINDS = ("incremental", "bundled")
 
 
-def test_storage_grows_by_a_head_and_where_apart_by_a_tree(context):
+def test_storage_grows_by_a_head_per_task_and_by_a_tree_if_separate(context):
     """Millions of numbers; on disk four bytes each, as the files of the fixture have them."""
     found = by_name(tables.storage_table(context))
     expected = {
@@ -285,7 +287,7 @@ def test_training_time_adds_up_groups(context):
     assert (total.mean, total.deviation) == pytest.approx((21.0, math.sqrt(2)))
 
 
-def test_extras_stand_beside_their_variant(context):
+def test_extras_are_listed_with_their_variant(context):
     (row,) = by_name(tables.extras(context)).values()
     assert (row["study"], row["variant"]) == ("lora3-summed", "lora3")
     assert row["differs"] == "surgery none"
@@ -345,7 +347,7 @@ def test_csv_files_are_the_tables(built, context):
         assert len({len(row) for row in csv.reader(io.StringIO(text))}) == 1, table.name
 
 
-def test_results_can_be_made_again(built, root):
+def test_results_name_commands_seeds_versions_machine_and_missing_runs(built, root):
     text = (built / assemble.MARKDOWN).read_text(encoding="utf-8")
     assert f"python -m experiments.report --from {root} --out {built}" in text
     assert PLAN["commands"]["lora2"] in text
@@ -424,7 +426,7 @@ def test_page_escapes_what_it_shows(tmp_path):
 # What is not there
 
 
-def test_report_of_no_finished_run_says_so(tmp_path):
+def test_a_report_without_finished_runs_says_so(tmp_path):
     write_json(tmp_path / "plan.json", PLAN | {"studies": ["lora3", "pairs"], "seeds": [0]})
     begin(tmp_path / "lora3" / "seed0", "lora3", 0)
     path = report.build(tmp_path, tmp_path / "out", resamples=10)
@@ -457,7 +459,7 @@ def test_predictions_without_labels_give_scores_without_intervals(tmp_path):
     assert context.scores.summary("lora2", "sst").deviation is None
 
 
-def test_one_seed_says_nothing_of_time_to_the_best_score(tmp_path):
+def test_one_seed_gives_no_interval_of_the_time_to_the_best_score(tmp_path):
     for study in ("lora2", "baseline4"):
         write_run(tmp_path, study, 0, ANSWERS[study])
     found = next(f for f in examine(tmp_path)[1] if f.claim.measure == "best")
@@ -480,7 +482,7 @@ def change(path, **values):
     write_json(path, config | {"settings": config["settings"] | values})
 
 
-def test_runs_that_were_not_made_alike_are_named(tmp_path):
+def test_runs_with_different_settings_are_named(tmp_path):
     for study, seeds in {"lora1": (0, 1), "lora2": (0,), "baseline4": (0,)}.items():
         for seed in seeds:
             write_run(tmp_path, study, seed, ANSWERS[study])
@@ -493,7 +495,7 @@ def test_runs_that_were_not_made_alike_are_named(tmp_path):
     ]
 
 
-def test_what_a_study_is_about_may_differ(tmp_path):
+def test_the_setting_that_a_study_varies_may_differ(tmp_path):
     for study, values in {
         "lora3-summed": {"surgery": "none"}, "warmup24": {"batch_size": 24},
         "rank4": {"rank": 4, "alpha": 15.0}, "mine": {"batch_size": 8}, "lora3": {"alpha": 8.0},
@@ -527,7 +529,7 @@ DEV = "lora2/seed0/predictions/sts-dev.csv"
         ("lora2/seed0/model/d/arrays", b"", "lora2/seed0/model: missing or empty"),
     ],
 )
-def test_damaged_files_are_told_by_name(tmp_path, name, content, said):
+def test_damaged_files_are_named(tmp_path, name, content, said):
     write_run(tmp_path, "lora2", 0, ANSWERS["lora2"])
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as refused:

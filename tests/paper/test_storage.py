@@ -26,7 +26,7 @@ def count(adapt, groups, sts_loss, adapter=None):
     )
 
 
-def test_parts_of_bert_base():
+def test_parameter_counts_of_the_parts_of_bert_base():
     found = count("lora", SHARED, "mse")
     assert HEADS == 1_775_623
     assert found.heads == HEADS
@@ -34,7 +34,7 @@ def test_parts_of_bert_base():
     assert found.base == BASE - POOLER
 
 
-def test_cosine_has_no_sts_head():
+def test_the_cosine_loss_has_no_sts_head():
     assert count("frozen", SEPARATE, "cosine").heads == HEADS - PAIR_HEAD
 
 
@@ -56,7 +56,7 @@ def test_trees_are_counted_by_group(adapt, groups, encoder, incremental, bundled
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_table_3(name):
+def test_table_3_follows_from_the_papers_parts(name):
     """The paper rounds BERT to 110M, an adapter to 1.106M, and counts an unused STS head."""
     variant = VARIANTS[name]
     trees = len(variant.groups)

@@ -30,7 +30,7 @@ def test_projected_gradients_are_at_a_right_angle_to_the_other_task():
     np.testing.assert_allclose(found.sums, [first + second, [1.4, 3.8]], rtol=1e-6)
 
 
-def test_gradients_that_agree_stay():
+def test_gradients_that_agree_are_not_changed():
     found = tour.operate((3.0, 1.0), (1.0, 2.0))
     np.testing.assert_array_equal(found.projected, found.gradients)
 
@@ -41,7 +41,7 @@ def test_boxes_hold_every_task_once(name):
     assert columns == list(range(len(NAMES)))
 
 
-def test_it_draws_what_the_page_shows(tmp_path):
+def test_the_figures_drawn_are_those_of_the_page(tmp_path):
     assert tour.cli([f"--out={tmp_path}"]) == 0
     shown = set(re.findall(r"\((tour-\w+\.png)\)", (DOCS / "tour.md").read_text(encoding="utf-8")))
     assert shown == {path.name for path in tmp_path.iterdir()}

@@ -307,7 +307,7 @@ def test_not_run_has_a_badge_of_its_own(tmp_path):
 def words_of_figures(context):
     """Titles, captions and labels of all figures, each panel painted on axes of its own."""
     said = []
-    for plan in figures.summaries(context):
+    for plan in figures.plans(context):
         said += [plan.title, plan.caption]
         for panel in plan.panels:
             axes = Figure().add_subplot()
@@ -329,7 +329,7 @@ def test_made_up_data_has_no_real_name_and_no_paper_beside_it(tmp_path):
     assert {measure for measure, _ in said} == {"parameters"}
     assert {f.verdict for f in on_scores(findings)} <= {"not decidable", "not run"}
     assert "made-up data" in found(findings, "lora2", "lora1", "sts").note
-    pareto = next(plan for plan in figures.summaries(context) if plan.name == "pareto")
+    pareto = next(plan for plan in figures.plans(context) if plan.name == "pareto")
     assert len(pareto.panels) == 1
 
 

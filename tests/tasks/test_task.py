@@ -46,17 +46,17 @@ def test_defaults_follow_the_kind():
         ({"kind": "regression", "high": float("inf")}, "is empty"),
         ({"kind": "regression", "loss": "cosine"}, "loss 'cosine' does not go with regression"),
         ({"kind": "binary", "metric": "pearson"}, "metric 'pearson' does not go with binary"),
-        ({"kind": "similarity"}, "two columns"),
+        ({"kind": "similarity"}, "two text columns"),
         ({"kind": "regression", "pair": True, "head": "pooler"}, "reads one sentence"),
     ],
 )
-def test_what_does_not_go_together_is_refused(fields, message):
+def test_contradicting_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Task("x", **fields)
 
 
-def test_a_poolers_head_is_berts_own():
-    """tanh between two layers, and scores that are the labels' own, of any range."""
+def test_the_head_pooler_is_that_of_berts_sequence_classifier():
+    """Two layers with tanh between them; scores are on the labels' scale and not clipped."""
     task = Task("price", "regression", low=0.0, high=1.0, head="pooler")
     head = task.init_head(jax.random.key(0), 8, "concat")
     assert jax.tree.map(jnp.shape, head) == {
@@ -71,7 +71,7 @@ def test_a_poolers_head_is_berts_own():
     np.testing.assert_allclose(loss, [0, 4])
 
 
-def test_a_task_of_an_earlier_version_has_the_field_that_came_later():
+def test_a_task_stored_by_an_earlier_version_gets_the_default_of_a_new_field():
     old = dataclasses.asdict(TOPIC)
     del old["head"]
     assert schema.build(Task, old) == TOPIC
@@ -79,7 +79,7 @@ def test_a_task_of_an_earlier_version_has_the_field_that_came_later():
         schema.build(Task, {name: value for name, value in old.items() if name != "loss"})
 
 
-def test_scores_are_trained_on_a_scale_of_0_to_5_and_come_back_on_the_labels():
+def test_scores_are_trained_from_0_to_5_and_decoded_to_the_labels_scale():
     labels = jnp.array([-10.0, 40.0, 90.0])
     inner = jnp.array([0.0, 2.5, 5.0])
     np.testing.assert_allclose(PRICE.per_example_loss(inner, labels), 0, atol=1e-6)
@@ -93,19 +93,19 @@ def test_scores_are_trained_on_a_scale_of_0_to_5_and_come_back_on_the_labels():
     np.testing.assert_allclose(wrong, [0, 0.25, 1], atol=1e-6)
 
 
-def test_the_papers_similarities_are_left_as_they_are():
-    labels, outputs = jnp.array([0.0, 3.7, 5.0]), jnp.array([0.3, 1.9, 6.2])
-    np.testing.assert_array_equal(
-        STS_MSE.per_example_loss(outputs, labels), jnp.square(outputs - labels)
-    )
-    np.testing.assert_array_equal(STS_MSE.decode(outputs), jnp.clip(outputs, 0, 5))
+def test_the_papers_similarities_are_not_rescaled():
+    labels, outputs = jnp.array([0.0, 3.5, 5.0]), jnp.array([0.5, 2.0, 7.0])
+    assert STS_MSE.per_example_loss(outputs, labels).tolist() == [0.25, 2.25, 4.0]
+    assert STS_MSE.decode(outputs).tolist() == [0.5, 2.0, 5.0]
 
 
-def test_probabilities():
+def test_probabilities_sum_to_one_and_their_log_ratios_are_the_logits_differences():
     logits = jnp.array([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
     found = TOPIC.probabilities(logits)
-    powers = np.exp(np.array(logits, np.float64))
-    np.testing.assert_allclose(found, powers / powers.sum(-1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(
+        jnp.log(found[:, 1:] / found[:, :-1]), logits[:, 1:] - logits[:, :-1], rtol=1e-5, atol=1e-6
+    )
     assert TOPIC.decode(logits).tolist() == found.argmax(-1).tolist() == [1, 2]
     one = BINARY.probabilities(jnp.array([0.0, 2.0]))
     np.testing.assert_allclose(one, [[0.5, 0.5], [1 - 0.8807971, 0.8807971]], rtol=1e-5)
@@ -113,7 +113,7 @@ def test_probabilities():
     assert STS_COSINE.probabilities(jnp.zeros(2)) is None
 
 
-def test_every_kinds_metrics_can_be_computed():
+def test_every_metric_of_every_kind_is_one_for_perfect_predictions():
     truth = np.array([0.0, 1.0, 1.0, 0.0])
     for name, kind in KINDS.items():
         for metric in kind.metrics:
@@ -123,7 +123,7 @@ def test_every_kinds_metrics_can_be_computed():
             assert task.score(truth, truth) == 1
 
 
-def test_f1_by_hand():
+def test_f1_equals_values_computed_by_hand():
     truth, found = np.array([0, 0, 1, 1, 1, 0]), np.array([1, 0, 1, 1, 0, 0])
     assert metrics.f1(found, truth) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert metrics.f1(np.zeros(6), truth) == 0
@@ -193,8 +193,8 @@ ALL = (metrics.accuracy, metrics.f1, metrics.macro_f1, metrics.pearson, metrics.
 
 
 @pytest.mark.parametrize("metric", ALL)
-def test_degenerate_input_has_one_answer(metric):
-    """One example, all the same, none; and any NaN, on either side, is NaN and not a score."""
+def test_metrics_of_degenerate_input(metric):
+    """One example, constant values, no examples; any NaN in either argument gives NaN."""
     correlation = metric in (metrics.pearson, metrics.spearman)
     for count in (1, 5):
         assert metric(np.ones(count), np.ones(count)) == (0 if correlation else 1)
@@ -207,13 +207,13 @@ def test_degenerate_input_has_one_answer(metric):
 
 
 @pytest.mark.parametrize("task", [SST, PARA, TOPIC, BINARY, PRICE, STS_COSINE, STS_MSE])
-def test_an_output_that_is_no_number_is_no_prediction(task):
+def test_a_nan_output_gives_a_nan_prediction(task):
     shape = (3, task.outputs) if task.outputs > 1 else (3,)
     found = task.decode(jnp.zeros(shape).at[1].set(jnp.nan))
     assert jnp.isnan(found).tolist() == [False, True, False] and found.dtype == jnp.float32
 
 
-def test_spearman_sees_the_order_alone_and_shares_ranks_among_ties():
+def test_spearman_depends_on_the_order_only_and_averages_the_ranks_of_ties():
     x = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     assert metrics.spearman(np.exp(3 * x), x) == pytest.approx(1)
     assert metrics.spearman(-x, x) == pytest.approx(-1)
@@ -222,8 +222,8 @@ def test_spearman_sees_the_order_alone_and_shares_ranks_among_ties():
     assert tied == pytest.approx(4.5 / np.sqrt(4.5 * 5))
 
 
-def test_heads_are_drawn_as_is_said():
-    """flax's lecun_normal: variance 1/inputs. torch.nn.Linear's would be a third of that."""
+def test_head_kernels_have_variance_one_over_inputs():
+    """As Flax's lecun_normal; torch.nn.Linear's variance is a third of that."""
     drawn = tasks.SST.init_head(jax.random.key(0), 768, "concat")["hidden"]
     assert 768 * float(jnp.var(drawn["kernel"])) == pytest.approx(1.0, rel=0.02)
     assert not drawn["bias"].any()
@@ -237,12 +237,12 @@ def test_heads_are_drawn_as_is_said():
 )
 def test_predictions_that_do_not_match_the_labels_are_refused(metric, found, truth):
     """NumPy would broadcast three answers to one label."""
-    with pytest.raises(ValueError, match="as many predictions as labels"):
+    with pytest.raises(ValueError, match="vectors of equal length"):
         metric(np.array(found), np.array(truth))
 
 
 @pytest.mark.parametrize("found", [[np.inf, 1, 2], [np.inf, -np.inf, 0], [-np.inf, 3, 3]])
-def test_infinite_predictions_have_scipys_answers(found):
+def test_correlations_of_infinite_predictions_are_scipys(found):
     truth = np.array([1.0, 2.0, 3.0])
     with np.errstate(invalid="ignore"):
         r, rho = (f(found, truth).statistic for f in (stats.pearsonr, stats.spearmanr))

@@ -275,7 +275,7 @@ def test_one_run_at_a_time_in_a_folder(make, tmp_path):
 
 def with_nan(monkeypatch, task, number):
     """One training label of a task is not a number."""
-    load_data = train.prepare.load_data
+    load_data = train.inputs.load_data
 
     def damaged(settings, base):
         data = load_data(settings, base)
@@ -285,7 +285,7 @@ def with_nan(monkeypatch, task, number):
         data[task]["train"] = dataclasses.replace(examples, labels=labels)
         return data
 
-    monkeypatch.setattr(train.prepare, "load_data", damaged)
+    monkeypatch.setattr(train.inputs, "load_data", damaged)
 
 
 @pytest.mark.parametrize("variant", ["lora3", "baseline1"])

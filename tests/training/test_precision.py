@@ -97,11 +97,12 @@ def test_evaluation(layers, dtype, tiny):
 
     def begin(params):
         one = {"lora": lora.init(jax.random.key(0), params, adapter)}
-        return {"params": bert.matmul_ready(params, dtype)}, one, trees.broadcast(one, 2)
+        two = trees.broadcast(bert.unstack_layers(one["lora"]), 2)
+        return {"params": bert.matmul_ready(params, dtype)}, one, two
 
     frozen, one, two = jax.eval_shape(begin, bert.param_shapes(config))
     rows = random_batch((SST, PARA), "lora", config.hidden_size)[0].inputs
-    owner = jnp.zeros(len(rows.cls_index), jnp.int32)
+    owner = jnp.zeros((*rows.tokens.shape[:1], 1), jnp.int32)
     encode = encoder(config, dtype, adapter, "mean")
     for tree in ({}, one):
         check(make_encode(encode), frozen, tree, rows, at_least=8)
@@ -118,8 +119,7 @@ def test_derivatives_of_layers(dtype):
     def total(x, w, copies, heads):
         products = (
             ops.matmul(x, w, dtype), ops.matmul_of_copies(x, copies, share, dtype),
-            ops.low_rank(x, w, w.T, None, dtype),
-            ops.low_rank(x, copies, copies.swapaxes(1, 2), share, dtype),
+            ops.low_rank(x, w, w.T, dtype),
             ops.low_rank_of_copies(x, copies, copies.swapaxes(1, 2), share, dtype),
             ops.attend(heads, heads, heads, mask),
         )  # fmt: skip

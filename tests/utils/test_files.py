@@ -58,7 +58,7 @@ def runs(tmp_path_factory, tiny_base):
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_tree_in_any_folder(tmp_path, name):
+def test_a_tree_is_restored_from_a_folder_of_any_name(tmp_path, name):
     folder = tmp_path / name / "model"
     for tree in (TREE, jax.tree.map(lambda x: x + 1, TREE)):
         tree_files.save(folder, tree)
@@ -67,7 +67,7 @@ def test_a_tree_in_any_folder(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_states_in_any_folder(tmp_path, name):
+def test_states_are_restored_from_a_folder_of_any_name(tmp_path, name):
     folder = tmp_path / name / "states" / "g"
     like = {"a": jnp.ones(3), "key": jax.random.key(0)}
     states = checkpoint.GroupCheckpoints(folder)
@@ -85,7 +85,7 @@ def test_states_in_any_folder(tmp_path, name):
     assert sorted(p.name for p in folder.glob("[0-9]")) == ["2", "3"]
 
 
-def test_of_siblings_that_a_pattern_finds_none_is_read(tmp_path):
+def test_siblings_that_match_a_name_as_a_pattern_are_not_read(tmp_path):
     for name, value in (("a1", 1.0), ("a?", 2.0), ("a[12]", 3.0)):
         tree_files.save(tmp_path / name / "model", {"x": np.full(2, value)})
     for name, value in (("a1", 1.0), ("a?", 2.0), ("a[12]", 3.0)):
@@ -116,7 +116,7 @@ def careless(monkeypatch):
     monkeypatch.setattr(tree_files, "PLAIN", tree_files.re.compile(r"(?s).*"))
 
 
-def test_a_tree_that_was_lost_is_noticed_and_the_old_one_stays(tmp_path, careless):
+def test_a_lost_tree_is_noticed_and_the_previous_one_kept(tmp_path, careless):
     folder, old = tmp_path / "[v2]" / "model", {"x": np.ones(2)}
     tree_files.save(tmp_path / "plain", old)
     shutil.copytree(tmp_path / "plain", folder)
@@ -139,7 +139,7 @@ def test_a_tree_that_is_read_differently_is_refused(tmp_path, monkeypatch):
     leaves_equal(tree_files.load(tmp_path / "model"), TREE)
 
 
-def test_a_state_that_was_lost_is_noticed_and_the_earlier_ones_stay(tmp_path, careless):
+def test_a_lost_state_is_noticed_and_the_previous_ones_kept(tmp_path, careless):
     folder = tmp_path / "[v2]" / "g"
     states = checkpoint.GroupCheckpoints(folder)
     for step in (1, 2, 3):
@@ -150,7 +150,7 @@ def test_a_state_that_was_lost_is_noticed_and_the_earlier_ones_stay(tmp_path, ca
     assert {p.name for p in folder.glob("[0-9]")} == {"1", "2", "3"}  # none was deleted for them
 
 
-def test_a_state_that_cannot_be_read_is_told_in_one_line(tmp_path, careless, monkeypatch):
+def test_an_unreadable_state_gives_a_one_line_error(tmp_path, careless, monkeypatch):
     """As an earlier version left them in such a folder: their checksums fit."""
     monkeypatch.setattr(
         checkpoint.GroupCheckpoints,
@@ -181,7 +181,7 @@ def test_a_state_that_cannot_be_read_is_told_in_one_line(tmp_path, careless, mon
         ("/".join(["x" * 200] * 20), "too long"),
     ],
 )
-def test_what_is_no_path_is_refused_before_anything_is_written(
+def test_addresses_and_invalid_names_are_refused_before_anything_is_written(
     make, runs, tmp_path, monkeypatch, path, message
 ):
     monkeypatch.chdir(tmp_path)
@@ -197,7 +197,7 @@ def test_what_is_no_path_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_home_folder_is_found_and_its_want_is_told(runs, tmp_path, monkeypatch):
+def test_home_folders_are_expanded_and_a_missing_one_is_named(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     bank.add(Path("~/bank"), load_run(runs / "one"), ["sst"])
     assert bank.verify(tmp_path / "home" / "bank") == []
@@ -208,14 +208,14 @@ def test_a_home_folder_is_found_and_its_want_is_told(runs, tmp_path, monkeypatch
     assert files.local("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
 
 
-def test_many_processes_are_told_of_an_odd_folder_before(monkeypatch, tmp_path):
+def test_many_processes_refuse_an_odd_folder_before_training(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     checkpoint.check_place(tmp_path / "plain")
     with pytest.raises(UserError, match="many processes need a path of"):
         checkpoint.check_place(tmp_path / "[v2]")
 
 
-def test_links(make, runs, tmp_path):
+def test_results_are_written_through_links(make, runs, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"is a link to .*nowhere"):
         run_folder.check(tmp_path / "link", {}, resume=False)
@@ -262,7 +262,7 @@ def test_fourteen_tasks_with_long_names_share(tiny, tiny_base, tmp_path):
     settings = resolve(Flags("lora3", **flags))
     (group,) = map(group_name, settings.groups)
     out = tmp_path / "run"
-    train.prepare.load_data(settings, tiny)  # so that both read the cache
+    train.inputs.load_data(settings, tiny)  # so that both read the cache
     with pytest.raises(KeyboardInterrupt):
         train.run(settings, out, Silent((group, 2)))
     callback = Silent()
@@ -327,10 +327,10 @@ def temporary(tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path / "tmp"))
     files.own_temporary.cache_clear()
-    cache._say_once.cache_clear()
+    cache._note_once.cache_clear()
     yield tmp_path / "tmp"
     files.own_temporary.cache_clear()
-    cache._say_once.cache_clear()
+    cache._note_once.cache_clear()
 
 
 PLACES = {
@@ -346,7 +346,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_cache_always_has_a_place(temporary, monkeypatch, capsys, place):
+def test_the_cache_falls_back_to_the_temporary_folder(temporary, monkeypatch, capsys, place):
     no_home(monkeypatch)
     monkeypatch.delenv("JAXLORA_CACHE")
     for name, value in PLACES[place].items():
@@ -358,7 +358,7 @@ def test_a_cache_always_has_a_place(temporary, monkeypatch, capsys, place):
     assert str(found) in line and "$JAXLORA_CACHE" in line
 
 
-def test_a_cache_that_can_be_written_to_is_taken(temporary, monkeypatch, capsys, tmp_path):
+def test_a_writable_cache_is_used(temporary, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("JAXLORA_CACHE", str(tmp_path / "new" / "[cache]"))
     assert cache.cache_dir() == tmp_path / "new" / "[cache]"
     monkeypatch.delenv("JAXLORA_CACHE")
@@ -368,7 +368,7 @@ def test_a_cache_that_can_be_written_to_is_taken(temporary, monkeypatch, capsys,
 
 
 @pytest.mark.parametrize("trap", ["link", "open", "file"])
-def test_a_temporary_cache_that_others_prepared_is_not_taken(temporary, tmp_path, trap):
+def test_a_temporary_cache_prepared_by_others_is_not_used(temporary, tmp_path, trap):
     taken = temporary / f"jaxlora-{os.getuid()}"
     if trap == "link":
         (tmp_path / "theirs").mkdir(0o700)
@@ -384,13 +384,13 @@ def test_a_temporary_cache_that_others_prepared_is_not_taken(temporary, tmp_path
     assert not (tmp_path / "theirs").exists() or list((tmp_path / "theirs").iterdir()) == []
 
 
-def test_programs_are_not_kept_where_they_cannot_be():
+def test_programs_are_not_cached_in_an_unwritable_folder():
     before = jax.config.jax_compilation_cache_dir
     process.keep_programs(Path(__file__) / "xla")
     assert jax.config.jax_compilation_cache_dir == before
 
 
-def test_tokens_that_cannot_be_kept_are_no_obstacle(make, tiny, tmp_path, monkeypatch, capsys):
+def test_a_run_continues_if_its_tokens_cannot_be_cached(make, tiny, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -402,7 +402,7 @@ def test_tokens_that_cannot_be_kept_are_no_obstacle(make, tiny, tmp_path, monkey
     shutil.rmtree(tmp_path / "tokens")
     again = tokenized.load_examples(*args, tmp_path)
     np.testing.assert_array_equal(again["train"].tokens, kept["train"].tokens)
-    assert "is not kept" in capsys.readouterr().err
+    assert "is not cached" in capsys.readouterr().err
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
@@ -419,7 +419,7 @@ sys.exit(host.exit_code(main))
 
 
 @pytest.mark.parametrize("home", ["/proc", "/dev/null", "there"])
-def test_other_libraries_have_a_place_for_their_caches(tmp_path, home):
+def test_other_libraries_get_a_writable_cache_folder(tmp_path, home):
     (tmp_path / "there").mkdir()
     home = str(tmp_path / home)  # an absolute one stays
     kept = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
@@ -437,7 +437,7 @@ def test_other_libraries_have_a_place_for_their_caches(tmp_path, home):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variables", [{}, {"HOME": "/proc"}])
-def test_a_run_of_a_bare_uid(tiny_base, data_dir, tmp_path, variables):
+def test_a_user_without_an_account_can_train(tiny_base, data_dir, tmp_path, variables):
     """A user who is in no list, with nothing in the environment."""
     run = [sys.executable, str(ROOT / "experiments" / "run.py"), f"--out={tmp_path / 'run'}"]
     flags = {"variant": "lora3", "base": tiny_base, "data_dir": data_dir, **short("lora3")}
@@ -457,7 +457,7 @@ def test_a_run_of_a_bare_uid(tiny_base, data_dir, tmp_path, variables):
 # --- several processes
 
 
-def test_two_that_unpack_the_same_archive(tmp_path, monkeypatch):
+def test_two_processes_can_unpack_the_same_archive(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
         file.writestr("trees/dev.txt", "sound")
     both, found = threading.Barrier(2), []
@@ -511,7 +511,7 @@ def test_a_bank_is_read_beside_a_writer(runs, tmp_path):
 
 
 @pytest.mark.parametrize("read", [bank.load, bank.verify, bank.contents])
-def test_a_reader_is_overtaken_several_times(runs, tmp_path, monkeypatch, read):
+def test_a_reader_retries_when_a_writer_replaces_what_it_reads(runs, tmp_path, monkeypatch, read):
     folder, sources = tmp_path / "bank", [load_run(runs / name) for name in ("one", "two")]
     bank.add(folder, sources[0], ["sts"])
     real, calls = bank._load_tree, []
@@ -530,7 +530,7 @@ def test_a_reader_is_overtaken_several_times(runs, tmp_path, monkeypatch, read):
     assert found == [] if read is bank.verify else found
 
 
-def test_sizes_are_of_what_is_there(runs, tmp_path, monkeypatch):
+def test_sizes_are_those_of_the_files_that_exist(runs, tmp_path, monkeypatch):
     """A task is replaced after its trees were read and before they are measured."""
     folder, sources = tmp_path / "bank", [load_run(runs / name) for name in ("one", "two")]
     bank.add(folder, sources[0], ["sst"])
@@ -584,13 +584,13 @@ def killed_while_writing(path):
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_killed_first_write_is_no_obstacle_to_a_run(make, tmp_path, resume):
+def test_a_run_starts_after_a_killed_first_write(make, tmp_path, resume):
     left = killed_while_writing(tmp_path / "run" / finished_run.CONFIG)
     train.run(make("baseline1", max_steps=1), tmp_path / "run", Silent(), resume=resume)
     assert not left.exists()
 
 
-def test_a_killed_first_write_is_no_obstacle_to_a_bank(runs, tmp_path):
+def test_a_bank_is_created_after_a_killed_first_write(runs, tmp_path):
     left = killed_while_writing(tmp_path / "bank" / manifests.NAME)
     bank.add(tmp_path / "bank", load_run(runs / "one"), ["sst"])
     assert not left.exists() and bank.verify(tmp_path / "bank") == []
@@ -599,7 +599,7 @@ def test_a_killed_first_write_is_no_obstacle_to_a_bank(runs, tmp_path):
 # --- what a power cut would leave
 
 
-def test_all_is_flushed_before_it_is_renamed(runs, tmp_path, monkeypatch):
+def test_everything_is_flushed_before_it_is_renamed(runs, tmp_path, monkeypatch):
     """Of each file and folder that appears, before it does; then the folder that names it."""
     flushed, renamed = set(), []
     real_fsync, real_replace = os.fsync, Path.replace
@@ -645,7 +645,7 @@ def test_the_library_leaves_the_umask_alone(make, runs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("mask", "file", "folder"), [(0, 0o664, 0o775), (0o077, 0o600, 0o700)])
-def test_modes_are_what_the_umask_leaves_without_writing_for_all(tmp_path, mask, file, folder):
+def test_modes_follow_the_umask_and_are_never_world_writable(tmp_path, mask, file, folder):
     before = os.umask(mask)
     try:
         files.write_text(tmp_path / "a" / "b" / "text", "x")

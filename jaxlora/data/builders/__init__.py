@@ -1,4 +1,4 @@
-"""TFDS builders, one folder each. Importing this imports TFDS: do it as late as possible."""
+"""TFDS builders, one folder each. Import this late: it imports TFDS."""
 
 from jaxlora.data.builders.base import RowsBuilder, SourceConfig, load
 from jaxlora.data.builders.quora_paraphrase.quora_paraphrase import QuoraParaphrase

@@ -1,4 +1,4 @@
-"""What the three TFDS builders share: features, configs keyed by content, reading back."""
+"""The common base of the three TFDS builders: features, configs keyed by content, reading."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Splits = Mapping[str, Sequence[TextExample]]
 
 @dataclasses.dataclass(eq=False)
 class SourceConfig(tfds.core.BuilderConfig):
-    """A builder config that knows how to get its rows.
+    """A builder config with the function that reads its rows.
 
-    The `name` bears the content's key (`demo-3f9a…`): other content is another dataset, so a
-    prepared dataset is never stale.
+    Its `name` contains the key of the content (`demo-3f9a…`), so changed content is a new dataset
+    and a prepared dataset is never stale.
 
     Attributes:
-      read: download manager -> rows by split; called only when the dataset is not yet there.
+      read: download manager → rows by split; called only if the dataset is not prepared yet.
     """
 
     read: Callable[[tfds.download.DownloadManager], Splits] = lambda _: {}
@@ -37,7 +37,7 @@ class RowsBuilder(
     tfds.core.GeneratorBasedBuilder,
     skip_registration=True,  # type: ignore[call-arg]  # TFDS takes it, its stubs do not say so
 ):
-    """A dataset of `TextExample`s in their order; a subclass adds a name and a description."""
+    """A dataset of `TextExample`s in their order; subclasses add a name and a description."""
 
     VERSION = tfds.core.Version("1.0.0")
     DESCRIPTION = ""
@@ -55,7 +55,7 @@ class RowsBuilder(
                     "line": np.int64,
                 }
             ),
-            disable_shuffling=True,  # the batch order is ours; the files keep the source's
+            disable_shuffling=True,  # training shuffles; the files keep the order of the source
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
@@ -70,12 +70,12 @@ class RowsBuilder(
 
 
 def load(builder_class: type[RowsBuilder], config: SourceConfig, folder: Path) -> Splits:
-    """Prepare a dataset unless it is there already, and read it through its data source.
+    """Prepare a dataset unless it exists already, and read it.
 
     Args:
       builder_class: one of the three builders.
       config: names the content and reads it.
-      folder: where TFDS keeps its datasets and downloads.
+      folder: folder of TFDS's datasets and downloads.
 
     Raises:
       UserError: from `config.read`.
@@ -87,8 +87,8 @@ def load(builder_class: type[RowsBuilder], config: SourceConfig, folder: Path) -
                 builder.download_and_prepare(file_format="array_record")
                 _settle(Path(builder.data_dir), folder)
         except OSError:
-            # TFDS prepares in a folder of its own and renames it: another process that was
-            # quicker makes the rename fail, and has left the same content.
+            # TFDS prepares in a temporary folder and renames it. The rename fails if another
+            # process was faster, but then the same content is there.
             if not builder.is_prepared():
                 raise
             builder = builder_class(data_dir=folder, config=config)
@@ -96,7 +96,7 @@ def load(builder_class: type[RowsBuilder], config: SourceConfig, folder: Path) -
 
 
 def _settle(prepared: Path, folder: Path) -> None:
-    """Guard what TFDS has prepared, with the folders above it, and flush it to the disk."""
+    """Guard what TFDS has prepared and the folders above it, and flush it to the disk."""
     files.settle(prepared)
     for path in prepared.parents:
         if path.is_relative_to(folder):
@@ -119,7 +119,7 @@ def _rows(source: Any) -> list[TextExample]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep TFDS's progress bars, prints and warnings about configs off the user's screen."""
+    """Suppress TFDS's progress bars, prints and warnings about configs."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     tfds.disable_progress_bar()

@@ -1,1 +1,1 @@
-"""Small grammars that write the demo data: reviews, questions and scenes."""
+"""Small grammars that generate the demo data: reviews, questions and scenes."""

@@ -1,4 +1,4 @@
-"""The questions that `questions.py` pairs: vocabulary, and relations with ways to ask them."""
+"""Question templates for `questions.py`: vocabulary, and several phrasings of each relation."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ POLARITY = words("with/with the help of, without/without the help of")
 
 
 class Frame(NamedTuple):
-    """One relation.
+    """One relation and the questions about it.
 
     Attributes:
-      ways: questions that ask the same when filled the same.
+      ways: templates that have the same meaning when filled with the same entries.
       slots: vocabulary of each slot.
-      swap: whether exchanging the entries of `a` and `b` changes the meaning.
-      replace: slots of which another entry changes the meaning.
+      swap: whether swapping the entries of `a` and `b` changes the meaning.
+      replace: slots whose entry can be replaced to change the meaning.
     """
 
     ways: tuple[str, ...]
@@ -46,8 +46,8 @@ class Frame(NamedTuple):
     replace: tuple[str, ...] = ("a", "b")
 
 
-def _people(*ways: str, **more: Words) -> Frame:
-    return Frame(ways, {"a": NAMES, "b": NAMES, **more})
+def _people(*ways: str, **slots: Words) -> Frame:
+    return Frame(ways, {"a": NAMES, "b": NAMES, **slots})
 
 
 def _verb(base: str, participle: str) -> Frame:

@@ -1,9 +1,10 @@
-"""Question pairs for `para`: the same relation put differently, or with its roles changed.
+"""Question pairs for `para`: the same relation phrased differently, or with its roles changed.
 
-A frame (`question_frames.FRAMES`) lists ways to ask one thing. Filled with the same entries, all
-its ways ask the same: label 1. For label 0 the second question is filled with two slots exchanged
-("Can Anna lend …" / "Can Anna borrow …") or one entry replaced. Both labels draw their ways and
-synonyms alike, so shared words do not tell them apart; who does what to whom does.
+A frame (`question_frames.FRAMES`) lists several ways to ask one question. Filled with the same
+entries, they all have the same meaning: label 1. For label 0 two entries of the second question are
+swapped ("Can Anna lend …" / "Can Anna borrow …") or one entry is replaced. Ways and synonyms are
+drawn in the same way for both labels, so the labels depend on who does what to whom, not on the
+number of shared words.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import random
 from jaxlora.data.grammars.question_frames import FRAMES, Frame
 from jaxlora.data.grammars.words import Words, sentence_case
 
-# Share of pairs that ask the same, and of the others' exchanges where roles can be exchanged.
+# Fraction of pairs with label 1; fraction of the others made by a swap, if the frame allows it.
 POSITIVE = 0.48
 SWAPPED = 0.25
 Filling = dict[str, tuple[str, ...]]
 
 
 def question_pair(rng: random.Random, train: bool) -> tuple[str, str, float]:
-    """One example `(question, question, label)`.
+    """Draw an example `(question, question, label)`.
 
     >>> question_pair(random.Random(0), train=True)
     ('Would you say Prague is bigger than Paris?', 'Is Paris smaller than Prague?', 1.0)
@@ -36,7 +37,7 @@ def question_pair(rng: random.Random, train: bool) -> tuple[str, str, float]:
 
 
 def _fill(frame: Frame, rng: random.Random, train: bool) -> Filling:
-    """An entry for each slot, no entry twice."""
+    """Draw a different entry for each slot."""
     filling: Filling = {}
     for slot, vocabulary in frame.slots.items():
         filling[slot] = _other(vocabulary, tuple(filling.values()), rng, train)
@@ -44,7 +45,7 @@ def _fill(frame: Frame, rng: random.Random, train: bool) -> Filling:
 
 
 def _changed(frame: Frame, filling: Filling, rng: random.Random, train: bool) -> Filling:
-    """A filling that asks something else."""
+    """Change a filling so that the question has another meaning."""
     if frame.swap and rng.random() < SWAPPED:
         return {**filling, "a": filling["b"], "b": filling["a"]}
     slot = rng.choice(frame.replace)

@@ -1,10 +1,10 @@
 """Film reviews for `sst`: graded adjectives under negation, degree words and contrast.
 
-A clause says an aspect of a film is an adjective of grade −2, −1, 1 or 2, through a verb phrase
-that changes the grade by rule (`PHRASES`); a sentence is one clause or contrasts two
-(`CONTRASTS`), and then the main clause, or what follows "but", decides. The label is the
-sentence's grade plus 2. A contrasted clause is at least two grades away, so which adjectives
-occur does not tell the label; how they are put together does.
+A clause describes an aspect of a film by an adjective of grade −2, −1, 1 or 2, in a verb phrase
+that changes the grade by a rule (`PHRASES`). A sentence is one clause, or contrasts two
+(`CONTRASTS`); then the main clause, or the one after "but", determines its grade. The label is the
+grade plus 2. Contrasted clauses differ by at least two grades, so the label depends on how the
+adjectives are combined, not only on which ones occur.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def _flip(grade: int) -> int:
 
 
 def _deny(grade: int) -> int:
-    """Denying a weak word turns it round; denying a strong one leaves the middle."""
+    """Negate a grade: weak words change their sign, strong words become neutral."""
     return -grade if abs(grade) == 1 else 0
 
 
-# Verb phrase, the grades it takes, and the grade it makes of them.
+# Verb phrase, the grades of adjectives it takes, and how it changes the grade.
 PHRASES: tuple[tuple[str, tuple[int, ...], Callable[[int], int]], ...] = (
     ("is {}", (-2, -1, 1, 2), lambda g: g),
     ("turns out to be {}", (-2, -1, 1, 2), lambda g: g),
@@ -76,7 +76,7 @@ PHRASES: tuple[tuple[str, tuple[int, ...], Callable[[int], int]], ...] = (
     ("fails to be {}", (1, 2), lambda g: -1),
     ("manages to avoid being {}", (-2, -1), lambda g: 1),
 )
-# `{main}` decides; `{side}` has another grade and does not count.
+# `{main}` determines the grade; `{side}` has another grade, which is ignored.
 CONTRASTS = (
     "{side}, but {main}",
     "{side}, yet {main}",
@@ -91,7 +91,7 @@ CONTRASTS = (
 
 
 def clause(rng: random.Random, train: bool, subject: str) -> tuple[str, int]:
-    """A clause about a subject and its grade, −2 … 2."""
+    """Draw a clause about a subject, and return it with its grade, −2 … 2."""
     phrase, grades, change = rng.choice(PHRASES)
     grade = rng.choice(grades)
     adjective = ADJECTIVES[grade].pick(rng, train)[0]
@@ -99,7 +99,7 @@ def clause(rng: random.Random, train: bool, subject: str) -> tuple[str, int]:
 
 
 def review(rng: random.Random, train: bool) -> tuple[str, str, float]:
-    """One example `(sentence, "", label)`; every label is equally likely.
+    """Draw an example `(sentence, "", label)`; all labels are equally likely.
 
     >>> text, _, label = review(random.Random(4), train=True)
     >>> text
@@ -117,7 +117,7 @@ def review(rng: random.Random, train: bool) -> tuple[str, str, float]:
 
 
 def _subjects(rng: random.Random, train: bool) -> list[str]:
-    """Two different things to judge in one film."""
+    """Draw two different subjects in one film."""
     first = second = ASPECTS.pick(rng, train)[0]
     while second == first:
         second = ASPECTS.pick(rng, train)[0]
@@ -126,7 +126,7 @@ def _subjects(rng: random.Random, train: bool) -> list[str]:
 
 
 def _clause_of(rng: random.Random, train: bool, subject: str, wanted: Callable[[int], bool]) -> str:
-    """A clause whose grade is wanted; draws until one comes."""
+    """Draw clauses until one has a wanted grade."""
     while True:
         text, grade = clause(rng, train, subject)
         if wanted(grade):

@@ -1,10 +1,10 @@
-"""Pairs of scenes for `sts`: five slots, scored by how many agree in meaning.
+"""Pairs of scenes for `sts`: five slots, scored by how many of them agree in meaning.
 
-A scene is who does what to whom, where and when. Each slot's concept has synonyms (which count
-as equal) and belongs to a kind (two concepts of one kind count half). The score is
-`Σ weight · agreement` over the slots (`WEIGHTS`, summing to 5). Sentences are active or passive,
-and the place or the time may come first. Some second scenes exchange who and whom: the words
-agree, the meaning does not.
+A scene says who does what to whom, where and when. The concept of each slot has synonyms (which
+count as equal) and belongs to a kind (two concepts of one kind count half). The score is
+`Σ weight · agreement` over the slots (`WEIGHTS`, which sum to 5). Sentences are active or passive,
+and the place or the time may come first. Some second scenes swap who and whom, which changes the
+meaning but not the words.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WEIGHTS = {"who": 1.25, "does": 1.25, "whom": 1.25, "where": 0.75, "when": 0.5}
 
 
 class Concept(NamedTuple):
-    """A meaning: its kind and the words for it."""
+    """A concept: its kind and its synonyms."""
 
     kind: str
     names: tuple[str, ...]
@@ -56,17 +56,17 @@ Scene = dict[str, Concept]
 
 
 def agreement(a: Concept, b: Concept) -> float:
-    """1 for one concept, ½ for two of a kind, else 0."""
+    """Return 1 for equal concepts, ½ for two of one kind, else 0."""
     return 1.0 if a == b else 0.5 if a.kind == b.kind else 0.0
 
 
 def score(first: Scene, second: Scene) -> float:
-    """Similarity of two scenes, 0–5."""
+    """Compute the similarity of two scenes, 0–5."""
     return sum(w * agreement(first[slot], second[slot]) for slot, w in WEIGHTS.items())
 
 
 def scene_pair(rng: random.Random, train: bool) -> tuple[str, str, float]:
-    """One example `(sentence, sentence, score)`.
+    """Draw an example `(sentence, sentence, score)`.
 
     >>> first, second, similarity = scene_pair(random.Random(8), train=True)
     >>> first
@@ -97,8 +97,8 @@ def _scene(rng: random.Random, train: bool) -> Scene:
 
 
 def _variant(scene: Scene, rng: random.Random, train: bool) -> Scene:
-    """The scene with some slots changed, as many as a random rate says, roles perhaps swapped."""
-    rate = 1.3 * rng.random()  # above 1 in a quarter of the pairs: nothing is kept
+    """Change some slots of a scene at a random rate, and sometimes swap the roles."""
+    rate = 1.3 * rng.random()  # above 1, so that all slots change, in a quarter of the pairs
     other = dict(scene)
     if rng.random() < 0.35:
         other |= {"who": scene["whom"], "whom": scene["who"]}
@@ -111,7 +111,7 @@ def _variant(scene: Scene, rng: random.Random, train: bool) -> Scene:
 
 
 def _describe(scene: Scene, rng: random.Random) -> str:
-    """A sentence for the scene, in a random voice, order and choice of synonyms."""
+    """Describe the scene in a sentence of random voice, order and synonyms."""
     word = {slot: rng.choice(concept.names) for slot, concept in scene.items()}
     who, whom = with_article(word["who"]), with_article(word["whom"])
     progressive, participle = word["does"].split("=")

@@ -1,4 +1,4 @@
-"""Vocabulary of the demo grammars, part of it held out of training."""
+"""Vocabularies of the demo grammars, part of them held out of training."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import NamedTuple
 
 
 class Words(NamedTuple):
-    """A slot's vocabulary; an entry is a tuple of words that mean the same.
+    """The vocabulary of a slot; an entry is a tuple of synonyms.
 
     Attributes:
-      seen: entries used everywhere.
-      held: entries used in dev and test only.
+      seen: entries used in all splits.
+      held: entries used only in dev and test.
     """
 
     seen: tuple[tuple[str, ...], ...]
     held: tuple[tuple[str, ...], ...]
 
     def pick(self, rng: random.Random, train: bool) -> tuple[str, ...]:
-        """Draw an entry; held-out ones are drawn outside training only."""
+        """Draw an entry; held-out entries are not drawn for training."""
         return rng.choice(self.seen if train else self.seen + self.held)
 
 
 def words(text: str) -> Words:
-    """Read a vocabulary: entries by commas, synonyms by slashes, held out after the bar.
+    """Parse a vocabulary: commas separate entries, slashes synonyms; held-out entries follow a bar.
 
     >>> words("car, bike/bicycle | tram")
     Words(seen=(('car',), ('bike', 'bicycle')), held=(('tram',),))
@@ -37,7 +37,7 @@ def _entries(text: str) -> tuple[tuple[str, ...], ...]:
 
 
 def with_article(noun: str) -> str:
-    """The noun with its indefinite article.
+    """Prefix a noun with its indefinite article.
 
     >>> with_article("artist"), with_article("dog")
     ('an artist', 'a dog')
@@ -46,7 +46,7 @@ def with_article(noun: str) -> str:
 
 
 def sentence_case(text: str) -> str:
-    """The first letter made a capital, the rest left alone.
+    """Capitalize the first letter and keep the rest.
 
     >>> sentence_case("the end of Anna.")
     'The end of Anna.'

@@ -1,4 +1,4 @@
-"""The builder class; TFDS looks for a builder's checksums and metadata in its own folder."""
+"""The builder class, in a folder of its own, where TFDS looks for checksums and metadata."""
 
 from jaxlora.data.builders.base import RowsBuilder
 

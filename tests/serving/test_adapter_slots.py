@@ -1,0 +1,159 @@
+"""Many adapters in one pass: each request has the answer that its task alone would give."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlora
+from jaxlora import lora
+from jaxlora.lora import LoraConfig
+from jaxlora.serving import adapter_slots
+from jaxlora.serving.adapter_slots import AdapterSlots
+from jaxlora.serving.task_models import TaskModel, TaskModels
+from jaxlora.tasks.task import SST, STS_COSINE
+
+TARGETS = (("query", "value"), ("query", "key", "value", "output.dense"), ("intermediate.dense",))
+WORDS = ["ba", "be", "bi", "ban", "ben", "cen", "dan", "fen", "gan", "len", "man"]
+
+
+def many(tiny, count, ranks=(1, 4, 7, 64)):
+    """A predictor of tasks with adapters of several ranks and targets, and a frozen one."""
+    models, trees, configs = {}, {"": {}}, {}
+    for n in range(count):
+        name, kind = f"task{n}", STS_COSINE if n % 3 else SST
+        config = LoraConfig(min(ranks[n % len(ranks)], 32), 8.0, TARGETS[n % 3])
+        adapter = lora.init(jax.random.key(n), tiny.params, config)
+        noise = np.random.default_rng(n)
+        trees[name] = {
+            "lora": jax.tree.map(lambda x, r=noise: x + r.normal(0, 0.2, x.shape), adapter)
+        }
+        configs[name] = config
+        task = dataclasses.replace(kind, name=name)
+        head = task.init_head(jax.random.key(n), tiny.config.hidden_size, "concat")
+        models[name] = TaskModel(task, name, head, "concat")
+    models["frozen"] = TaskModel(dataclasses.replace(STS_COSINE, name="frozen"), "", {}, "concat")
+    trained = TaskModels(
+        tiny.name, tiny.fingerprint, models, trees, configs, "mean", 30, "float32", "many"
+    )
+    return jaxlora.Predictor(tiny, trained)
+
+
+def sentences(names, each=2):
+    rng = np.random.default_rng(0)
+    return [(name, " ".join(rng.choice(WORDS, rng.integers(1, 12)))) for name in names * each]
+
+
+@pytest.mark.parametrize("count", [1, 3, 17, pytest.param(150, marks=pytest.mark.slow)])
+def test_a_mixed_call_equals_each_task_alone(tiny, count):
+    predictor = many(tiny, count)
+    names = [*predictor.tasks]
+    asked = sentences(names)
+    np.random.default_rng(1).shuffle(asked)
+    parts = [(predictor.task(name), (text,)) for name, text in asked]
+    mixed = predictor._vectors(parts)
+    for name in names[:: max(1, count // 8)]:
+        mine = [n for n, (task, _) in enumerate(asked) if task == name]
+        merged = merged_alone(tiny, predictor, name, [asked[n][1] for n in mine])
+        np.testing.assert_allclose(mixed[mine], merged, rtol=0, atol=1e-5)
+    assert len({v.tobytes() for v in mixed}) == len(set(asked))
+
+
+def merged_alone(tiny, predictor, name, texts):
+    """The vectors of a base whose kernels have the task's adapter in them."""
+    trained = predictor.trained
+    params = tiny.params
+    if name in trained.configs:
+        params = lora.merge(params, trained.trees[name]["lora"], trained.configs[name])
+    models = {"alone": dataclasses.replace(trained.models[name], tree="")}
+    models["alone"] = dataclasses.replace(
+        models["alone"], task=dataclasses.replace(models["alone"].task, name="alone")
+    )
+    alone = dataclasses.replace(trained, models=models, trees={"": {}}, configs={})
+    base = dataclasses.replace(tiny, params=params)
+    return jaxlora.Predictor(base, alone).encode("alone", texts)
+
+
+def test_the_cost_of_a_pass_does_not_depend_on_the_number_of_tasks(tiny):
+    """The same rows and program for eight tasks and for twelve."""
+    predictor = many(tiny, 12, ranks=(4,))
+    seen = []
+    encode = predictor._mixed(4)
+    predictor.__dict__["_mixed"] = lambda width: lambda *args: seen.append(args) or encode(*args)
+    for tasks in (8, 12):
+        names = [f"task{n % tasks}" for n in range(72)]
+        predictor._vectors([(predictor.task(name), ("ba be bi ban",)) for name in names])
+    few, most = seen
+    assert jax.tree.map(jnp.shape, few) == jax.tree.map(jnp.shape, most)
+    assert encode._cache_size() == 1
+
+
+def adapter(value):
+    return {"layers": {"q": {"A": np.full((2, 3, 1), value), "B": np.full((2, 1, 3), value)}}}
+
+
+def value_in(slots, place):
+    found = {float(x[place].max()) for x in jax.tree.leaves(slots)}
+    assert len(found) == 1
+    return found.pop()
+
+
+@pytest.fixture
+def slots(monkeypatch):
+    """Four slots, then eight; named adapters hold their number."""
+    monkeypatch.setattr(adapter_slots, "FIRST_SLOTS", 4)
+    monkeypatch.setattr(adapter_slots, "GROWTH", 2)
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        return adapter(float(name)), LoraConfig(1, 1.0, ("q",))
+
+    shapes = {("layers", "q", "A"): (2, 3, 2), ("layers", "q", "B"): (2, 2, 3)}
+    made = AdapterSlots(load, shapes, budget=8 * 4 * 2 * 12)
+    made.loaded = loaded
+    return made
+
+
+def test_an_adapter_is_loaded_once_while_it_stays(slots):
+    for _ in range(3):
+        tree, places = slots(["1", "2"])
+        assert [value_in(tree, p) for p in places] == [1, 2]
+    assert slots.loaded == ["1", "2"]
+
+
+def test_slots_grow_to_the_budget_and_no_further(slots):
+    assert slots.most == 8
+    for n in range(1, 30):
+        tree, places = slots([str(n)])
+        assert value_in(tree, places[0]) == n
+    assert {len(x) for x in jax.tree.leaves(tree)} == {8}
+
+
+def test_the_adapter_used_first_makes_room(slots):
+    for n in range(8):
+        slots([str(n)])
+    slots(["0"])
+    slots(["8"])  # takes the place of 1
+    slots.loaded.clear()
+    tree, places = slots(["0", "8", "1"])
+    assert slots.loaded == ["1"]
+    assert [value_in(tree, p) for p in places] == [0, 8, 1]
+
+
+def test_none_of_a_call_makes_room_for_another_of_it(slots):
+    for start in (0, 8, 4):
+        names = [str(n) for n in range(start, start + 8)]
+        tree, places = slots(names)
+        assert [value_in(tree, p) for p in places] == list(map(float, names))
+
+
+def test_an_adapter_that_cannot_be_loaded_takes_nothing_away(slots):
+    slots(["1", "2"])
+    with pytest.raises(ValueError, match="could not convert"):
+        slots(["1", "no number"])
+    slots.loaded.clear()
+    tree, places = slots(["1", "2"])
+    assert not slots.loaded and [value_in(tree, p) for p in places] == [1, 2]
