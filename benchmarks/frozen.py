@@ -53,13 +53,13 @@ def make_encoding(work: Work, base: str) -> Callable[[], None]:
     """Encode every training sentence once, as each epoch of a run without a cache does."""
     loaded = huggingface.load(base)
     settings = work.settings
-    encode = make_encode(encoder(loaded.config, work.dtype, settings.lora, settings.pooling))
+    encode = make_encode(encoder(loaded.config, work.dtype, settings.lora, settings.model.pooling))
     frozen = {"params": bert.matmul_ready(loaded.params, work.dtype)}
     data = make_data(work, loaded)
 
     def epoch() -> None:
         for splits in data.values():
-            inference.encode(encode, frozen, {}, splits["train"], settings.max_length)
+            inference.encode(encode, frozen, {}, splits["train"], settings.model.max_length)
 
     return epoch
 

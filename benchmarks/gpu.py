@@ -6,8 +6,9 @@ Weights are random, which takes as long as trained ones; nothing is downloaded.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -74,7 +75,7 @@ def main(flags: Flags) -> None:
     """Run all benchmarks."""
     config = dataclasses.replace(bert.BertConfig(), num_hidden_layers=flags.layers)
     base = write_random_base(flags.out / "random-base", config)
-    others = {
+    others: dict[str, Callable[[], Any]] = {
         "pcgrad": lambda: pcgrad.main(pcgrad.Flags(out=flags.out)),
         "predict": lambda: predict.main(predict.Flags(base=base, out=flags.out)),
         "start": lambda: start.main(start.Flags(base=base, variants=("lora3",), out=flags.out)),

@@ -83,34 +83,34 @@ class Peer:
         torch.set_num_threads(os.cpu_count() or 1)
         self.device, self._pooling = torch.device(device), work.pooling
         chosen = work.settings
-        model = make_bert(base, chosen.encoder_dropout)
+        model = make_bert(base, chosen.model.encoder_dropout)
         if chosen.adapt == "lora":
             model = with_adapter(model, chosen.lora, "default")
             load_adapter(model, ours.state.trainable["lora"], "default")
         model = model.to(self.device).train()
         self.shared = [p for p in model.parameters() if p.requires_grad]
         self.encoder = _compiled(model, mode)
-        dropout = ours.setup.dropout
+        dropout = ours.train_step.dropout
         self.heads = torch.nn.ModuleList(
-            Head(task, ours.state.heads[task.name], dropout) for task in ours.setup.tasks
+            Head(task, ours.state.heads[task.name], dropout) for task in ours.train_step.tasks
         ).to(self.device)
         self.optimizers = [
             torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, fused=True)
             for parameters, rate in (
-                (self.shared, chosen.learning_rate),
-                (list(self.heads.parameters()), chosen.head_learning_rate),
+                (self.shared, chosen.optimizer.learning_rate),
+                (list(self.heads.parameters()), chosen.optimizer.head_learning_rate),
             )
             if parameters
         ]
         # CUDA graphs replay one shape; so there are few.
         self._multiple = 32 if mode == "graphs" else 1
         self._surgery = PCGrad() if len(self.heads) > 1 else None
-        self._weights = ours.setup.weights or (1.0,) * len(self.heads)
+        self._weights = ours.train_step.weights or (1.0,) * len(self.heads)
         self._autocast = work.dtype == "bfloat16"
         data = make_data(work, base)
-        self._examples = {t.name: data[t.name]["train"] for t in ours.setup.tasks}
+        self._examples = {t.name: data[t.name]["train"] for t in ours.train_step.tasks}
         sizes = {name: len(examples) for name, examples in self._examples.items()}
-        self._order = data_batches.make_order(sizes, work.batch_size, chosen.seed)
+        self._order = data_batches.make_order(sizes, work.batch_size, chosen.loop.seed)
         self.taken = 0
 
     def run(self, steps: int) -> list[float]:

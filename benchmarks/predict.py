@@ -68,13 +68,15 @@ def make_adapters(base: Pretrained) -> list[Tree]:
 def make_ours(size: int, base: str) -> Callable[[], np.ndarray]:
     """Build our side: all requests in one pass, adapters by sentence."""
     loaded, chosen = huggingface.load(base), WORK.settings
-    encode = encoder(loaded.config, jnp.float32, chosen.lora, chosen.pooling)
+    encode = encoder(loaded.config, jnp.float32, chosen.lora, chosen.model.pooling)
     encode_mixed = make_mixed_encode(encode)
     frozen = {"params": bert.matmul_ready(loaded.params, jnp.float32)}
     adapters = map(bert.unstack_layers, make_adapters(loaded))
     stack = jax.tree.map(lambda *x: jnp.stack(x), *adapters)
     requests, owner = make_requests(size, loaded)
-    return lambda: evaluate.encode(encode_mixed, frozen, stack, requests, chosen.max_length, owner)
+    return lambda: evaluate.encode(
+        encode_mixed, frozen, stack, requests, chosen.model.max_length, owner
+    )
 
 
 def make_peer(size: int, base: str, device: str) -> Callable[[], np.ndarray]:
@@ -100,7 +102,7 @@ def make_peer(size: int, base: str, device: str) -> Callable[[], np.ndarray]:
                 input_ids=tokens.to(device), attention_mask=mask.to(device),
                 adapter_names=[names[t] for t in owner],
             ).last_hidden_state  # fmt: skip
-            return pool(hidden, mask.to(device), chosen.pooling).float().cpu().numpy()
+            return pool(hidden, mask.to(device), chosen.model.pooling).float().cpu().numpy()
 
     return run
 

@@ -21,9 +21,10 @@ from jaxlora.data import packing
 from jaxlora.data.batches import Batch
 from jaxlora.data.tokenized import Examples
 from jaxlora.formats import huggingface
-from jaxlora.nn.encode import encoder
 from jaxlora.tasks import task as tasks
-from jaxlora.training import optimizer, step
+from jaxlora.training import optimizer
+from jaxlora.training.adaptation import Lora
+from jaxlora.training.step import make_train_step
 
 AXES: Mapping[str, tuple[int, ...]] = {
     "batch": (8, 16, 32, 64),
@@ -66,25 +67,22 @@ def make_ours(case: Case, flags: Flags) -> Callable[[], float]:
     layers = jax.tree.map(lambda x: x[: case.layers], base.params["layers"])
     config = dataclasses.replace(base.config, num_hidden_layers=case.layers)
     chosen = [dataclasses.replace(tasks.STS_MSE, name=f"task{n}") for n in range(case.tasks)]
-    encode = encoder(config, jnp.dtype(flags.dtype), adapter, "mean")
-    setup = step.Setup(
+    made = make_train_step(
         tuple(chosen),
-        step.task_encoder("lora", encode, case.tasks),
-        *optimizer.optimizers(case.tasks, 1e-3, 1e-3),
-        config.hidden_size,
+        config,
+        Lora(adapter),
+        optimizer.optimizers(case.tasks, 1e-3, 1e-3),
+        dtype=jnp.dtype(flags.dtype),
     )
     params = base.params | {"layers": layers}
-    frozen, trainable = step.split_params(
-        "lora", params, adapter, jax.random.key(0), jnp.dtype(flags.dtype)
-    )
     train = {
         t.name: make_examples(tasks.STS_MSE, 256, config.vocab_size, n)
         for n, t in enumerate(chosen)
     }
     order = data_batches.make_order(dict.fromkeys(train, 256), case.batch, 0)
     batch = jax.device_put(first_batch(train, order, case.row_length))
-    state = step.init_state(setup, trainable, jax.random.key(1))
-    frozen, train_step = jax.device_put(frozen), step.make_train_step(setup)
+    state = made.init(jax.random.key(0), params)
+    frozen, train_step = jax.device_put(made.freeze(params)), made.compile()
 
     def run() -> float:
         nonlocal state

@@ -12,10 +12,10 @@ import jax
 import tyro
 
 from benchmarks import harness
-from benchmarks.work import Dtype, Ours, Work
+from benchmarks.work import Ours, Work
 from jaxlora.formats import huggingface
 from jaxlora.pcgrad import pcgrad
-from jaxlora.training.config import VariantName
+from jaxlora.training.config import Dtype, VariantName
 from jaxlora.utils import trees
 
 
@@ -45,7 +45,7 @@ class Flags:
 def make_projection(ours: Ours) -> Callable[[], Any]:
     """Time PCGrad alone on gradients in the shapes of the trained tree."""
     (group,) = ours.groups
-    count = len(group.setup.tasks)
+    count = len(group.tasks)
     tx = pcgrad(count)
     leaves, structure = jax.tree.flatten(group.state.trainable)
     keys = jax.random.split(jax.random.key(0), len(leaves))

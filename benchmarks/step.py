@@ -15,11 +15,11 @@ import tyro
 
 from benchmarks import harness
 from benchmarks.peer import Mode, Peer
-from benchmarks.work import Dtype, Ours, Work, real_tokens
+from benchmarks.work import Ours, Work, real_tokens
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.nn.bert import EncoderConfig, param_shapes
-from jaxlora.training.config import VariantName
+from jaxlora.training.config import Dtype, VariantName
 from jaxlora.training.task_group import TaskGroup
 
 KINDS = {

@@ -14,8 +14,10 @@ from jaxlora.data.batches import Batch
 from jaxlora.data.tokenized import Examples
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.tasks.task import Task, paper_tasks
-from jaxlora.training import config, sharding, task_group
+from jaxlora.training import sharding, task_group
+from jaxlora.training.config import Dtype, Settings, VariantName
 from jaxlora.training.inputs import Data
+from jaxlora.training.presets import make_settings
 from jaxlora.training.step import StepMetrics, TrainState
 
 # Tokens of a training sentence at 0, 5, … 100 % (SST-5, Quora, STS-B; BERT's tokenizer).
@@ -25,7 +27,6 @@ LENGTHS = {
     "sts": (5, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 16, 17, 19, 22, 26, 31, 70),
 }
 TASKS = paper_tasks("mse")
-Dtype = Literal["float32", "bfloat16"]
 FIRST_WORD = 1000  # of BERT's vocabulary; what stands before are special and unused tokens
 LOOK_AT = 200  # steps, to find the shapes of batches
 
@@ -37,7 +38,7 @@ class Work:
     Heads and encoder have the same dropout.
     """
 
-    variant: config.VariantName
+    variant: VariantName
     batch_size: int
     dtype: Dtype
     examples: int = 512
@@ -45,18 +46,17 @@ class Work:
     pooling: Literal["cls", "mean"] = "mean"
 
     @property
-    def settings(self) -> config.Settings:
+    def settings(self) -> Settings:
         """The settings of the run."""
-        flags = config.Flags(
+        settings = make_settings(
             self.variant,
-            preset="demo",
             max_length=128,
             pooling=self.pooling,
             dtype=self.dtype,
             batch_size=self.batch_size,
             epochs=20,
         )
-        return dataclasses.replace(config.resolve(flags), encoder_dropout=self.dropout)
+        return settings.change(encoder_dropout=self.dropout)
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -107,7 +107,7 @@ class Steps:
         self.waited = 0.0
         self.stacks: list[Batch] = []
         self._scans: list[Any] = []
-        self._steps = [g.train_step() for g in self.groups]
+        self._steps = [g.compile() for g in self.groups]
         self.states: list[TrainState] = [g.state for g in self.groups]
         self._batches: list[Iterator[Batch]] = [_over_and_over(g) for g in self.groups]
 
@@ -161,7 +161,9 @@ class Ours(Steps):
         groups = [task_group.make_task_group(chosen, base, data, g, mesh) for g in chosen.groups]
         super().__init__(
             [
-                dataclasses.replace(g, setup=dataclasses.replace(g.setup, dropout=work.dropout))
+                dataclasses.replace(
+                    g, train_step=dataclasses.replace(g.train_step, dropout=work.dropout)
+                )
                 for g in groups
             ]
         )

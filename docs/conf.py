@@ -32,6 +32,7 @@ API, PROJECT = HERE / "api", HERE / "project"
 PUBLIC = {
     "jaxlora": "What most programs need: load a trained bank, predict, combine gradients.",
     "jaxlora.lora": "Adapters as plain pytrees.",
+    "jaxlora.aggregation": "Gradient aggregators, and what is around them.",
     "jaxlora.pcgrad": "The functions that `jaxlora.pcgrad` is made of.",
 }
 # Page of the repository → its name in `project/`.

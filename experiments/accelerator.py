@@ -13,23 +13,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from jaxlora import lora
+from jaxlora.cli.flags import exit_code
 from jaxlora.data import packing
 from jaxlora.data.batches import Batch
 from jaxlora.formats import huggingface
 from jaxlora.nn import bert
-from jaxlora.nn.encode import PackedTokens, encoder
+from jaxlora.nn.encode import Encode, PackedTokens
 from jaxlora.pcgrad import combine, gram, orders, project
 from jaxlora.tasks import task as tasks
-from jaxlora.tasks.sharing import VARIANTS, Variant
-from jaxlora.training import optimizer, step
-from jaxlora.utils import process, trees
+from jaxlora.tasks.sharing import VARIANTS, Adapt, Variant
+from jaxlora.training import optimizer
+from jaxlora.training.adaptation import EncodeTasks, Frozen, Full, make_adaptation
+from jaxlora.training.step import make_train_step
+from jaxlora.utils import trees
 
 TOLERANCE = 2e-3  # relative, after two AdamW steps in float32
 SHAPE, BATCH = packing.Shape(6, 64), 8
@@ -54,7 +56,7 @@ def difference(a: Any, b: Any) -> float:
                          for x, y in pairs]))  # fmt: skip
 
 
-def random_batch(num_tasks: int, vocabulary: int, mixed: bool) -> Batch:
+def random_batch(num_tasks: int, vocabulary: int, adapt: Adapt) -> Batch:
     """Sentences of 5 to 19 random tokens, all in the same rows or each task in its own."""
     rng, slots = np.random.default_rng(0), 2 * BATCH
     count = num_tasks * slots
@@ -62,7 +64,7 @@ def random_batch(num_tasks: int, vocabulary: int, mixed: bool) -> Batch:
         rng.integers(1, vocabulary, n).astype(np.int32) for n in rng.integers(5, 20, count)
     ]
     labels = rng.integers(0, 2, (num_tasks, BATCH)).astype(np.float32)
-    if mixed:
+    if adapt == "lora":
         shape = packing.Shape(num_tasks * SHAPE.rows, SHAPE.length)
         inputs = packing.fill(sentences, range(count), count, shape)
     else:
@@ -72,26 +74,28 @@ def random_batch(num_tasks: int, vocabulary: int, mixed: bool) -> Batch:
     return Batch(inputs, labels, np.ones_like(labels))
 
 
+class EncodedInSteps(Frozen):
+    """A frozen encoder that encodes at every step, so that this is compared, too."""
+
+    def encode_tasks(self, encode: Encode, num_tasks: int) -> EncodeTasks:
+        """Encode each task's rows."""
+        return Full().encode_tasks(encode, num_tasks)
+
+
 def two_steps(
     variant: Variant, base: huggingface.Pretrained, device: jax.Device
 ) -> tuple[Any, float]:
     """What a variant's first group has trained after two steps, and seconds a step takes."""
     config = base.config.with_dropout(0.0)
     names = variant.groups[0]
-    adapter = lora.LoraConfig()
     with jax.default_device(device):
-        encode = encoder(config, jnp.float32, adapter, "mean")
         chosen = tuple(t for t in tasks.paper_tasks(variant.sts_loss) if t.name in names)
+        adapted = make_adaptation(variant.adapt, lora.LoraConfig())
+        adaptation = EncodedInSteps() if variant.adapt == "frozen" else adapted
         txs = optimizer.optimizers(len(names), 1e-3, 1e-3)
-        mixed = variant.adapt == "lora"  # a frozen encoder encodes here, too, at every step
-        encode_tasks = step.task_encoder("lora" if mixed else "full", encode, len(names))
-        setup = step.Setup(chosen, encode_tasks, *txs, config.hidden_size, dropout=0.0)
-        frozen, trainable = step.split_params(
-            variant.adapt, base.params, adapter, jax.random.key(0), jnp.float32
-        )
-        state = step.init_state(setup, trainable, jax.random.key(1))
-        run = step.make_train_step(setup)
-        batch = random_batch(len(names), config.vocab_size, mixed)
+        made = make_train_step(chosen, config, adaptation, txs, dropout=0.0)
+        state, frozen = made.init(jax.random.key(0), base.params), made.freeze(base.params)
+        run, batch = made.compile(), random_batch(len(names), config.vocab_size, variant.adapt)
         for _ in range(2):
             state, _ = run(state, frozen, batch)
         trained = jax.tree.map(np.array, {"encoder": state.trainable, "heads": state.heads})
@@ -135,7 +139,7 @@ def main(base: str = "minilm") -> bool:
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags and compare; returns the exit code, see `host.exit_code`; 1 if they differ."""
     agreed: list[bool] = []
-    code = process.exit_code(lambda: agreed.append(tyro.cli(main, args=args)))
+    code = exit_code(lambda: agreed.append(tyro.cli(main, args=args)))
     return code or int(agreed == [False])
 
 

@@ -115,5 +115,5 @@ def _expected(run: Run, rates: dict[Run, float]) -> float:
 def _scores(run: Run) -> str:
     result = run.result()
     scores = "  ".join(f"{task} {score:.4f}" for task, score in result["dev"].items())
-    of = f"  ({MADE_UP})" if run.settings.source == "demo" else ""
+    of = f"  ({MADE_UP})" if run.settings.data.source == "demo" else ""
     return f"{scores}  mean {result['dev_mean']:.4f}{of}"

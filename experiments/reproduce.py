@@ -21,9 +21,10 @@ from experiments.report.files import read_plan
 from experiments.runs import Inputs, Run, link, make_run, twins
 from experiments.studies import EXTRAS, STUDIES, command, study
 from jaxlora.cli.console import say
+from jaxlora.cli.flags import exit_code
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.training import config, run_folder
-from jaxlora.utils import files, process
+from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 
 
@@ -123,7 +124,7 @@ def make_runs(flags: Flags) -> list[Run]:
     return [
         make_run(
             STUDIES[name],
-            STUDIES[name].to_flags(**flags.given(), seed=seed),
+            STUDIES[name].asked(**flags.given(), seed=seed),
             flags.root,
             inputs,
         )
@@ -144,7 +145,7 @@ def write_plan(runs: Sequence[Run], flags: Flags) -> None:
         raise UserError(f"--out {flags.root}: holds runs of --preset={old['preset']}; name another")
     asked = {*old["studies"], *(run.study.name for run in runs)}
     commands = {
-        run.study.name: command(dataclasses.replace(run.flags, out=run.out))
+        run.study.name: command({**run.asked, "out": run.out})
         for run in reversed(runs)  # so that each study's first seed stays
     }
     plan = {
@@ -219,7 +220,7 @@ def main(flags: Flags) -> list[tuple[Run, int]]:
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags and run; returns the exit code, see `host.exit_code`; 1 if a run failed."""
     failed: list[tuple[Run, int]] = []
-    code = process.exit_code(lambda: failed.extend(main(tyro.cli(Flags, args=args))))
+    code = exit_code(lambda: failed.extend(main(tyro.cli(Flags, args=args))))
     return code or int(bool(failed))
 
 

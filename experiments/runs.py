@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from experiments.studies import Study, arguments
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.serving import finished_run
-from jaxlora.training import inputs as prepare
-from jaxlora.training import run_folder
-from jaxlora.training.config import Flags, Settings, resolve
+from jaxlora.training import inputs as run_inputs
+from jaxlora.training import metrics_log, run_folder
+from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data
+from jaxlora.training.presets import make_settings
 from jaxlora.utils.errors import UserError
 
 SCRIPT = Path(__file__).with_name("run.py")
@@ -32,14 +33,14 @@ class Run:
 
     Attributes:
       study: what is run.
-      flags: all its flags.
-      settings: what they resolve to.
+      asked: what is asked for, by the names of the settings.
+      settings: all its settings.
       root: the folder of the reproduction.
       steps: group → steps, in the order in which groups are trained.
     """
 
     study: Study
-    flags: Flags
+    asked: Mapping[str, Any]
     settings: Settings
     root: Path
     steps: dict[str, int]
@@ -47,23 +48,23 @@ class Run:
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.study.name} seed {self.flags.seed}"
+        return f"{self.study.name} seed {self.settings.loop.seed}"
 
     @property
     def out(self) -> Path:
         """The run's folder."""
-        return self.root / self.study.name / f"seed{self.flags.seed}"
+        return self.root / self.study.name / f"seed{self.settings.loop.seed}"
 
     @property
     def log(self) -> Path:
         """Where its process writes what it says."""
-        return self.root / LOGS / f"{self.study.name}-seed{self.flags.seed}.log"
+        return self.root / LOGS / f"{self.study.name}-seed{self.settings.loop.seed}.log"
 
     @property
     def command(self) -> Sequence[str]:
         """What its process runs: it goes on with what is there."""
-        flags = dataclasses.replace(self.flags, out=self.out, resume=True)
-        return [sys.executable, str(SCRIPT), *arguments(flags)]
+        asked = {**self.asked, "out": self.out, "resume": True}
+        return [sys.executable, str(SCRIPT), *arguments(asked)]
 
     @property
     def finished(self) -> bool:
@@ -79,7 +80,7 @@ class Run:
         """Steps taken so far, by the last record of its log."""
         if self.finished:
             return self.total
-        last = _last_record(self.out / run_folder.METRICS)
+        last = _last_record(self.out / metrics_log.METRICS)
         if last is None or last["group"] not in self.steps:
             return 0
         names = list(self.steps)
@@ -118,26 +119,28 @@ class Inputs:
           UserError: for anything wrong with it.
         """
         s = settings
-        base = self._base(s.base)
-        prepare.check_base(s, base)
-        key = (s.base, s.source, s.data_dir, s.max_length, s.synthetic_sts)
+        base = self._base(s.model.base)
+        run_inputs.check_base(s, base)
+        key = (s.data, s.model.base, s.model.max_length)
         if key not in self._data:
-            self._data[key] = prepare.load_data(s, base)
+            self._data[key] = run_inputs.load_data(s, base)
         return base, self._data[key]
 
 
-def make_run(study: Study, flags: Flags, root: Path, inputs: Inputs) -> Run:
+def make_run(study: Study, asked: Mapping[str, Any], root: Path, inputs: Inputs) -> Run:
     """Resolve and check a run; nothing is written.
 
     Raises:
-      UserError: for flags or data that will not do, and for a folder that holds another run.
+      UserError: for settings or data that will not do, and for a folder that holds another run.
     """
     try:
-        settings = resolve(flags)
+        settings = make_settings(**asked)
         base, data = inputs.of(settings)
-        run = Run(study, flags, settings, root, prepare.count_steps(settings, data))
+        run = Run(study, asked, settings, root, run_inputs.count_steps(settings, data))
         run_folder.check(run.out, settings.to_json(), resume=True)
-        run_folder.check_same_inputs(run.out, prepare.fingerprints(base, data, settings.seed))
+        run_folder.check_same_inputs(
+            run.out, run_inputs.fingerprints(base, data, settings.loop.seed)
+        )
     except UserError as error:
         raise UserError(f"{study.name}: {error}") from error
     return run

@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxlora import lora
+from jaxlora.cli.flags import exit_code
 from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.serving import bank
 from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks.task import Task
-from jaxlora.utils import process, trees
+from jaxlora.utils import trees
 
 MB = 1e6
 BASES = {
@@ -160,7 +161,7 @@ def main(flags: Flags) -> None:
 
 def cli(args: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    return process.exit_code(lambda: main(tyro.cli(Flags, args=args)))
+    return exit_code(lambda: main(tyro.cli(Flags, args=args)))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxlora.cli.flags import flag
 from jaxlora.tasks.sharing import VARIANTS
-from jaxlora.training.config import Flags, flag
 from jaxlora.utils.errors import UserError
 
 
@@ -20,24 +20,24 @@ class Study:
     Attributes:
       name: of its folder.
       variant: what it is based on.
-      flags: values of `settings.Flags` that make it what it is.
+      settings: the settings that make it what it is.
       about: a line for people.
       real_data: whether it means nothing to the built-in data.
     """
 
     name: str
     variant: str
-    flags: Mapping[str, Any]
+    settings: Mapping[str, Any]
     about: str
     real_data: bool = False
 
-    def to_flags(self, **given: Any) -> Flags:
-        """Its flags, with `given` ones wherever the study leaves them open.
+    def asked(self, **given: Any) -> dict[str, Any]:
+        """Return what it asks for, with `given` values wherever the study leaves them open.
 
-        >>> STUDIES["rank4"].to_flags(rank=8, seed=1) == Flags("lora4", rank=4, alpha=15.0, seed=1)
-        True
+        >>> STUDIES["rank4"].asked(rank=8, seed=1)
+        {'variant': 'lora4', 'rank': 4, 'seed': 1, 'alpha': 15.0}
         """
-        return Flags(self.variant, **given | dict(self.flags))  # type: ignore[arg-type]
+        return {"variant": self.variant, **given, **self.settings}
 
 
 _ABOUT = {
@@ -105,30 +105,27 @@ def study(name: str) -> Study:
     return STUDIES[name]
 
 
-def arguments(flags: Flags) -> list[str]:
-    """The command line that gives these flags.
+def arguments(asked: Mapping[str, Any]) -> list[str]:
+    """Return the flags that ask for these values.
 
-    >>> arguments(Flags("lora3", rank=4, seed=1, resume=True))
-    ['--variant=lora3', '--rank=4', '--seed=1', '--resume']
+    >>> arguments({"variant": "lora3", "rank": 4, "only": ("sst", "sts"), "resume": True})
+    ['--variant=lora3', '--rank=4', '--only', 'sst', 'sts', '--resume']
     """
     words = []
-    for field in dataclasses.fields(flags):
-        value = getattr(flags, field.name)
-        if value == field.default:
-            continue
+    for name, value in asked.items():
         if isinstance(value, bool):
-            words.append(flag(field.name) if value else flag(f"no_{field.name}"))
+            words.append(flag(name) if value else flag(f"no_{name}"))
         elif isinstance(value, tuple):
-            words += [flag(field.name), *map(str, value)]
+            words += [flag(name), *map(str, value)]
         else:
-            words.append(f"{flag(field.name)}={value}")
+            words.append(f"{flag(name)}={value}")
     return words
 
 
-def command(flags: Flags) -> str:
-    """What to type for these flags.
+def command(asked: Mapping[str, Any]) -> str:
+    """Return what to type for these values.
 
-    >>> command(Flags("lora4", groups="sst|para,sts"))
+    >>> command({"variant": "lora4", "groups": "sst|para,sts"})
     "python experiments/run.py --variant=lora4 '--groups=sst|para,sts'"
     """
-    return shlex.join(["python", "experiments/run.py", *arguments(flags)])
+    return shlex.join(["python", "experiments/run.py", *arguments(asked)])

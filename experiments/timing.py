@@ -24,13 +24,15 @@ STEPS = 4  # in a round, of each group
 
 def timed(runs: Sequence[Run]) -> list[Run]:
     """The runs whose time is asked about: the variants, with PCGrad and without, once each."""
-    first = {run.study.name: run for run in reversed(runs) if set(run.study.flags) <= {"surgery"}}
+    first = {
+        run.study.name: run for run in reversed(runs) if set(run.study.settings) <= {"surgery"}
+    }
     return list(reversed(first.values()))
 
 
 def make_side(settings: Settings) -> Callable[[int, int], None]:
     """A study's groups on its own data, compiled: `(number of the group, steps)` takes steps."""
-    base = huggingface.load(settings.base)
+    base = huggingface.load(settings.model.base)
     data, devices = inputs.load_data(settings, base), sharding.make_mesh("auto")
     groups = [
         task_group.make_task_group(settings, base, data, names, devices)

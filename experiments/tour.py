@@ -22,14 +22,13 @@ from matplotlib.patches import FancyBboxPatch
 
 from jaxlora import lora
 from jaxlora.cli.curves import COLOURS
+from jaxlora.cli.flags import exit_code
 from jaxlora.lora import LoraConfig
-from jaxlora.nn.bert import BertConfig
 from jaxlora.pcgrad import gram, project
 from jaxlora.tasks import losses
 from jaxlora.tasks.sharing import VARIANTS, Groups, Variant
-from jaxlora.tasks.task import NAMES, paper_tasks
+from jaxlora.tasks.task import NAMES
 from jaxlora.training import parameter_count
-from jaxlora.utils import process
 
 SIZE, RANK = 24, 3  # of the kernel in the first figure, and of its adapter
 GREY = "#777777"
@@ -165,9 +164,7 @@ def draw_losses(figure: Any) -> None:
 
 def trained_millions(found: Variant) -> float:
     """Count the parameters that a variant trains with bert-base, in millions."""
-    tasks = paper_tasks(found.sts_loss)
-    count = parameter_count.count(BertConfig(), found.adapt, found.groups, tasks, LoraConfig())
-    return count.incremental / 1e6
+    return parameter_count.of_variant(found).incremental / 1e6
 
 
 def draw_variants(figure: Any) -> None:
@@ -226,7 +223,7 @@ def main(flags: Flags) -> None:
 
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags, draw and return the exit code."""
-    return process.exit_code(lambda: main(tyro.cli(Flags, args=args)))
+    return exit_code(lambda: main(tyro.cli(Flags, args=args)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """jaxlora: one frozen BERT, many tasks; LoRA and PCGrad as functions over pytrees.
 
-`pcgrad`, `sum_tasks` and `lora` need jax, numpy and optax only. What needs more (`load`,
-`Predictor`, `Answer`, `from_pretrained`, `SentenceEncoder`) is imported when it is first used.
+`aggregate`, `per_task_grads`, `pcgrad`, `sum_tasks` and `lora` need jax, numpy and optax only. What
+needs more (`load`, `Predictor`, `Answer`, `from_pretrained`, `SentenceEncoder`) is imported when it
+is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from jaxlora import lora
+from jaxlora import aggregation, lora
+from jaxlora.aggregation import aggregate, per_task_grads
 from jaxlora.pcgrad import PCGradState, pcgrad, sum_tasks
 from jaxlora.utils.errors import UserError
 
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Answer", "PCGradState", "Predictor", "SentenceEncoder", "UserError", "from_pretrained", "load",
-    "lora", "pcgrad", "sum_tasks",
+    "Answer", "PCGradState", "Predictor", "SentenceEncoder", "UserError", "aggregate",
+    "aggregation", "from_pretrained", "load", "lora", "pcgrad", "per_task_grads", "sum_tasks",
 ]  # fmt: skip
 
 # Public name → its module, and its name there.

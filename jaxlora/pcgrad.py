@@ -4,11 +4,10 @@ Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", algorithm 1. Every t
 projected onto the normal plane of each gradient it conflicts with (negative dot product), the
 others visited in a fresh random order for each task; the projected gradients are then summed.
 
-A projection only ever adds multiples of the original gradients, so the whole algorithm runs on
-T×T numbers (the *Gram form*): with `K = G Gᵀ`, task i starts from coefficients `w = e_i` and, for
-each other task j with `K[j]·w < 0`, subtracts `(K[j]·w) / K[j, j]` from `w[j]`. The gradients are
-read twice (dot products, weighted sum) and never flattened, copied or concatenated. There is no
-epsilon: the result scales exactly with the gradients.
+It is one of the family `jaxlora.aggregate`, under a name, and with a state, of its own: dot
+products of the gradients, projections on T×T numbers (`project`), a weighted sum of the gradients.
+These are read twice and never flattened, copied or concatenated. There is no epsilon: the result
+scales exactly with the gradients.
 
 `jaxlora.pcgrad` is the function `pcgrad`, and `import jaxlora.pcgrad as name` gives it, too; write
 `from jaxlora.pcgrad import gram` for what else is here.
@@ -16,14 +15,18 @@ epsilon: the result scales exactly with the gradients.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlora.aggregation import aggregate, methods
+from jaxlora.aggregation.checks import check_number, check_task_axis
 from jaxlora.aggregation.gram import combine, cosines, gram
-from jaxlora.utils.trees import Tree, names
+from jaxlora.aggregation.methods.pcgrad import orders, project
+from jaxlora.aggregation.transform import AggregateState
 
 __all__ = [
     "PCGradState",
@@ -35,47 +38,6 @@ __all__ = [
     "project",
     "sum_tasks",
 ]
-
-_HIGHEST = jax.lax.Precision.HIGHEST
-_RANDOM = "threefry2x32"  # fixed, so that a state's key data means the same under any JAX setting
-
-
-def orders(key: jax.Array, num_tasks: int) -> jax.Array:
-    """For each task its own random order of visits, `i32[T, T]` (its own entry is skipped later).
-
-    >>> jnp.sort(orders(jax.random.key(0), 3), axis=-1).tolist()
-    [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
-    """
-    keys = jax.random.split(key, num_tasks)
-    return jax.vmap(lambda k: jax.random.permutation(k, num_tasks))(keys).astype(jnp.int32)
-
-
-def project(K: jax.Array, orders: jax.Array) -> jax.Array:
-    """Coefficients of the projected gradients: `projected_i = Σ_j W[i, j] g_j`.
-
-    Args:
-      K: `f32[T, T]`, Gram matrix.
-      orders: `i32[T, T]`, row i the order in which task i visits the others; `j = i` is skipped.
-
-    Returns:
-      `f32[T, T]`. A zero gradient never conflicts. No conflict gives the identity.
-
-    >>> K = gram({"w": jnp.array([[1.0, 0.0], [-1.0, 1.0]])})
-    >>> project(K, jnp.array([[1, 0], [0, 1]])).tolist()
-    [[1.0, 0.5], [1.0, 1.0]]
-    """
-
-    def one_task(i: jax.Array, order: jax.Array) -> jax.Array:
-        def visit(w: jax.Array, j: jax.Array) -> tuple[jax.Array, None]:
-            dot = jnp.dot(K[j], w, precision=_HIGHEST)
-            conflict = (j != i) & (dot < 0) & (K[j, j] > 0)
-            step = jnp.where(conflict, dot / jnp.where(K[j, j] > 0, K[j, j], 1), 0)
-            return w.at[j].add(-step), None
-
-        start = jax.nn.one_hot(i, K.shape[0], dtype=K.dtype)
-        return jax.lax.scan(visit, start, order)[0]
-
-    return jax.vmap(one_task)(jnp.arange(K.shape[0]), orders)
 
 
 class PCGradState(NamedTuple):
@@ -144,32 +106,27 @@ def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.Grad
     >>> updates["w"].tolist()
     [-0.5, -1.5]
     """
-    _check_number(num_tasks)
+    rule = methods.pcgrad(seed)
+    if not surgery:
+        rule = dataclasses.replace(rule, weights=lambda K, losses, key: (jnp.ones_like(K[0]), key))
+    inner = aggregate(rule, num_tasks)
 
     def init(params: optax.Params) -> PCGradState:
-        del params
-        return PCGradState(
-            jax.random.key_data(jax.random.key(seed, impl=_RANDOM)),
-            jnp.zeros((), jnp.int32),
-            jnp.zeros((num_tasks, num_tasks), jnp.float32),
-        )
+        return _state(inner.init(params))
 
     def update(
         updates: optax.Updates, state: PCGradState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, PCGradState]:
-        _check_task_axis("pcgrad", num_tasks, updates, params)
-        key, order_key = jax.random.split(jax.random.wrap_key_data(state.key, impl=_RANDOM))
-        empty = jnp.zeros((num_tasks, num_tasks), jnp.float32)  # what a tree without leaves has
-        K = gram(updates) + empty
-        weights = jnp.ones(num_tasks, jnp.float32)
-        if surgery:
-            weights = project(K, orders(order_key, num_tasks)).sum(0)
-        conflicts = jnp.sum(jnp.triu(K < 0, 1), dtype=jnp.int32)
-        return combine(updates, weights), PCGradState(
-            jax.random.key_data(key), conflicts, cosines(K)
-        )
+        check_task_axis(f"pcgrad(num_tasks={num_tasks})", num_tasks, updates, params)
+        before = inner.init(params)._replace(rules=(state.key,))
+        combined, after = inner.update(updates, before, params)
+        return combined, _state(after)
 
     return optax.GradientTransformation(init, update)
+
+
+def _state(state: AggregateState) -> PCGradState:
+    return PCGradState(state.rules[0], state.conflicts, state.cosines)
 
 
 def sum_tasks(num_tasks: int) -> optax.GradientTransformation:
@@ -198,39 +155,12 @@ def sum_tasks(num_tasks: int) -> optax.GradientTransformation:
     >>> jax.tree.map(lambda x: x.tolist(), updates)
     {'heads': {'a': -3.0, 'b': -5.0}, 'trunk': [-0.5, -1.5]}
     """
-    _check_number(num_tasks)
+    check_number(num_tasks)
 
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.EmptyState]:
-        _check_task_axis("sum_tasks", num_tasks, updates, params)
+        check_task_axis(f"sum_tasks(num_tasks={num_tasks})", num_tasks, updates, params)
         return combine(updates, jnp.ones(num_tasks, jnp.float32)), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
-
-
-def _check_number(num_tasks: int) -> None:
-    if num_tasks < 1:
-        raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
-
-
-def _check_task_axis(who: str, num_tasks: int, grads: Tree, params: Tree | None) -> None:
-    """Refuse leaves that are not `[num_tasks, *shape of the parameter]`, as far as it is known."""
-    stacked = [jnp.shape(x) for x in jax.tree.leaves(grads)]
-    shapes = [shape[1:] for shape in stacked]
-    if names(params) == names(grads):
-        shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
-    for name, found, shape in zip(names(grads), stacked, shapes, strict=True):
-        if found != (num_tasks, *shape):
-            raise ValueError(
-                f"{who}(num_tasks={num_tasks}) needs one gradient per task along the first axis, "
-                f"but leaf {name!r} has shape {found} instead of {(num_tasks, *shape)}; stack "
-                "the tasks' gradients (and under optax.MultiSteps its acc_grads; optax.flatten "
-                "goes behind it)"
-            )
-    for name, leaf in zip(names(grads), jax.tree.leaves(grads), strict=True):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"{who} takes real floats, but leaf {name!r} is {jnp.result_type(leaf)}; for "
-                "complex parameters put optax.contrib.split_real_and_imaginary around it"
-            )

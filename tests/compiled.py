@@ -10,10 +10,12 @@ from jaxlora import lora
 from jaxlora.cli import cost_table
 from jaxlora.data.batches import Batch
 from jaxlora.nn import bert
-from jaxlora.nn.encode import PackedTokens, encoder
+from jaxlora.nn.encode import PackedTokens
 from jaxlora.tasks.task import paper_tasks
-from jaxlora.training import cost, optimizer, step
+from jaxlora.training import cost, optimizer
 from jaxlora.training import sharding as meshes
+from jaxlora.training.adaptation import make_adaptation
+from jaxlora.training.step import make_train_step
 
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
 
@@ -29,23 +31,18 @@ def wide(adapt, text, **more):
 
 
 def shapes(work):
-    """What a `plan.Work`'s step is made of, and the shapes of (frozen, state)."""
-    count, dtype = len(work.tasks), jnp.dtype(work.dtype)
-    encode = encoder(work.config, dtype, work.adapter, "mean")
-    setup = step.Setup(
-        work.tasks, step.task_encoder(work.adapt, encode, count),
-        *optimizer.optimizers(count, 1e-4, 1e-3, weight_decay=0.01), work.config.hidden_size,
-        work.pair_features,
+    """A `cost.Work`'s step, and the shapes of (frozen, state)."""
+    made = make_train_step(
+        work.tasks, work.config, make_adaptation(work.adapt, work.adapter),
+        optimizer.optimizers(len(work.tasks), 1e-4, 1e-3, weight_decay=0.01),
+        dtype=jnp.dtype(work.dtype), pair_features=work.pair_features,
     )  # fmt: skip
 
     def start():
         params = jax.tree.map(lambda x: jnp.zeros(x.shape), bert.param_shapes(work.config))
-        frozen, trainable = step.split_params(
-            work.adapt, params, work.adapter, jax.random.key(0), dtype
-        )
-        return frozen, step.init_state(setup, trainable, jax.random.key(1))
+        return made.freeze(params), made.init(jax.random.key(0), params)
 
-    return setup, *jax.eval_shape(start)
+    return made, *jax.eval_shape(start)
 
 
 def mesh_of(work):
@@ -55,7 +52,7 @@ def mesh_of(work):
 def compile_step(work):
     """XLA's program for it, on so many of the devices there are; nothing is run."""
     mesh = mesh_of(work)
-    setup, frozen, state = shapes(work)
+    made, frozen, state = shapes(work)
     shardings, batch = meshes.of_state(mesh, state), batch_shapes(work)
     placed = [
         jax.tree.map(
@@ -66,9 +63,7 @@ def compile_step(work):
             (batch, meshes.of_batch(mesh, batch)),
         )
     ]  # fmt: skip
-    return (
-        step.make_train_step(setup, (shardings, meshes.replicated(mesh))).lower(*placed).compile()
-    )
+    return made.compile((shardings, meshes.replicated(mesh))).lower(*placed).compile()
 
 
 def batch_shapes(work):

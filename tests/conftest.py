@@ -134,10 +134,10 @@ def make(tiny_base, data_dir):
     """Settings of a short run of a variant on that data."""
     from tiny import short
 
-    from jaxlora.training.config import Flags, resolve
+    from jaxlora.training.presets import make_settings
 
     def settings(variant, **more):
         flags = short(variant, **more)
-        return resolve(Flags(variant, base=str(tiny_base), data_dir=data_dir, **flags))
+        return make_settings(variant, base=str(tiny_base), data_dir=data_dir, **flags)
 
     return settings

@@ -21,13 +21,14 @@ from jaxlora.formats import huggingface
 from jaxlora.training import inputs, task_group
 from jaxlora.training import run as train
 from jaxlora.training import sharding as meshes
-from jaxlora.training.config import Flags, resolve
+from jaxlora.training.presets import make_settings
+from jaxlora.training.run import RunOptions
 
 STEPS = 5
 
 
 def settings(variant, base, data, **more):
-    return resolve(Flags(variant, base=base, data_dir=Path(data), **short(variant, **more)))
+    return make_settings(variant, base=base, data_dir=Path(data), **short(variant, **more))
 
 
 def curves(variant, base, data, *texts):
@@ -43,7 +44,7 @@ def curves(variant, base, data, *texts):
             made = task_group.make_task_group(
                 chosen, loaded, examples, names, meshes.make_mesh(text)
             )
-            state, train_step = made.state, made.train_step()
+            state, train_step = made.state, made.compile()
             for batch, _ in zip(made.prefetch(0), range(STEPS), strict=False):
                 state, metrics = train_step(state, made.frozen, batch)
                 losses.append(np.asarray(metrics.losses).tolist())
@@ -57,14 +58,14 @@ def resumed(base, data, out):
     """A run stopped on eight devices goes on upon one, four and eight."""
     meshes.LEAST_SPLIT = 64
     chosen, first = settings("lora3", base, data), Path(out)
-    train.run(chosen, first / "whole", Silent(), mesh="data=1")
+    train.run(chosen, first / "whole", Silent(), RunOptions(mesh="data=1"))
     for text in ("data=1", "fsdp=4", "data=4,fsdp=2"):
         run = first / text
         try:
-            train.run(chosen, run, Silent(("sst+para+sts", 6)), mesh="data=4,fsdp=2")
+            train.run(chosen, run, Silent(("sst+para+sts", 6)), RunOptions(mesh="data=4,fsdp=2"))
         except KeyboardInterrupt:
             callback = Silent()
-            train.run(chosen, run, callback, resume=True, mesh=text)
+            train.run(chosen, run, callback, RunOptions(resume=True, mesh=text))
             assert callback.started == ("sst+para+sts", 4, 7)
     return [str(path) for path in sorted(first.iterdir())]
 
@@ -82,7 +83,7 @@ def predicted(base, data, out):
         return outputs(group, task, trainable, heads, split)
 
     train.outputs = noting
-    train.run(settings("baseline2", base, data), Path(out), Silent(), mesh="fsdp=8")
+    train.run(settings("baseline2", base, data), Path(out), Silent(), RunOptions(mesh="fsdp=8"))
     return {"splits": splits, "parts": parts}
 
 

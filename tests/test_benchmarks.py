@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks import harness
 from benchmarks.work import LENGTHS, TASKS, Ours, Work, make_examples, real_tokens
-from jaxlora.training import step
 
 
 def warmed(group):
@@ -30,7 +29,7 @@ def test_both_sides_start_from_the_same_losses(variant, minilm):
 
     work = Work(variant, 4, "float32", examples=8, dropout=0.0)
     for group in map(warmed, Ours(work, minilm).groups):
-        _, metrics = step.train_step(group.setup, group.state, group.frozen, group.batches[0])
+        _, metrics = jax.jit(group.train_step)(group.state, group.frozen, group.batches[0])
         theirs = Peer(work, minilm, group).losses(0)
         np.testing.assert_allclose(metrics.losses, [float(x.detach()) for x in theirs], rtol=1e-4)
 
@@ -71,7 +70,7 @@ def test_several_steps_in_one_program_are_several_steps(tiny):
     together, alone = Ours(work, tiny), Ours(work, tiny)
     together.run_together(3)
     (stack,), (group,) = together.stacks, alone.groups
-    train_step, state = step.make_train_step(group.setup), group.state
+    train_step, state = group.train_step.compile(), group.state
     for n in range(3):
         state, _ = train_step(state, group.frozen, jax.tree.map(lambda x, n=n: x[n], stack))
     (found,) = together.states

@@ -22,7 +22,9 @@ from jaxlora.formats import peft as peft_files
 from jaxlora.serving import bank, export_peft, finished_run, manifest, tree_files
 from jaxlora.serving.finished_run import load_run
 from jaxlora.training import run as train
-from jaxlora.training.config import Flags, Settings, resolve
+from jaxlora.training.config import Settings
+from jaxlora.training.presets import make_settings
+from jaxlora.training.run import RunOptions
 from jaxlora.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -51,10 +53,10 @@ def trap(tmp_path):
 def run(tmp_path_factory, tiny_base, data_dir):
     """A finished run."""
     out = tmp_path_factory.mktemp("run") / "lora1"
-    flags = Flags(
+    settings = make_settings(
         "lora1", base=str(tiny_base), data_dir=data_dir, rank=2, max_steps=1, max_length=16
     )
-    train.run(resolve(flags), out, Silent(), predict_test=False)
+    train.run(settings, out, Silent(), RunOptions(predict_test=False))
     return out
 
 
@@ -344,7 +346,7 @@ def test_a_revision_is_no_path(hub, revision):
 
 def test_other_weights_are_refused_before_they_are_read(hub, tiny_base, monkeypatch):
     monkeypatch.setattr(huggingface, "read_tensors", pytest.fail)
-    with pytest.raises(UserError, match="--base-sha256 says; they are not used"):
+    with pytest.raises(UserError, match="`base_sha256` says; they are not used"):
         huggingface.load(str(tiny_base), "0" * 64)
     with pytest.raises(UserError, match="64 hexadecimal digits"):
         huggingface.load("some/bert", "123")
@@ -352,14 +354,19 @@ def test_other_weights_are_refused_before_they_are_read(hub, tiny_base, monkeypa
 
 
 def test_a_run_is_of_the_pinned_base(hub, tiny, data_dir, tmp_path):
-    flags = Flags(
+    settings = make_settings(
         "lora1", base="some/bert@v1", data_dir=data_dir, rank=2, max_steps=1, max_length=16
     )
-    settings, more = resolve(flags), {"predict_test": False}
-    with pytest.raises(UserError, match="--base-sha256"):
-        train.run(settings, tmp_path / "run", Silent(), base_sha256="0" * 64, **more)
+    more = {"predict_test": False}
+    with pytest.raises(UserError, match="`base_sha256`"):
+        train.run(settings, tmp_path / "run", Silent(), RunOptions(base_sha256="0" * 64, **more))
     assert not (tmp_path / "run").exists()
-    train.run(settings, tmp_path / "run", Silent(), base_sha256=tiny.fingerprint.weights, **more)
+    train.run(
+        settings,
+        tmp_path / "run",
+        Silent(),
+        RunOptions(base_sha256=tiny.fingerprint.weights, **more),
+    )
     jaxlora.load(tmp_path / "run").predict("sst", ["a film"])
     assert set(hub) == {("some/bert", "v1")}
     export_peft.save(tmp_path / "peft", load_run(tmp_path / "run"), "sst")
@@ -376,7 +383,8 @@ from pathlib import Path
 from jaxlora.cli import main as cli
 from jaxlora.serving import bank, export_peft
 from jaxlora.training import run as train
-from jaxlora.training.config import Flags, resolve
+from jaxlora.training.run import RunOptions
+from jaxlora.training.presets import make_settings
 from jaxlora.serving.finished_run import load_run
 sys.path.insert(0, {tests!r})
 from tiny import Silent
@@ -387,8 +395,9 @@ try:
     runpy.run_path({run!r}, run_name="__main__")
 except SystemExit as end:
     assert end.code == 0, end.code
-flags = Flags("lora1", base={base!r}, data_dir=Path({data!r}), rank=2, max_steps=1, max_length=16)
-train.run(resolve(flags), out / "by-library", Silent())
+more = dict(rank=2, max_steps=1, max_length=16)
+settings = make_settings("lora1", base={base!r}, data_dir={data!r}, **more)
+train.run(settings, out / "by-library", Silent())
 bank.add(out / "bank", load_run(out / "by-library"), ["sst", "sts"])
 export_peft.save(out / "peft", bank.load(out / "bank"), "sst")
 (out / "requests.tsv").write_text("task\\tsentence\\nsst\\ta film\\n")

@@ -1,5 +1,6 @@
 """Small runs: a data folder in the CS224N format, settings, and a listener that can stop a run."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -24,13 +25,24 @@ SHORT = {
 
 
 def short(variant: str, **more: object) -> dict[str, object]:
-    """Flags of a short run, as far as they mean something to a variant."""
+    """Settings of a short run, as far as they mean something to a variant."""
     flags = SHORT | more
     if not variant.startswith("lora"):
         del flags["rank"]
     if variant == "baseline1":
         del flags["encoder_dropout"]
     return flags
+
+
+def train_flags() -> set[str]:
+    """The flags of `jaxlora train`."""
+    from jaxlora.cli.flags import flag
+    from jaxlora.cli.train import Flags
+    from jaxlora.training.config import flat_names
+
+    names, sections = flat_names(Flags), {section for section, _ in flat_names(Flags).values()}
+    own = {field.name for field in dataclasses.fields(Flags)} - sections
+    return {flag(name) for name in names.keys() | own}
 
 
 def leaves_equal(a: object, b: object) -> None:

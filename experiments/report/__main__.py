@@ -14,7 +14,7 @@ from rich.console import Console
 from experiments import report
 from experiments.report import statistics
 from jaxlora.cli.console import say
-from jaxlora.utils import process
+from jaxlora.cli.flags import exit_code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def main(flags: Flags) -> None:
 
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags, build the report and return the exit code, see `process.exit_code`."""
-    return process.exit_code(lambda: main(tyro.cli(Flags, args=args)))
+    return exit_code(lambda: main(tyro.cli(Flags, args=args)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def _is_compared(run: Run, name: str) -> bool:
     """Return whether a run should agree with others in a setting that its study does not vary."""
     study = STUDIES.get(run.study)
     means_something = name not in _OF_ADAPTERS or run.settings["adapt"] == "lora"
-    return means_something and study is not None and name not in study.flags
+    return means_something and study is not None and name not in study.settings
 
 
 def _values(name: str, runs: Iterable[Run], key: Callable[[Run], Any]) -> str:

@@ -17,11 +17,9 @@ from experiments.report.collect import Collection
 from experiments.report.scores import MADE_UP, MEAN, TITLES, Scores
 from experiments.report.statistics import Interval
 from jaxlora.cli.console import MADE_UP_DATA, SAW_QUORA, saw_quora
-from jaxlora.lora import LoraConfig
-from jaxlora.nn.bert import BertConfig
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.tasks.task import MADE_UP as BUILT_IN
-from jaxlora.tasks.task import NAMES, paper_tasks
+from jaxlora.tasks.task import NAMES
 from jaxlora.training import parameter_count
 
 Verdict = Literal["reproduced", "not reproduced", "not decidable", "not run"]
@@ -276,9 +274,7 @@ def _parameters(context: Context, claim: Claim) -> Evidence:
 
 def _of_bert_base(name: str) -> int:
     """Count a variant's incremental parameters with bert-base, paper adapters and heads."""
-    v = VARIANTS[name]
-    tasks = paper_tasks(v.sts_loss)
-    return parameter_count.count(BertConfig(), v.adapt, v.groups, tasks, LoraConfig()).incremental
+    return parameter_count.of_variant(VARIANTS[name]).incremental
 
 
 def _step_time(context: Context, claim: Claim) -> Evidence:

@@ -22,7 +22,7 @@ from experiments.report import files
 from jaxlora.serving import finished_run
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.tasks.task import NAMES
-from jaxlora.training import run_folder
+from jaxlora.training import metrics_log
 from jaxlora.utils.errors import UserError
 
 PLAN, TIMING = "plan.json", "timing.json"
@@ -233,7 +233,7 @@ def read_run(folder: Path, study: str, seed: int) -> Run:
         settings=settings,
         versions=versions,
         result=files.read_result(folder, settings),
-        records=tuple(run_folder.read_records(folder)),
+        records=tuple(metrics_log.read_records(folder)),
         answers={task: found for task, found in answers.items() if len(found.labels)},
         disk_bytes=files.model_bytes(folder),
     )
@@ -282,7 +282,7 @@ def _unfinished(folder: Path) -> str:
         return ""
     if not finished_run.exists(folder):
         return NOT_BEGUN
-    last = {record["group"]: record["step"] for record in run_folder.read_records(folder)}
+    last = {record["group"]: record["step"] for record in metrics_log.read_records(folder)}
     reached = ", ".join(f"{group} at step {step:,}" for group, step in last.items())
     return f"not finished: {reached}" if reached else "begun, no step logged yet"
 

@@ -6,14 +6,14 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from experiments import storage
 from experiments.report.collect import Collection, Run
 from jaxlora.nn import bert
 from jaxlora.tasks.sharing import VARIANTS, group_name
 from jaxlora.tasks.task import NAMES
-from jaxlora.training.config import PRESETS
+from jaxlora.training.config import LoopConfig
+from jaxlora.training.presets import paper
 from jaxlora.utils import trees
 
 PRESET = "paper"
@@ -50,7 +50,7 @@ class Cost:
 def costs(collection: Collection) -> tuple[list[Cost], str]:
     """Estimate the cost of each variant with a finished MiniLM run, and describe how."""
     small, large = storage.BASES["MiniLM"], bert.BertConfig()
-    preset = PRESETS[PRESET]
+    preset = paper(VARIANTS["lora3"]).loop  # the same for all
     flops = _layers(large) / _layers(small)
     wide = large.num_hidden_layers * large.hidden_size
     activations = wide / (small.num_hidden_layers * small.hidden_size)
@@ -62,7 +62,7 @@ def costs(collection: Collection) -> tuple[list[Cost], str]:
         run = runs[0]
         if run.settings["base"] != BASE or set(run.result["dev"]) != set(NAMES):
             continue
-        factor = flops * preset["batch_size"] / run.settings["batch_size"] / 3600
+        factor = flops * preset.batch_size / run.settings["batch_size"] / 3600
         hours = [factor * _seconds(run, preset, data) for data in (PAPER_DATA, OFFICIAL_DATA)]
         adapt = VARIANTS[name].adapt
         added = peaks.get(BENCHED[adapt])
@@ -70,7 +70,7 @@ def costs(collection: Collection) -> tuple[list[Cost], str]:
         memory = None if added is None else (4 * sizes["large"] + 1e6 * added * more) / 1e9
         found.append(Cost(name, hours[0], hours[1], memory))
     how = HOW.format(
-        flops=flops, batch=preset["batch_size"], epochs=preset["epochs"],
+        flops=flops, batch=preset.batch_size, epochs=preset.epochs,
         activations=activations, parameters=parameters,
     )  # fmt: skip
     return found, how
@@ -102,12 +102,12 @@ def _parameters(config: bert.BertConfig) -> int:
     return trees.count(bert.param_shapes(config))
 
 
-def _seconds(run: Run, preset: Mapping[str, Any], data: Mapping[str, int]) -> float:
+def _seconds(run: Run, preset: LoopConfig, data: Mapping[str, int]) -> float:
     """Extrapolate a run's seconds per step, by group, to the preset's steps on some data."""
     seconds = 0.0
     for group in run.settings["groups"]:
         progress = run.result["groups"][group_name(group)]
         longest = max(data[task] for task in group)
-        steps = preset["epochs"] * -(-longest // preset["batch_size"])
+        steps = preset.epochs * -(-longest // preset.batch_size)
         seconds += steps * progress["seconds"] / progress["step"]
     return seconds

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from experiments.report import facts, results, tables
+from experiments.report import estimate, facts, results, tables
 from experiments.report.claims import Context, Finding
 from experiments.report.drawing import Drawn
 from experiments.report.facts import Part
@@ -43,7 +43,7 @@ def html(
         commands=facts.commands(context.collection),
         data_note=context.data_note,
         estimate=results.estimate_table(context),
-        estimate_command=results.estimate.command(context.collection),
+        estimate_command=estimate.command(context.collection),
         figures={figure.name: figure for figure in drawn},
         footnotes=tables.footnotes(),
         headline=facts.headline(context),

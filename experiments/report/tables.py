@@ -14,8 +14,6 @@ from experiments.report.collect import WHOLE, Run
 from experiments.report.scores import MEAN, SCORES, TITLES
 from experiments.report.statistics import Interval, Range, Summary
 from experiments.report.times import OWN
-from jaxlora.lora import LoraConfig
-from jaxlora.nn.bert import BertConfig
 from jaxlora.tasks.sharing import VARIANTS, Groups
 from jaxlora.tasks.task import NAMES, paper_tasks
 from jaxlora.training import parameter_count
@@ -276,9 +274,7 @@ def parameters(context: Context) -> Table:
         runs = context.collection.variants.get(name, ())
         stored = runs[0].result["parameters"] if runs else {}
         ours = [stored[k] / MILLION if runs else None for k in ("incremental", "bundled")]
-        exact = parameter_count.count(
-            BertConfig(), variant.adapt, variant.groups, paper_tasks(variant.sts_loss), LoraConfig()
-        )
+        exact = parameter_count.of_variant(variant)
         paper = variant.paper
         rows.append((
             name, *ours, exact.incremental / MILLION, exact.bundled / MILLION,

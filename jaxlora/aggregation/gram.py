@@ -6,6 +6,8 @@ products, weighted sum) and never flattened, copied or concatenated.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -20,7 +22,7 @@ def gram(grads: Tree) -> jax.Array:
     """Dot products of all pairs of gradients, summed over leaves in float32.
 
     Args:
-      grads: leaves `[T, ...]`, any float dtype.
+      grads: leaves `[T, ...]`, any float dtype; float64 is summed in float64.
 
     Returns:
       `f32[T, T]`, `K[i, j] = g_i · g_j`.
@@ -43,9 +45,13 @@ def _dots(x: jax.Array, y: jax.Array, axes: range) -> jax.Array:
     # Flattening first would gather leaves whose parts lie on several devices.
     contract = (tuple(axes), tuple(axes))
     return jax.lax.dot_general(
-        x, y, (contract, ((), ())), precision=_HIGHEST, preferred_element_type=jnp.float32,
+        x, y, (contract, ((), ())), precision=_HIGHEST, preferred_element_type=_sum_type(x),
         out_sharding=_everywhere(x),
     )  # fmt: skip
+
+
+def _sum_type(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _everywhere(x: jax.Array) -> NamedSharding | None:
@@ -62,13 +68,29 @@ def combine(grads: Tree, weights: jax.Array) -> Tree:
     >>> combine({"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, jnp.array([1.0, 0.5]))["w"].tolist()
     [2.5, 4.0]
     """
+    return jax.tree.map(lambda g: weighted_sum(g, weights, range(len(g))), grads)
 
-    def leaf(g: jax.Array) -> jax.Array:
-        # A chain of sums is one pass over memory; XLA's matmul for so few rows is not on CPU.
-        parts = [weights[t] * g[t].astype(jnp.float32) for t in range(g.shape[0])]
-        return jnp.asarray(sum(parts[1:], parts[0])).astype(g.dtype)
 
-    return jax.tree.map(leaf, grads)
+def weighted_sum(g: jax.Array, weights: jax.Array, tasks: Iterable[int]) -> jax.Array:
+    """Weighted sum of some of a leaf's tasks: `[T, ...]`, `f32[T]` → `[...]`."""
+    dtype = _sum_type(g)
+    # A chain of sums is one pass over memory; XLA's matmul for so few rows is not on CPU.
+    parts = [weights[t].astype(dtype) * g[t].astype(dtype) for t in tasks]
+    return jnp.asarray(sum(parts[1:], parts[0])).astype(g.dtype)
+
+
+def norms(K: jax.Array) -> jax.Array:
+    """Norms of the gradients, `f32[T]`.
+
+    >>> norms(jnp.array([[4.0, -2.0], [-2.0, 9.0]])).tolist()
+    [2.0, 3.0]
+    """
+    return jnp.sqrt(jnp.diag(K))
+
+
+def inverse_norms(K: jax.Array) -> jax.Array:
+    """One over the norms of the gradients, `f32[T]`; 0 for a zero gradient."""
+    return jnp.where(jnp.diag(K) > 0, jax.lax.rsqrt(jnp.diag(K)), 0)
 
 
 def cosines(K: jax.Array) -> jax.Array:
@@ -77,5 +99,5 @@ def cosines(K: jax.Array) -> jax.Array:
     >>> cosines(jnp.array([[4.0, -2.0], [-2.0, 4.0]])).tolist()
     [[1.0, -0.5], [-0.5, 1.0]]
     """
-    inverse = jnp.where(jnp.diag(K) > 0, jax.lax.rsqrt(jnp.diag(K)), 0)
+    inverse = inverse_norms(K)
     return jnp.clip(K * inverse[:, None] * inverse[None, :], -1, 1)

@@ -106,22 +106,26 @@ def summary_table(summary: RunSummary) -> Table:
     s = summary.settings
     title = f"jaxlora: {s.variant}, preset {s.preset}"
     table = Table(title=title, show_header=False, title_justify="left")
-    rates = "" if s.adapt == "frozen" else f"encoder {s.learning_rate:g}, "
+    trained = s.adaptation.trains_encoder
+    rates = "" if not trained else f"encoder {s.optimizer.learning_rate:g}, "
     rows = {
         "base": summary.base,
-        "encoder": {"frozen": "frozen", "full": "trained", "lora": _lora_line(summary)}[s.adapt],
+        "encoder": s.adaptation.describe(),
         "sharing": " | ".join(",".join(group) for group in s.groups)
         + (
-            ("  (PCGrad within a group)" if s.surgery == "pcgrad" else "  (gradients summed)")
-            if s.adapt != "frozen" and any(len(g) > 1 for g in s.groups)
+            (
+                "  (PCGrad within a group)"
+                if s.optimizer.surgery == "pcgrad"
+                else "  (gradients summed)"
+            )
+            if trained and any(len(g) > 1 for g in s.groups)
             else ""
         ),
-        "dropout": "heads 0.1"
-        + ("" if s.adapt == "frozen" else f", encoder {s.encoder_dropout:g}"),
-        "vectors": f"{s.pooling} pooling; pairs: {s.pair_features}",
+        "dropout": "heads 0.1" + ("" if not trained else f", encoder {s.model.encoder_dropout:g}"),
+        "vectors": f"{s.model.pooling} pooling; pairs: {s.model.pair_features}",
         "losses": ", ".join(f"{d.task.name}: {_loss(d)}" for d in s.tasks),
-        "learning rates": f"{rates}heads {s.head_learning_rate:g} "
-        f"({s.warmup_steps} steps warm-up, then {s.schedule})",
+        "learning rates": f"{rates}heads {s.optimizer.head_learning_rate:g} "
+        f"({s.optimizer.warmup_steps} steps warm-up, then {s.optimizer.schedule})",
         **{
             f"data {t}": "\n".join([_counts(summary, t), *summary.notes[t]])
             for t in summary.examples
@@ -130,7 +134,7 @@ def summary_table(summary: RunSummary) -> Table:
         f"(encoder {summary.storage.encoder:,}, heads {summary.storage.heads:,}); "
         f"base {summary.storage.base:,}",
         "steps": ", ".join(f"{g}: {n:,}" for g, n in summary.steps.items())
-        + f" (batch {s.batch_size} of each task)",
+        + f" (batch {s.loop.batch_size} of each task)",
         "device": summary.device,
         "out": str(summary.out),
     }
@@ -144,23 +148,18 @@ def _loss(description: TaskSpec) -> str:
     return description.task.loss.replace("_", " ") + weight
 
 
-def _lora_line(summary: RunSummary) -> str:
-    s = summary.settings
-    return f"frozen, LoRA rank {s.rank}, alpha {s.alpha:g} on {', '.join(s.target_modules)}"
-
-
 def _counts(summary: RunSummary, task: str) -> str:
     counts = ", ".join(f"{split} {n:,}" for split, n in summary.examples[task].items())
     cut = summary.truncated[task]
-    note = f"; {cut} sentences cut to {summary.settings.max_length} tokens" if cut else ""
+    note = f"; {cut} sentences cut to {summary.settings.model.max_length} tokens" if cut else ""
     left_out = summary.unlabelled[task]
     note += f"; {left_out} without a label left out" if left_out else ""
     extra = (
         " (with the demo grammar's pairs)"
-        if summary.settings.synthetic_sts and task == "sts"
+        if summary.settings.data.synthetic_sts and task == "sts"
         else ""
     )
-    source = MADE_UP if summary.settings.source == "demo" else summary.settings.source
+    source = MADE_UP if summary.settings.data.source == "demo" else summary.settings.data.source
     return f"{source}: {counts}{extra}{note}"
 
 

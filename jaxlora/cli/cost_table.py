@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxlora import lora
 from jaxlora.formats import huggingface
 from jaxlora.nn.bert import EncoderConfig, param_shapes
 from jaxlora.training import cost, sharding
-from jaxlora.training.cost import Estimate, Work
+from jaxlora.training.cost import Estimate
 from jaxlora.utils.errors import UserError
 
 HEAD = (
@@ -89,20 +88,12 @@ def lines(
             for size in sizes:
                 works = cost.for_variant(variant, config, **asked, **size)  # type: ignore[arg-type]
                 for group, work in works.items():
-                    _check_rank(base, work)
+                    work.adaptation.check(param_shapes(work.config))
                     found = cost.estimate(work)
                     time = () if rates is None else (f"{found.seconds(*rates):.3f}",)
                     name = variant if len(works) == 1 else f"{variant} {group}"
                     table.append((*cells(base, name, found), *time))
     return table
-
-
-def _check_rank(base: str, work: Work) -> None:
-    if work.adapt == "lora":
-        try:
-            lora.targets(param_shapes(work.config), work.adapter)
-        except ValueError as error:
-            raise UserError(f"--rank: {error}; choose another for --base {base}") from error
 
 
 def check_rates(flops: float | None, link: float | None) -> tuple[float, float] | None:

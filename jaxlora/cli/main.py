@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 
 from jaxlora.cli import cost_table
+from jaxlora.cli.flags import exit_code
 from jaxlora.data.quoting import Quoting
 from jaxlora.data.task_files import check_name
 from jaxlora.formats import huggingface
@@ -30,7 +31,6 @@ from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.serving.predictor import Predictor
 from jaxlora.serving.task_models import TaskModels, combine_tasks
-from jaxlora.training.config import Flags
 from jaxlora.utils import cache, files, process, trees
 from jaxlora.utils.errors import UserError
 
@@ -44,15 +44,11 @@ def say(text: str) -> None:
     CONSOLE.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
-def train(flags: Annotated[Flags, tyro.conf.arg(name="")]) -> None:
-    """Train one of the paper's variants, on its tasks or your own, and show dev scores.
-
-    Flags that are left out take the preset's value (shown by the first lines of a run).
-    """
-    # Only this command needs what the extra "train" brings.
+def train(words: Sequence[str]) -> None:
+    """Train; only this command needs what the extra "train" brings."""
     from jaxlora.cli import train as training
 
-    training.train(flags)
+    training.train(words)
 
 
 def bank_add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
@@ -412,7 +408,6 @@ GROUPS = {
     "import": Commands("Take over a task from other programs.", {"peft": import_peft}),
 }
 ALONE: dict[str, Callable[..., None]] = {
-    "train": train,
     "predict": predict,
     "combine": combine,
     "cost": cost,
@@ -426,7 +421,9 @@ def run(args: Sequence[str]) -> None:
       UserError: for bad input.
     """
     word, *rest = args or ("--help",)
-    if word in GROUPS:
+    if word == "train":
+        train(rest)
+    elif word in GROUPS:
         group = GROUPS[word]
         tyro.extras.subcommand_cli_from_dict(
             group.by_name, prog=f"jaxlora {word}", description=group.about, args=rest
@@ -434,7 +431,11 @@ def run(args: Sequence[str]) -> None:
     elif word in ALONE:
         tyro.cli(ALONE[word], prog=f"jaxlora {word}", args=rest)
     else:
-        known = [*(f"{g} {c}" for g, found in GROUPS.items() for c in found.by_name), *ALONE]
+        known = [
+            *(f"{g} {c}" for g, found in GROUPS.items() for c in found.by_name),
+            "train",
+            *ALONE,
+        ]
         lines = "\n".join(f"  jaxlora {name}" for name in known)
         usage = f"{__doc__}\n\n{lines}\n\nEach takes --help."
         if word not in ("-h", "--help"):
@@ -444,4 +445,4 @@ def run(args: Sequence[str]) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code (2: bad input, 130: interrupted)."""
-    return process.exit_code(lambda: run(sys.argv[1:] if args is None else args))
+    return exit_code(lambda: run(sys.argv[1:] if args is None else args))

@@ -2,46 +2,123 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 
-from jaxlora.cli import console as report
 from jaxlora.cli import curves
-from jaxlora.training import config, run_folder
-from jaxlora.training import run as training
+from jaxlora.cli.console import ConsoleCallback, notes, result_table, say
+from jaxlora.cli.flags import with_flags
+from jaxlora.lora import LoraConfig
+from jaxlora.tasks.sharing import variant
+from jaxlora.training import metrics_log
+from jaxlora.training.config import PresetName, Settings, VariantName, flat_names
+from jaxlora.training.presets import PRESETS, Preset, make_settings
+from jaxlora.training.run import RunOptions, run
 from jaxlora.utils import cache, distributed, files, process
 
 
-def train(flags: config.Flags) -> None:
+@dataclasses.dataclass(frozen=True)
+class LoraFlags(LoraConfig):
+    """The adapters' flags; that of their dropout is not `--dropout`, which heads have, too."""
+
+    dropout: Annotated[float, tyro.conf.arg(name="lora-dropout")] = 0.0
+
+    def __post_init__(self) -> None:
+        """Check nothing: `make_settings` does, and its errors name the flag."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(Preset):
+    """Train one of the paper's variants, on its tasks or your own, and show dev scores.
+
+    The defaults below are the preset's, and the variant's if they are given, too.
+
+    Attributes:
+      variant: baseline1 (frozen BERT), baseline2–4 (full fine-tuning), lora1–4 (adapters); who
+        shares what, and the STS loss, stand in the README's table.
+      preset: demo: MiniLM and built-in made-up data; cs224n: settings that train well on real data
+        (needs --data-dir); paper: bert-base-uncased and the paper's settings, as far as it states
+        them (docs/paper.md lists what is guessed).
+      out: folder of the run; default: runs/<variant>.
+      coordinator: host:port of the first of many processes, where no launcher says it.
+      processes: how many there are.
+      process: which one this is, from 0; default: a pod's number in an Indexed Job, or 0.
+    """
+
+    variant: VariantName
+    preset: PresetName = "demo"
+    lora: LoraFlags = LoraFlags()
+    options: RunOptions = RunOptions()
+    out: Path | None = None
+    coordinator: str | None = None
+    processes: int = 1
+    process: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return files.local(self.out or Path("runs") / self.variant)
+
+
+@dataclasses.dataclass(frozen=True)
+class _First:
+    """What decides about the defaults of the other flags."""
+
+    variant: VariantName = "lora3"
+    preset: PresetName = "demo"
+
+
+def parse(words: Sequence[str], prog: str = "jaxlora train") -> Flags:
+    """Parse flags, with the preset's values as defaults."""
+    first, _ = tyro.cli(_First, args=words, prog=prog, return_unknown_args=True, add_help=False)
+    start = PRESETS[first.preset](variant(first.variant))
+    sections = {field.name: getattr(start, field.name) for field in dataclasses.fields(Preset)}
+    sections["lora"] = LoraFlags(**vars(start.lora))
+    default = Flags(variant=tyro.MISSING, preset=first.preset, **sections)
+    return tyro.cli(
+        Flags, args=words, prog=prog, default=default, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def to_settings(flags: Flags, words: Sequence[str]) -> Settings:
+    """Return the settings that flags ask for.
+
+    Args:
+      flags: what `parse` found in `words`.
+      words: say which flags are given; the others are defaults.
+
+    Raises:
+      ConfigError: see `make_settings`.
+    """
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--"}
+    places = {name: place for name, place in flat_names(Preset).items() if name in given}
+    asked = {name: getattr(getattr(flags, s), field) for name, (s, field) in places.items()}
+    return make_settings(flags.variant, flags.preset, **asked)
+
+
+def train(words: Sequence[str]) -> None:
     """Join the other processes, if there are any, and run what the flags ask for."""
+    flags = parse(words)
     distributed.join(flags.coordinator, flags.processes, flags.process)
-    with distributed.together():
-        _train(flags)
+    with distributed.together(with_flags):
+        _train(flags, words)
 
 
-def _train(flags: config.Flags) -> None:
+def _train(flags: Flags, words: Sequence[str]) -> None:
     process.reuse_memory()
     process.keep_programs(cache.cache_dir() / "xla")
-    console = Console(quiet=not distributed.is_primary())
-    callback = report.ConsoleCallback(console)
-    out = files.local(flags.out or Path("runs") / flags.variant)
-    settings = config.resolve(flags)
+    console, out = Console(quiet=not distributed.is_primary()), flags.folder
+    callback, settings = ConsoleCallback(console), to_settings(flags, words)
     with callback.live():
-        result = training.run(
-            settings,
-            out,
-            callback,
-            resume=flags.resume,
-            predict_test=flags.predict_test,
-            mesh=flags.mesh,
-            skip_nonfinite=flags.skip_nonfinite,
-            base_sha256=flags.base_sha256,
-            strict=flags.strict,
-        )
+        result = run(settings, out, callback, flags.options)
     if distributed.is_primary():
-        curves.draw(run_folder.read_records(out), out / "curves.png", settings.title)
-    console.print(report.result_table(result))
-    for line in report.notes(result):
+        curves.draw(metrics_log.read_records(out), out / "curves.png", settings.title)
+    console.print(result_table(result))
+    for line in notes(result):
         console.print(f"  {line}")
-    report.say(console, f"Everything is in {out}; use it with jaxlora.load({str(out)!r}).")
+    say(console, f"Everything is in {out}; use it with jaxlora.load({str(out)!r}).")

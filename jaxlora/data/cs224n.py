@@ -9,7 +9,7 @@ from jaxlora.data import tables
 from jaxlora.data.raw_examples import TextExample
 from jaxlora.data.tables import Columns, Sheet
 from jaxlora.tasks.task import Task
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +35,21 @@ def files(task: Task, folder: Path | None) -> dict[str, Path]:
       UserError: if no folder is given, or the folder or a file is missing.
     """
     if folder is None:
-        raise UserError(
-            "--data-dir is missing: the source 'cs224n' reads its files from a folder. "
-            "Pass --data-dir, or use the source 'demo', which needs no files."
+        raise ConfigError(
+            "data_dir",
+            "missing; the source 'cs224n' reads its files from a folder. Name it, or use "
+            "the source 'demo', which needs no files.",
         )
     if not folder.is_dir():
-        raise UserError(f"--data-dir: {folder} is not a folder; check the path.")
+        raise ConfigError("data_dir", f"{folder} is not a folder; check the path.")
     stem = LAYOUTS[task.name].stem
     paths = {split: folder / f"{stem}-{suffix}.csv" for split, suffix in SUFFIXES.items()}
     missing = [path.name for path in paths.values() if not path.is_file()]
     if missing:
-        raise UserError(
-            f"--data-dir: {folder} has no {', '.join(missing)} (needed for {task.title}); "
-            "put the file there or point --data-dir at the folder that has it."
+        raise ConfigError(
+            "data_dir",
+            f"{folder} has no {', '.join(missing)} (needed for {task.title}); put the file there, "
+            "or name the folder that has it.",
         )
     return paths
 

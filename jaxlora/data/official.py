@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from jaxlora.data.raw_examples import UNLABELLED, TextExample, parse_label
 from jaxlora.tasks.task import Task
 from jaxlora.utils import files
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -140,9 +140,11 @@ def fetch(manager: tfds.download.DownloadManager, url: str) -> Path:
         _check_reachable(url)
         archive = Path(manager.download(url))
     except (OSError, DownloadError) as error:
-        raise UserError(
-            f"--source official: cannot download {url} ({error}). Check the network, or use "
-            "--data-dir with the CS224N files, or the source 'demo', which needs neither."
+        raise ConfigError(
+            "source",
+            f"cannot download {url} ({error}). Check the network, or use `data_dir` with the "
+            "CS224N files, or the source 'demo', which needs neither.",
+            "official",
         ) from error
     return unzip(archive)
 
@@ -170,9 +172,10 @@ def unzip(archive: Path) -> Path:
     except _UNREADABLE as error:
         if target.is_dir():  # another process was faster
             return target
-        raise UserError(
-            f"--source official: {archive} is damaged or cannot be unpacked ({error}); "
-            "delete it and run again."
+        raise ConfigError(
+            "source",
+            f"{archive} is damaged or cannot be unpacked ({error}); delete it and run again.",
+            "official",
         ) from error
     return target
 

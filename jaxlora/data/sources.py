@@ -14,7 +14,7 @@ from jaxlora.data import cs224n, demo, official, tables
 from jaxlora.data.raw_examples import TextExample
 from jaxlora.data.tables import Table
 from jaxlora.tasks.task import Task
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -88,7 +88,7 @@ def fingerprint(task: Task, source: str, location: Location) -> str:
       UserError: if the source is unknown, or files are missing.
     """
     if source not in SOURCES:
-        raise UserError(f"--source: no source {source!r}; choose from {', '.join(SOURCES)}.")
+        raise ConfigError("source", f"unknown; choose from {', '.join(SOURCES)}.", source)
     content = SOURCES[source].content(task, location)
     return f"{source}-{hashlib.sha256(READERS.encode() + content).hexdigest()[:16]}"
 

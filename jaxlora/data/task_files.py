@@ -33,7 +33,7 @@ from jaxlora.data.quoting import QUOTINGS
 from jaxlora.data.tables import Columns, Table
 from jaxlora.tasks.task import MADE_UP_TITLES, STS_LOSSES, Task, paper_tasks
 from jaxlora.utils import schema
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError, UserError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # Settings of a group that its tasks may bring along, with their smallest value.
@@ -104,9 +104,9 @@ def read_tasks(given: Sequence[str]) -> tuple[TaskSpec, ...]:
             if match and name in tables:
                 tables[name] |= fields
             elif name in tables:
-                raise UserError(f"--tasks {item}: [{name}] is in {origin[name]}, too")
+                raise ConfigError("tasks", f"[{name}] is in {origin[name]}, too", item)
             else:
-                tables[name], origin[name] = fields, "--tasks" if match else item
+                tables[name], origin[name] = fields, "`tasks`" if match else item
     return tuple(_describe(origin[name], name, fields) for name, fields in tables.items())
 
 
@@ -114,11 +114,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"--tasks {path}: cannot be read ({error.strerror})") from None
+        raise ConfigError("tasks", f"cannot be read ({error.strerror})", path) from None
     except (ValueError, RecursionError) as error:  # also UTF-8, long numbers, deep nesting
-        raise UserError(f"--tasks {path}: not a TOML file ({error})") from None
+        raise ConfigError("tasks", f"not a TOML file ({error})", path) from None
     if not content:
-        raise UserError(f"--tasks {path}: describes no task; add a table such as [topic]")
+        raise ConfigError("tasks", "describes no task; add a table such as [topic]", path)
     for name, fields in content.items():
         if not isinstance(fields, dict):
             raise UserError(

@@ -27,7 +27,7 @@ from jaxlora.formats.families import FAMILIES, Family, tensor_names
 from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.nn.bert import EncoderConfig, param_shapes
 from jaxlora.utils import schema
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError, UserError
 from jaxlora.utils.extras import explained
 from jaxlora.utils.files import read_object
 
@@ -100,7 +100,7 @@ _OF_GENERATION = (
 HARMLESS = {*_OF_HEADS, *_OF_USE, *_OF_GENERATION}
 
 
-class MissingBaseError(UserError):
+class MissingBaseError(ConfigError):
     """There is no such folder, or the hub has no such model."""
 
 
@@ -143,15 +143,17 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
         does not fit.
     """
     if sha256 is not None and not _SHA256.fullmatch(sha256):
-        raise UserError(f"--base-sha256 {sha256}: a checksum has 64 hexadecimal digits")
+        raise ConfigError("base_sha256", "a checksum has 64 hexadecimal digits", sha256)
     folder = find(base)
     config = read_config(folder / "config.json")
     files = weight_files(folder)
     found = checksum(files)
     if sha256 not in (None, found):
-        raise UserError(
-            f"--base {base}: the weights in {folder} have sha256 {found}, not {sha256} as "
-            "--base-sha256 says; they are not used"
+        raise ConfigError(
+            "base",
+            f"the weights in {folder} have sha256 {found}, not {sha256} as `base_sha256` says; "
+            "they are not used",
+            base,
         )
     if base == MINILM and found != MINILM_SHA256:
         raise UserError(
@@ -203,9 +205,11 @@ def find(base: str) -> Path:
         return folder
     name, revision = split_revision(base)
     if name.startswith(_PATH) or name.count("/") > 1:
-        raise MissingBaseError(f"--base {base}: no such folder")
+        raise MissingBaseError("base", "no such folder", base)
     if revision is not None and not _REVISION.fullmatch(revision):
-        raise UserError(f"--base {base}: {revision!r} is no revision; give a commit, tag or branch")
+        raise ConfigError(
+            "base", f"{revision!r} is no revision; give a commit, tag or branch", base
+        )
     return _download(name, revision)
 
 
@@ -239,7 +243,7 @@ def absolute(base: str) -> str:
 def _packaged_minilm() -> Path:
     spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the package without running it
     if spec is None or not spec.submodule_search_locations:
-        raise MissingBaseError(f"--base minilm: the weights are not installed; run: {MINILM_PIP}")
+        raise MissingBaseError("base", f"the weights are not installed; run: {MINILM_PIP}", MINILM)
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
@@ -259,9 +263,10 @@ def _download(base: str, revision: str | None) -> Path:
     ) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MissingBaseError(
-            f"--base {base}{'@' * bool(revision)}{revision or ''}: not a local folder, and the hub "
-            f"gave no such model ({reason}); "
-            "give a folder with config.json and model.safetensors, or --base minilm"
+            "base",
+            f"not a local folder, and the hub gave no such model ({reason}); give a folder with "
+            "config.json and model.safetensors, or `base='minilm'`",
+            f"{base}{'@' * bool(revision)}{revision or ''}",
         ) from error
 
 
@@ -273,7 +278,7 @@ def read_config(path: Path) -> EncoderConfig:
         that is not known.
     """
     if not path.is_file():
-        raise UserError(f"{path}: missing; --base needs a Hugging Face folder with config.json")
+        raise UserError(f"{path}: missing; `base` needs a Hugging Face folder with config.json")
     raw = read_object(path)
     kind = raw.get("model_type", "bert")
     _require(path, "model_type", kind, FAMILIES)
@@ -365,7 +370,7 @@ def weight_files(folder: Path) -> list[Path]:
             "; pytorch_model.bin is a pickle, which can run code, and is not opened: convert it "
             "with transformers' save_pretrained(..., safe_serialization=True)"
         )
-    raise UserError(f"{folder}: no model.safetensors{hint or '; --base needs the weights'}")
+    raise UserError(f"{folder}: no model.safetensors{hint or '; `base` needs the weights'}")
 
 
 def _shards(index: Path) -> list[str]:

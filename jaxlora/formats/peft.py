@@ -336,7 +336,7 @@ def find(place: Path, name: str | None = None) -> Path:
     if name in there:
         return there[name]
     wrong = "holds several adapters" if name is None else f"holds no adapter {name!r}"
-    raise UserError(f"{folder}: {wrong}; choose with --adapter from {_some(there) or 'none'}")
+    raise UserError(f"{folder}: {wrong}; choose with `adapter` from {_some(there) or 'none'}")
 
 
 class Written(NamedTuple):
@@ -405,7 +405,7 @@ _NO_MATTER = {
 }  # fmt: skip
 _MERGE = (
     "merge it with PEFT (merge_and_unload, then save_pretrained, with the base's tokenizer "
-    "saved beside it) and use that folder as --base"
+    "saved beside it) and use that folder as `base`"
 )
 # Kinds of adapters that are no change of weights, so that there is nothing to merge.
 _PROMPTS = (

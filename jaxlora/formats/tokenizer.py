@@ -86,7 +86,7 @@ def _import_transformers() -> Any:
 def _check_files(folder: Path) -> None:
     """Refuse files that are no JSON, or that name what must not be loaded."""
     if not any(path.is_file() for name in _VOCABULARIES for path in folder.glob(name)):
-        raise UserError(f"{folder}: no tokenizer.json or vocab.txt; --base needs a tokenizer")
+        raise UserError(f"{folder}: no tokenizer.json or vocab.txt; `base` needs a tokenizer")
     for name in _JSON:
         if (folder / name).is_file():
             read_object(folder / name)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora.utils import trees
+from jaxlora.utils.errors import ConfigError
 from jaxlora.utils.trees import Tree
 
 __all__ = [
@@ -51,7 +52,7 @@ class LoraConfig:
       dropout: dropout rate of the adapter's input during training.
 
     Raises:
-      ValueError: if a rank is below 1, an alpha is not positive and finite, the dropout rate is
+      ConfigError: if a rank is below 1, an alpha is not positive and finite, the dropout rate is
         outside [0, 1), or `target_modules` is a single string.
 
     >>> config = LoraConfig(4, 8.0, rank_pattern=(("query", 16),), rslora=True)
@@ -71,7 +72,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str):
-            raise ValueError(f"target_modules must be a tuple of names: ({self.target_modules!r},)")
+            raise ConfigError(
+                "target_modules", f"must be a tuple of names: ({self.target_modules!r},)"
+            )
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for field in ("rank_pattern", "alpha_pattern"):
             given = getattr(self, field)
@@ -82,14 +85,14 @@ class LoraConfig:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        for name, rank in (("", self.rank), *self.rank_pattern):
+        for field, name, rank in _each("rank", self.rank, self.rank_pattern):
             if rank < 1:
-                raise ValueError(f"rank must be at least 1, got {rank}{_for(name)}")
-        for name, alpha in (("", self.alpha), *self.alpha_pattern):
+                raise ConfigError(field, "must be at least 1", f"{name}{rank}")
+        for field, name, alpha in _each("alpha", self.alpha, self.alpha_pattern):
             if not 0 < alpha < math.inf:
-                raise ValueError(f"alpha must be a number above 0, got {alpha}{_for(name)}")
+                raise ConfigError(field, "must be a number above 0", f"{name}{alpha}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
+            raise ConfigError("dropout", "must be from 0 to below 1", self.dropout)
 
     def rank_of(self, path: Path) -> int:
         """Return the rank of the adapter of the module at `path`."""
@@ -105,8 +108,12 @@ class LoraConfig:
         return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
 
 
-def _for(name: str) -> str:
-    return f" for {name!r}" if name else ""
+def _each(
+    field: str, value: float, pattern: tuple[tuple[str, float], ...]
+) -> Iterator[tuple[str, str, float]]:
+    """Yield a field's value and those of its pattern: the field, the module, the value."""
+    yield field, "", value
+    yield from ((f"{field}_pattern", f"{name} ", one) for name, one in pattern)
 
 
 Adapter = tuple[Tree, LoraConfig]
@@ -154,8 +161,9 @@ def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:
       config: what to adapt.
 
     Raises:
-      ValueError: if a target matches no layer (the message lists the layers), a pattern matches no
-        target, a kernel is not `[..., in, out]`, or a rank exceeds `min(in, out)` of its kernel.
+      ConfigError: if a target matches no layer (the message lists the layers), a pattern matches no
+        target, or a rank exceeds `min(in, out)` of its kernel.
+      ValueError: if a kernel is not `[..., in, out]`.
 
     >>> params = {"self": {"query": {"kernel": jnp.zeros((4, 4))}}}
     >>> list(targets(params, LoraConfig(rank=2, target_modules=("query",))))
@@ -168,12 +176,13 @@ def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:
     for target in config.target_modules:
         hits = {p: k for p, k in kernels.items() if matches(target, p)}
         if not hits:
-            raise ValueError(_unknown_target(target, kernels))
+            raise ConfigError("target_modules", _unknown_target(target, kernels))
         chosen |= hits
-    for name, _ in config.rank_pattern + config.alpha_pattern:
-        if not any(matches(name, path) for path in chosen):
-            known = ", ".join(sorted(".".join(path) for path in chosen))
-            raise ValueError(f"the pattern {name!r} matches no adapted module; they are {known}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for name, _ in getattr(config, field):
+            if not any(matches(name, path) for path in chosen):
+                known = ", ".join(sorted(".".join(path) for path in chosen))
+                raise ConfigError(field, f"{name!r} matches no adapted module; they are {known}")
     for path, kernel in chosen.items():
         _check_rank(config.rank_of(path), path, kernel)
     return chosen
@@ -183,7 +192,7 @@ def _unknown_target(target: str, kernels: dict[Path, jax.Array]) -> str:
     known = sorted(".".join(path) for path in kernels)
     close = difflib.get_close_matches(target, {k.rsplit(".", 1)[-1] for k in known}, 1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"unknown target module {target!r}{hint}; the Dense layers are {', '.join(known)}"
+    return f"unknown module {target!r}{hint}; the Dense layers are {', '.join(known)}"
 
 
 def _check_rank(rank: int, path: Path, kernel: jax.Array) -> None:
@@ -193,9 +202,9 @@ def _check_rank(rank: int, path: Path, kernel: jax.Array) -> None:
         )
     limit = min(kernel.shape[-2:])
     if rank > limit:
-        raise ValueError(
-            f"rank must be between 1 and {limit} for {'.'.join(path)} "
-            f"(kernel {kernel.shape[-2]} × {kernel.shape[-1]}), got {rank}"
+        shape = f"{kernel.shape[-2]} × {kernel.shape[-1]}"
+        raise ConfigError(
+            "rank", f"must be from 1 to {limit} for {'.'.join(path)} (kernel {shape})", rank
         )
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxlora.lora.adapter import Adapter, Path, describe
 from jaxlora.utils import trees
+from jaxlora.utils.errors import ConfigError
 from jaxlora.utils.trees import Tree
 
 
@@ -70,7 +71,7 @@ def truncate(adapter: Adapter, rank: int) -> Adapter:
     [[3.0, 0.0], [0.0, 0.0]]
     """
     if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+        raise ConfigError("rank", "must be at least 1", rank)
     tree, config = adapter
     flat, factors = trees.flatten(tree), {}
     for path in sorted({path[:-1] for path in flat}):

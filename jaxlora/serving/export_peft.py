@@ -117,7 +117,7 @@ def load(
         _refuse_classes(folder, classes)
         return _load_ours(folder, name, base)
     if like is None:
-        raise UserError(f"{folder}: has no {ABOUT} to say its base; name one with --base")
+        raise UserError(f"{folder}: has no {ABOUT} to say its base; name one with `base`")
     like = like.at(base)
     there = like.load_base()
     written = peft.read_config(folder)
@@ -165,7 +165,7 @@ def _one(
 
 def _refuse_classes(folder: Path, classes: Sequence[str]) -> None:
     if classes:
-        raise UserError(f"{folder}: --classes goes with a classifier that others trained")
+        raise UserError(f"{folder}: `classes` goes with a classifier that others trained")
 
 
 def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: bool) -> TaskModel:
@@ -175,7 +175,7 @@ def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: b
         raise UserError(
             f"{folder / peft.CONFIG}: task_type {found.written.task_type!r}, with a trained "
             f"{', '.join(rest)}: only heads of task_type 'SEQ_CLS' can be imported; take the "
-            "encoder's adapter alone with --encoder-only"
+            "encoder's adapter alone with `encoder_only=True`"
         )
     task = Task(name, "similarity", pair=True, title=f"similarity, {folder.name}")
     return TaskModel(task, name, {}, "concat")
@@ -183,7 +183,7 @@ def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: b
 
 # ---- a classifier
 
-_ALONE = "take the encoder's adapter alone with --encoder-only"
+_ALONE = "take the encoder's adapter alone with `encoder_only=True`"
 
 
 def _classifier(
@@ -210,7 +210,7 @@ def _classifier(
     try:
         task = _classifier_task(folder, name, head["out"]["bias"].size, of_base, classes)
     except ValueError as error:
-        raise UserError(f"{folder}: {error}; name them with --classes") from error
+        raise UserError(f"{folder}: {error}; name them with `classes`") from error
     return TaskModel(task, name, head, "concat")
 
 
@@ -308,7 +308,7 @@ def _check_base(path: Path, written: peft.Written, base: Pretrained) -> None:
     if name is None:
         raise UserError(
             f"{path}: base_model_name_or_path is empty, so nothing says that the adapter was "
-            f"trained on {base.name}; if it was, use --any-base"
+            f"trained on {base.name}; if it was, use `any_base=True`"
         )
     revision = written.revision or _revision(name)
     there = _revision(base.name) or "main"  # the hub's default
@@ -317,7 +317,7 @@ def _check_base(path: Path, written: peft.Written, base: Pretrained) -> None:
         at = f"@{revision}" if revision else ""
         raise UserError(
             f"{path}: the adapter was trained on {name}{at}, the base here is {base.name}; import "
-            f"it into a bank whose --base is that, or, if both are the same, use --any-base"
+            f"it into a bank whose base is that, or, if both are the same, use `any_base=True`"
         )
 
 

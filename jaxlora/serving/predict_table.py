@@ -18,7 +18,7 @@ from jaxlora.data.raw_examples import is_blank
 from jaxlora.data.tokenized import Blank, list_blank
 from jaxlora.serving.predictor import Answer, Predictor
 from jaxlora.utils import files
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError, UserError
 
 PART = 4096  # requests at a time
 FIRST, SECOND = ("sentence1", "sentence", "text"), "sentence2"
@@ -97,13 +97,13 @@ def predict_file(
 def _check_target(source: Path, target: Path) -> None:
     """Refuse before anything is answered what could not be written at the end."""
     if target.exists() and source.exists() and target.samefile(source):
-        raise UserError(f"--output {target}: is the --input; name another file")
+        raise ConfigError("output", "is the `input`; name another file", target)
     if target.is_dir():
-        raise UserError(f"--output {target}: is a folder; name a file")
+        raise ConfigError("output", "is a folder; name a file", target)
     if target.exists() and not target.is_file():
-        raise UserError(f"--output {target}: is a device or a pipe; name a file")
+        raise ConfigError("output", "is a device or a pipe; name a file", target)
     if not target.absolute().parent.is_dir():
-        raise UserError(f"--output {target}: there is no folder {target.parent}; make it first")
+        raise ConfigError("output", f"there is no folder {target.parent}; make it first", target)
 
 
 @contextlib.contextmanager
@@ -154,8 +154,8 @@ class Requests:
                 blank.append(Blank(len(blank), request.line, request.id))
         if blank and strict:
             raise UserError(
-                f"{self.sheet.path}: {list_blank(blank)}; fill them in, or go without --strict, "
-                "which leaves their answers empty"
+                f"{self.sheet.path}: {list_blank(blank)}; fill them in, or go without "
+                "`strict=True`, which leaves their answers empty"
             )
         if blank:
             note(f"{list_blank(blank)} not answered")
@@ -197,7 +197,7 @@ class Requests:
             row = {"id": str(number), **dict(zip(header, fields, strict=True))}
             named = row.get("task", "")
             if self.task and named not in ("", self.task):
-                raise UserError(f"{where}: is for {named!r}; leave out --task={self.task}")
+                raise UserError(f"{where}: is for {named!r}; leave out `task={self.task}`")
             try:
                 yield self._request(line, row, self.task or named, first)
             except UserError as error:

@@ -96,8 +96,7 @@ class TaskModels:
             base = huggingface.load(self.base)
         except huggingface.MissingBaseError as error:
             raise UserError(
-                f"{error}; {self.origin} needs it: if it has moved, say where with --base "
-                "(in Python: base=)"
+                f"{error}; {self.origin} needs it: if it has moved, say where with `base`"
             ) from error
         self._check_same(base)
         limit = base.config.max_length
@@ -118,7 +117,7 @@ class TaskModels:
             raise UserError(
                 f"{self.base}: not the {' and '.join(other)} that {self.origin} was trained on "
                 f"(sha256 of the {part}: {found}… instead of {wanted}…); point to the right one "
-                "with --base (in Python: base=)"
+                "with `base`"
             )
         self.fingerprint.note_if_partial(self.origin)
 

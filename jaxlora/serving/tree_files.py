@@ -62,7 +62,7 @@ def save(folder: Path, tree: Tree) -> None:
 
     Host arrays are written, so that what one kind of device trained can be read on any other. What
     `folder` held makes room in the last moment: a process that is killed then leaves no tree, and
-    must write it again (a run does with --resume, a bank with the next change).
+    must write it again (a resumed run does, a bank with the next change).
 
     Raises:
       UserError: if what is read is not what was written; then `folder` is as it was.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jaxlora.tasks.task import NAMES
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError
 
 Adapt = Literal["frozen", "lora", "full"]
 Groups = tuple[tuple[str, ...], ...]
@@ -102,7 +102,7 @@ def variant(name: str) -> Variant:
     if name not in VARIANTS:
         close = difflib.get_close_matches(name, VARIANTS, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"--variant {name}: unknown (known: {', '.join(VARIANTS)}){hint}")
+        raise ConfigError("variant", f"unknown (known: {', '.join(VARIANTS)}){hint}", name)
     return VARIANTS[name]
 
 
@@ -128,19 +128,19 @@ def parse_groups(text: str, names: tuple[str, ...] = NAMES) -> Groups:
         tuple(name.strip() for name in part.split(",") if name.strip()) for part in text.split("|")
     )
     seen = [name for group in groups for name in group]
-    example = f'for example --groups "{names[0]}|{",".join(names[1:])}"'
+    example = f"for example '{names[0]}|{','.join(names[1:])}'"
     for name in seen:
         if name not in names:
-            raise UserError(
-                f"--groups {text}: unknown task {name!r} ({', '.join(names)}; {example})"
+            raise ConfigError(
+                "groups", f"unknown task {name!r} ({', '.join(names)}; {example})", text
             )
         if seen.count(name) > 1:
-            raise UserError(f"--groups {text}: task {name!r} is in two groups ({example})")
+            raise ConfigError("groups", f"task {name!r} is in two groups ({example})", text)
     missing = [name for name in names if name not in seen]
     if missing:
-        raise UserError(f"--groups {text}: every task needs a group; add {', '.join(missing)}")
+        raise ConfigError("groups", f"every task needs a group; add {', '.join(missing)}", text)
     if not all(groups):
-        raise UserError(f"--groups {text}: has an empty group ({example})")
+        raise ConfigError("groups", f"has an empty group ({example})", text)
     return groups
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxlora.serving.tree_files import PLAIN, brief, plain_path
@@ -88,7 +89,7 @@ class GroupCheckpoints:
         except Exception as error:  # whatever a full disk makes Orbax and TensorStore raise
             raise UserError(
                 f"{self._folder / str(step)}: the checkpoint cannot be written ({brief(error)}); "
-                "make room, then go on with --resume"
+                "make room, then go on with `resume=True`"
             ) from error
 
     def _complete(self, step: int, tree: Tree) -> None:
@@ -190,7 +191,7 @@ def remove_states(folder: Path) -> None:
 
 
 def _is_key(x: Any) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:

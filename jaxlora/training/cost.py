@@ -1,6 +1,6 @@
 """What a step will cost: FLOPs, bytes and traffic from shapes alone; nothing is allocated.
 
-Counted is what `step.train_step` does. Matmuls: 2 a kernel's number and token forward; as much
+Counted is what `step.TrainStep` does. Matmuls: 2 a kernel's number and token forward; as much
 again for each of the two gradients, less what nobody needs (frozen kernels have no gradient of
 their own). Memory: what the compiled step holds at its fullest moment, which is the end of the
 forward pass (all that the backward pass reads) or the update (all gradients and the new state);
@@ -29,8 +29,9 @@ from jaxlora.nn.bert import BertConfig, EncoderConfig
 from jaxlora.tasks.sharing import Adapt, group_name, variant
 from jaxlora.tasks.task import Task, paper_tasks
 from jaxlora.training import sharding
+from jaxlora.training.adaptation import Adaptation, make_adaptation
 from jaxlora.utils import trees
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError
 from jaxlora.utils.trees import Tree
 
 SIZES = {
@@ -92,6 +93,11 @@ class Work:
     fsdp: int = 1
 
     @property
+    def adaptation(self) -> Adaptation:
+        """How the encoder is adapted."""
+        return make_adaptation(self.adapt, self.adapter)
+
+    @property
     def devices(self) -> int:
         """Of the mesh."""
         return self.data * self.fsdp
@@ -99,8 +105,7 @@ class Work:
     @property
     def tokens(self) -> int:
         """Tokens of a step on all devices, padding included."""
-        packs = {"frozen": 0, "lora": 1, "full": len(self.tasks)}[self.adapt]
-        return packs * self.rows * self.row_length
+        return self.adaptation.row_sets(len(self.tasks)) * self.rows * self.row_length
 
     @property
     def width(self) -> int:
@@ -243,7 +248,7 @@ def for_variant(
       rest: other fields of `Work`.
 
     Raises:
-      UserError: for an unknown variant, and for lengths that cannot be, naming their flags.
+      UserError: for an unknown variant, and for lengths that cannot be, naming them.
 
     >>> [(n, w.rows) for n, w in for_variant("lora1", SIZES["minilm"], 16).items()]
     [('sst', 6), ('para', 12), ('sts', 12)]
@@ -267,17 +272,18 @@ def for_variant(
 def _check_lengths(
     config: EncoderConfig, batch_size: int, sentence_length: float, row_length: int
 ) -> None:
-    numbers = {"batch-size": batch_size, "sentence-length": sentence_length}
-    for name, number in {**numbers, "row-length": row_length}.items():
+    numbers = {"batch_size": batch_size, "sentence_length": sentence_length}
+    for name, number in {**numbers, "row_length": row_length}.items():
         if not 0 < number < math.inf:
-            raise UserError(f"--{name} {number}: must be above 0")
+            raise ConfigError(name, "must be above 0", number)
     limit = config.max_length
     if row_length > limit:
-        raise UserError(f"--row-length {row_length}: the base has {limit} positions")
+        raise ConfigError("row_length", f"the base has {limit} positions", row_length)
     if sentence_length > row_length:
-        raise UserError(
-            f"--sentence-length {sentence_length:g}: a sentence must fit into a row, which has "
-            f"--row-length {row_length}"
+        raise ConfigError(
+            "sentence_length",
+            f"a sentence must fit into a row, which has `row_length={row_length}`",
+            f"{sentence_length:g}",
         )
 
 
@@ -293,14 +299,12 @@ class _Trees(NamedTuple):
 def _trees(work: Work) -> _Trees:
     params = bert.param_shapes(work.config)
     key, hidden = jax.random.key(0), work.config.hidden_size
-    adapter: Tree = {}
-    if work.adapt == "lora":
-        adapter = jax.eval_shape(lambda: lora.init(key, params, work.adapter))
+    trained = jax.eval_shape(work.adaptation.init, key, params)
     heads = [
         jax.eval_shape(lambda t=task: t.init_head(key, hidden, work.pair_features))
         for task in work.tasks
     ]
-    return _Trees(params, adapter, params if work.adapt == "full" else adapter, heads)
+    return _Trees(params, trained.get("lora", {}), trained, heads)
 
 
 def _kernels(params: Tree) -> list[Any]:
@@ -354,7 +358,7 @@ def _memory(work: Work, found: _Trees) -> Memory:
 
 def _frozen(work: Work, found: _Trees) -> float:
     """Bytes of the parameters that no step changes; kernels are in the matmuls' dtype."""
-    if work.adapt == "full":
+    if not work.adaptation.keeps_base:
         return 0.0
     params = _laid_out(found.params)
     kernels = _part(_kernels(params), work.fsdp)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora import lora
 from jaxlora.data.batches import make_order
 from jaxlora.data.sources import Location, where
 from jaxlora.data.tokenized import SPLITS, Examples, list_blank, load_examples
@@ -21,7 +20,7 @@ from jaxlora.tasks.sharing import group_name
 from jaxlora.training import parameter_count
 from jaxlora.training.config import Settings
 from jaxlora.utils import cache
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError, UserError
 
 Data = dict[str, dict[str, Examples]]  # task → split → examples
 
@@ -63,37 +62,24 @@ def name_targets(settings: Settings) -> Settings:
     """
     if settings.adapt != "lora":
         return settings
-    found = families.localise(settings.lora, huggingface.config_of(settings.base))
+    found = families.localise(settings.lora, huggingface.config_of(settings.model.base))
     if found == settings.lora:
         return settings
-    return dataclasses.replace(
-        settings,
-        target_modules=found.target_modules,
-        rank_pattern=found.rank_pattern,
-        alpha_pattern=found.alpha_pattern,
-    )
+    return dataclasses.replace(settings, lora=found)
 
 
 def check_base(settings: Settings, base: Pretrained) -> None:
-    """Refuse flags that do not fit the base model.
+    """Refuse settings that do not fit the base model.
 
     Raises:
-      UserError: naming the flag.
+      ConfigError: naming the setting.
     """
     limit = base.config.max_length
-    if settings.max_length > limit:
-        raise UserError(
-            f"--max-length {settings.max_length}: {settings.base} allows {limit} at most"
+    if settings.model.max_length > limit:
+        raise ConfigError(
+            "max_length", f"{settings.model.base} allows {limit} at most", settings.model.max_length
         )
-    if settings.adapt == "lora":
-        try:
-            lora.targets(base.params, settings.lora)
-        except ValueError as error:
-            starts = {"rank": "--rank", "the pattern": "--rank-pattern, --alpha-pattern"}
-            name = next(
-                (f for s, f in starts.items() if str(error).startswith(s)), "--target-modules"
-            )
-            raise UserError(f"{name}: {error}") from error
+    settings.adaptation.check(base.params)
 
 
 def load_data(settings: Settings, base: Pretrained) -> Data:
@@ -106,11 +92,11 @@ def load_data(settings: Settings, base: Pretrained) -> Data:
     def load(name: str, source: str, place: Location) -> dict[str, Examples]:
         return load_examples(
             settings.named[name], source, place, base.tokenizer, base.fingerprint.tokenizer or "",
-            settings.max_length, cache.cache_dir(),
+            settings.model.max_length, cache.cache_dir(),
         )  # fmt: skip
 
-    data = {name: load(name, settings.source, settings.place(name)) for name in settings.named}
-    if settings.synthetic_sts:
+    data = {name: load(name, settings.data.source, settings.place(name)) for name in settings.named}
+    if settings.data.synthetic_sts:
         data["sts"]["train"] = data["sts"]["train"].join(load("sts", "demo", None)["train"])
     return data
 
@@ -125,9 +111,10 @@ def refuse_blank(settings: Settings, data: Data) -> None:
         for split in SPLITS:
             if blank := splits[split].blank:
                 task, place = settings.named[name], settings.place(name)
+                file = where(task, settings.data.source, place, split)
                 raise UserError(
-                    f"{where(task, settings.source, place, split)}: {list_blank(blank)}; fill them "
-                    "in, or go without --strict, which leaves them out"
+                    f"{file}: {list_blank(blank)}; fill them in, or go without `strict=True`, "
+                    "which leaves them out"
                 )
 
 
@@ -173,8 +160,8 @@ def versions() -> dict[str, str]:
 def count(settings: Settings, base: Pretrained) -> parameter_count.ParameterCount:
     """The run's numbers of parameters."""
     return parameter_count.count(
-        base.config, settings.adapt, settings.groups, settings.named.values(), settings.lora,
-        settings.pair_features,
+        base.config, settings.adaptation, settings.groups, settings.named.values(),
+        settings.model.pair_features,
     )  # fmt: skip
 
 
@@ -195,7 +182,7 @@ def summarize_run(
         notes={task: notes(splits) for task, splits in data.items()},
         storage=count(settings, base),
         steps=count_steps(settings, data),
-        device=f"{mesh.size} × {mesh.devices.flat[0].device_kind}, {settings.dtype} matmuls",
+        device=f"{mesh.size} × {mesh.devices.flat[0].device_kind}, {settings.model.dtype} matmuls",
     )
 
 
@@ -211,5 +198,8 @@ def count_steps(settings: Settings, data: Data) -> dict[str, int]:
 
 def make_steps(settings: Settings, train: Mapping[str, Examples]) -> int:
     """How many steps a group takes: epochs over its largest set, at most `max_steps`."""
-    per_epoch = -(-max(map(len, train.values())) // settings.batch_size)
-    return min(settings.epochs * per_epoch, settings.max_steps or settings.epochs * per_epoch)
+    per_epoch = -(-max(map(len, train.values())) // settings.loop.batch_size)
+    return min(
+        settings.loop.epochs * per_epoch,
+        settings.loop.max_steps or settings.loop.epochs * per_epoch,
+    )

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
+
 import jax
 import optax
 
 from jaxlora.pcgrad import pcgrad
+from jaxlora.training.config import OptimizerConfig, Schedule, Surgery
 from jaxlora.utils.trees import Tree
+
+Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
+
+# `(num_tasks, seed) →` what takes the task axis of the gradients away.
+SURGERY: Mapping[Surgery, Callable[[int, int], optax.GradientTransformation]] = {
+    "pcgrad": pcgrad,
+    "none": functools.partial(pcgrad, surgery=False),
+}
+
+
+def from_config(config: OptimizerConfig, num_tasks: int, steps: int, seed: int) -> Optimizers:
+    """Return the encoder's chain and the heads', see `optimizers`.
+
+    Args:
+      config: what the settings say.
+      num_tasks: T.
+      steps: of the whole run, for the learning rates.
+      seed: of PCGrad's orders.
+    """
+    rate = functools.partial(
+        schedule, steps=steps, warmup=config.warmup_steps, decay=config.schedule
+    )
+    return optimizers(
+        num_tasks,
+        rate(config.learning_rate),
+        rate(config.head_learning_rate),
+        clip=config.clip,
+        weight_decay=config.weight_decay,
+        seed=seed,
+        lora_plus_ratio=config.lora_plus_ratio,
+        surgery=config.surgery,
+    )
 
 
 def optimizers(
@@ -18,17 +54,16 @@ def optimizers(
     weight_decay: float = 0.0,
     seed: int = 0,
     lora_plus_ratio: float = 1.0,
-    surgery: bool = True,
-) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    surgery: Surgery = "pcgrad",
+) -> Optimizers:
     """Return the encoder's chain (PCGrad → clip → AdamW) and the heads' (AdamW).
 
     Clipping comes after projection, on the combined gradient, and sees no head. Biases and
-    LayerNorm are not decayed. With a `lora_plus_ratio` the adapters' B has so many times the
-    learning rate of A (Hayou et al. 2024, "LoRA+", section 4). Without `surgery` the tasks'
-    gradients are only summed.
+    LayerNorm are not decayed. With a `lora_plus_ratio` the adapters' B has that many times the
+    learning rate of A (Hayou et al. 2024, "LoRA+", section 4).
     """
     steps = [
-        pcgrad(num_tasks, seed, surgery=surgery),
+        SURGERY[surgery](num_tasks, seed),
         optax.clip_by_global_norm(clip),
         optax.adamw(learning_rate, weight_decay=weight_decay, mask=_decayed),
     ]
@@ -47,7 +82,7 @@ def _is_b(tree: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key == "B", tree)
 
 
-def schedule(peak: float, steps: int, *, warmup: int, decay: str) -> optax.Schedule:
+def schedule(peak: float, steps: int, *, warmup: int, decay: Schedule) -> optax.Schedule:
     """Return the learning rate by step: a linear warm-up, then what `decay` says.
 
     The first step has `peak / warmup` and the last of the warm-up `peak`: none is wasted.

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import jax
 
-from jaxlora import lora
-from jaxlora.nn.bert import EncoderConfig, param_shapes
-from jaxlora.tasks.sharing import Adapt, Groups
-from jaxlora.tasks.task import Task
+from jaxlora.lora import LoraConfig
+from jaxlora.nn.bert import BertConfig, EncoderConfig, param_shapes
+from jaxlora.tasks.sharing import Groups, Variant
+from jaxlora.tasks.task import Task, paper_tasks
+from jaxlora.training.adaptation import Adaptation, make_adaptation
 from jaxlora.utils import trees
 
 
@@ -34,34 +35,38 @@ class ParameterCount(NamedTuple):
 
 def count(
     config: EncoderConfig,
-    adapt: Adapt,
+    adaptation: Adaptation,
     groups: Groups,
     tasks: Iterable[Task],
-    adapter: lora.LoraConfig,
     pair_features: str = "concat",
 ) -> ParameterCount:
     """Count by shapes alone; nothing is allocated.
 
-    >>> from jaxlora.nn.bert import BertConfig
-    >>> from jaxlora.tasks.sharing import SHARED
-    >>> from jaxlora.tasks.task import paper_tasks
-    >>> count(BertConfig(), "lora", SHARED, paper_tasks("mse"), lora.LoraConfig()).incremental
-    2881543
+    >>> from jaxlora.training.adaptation import Full
+    >>> count(BertConfig(), Full(), (("sst", "sts"),), []).incremental
+    108891648
     """
-    params = param_shapes(config)
-    key = jax.random.key(0)
+    params, key = param_shapes(config), jax.random.key(0)
     base = trees.count(params)
-    one_tree = {
-        "frozen": lambda: 0,
-        "full": lambda: base,
-        "lora": lambda: trees.count(jax.eval_shape(lambda: lora.init(key, params, adapter))),
-    }[adapt]()
+    encoder = len(groups) * trees.count(jax.eval_shape(adaptation.init, key, params))
     heads = sum(
         trees.count(
             jax.eval_shape(lambda t=task: t.init_head(key, config.hidden_size, pair_features))
         )
         for task in tasks
     )
-    encoder = one_tree * len(groups)
     incremental = encoder + heads
-    return ParameterCount(base, encoder, heads, incremental, incremental + (adapt != "full") * base)
+    return ParameterCount(
+        base, encoder, heads, incremental, incremental + adaptation.keeps_base * base
+    )
+
+
+def of_variant(variant: Variant) -> ParameterCount:
+    """Count a variant's with bert-base, the paper's adapters and its heads.
+
+    >>> from jaxlora.tasks.sharing import VARIANTS
+    >>> of_variant(VARIANTS["lora3"]).incremental
+    2881543
+    """
+    adaptation, tasks = make_adaptation(variant.adapt, LoraConfig()), paper_tasks(variant.sts_loss)
+    return count(BertConfig(), adaptation, variant.groups, tasks)

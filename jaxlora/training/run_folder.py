@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxlora.formats.fingerprint import INPUTS, note_partial
 from jaxlora.serving.finished_run import CONFIG, read_config
-from jaxlora.training.config import Settings, flag
+from jaxlora.training.config import Settings
 from jaxlora.utils import distributed, files
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError, UserError
 
-METRICS, STATES = "metrics.jsonl", "states"
+STATES = "states"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -47,22 +44,22 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
     """
     if not out.exists():
         if out.is_symlink():
-            raise UserError(f"--out {out}: is a link to {os.readlink(out)}, which is not there")
+            raise ConfigError("out", f"is a link to {os.readlink(out)}, which is not there", out)
         parent = next(p for p in out.absolute().parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"--out {out}: {parent} is no folder that can be written to")
+            raise ConfigError("out", f"{parent} is no folder that can be written to", out)
         return
     if not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
+        raise ConfigError("out", "is a file; name a folder", out)
     if not (out / CONFIG).exists():
         ours = (files.LOCK, files.TEMPORARY)  # a first write that was killed leaves them
         if not all(path.name.startswith(ours) for path in out.iterdir()):
-            raise UserError(f"--out {out}: is not empty and holds no run; name another folder")
+            raise ConfigError("out", "is not empty and holds no run; name another folder", out)
         return
     read_config(out)
     if not resume:
-        raise UserError(
-            f"--out {out}: holds another run; go on with --resume, or name another --out"
+        raise ConfigError(
+            "out", "holds another run; go on with `resume=True`, or name another folder", out
         )
     old = read_config(out)["settings"]
     with contextlib.suppress(UserError):  # what cannot be understood is compared as it stands
@@ -70,18 +67,20 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
     for name in settings:
         had, has = _compared(name, old.get(name)), _compared(name, settings[name])
         if had != has:
-            place, had, has = _difference(flag(name), had, has)
-            raise UserError(
-                f"--out {out}: its run has {place} {had!r}, not {has!r}; "
-                "give the same flags to --resume, or name another --out"
+            place, had, has = _difference(f"`{name}`", had, has)
+            raise ConfigError(
+                "out",
+                f"its run has {place} {had!r}, not {has!r}; resume it with the same settings, or "
+                "name another folder",
+                out,
             )
 
 
 def _difference(place: str, old: Any, new: Any) -> tuple[str, Any, Any]:
     """Find the first part in which two settings differ: where it is, and both values.
 
-    >>> _difference("--tasks", [{"table": {"id": "a"}}], [{"table": {"id": "b"}}])
-    ('--tasks 1 table id', 'a', 'b')
+    >>> _difference("`tasks`", [{"table": {"id": "a"}}], [{"table": {"id": "b"}}])
+    ('`tasks` 1 table id', 'a', 'b')
     """
     parts: list[tuple[Any, Any, Any]] = []
     if isinstance(old, dict) and isinstance(new, dict):
@@ -129,11 +128,11 @@ def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
         unknown = {INPUTS["config"], INPUTS["tokenizer"]} - old.keys()  # in a run of format 1
         for name, value in inputs.items():
             if name not in unknown and old.get(name) != value:
-                raise UserError(
-                    f"--resume: {name} changed since {out} was begun; use another --out"
+                raise ConfigError(
+                    "resume", f"{name} changed since {out} was begun; use another `out`"
                 )
         if unknown & inputs.keys():
-            note_partial(f"--resume: {out}")
+            note_partial(f"resumed run {out}")
 
 
 def write_table(path: Path, columns: Mapping[str, Iterable[str]]) -> None:
@@ -157,87 +156,5 @@ def only_run(out: Path) -> Iterator[None]:
         yield
         return
     files.make(out)
-    with files.locked(out, f"--out {out}: another run is writing to it; name another"):
+    with files.locked(out, f"`out` {out}: another run is writing to it; name another"):
         yield
-
-
-class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events, one record at a time.
-
-    Args:
-      out: the run's folder.
-      keep: group → step up to which earlier records are kept. A resumed run drops what came after
-        its checkpoint, and writes the events anew, so nothing stands there twice.
-    """
-
-    def __init__(self, out: Path, keep: Mapping[str, int]) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        if not distributed.is_primary():  # so that the first one alone writes
-            self._scratch = tempfile.TemporaryDirectory()
-            out = Path(self._scratch.name)
-        self.records = [r for r in read_records(out) if r["step"] <= keep.get(r["group"], 0)]
-        files.write_text(out / METRICS, "".join(json.dumps(r) + "\n" for r in self.records))
-        shutil.rmtree(out / "tensorboard", ignore_errors=True)
-        self._file = (out / METRICS).open("a", encoding="utf-8")
-        files.make(out / "tensorboard")
-        self._board = SummaryWriter(str(out / "tensorboard"))
-        files.settle(out / "tensorboard")
-        for record in self.records:
-            self._show(record)
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append a record: `kind`, `group`, `step`, and numbers or dicts of numbers."""
-        self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if record["kind"] == "eval":  # a checkpoint follows, which counts on the records
-            os.fsync(self._file.fileno())
-        self._show(record)
-
-    def _show(self, record: dict[str, Any]) -> None:
-        prefix = f"{record['group']}/{record['kind']}"
-        for name, value in flatten(record):
-            self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
-
-    def close(self) -> None:
-        """Flush and close both."""
-        writer = self._board.file_writer.event_writer
-        self._file.close()
-        try:
-            self._board.close()
-        finally:
-            writer.close = lambda: None  # a full disk would be told again, at the process's end
-            if self._scratch:
-                self._scratch.cleanup()
-
-
-def flatten(record: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
-    """The numbers of a record, dotted: `{"loss": {"sst": 1}}` → `loss.sst`."""
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}.{k}", v) for k, v in flatten(value))
-        elif isinstance(value, int | float) and name != "step":
-            yield name, value
-
-
-def read_records(out: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`, up to one that is none, as a killed run's last may be."""
-    if not (out / METRICS).exists():
-        return []
-    records: list[dict[str, Any]] = []
-    for line in (out / METRICS).read_bytes().splitlines():
-        try:
-            record = files.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not _is_record(record):
-            break
-        records.append(record)
-    return records
-
-
-def _is_record(value: Any) -> bool:
-    kinds = {"kind": str, "group": str, "step": int}
-    return isinstance(value, dict) and all(type(value.get(k)) is t for k, t in kinds.items())

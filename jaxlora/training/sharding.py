@@ -13,13 +13,14 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.data.batches import Batch
 from jaxlora.nn.encode import PackedTokens
 from jaxlora.training.step import TrainState
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError
 from jaxlora.utils.trees import Tree
 
 AXES = ("data", "fsdp")
@@ -28,7 +29,7 @@ LEAST_SPLIT = 2**13
 
 
 def make_mesh(text: str) -> Mesh:
-    """The mesh that `--mesh` asks for, of JAX's devices.
+    """Make a mesh of JAX's devices.
 
     Args:
       text: see `sizes`.
@@ -38,7 +39,7 @@ def make_mesh(text: str) -> Mesh:
     """
     shape = tuple(sizes(text, jax.device_count()).values())
     if jax.process_count() > 1 and np.prod(shape) < jax.device_count():
-        raise UserError(f"--mesh {text}: many processes need all {jax.device_count()} devices")
+        raise ConfigError("mesh", f"many processes need all {jax.device_count()} devices", text)
     devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
     return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
@@ -60,7 +61,7 @@ def sizes(text: str, count: int) -> dict[str, int]:
     found = {axis: found.get(axis, 1) for axis in AXES}
     needed = found["data"] * found["fsdp"]
     if needed > count:
-        raise UserError(f"--mesh {text}: needs {needed} devices, there are {count}")
+        raise ConfigError("mesh", f"needs {needed} devices, there are {count}", text)
     return found
 
 
@@ -69,7 +70,7 @@ def _parse(text: str) -> dict[str, int]:
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
         if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
-            raise UserError(f"--mesh {text}: write data=4,fsdp=2, one of them, or auto")
+            raise ConfigError("mesh", "write data=4,fsdp=2, one of them, or auto", text)
         sizes[axis] = int(size)
     return sizes
 
@@ -158,7 +159,7 @@ def put(tree: Tree, shardings: Tree) -> Tree:
 
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     here = np.asarray(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,22 +14,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlora.data import batches as data_batches
-from jaxlora.data.batches import Batch
+from jaxlora.data.batches import Batch, PackedBatches, VectorBatches
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.nn.encode import Encode, PackedTokens, encoder, make_encode
+from jaxlora.nn.bert import EncoderConfig
+from jaxlora.nn.encode import Encode, PackedTokens, make_encode
 from jaxlora.serving import inference
 from jaxlora.tasks.sharing import group_name
 from jaxlora.tasks.task import Task
-from jaxlora.training import optimizer, sharding, step
+from jaxlora.training import optimizer, sharding
+from jaxlora.training.adaptation import Vectors
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data, make_steps
+from jaxlora.training.step import CompiledStep, TrainState, TrainStep, make_train_step
 from jaxlora.utils.trees import Tree
 
 # Compiled train programs in a run, or one for each group if there are more (a long run may have
 # one more, see `batches.choose_batch_shapes`).
 MOST_PROGRAMS = 3
-
-Vectors = Callable[[Tree, str, str], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -38,10 +39,10 @@ class TaskGroup:
 
     Attributes:
       name: see `sharing.group_name`.
-      setup: its tasks and optimizers.
+      train_step: its step.
       frozen: the frozen collections.
-      start: makes its first state, from the base's parameters.
-      params: those.
+      key: PRNG key of its first state.
+      params: the base's parameters.
       batches: indexable by step.
       steps: how many there are.
       eval_every: steps between evaluations.
@@ -51,11 +52,11 @@ class TaskGroup:
     """
 
     name: str
-    setup: step.Setup
+    train_step: TrainStep
     frozen: Tree
-    start: Callable[[Tree], step.TrainState]
+    key: jax.Array
     params: Tree
-    batches: data_batches.PackedBatches | data_batches.VectorBatches
+    batches: PackedBatches | VectorBatches
     steps: int
     eval_every: int
     vectors: Vectors
@@ -63,93 +64,89 @@ class TaskGroup:
     mesh: Mesh
 
     @property
-    def state(self) -> step.TrainState:
-        """Its first state, made at each call: whoever wants it alone holds it."""
+    def tasks(self) -> tuple[Task, ...]:
+        """Its tasks."""
+        return self.train_step.tasks
+
+    @property
+    def state(self) -> TrainState:
+        """Its first state, made at each call, so that only the caller holds it."""
         with sharding.on_host():
-            state = self.start(self.params)
+            state = self.train_step.init(self.key, self.params)
         return sharding.put(state, sharding.of_state(self.mesh, state))
 
     @functools.cached_property
-    def state_shapes(self) -> step.TrainState:
+    def state_shapes(self) -> TrainState:
         """The shapes of its state, and where it lives."""
-        shapes = jax.eval_shape(self.start, self.params)
-        placed: step.TrainState = sharding.shapes_at(shapes, sharding.of_state(self.mesh, shapes))
+        shapes = jax.eval_shape(self.train_step.init, self.key, self.params)
+        placed: TrainState = sharding.shapes_at(shapes, sharding.of_state(self.mesh, shapes))
         return placed
 
-    def train_step(self) -> Callable[..., tuple[step.TrainState, step.StepMetrics]]:
-        """Its compiled step, see `step.make_train_step`."""
+    def compile(self) -> CompiledStep:
+        """Return its compiled step, see `TrainStep.compile`."""
         state = jax.tree.map(lambda x: x.sharding, self.state_shapes)
-        shardings = (state, sharding.replicated(self.mesh))
-        return step.make_train_step(self.setup, shardings)
+        return self.train_step.compile((state, sharding.replicated(self.mesh)))
 
     def place(self, batch: Batch) -> Batch:
-        """A batch, on its devices."""
+        """Put a batch on its devices."""
         return sharding.put(batch, sharding.of_batch(self.mesh, batch))
 
     def prefetch(self, start: int) -> Iterator[Batch]:
-        """Its batches from a step on, on their devices."""
+        """Yield its batches from a step on, on their devices."""
         return data_batches.prefetch(self.batches, start, self.steps, self.place)
 
 
 def make_task_group(
     settings: Settings, base: Pretrained, data: Data, names: tuple[str, ...], mesh: Mesh
 ) -> TaskGroup:
-    """Assemble a group: its parameters, its order, its packing and its optimizers."""
-    dtype = jnp.dtype(settings.dtype)
-    settings = settings.of_group(names)
-    chosen = tuple(settings.named[name] for name in names)
-    name = group_name(names)
-    tree_key, state_key = jax.random.split(named_key(settings.seed, name))
-    with sharding.on_host():
-        frozen = step.frozen_params(settings.adapt, base.params, dtype)
-    frozen = sharding.put(frozen, sharding.of_tree(mesh, frozen))
-    config = base.config.with_dropout(settings.encoder_dropout)
-    encode = encoder(config, dtype, settings.lora, settings.pooling)
-    mine = {n: data[n] for n in names}
-    train = {n: splits["train"] for n, splits in mine.items()}
-    sizes = {n: len(examples) for n, examples in train.items()}
+    """Assemble a group: its step, its parameters, its order and its packing."""
+    programs = max(1, MOST_PROGRAMS // len(settings.groups))
+    settings, mine = settings.of_group(names), {name: data[name] for name in names}
+    train = {name: splits["train"] for name, splits in mine.items()}
     steps = make_steps(settings, train)
-    order = data_batches.make_order(sizes, settings.batch_size, settings.seed)
-    vectors = live_vectors(encode, frozen, mine, settings.max_length, mesh)
-    batches: data_batches.PackedBatches | data_batches.VectorBatches
-    if settings.adapt == "frozen":
-        vectors = cached_vectors(vectors)
-        ready = {n: vectors({}, n, "train") for n in names}
-        batches = data_batches.VectorBatches(train, order, ready)
-    else:
-        most, mixed = max(1, MOST_PROGRAMS // len(settings.groups)), settings.adapt == "lora"
-        batches = data_batches.choose_batch_shapes(
-            train, order, steps, settings.max_length, most, mixed, mesh.size
+    train_step = make_group_step(settings, base.config, names, steps)
+    with sharding.on_host():
+        frozen = train_step.freeze(base.params)
+    frozen = sharding.put(frozen, sharding.of_tree(mesh, frozen))
+    sizes = {name: len(examples) for name, examples in train.items()}
+    order = data_batches.make_order(sizes, settings.loop.batch_size, settings.loop.seed)
+    live = live_vectors(train_step.encode, frozen, mine, settings.model.max_length, mesh)
+    vectors = train_step.adaptation.vectors(live)
+
+    def pack(mixed: bool) -> PackedBatches:
+        return data_batches.choose_batch_shapes(
+            train, order, steps, settings.model.max_length, programs, mixed, mesh.size
         )
-    rate = functools.partial(
-        optimizer.schedule, steps=steps, warmup=settings.warmup_steps, decay=settings.schedule
-    )
-    weights = {d.task.name: d.weight for d in settings.tasks}
-    setup = step.Setup(
-        chosen,
-        step.task_encoder(settings.adapt, encode, len(chosen)),
-        *optimizer.optimizers(
-            len(chosen),
-            rate(settings.learning_rate),
-            rate(settings.head_learning_rate),
-            clip=settings.clip,
-            weight_decay=settings.weight_decay,
-            seed=settings.seed,
-            lora_plus_ratio=settings.lora_plus_ratio,
-            surgery=settings.surgery == "pcgrad",
-        ),
-        base.config.hidden_size,
-        settings.pair_features,
-        weights=tuple(weights[name] for name in names),
-    )
 
-    def start(params: Tree) -> step.TrainState:
-        trainable = step.trainable_params(settings.adapt, params, settings.lora, tree_key)
-        return step.init_state(setup, trainable, state_key)
-
-    eval_every = settings.eval_every or -(-order.steps_per_epoch // 4)
+    batches = train_step.adaptation.batches(train, order, vectors, pack)
+    name, eval_every = group_name(names), settings.loop.eval_every or -(-order.steps_per_epoch // 4)
+    key = named_key(settings.loop.seed, name)
     return TaskGroup(
-        name, setup, frozen, start, base.params, batches, steps, eval_every, vectors, mine, mesh
+        name, train_step, frozen, key, base.params, batches, steps, eval_every, vectors, mine, mesh
+    )
+
+
+def make_group_step(
+    settings: Settings, config: EncoderConfig, names: tuple[str, ...], steps: int
+) -> TrainStep:
+    """Return the train step of a group.
+
+    Args:
+      settings: the group's.
+      config: the base's.
+      names: the group's tasks.
+      steps: how many will be taken, for the learning rates.
+    """
+    weights = {spec.task.name: spec.weight for spec in settings.tasks}
+    return make_train_step(
+        tuple(settings.named[name] for name in names),
+        config.with_dropout(settings.model.encoder_dropout),
+        settings.adaptation,
+        optimizer.from_config(settings.optimizer, len(names), steps, settings.loop.seed),
+        dtype=jnp.dtype(settings.model.dtype),
+        pooling=settings.model.pooling,
+        pair_features=settings.model.pair_features,
+        weights=tuple(weights[name] for name in names),
     )
 
 
@@ -159,7 +156,7 @@ def named_key(seed: int, name: str) -> jax.Array:
 
 
 def live_vectors(encode: Encode, frozen: Tree, data: Data, max_length: int, mesh: Mesh) -> Vectors:
-    """Encode a split anew at each call."""
+    """Return a function that encodes a split each time it is called."""
     compiled = make_encode(encode, sharding.replicated(mesh))
 
     def encode_rows(frozen: Tree, trainable: Tree, rows: PackedTokens) -> jax.Array:
@@ -171,16 +168,10 @@ def live_vectors(encode: Encode, frozen: Tree, data: Data, max_length: int, mesh
     return vectors
 
 
-def cached_vectors(live: Vectors) -> Vectors:
-    """Encode a split when it is first asked for, and keep it: this encoder never changes."""
-    table = functools.cache(lambda task, split: live({}, task, split))
-    return lambda trainable, task, split: table(task, split)
-
-
-def evaluate_group(group: TaskGroup, state: step.TrainState) -> dict[str, Any]:
+def evaluate_group(group: TaskGroup, state: TrainState) -> dict[str, Any]:
     """The dev record of a group: each task's metric, and their mean as the score."""
     scores = {}
-    for task in group.setup.tasks:
+    for task in group.tasks:
         dev = group.data[task.name]["dev"]
         found = outputs(group, task, state.trainable, state.heads, "dev")
         scores[task.name] = task.score(inference.decode(task, found), dev.labels)
@@ -199,7 +190,7 @@ def outputs(
     """What a task's head says of one split, see `inference.outputs`."""
     vectors = group.vectors(trainable, task.name, split)
     return inference.outputs(
-        task, heads[task.name], vectors, task.sentences, group.setup.pair_features
+        task, heads[task.name], vectors, task.sentences, group.train_step.pair_features
     )
 
 
@@ -209,5 +200,5 @@ def untrained_scores(group: TaskGroup, trainable: Tree) -> dict[str, float]:
         task.name: inference.untrained(
             task, group.data[task.name]["dev"], group.vectors(trainable, task.name, "dev")
         )
-        for task in group.setup.tasks
+        for task in group.tasks
     }

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from jaxlora.utils import process as host
-from jaxlora.utils.errors import Stopped, UserError
+from jaxlora.utils.errors import ConfigError, Stopped, UserError
 from jaxlora.utils.trees import Tree
 
 # Environment variables in which launchers that JAX supports give the number of processes.
@@ -52,13 +52,15 @@ def join(coordinator: str | None = None, processes: int = 1, process: int | None
     """
     launcher = next((x for name, x in _LAUNCHERS.items() if _count(name) > 1), None)
     if coordinator is None and processes > 1:
-        raise UserError("--processes goes with --coordinator=host:port, the address of process 0")
+        raise ConfigError("processes", "goes with `coordinator`, host:port of process 0")
     if process is None:
         process = _count(_INDEX, 0)
     if coordinator is not None and not (0 <= process < processes and ":" in coordinator):
-        raise UserError(
-            f"--coordinator={coordinator} --processes={processes} --process={process}: write "
-            "host:port, and the number of this process from 0"
+        raise ConfigError(
+            "coordinator",
+            f"with `processes={processes}` and `process={process}`: write host:port, and the "
+            "number of this process from 0",
+            coordinator,
         )
     try:
         if coordinator is not None:
@@ -117,11 +119,14 @@ def agreed_signal(received: int, due: bool) -> int:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together(shown: Callable[[str], str] = str) -> Iterator[None]:
     """End all processes if one of them fails in this context, with its message and exit code.
 
     The others may be waiting for the failed process in a collective operation, which no exception
     can interrupt, so a thread in each of them ends it. Stopping at an agreed step is no failure.
+
+    Args:
+      shown: rewrites the message for this command, see `process.exit_code`.
     """
     if jax.process_count() == 1:
         yield
@@ -135,7 +140,7 @@ def together() -> Iterator[None]:
             wait("all done")
     except BaseException as error:
         if not (isinstance(error, Stopped) and error.saved):
-            _end_others(error, watcher)
+            _end_others(error, watcher, shown)
         raise
     finally:
         over.set()
@@ -154,12 +159,15 @@ def _watch(over: threading.Event) -> None:
             os._exit(code)
 
 
-def _end_others(error: BaseException, watcher: threading.Thread) -> None:
+def _end_others(
+    error: BaseException, watcher: threading.Thread, shown: Callable[[str], str]
+) -> None:
     """Publish the error that ends this process, and wait until the others have read it.
 
     If another process failed earlier, the watcher ends this process during the wait.
     """
-    failed = json.dumps([jax.process_index(), *host.verdict(error)])
+    code, line = host.verdict(error)
+    failed = json.dumps([jax.process_index(), code, shown(line)])
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process failed first
         _store().key_value_set(f"{_FAILED}/first", failed)
     watcher.join()

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Bad input: the message names the file, line or flag and what to do about it.
+    """Bad input: the message names the file, line or argument and what to do about it.
 
     Scripts print the message alone and exit with code 2; library code may catch it.
     """
+
+
+class ConfigError(UserError):
+    """A setting or an argument that cannot be used.
+
+    Messages name arguments as in Python, in backquotes: `max_length`, `resume=True`. The commands
+    turn these names into their flags, see `jaxlora.cli.flags`.
+
+    Attributes:
+      field: name of the setting or argument.
+    """
+
+    def __init__(self, field: str, message: str, value: object = None) -> None:
+        shown = "" if value is None else f" {value}"
+        super().__init__(f"`{field}`{shown}: {message}")
+        self.field = field
 
 
 class Stopped(BaseException):

@@ -93,14 +93,14 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 
 @contextlib.contextmanager
-def _notes_as_lines() -> Iterator[None]:
+def _notes_as_lines(shown: Callable[[str], str]) -> Iterator[None]:
     """Print a `Note` as one line on stderr in this context, without its position in the code."""
     with warnings.catch_warnings():
         usual = warnings.formatwarning
 
         def line(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> str:
             if issubclass(category, Note):
-                return f"note: {message}\n"
+                return f"note: {shown(str(message))}\n"
             return usual(message, category, *args, **kwargs)
 
         warnings.formatwarning = line
@@ -177,8 +177,12 @@ def _can_create(folder: str) -> bool:
         return False
 
 
-def exit_code(main: Callable[[], object]) -> int:
+def exit_code(main: Callable[[], object], shown: Callable[[str], str] = str) -> int:
     """Run a command, print errors that the user can fix as one line, and raise all others.
+
+    Args:
+      main: the command.
+      shown: rewrites messages for this command, for instance with its flags.
 
     Returns:
       0 for success, 2 for bad input or a file system error, 130 after Ctrl-C, 143 after SIGTERM.
@@ -186,11 +190,11 @@ def exit_code(main: Callable[[], object]) -> int:
     # Orbax's threads log the traceback of errors that are raised and reported here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        with _umask(), _notes_as_lines():
+        with _umask(), _notes_as_lines(shown):
             _replace_home()
             main()
     except (UserError, OSError, Stopped, KeyboardInterrupt) as error:
         code, line = verdict(error)
-        print(line, file=sys.stderr)
+        print(shown(line), file=sys.stderr)
         return code
     return 0

@@ -1,6 +1,5 @@
 """Bad input: a message that names file, line or flag, exit code 2, and nothing written."""
 
-import dataclasses
 import io
 import json
 import re
@@ -9,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny import write_data
+from tiny import train_flags, write_data
 
 from jaxlora.__main__ import main
 from jaxlora.cli import console as report
-from jaxlora.training import config as settings
+from jaxlora.training.presets import make_settings
 from jaxlora.utils import process
 
 
@@ -105,7 +104,7 @@ BAD_FLAGS = {
     "positions": (["--max-length=9999"], ["--max-length"]),
     "base": (["--base=./nowhere"], ["--base", "nowhere"]),
     "data": (["--data-dir=nowhere"], ["nowhere", "--data-dir"]),
-    "seed": (["--seed=99999999999999999999"], ["--seed", "2147483647"]),
+    "seed": (["--seed=99999999999999999999"], ["--seed", "below 2147483648"]),
     "out below a file": ([f"--out={__file__}/x"], ["--out", "test_main.py"]),
 }
 
@@ -229,7 +228,7 @@ def test_help_names_every_flag(capsys):
         main(["train", "--help"])
     assert stop.value.code == 0
     named = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    assert {settings.flag(field.name) for field in dataclasses.fields(settings.Flags)} <= named
+    assert train_flags() <= named
 
 
 def result(titles):
@@ -261,9 +260,9 @@ REAL_NAMES = ("SST-5", "Quora", "STS-B")
 def of_papers_tasks(source, base):
     """What a run of the paper's three tasks shows at its end, with the settings it writes down."""
     flags = {"data_dir": Path("x")} if source == "cs224n" else {}
-    s = settings.resolve(settings.Flags("lora3", source=source, base=base, **flags))
+    s = make_settings("lora3", source=source, base=base, **flags)
     named = {name: f"{task.title} {task.metric_name}" for name, task in s.named.items()}
-    found = result(named) | {"source": s.source, "base": s.base, "test": {}}
+    found = result(named) | {"source": s.data.source, "base": s.model.base, "test": {}}
     table = shown(lambda console: console.print(report.result_table(found)))
     return table, " ".join(report.notes(found))
 

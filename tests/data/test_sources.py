@@ -136,12 +136,12 @@ def test_a_missing_file_is_named(folder, task):
     missing.unlink()
     with pytest.raises(UserError, match=re.escape(missing.name)) as caught:
         cs224n.files(task, folder)
-    assert "--data-dir" in str(caught.value)
+    assert "`data_dir`" in str(caught.value)
 
 
 @pytest.mark.parametrize("given", [None, Path("no/such/folder")])
-def test_a_missing_folder_names_the_flag(given):
-    with pytest.raises(UserError, match="--data-dir"):
+def test_a_missing_folder_names_the_argument(given):
+    with pytest.raises(UserError, match="`data_dir`"):
         cs224n.files(SST, given)
 
 
@@ -335,7 +335,7 @@ def test_without_a_network_the_remedy_is_named(task, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         load_rows(task, "official", None, tmp_path)
     message = str(caught.value)
-    assert not [f for f in ("official", "no network", "--data-dir", "demo") if f not in message]
+    assert not [f for f in ("official", "no network", "`data_dir`", "demo") if f not in message]
 
 
 def test_a_damaged_archive_is_named(internet, tmp_path, monkeypatch):

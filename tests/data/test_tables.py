@@ -25,7 +25,9 @@ from jaxlora.serving.predict_table import predict_file
 from jaxlora.tasks.task import PARA, SST, Task
 from jaxlora.training import inputs
 from jaxlora.training import run as train
-from jaxlora.training.config import Flags, Settings, resolve
+from jaxlora.training.config import Settings
+from jaxlora.training.presets import make_settings
+from jaxlora.training.run import RunOptions
 from jaxlora.utils.errors import UserError
 from tests.fuzz.readers import Echo
 from tests.fuzz.samples import tokenizer
@@ -147,7 +149,7 @@ def test_quoting_can_be_set_in_a_task_file_and_by_flag(tmp_path):
 def test_settings_of_runs_before_quoting_are_read(tmp_path):
     path = tsv(tmp_path / "x.tsv", QUOTED)
     flags = ("kind=classification", "text=text", "label=label", f"train={path}", f"dev={path}")
-    settings = resolve(Flags("lora1", tasks=tuple(f"topic.{flag}" for flag in flags)))
+    settings = make_settings("lora1", tasks=tuple(f"topic.{flag}" for flag in flags))
     old = settings.to_json()
     del old["tasks"][0]["table"]["quoting"]
     assert Settings.from_json(old) == settings
@@ -296,11 +298,11 @@ def test_a_run_leaves_out_blank_rows_and_strict_refuses_them(tmp_path, tiny_base
     table = blank_table(tmp_path)
     flags = [f"topic.{split}={table.train}" for split in ("train", "dev", "test")]
     flags += ["topic.kind=classification", "topic.text=text", "topic.label=label"]
-    settings = resolve(
-        Flags("baseline1", tasks=tuple(flags), base=str(tiny_base), batch_size=4, max_steps=1)
+    settings = make_settings(
+        "baseline1", tasks=tuple(flags), base=str(tiny_base), batch_size=4, max_steps=1
     )
     with pytest.raises(UserError, match=r"x\.csv: 7 rows with a blank text \(lines 2, 4"):
-        train.run(settings, tmp_path / "run", Silent(), strict=True)
+        train.run(settings, tmp_path / "run", Silent(), RunOptions(strict=True))
     callback = Silent()
     train.run(settings, tmp_path / "run", callback)
     (plan,) = callback.summaries

@@ -12,7 +12,8 @@ from jaxlora.data import tables
 from jaxlora.data.task_files import TaskSpec, paper_specs, read_tasks
 from jaxlora.tasks.task import Task
 from jaxlora.training import run as train
-from jaxlora.training.config import Flags, Settings, resolve
+from jaxlora.training.config import Settings
+from jaxlora.training.presets import make_settings
 from jaxlora.utils.errors import UserError
 
 TOPIC = """
@@ -156,10 +157,10 @@ def test_names_of_classes_stay_as_they_are_written(folder):
         ("topic.epoch=3", "unknown key 'epoch'; did you mean epochs"),
         ("topic.epochs=x", "epochs: 'x' is not a whole number"),
         ("topic.epochs=1.5", "epochs: 1.5"),
-        ("tropic.epochs=3", "--tasks: .tropic. lacks kind"),
-        ("../x.epochs=3", "--tasks: '../x' cannot be a name"),
+        ("tropic.epochs=3", "`tasks`: .tropic. lacks kind"),
+        ("../x.epochs=3", "`tasks`: '../x' cannot be a name"),
         ("topic.dev=none.csv", "there is no file .*none.csv"),
-        ("epochs=3", "--tasks epochs=3: cannot be read"),
+        ("epochs=3", "`tasks` epochs=3: cannot be read"),
     ],
 )
 def test_mistakes_in_flags(folder, value, message):
@@ -175,40 +176,40 @@ def test_a_task_is_described_once(folder):
 
 def test_flags_that_do_not_go_with_a_file_of_tasks(folder):
     path = write(folder, TOPIC)
-    with pytest.raises(UserError, match="--sts-weight"):
-        resolve(Flags("lora1", tasks=(path,), sts_weight=2.0))
-    with pytest.raises(UserError, match="--data-dir goes with"):
-        resolve(Flags("lora1", tasks=(path,), data_dir=folder))
-    with pytest.raises(UserError, match="--source=files"):
-        resolve(Flags("lora1", source="files"))
-    with pytest.raises(UserError, match="--tasks: name at least one"):
-        resolve(Flags("lora1", tasks=(), groups="a"))
+    with pytest.raises(UserError, match="`sts_weight`"):
+        make_settings("lora1", tasks=(path,), sts_weight=2.0)
+    with pytest.raises(UserError, match="`data_dir`: goes with"):
+        make_settings("lora1", tasks=(path,), data_dir=folder)
+    with pytest.raises(UserError, match="`source='files'`"):
+        make_settings("lora1", source="files")
+    with pytest.raises(UserError, match="`tasks`: name at least one"):
+        make_settings("lora1", tasks=(), groups="a")
     with pytest.raises(UserError, match="cannot be read"):
-        resolve(Flags("lora1", tasks=(str(folder / "none.toml"),)))
+        make_settings("lora1", tasks=(str(folder / "none.toml"),))
     with pytest.raises(UserError, match=r"unknown task 'sst' \(topic, price"):
-        resolve(Flags("lora1", tasks=(write(folder, TOPIC + PRICE),), groups="sst|topic,price"))
+        make_settings("lora1", tasks=(write(folder, TOPIC + PRICE),), groups="sst|topic,price")
 
 
 def test_a_group_has_its_tasks_own_settings(folder):
     path = write(folder, TOPIC + PRICE)
-    apart = resolve(Flags("lora1", tasks=(path,)))
+    apart = make_settings("lora1", tasks=(path,))
     assert Settings.from_json(json.loads(json.dumps(apart.to_json()))) == apart
     assert isinstance(apart.tasks[1], TaskSpec)
-    assert apart.of_group(("price",)).epochs == 3
-    assert apart.of_group(("topic",)).epochs == apart.epochs != 1
-    assert apart.of_group(("price",)).learning_rate == 0.01
+    assert apart.of_group(("price",)).loop.epochs == 3
+    assert apart.of_group(("topic",)).loop.epochs == apart.loop.epochs != 1
+    assert apart.of_group(("price",)).optimizer.learning_rate == 0.01
     with pytest.raises(UserError, match="must agree on epochs"):
-        resolve(Flags("lora3", tasks=(write(folder, TOPIC + "epochs = 2\n" + PRICE),)))
+        make_settings("lora3", tasks=(write(folder, TOPIC + "epochs = 2\n" + PRICE),))
 
 
 @pytest.mark.parametrize("variant", ["baseline1", "lora1", "lora4"])
 def test_a_run_trains_and_serves_them(folder, tiny_base, variant):
     path = write(folder, TOPIC + PRICE.replace("learning_rate = 0.01\n", ""))
-    flags = Flags(
+    settings = make_settings(
         variant, tasks=(path,), base=str(tiny_base), batch_size=6, max_steps=5, max_length=32
     )
     callback = Silent()
-    result = train.run(resolve(flags), folder / "run", callback)
+    result = train.run(settings, folder / "run", callback)
     assert callback.summaries[0].unlabelled == {"topic": 2, "price": 0}
     assert callback.summaries[0].examples["topic"] == {"train": 48, "dev": 6, "test": 0}
     assert result["metrics"] == {"topic": "topic accuracy", "price": "price Spearman ρ"}
@@ -228,7 +229,7 @@ def test_an_edited_table_is_read_anew(folder, tiny):
     from jaxlora.training import inputs
 
     path = write(folder, PRICE)
-    settings = resolve(Flags("lora1", tasks=(path,)))
+    settings = make_settings("lora1", tasks=(path,))
     before = inputs.load_data(settings, tiny)["price"]["dev"].labels
     text = (folder / "price.txt").read_text().replace(";60\n", ";90\n")
     (folder / "price.txt").write_text(text)

@@ -18,7 +18,8 @@ from jaxlora.serving import bank, export_peft, finished_run
 from jaxlora.serving import manifest as manifests
 from jaxlora.serving.finished_run import load_run
 from jaxlora.training import run as train
-from jaxlora.training.config import Flags, resolve
+from jaxlora.training.presets import make_settings
+from jaxlora.training.run import RunOptions
 from jaxlora.utils.errors import Note, UserError
 
 FORMAT1 = Path(__file__).parents[1] / "data" / "format1"
@@ -32,7 +33,7 @@ def made(tiny_base, data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     shutil.copytree(tiny_base, folder / "base")
     settings = flags(folder / "base", data_dir)
-    train.run(settings, folder / "run", Silent(), predict_test=False)
+    train.run(settings, folder / "run", Silent(), RunOptions(predict_test=False))
     bank.add(folder / "bank", load_run(folder / "run"), ["sst", "para", "sts"])
     return folder
 
@@ -56,7 +57,7 @@ def three(made, tmp_path):
 
 def flags(base, data_dir):
     more = {"rank": 2, "max_steps": 1, "max_length": 16, "batch_size": 6}
-    return resolve(Flags("lora1", "cs224n", base=str(base), data_dir=data_dir, **more))
+    return make_settings("lora1", "cs224n", base=str(base), data_dir=data_dir, **more)
 
 
 def set_config(folder, **fields):
@@ -104,8 +105,8 @@ def test_the_same_weights_do_not_make_the_same_base(three, run, base, change, ca
 def test_a_run_does_not_go_on_with_another_base(run, base, data_dir, change):
     apply, part = CHANGES[change]
     apply(base)
-    with pytest.raises(UserError, match=f"--resume: the base model's {part} changed since"):
-        train.run(flags(base, data_dir), run, Silent(), resume=True, predict_test=False)
+    with pytest.raises(UserError, match=f"`resume`: the base model's {part} changed since"):
+        train.run(flags(base, data_dir), run, Silent(), RunOptions(resume=True, predict_test=False))
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -139,7 +140,7 @@ def test_a_base_that_moved_can_be_pointed_to(three, run, base, tmp_path, capsys)
     before = [answer.value for answer in jaxlora.load(three)(requests)]
     moved = Path(shutil.move(base, tmp_path / "moved"))
     for folder in (three, run):
-        with pytest.raises(UserError, match=rf"{base}.*no such folder.*--base.*base="):
+        with pytest.raises(UserError, match=rf"{base}.*no such folder.*where with `base`"):
             jaxlora.load(folder)
         found = jaxlora.Predictor.load(folder, base=str(moved))
         assert [answer.value for answer in found(requests)] == pytest.approx(before, abs=1e-6)
@@ -164,10 +165,10 @@ def test_a_run_goes_on_though_its_base_moved(run, base, data_dir, tmp_path, tiny
     moved = Path(shutil.move(base, tmp_path / "moved"))
     before = json.loads((run / finished_run.RESULT).read_text())
     again = flags(moved, data_dir)
-    assert train.run(again, run, Silent(), resume=True, predict_test=False) == before
+    assert train.run(again, run, Silent(), RunOptions(resume=True, predict_test=False)) == before
     set_config(moved, num_attention_heads=8)
-    with pytest.raises(UserError, match="--resume: the base model's config changed"):
-        train.run(again, run, Silent(), resume=True, predict_test=False)
+    with pytest.raises(UserError, match="`resume`: the base model's config changed"):
+        train.run(again, run, Silent(), RunOptions(resume=True, predict_test=False))
 
 
 def test_peft_folders_go_over_though_the_base_moved(three, base, tmp_path, capsys):
@@ -264,11 +265,11 @@ def test_an_old_run_goes_on_and_says_what_cannot_be_compared(run, base, data_dir
     config["inputs"]["the base model"] = huggingface.load(str(base)).fingerprint.weights
     (run / finished_run.CONFIG).write_text(json.dumps(config))
     with pytest.warns(Note, match="by the weights alone"):
-        train.run(flags(base, data_dir), run, Silent(), resume=True, predict_test=False)
+        train.run(flags(base, data_dir), run, Silent(), RunOptions(resume=True, predict_test=False))
     config["inputs"]["the base model"] = "0" * 64
     (run / finished_run.CONFIG).write_text(json.dumps(config))
     with pytest.raises(UserError, match="the base model changed"):
-        train.run(flags(base, data_dir), run, Silent(), resume=True, predict_test=False)
+        train.run(flags(base, data_dir), run, Silent(), RunOptions(resume=True, predict_test=False))
 
 
 def test_the_command_shows_a_note_as_a_line(old):

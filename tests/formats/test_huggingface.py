@@ -383,7 +383,7 @@ def test_no_such_folder(base):
 
 
 def test_no_such_model_on_the_hub():
-    with pytest.raises(UserError, match=r"--base no-such-model.*--base minilm"):
+    with pytest.raises(UserError, match=r"`base` no-such-model.*`base='minilm'`"):
         huggingface.load("no-such-model-of-jaxlora")  # offline in tests
 
 

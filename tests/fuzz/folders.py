@@ -25,7 +25,7 @@ from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import param_shapes
 from jaxlora.serving import bank, export_merged, export_peft, finished_run, manifest, task_models
 from jaxlora.tasks.sharing import group_name
-from jaxlora.training import run_folder
+from jaxlora.training import metrics_log, run_folder
 from jaxlora.training.config import Settings
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.schema import build
@@ -249,10 +249,10 @@ def _records() -> st.SearchStrategy[bytes]:
 
 
 def read_metrics(content: bytes, scratch: Path) -> None:
-    """`rundir.read_records`, and what is kept of them."""
-    (scratch / run_folder.METRICS).write_bytes(content)
+    """`metrics_log.read_records`, and what is kept of them."""
+    (scratch / metrics_log.METRICS).write_bytes(content)
     kept = [
-        r for r in run_folder.read_records(scratch) if r["step"] <= {"sst": 1}.get(r["group"], 0)
+        r for r in metrics_log.read_records(scratch) if r["step"] <= {"sst": 1}.get(r["group"], 0)
     ]
     for record in kept:
-        assert all(math.isfinite(value) or value for _, value in run_folder.flatten(record))
+        assert all(math.isfinite(value) or value for _, value in metrics_log.flatten(record))

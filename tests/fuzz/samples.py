@@ -20,7 +20,7 @@ from jaxlora.serving import export_peft, finished_run, manifest, tree_files
 from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks.task import PARA, SST, STS_COSINE, Task
 from jaxlora.training import run_folder
-from jaxlora.training.config import Flags, resolve
+from jaxlora.training.presets import make_settings
 from jaxlora.utils import trees
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "runs", "##s", ".", "e", "[MASK]")
@@ -106,7 +106,7 @@ def bank_manifest(source: TaskModels) -> dict[str, Any]:
 
 def run(folder: Path, source: TaskModels) -> Path:
     """A finished run."""
-    settings = resolve(Flags("lora1", base=source.base, rank=2, max_length=16, max_steps=1))
+    settings = make_settings("lora1", base=source.base, rank=2, max_length=16, max_steps=1)
     tree = {
         "adapters": dict(source.trees),
         "heads": {name: one.head for name, one in source.models.items() if one.head},

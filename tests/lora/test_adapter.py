@@ -78,7 +78,7 @@ def test_targets_match_complete_names(tiny):
         "layers.attention.output.dense", "layers.intermediate.dense", "layers.output.dense",
     }  # fmt: skip
     assert chosen("query", "self.query") == chosen("query")
-    with pytest.raises(ValueError, match="unknown target module 'uery'"):
+    with pytest.raises(ValueError, match="`target_modules`: unknown module 'uery'"):
         chosen("uery")
 
 
@@ -132,15 +132,15 @@ def test_a_pattern_that_matches_no_adapted_module_is_refused(tiny):
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
 def test_a_dropout_rate_out_of_range_is_refused(dropout):
-    with pytest.raises(ValueError, match="dropout must be from 0"):
+    with pytest.raises(ValueError, match=r"`dropout` .*: must be from 0"):
         LoraConfig(dropout=dropout)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_an_alpha_that_is_not_positive_and_finite_is_refused(alpha):
-    with pytest.raises(ValueError, match="alpha must be a number above 0"):
+    with pytest.raises(ValueError, match=r"`alpha` .*: must be a number above 0"):
         LoraConfig(alpha=alpha)
-    with pytest.raises(ValueError, match=r"alpha must be a number above 0, got .* for 'key'"):
+    with pytest.raises(ValueError, match=r"`alpha_pattern` key .*: must be a number above 0"):
         LoraConfig(alpha_pattern=(("key", alpha),))
 
 
@@ -164,14 +164,14 @@ def test_a_kernel_with_one_axis_is_refused():
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_below_one_is_refused(rank):
-    with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank}"):
+    with pytest.raises(ValueError, match=f"`rank` {rank}: must be at least 1"):
         LoraConfig(rank, 1.0, ("query",))
-    with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank} for 'key'"):
+    with pytest.raises(ValueError, match=f"`rank_pattern` key {rank}: must be at least 1"):
         LoraConfig(rank_pattern=(("key", rank),))
 
 
 def test_a_rank_above_the_kernels_width_is_refused(tiny):
-    with pytest.raises(ValueError, match=r"rank must be between 1 and 32 .*got 33"):
+    with pytest.raises(ValueError, match="`rank` 33: must be from 1 to 32"):
         lora.init(jax.random.key(0), tiny.params, LoraConfig(33, 1.0, ("query",)))
 
 

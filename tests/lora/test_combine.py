@@ -133,5 +133,5 @@ def test_unequal_numbers_and_ranks_below_one_are_refused(adapters):
         lora.add(adapters, [1.0])
     with pytest.raises(ValueError, match="0 adapters"):
         lora.add([], [])
-    with pytest.raises(ValueError, match="rank must be at least 1"):
+    with pytest.raises(ValueError, match="`rank` 0: must be at least 1"):
         lora.truncate(adapters[0], 0)

@@ -11,15 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-import tyro
 from tiny import Silent, leaves_equal
 
 from experiments import fleet, reproduce, runs, studies, timing
+from jaxlora.cli import train as cli
 from jaxlora.serving import finished_run, tree_files
 from jaxlora.tasks.sharing import VARIANTS
+from jaxlora.training import metrics_log, run_folder
 from jaxlora.training import run as train
-from jaxlora.training import run_folder
-from jaxlora.training.config import Flags, resolve
+from jaxlora.training.presets import make_settings
+from jaxlora.training.run import RunOptions
 from jaxlora.utils.errors import Stopped, UserError
 
 EXTRAS = [
@@ -69,17 +70,20 @@ def test_doctests(module):
 def test_every_study_resolves_and_its_command_gives_its_flags(preset, name):
     study = studies.STUDIES[name]
     data = {"data_dir": Path("x y")} if preset == "cs224n" else {}
-    flags = study.to_flags(preset=preset, seed=3, resume=True, predict_test=False, **data)
-    assert tyro.cli(Flags, args=studies.arguments(flags)) == flags
+    asked = study.asked(preset=preset, seed=3, **data)
+    words = studies.arguments(asked | {"resume": True, "predict_test": False})
+    flags = cli.parse(words)
+    assert flags.options == RunOptions(resume=True, predict_test=False)
     if preset == "demo" and study.real_data:
-        with pytest.raises(UserError, match="--synthetic-sts"):
-            resolve(flags)
+        with pytest.raises(UserError, match="`synthetic_sts`"):
+            cli.to_settings(flags, words)
         return
-    settings = resolve(flags)
-    assert (settings.variant, settings.seed) == (study.variant, 3)
-    for key, value in study.flags.items():
+    settings = make_settings(**asked)
+    assert cli.to_settings(flags, words) == settings
+    assert (settings.variant, settings.loop.seed) == (study.variant, 3)
+    for key, value in study.settings.items():
         if key != "groups":
-            assert getattr(settings, key) == value
+            assert settings.flat()[key] == value
     assert settings.groups == (
         (("sst",), ("para", "sts")) if name == "pairs" else VARIANTS[study.variant].groups
     )
@@ -92,8 +96,8 @@ def test_the_demo_takes_one_epoch_unless_told_otherwise():
 
 
 def test_what_a_study_is_comes_before_what_is_given():
-    flags = studies.STUDIES["warmup24"].to_flags(batch_size=8, epochs=1)
-    assert (flags.batch_size, flags.epochs) == (24, 1)
+    asked = studies.STUDIES["warmup24"].asked(batch_size=8, epochs=1)
+    assert (asked["batch_size"], asked["epochs"]) == (24, 1)
 
 
 # ---- the fleet
@@ -377,7 +381,7 @@ def test_bad_flags_are_told_before_anything_is_written(call, tmp_path, capfd, fl
 def test_without_data_the_message_says_what_to_do(call, capfd):
     assert call("--variants", "lora3", defaults=["--preset=cs224n"]) == 2
     message = capfd.readouterr().err
-    assert "lora3: --data-dir is missing" in message and "--preset=demo" in message
+    assert "lora3: --data-dir: missing" in message and "--preset=demo" in message
 
 
 def test_a_folder_holds_one_preset_and_one_set_of_flags(call, stub, tmp_path, capfd, monkeypatch):
@@ -399,9 +403,7 @@ def test_extras_leave_out_what_means_nothing_to_the_built_in_data():
 
 def test_how_far_a_run_is(make, tmp_path):
     study = studies.STUDIES["lora1"]
-    run = runs.Run(
-        study, study.to_flags(), make("lora1"), tmp_path, {"sst": 5, "para": 7, "sts": 4}
-    )
+    run = runs.Run(study, study.asked(), make("lora1"), tmp_path, {"sst": 5, "para": 7, "sts": 4})
     assert run.done() == 0 and run.total == 16
     run.out.mkdir(parents=True)
     log = run.out / "metrics.jsonl"
@@ -448,7 +450,7 @@ def test_stopped_gone_on_with_and_one_that_fails(call, make, tmp_path, capfd, mo
         "--eval-every=4",
     ]
     # Of the first seed's runs baseline1 comes first; lora3 is stopped at some step.
-    thread = when(first / run_folder.METRICS, '"step": 4,', signal.SIGTERM)
+    thread = when(first / metrics_log.METRICS, '"step": 4,', signal.SIGTERM)
     assert call(*asked) == 143
     thread.join()
     assert "go on with the same command" in capfd.readouterr().err
@@ -462,9 +464,10 @@ def test_stopped_gone_on_with_and_one_that_fails(call, make, tmp_path, capfd, mo
     finished = {p.parent.relative_to(root).as_posix() for p in root.rglob(finished_run.RESULT)}
     assert finished == {f"{name}/seed{s}" for name in ("lora3", "baseline1") for s in (0, 1)}
     assert done.stat().st_mtime_ns == before
-    settings = resolve(
-        Flags("lora3", "cs224n", base=make("lora3").base, data_dir=Path(make("lora3").data_dir),
-              batch_size=6, eval_every=4, max_length=16, epochs=8)
+    like = make("lora3")
+    settings = make_settings(
+        "lora3", "cs224n", base=like.model.base, data_dir=like.data.data_dir, batch_size=6,
+        eval_every=4, max_length=16, epochs=8,
     )  # fmt: skip
     train.run(settings, tmp_path / "whole", Silent())
     leaves_equal(*(tree_files.load(p / finished_run.MODEL) for p in (first, tmp_path / "whole")))
@@ -476,7 +479,7 @@ def test_stopped_gone_on_with_and_one_that_fails(call, make, tmp_path, capfd, mo
 @pytest.mark.slow
 def test_times_are_measured_in_turn(make, tmp_path):
     made = [
-        runs.Run(studies.STUDIES[name], Flags(name), make(name), tmp_path, steps)
+        runs.Run(studies.STUDIES[name], {"variant": name}, make(name), tmp_path, steps)
         for name, steps in (
             ("baseline1", {"sst": 5, "para": 7, "sts": 4}), ("lora3", {"sst+para+sts": 7}),
         )

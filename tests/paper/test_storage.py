@@ -8,6 +8,7 @@ from jaxlora.nn.bert import BertConfig
 from jaxlora.tasks.sharing import SEPARATE, SHARED, VARIANTS
 from jaxlora.tasks.task import paper_tasks
 from jaxlora.training import parameter_count
+from jaxlora.training.adaptation import make_adaptation
 
 HIDDEN = 768
 BASE = 109_482_240  # with the pooler, as Hugging Face counts it
@@ -22,7 +23,10 @@ PAPER_BERT, PAPER_ADAPTER, PAPER_HEADS = 110, 1.106, 1.78
 
 def count(adapt, groups, sts_loss, adapter=None):
     return parameter_count.count(
-        BertConfig(), adapt, groups, paper_tasks(sts_loss), adapter or LoraConfig()
+        BertConfig(),
+        make_adaptation(adapt, adapter or LoraConfig()),
+        groups,
+        paper_tasks(sts_loss),
     )
 
 

@@ -25,7 +25,8 @@ from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.training import run as train
 from jaxlora.training import run_folder
-from jaxlora.training.config import Flags, resolve
+from jaxlora.training.presets import make_settings
+from jaxlora.training.run import RunOptions
 from jaxlora.utils import files, trees
 from jaxlora.utils.errors import UserError
 
@@ -59,8 +60,8 @@ def runs(tmp_path_factory, tiny_base):
         flags = FAST | more
         if variant == "baseline1":
             del flags["learning_rate"]
-        settings = resolve(Flags(variant, base=str(tiny_base), data_dir=data, seed=seed, **flags))
-        train.run(settings, folder / name, Silent(), predict_test=False)
+        settings = make_settings(variant, base=str(tiny_base), data_dir=data, seed=seed, **flags)
+        train.run(settings, folder / name, Silent(), RunOptions(predict_test=False))
     return folder
 
 
@@ -363,7 +364,7 @@ def test_a_bank_and_a_run_of_the_last_version(runs, three, tmp_path):
     np.testing.assert_array_equal(values(jaxlora.load(run)), values(jaxlora.load(runs / "lora1")))
     now = json.loads((runs / "lora1" / finished_run.CONFIG).read_text())["settings"]
     run_folder.check(run, now, resume=True)
-    with pytest.raises(UserError, match="its run has --seed"):
+    with pytest.raises(UserError, match="its run has `seed`"):
         run_folder.check(run, now | {"seed": 99}, resume=True)
 
 

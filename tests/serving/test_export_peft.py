@@ -290,7 +290,7 @@ def test_names_of_classes_come_from_the_base(tiny_base, seq_cls, tmp_path):
     found = export_peft.load(seq_cls[0], "x", like, any_base=True, classes=["a", "b", "c"])
     assert found.models["x"].task.classes == ("a", "b", "c")
     for wrong in (["a", "b"], ["a", "b", "b"], ["a", "b", " "]):
-        with pytest.raises(UserError, match="name them with --classes"):
+        with pytest.raises(UserError, match="name them with `classes`"):
             export_peft.load(seq_cls[0], "x", like, any_base=True, classes=wrong)
 
 
@@ -298,7 +298,7 @@ def test_what_cannot_be_imported_whole(tiny_base, seq_cls, tmp_path, call):
     """Each refusal names a way that works."""
     folder = shutil.copytree(seq_cls[0], tmp_path / "a")
     like = base_like(tiny_base)
-    with pytest.raises(UserError, match=r"pooling mean.*--encoder-only"):
+    with pytest.raises(UserError, match=r"pooling mean.*`encoder_only=True`"):
         export_peft.load(folder, "x", base_like(tiny_base, "mean"))
     export_peft.load(folder, "x", base_like(tiny_base, "mean"), encoder_only=True)
     base = shutil.copytree(tiny_base, tmp_path / "base")
@@ -306,15 +306,15 @@ def test_what_cannot_be_imported_whole(tiny_base, seq_cls, tmp_path, call):
     (base / "config.json").write_text(
         json.dumps(about | {"problem_type": "multi_label_classification"})
     )
-    with pytest.raises(UserError, match=r"multi_label_classification.*--encoder-only"):
+    with pytest.raises(UserError, match=r"multi_label_classification.*`encoder_only=True`"):
         export_peft.load(folder, "x", base_like(base), any_base=True)
     tensors = load_file(base / "model.safetensors")
     save_file({k: x for k, x in tensors.items() if "pooler" not in k}, base / "model.safetensors")
     (base / "config.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match=r"has no pooler.dense.*--encoder-only"):
+    with pytest.raises(UserError, match=r"has no pooler.dense.*`encoder_only=True`"):
         export_peft.load(folder, "x", base_like(base), any_base=True)
     edit_config(folder, task_type="TOKEN_CLS")
-    with pytest.raises(UserError, match=r"task_type 'TOKEN_CLS'.*classifier.*--encoder-only"):
+    with pytest.raises(UserError, match=r"task_type 'TOKEN_CLS'.*classifier.*`encoder_only=True`"):
         export_peft.load(folder, "x", like)
     export_peft.load(folder, "x", like, encoder_only=True)
     edit_config(folder, task_type="SEQ_CLS", modules_to_save=["classifier", "embeddings"])
@@ -365,7 +365,7 @@ def test_named_adapters(tiny, tiny_base, tmp_path, call):
     model.save_pretrained(tmp_path / "named", selected_adapters=["other"])
     assert peft_files.find(tmp_path / "named") == tmp_path / "named" / "other"
     shutil.copytree(tmp_path / "named" / "other", tmp_path / "named" / "third")
-    with pytest.raises(UserError, match="several adapters; choose with --adapter from other, th"):
+    with pytest.raises(UserError, match="several adapters; choose with `adapter` from other, th"):
         peft_files.find(tmp_path / "named")
 
 
@@ -450,7 +450,7 @@ def test_names_of_bases(tiny, places, tmp_path, monkeypatch, name, revision, bas
     if same:
         export_peft._check_base(tmp_path, written, here)
     else:
-        with pytest.raises(UserError, match="--any-base"):
+        with pytest.raises(UserError, match="`any_base=True`"):
             export_peft._check_base(tmp_path, written, here)
 
 
@@ -468,7 +468,7 @@ def test_a_merged_model_can_be_the_base(tiny, tiny_base, tmp_path, values):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.rand_like(parameter))
     model.save_pretrained(tmp_path / "a")
-    with pytest.raises(UserError, match=r"merge_and_unload.*save_pretrained.*--base"):
+    with pytest.raises(UserError, match=r"merge_and_unload.*save_pretrained.*`base`"):
         peft_files.load(tmp_path / "a", tiny.config)
     expected = peft_oracle.vectors(model, tiny.tokenizer, SENTENCES)
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -480,7 +480,7 @@ def test_a_merged_model_can_be_the_base(tiny, tiny_base, tmp_path, values):
 
 def test_trained_norms_are_refused_with_a_way_out(tiny, tiny_base, tmp_path):
     classifier(tiny_base, modules_to_save=["LayerNorm"]).save_pretrained(tmp_path / "a")
-    with pytest.raises(UserError, match=r"LayerNorm.*merge_and_unload.*save_pretrained.*--base"):
+    with pytest.raises(UserError, match=r"LayerNorm.*merge_and_unload.*save_pretrained.*`base`"):
         peft_files.load(tmp_path / "a", tiny.config)
 
 

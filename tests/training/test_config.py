@@ -1,43 +1,59 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.sharing import SEPARATE, SHARED, VARIANTS
-from jaxlora.training.config import PRESETS, Flags, Settings, resolve
-from jaxlora.utils.errors import UserError
+from jaxlora.training.config import Sections, Settings, flat_names
+from jaxlora.training.presets import PRESETS, Preset, make_settings
+from jaxlora.utils.errors import ConfigError, UserError
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_resolves_under_every_preset(name, preset):
-    settings = resolve(Flags(name, preset, data_dir=Path("x")))
+    settings = make_settings(name, preset, data_dir=Path("x"))
     assert settings.groups == VARIANTS[name].groups
     assert Settings.from_json(settings.to_json()) == settings
 
 
 def test_paper_preset_has_the_papers_settings():
-    settings = resolve(Flags("lora3", "paper"))
-    shown = (settings.base, settings.pooling, settings.pair_features, settings.rank, settings.alpha)
+    settings = make_settings("lora3", "paper")
+    shown = (
+        settings.model.base,
+        settings.model.pooling,
+        settings.model.pair_features,
+        settings.lora.rank,
+        settings.lora.alpha,
+    )
     assert shown == ("bert-base-uncased", "cls", "concat", 15, 15)
-    assert (settings.batch_size, settings.learning_rate, settings.source) == (8, 1e-5, "official")
-    assert settings.encoder_dropout == 0.1
-    assert resolve(Flags("baseline1", "paper")).head_learning_rate == 1e-3
+    assert (settings.loop.batch_size, settings.optimizer.learning_rate, settings.data.source) == (
+        8,
+        1e-5,
+        "official",
+    )
+    assert settings.model.encoder_dropout == 0.1
+    assert make_settings("baseline1", "paper").optimizer.head_learning_rate == 1e-3
 
 
 def test_flags_come_before_presets():
-    settings = resolve(Flags("lora3", rank=4, groups="sst|para,sts", learning_rate=0.5))
-    assert (settings.rank, settings.alpha, settings.learning_rate) == (4, 4.0, 0.5)
+    settings = make_settings("lora3", rank=4, groups="sst|para,sts", learning_rate=0.5)
+    assert (settings.lora.rank, settings.lora.alpha, settings.optimizer.learning_rate) == (
+        4,
+        4.0,
+        0.5,
+    )
     assert settings.groups == (("sst",), ("para", "sts"))
-    assert resolve(Flags("lora3", rank=4, alpha=8)).alpha == 8
+    assert make_settings("lora3", rank=4, alpha=8).lora.alpha == 8
 
 
 def test_a_data_dir_means_cs224n():
-    assert resolve(Flags("lora3", data_dir=Path("x"))).source == "cs224n"
-    with pytest.raises(UserError, match="--data-dir"):
-        resolve(Flags("lora3", data_dir=Path("x"), source="demo"))
-    with pytest.raises(UserError, match="--data-dir is missing"):
-        resolve(Flags("lora3", "cs224n"))
+    assert make_settings("lora3", data_dir=Path("x")).data.source == "cs224n"
+    with pytest.raises(UserError, match="`data_dir`"):
+        make_settings("lora3", data_dir=Path("x"), source="demo")
+    with pytest.raises(UserError, match="`data_dir`: missing"):
+        make_settings("lora3", "cs224n")
 
 
 def test_table_one():
@@ -57,18 +73,16 @@ def test_table_one():
 
 def test_adapter_flags_reach_the_adapter():
     ranks, alphas = (("query", 2), ("attention.output.dense", 8)), (("query", 6.0),)
-    settings = resolve(
-        Flags(
+    settings = make_settings(
             "lora3", rank=4, rslora=True, lora_dropout=0.25, lora_plus_ratio=8.0,
             rank_pattern=ranks, alpha_pattern=alphas,
-        )
-    )  # fmt: skip
+        )  # fmt: skip
     assert settings.lora == LoraConfig(
         4, 4.0, rslora=True, rank_pattern=ranks, alpha_pattern=alphas, dropout=0.25
     )
-    assert settings.lora_plus_ratio == 8
+    assert settings.optimizer.lora_plus_ratio == 8
     assert Settings.from_json(settings.to_json()) == settings
-    assert resolve(Flags("lora3")).lora == LoraConfig()
+    assert make_settings("lora3").lora == LoraConfig()
 
 
 @pytest.mark.parametrize(
@@ -82,9 +96,8 @@ def test_adapter_flags_reach_the_adapter():
 )
 def test_adapter_flags_mean_nothing_without_adapters(values):
     for name in ("baseline1", "baseline3"):
-        flag = next(iter(values)).replace("_", "-")
-        with pytest.raises(UserError, match=f"--{flag} means nothing to {name}"):
-            resolve(Flags(name, **values))
+        with pytest.raises(ConfigError, match=f"`{next(iter(values))}`: means nothing to {name}"):
+            make_settings(name, **values)
 
 
 @pytest.mark.parametrize(
@@ -99,54 +112,93 @@ def test_adapter_flags_mean_nothing_without_adapters(values):
     ],
 )
 def test_adapter_flags_out_of_range(values):
-    flag = next(iter(values)).replace("_", "-")
-    with pytest.raises(UserError, match=f"--{flag} .*must be"):
-        resolve(Flags("lora3", **values))
+    with pytest.raises(ConfigError, match="must be") as caught:
+        make_settings("lora3", **values)
+    assert caught.value.field in (*values, "dropout")
 
 
 def test_some_module_is_adapted():
-    with pytest.raises(UserError, match="--target-modules: name at least one"):
-        resolve(Flags("lora3", target_modules=()))
+    with pytest.raises(UserError, match="`target_modules`: name at least one"):
+        make_settings("lora3", target_modules=())
 
 
 def test_surgery_is_for_tasks_that_share():
-    assert resolve(Flags("lora3")).surgery == "pcgrad"
-    assert resolve(Flags("lora1")).surgery == "pcgrad"
-    assert resolve(Flags("baseline2", surgery="none")).surgery == "none"
-    assert resolve(Flags("lora1", surgery="none", groups="sst|para,sts")).surgery == "none"
+    assert make_settings("lora3").optimizer.surgery == "pcgrad"
+    assert make_settings("lora1").optimizer.surgery == "pcgrad"
+    assert make_settings("baseline2", surgery="none").optimizer.surgery == "none"
+    assert make_settings("lora1", surgery="none", groups="sst|para,sts").optimizer.surgery == "none"
     for variant, more in (("lora1", {}), ("baseline1", {}), ("lora3", {"only": ("sst",)})):
-        with pytest.raises(UserError, match="--surgery means nothing"):
-            resolve(Flags(variant, surgery="none", **more))
+        with pytest.raises(UserError, match="`surgery`: means nothing"):
+            make_settings(variant, surgery="none", **more)
 
 
 def test_synthetic_sts_goes_with_real_sts():
     data = Path("x")
-    assert resolve(Flags("lora3", data_dir=data, synthetic_sts=True)).synthetic_sts
-    assert resolve(Flags("lora3", "paper", synthetic_sts=True)).synthetic_sts
+    assert make_settings("lora3", data_dir=data, synthetic_sts=True).data.synthetic_sts
+    assert make_settings("lora3", "paper", synthetic_sts=True).data.synthetic_sts
     for more in ({}, {"data_dir": data, "only": ("sst", "para")}):
-        with pytest.raises(UserError, match="--synthetic-sts"):
-            resolve(Flags("lora3", synthetic_sts=True, **more))
+        with pytest.raises(UserError, match="`synthetic_sts`"):
+            make_settings("lora3", synthetic_sts=True, **more)
 
 
 def test_only_some_of_the_tasks():
-    settings = resolve(Flags("lora3", only=("sts", "sst")))
+    settings = make_settings("lora3", only=("sts", "sst"))
     assert list(settings.named) == ["sst", "sts"]
     assert settings.groups == (("sst", "sts"),)
-    assert resolve(Flags("lora1", only=("para",))).groups == (("para",),)
-    with pytest.raises(UserError, match=r"--only stt: unknown task; there are sst, para, sts"):
-        resolve(Flags("lora3", only=("stt",)))
-    with pytest.raises(UserError, match="--only: name at least one"):
-        resolve(Flags("lora3", only=()))
-    with pytest.raises(UserError, match="--groups"):
-        resolve(Flags("lora3", only=("sst",), groups="sst|para,sts"))
+    assert make_settings("lora1", only=("para",)).groups == (("para",),)
+    with pytest.raises(UserError, match=r"`only` stt: unknown task; there are sst, para, sts"):
+        make_settings("lora3", only=("stt",))
+    with pytest.raises(UserError, match="`only`: name at least one"):
+        make_settings("lora3", only=())
+    with pytest.raises(UserError, match="`groups`"):
+        make_settings("lora3", only=("sst",), groups="sst|para,sts")
 
 
 def test_made_up_data_is_named_in_what_a_run_writes_down():
-    demo = resolve(Flags("lora3"))
+    demo = make_settings("lora3")
     assert demo.title == "lora3, built-in made-up data"
     assert [task.title for task in demo.named.values()] == [
         "made-up sentiment", "made-up paraphrases", "made-up similarity",
     ]  # fmt: skip
-    real = resolve(Flags("lora3", source="official"))
+    real = make_settings("lora3", source="official")
     assert real.title == "lora3"
     assert [task.title for task in real.named.values()] == ["SST-5", "Quora", "STS-B"]
+
+
+def test_each_setting_has_a_name_of_its_own():
+    """Flags have no section's name, so two fields of one name would be one flag."""
+    sections = [getattr(Preset(), field.name) for field in dataclasses.fields(Preset)]
+    assert len(flat_names(Preset)) == sum(len(dataclasses.fields(part)) for part in sections)
+
+
+def test_change_reaches_every_section():
+    asked = {"source": "official", "base": "x", "lora_dropout": 0.5, "clip": 2.0, "seed": 7}
+    changed = Sections().change(**asked)
+    assert {name: changed.flat()[name] for name in asked} == asked
+    assert changed.lora.dropout == 0.5
+    others = Sections().flat().keys() - asked.keys()
+    assert all(changed.flat()[name] == Sections().flat()[name] for name in others)
+    with pytest.raises(ConfigError, match="`rang`: no such setting"):
+        Sections().change(rang=4)
+
+
+def test_settings_that_are_changed_are_checked_again():
+    settings = make_settings("lora3")
+    for name, value in {"rank": 0, "batch_size": 0, "encoder_dropout": 1.0, "clip": 0.0}.items():
+        with pytest.raises(ConfigError, match=f"`{name}` {value}: must be"):
+            settings.change(**{name: value})
+
+
+def test_a_learning_rate_that_no_number_is():
+    with pytest.raises(ConfigError, match="`learning_rate` nan: must be above 0"):
+        make_settings("lora3", learning_rate=float("nan"))
+
+
+def test_changed_settings_are_refused_when_they_are_read():
+    plain = make_settings("lora3").to_json()
+    for wrong in (
+        {"rank": 0}, {"rank": "4"}, {"variant": "baseline1"}, {"new": 1}, {"groups": [["sst"]]},
+        {"adapt": "full"},
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="the settings were changed"):
+            Settings.from_json(plain | wrong)

@@ -11,7 +11,7 @@ import jaxlora
 from jaxlora.formats import huggingface
 from jaxlora.serving import bank, export_peft
 from jaxlora.training import cost, inputs
-from jaxlora.training.config import Flags, resolve
+from jaxlora.training.presets import make_settings
 from jaxlora.training.run import run
 
 
@@ -39,7 +39,7 @@ def base(request, tmp_path):
 def test_a_run_overfits_and_its_adapter_goes_to_peft_and_back(base, tmp_path):
     flags = {"batch_size": 16, "epochs": 60, "eval_every": 40, "max_length": 16, "rank": 4,
              "learning_rate": 1e-2, "head_learning_rate": 1e-2}  # fmt: skip
-    settings = resolve(Flags("lora1", tasks=write_task(tmp_path), base=str(base), **flags))
+    settings = make_settings("lora1", tasks=write_task(tmp_path), base=str(base), **flags)
     result = run(settings, tmp_path / "run", Silent())
     print("\nFIGURE overfits", base, result["dev"])
     predictor = jaxlora.load(tmp_path / "run")
@@ -57,15 +57,15 @@ def test_a_run_overfits_and_its_adapter_goes_to_peft_and_back(base, tmp_path):
 
 def test_the_adapters_modules_are_named_as_the_base_has_them(base):
     """So that defaults, BERT's names and PEFT's can be given for any base."""
-    settings = resolve(Flags("lora4", base=str(base)))
+    settings = make_settings("lora4", base=str(base))
     named = inputs.name_targets(settings)
     loaded = huggingface.load(str(base))
     inputs.check_base(named, loaded)
     assert inputs.name_targets(named) == named
     assert (named == settings) == (loaded.config.model_type != "modernbert")
     if loaded.config.model_type == "distilbert":
-        own = resolve(Flags("lora4", base=str(base), target_modules=("q_lin", "ffn.lin1")))
-        assert inputs.name_targets(own).target_modules == (
+        own = make_settings("lora4", base=str(base), target_modules=("q_lin", "ffn.lin1"))
+        assert inputs.name_targets(own).lora.target_modules == (
             "attention.self.query", "intermediate.dense"
         )  # fmt: skip
 

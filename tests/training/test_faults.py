@@ -20,8 +20,9 @@ from tiny import Silent, leaves_equal, short, write_data
 
 from jaxlora.serving import finished_run, tree_files
 from jaxlora.serving.finished_run import load_run
-from jaxlora.training import checkpoint, run_folder
+from jaxlora.training import checkpoint, loop, metrics_log, run_folder
 from jaxlora.training import run as train
+from jaxlora.training.run import RunOptions
 from jaxlora.utils import process as host
 from jaxlora.utils.errors import Stopped, UserError
 
@@ -49,7 +50,7 @@ def models(tmp_path, *names):
 
 def timeless(out):
     """The records of a run, all but the time they took."""
-    records = run_folder.read_records(out)
+    records = metrics_log.read_records(out)
     return [{k: v for k, v in r.items() if k != "steps_per_second"} for r in records]
 
 
@@ -63,12 +64,12 @@ def whole(make, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_so(make, whole, tmp_path, number):
     before = signal.getsignal(number)
-    with pytest.raises(Stopped, match=r"at step 3 of 7, saved; .* --resume") as stopped:
+    with pytest.raises(Stopped, match=r"at step 3 of 7, saved; .* `resume=True`") as stopped:
         train.run(make("lora3"), tmp_path / "parts", Signalling(2, number))
     assert stopped.value.signal == number
     assert signal.getsignal(number) == before
     callback = Silent()
-    train.run(make("lora3"), tmp_path / "parts", callback, resume=True)
+    train.run(make("lora3"), tmp_path / "parts", callback, RunOptions(resume=True))
     assert callback.started == (GROUP, 3, 7)
     leaves_equal(*models(tmp_path, "whole", "parts"))
 
@@ -147,10 +148,10 @@ DAMAGE = {
 @pytest.fixture(scope="module")
 def stopped(tiny_base, data_dir, tmp_path_factory):
     """A run that was stopped after step 6: its checkpoints are those of steps 4 and 6."""
-    from jaxlora.training.config import Flags, resolve
+    from jaxlora.training.presets import make_settings
 
     folder = tmp_path_factory.mktemp("stopped")
-    settings = resolve(Flags("lora3", base=str(tiny_base), data_dir=data_dir, **short("lora3")))
+    settings = make_settings("lora3", base=str(tiny_base), data_dir=data_dir, **short("lora3"))
     train.run(settings, folder / "whole", Silent())
     with pytest.raises(KeyboardInterrupt):
         train.run(settings, folder / "parts", Silent((GROUP, 7)))
@@ -163,7 +164,7 @@ def test_of_damaged_checkpoints_the_last_good_one_is_taken(make, stopped, tmp_pa
     states = tmp_path / "parts" / run_folder.STATES / GROUP
     DAMAGE[damage](states / "6")
     callback = Silent()
-    train.run(make("lora3"), tmp_path / "parts", callback, resume=True)
+    train.run(make("lora3"), tmp_path / "parts", callback, RunOptions(resume=True))
     assert callback.started == (GROUP, 4, 7)
     (note,) = callback.notes
     assert str(states / "6") in note and "goes on from step 4" in note
@@ -176,7 +177,7 @@ def test_without_a_good_checkpoint_the_group_starts_again(make, stopped, tmp_pat
     for path in (tmp_path / "parts" / run_folder.STATES / GROUP).glob("[0-9]"):
         flip(biggest(path))
     callback = Silent()
-    train.run(make("lora3"), tmp_path / "parts", callback, resume=True)
+    train.run(make("lora3"), tmp_path / "parts", callback, RunOptions(resume=True))
     assert callback.started == (GROUP, 0, 7)
     assert len(callback.notes) == 2 and "from step 0" in callback.notes[-1]
     leaves_equal(*models(tmp_path, "whole", "parts"))
@@ -202,11 +203,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"make room.*--resume"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"make room.*`resume=True`"),
+    ):
         patch.setattr(checkpoint, "_sums", full)  # the third thing that a save does
         train.run(make("lora3"), run, Silent())
     assert not (run / finished_run.RESULT).exists()
-    train.run(make("lora3"), run, Silent(), resume=True)
+    train.run(make("lora3"), run, Silent(), RunOptions(resume=True))
     leaves_equal(*models(tmp_path, "run"), *models(stopped, "whole"))
 
 
@@ -266,7 +270,7 @@ def test_one_run_at_a_time_in_a_folder(make, tmp_path):
         def record(self, record):
             super().record(record)
             with pytest.raises(UserError, match="another run is writing"):
-                train.run(make("baseline1"), tmp_path / "run", Silent(), resume=True)
+                train.run(make("baseline1"), tmp_path / "run", Silent(), RunOptions(resume=True))
 
     first = Second()
     train.run(make("baseline1"), tmp_path / "run", first)
@@ -297,12 +301,14 @@ def test_a_loss_that_is_not_finite_is_named(make, tmp_path, monkeypatch, variant
 
 def test_steps_that_are_not_finite_are_left_out_and_counted(make, tmp_path, monkeypatch):
     with_nan(monkeypatch, "sts", 11)
-    with pytest.raises(UserError, match="--skip-nonfinite"):
+    with pytest.raises(UserError, match="`skip_nonfinite=True`"):
         train.run(make("lora3"), tmp_path / "run", Silent())
-    result = train.run(make("lora3"), tmp_path / "run", Silent(), resume=True, skip_nonfinite=True)
+    result = train.run(
+        make("lora3"), tmp_path / "run", Silent(), RunOptions(resume=True, skip_nonfinite=True)
+    )
     # 19 examples are drawn 40 times in 7 steps of 6, so this one in two steps or three.
     assert result["groups"][GROUP]["skipped"] in (2, 3)
-    records = run_folder.read_records(tmp_path / "run")
+    records = metrics_log.read_records(tmp_path / "run")
     assert sum(r.get("skipped", 0) for r in records) == result["groups"][GROUP]["skipped"]
     assert all(np.isfinite(r["loss"]["sts"]) for r in records if r["kind"] == "train")
     (model,) = models(tmp_path, "run")
@@ -313,14 +319,14 @@ def test_a_record_counts_the_steps_left_out_before_it(make, tmp_path, monkeypatc
     """Each window is one step here; a bad one has no record, also when the run dies after it."""
     with_nan(monkeypatch, "sts", 11)
     settings, skip = make("lora3", eval_every=1), {"skip_nonfinite": True}
-    result = train.run(settings, tmp_path / "whole", Silent(), **skip)
+    result = train.run(settings, tmp_path / "whole", Silent(), RunOptions(**skip))
     records = timeless(tmp_path / "whole")
     logged = [r["step"] for r in records if r["kind"] == "train"]
     assert len(logged) == 7 - result["groups"][GROUP]["skipped"]
     after_bad = next(step for step in logged if step > 1 and step - 1 not in logged)
     with pytest.raises(KeyboardInterrupt):
-        train.run(settings, tmp_path / "parts", Silent((GROUP, after_bad)), **skip)
-    again = train.run(settings, tmp_path / "parts", Silent(), resume=True, **skip)
+        train.run(settings, tmp_path / "parts", Silent((GROUP, after_bad)), RunOptions(**skip))
+    again = train.run(settings, tmp_path / "parts", Silent(), RunOptions(resume=True, **skip))
     assert timeless(tmp_path / "parts") == records
     assert again["groups"][GROUP]["skipped"] == result["groups"][GROUP]["skipped"]
     assert next(r for r in records if r["step"] == after_bad)["skipped"] >= 1
@@ -329,15 +335,20 @@ def test_a_record_counts_the_steps_left_out_before_it(make, tmp_path, monkeypatc
 
 def test_too_many_steps_in_a_row_are_not_left_out(make, tmp_path, monkeypatch):
     with_nan(monkeypatch, "sts", slice(None))
-    monkeypatch.setattr(train, "MOST_NONFINITE", 5)
+    monkeypatch.setattr(loop, "MOST_NONFINITE", 5)
     for resume in (False, True):  # the checkpoints of steps 2 and 4 know how many there were
         with pytest.raises(UserError, match=r"step 5 of .* the 4 steps before; lower") as caught:
-            train.run(make("lora3"), tmp_path / "run", Silent(), resume=resume, skip_nonfinite=True)
-        assert "--skip-nonfinite" not in str(caught.value)
+            train.run(
+                make("lora3"),
+                tmp_path / "run",
+                Silent(),
+                RunOptions(resume=resume, skip_nonfinite=True),
+            )
+        assert "skip_nonfinite" not in str(caught.value)
 
 
 def test_data_deleted_while_training(make, whole, tiny_base, tmp_path):
-    from jaxlora.training.config import Flags, resolve
+    from jaxlora.training.presets import make_settings
 
     folder = write_data(tmp_path / "data")
 
@@ -346,7 +357,7 @@ def test_data_deleted_while_training(make, whole, tiny_base, tmp_path):
             super().record(record)
             shutil.rmtree(folder, ignore_errors=True)
 
-    settings = resolve(Flags("lora3", base=str(tiny_base), data_dir=folder, **short("lora3")))
+    settings = make_settings("lora3", base=str(tiny_base), data_dir=folder, **short("lora3"))
     train.run(settings, tmp_path / "run", Deleting())
     assert not folder.exists()
     leaves_equal(*models(tmp_path, "run", "whole"))

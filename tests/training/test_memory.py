@@ -18,6 +18,7 @@ from jaxlora.serving import finished_run, tree_files
 from jaxlora.serving import predictor as predict
 from jaxlora.training import checkpoint
 from jaxlora.training import run as train
+from jaxlora.training.run import RunOptions
 from jaxlora.utils import trees
 
 SHARED = "sst+para+sts"
@@ -81,7 +82,7 @@ def test_a_run_holds_what_it_needs_fresh_or_resumed(make, tiny, tmp_path, varian
     with pytest.raises(KeyboardInterrupt):
         train.run(make(variant), tmp_path / "parts", Silent(stop_at))
     resumed = Weighing()
-    train.run(make(variant), tmp_path / "parts", resumed, resume=True)
+    train.run(make(variant), tmp_path / "parts", resumed, RunOptions(resume=True))
     assert stop_at[0] in resumed.most
     frozen = encoder * (variant in ("lora3", "baseline1"))
     for group, most in (*fresh.most.items(), *resumed.most.items()):
@@ -101,7 +102,7 @@ def test_while_a_state_is_restored_there_is_no_other(make, tiny, tmp_path, monke
 
     monkeypatch.setattr(checkpoint.GroupCheckpoints, "restore", weighed)
     before = held()
-    train.run(make("baseline2"), tmp_path / "run", Silent(), resume=True)
+    train.run(make("baseline2"), tmp_path / "run", Silent(), RunOptions(resume=True))
     assert len(copies) == 1 and copies[0] < 0.5
 
 

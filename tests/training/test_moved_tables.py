@@ -14,7 +14,8 @@ from jaxlora.serving import finished_run
 from jaxlora.training import inputs as prepare
 from jaxlora.training import run as train
 from jaxlora.training import run_folder
-from jaxlora.training.config import Flags, resolve
+from jaxlora.training.presets import make_settings
+from jaxlora.training.run import RunOptions
 from jaxlora.utils.errors import UserError
 
 TOPIC = """
@@ -43,7 +44,7 @@ def write_tables(folder):
 def settings_of(folder, base):
     tasks = (str(folder / "tasks.toml"),)
     flags = {"batch_size": 6, "max_steps": 3, "eval_every": 2, "max_length": 16, "rank": 2}
-    return resolve(Flags("lora1", tasks=tasks, base=str(base), **flags))
+    return make_settings("lora1", tasks=tasks, base=str(base), **flags)
 
 
 @pytest.fixture
@@ -86,7 +87,9 @@ def test_a_run_goes_on_where_its_tables_moved(tmp_path, cache, tiny_base, stop):
     else:
         train.run(settings_of(folder, tiny_base), folder / "run", callback)
     moved = Path(shutil.move(folder, tmp_path / "elsewhere"))
-    result = train.run(settings_of(moved, tiny_base), moved / "run", Silent(), resume=True)
+    result = train.run(
+        settings_of(moved, tiny_base), moved / "run", Silent(), RunOptions(resume=True)
+    )
     assert result["groups"]["topic"]["step"] == 3
 
 
@@ -96,7 +99,9 @@ def test_a_run_goes_on_where_its_base_moved(tmp_path, cache, tiny_base):
     with pytest.raises(KeyboardInterrupt):
         train.run(settings_of(folder, base), tmp_path / "run", Silent(("topic", 2)))
     moved = shutil.move(base, tmp_path / "other-base")
-    result = train.run(settings_of(folder, moved), tmp_path / "run", Silent(), resume=True)
+    result = train.run(
+        settings_of(folder, moved), tmp_path / "run", Silent(), RunOptions(resume=True)
+    )
     assert result["groups"]["topic"]["step"] == 3
 
 
@@ -109,7 +114,7 @@ def test_other_tables_and_other_columns_are_still_refused(tmp_path, cache, tiny,
     run_folder.check(out, json.loads(json.dumps(settings.to_json())), resume=True)
     (folder / "tasks.toml").write_text(TOPIC + 'id = "headline"\n')
     with pytest.raises(
-        UserError, match=r"has --tasks 1 table columns id None, not .headline.; give"
+        UserError, match=r"has `tasks` 1 table columns id None, not .headline.; resume"
     ):
         run_folder.check(out, settings_of(folder, tiny_base).to_json(), resume=True)
     (folder / "tasks.toml").write_text(TOPIC)

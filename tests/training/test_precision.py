@@ -16,7 +16,9 @@ from jaxlora.pcgrad import pcgrad
 from jaxlora.serving import inference
 from jaxlora.tasks import task as tasks
 from jaxlora.tasks.task import PARA, SST
-from jaxlora.training import optimizer, step
+from jaxlora.training import optimizer
+from jaxlora.training.adaptation import make_adaptation
+from jaxlora.training.step import make_train_step
 from jaxlora.utils import trees
 
 HIGHEST, DEFAULT = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
@@ -71,22 +73,18 @@ def test_a_product_without_a_precision_is_found():
 @pytest.mark.parametrize("adapt", ["frozen", "lora", "full"])
 def test_train_steps(adapt, dtype, tiny):
     adapter, chosen = lora.LoraConfig(4, 8.0, dropout=0.1), tasks.paper_tasks("mse")
-    encode = encoder(tiny.config, dtype, adapter, "mean")
-    setup = step.Setup(
-        chosen,
-        step.task_encoder(adapt, encode, 3),
-        *optimizer.optimizers(3, 1e-2, 1e-2, lora_plus_ratio=4.0),
-        tiny.config.hidden_size,
-        "interaction",
-    )
+    made = make_train_step(
+        chosen, tiny.config, make_adaptation(adapt, adapter),
+        optimizer.optimizers(3, 1e-2, 1e-2, lora_plus_ratio=4.0), dtype=dtype,
+        pair_features="interaction",
+    )  # fmt: skip
 
     def begin(key):
-        frozen, trainable = step.split_params(adapt, tiny.params, adapter, key, dtype)
-        return frozen, step.init_state(setup, trainable, key)
+        return made.freeze(tiny.params), made.init(key, tiny.params)
 
     frozen, state = jax.eval_shape(begin, jax.random.key(0))
     batch, _ = random_batch(chosen, adapt, tiny.config.hidden_size)
-    check(lambda *args: step.train_step(setup, *args), state, frozen, batch, at_least=12)
+    check(made, state, frozen, batch, at_least=12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -108,7 +108,7 @@ def test_a_signal_to_one_stops_both(tiny_base, data_dir, tmp_path, request, numb
     out, fault = tmp_path / "run", {"at": at, "signal": number}
     codes, said = two(tiny_base, data_dir, out, {process: fault})
     assert codes == [128 + number] * 2, said
-    assert all("saved; go on with the same flags and --resume" in text for text in said)
+    assert all("saved; go on with the same settings and --resume" in text for text in said)
     saved = sorted(int(p.name) for p in (out / run_folder.STATES / GROUP).iterdir() if p.is_dir())
     assert saved[-1] >= (at if isinstance(at, int) else 1)
     if at == "group":

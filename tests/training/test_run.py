@@ -17,9 +17,11 @@ from jaxlora.formats import huggingface
 from jaxlora.serving import finished_run, inference, tree_files
 from jaxlora.tasks.task import NAMES
 from jaxlora.training import inputs as prepare
-from jaxlora.training import optimizer, run_folder, task_group
+from jaxlora.training import loop, metrics_log, optimizer, run_folder, task_group
 from jaxlora.training import run as train
+from jaxlora.training.run import RunOptions
 from jaxlora.training.sharding import make_mesh
+from jaxlora.training.step import TrainStep
 from jaxlora.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -28,12 +30,12 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(("rate", "same"), [(0.0, True), (0.5, False)])
 def test_encoder_dropout_reaches_the_encoder(make, rate, same):
     settings = make("lora2", encoder_dropout=rate)
-    base = huggingface.load(settings.base)
+    base = huggingface.load(settings.model.base)
     made = task_group.make_task_group(
         settings, base, prepare.load_data(settings, base), ("sts",), make_mesh("data=1")
     )
     one, other = (
-        made.setup.encode(
+        made.train_step.adaptation.encode_tasks(made.train_step.encode, 1)(
             made.frozen, made.state.trainable, made.batches[0].inputs, jax.random.key(n)
         )[0]
         for n in range(2)
@@ -45,13 +47,13 @@ def test_encoder_dropout_reaches_the_encoder(make, rate, same):
 def test_surgery_reaches_the_optimizer(make, surgery, sign):
     """The sum of these is (-2, 1), PCGrad's (0.1, 1.3); Adam's first step has the other sign."""
     settings = make("lora3", surgery=surgery)
-    base = huggingface.load(settings.base)
+    base = huggingface.load(settings.model.base)
     data = prepare.load_data(settings, base)
     made = task_group.make_task_group(settings, base, data, settings.groups[0], make_mesh("data=1"))
     params = {"kernel": jax.numpy.zeros(2)}
     gradients = {"kernel": jax.numpy.array([[1.0, 0.0], [-3.0, 1.0], [0.0, 0.0]])}
-    state = made.setup.tx.init(params)
-    updates, _ = jax.jit(made.setup.tx.update)(gradients, state, params)
+    state = made.train_step.tx.init(params)
+    updates, _ = jax.jit(made.train_step.tx.update)(gradients, state, params)
     assert np.sign(updates["kernel"]).tolist() == [sign, -1]
 
 
@@ -82,7 +84,7 @@ def test_run_writes_everything(make, tmp_path, variant, groups):
     assert set(result["dev"]) == set(NAMES)
     assert result["parameters"] == callback.summaries[0].storage._asdict()
     assert not (out / run_folder.STATES).exists()
-    records = run_folder.read_records(out)
+    records = metrics_log.read_records(out)
     assert records == callback.records
     # the best score that was seen is the one that is reported
     for name, progress in result["groups"].items():
@@ -140,7 +142,7 @@ def test_dev_predictions_stand_beside_their_labels(make, data_dir, tmp_path, var
 
 
 def test_the_time_to_the_best_score():
-    progress = train.Progress()
+    progress = loop.Progress()
     for step, seconds, score in ((2, 1.5, 0.3), (4, 3.0, 0.7), (6, 4.5, 0.5)):
         progress.step, progress.seconds = step, seconds
         progress.note(score, {}, 0)
@@ -149,7 +151,7 @@ def test_the_time_to_the_best_score():
 
 def test_synthetic_pairs_are_trained_on_and_belong_to_the_inputs(make):
     plain, more = (make("lora4", synthetic_sts=added) for added in (False, True))
-    base = huggingface.load(plain.base)
+    base = huggingface.load(plain.model.base)
     without, added = (prepare.load_data(settings, base) for settings in (plain, more))
     own = without["sts"]["train"]
     assert len(added["sts"]["train"]) == len(own) + 2000
@@ -162,7 +164,7 @@ def test_synthetic_pairs_are_trained_on_and_belong_to_the_inputs(make):
 
 
 def test_no_test_predictions_when_not_asked(make, tmp_path):
-    train.run(make("baseline1"), tmp_path / "run", Silent(), predict_test=False)
+    train.run(make("baseline1"), tmp_path / "run", Silent(), RunOptions(predict_test=False))
     names = {p.name for p in (tmp_path / "run" / "predictions").iterdir()}
     assert names == {"sst-dev.csv", "para-dev.csv", "sts-dev.csv"}
 
@@ -181,14 +183,14 @@ def test_resume_equals_uninterrupted(make, tmp_path, variant, stop_at):
     with pytest.raises(UserError, match="is the run finished"):
         jaxlora.load(tmp_path / "parts")
     again = Silent()
-    parts = train.run(settings, tmp_path / "parts", again, resume=True)
+    parts = train.run(settings, tmp_path / "parts", again, RunOptions(resume=True))
     banks = [tree_files.load(tmp_path / name / finished_run.MODEL) for name in ("whole", "parts")]
     leaves_equal(*banks)
     assert parts["dev"] == whole["dev"]
     timeless = [
         [
             {k: v for k, v in r.items() if k != "steps_per_second"}
-            for r in run_folder.read_records(tmp_path / name)
+            for r in metrics_log.read_records(tmp_path / name)
         ]
         for name in ("whole", "parts")
     ]
@@ -199,14 +201,16 @@ def test_resume_goes_on_from_the_checkpoint_and_not_from_the_start(make, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         train.run(make("lora3"), tmp_path / "run", Silent(("sst+para+sts", 6)))
     callback = Silent()
-    train.run(make("lora3"), tmp_path / "run", callback, resume=True)
+    train.run(make("lora3"), tmp_path / "run", callback, RunOptions(resume=True))
     assert callback.started == ("sst+para+sts", 4, 7)
 
 
 def test_a_finished_run_is_not_trained_again(make, tmp_path):
     first = train.run(make("baseline1"), tmp_path / "run", Silent())
     callback = Silent()
-    assert train.run(make("baseline1"), tmp_path / "run", callback, resume=True) == first
+    assert (
+        train.run(make("baseline1"), tmp_path / "run", callback, RunOptions(resume=True)) == first
+    )
     assert callback.records == []
 
 
@@ -237,10 +241,10 @@ def test_killed_process_resumes_to_the_same_parameters(tiny_base, data_dir, tmp_
 def test_at_most_three_train_programs(make, tmp_path, monkeypatch):
     """A step compiles once for each shape of its batches; three groups have a step each."""
     shapes = []
-    make_train_step = train.step.make_train_step
+    compile_step = TrainStep.compile
 
-    def noting(setup, shardings):
-        compiled, seen = make_train_step(setup, shardings), set()
+    def noting(self, shardings):
+        compiled, seen = compile_step(self, shardings), set()
         shapes.append(seen)
 
         def step(state, frozen, batch):
@@ -249,7 +253,7 @@ def test_at_most_three_train_programs(make, tmp_path, monkeypatch):
 
         return step
 
-    monkeypatch.setattr(train.step, "make_train_step", noting)
+    monkeypatch.setattr(TrainStep, "compile", noting)
     train.run(make("lora1"), tmp_path / "separate", Silent())
     assert [len(seen) for seen in shapes] == [1, 1, 1]
     shapes.clear()
@@ -267,7 +271,7 @@ def test_patience_stops_a_group(make, tmp_path):
 def test_a_loss_that_is_not_finite_says_so(make, tmp_path):
     settings = make("baseline2", learning_rate=1e30, warmup_steps=0, epochs=3)
     with pytest.raises(
-        UserError, match=r"step \d of sst\+para\+sts: .* not finite; lower --learning-rate"
+        UserError, match=r"step \d of sst\+para\+sts: .* not finite; lower `learning_rate`"
     ):
         train.run(settings, tmp_path / "run", Silent())
 
@@ -311,7 +315,7 @@ def test_a_bank_trained_on_another_device_loads_here(make, tmp_path):
 
 
 def test_a_score_that_is_no_number_is_never_the_best():
-    progress = train.Progress(step=2)
+    progress = loop.Progress(step=2)
     assert not progress.note(float("nan"), {"a": float("nan")}, 0)
     assert progress.best_scores == {} and progress.stale == 1
     progress.step = 4
@@ -326,7 +330,7 @@ def test_a_run_without_any_score_keeps_nothing(make, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "decode", lambda *args: decode(*args) * np.nan)
     for resume in (False, True):
         with pytest.raises(UserError, match=r"not finite \(NaN\) at every evaluation"):
-            train.run(make("baseline1"), tmp_path / "run", Silent(), resume=resume)
+            train.run(make("baseline1"), tmp_path / "run", Silent(), RunOptions(resume=resume))
     assert not (tmp_path / "run" / "model").exists()
 
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from jaxlora.training import run_folder
-from jaxlora.training.config import Flags, resolve
+from jaxlora.training import metrics_log, run_folder
+from jaxlora.training.presets import make_settings
 from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import UserError
 
@@ -11,17 +11,17 @@ from jaxlora.utils.errors import UserError
 def test_a_half_written_last_line_is_left_out(tmp_path):
     whole = '{"kind": "train", "step": 1, "group": "a"}'
     (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{whole[:-5]}")
-    assert [r["step"] for r in run_folder.read_records(tmp_path)] == [1]
+    assert [r["step"] for r in metrics_log.read_records(tmp_path)] == [1]
 
 
 def test_log_drops_what_came_after_the_checkpoint(tmp_path):
-    log = run_folder.MetricsLog(tmp_path, {})
+    log = metrics_log.MetricsLog(tmp_path, {})
     for group, step in (("a", 1), ("a", 2), ("b", 1), ("a", 3)):
         log.write({"kind": "train", "group": group, "step": step, "loss": {"sst": 1.0}})
     log.close()
-    log = run_folder.MetricsLog(tmp_path, {"a": 2})
+    log = metrics_log.MetricsLog(tmp_path, {"a": 2})
     log.close()
-    assert [(r["group"], r["step"]) for r in run_folder.read_records(tmp_path)] == [
+    assert [(r["group"], r["step"]) for r in metrics_log.read_records(tmp_path)] == [
         ("a", 1),
         ("a", 2),
     ]
@@ -30,9 +30,9 @@ def test_log_drops_what_came_after_the_checkpoint(tmp_path):
 
 def test_of_many_processes_the_others_leave_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "is_primary", lambda: False)
-    monkeypatch.setattr(run_folder.tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(metrics_log.tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    log = run_folder.MetricsLog(tmp_path / "run", {})
+    log = metrics_log.MetricsLog(tmp_path / "run", {})
     log.write({"kind": "train", "group": "a", "step": 1, "loss": {"sst": 1.0}})
     log.close()
     assert not list((tmp_path / "temporary").iterdir()) and not (tmp_path / "run").exists()
@@ -40,7 +40,7 @@ def test_of_many_processes_the_others_leave_nothing(tmp_path, monkeypatch):
 
 def test_flatten():
     record = {"kind": "eval", "step": 3, "score": 0.5, "dev": {"sst": 0.25}}
-    assert dict(run_folder.flatten(record)) == {"score": 0.5, "dev.sst": 0.25}
+    assert dict(metrics_log.flatten(record)) == {"score": 0.5, "dev.sst": 0.25}
 
 
 def test_write_text_leaves_nothing_behind_when_it_fails(tmp_path):
@@ -68,8 +68,8 @@ def test_read_json_names_the_file(tmp_path):
 def test_a_number_that_no_float_holds_ends_the_records(tmp_path):
     record = {"kind": "train", "group": "sst", "step": 1, "loss": 1}
     lines = [json.dumps(record), json.dumps(record | {"loss": 10**400})]
-    (tmp_path / run_folder.METRICS).write_text("\n".join(lines))
-    assert run_folder.read_records(tmp_path) == [record]
+    (tmp_path / metrics_log.METRICS).write_text("\n".join(lines))
+    assert metrics_log.read_records(tmp_path) == [record]
 
 
 def test_a_number_that_no_float_holds_is_no_json(tmp_path):
@@ -80,13 +80,13 @@ def test_a_number_that_no_float_holds_is_no_json(tmp_path):
 
 def test_a_run_goes_on_when_only_titles_of_tasks_changed(tmp_path):
     """A demo run of an earlier version called its made-up data SST-5."""
-    settings = resolve(Flags("lora3")).to_json()
+    settings = make_settings("lora3").to_json()
     (tmp_path / "config.json").write_text(
         json.dumps({"settings": settings, "inputs": {}}).replace("made-up sentiment", "SST-5")
     )
     run_folder.check(tmp_path, settings, resume=True)
-    with pytest.raises(UserError, match="--epochs"):
+    with pytest.raises(UserError, match="`epochs`"):
         run_folder.check(tmp_path, settings | {"epochs": 7}, resume=True)
     other = json.loads(json.dumps(settings).replace('"high": 5.0', '"high": 4.0'))
-    with pytest.raises(UserError, match="--tasks"):
+    with pytest.raises(UserError, match="`tasks`"):
         run_folder.check(tmp_path, other, resume=True)

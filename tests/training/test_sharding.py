@@ -200,7 +200,7 @@ def test_a_pod_knows_its_number(monkeypatch, index, process, joined):
 def test_a_pod_too_many(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: pytest.fail("joined"))
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
-    with pytest.raises(UserError, match="--processes=2 --process=2"):
+    with pytest.raises(UserError, match="`processes=2` and `process=2`"):
         distributed.join("train-0.train:8476", 2)
 
 

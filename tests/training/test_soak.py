@@ -10,7 +10,7 @@ import pytest
 from tiny import Silent, short, write_data
 
 from jaxlora.training import run
-from jaxlora.training.config import Flags, resolve
+from jaxlora.training.presets import make_settings
 
 STEPS = 5000
 SIZES = {"sst": 260, "para": 400, "sts": 190}  # 67 steps an epoch
@@ -49,7 +49,7 @@ class Compilations(logging.Handler):
 
 def soak(tiny_base, folder, dtype):
     flags = short("lora3", epochs=STEPS, max_steps=STEPS, eval_every=500, dtype=dtype)
-    settings = resolve(Flags("lora3", base=str(tiny_base), data_dir=folder / "data", **flags))
+    settings = make_settings("lora3", base=str(tiny_base), data_dir=folder / "data", **flags)
     callback = Watching()
     handler, logger = Compilations(callback), logging.getLogger("jax")
     logger.addHandler(handler)

@@ -16,12 +16,14 @@ from jaxlora.data.batches import Batch
 from jaxlora.data.packing import Shape, fill
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
-from jaxlora.nn.encode import PackedTokens, encoder
+from jaxlora.nn.encode import PackedTokens
 from jaxlora.pcgrad import cosines, gram, pcgrad
 from jaxlora.tasks import losses
 from jaxlora.tasks import task as tasks
 from jaxlora.tasks.sharing import VARIANTS, group_name, parse_groups
-from jaxlora.training import optimizer, step
+from jaxlora.training import optimizer
+from jaxlora.training.adaptation import make_adaptation
+from jaxlora.training.step import make_train_step
 from jaxlora.utils import trees
 
 SIZE = 4  # examples of a task in a batch
@@ -84,25 +86,18 @@ def make(base, adapt="lora", names=ALL, sts_loss="mse", dropout=0.1, **replace):
     """A group ready to step: its setup, frozen tree, state and a batch."""
     chosen = tuple(t for t in tasks.paper_tasks(sts_loss) if t.name in names)
     config = base.config.with_dropout(dropout)
-    frozen, trainable = step.split_params(
-        adapt, base.params, ADAPTER, jax.random.key(1), jnp.float32
-    )
-    encode = encoder(config, jnp.float32, ADAPTER, "cls")
-    setup = step.Setup(
-        chosen,
-        step.task_encoder(adapt, encode, len(chosen)),
-        *optimizer.optimizers(len(chosen), 1e-2, 1e-2),
-        config.hidden_size,
-        dropout=dropout,
-    )
-    setup = dataclasses.replace(setup, **replace)
-    state = step.init_state(setup, trainable, jax.random.key(2))
+    made = make_train_step(
+        chosen, config, make_adaptation(adapt, ADAPTER),
+        optimizer.optimizers(len(chosen), 1e-2, 1e-2), pooling="cls", dropout=dropout,
+    )  # fmt: skip
+    made = dataclasses.replace(made, **replace)
+    state = made.init(jax.random.key(2), base.params)
     batch, rows = random_batch(chosen, adapt, config.hidden_size)
     return SimpleNamespace(
         config=config,
-        setup=setup,
-        encode=encode,
-        frozen=frozen,
+        step=made,
+        encode=made.encode,
+        frozen=made.freeze(base.params),
         state=state,
         batch=batch,
         rows=rows,
@@ -118,7 +113,7 @@ def warm(trainable):
 
 def task_loss(group, t, trainable, head):
     """One task's mean loss, written out."""
-    task = group.setup.tasks[t]
+    task = group.step.tasks[t]
     vectors = group.encode(group.frozen, trainable, group.rows[t], None)
     u, v = vectors[:SIZE], vectors[SIZE : 2 * SIZE]
     outputs = task.apply_head(head, u, v, pair_features="concat")
@@ -157,7 +152,7 @@ def losses_and_gradients(group, trainable):
     def all_tasks(trainable, heads):
         return [
             jax.value_and_grad(task_loss, (2, 3))(group, t, trainable, heads[task.name])
-            for t, task in enumerate(group.setup.tasks)
+            for t, task in enumerate(group.step.tasks)
         ]
 
     return jax.jit(all_tasks)(trainable, group.state.heads)
@@ -167,7 +162,7 @@ def losses_and_gradients(group, trainable):
 def test_each_tasks_gradient_is_its_own(adapt, tiny):
     group = make(tiny, adapt, dropout=0.0, tx=recorder(3))
     start = warm(group.state.trainable) if adapt == "lora" else group.state.trainable
-    train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
+    train_step = jax.jit(group.step)
     after, metrics = train_step(group.state.replace(trainable=start), group.frozen, group.batch)
     expected = losses_and_gradients(group, start)
     grads = after.opt_state[0].grads
@@ -183,10 +178,10 @@ def test_encoder_is_projected_and_clipped_and_heads_are_not(tiny):
     clip = 1e-3
     tx = optax.chain(pcgrad(3), optax.clip_by_global_norm(clip), optax.sgd(1.0))
     group = make(tiny, dropout=0.0, tx=tx, head_tx=optax.sgd(0.5))
-    train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
+    train_step = jax.jit(group.step)
     after, metrics = train_step(group.state, group.frozen, group.batch)
     expected = losses_and_gradients(group, group.state.trainable)
-    for task, (_, (_, grads)) in zip(group.setup.tasks, expected, strict=True):
+    for task, (_, (_, grads)) in zip(group.step.tasks, expected, strict=True):
         head = group.state.heads[task.name]
         by_hand = jax.tree.map(lambda h, g: h - 0.5 * g, head, grads)
         assert optax.tree.norm(grads) > 1e-2
@@ -208,16 +203,16 @@ def test_without_surgery_the_tasks_gradients_are_summed(tiny):
 
     def total(tree):
         heads = state.heads
-        tasks = enumerate(group.setup.tasks)
+        tasks = enumerate(group.step.tasks)
         return sum(task_loss(group, t, tree, heads[task.name]) for t, task in tasks)
 
-    after, metrics = step.train_step(group.setup, state, group.frozen, group.batch)
+    after, metrics = group.step(state, group.frozen, group.batch)
     by_hand = jax.tree.map(lambda p, g: p - g, state.trainable, jax.grad(total)(state.trainable))
     for x, y in zip(jax.tree.leaves(after.trainable), jax.tree.leaves(by_hand), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
-    surgical = dataclasses.replace(group.setup, tx=optax.chain(pcgrad(3), optax.sgd(1.0)))
+    surgical = dataclasses.replace(group.step, tx=optax.chain(pcgrad(3), optax.sgd(1.0)))
     surgical_state = state.replace(opt_state=surgical.tx.init(state.trainable))
-    other, met = step.train_step(surgical, surgical_state, group.frozen, group.batch)
+    other, met = surgical(surgical_state, group.frozen, group.batch)
     assert metrics.conflicts == met.conflicts > 0
     assert optax.tree.norm(jax.tree.map(jnp.subtract, after.trainable, other.trainable)) > 1e-3
 
@@ -253,7 +248,7 @@ def test_lora_plus_is_a_higher_learning_rate_for_b():
 
 def test_padding_examples_change_nothing(tiny):
     group = make(tiny)
-    train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
+    train_step = jax.jit(group.step)
 
     def run_once(labels, weights):
         batch = Batch(group.batch.inputs, labels, weights)
@@ -279,7 +274,7 @@ def test_mean_is_over_real_examples():
 
 def test_step_and_key_decide_the_dropout(tiny):
     group = make(tiny, tx=recorder(3), head_tx=optax.sgd(0.0))
-    train_step = jax.jit(lambda *args: step.train_step(group.setup, *args))
+    train_step = jax.jit(group.step)
 
     def run(at, key=2):
         state = group.state.replace(step=jnp.array(at, jnp.int32), key=jax.random.key(key))
@@ -313,7 +308,7 @@ def assert_only_trainable_is_remembered(adapt, group):
     }[adapt]  # fmt: skip
     kept = [x for x in jax.tree.leaves(group.state.opt_state) if not is_key(x)]
     besides = sum(x.size for x in kept) - 2 * size
-    assert 0 < besides <= 1 + len(group.setup.tasks) ** 2 + 2 + 2
+    assert 0 < besides <= 1 + len(group.step.tasks) ** 2 + 2 + 2
 
 
 def variant_case(name, adapt, groups, sts_loss):
@@ -342,16 +337,16 @@ def test_every_variant_takes_two_steps(adapt, groups, sts_loss, tiny):
     for group, m in made.items():
         assert_only_trainable_is_remembered(adapt, m)
         others = {g: copy(s) for g, s in states.items() if g != group}
-        frozen_before, train_step = copy(m.frozen), step.make_train_step(m.setup)
+        frozen_before, train_step = copy(m.frozen), m.step.compile()
         for number in (1, 2):
             before, heads_before = copy(states[group].trainable), copy(states[group].heads)
             states[group], metrics = train_step(states[group], m.frozen, m.batch)
-            assert metrics.losses.shape == (len(m.setup.tasks),)
+            assert metrics.losses.shape == (len(m.step.tasks),)
             assert np.isfinite(metrics.losses).all()
             moved = changed(before, states[group].trainable)
             assert moved == expected_to_move(adapt, states[group].trainable, number, moved)
             heads = states[group].heads
-            assert set(heads) == {t.name for t in m.setup.tasks}
+            assert set(heads) == {t.name for t in m.step.tasks}
             assert changed(heads_before, heads) == set(trees.names(heads))
         assert train_step._cache_size() == 1
         assert_same(copy(m.frozen), frozen_before)
@@ -373,7 +368,7 @@ def expected_to_move(adapt, trainable, number, moved):
 
 def test_the_adapter_learns(tiny):
     group = make(tiny, dropout=0.0)
-    train_step, state, seen = step.make_train_step(group.setup), group.state, []
+    train_step, state, seen = group.step.compile(), group.state, []
     for _ in range(25):
         state, metrics = train_step(state, group.frozen, group.batch)
         seen.append(metrics.losses)

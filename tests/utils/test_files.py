@@ -26,9 +26,10 @@ from jaxlora.serving import manifest as manifests
 from jaxlora.serving.finished_run import load_run
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.tasks.sharing import group_name
-from jaxlora.training import checkpoint, run_folder
+from jaxlora.training import checkpoint, metrics_log, run_folder
 from jaxlora.training import run as train
-from jaxlora.training.config import Flags, resolve
+from jaxlora.training.presets import make_settings
+from jaxlora.training.run import RunOptions
 from jaxlora.utils import cache, files, process
 from jaxlora.utils.errors import UserError
 
@@ -46,11 +47,11 @@ def runs(tmp_path_factory, tiny_base):
     folder = tmp_path_factory.mktemp("runs")
     data = write_data(folder / "data")
     for seed, name in enumerate(("one", "two")):
-        flags = Flags(
+        settings = make_settings(
             "lora1", preset="cs224n", base=str(tiny_base), data_dir=data, seed=seed, rank=2,
             max_steps=1, max_length=16, batch_size=6,
         )  # fmt: skip
-        train.run(resolve(flags), folder / name, Silent(), predict_test=False)
+        train.run(settings, folder / name, Silent(), RunOptions(predict_test=False))
     return folder
 
 
@@ -98,7 +99,7 @@ def test_a_run_and_a_bank_in_folders_with_brackets(make, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train.run(make("lora3"), odd, Silent(("sst+para+sts", 6)))
     callback = Silent()
-    train.run(make("lora3"), odd, callback, resume=True)
+    train.run(make("lora3"), odd, callback, RunOptions(resume=True))
     assert callback.started == ("sst+para+sts", 4, 7) and callback.notes == []
     assert not (odd / run_folder.STATES).exists()
     leaves_equal(load_run(odd).trees, load_run(tmp_path / "plain").trees)
@@ -259,14 +260,14 @@ def fourteen(folder):
 def test_fourteen_tasks_with_long_names_share(tiny, tiny_base, tmp_path):
     flags = {"base": str(tiny_base), "tasks": fourteen(tmp_path), "preset": "cs224n"}
     flags |= {"max_steps": 2, "eval_every": 1, "rank": 2, "batch_size": 2, "max_length": 16}
-    settings = resolve(Flags("lora3", **flags))
+    settings = make_settings("lora3", **flags)
     (group,) = map(group_name, settings.groups)
     out = tmp_path / "run"
     train.inputs.load_data(settings, tiny)  # so that both read the cache
     with pytest.raises(KeyboardInterrupt):
         train.run(settings, out, Silent((group, 2)))
     callback = Silent()
-    train.run(settings, out, callback, resume=True)
+    train.run(settings, out, callback, RunOptions(resume=True))
     assert callback.started == (group, 1, 2)
     trained = load_run(out)
     bank.add(tmp_path / "bank", trained, list(trained.models))
@@ -274,7 +275,7 @@ def test_fourteen_tasks_with_long_names_share(tiny, tiny_base, tmp_path):
     leaves_equal([*bank.load(tmp_path / "bank").trees.values()], [trained.trees[group]])
     names = [p.name for p in tmp_path.rglob("*")]
     assert max(len(name.encode()) for name in names) <= 255
-    assert {r["group"] for r in run_folder.read_records(out)} == {group}
+    assert {r["group"] for r in metrics_log.read_records(out)} == {group}
 
 
 def test_curves_of_many_tasks_are_drawn(tmp_path):
@@ -586,7 +587,7 @@ def killed_while_writing(path):
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_run_starts_after_a_killed_first_write(make, tmp_path, resume):
     left = killed_while_writing(tmp_path / "run" / finished_run.CONFIG)
-    train.run(make("baseline1", max_steps=1), tmp_path / "run", Silent(), resume=resume)
+    train.run(make("baseline1", max_steps=1), tmp_path / "run", Silent(), RunOptions(resume=resume))
     assert not left.exists()
 
 

@@ -1,0 +1,46 @@
+"""Gradient accumulation that keeps the tasks apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlora.aggregation.checks import check_number
+
+
+def accumulate(
+    tx: optax.GradientTransformation, num_tasks: int, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """Average each task's gradients over several steps, then let `tx` aggregate once.
+
+    It is `optax.MultiSteps` whose accumulators have the task axis, which by itself it would give
+    the shapes of the parameters. The other order, `chain(aggregate(…), MultiSteps(adamw(…), 4))`,
+    needs nothing special: it aggregates in each step, and averages the results.
+
+    Args:
+      tx: a transform that begins with `aggregate` or `pcgrad`.
+      num_tasks: T.
+      steps: how many.
+
+    >>> from jaxlora.aggregation import aggregate
+    >>> chain = optax.chain(aggregate("sum", num_tasks=2), optax.sgd(1.0))
+    >>> tx = accumulate(chain, num_tasks=2, steps=2)
+    >>> state = tx.init({"w": jnp.zeros(2)})
+    >>> for scale in (1.0, 3.0):
+    ...     grads = {"w": scale * jnp.array([[1.0, 0.0], [-1.0, 1.0]])}
+    ...     updates, state = tx.update(grads, state, {"w": jnp.zeros(2)})
+    >>> updates["w"].tolist()
+    [-0.0, -2.0]
+    """
+    check_number(num_tasks)
+    around = optax.MultiSteps(tx, steps)
+
+    def init(params: optax.Params) -> Any:
+        state = around.init(params)
+        stacked = jax.tree.map(lambda x: jnp.zeros((num_tasks, *x.shape), x.dtype), state.acc_grads)
+        return state._replace(acc_grads=stacked)
+
+    return optax.GradientTransformationExtraArgs(init, around.update)

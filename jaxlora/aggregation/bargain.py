@@ -1,0 +1,59 @@
+"""The system `C z = β z^(−1/p)` behind Nash-MTL and FairGrad."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.aggregation.qp import ridge, solve_definite
+
+_HALVINGS = 24
+_MOST_STEPS = 60
+
+
+class _Point(NamedTuple):
+    z: jax.Array
+    step: jax.Array
+    error: jax.Array
+
+
+def solve_bargain(C: jax.Array, beta: jax.Array, p: float) -> jax.Array:
+    """Return the `z > 0` with `C z = β z^(−1/p)`, `f32[T]`, by Newton's method.
+
+    It is the minimum of the convex `½ zᵀ C z − Σ β ∫ z^(−1/p)`. With `z = z₀ (1 + η)` the system is
+    `(Z C Z + diag(r)/p) η = r − z ∘ C z`, `r = β z^(1 − 1/p)`, whose condition is good however bad
+    that of C is. Of the steps 1, ½, ¼, … the one with the smallest slope is taken.
+
+    Args:
+      C: `f32[T, T]`, positive semidefinite with ones on the diagonal.
+      beta: `f32[T]`, positive.
+      p: positive.
+
+    >>> solve_bargain(jnp.eye(2), jnp.array([1.0, 4.0]), 1.0).round(4).tolist()
+    [1.0, 2.0]
+    """
+    C = ridge(C)
+    eps = jnp.finfo(C.dtype).eps
+    shares = jnp.ldexp(jnp.ones(_HALVINGS, C.dtype), -jnp.arange(_HALVINGS))
+
+    def newton(s: _Point) -> _Point:
+        z, target = s.z, beta * s.z ** (1 - 1 / p)
+        missing = target - z * (C @ z)
+        H = z[:, None] * C * z[None, :] + jnp.diag(target / p)
+        scale = jax.lax.rsqrt(jnp.diag(H))  # to ones on the diagonal
+        scaled = scale[:, None] * H * scale[None, :]
+        eta = scale * solve_definite(scaled, scale * missing)
+        tried = z[None, :] * (1 + shares[:, None] * eta[None, :])
+        inside = jnp.where(tried > 0, tried, 1)
+        slopes = (inside @ C - beta[None, :] * inside ** (-1 / p)) @ (z * eta)
+        slopes = jnp.where(jnp.all(tried > 0, 1), jnp.abs(slopes), jnp.inf)
+        chosen = tried[jnp.argmin(slopes)]
+        return _Point(chosen, s.step + 1, jnp.max(jnp.abs(eta)))
+
+    def unfinished(s: _Point) -> jax.Array:
+        return (s.step < _MOST_STEPS) & (s.error > 4 * eps)
+
+    start = _Point(beta ** (p / (p + 1)), jnp.int32(0), jnp.asarray(jnp.inf, C.dtype))
+    return jax.lax.while_loop(unfinished, newton, start).z

@@ -1,0 +1,41 @@
+"""FairGrad: α-fair gains of the tasks."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.aggregation.bargain import solve_bargain
+from jaxlora.aggregation.gram import cosines, inverse_norms, norms
+from jaxlora.aggregation.method import Method, member, of_gram
+
+
+def fair_weights(K: jax.Array, alpha: float) -> jax.Array:
+    """Return the `w > 0` with `K w = w^(−1/α)`, `f32[T]`; 0 for zero gradients.
+
+    With `z = w · norms` and `p = α` it is `C z = norms^(1/p − 1) z^(−1/p)`, C the cosines, and a
+    factor s in the norms is one of `s^((1 − p)/(1 + p))` in z.
+    """
+    lengths = norms(K)
+    size = jnp.max(lengths)
+    some = jnp.where(size > 0, size, 1)
+    relative = jnp.where(lengths > 0, lengths / some, 1)
+    C = jnp.where(jnp.eye(len(K), dtype=bool), 1, cosines(K))  # also for zero gradients
+    z = solve_bargain(C, relative ** (1 / alpha - 1), alpha)
+    return some ** ((1 - alpha) / (1 + alpha)) * inverse_norms(K) * z
+
+
+@member("Ban & Ji 2024", "non-conflicting", "permutation", "stationary")
+def fairgrad(alpha: float = 2.0) -> Method:
+    """Make the tasks' gains α-fair: `K w = w^(−1/α)`.
+
+    Ban & Ji 2024, "Fair Resource Allocation in Multi-Task Learning", equation 6. Gradients times c
+    give the update times `c^((1 − α)/(1 + α))`, as in the paper: between `α = 1`, where it is
+    Nash-MTL's bargain with an update of length `√T`, and infinity, the best worst gain.
+
+    Args:
+      alpha: degree of fairness, above 0.
+    """
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha must be a number above 0, got {alpha!r}")
+    return of_gram("fairgrad", lambda K: fair_weights(K, alpha))

@@ -1,0 +1,28 @@
+"""Random loss weighting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxlora.aggregation.method import Method, member, raw_key, split_raw
+
+
+@member("Lin et al. 2022, RLW", "homogeneous", "unit")
+def random(seed: int = 0) -> Method:
+    """Draw weights anew in each step: the softmax of standard normal numbers.
+
+    The expected update is that of the mean. Lin et al. 2022, "Reasonable Effectiveness of Random
+    Weighting: A Litmus Test for Multi-Task Learning", section 3: a method that is not better than
+    this one has little to show for itself.
+
+    Args:
+      seed: seed of the draws.
+    """
+
+    def weights(K: jax.Array, losses: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        after, now = split_raw(key)
+        return jax.nn.softmax(jax.random.normal(now, (len(K),), K.dtype)), after
+
+    return Method("random", lambda num_tasks, part: raw_key(seed, part), weights)

@@ -1,0 +1,109 @@
+"""The gradient of each task with respect to what all share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.utils.trees import Tree
+
+Loss = Callable[..., Any]
+
+
+def per_task_grads(
+    loss_fns: Callable[..., Any] | Sequence[Loss] | Mapping[str, Loss],
+    trunk: Tree,
+    heads: Any,
+    batches: Any,
+    *,
+    has_aux: bool = False,
+) -> tuple[Any, Tree, Any]:
+    """Compute each task's loss, its gradient of the trunk and its gradient of its own head.
+
+    Two ways, by what `loss_fns` is:
+
+    * a function for each task, each with a batch of its own: one backward pass each through its own
+      batch, then stacked. `jax.jacrev` of the stacked losses would pull each task's unit vector
+      back through the batches of all.
+    * one function that returns all losses, `f32[T]`, of a batch they share: one forward pass, and T
+      unit vectors pulled back together.
+
+    Call it inside `jax.jit`, where it is one program with the update.
+
+    Args:
+      loss_fns: functions `(trunk, head, batch) → loss`, in a sequence, or by task name; or one
+        function `(trunk, heads, batch) → losses`.
+      trunk: what tasks share, a pytree of arrays.
+      heads: a pytree for each task, in a sequence, or by the same names; or any pytree for one
+        function. None or `{}` where there are none.
+      batches: a batch for each task, likewise; or the one batch of one function.
+      has_aux: whether losses come with something else, `(loss, aux)`; then the first result is
+        `(losses, aux)`, with a list or dict of aux as `loss_fns` is one.
+
+    Returns:
+      The losses, `f32[T]`; the trunk's gradients, leaves `[T, ...]`, for `aggregate`; the gradients
+      of the heads, as `heads`.
+
+    Raises:
+      ValueError: if the names or numbers of functions, heads and batches differ.
+
+    >>> def loss(trunk, head, x):
+    ...     return jnp.sum(trunk["w"] * x) * head
+    >>> trunk, heads = {"w": jnp.ones(2)}, {"a": jnp.float32(1), "b": jnp.float32(2)}
+    >>> batches = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}
+    >>> losses, grads, head_grads = per_task_grads({"a": loss, "b": loss}, trunk, heads, batches)
+    >>> losses.tolist(), grads["w"].tolist()
+    ([3.0, 14.0], [[1.0, 2.0], [6.0, 8.0]])
+    >>> {name: float(g) for name, g in head_grads.items()}
+    {'a': 3.0, 'b': 7.0}
+    """
+    if callable(loss_fns):
+        return _shared_batch(loss_fns, trunk, heads, batches, has_aux)
+    keys = _keys(loss_fns)
+    for name, found in (("heads", heads), ("batches", batches)):
+        if found is not None and set(_keys(found)) != set(keys):
+            raise ValueError(f"{name} are for the tasks {_keys(found)}, loss_fns for {keys}")
+    found = [
+        jax.value_and_grad(loss_fns[key], argnums=(0, 1), has_aux=has_aux)(
+            trunk, None if heads is None else heads[key], batches[key]
+        )
+        for key in keys
+    ]
+    values, grads = zip(*found, strict=True)
+    own, heads_grads = zip(*grads, strict=True)
+    losses = jnp.stack([value[0] if has_aux else value for value in values])
+    aux = _like(loss_fns, [value[1] for value in values]) if has_aux else None
+    stacked = jax.tree.map(lambda *g: jnp.stack(g), *own)
+    of_heads = None if heads is None else _like(heads, heads_grads, keys)
+    return ((losses, aux) if has_aux else losses), stacked, of_heads
+
+
+def _keys(tasks: Any) -> list[Any]:
+    return list(tasks) if isinstance(tasks, Mapping) else list(range(len(tasks)))
+
+
+def _like(tasks: Any, values: Sequence[Any], keys: Sequence[Any] | None = None) -> Any:
+    """Put values, in the order of keys, into a container like `tasks`."""
+    if isinstance(tasks, Mapping):
+        return dict(zip(keys or tasks, values, strict=True))
+    return jax.tree.unflatten(jax.tree.structure(tasks, is_leaf=lambda x: x is not tasks), values)
+
+
+def _shared_batch(
+    losses_fn: Callable[..., Any], trunk: Tree, heads: Any, batch: Any, has_aux: bool
+) -> tuple[Any, Tree, Any]:
+    """Differentiate all losses by one forward pass."""
+
+    def losses_of(trunk: Tree, heads: Any) -> Any:
+        return losses_fn(trunk, heads, batch)
+
+    aux: list[Any]
+    losses, pull_back, *aux = jax.vjp(losses_of, trunk, heads, has_aux=has_aux)  # type: ignore[call-overload]
+    if losses.ndim != 1:
+        raise ValueError(f"loss_fns must return losses [T], got shape {losses.shape}")
+    grads, head_grads = jax.vmap(pull_back)(jnp.eye(len(losses), dtype=losses.dtype))
+    of_heads = jax.tree.map(lambda g: jnp.sum(g, 0), head_grads)
+    return ((losses, *aux) if has_aux else losses), grads, of_heads

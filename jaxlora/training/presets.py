@@ -1,0 +1,204 @@
+"""Presets, and the settings of a run from a preset and what is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlora.data.task_files import COSINE_WEIGHT, TaskSpec, made_up, paper_specs, read_tasks
+from jaxlora.formats import huggingface
+from jaxlora.lora import ALL_TARGETS, LoraConfig
+from jaxlora.tasks import sharing
+from jaxlora.tasks.sharing import Variant, groups_like, parse_groups
+from jaxlora.training.config import (
+    DataConfig,
+    LoopConfig,
+    ModelConfig,
+    OnlyFor,
+    OptimizerConfig,
+    PresetName,
+    Sections,
+    Settings,
+    TaskChoice,
+    VariantName,
+    flat_names,
+)
+from jaxlora.utils import bounds
+from jaxlora.utils.errors import ConfigError
+
+PAPER_GUESSES = (
+    "source", "encoder_dropout", "warmup_steps", "schedule", "weight_decay", "sts_weight",
+    "epochs", "eval_every", "patience", "clip", "max_length", "dtype",
+)  # fmt: skip
+"""What the preset `paper` had to guess, since the paper does not state it, as far as we read it.
+
+All of GLUE's Quora pairs; dropout 0.1 in the encoder (the heads have 0.1 as well); no warm-up, a
+constant rate, no weight decay, the STS loss not weighted; 10 epochs, evaluated four times in each,
+without early stopping; the encoder's gradient clipped at norm 1.0; 128 tokens; bfloat16 matmuls on
+accelerators. No flag, but guesses too: of each group the checkpoint that was best on dev is kept,
+and baseline1's frozen encoder has no dropout. docs/paper.md explains each.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset(Sections):
+    """Settings of a run before anything is asked for.
+
+    Attributes:
+      choice: which tasks.
+    """
+
+    choice: TaskChoice = TaskChoice()
+
+
+def demo(chosen: Variant) -> Preset:
+    """MiniLM and built-in made-up data."""
+    return Preset(
+        data=DataConfig("demo"),
+        model=ModelConfig(max_length=64),
+        optimizer=_tuned_rates(chosen),
+        loop=LoopConfig(epochs=3),
+        choice=_tuned_weights(chosen),
+    )
+
+
+def cs224n(chosen: Variant) -> Preset:
+    """Settings that train well on the CS224N data: see docs/tuning.md."""
+    return Preset(
+        data=DataConfig("cs224n"),
+        model=ModelConfig(encoder_dropout=0.05),
+        lora=LoraConfig(8, 8.0, ALL_TARGETS),
+        optimizer=_tuned_rates(chosen),
+        loop=LoopConfig(epochs=2),
+        choice=_tuned_weights(chosen),
+    )
+
+
+def paper(chosen: Variant) -> Preset:
+    """The paper's settings, as far as it states them; see `PAPER_GUESSES`."""
+    return Preset(
+        data=DataConfig("official"),
+        model=ModelConfig("bert-base-uncased", "cls", "concat", encoder_dropout=0.1),
+        optimizer=OptimizerConfig(
+            learning_rate=chosen.learning_rate,
+            head_learning_rate=chosen.learning_rate,
+            warmup_steps=0,
+            schedule="constant",
+            weight_decay=0.0,
+        ),
+        loop=LoopConfig(batch_size=8, epochs=10),
+    )
+
+
+PRESETS: Mapping[PresetName, Callable[[Variant], Preset]] = {
+    "demo": demo,
+    "cs224n": cs224n,
+    "paper": paper,
+}
+
+
+def _tuned_rates(chosen: Variant) -> OptimizerConfig:
+    return OptimizerConfig(learning_rate=5e-5 if chosen.adapt == "full" else 1e-3)
+
+
+def _tuned_weights(chosen: Variant) -> TaskChoice:
+    return TaskChoice(sts_weight=COSINE_WEIGHT if chosen.sts_loss == "cosine" else 1.0)
+
+
+def make_settings(variant: VariantName, preset: PresetName = "demo", **asked: Any) -> Settings:
+    """Return the settings of a run, checked.
+
+    Args:
+      variant: one of the paper's.
+      preset: where settings come from that are not asked for.
+      asked: any settings, by the names of the fields in `config`; None is as if left out.
+
+    Raises:
+      ConfigError: for a value out of bounds, or settings that do not fit each other.
+
+    >>> make_settings("lora3", rank=4, epochs=1).lora.alpha
+    4.0
+    """
+    chosen = sharing.variant(variant)
+    asked = {field: value for field, value in asked.items() if value is not None}
+    start = PRESETS[preset](chosen).change(**_implied(asked) | asked)
+    bounds.check(start.choice)
+    specs = _choose_tasks(start.choice, chosen, "sts_weight" in asked)
+    if start.data.source == "demo":
+        specs = tuple(map(made_up, specs))
+    names = tuple(spec.task.name for spec in specs)
+    wanted = start.choice.groups
+    settings = Settings(
+        variant=variant,
+        preset=preset,
+        tasks=specs,
+        groups=groups_like(chosen.groups, names) if wanted is None else parse_groups(wanted, names),
+        **{f.name: getattr(start, f.name) for f in dataclasses.fields(Sections)},
+    ).change(**_located(start))
+    _reject_unused(asked, settings)
+    for group in settings.groups:
+        settings.of_group(group)
+    return settings
+
+
+def _implied(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what follows from what is asked for, unless it is asked for itself."""
+    implied: dict[str, Any] = {}
+    if "data_dir" in asked:
+        implied["source"] = "cs224n"
+    if "tasks" in asked:
+        implied["source"] = "files"
+    if "rank" in asked:
+        implied["alpha"] = float(asked["rank"])
+    return implied
+
+
+def _located(start: Sections) -> dict[str, Any]:
+    """Return the settings that depend on where this process runs."""
+    folder, default = start.data.data_dir, jax.default_backend() == "cpu"
+    return {
+        "data_dir": None if folder is None else str(Path(folder).absolute()),
+        "base": huggingface.absolute(start.model.base),
+        "dtype": start.model.dtype or ("float32" if default else "bfloat16"),
+    }
+
+
+def _choose_tasks(choice: TaskChoice, chosen: Variant, weighted: bool) -> tuple[TaskSpec, ...]:
+    known = _known_tasks(choice, chosen, weighted)
+    names = [spec.task.name for spec in known]
+    if choice.only == ():
+        raise ConfigError("only", f"name at least one of {', '.join(names)}")
+    for name in choice.only or ():
+        if name not in names:
+            raise ConfigError("only", f"unknown task; there are {', '.join(names)}", name)
+    return tuple(spec for spec in known if choice.only is None or spec.task.name in choice.only)
+
+
+def _known_tasks(choice: TaskChoice, chosen: Variant, weighted: bool) -> tuple[TaskSpec, ...]:
+    if choice.tasks is None:
+        return paper_specs(chosen.sts_loss, choice.sts_weight)
+    if choice.tasks == ():
+        raise ConfigError("tasks", "name at least one TOML file, or values such as topic.epochs=3")
+    if weighted:
+        raise ConfigError("sts_weight", "is for the paper's tasks; set its weight in `tasks`")
+    return read_tasks(choice.tasks)
+
+
+def _reject_unused(asked: Mapping[str, Any], settings: Settings) -> None:
+    """Refuse what was asked for and means nothing to the variant."""
+    whole = bounds.metadata(Settings, OnlyFor)
+    for name, (section, field) in flat_names(Settings).items():
+        parts = bounds.metadata(type(getattr(settings, section)), OnlyFor)
+        only = parts.get(field) or whole.get(section)
+        if only and asked.get(name, False) is not False and settings.adapt not in only.adapts:
+            raise ConfigError(
+                name,
+                f"means nothing to {settings.variant}: its encoder is not adapted that way; "
+                "leave it out",
+            )
+    if "surgery" in asked and all(len(group) == 1 for group in settings.groups):
+        raise ConfigError("surgery", "means nothing where each task is trained alone; leave it out")

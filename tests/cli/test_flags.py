@@ -1,0 +1,71 @@
+"""Fields of the library as flags: the library names arguments, the commands name flags."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import jaxlora
+from jaxlora.__main__ import main
+from jaxlora.cli.flags import flag, with_flags
+from jaxlora.utils.errors import ConfigError, UserError
+
+PACKAGE = Path(jaxlora.__file__).parent
+# Flags of pip, which the library tells how to call.
+PIP = {"--no-deps", "--force-reinstall"}
+
+
+def library():
+    """The modules that are no command's."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name != "__main__.py" and "cli" not in path.relative_to(PACKAGE).parts:
+            yield path
+
+
+def strings(path):
+    """All string literals of a module, docstrings and the constant parts of f-strings included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+@pytest.mark.parametrize("path", list(library()), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_commands_name_flags(path):
+    found = {word for text in strings(path) for word in re.findall(r"--[a-z][\w-]*", text)}
+    assert found <= PIP
+
+
+def test_an_error_names_its_field():
+    error = ConfigError("max_length", "512 at most", 600)
+    assert isinstance(error, UserError) and error.field == "max_length"
+    assert str(error) == "`max_length` 600: 512 at most"
+    assert with_flags(str(error)) == "--max-length 600: 512 at most"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("lower `learning_rate` in another `out`", "lower --learning-rate in another --out"),
+        ("go on with `resume=True`", "go on with --resume"),
+        ("use `preset='demo'`", "use --preset=demo"),
+        ("`dropout` 1.0: too much", "--lora-dropout 1.0: too much"),
+        (
+            "see `jaxlora.load`, `Predictor` and 'rank'",
+            "see `jaxlora.load`, `Predictor` and 'rank'",
+        ),
+    ],
+)
+def test_arguments_in_messages_become_flags(said, shown):
+    assert with_flags(said) == shown
+
+
+def test_a_flag_is_the_field_with_dashes():
+    assert flag("max_steps") == "--max-steps"
+
+
+def test_a_command_names_the_flag(capsys, tmp_path):
+    out = tmp_path / "file"
+    out.write_text("")
+    assert main(["train", "--variant=lora3", f"--out={out}"]) == 2
+    assert capsys.readouterr().err == f"error: --out {out}: is a file; name a folder\n"
