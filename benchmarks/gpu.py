@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from benchmarks import harness, memory, pcgrad, predict, start, step
-from jaxlora.formats import huggingface
+from jaxlora.formats import families, huggingface
 from jaxlora.nn import bert
 from jaxlora.training import run_folder
 
@@ -56,9 +56,9 @@ def write_random_base(folder: Path, config: bert.BertConfig) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = huggingface.export(params, config)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    run_folder.write_json(
-        folder / "config.json", {"model_type": "bert"} | dataclasses.asdict(config)
-    )
+    fields = families.of(config).read_fields
+    about = {theirs: getattr(config, ours) for ours, theirs in fields.items()}
+    run_folder.write_json(folder / "config.json", {"model_type": config.model_type} | about)
     words = [*WORDS, *(f"w{n}" for n in range(config.vocab_size - len(WORDS)))]
     vocabulary = {word: n for n, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))

@@ -18,7 +18,7 @@ from benchmarks.peer import Mode, Peer
 from benchmarks.work import Ours, Work, real_tokens
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.nn.bert import BertConfig, param_shapes
+from jaxlora.nn.bert import EncoderConfig, param_shapes
 from jaxlora.training.config import Dtype, VariantName
 from jaxlora.training.task_group import TaskGroup
 
@@ -60,7 +60,7 @@ class Flags:
     out: Path = harness.OUT
 
 
-def dense_weights(config: BertConfig) -> int:
+def dense_weights(config: EncoderConfig) -> int:
     """Count the kernel weights of the layers; a forward pass takes two FLOPs per token of each."""
     flat = param_shapes(config)["layers"]
     return sum(int(np.prod(x.shape)) for x in _kernels(flat))
@@ -72,7 +72,7 @@ def _kernels(tree: Any) -> list[Any]:
     return [x for child in tree.values() if isinstance(child, dict) for x in _kernels(child)]
 
 
-def flops(config: BertConfig, tokens: float, full: bool) -> float:
+def flops(config: EncoderConfig, tokens: float, full: bool) -> float:
     """Count a step's matmul FLOPs: forward, gradients of inputs, for `full` also of kernels."""
     return 2 * dense_weights(config) * tokens * (3 if full else 2)
 

@@ -1,7 +1,8 @@
 """jaxlora: one frozen BERT, many tasks; LoRA and PCGrad as functions over pytrees.
 
 `aggregate`, `per_task_grads`, `pcgrad`, `sum_tasks` and `lora` need jax, numpy and optax only. What
-needs more (`load`, `Predictor`, `Answer`, `load_base`) is imported when it is first used.
+needs more (`load`, `Predictor`, `Answer`, `from_pretrained`, `SentenceEncoder`) is imported when it
+is first used.
 """
 
 from importlib import import_module
@@ -13,22 +14,23 @@ from jaxlora.pcgrad import PCGradState, pcgrad, sum_tasks
 from jaxlora.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxlora.formats.huggingface import load as load_base
     from jaxlora.serving.predictor import Answer, Predictor, load
+    from jaxlora.serving.sentence_encoder import SentenceEncoder, from_pretrained
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Answer", "PCGradState", "Predictor", "UserError", "aggregate", "aggregation", "load",
-    "load_base", "lora", "pcgrad", "per_task_grads", "sum_tasks",
+    "Answer", "PCGradState", "Predictor", "SentenceEncoder", "UserError", "aggregate",
+    "aggregation", "from_pretrained", "load", "lora", "pcgrad", "per_task_grads", "sum_tasks",
 ]  # fmt: skip
 
 # Public name → its module, and its name there.
 _ON_FIRST_USE = {
     "Answer": ("jaxlora.serving.predictor", "Answer"),
     "Predictor": ("jaxlora.serving.predictor", "Predictor"),
+    "SentenceEncoder": ("jaxlora.serving.sentence_encoder", "SentenceEncoder"),
+    "from_pretrained": ("jaxlora.serving.sentence_encoder", "from_pretrained"),
     "load": ("jaxlora.serving.predictor", "load"),
-    "load_base": ("jaxlora.formats.huggingface", "load"),
 }
 
 

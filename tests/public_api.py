@@ -38,8 +38,14 @@ def predict(folder: str) -> list[str | None]:
 
 
 def count(base: str) -> int:
-    leaves: list[jax.Array] = jax.tree.leaves(jaxlora.load_base(base).params)
+    leaves: list[jax.Array] = jax.tree.leaves(jaxlora.from_pretrained(base).params)
     return sum(leaf.size for leaf in leaves)
+
+
+def sentence_vectors(base: str, texts: list[str]) -> jax.Array:
+    encoder = jaxlora.from_pretrained(base, pooling="cls")
+    tokens = encoder.pack(texts, rows=2, length=64)
+    return encoder.encode(encoder.params, tokens) - encoder.encode(encoder.params, texts)
 
 
 def seen(state: jaxlora.PCGradState) -> float:

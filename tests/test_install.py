@@ -68,7 +68,8 @@ def test_every_public_name_is_listed_and_found():
         import jaxlora
         assert set(jaxlora.__all__) <= set(dir(jaxlora)), dir(jaxlora)
         from jaxlora import *
-        assert load == Predictor.load and issubclass(Answer, tuple) and callable(load_base)
+        assert load == Predictor.load and issubclass(Answer, tuple)
+        assert from_pretrained.__annotations__["return"] == SentenceEncoder.__name__
     """
     python(code)
     with pytest.raises(AttributeError, match="has no attribute 'laod'"):
@@ -137,7 +138,7 @@ def test_the_library_names_the_extra_that_is_missing(tiny_base):
     import jaxlora
     jaxlora.Predictor  # needs nothing more by itself
     try:
-        jaxlora.load_base(sys.argv[2])
+        jaxlora.from_pretrained(sys.argv[2])
     except ImportError as error:
         print(error)
     """

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jaxlora.formats import huggingface
-from jaxlora.nn.bert import BertConfig, param_shapes
+from jaxlora.nn.bert import EncoderConfig, param_shapes
 from jaxlora.training import cost, sharding
 from jaxlora.training.cost import Estimate
 from jaxlora.utils.errors import UserError
@@ -20,7 +20,7 @@ CAPTION = "a step's TFLOP on all devices; GB on each device, and GB that each se
 GIGA, TERA = 1e9, 1e12
 
 
-def find_base(name: str) -> BertConfig:
+def find_base(name: str) -> EncoderConfig:
     """The shape of a base: one of `cost.SIZES`, or a Hugging Face folder's.
 
     Raises:

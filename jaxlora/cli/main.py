@@ -295,7 +295,7 @@ def _like(
     if found.left_out:
         say(f"{base}{found.without}")
     # A classifier cuts sentences where transformers would.
-    length = min(512 if classifier else 128, found.config.max_position_embeddings)
+    length = min(512 if classifier else 128, found.config.max_length)
     pooling = pooling or ("cls" if classifier else "mean")
     return TaskModels(
         base=base, fingerprint=found.fingerprint, pooling=pooling, max_length=length,

@@ -16,6 +16,7 @@ INPUTS = {
     "config": "the base model's config",
     "tokenizer": "the base model's tokenizer",
 }
+_FAMILY = "the base model's family"  # is not there for a BERT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Fingerprint:
       config: of the fields of its config that change its output; None: not known, as in banks and
         runs of format 1.
       tokenizer: of what decides the tokenizer's ids; None: not known.
+      model_type: the base's family, by which an adapter's modules are named in files of others.
     """
 
     weights: str
     config: str | None = None
     tokenizer: str | None = None
+    model_type: str = "bert"
 
     def differing(self, other: Fingerprint) -> list[str]:
         """Names of the parts that both know and that are not the same.
@@ -46,7 +49,7 @@ class Fingerprint:
         """The same, with what is not known here taken from another.
 
         >>> Fingerprint("1").completed(Fingerprint("1", "2", "3"))
-        Fingerprint(weights='1', config='2', tokenizer='3')
+        Fingerprint(weights='1', config='2', tokenizer='3', model_type='bert')
         """
         known = {part: value for part, value in dataclasses.asdict(self).items() if value}
         return Fingerprint(**(dataclasses.asdict(other) | known))
@@ -59,7 +62,8 @@ class Fingerprint:
     def to_inputs(self) -> dict[str, str]:
         """As entries among the inputs of a run."""
         values = {name: getattr(self, part) for part, name in INPUTS.items()}
-        return {name: value for name, value in values.items() if value is not None}
+        family = {} if self.model_type == "bert" else {_FAMILY: self.model_type}
+        return {name: value for name, value in values.items() if value is not None} | family
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any]) -> Fingerprint:
@@ -68,7 +72,8 @@ class Fingerprint:
         Raises:
           ValueError: if an entry is of a wrong type, or the weights' is missing.
         """
-        return schema.build(cls, {part: inputs.get(name) for part, name in INPUTS.items()})
+        family = {"model_type": inputs[_FAMILY]} if _FAMILY in inputs else {}
+        return schema.build(cls, {part: inputs.get(name) for part, name in INPUTS.items()} | family)
 
 
 def note_partial(origin: str) -> None:

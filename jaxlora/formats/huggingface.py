@@ -1,4 +1,4 @@
-"""Pretrained BERT: a hub id, a Hugging Face folder or the packaged MiniLM → our frozen pytree.
+"""Pretrained encoders: a hub id, a Hugging Face folder or the packaged MiniLM → a frozen pytree.
 
 The conversion is total: every tensor of the checkpoint is used or knowingly left out, every
 parameter of the network is filled, and anything else raises with the names; likewise every field of
@@ -21,9 +21,11 @@ import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
+from jaxlora.formats import families
 from jaxlora.formats import tokenizer as base_tokenizer
+from jaxlora.formats.families import FAMILIES, Family, tensor_names
 from jaxlora.formats.fingerprint import Fingerprint
-from jaxlora.nn.bert import ACTIVATIONS, BertConfig, param_shapes
+from jaxlora.nn.bert import EncoderConfig, param_shapes
 from jaxlora.utils import schema
 from jaxlora.utils.errors import ConfigError, UserError
 from jaxlora.utils.extras import explained
@@ -40,17 +42,21 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 # Wrappers of others around the encoder, in any order; each puts its name before a tensor's.
 _PREFIXES = re.compile(
-    r"(?:module\.|_orig_mod\.|(?:0\.)?(?:auto_)?model\.|(?:bert|base)_model\.|bert\.|backbone\."
-    r"|transformer\.)*"
+    r"(?:module\.|_orig_mod\.|(?:0\.)?(?:auto_)?model\.|(?:bert|base)_model\.|backbone\."
+    r"|transformer\.(?!layer\.)|(?:"
+    + "|".join(sorted({family.prefix for family in FAMILIES.values()}))
+    + r")\.)*"
 )
-# Heads of transformers' Bert classes and of others around them.
-_HEADS = re.compile(r"(cls|classifier|pre_classifier|score|qa_outputs|lm_head|crf)\.")
-_POOLED = re.compile(r"(pooler|classifier)\.")  # what a sequence classifier has above the encoder
 IGNORED = re.compile(r"pooler\.|embeddings\.position_ids$|embeddings\.token_type_ids$")
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-# Sizes beyond any BERT, which only a damaged config has.
+# Sizes beyond any encoder, which only a damaged config has.
 MOST, _MOST = 10_000_000, {"num_hidden_layers": 1000}
+# What must be there; a config of transformers has all fields, but an old one may lack others.
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings",
+)  # fmt: skip
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
 _PATH = (".", "/", "~")  # how what cannot be a hub id begins
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -58,23 +64,8 @@ _REVISION = re.compile(r"[A-Za-z0-9](?!.*\.\.)[A-Za-z0-9._/-]*")  # it becomes p
 _HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", *base_tokenizer.FILES)
 
 
-# Fields of config.json, beside those of `BertConfig`. The values that those may have which change
-# what is computed:
-REQUIRED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("bert",),
-    "hidden_act": tuple(ACTIVATIONS),
-    "position_embedding_type": ("absolute", None),
-    "is_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "is_encoder_decoder": (False, None),
-    "cross_attention_hidden_size": (None,),
-    "pruned_heads": ({}, None),
-    "per_layer_config": (None,),
-    "use_bfloat16": (False, None),
-    "quantization_config": (None,),
-    "layer_types": (None,),
-}
-# Those that do not change it. Of heads, losses and the pooler:
+# Fields of any config.json that do not change what an encoder computes. Of heads, losses and the
+# pooler:
 _OF_HEADS = (
     "classifier_dropout", "finetuning_task", "id2label", "label2id", "num_labels", "_num_labels",
     "problem_type", "tie_word_embeddings", "tie_encoder_decoder", "tie_last_hidden_states",
@@ -107,8 +98,6 @@ _OF_GENERATION = (
     "typical_p",
 )  # fmt: skip
 HARMLESS = {*_OF_HEADS, *_OF_USE, *_OF_GENERATION}
-# Fields that say how to train, and do not change what a trained network computes.
-_OF_TRAINING = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 class MissingBaseError(ConfigError):
@@ -122,14 +111,14 @@ class Pretrained:
     Attributes:
       name: what the user asked for.
       config: the network's shape.
-      params: `params` collection of `bert.Encoder`, float32 NumPy arrays.
+      params: `params` collection of its encoder, float32 NumPy arrays.
       tokenizer: fast tokenizer that adds `[CLS] … [SEP]`.
       fingerprint: checksums of weights, config and tokenizer.
       left_out: names of heads in the weights that are no part of the encoder.
     """
 
     name: str
-    config: BertConfig
+    config: EncoderConfig
     params: dict[str, Any]
     tokenizer: Tokenizer
     fingerprint: Fingerprint
@@ -172,17 +161,30 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
             f"reinstall it: {MINILM_PIP} --force-reinstall"
         )
     tokenizer = base_tokenizer.load(folder, config.vocab_size)
-    known = Fingerprint(found, _config_key(config), _sha256_of(base_tokenizer.essence(tokenizer)))
-    tensors = read_tensors(files)
+    essence = _sha256_of(base_tokenizer.essence(tokenizer))
+    known = Fingerprint(found, _config_key(config), essence, config.model_type)
+    family = families.of(config)
+    tensors = read_tensors(files, family)
     try:
         params = convert(tensors, config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    return Pretrained(base, config, params, tokenizer, known, head_names(files))
+    return Pretrained(base, config, params, tokenizer, known, head_names(files, family))
 
 
-def _config_key(config: BertConfig) -> str:
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OF_TRAINING}
+def config_of(base: str) -> EncoderConfig:
+    """Return a base's configuration alone; for `base` and what is raised see `load`."""
+    return read_config(find(base) / "config.json")
+
+
+def _config_key(config: EncoderConfig) -> str:
+    """Return the checksum of what changes the output; fields added since count if they are used."""
+    fields = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if "dropout" not in field.name
+        and not (field.metadata.get("added") and getattr(config, field.name) == field.default)
+    }
     return _sha256_of(fields)
 
 
@@ -268,7 +270,7 @@ def _download(base: str, revision: str | None) -> Path:
         ) from error
 
 
-def read_config(path: Path) -> BertConfig:
+def read_config(path: Path) -> EncoderConfig:
     """Read and check `config.json`: what we cannot honour is refused by name.
 
     Raises:
@@ -277,42 +279,72 @@ def read_config(path: Path) -> BertConfig:
     """
     if not path.is_file():
         raise UserError(f"{path}: missing; `base` needs a Hugging Face folder with config.json")
-    defaults = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2}
-    raw: dict[str, Any] = defaults | read_object(path)
-    for field, values in REQUIRED.items():
+    raw = read_object(path)
+    kind = raw.get("model_type", "bert")
+    _require(path, "model_type", kind, FAMILIES)
+    family = FAMILIES[kind]
+    for field, values in family.values.items():
         if field in raw:
             _require(path, field, raw[field], values)
-    fields = {f.name for f in dataclasses.fields(BertConfig)}
-    if unknown := sorted(raw.keys() - fields - REQUIRED.keys() - HARMLESS):
-        raise UserError(
-            f"{path}: {', '.join(unknown)}: not known, so it may change what the model computes; "
-            "if a BertModel of transformers computes the same without it, take it out"
-        )
-    missing = fields - raw.keys() - {"hidden_dropout_prob", "attention_probs_dropout_prob"}
-    if missing:
-        raise UserError(f"{path}: has no {', '.join(sorted(missing))}; is this a BERT config?")
-    known = dataclasses.asdict(BertConfig()) | {k: v for k, v in raw.items() if k in fields}
     try:
-        config = schema.build(BertConfig, known)
-        _check_sizes(config)
+        raw = family.upgrade(raw)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    if config.hidden_size % config.num_attention_heads:
+    _check_known(path, raw, family)
+    return _build(path, raw, family)
+
+
+def known_fields(family: Family) -> set[str]:
+    """Return the fields of a config.json that decide what an encoder computes."""
+    return {"model_type", *family.read_fields.values(), *family.values, *family.old_fields}
+
+
+def _check_known(path: Path, raw: dict[str, Any], family: Family) -> None:
+    theirs = family.read_fields
+    if missing := sorted(theirs[name] for name in _SIZES if theirs[name] not in raw):
+        raise UserError(f"{path}: has no {', '.join(missing)}; is this a {family.model}'s config?")
+    known = {*known_fields(family), *HARMLESS, *family.harmless}
+    if unknown := sorted(raw.keys() - known):
         raise UserError(
-            f"{path}: hidden_size {config.hidden_size} is not a multiple of "
-            f"num_attention_heads {config.num_attention_heads}"
+            f"{path}: {', '.join(unknown)}: not known, so it may change what the model computes; "
+            f"if a {family.model} of transformers computes the same without it, take it out"
         )
+
+
+def _build(path: Path, raw: dict[str, Any], family: Family) -> EncoderConfig:
+    known = dataclasses.asdict(family.config()) | {"model_type": raw.get("model_type", "bert")}
+    known |= dict(family.defaults) | dict(family.fixed)
+    known |= {ours: raw[theirs] for ours, theirs in family.read_fields.items() if theirs in raw}
+    try:
+        config = schema.build(family.config, known)
+        _check_sizes(config, family)
+    except ValueError as error:
+        name, colon, reason = str(error).partition(":")
+        shown = f"{family.fields.get(name, name)}{colon}{reason}"
+        raise UserError(f"{path}: {shown}") from error
     return config
 
 
-def _check_sizes(config: BertConfig) -> None:
-    for name, value in dataclasses.asdict(config).items():
-        if type(value) is int and not 1 <= value <= _MOST.get(name, MOST):
-            raise ValueError(f"{name}: {value} is not from 1 to {_MOST.get(name, MOST):,}")
-        if name.endswith("_prob") and not 0 <= value < 1:
+def _check_sizes(config: EncoderConfig, family: Family) -> None:
+    for name in family.read_fields:
+        value = getattr(config, name)
+        least = 0 if name == "padding_idx" else 1
+        if type(value) is int and not least <= value <= _MOST.get(name, MOST):
+            raise ValueError(f"{name}: {value} is not from {least} to {_MOST.get(name, MOST):,}")
+        if "dropout" in name and not 0 <= value < 1:
             raise ValueError(f"{name}: {value} is not from 0 to below 1")
-    if config.layer_norm_eps <= 0:
-        raise ValueError(f"layer_norm_eps: {config.layer_norm_eps} is not above 0")
+        if name.endswith(("_eps", "_theta")) and value <= 0:
+            raise ValueError(f"{name}: {value} is not above 0")
+    if config.hidden_size % config.num_attention_heads:
+        width, heads = (family.fields.get(n, n) for n in ("hidden_size", "num_attention_heads"))
+        raise ValueError(
+            f"{width} {config.hidden_size} is not a multiple of {heads} "
+            f"{config.num_attention_heads}"
+        )
+    if config.max_length < 2:
+        first = family.fields.get("padding_idx", "padding_idx")
+        after = f", counted after {first}" if "padding_idx" in family.read_fields else ""
+        raise ValueError(f"max_position_embeddings: not enough for two tokens{after}")
 
 
 def _require(path: Path, field: str, value: Any, known: Iterable[Any]) -> None:
@@ -365,7 +397,7 @@ def checksum(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
+def read_tensors(files: list[Path], family: Family) -> dict[str, np.ndarray]:
     """The tensors of safetensors files but for heads, under our canonical names, float32.
 
     Prefixes that others put in front (`bert.`, `module.` …) are dropped and `LayerNorm.gamma/beta`
@@ -375,18 +407,20 @@ def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
       UserError: for a corrupt file, two tensors that come to the same name, or quantised ones.
     """
     _check_names(files)
+    head = family.left_out
     for path in files:
-        _check_stored(path)
+        _check_stored(path, head)
     return {
         _canonical(key): tensor
         for path in files
-        for key, tensor in read_safetensors(path, lambda key: not _HEADS.match(_canonical(key)))
+        for key, tensor in read_safetensors(path, lambda key: not head.match(_canonical(key)))
     }
 
 
-def head_names(files: list[Path]) -> tuple[str, ...]:
+def head_names(files: list[Path], family: Family) -> tuple[str, ...]:
     """Names of the heads in safetensors files, which `read_tensors` leaves out."""
-    found = (_HEADS.match(_canonical(key)) for path in files for key in _keys(path))
+    head = family.left_out
+    found = (head.match(_canonical(key)) for path in files for key in _keys(path))
     return tuple(sorted({match[1] for match in found if match}))
 
 
@@ -402,12 +436,12 @@ def _check_names(files: list[Path]) -> None:
             origin[name] = key
 
 
-def _check_stored(path: Path) -> None:
+def _check_stored(path: Path, head: re.Pattern[str]) -> None:
     """Refuse weights that are no plain floats: quantised ones need scales that nobody gives us."""
     with _opened(path) as file:
         for key in list(file.keys()):
             stored, name = file.get_slice(key).get_dtype(), _canonical(key)
-            if stored not in _FLOATS and not (_HEADS.match(name) or IGNORED.match(name)):
+            if stored not in _FLOATS and not (head.match(name) or IGNORED.match(name)):
                 raise UserError(
                     f"{path}: {key!r} is stored as {stored}; only {', '.join(_FLOATS)} can be "
                     "read: save the model in one of them, not quantised"
@@ -419,20 +453,22 @@ def _keys(path: Path) -> list[str]:
         return list(file.keys())
 
 
-def read_head(folder: Path) -> dict[str, np.ndarray]:
+def read_head(folder: Path, family: Family) -> dict[str, np.ndarray]:
     """Read a base's pooler and classifier, which its encoder does not need, as far as it has them.
 
     Args:
       folder: the base's, see `find`.
+      family: the base's.
 
     Returns:
       Tensors by their names without `bert.`, e.g. `pooler.dense.weight`, float32.
     """
-    found = {}
-    for path in weight_files(folder):
-        for key, tensor in read_safetensors(path, lambda key: bool(_POOLED.match(_canonical(key)))):
-            found[_canonical(key)] = tensor
-    return found
+    modules = tuple(f"{name}." for name in (family.classifier or {}).values())
+    return {
+        _canonical(key): tensor
+        for path in weight_files(folder)
+        for key, tensor in read_safetensors(path, lambda key: _canonical(key).startswith(modules))
+    }
 
 
 def read_safetensors(
@@ -460,7 +496,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _canonical(key: str) -> str:
-    """A tensor's name in a bare `BertModel` of transformers.
+    """A tensor's name in a bare encoder of transformers, such as `BertModel`.
 
     >>> _canonical("module.bert.embeddings.LayerNorm.gamma")
     'embeddings.LayerNorm.weight'
@@ -471,8 +507,8 @@ def _canonical(key: str) -> str:
     return name
 
 
-def convert(tensors: dict[str, np.ndarray], config: BertConfig) -> dict[str, Any]:
-    """Canonical Hugging Face tensors → the `params` tree of `bert.Encoder`.
+def convert(tensors: dict[str, np.ndarray], config: EncoderConfig) -> dict[str, Any]:
+    """Canonical Hugging Face tensors → the `params` tree of the encoder.
 
     Torch's Linear weights `[out, in]` become kernels `[in, out]`, and layer i's tensors become row
     i of a stacked leaf `[L, ...]`.
@@ -483,7 +519,7 @@ def convert(tensors: dict[str, np.ndarray], config: BertConfig) -> dict[str, Any
     shapes = traverse_util.flatten_dict(param_shapes(config))
     flat, problems, used = {}, [], set()
     for path, shape in shapes.items():
-        names = _source_names(path, config)
+        names = tensor_names(path, config)
         used.update(names)
         found = [_as_kernel(path, tensors[n]) for n in names if n in tensors]
         expected = shape.shape[1:] if path[0] == "layers" else shape.shape
@@ -506,27 +542,15 @@ def convert(tensors: dict[str, np.ndarray], config: BertConfig) -> dict[str, Any
     return traverse_util.unflatten_dict(flat)
 
 
-def export(params: dict[str, Any], config: BertConfig) -> dict[str, np.ndarray]:
+def export(params: dict[str, Any], config: EncoderConfig) -> dict[str, np.ndarray]:
     """The inverse of `convert`: the `params` tree → tensors under transformers' names, float32."""
     tensors = {}
     for path, leaf in traverse_util.flatten_dict(params).items():
         whole = np.asarray(leaf, np.float32)
         parts = whole if path[0] == "layers" else whole[None]
-        for name, part in zip(_source_names(path, config), parts, strict=True):
+        for name, part in zip(tensor_names(path, config), parts, strict=True):
             tensors[name] = np.ascontiguousarray(_as_kernel(path, part))
     return tensors
-
-
-def _source_names(path: tuple[str, ...], config: BertConfig) -> list[str]:
-    """Names of the tensors a leaf is made of: one, or one for each layer."""
-    *middle, leaf = path
-    if leaf.endswith("_embeddings"):
-        leaf += ".weight"
-    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
-    if middle[0] == "layers":
-        tail = ".".join([*middle[1:], leaf])
-        return [f"encoder.layer.{i}.{tail}" for i in range(config.num_hidden_layers)]
-    return [".".join([*middle, leaf])]
 
 
 def _as_kernel(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:

@@ -3,12 +3,11 @@
 Neither PEFT nor torch is needed. Both directions keep the function exactly; what we cannot keep is
 refused by name. PEFT has a Linear in each layer, `encoder.layer.3.attention.self.query`, with
 `lora_A: [r, in]` and `lora_B: [out, r]`; ours are stacked, `layers.attention.self.query` with
-`A: [L, in, r]` and `B: [L, r, out]`.
+`A: [L, in, r]` and `B: [L, r, out]`. The names of other families are in `families`.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,10 +19,12 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from jaxlora import lora
+from jaxlora.formats import families
+from jaxlora.formats.families import Family
 from jaxlora.formats.huggingface import local_folder, read_safetensors, split_revision
 from jaxlora.formats.peft_config import CONFIG, MERGE, SEQUENCE_CLASSIFIER, PeftConfig, read_config
 from jaxlora.lora import LoraConfig
-from jaxlora.nn.bert import BertConfig, param_shapes
+from jaxlora.nn.bert import EncoderConfig, param_shapes
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.files import atomic_dir, write_json
 from jaxlora.utils.trees import Tree
@@ -38,73 +39,91 @@ _WRAPPER = re.compile(
     r"\.modules_to_save(?:\.(?!(?:dense\.)?(?:weight|bias)$)[^.]+)?|\.default(?=\.)"
 )
 _REPLACED = ".original_module."  # what the tensors under modules_to_save stand for
-_ENCODER = re.compile(r"encoder\.layer\.(?P<layer>[0-9]{1,5})\.(?P<name>.+)")
-# What follows the encoder in transformers' BERTs: whatever it is, the vectors are the same.
-_HEAD = re.compile(r"(?:pooler|classifier|score|qa_outputs|cls)(?:\..+)?")
-_LAYER = re.compile(r"(?:bert\.)?encoder\.layer\.\d+\.")
-_ANY_LAYER = r"layer\.\d+\."  # in a pattern, which PEFT takes for a regular expression
+# What follows any encoder in transformers: whatever it is, the vectors are the same.
+_HEADS = ("pooler", "classifier", "score", "qa_outputs", "cls")
 _POOLER = ("pooler", "dense")
 
 
 # ---- writing
 
 
-def save(folder: str | Path, adapter: Tree, config: LoraConfig, base_name: str) -> None:
-    """Write an adapter of a BERT as a PEFT folder, for `PeftModel.from_pretrained`.
+def save(
+    folder: str | Path, adapter: Tree, config: LoraConfig, base_name: str, encoder: EncoderConfig
+) -> None:
+    """Write an adapter as a PEFT folder, for `PeftModel.from_pretrained`.
 
     Args:
       folder: new or empty; appears whole or not at all.
       adapter: from `lora.init`, trained.
       config: the adapter's configuration.
       base_name: hub id or folder of the base model, as PEFT shall find it.
+      encoder: the base model's configuration.
 
     Raises:
       UserError: if the folder is not empty, or adapter and configuration do not belong together.
     """
     with atomic_dir(folder) as temporary:
-        write(temporary, adapter, config, base_name)
+        write(temporary, adapter, config, base_name, encoder)
 
 
 def write(
-    folder: Path, adapter: Tree, config: LoraConfig, base_name: str, head: Tree | None = None
+    folder: Path,
+    adapter: Tree,
+    config: LoraConfig,
+    base_name: str,
+    encoder: EncoderConfig,
+    head: Tree | None = None,
 ) -> None:
     """Write as `save` does, into a folder that is there already.
 
     Args:
-      head: a `BertForSequenceClassification`'s, `{"pooler": …, "out": …}`, which PEFT then reads
-        with the adapter.
+      head: `{"pooler": …, "out": …}` of a family whose sequence classifier is of that kind, which
+        PEFT then reads with the adapter.
     """
     factors = traverse_util.flatten_dict(adapter)
-    _check_fit(factors, config)
+    _check_fit(factors, config, encoder)
     tensors = {
-        f"base_model.model.encoder.layer.{i}.{'.'.join(path[1:-1])}.lora_{path[-1]}.weight": (
-            np.ascontiguousarray(factor.T)
-        )
+        f"base_model.model.{name}.lora_{path[-1]}.weight": np.ascontiguousarray(factor.T)
         for path, stacked in factors.items()
-        for i, factor in enumerate(np.asarray(stacked, np.float32))
+        for name, factor in zip(
+            families.module_names(path[:-1], encoder), _by_layer(path, stacked), strict=True
+        )
     }
-    layers = next(iter(factors.values())).shape[0]
-    about = _to_peft(config, base_name, layers)
+    about = _to_peft(config, base_name, encoder)
     if head is not None:
-        about |= {"task_type": SEQUENCE_CLASSIFIER[0], "modules_to_save": ["pooler", "classifier"]}
-        tensors = _with_head(tensors, head)
+        tensors, saved = _with_head(tensors, head, families.of(encoder))
+        about |= {"task_type": SEQUENCE_CLASSIFIER, "modules_to_save": saved}
     write_json(folder / CONFIG, about)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
 
-def _with_head(tensors: Mapping[str, np.ndarray], head: Tree) -> dict[str, np.ndarray]:
-    """The tensors as those of a model that has its encoder under `bert.`, and its head."""
-    found = {key.replace("model.model.", "model.model.bert.", 1): x for key, x in tensors.items()}
-    for ours, theirs in (("pooler", "bert.pooler.dense"), ("out", "classifier")):
+def _by_layer(path: lora.Path, stacked: Any) -> np.ndarray:
+    """Return a leaf's factor of each layer, or the only one, `f32[L or 1, ...]`."""
+    factors = np.asarray(stacked, np.float32)
+    return factors if path[0] == "layers" else factors[None]
+
+
+def _with_head(
+    tensors: Mapping[str, np.ndarray], head: Tree, family: Family
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return the tensors as a sequence classifier names them, with its head, and its modules."""
+    inside = f"model.model.{family.prefix}."
+    found = {key.replace("model.model.", inside, 1): x for key, x in tensors.items()}
+    modules = family.classifier or {}
+    for ours, theirs in modules.items():
         weight = np.asarray(head[ours]["kernel"], np.float32).T
-        found[f"base_model.model.{theirs}.weight"] = np.ascontiguousarray(weight)
-        found[f"base_model.model.{theirs}.bias"] = np.asarray(head[ours]["bias"], np.float32)
-    return found
+        name = f"{family.prefix}.{theirs}" if theirs.startswith("pooler.") else theirs
+        found[f"base_model.model.{name}.weight"] = np.ascontiguousarray(weight)
+        found[f"base_model.model.{name}.bias"] = np.asarray(head[ours]["bias"], np.float32)
+    return found, list(dict.fromkeys(name.partition(".")[0] for name in modules.values()))
 
 
-def _check_fit(factors: Mapping[lora.Path, Any], config: LoraConfig) -> None:
+def _check_fit(
+    factors: Mapping[lora.Path, Any], config: LoraConfig, encoder: EncoderConfig
+) -> None:
     modules = {path[:-1] for path in factors}
-    wanted = {p for p in _dense_layers() if any(lora.matches(t, p) for t in config.target_modules)}
+    dense = families.dense_layers(encoder)
+    wanted = {p for p in dense if any(lora.matches(t, p) for t in config.target_modules)}
     if modules != wanted or not modules:
         odd = ", ".join(sorted(".".join(path) for path in modules ^ wanted)) or "none at all"
         raise UserError(f"the adapter's modules are not its configuration's targets ({odd})")
@@ -114,15 +133,12 @@ def _check_fit(factors: Mapping[lora.Path, Any], config: LoraConfig) -> None:
         raise UserError(f"{error}; save it with the configuration it was made with") from error
 
 
-@functools.cache
-def _dense_layers() -> frozenset[lora.Path]:
-    flat = traverse_util.flatten_dict(param_shapes(BertConfig()))
-    return frozenset(path[:-1] for path in flat if path[-1] == "kernel")
-
-
-def _to_peft(config: LoraConfig, base_name: str, layers: int) -> dict[str, Any]:
+def _to_peft(config: LoraConfig, base_name: str, encoder: EncoderConfig) -> dict[str, Any]:
+    names = _Names(encoder)
     # A name that would also mean the pooler, which our encoder has not.
-    pooler = any(lora.matches(name, _POOLER) for name in config.target_modules)
+    pooler = families.of(encoder).pooler and any(
+        lora.matches(name, _POOLER) for name in config.target_modules
+    )
     name, revision = split_revision(base_name)
     return {
         "peft_type": "LORA",
@@ -132,12 +148,12 @@ def _to_peft(config: LoraConfig, base_name: str, layers: int) -> dict[str, Any]:
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "target_modules": [t for n in config.target_modules for t in _to_targets(n, layers)],
+        "target_modules": names.to_targets(config.target_modules),
         "exclude_modules": [".".join(_POOLER)] if pooler else None,
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
-        "rank_pattern": {_to_pattern(name): rank for name, rank in config.rank_pattern},
-        "alpha_pattern": {_to_pattern(name): alpha for name, alpha in config.alpha_pattern},
+        "rank_pattern": names.to_patterns(config.rank_pattern),
+        "alpha_pattern": names.to_patterns(config.alpha_pattern),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -148,28 +164,68 @@ def _to_peft(config: LoraConfig, base_name: str, layers: int) -> dict[str, Any]:
     }
 
 
-def _to_targets(name: str, layers: int) -> list[str]:
-    rest = name.removeprefix("layers.")
-    return [name] if rest == name else [f"encoder.layer.{i}.{rest}" for i in range(layers)]
+class _Names:
+    """PEFT's names of a family's modules, and ours.
+
+    They are the same but for what stands before a layer's, if the family's Dense layers have BERT's
+    names or our tree has the family's. Else ours stand for as many of the family's as they mean.
+    """
+
+    def __init__(self, encoder: EncoderConfig) -> None:
+        self.encoder, self.family = encoder, families.of(encoder)
+        self.renamed = families.renames_layers(encoder)
+        # In a pattern, which PEFT takes for a regular expression.
+        self._any_layer = rf"{self.family.layer.split('.')[-3]}\.\d+\."
+        before = re.escape(self.family.layer).replace(r"\{\}", r"\d+")
+        self._layer = re.compile(rf"(?:{self.family.prefix}\.)?{before}")
+
+    def to_targets(self, names: Iterable[str]) -> list[str]:
+        """Return PEFT's `target_modules`."""
+        if self.renamed:
+            return list(dict.fromkeys(theirs for name in names for theirs in self._meant(name)))
+        return [theirs for name in names for theirs in self._to_target(name)]
+
+    def to_patterns(self, items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        """Return PEFT's `rank_pattern` or `alpha_pattern`."""
+        if not self.renamed:
+            return {_swapped(name, "layers.", self._any_layer): value for name, value in items}
+        found: dict[str, Any] = {}
+        for name, value in items:  # the first counts
+            found = dict.fromkeys(self._meant(name), value) | found
+        return found
+
+    def _meant(self, name: str) -> list[str]:
+        """Return the family's names of all modules that one of ours means, without the layer."""
+        return [
+            self._layer.sub("", families.module_names(path, self.encoder)[0], count=1)
+            for path in families.dense_layers(self.encoder)
+            if lora.matches(name, path)
+        ]
+
+    def _to_target(self, name: str) -> list[str]:
+        if not name.startswith("layers."):
+            return [name]
+        return families.module_names(tuple(name.split(".")), self.encoder)
+
+    def from_target(self, name: str) -> str:
+        """Return our name of a module that is named by its whole path; others are the same."""
+        return self._layer.sub("layers.", name, count=1)
+
+    def from_pattern(self, name: str) -> str:
+        """Return our name in a pattern that `to_patterns` wrote; others are the same."""
+        return _swapped(name, self._any_layer, "layers.")
 
 
-def _from_target(name: str) -> str:
-    return _LAYER.sub("layers.", name, count=1)
-
-
-def _to_pattern(name: str) -> str:
-    return _ANY_LAYER + name.removeprefix("layers.") if name.startswith("layers.") else name
-
-
-def _from_pattern(name: str) -> str:
-    return "layers." + name.removeprefix(_ANY_LAYER) if name.startswith(_ANY_LAYER) else name
+def _swapped(name: str, old: str, new: str) -> str:
+    """Return a name with another beginning, if it has that one."""
+    return new + name.removeprefix(old) if name.startswith(old) else name
 
 
 # ---- reading
 
 
 class HeadParts(NamedTuple):
-    """What a folder trains beside the encoder, under torch's names without `bert.`.
+    """What a folder trains beside the encoder, under torch's names without the family's prefix.
 
     Attributes:
       saved: whole tensors (PEFT's `modules_to_save`), e.g. `classifier.weight: [out, in]`.
@@ -202,15 +258,15 @@ class PeftFolder(NamedTuple):
 
 
 def load(
-    folder: str | Path, base_shapes: Tree, *, encoder_only: bool = False
+    folder: str | Path, encoder: EncoderConfig, *, encoder_only: bool = False
 ) -> tuple[Tree, LoraConfig]:
-    """Read the encoder's adapter from a PEFT folder for a BERT, of any model class.
+    """Read the encoder's adapter from a PEFT folder, of any model class.
 
     Factors of the pooler are left out: the encoder has none.
 
     Args:
       folder: with `adapter_config.json` and `adapter_model.safetensors`.
-      base_shapes: parameters of the base model, or their shapes (`bert.param_shapes`).
+      encoder: the base model's configuration.
       encoder_only: leave out a classifier that was trained with it, too.
 
     Returns:
@@ -219,7 +275,7 @@ def load(
     Raises:
       UserError: naming the file and what is missing, broken, or cannot be honoured.
     """
-    found = read(folder, base_shapes)
+    found = read(folder, encoder)
     rest = [name for name in found.head.modules if not name.startswith("pooler")]
     if rest and not encoder_only:
         raise UserError(
@@ -229,7 +285,7 @@ def load(
     return found.adapter, found.config
 
 
-def read(folder: str | Path, base_shapes: Tree) -> PeftFolder:
+def read(folder: str | Path, encoder: EncoderConfig) -> PeftFolder:
     """Read a PEFT folder.
 
     Modules and ranks are the tensors'. Where ranks or scales differ between layers, the factors are
@@ -240,17 +296,16 @@ def read(folder: str | Path, base_shapes: Tree) -> PeftFolder:
     """
     folder = Path(folder).expanduser()
     written = read_config(folder)
-    found, head = _read_factors(folder, written)
-    _check_shapes(folder / TENSORS, found, base_shapes)
+    found, head = _read_factors(folder, written, encoder)
+    _check_shapes(folder / TENSORS, found, encoder)
     _check_layers(folder / CONFIG, written, found)
     flat, modules = {}, {}
     for path, by_layer in found.items():
-        kernel = _kernels(base_shapes)[path]
         modules[path], flat[*path, "A"], flat[*path, "B"] = _stack(
-            by_layer, written, kernel.shape[0], folder / CONFIG
+            by_layer, written, encoder.num_hidden_layers, folder / CONFIG
         )
     adapter = traverse_util.unflatten_dict(flat)
-    return PeftFolder(adapter, _config(written, modules, base_shapes), head, written)
+    return PeftFolder(adapter, _config(written, modules, encoder), head, written)
 
 
 def find(place: Path, name: str | None = None) -> Path:
@@ -292,33 +347,37 @@ class Factors(NamedTuple):
 
 
 def _read_factors(
-    folder: Path, written: PeftConfig
-) -> tuple[dict[lora.Path, dict[int, Factors]], HeadParts]:
+    folder: Path, written: PeftConfig, encoder: EncoderConfig
+) -> tuple[dict[lora.Path, dict[int | None, Factors]], HeadParts]:
     """The encoder's adapters (our module's path → layer → factors), and what the head has."""
-    path = folder / TENSORS
-    tensors = _read_tensors(path)
-    encoder: dict[tuple[lora.Path, int], Factors] = {}
+    path, family = folder / TENSORS, families.of(encoder)
+    tensors = _read_tensors(path, encoder)
+    found: dict[lora.Path, dict[int | None, Factors]] = {}
     changes = {}
-    for module, factors in _pairs(path, tensors).items():
-        if match := _ENCODER.fullmatch(module):
-            encoder[("layers", *match["name"].split(".")), int(match["layer"])] = factors
-        else:
+    for module, factors in sorted(_pairs(path, tensors).items()):
+        if place := families.linears(encoder).get(module):
+            found.setdefault(place.path, {})[place.layer] = factors
+        elif _is_head(module, family):
             changes[module] = _change(folder / CONFIG, written, factors)
-    if not encoder:
-        raise UserError(f"{path}: has no tensors of a BERT's layers")
-    found: dict[lora.Path, dict[int, Factors]] = {}
-    for (module_path, layer), factors in sorted(encoder.items()):
-        found.setdefault(module_path, {})[layer] = factors
+        else:
+            raise UserError(f"{path}: the base model has no {factors.module}; name its own")
+    if not found:
+        raise UserError(f"{path}: has no tensors of a {family.model}'s layers")
     saved = {f"{m}.{leaf}": x for (m, leaf), (_, x) in tensors.items() if leaf not in ("A", "B")}
-    _check_saved(folder, written, saved)
-    return found, HeadParts(saved, changes)
+    _check_saved(folder, written, saved, family)
+    return dict(sorted(found.items())), HeadParts(saved, changes)
 
 
-def _check_saved(folder: Path, written: PeftConfig, saved: Iterable[str]) -> None:
+def _is_head(module: str, family: Family) -> bool:
+    """Return whether a module follows the encoder."""
+    return module.partition(".")[0] in (*_HEADS, *family.heads)
+
+
+def _check_saved(folder: Path, written: PeftConfig, saved: Iterable[str], family: Family) -> None:
     """Refuse tensors that lack a module which the configuration says was saved."""
     there = {part for name in saved for part in _endings(name.rpartition(".")[0])}
-    wanted = {name.removeprefix("bert.") for name in written.modules_to_save}
-    # PEFT names both for any classifier; a BERT has but one of them.
+    wanted = {name.removeprefix(f"{family.prefix}.") for name in written.modules_to_save}
+    # PEFT names both for any classifier; a model has but one of them.
     if missing := wanted - there - {"score"}:
         raise UserError(
             f"{folder / CONFIG}: modules_to_save names {_some(missing)}, which {TENSORS} has not; "
@@ -338,8 +397,11 @@ def _endings(module: str) -> Iterator[str]:
             yield ".".join(parts[start:end])
 
 
-def _read_tensors(path: Path) -> dict[tuple[str, str], tuple[str, np.ndarray]]:
-    """The file's tensors: (module without `bert.`, `A`, `B`, `weight` or `bias`) → (module, x)."""
+def _read_tensors(
+    path: Path, encoder: EncoderConfig
+) -> dict[tuple[str, str], tuple[str, np.ndarray]]:
+    """Read the tensors: (module without prefix, `A`, `B`, `weight` or `bias`) → (module, x)."""
+    prefix, model = f"{families.of(encoder).prefix}.", families.of(encoder).model
     pickle = path.with_suffix(".bin")
     if pickle.exists() and not path.exists():
         raise UserError(
@@ -350,36 +412,41 @@ def _read_tensors(path: Path) -> dict[tuple[str, str], tuple[str, np.ndarray]]:
     unknown = []
     for key, tensor in read_safetensors(path):
         match = _KEY.fullmatch(_WRAPPER.sub("", key))
-        if match is None or not _is_ours(match, tensor):
+        if match is None or not _is_ours(match, tensor, encoder):
             unknown.append(key)
         elif _REPLACED not in key:
-            place = match["module"].removeprefix("bert."), match["factor"] or match["leaf"]
+            place = match["module"].removeprefix(prefix), match["factor"] or match["leaf"]
             if place in found:
                 raise UserError(
-                    f"{path}: {key!r} is there twice, with and without 'bert.' or an adapter's name"
+                    f"{path}: {key!r} is there twice, with and without {prefix!r} or an adapter's "
+                    "name"
                 )
             found[place] = match["module"], tensor
     if unknown:
         raise UserError(
-            f"{path}: these tensors are no LoRA factors of a BERT's layers: {_some(unknown)}; an "
-            "adapter that trains or changes anything else but a head cannot be read; if it "
-            f"is a BERT's, {MERGE}"
+            f"{path}: these tensors are no LoRA factors of a {model}'s layers: {_some(unknown)}; "
+            "an adapter that trains or changes anything else but a head cannot be read; if it "
+            f"is of such a model, {MERGE}"
         )
     return found
 
 
-def _is_ours(match: re.Match[str], tensor: np.ndarray) -> bool:
+def _is_ours(match: re.Match[str], tensor: np.ndarray, encoder: EncoderConfig) -> bool:
     """Whether it is a LoRA factor of a layer, or part of a head."""
-    module = match["module"].removeprefix("bert.")
-    if match["factor"]:
-        return tensor.ndim == 2 and bool(_ENCODER.fullmatch(module) or _HEAD.fullmatch(module))
-    return bool(_HEAD.fullmatch(module))
+    family = families.of(encoder)
+    module = match["module"].removeprefix(f"{family.prefix}.")
+    head = _is_head(module, family)
+    if not match["factor"]:
+        return head
+    before = family.layer.partition("{}")[0]
+    layer = module.startswith(before) or module in families.linears(encoder)
+    return tensor.ndim == 2 and (head or layer)
 
 
 def _pairs(
     path: Path, tensors: Mapping[tuple[str, str], tuple[str, np.ndarray]]
 ) -> dict[str, Factors]:
-    """Both factors of each Linear, by its name without `bert.`."""
+    """Both factors of each Linear, by its name without the family's prefix."""
     found = {}
     for (module, which), (name, _) in tensors.items():
         if which not in ("A", "B"):
@@ -415,14 +482,12 @@ def _checked_values(path: Path, written: PeftConfig, factors: Factors) -> tuple[
 
 
 def _check_shapes(
-    path: Path, found: Mapping[lora.Path, Mapping[int, Factors]], base_shapes: Tree
+    path: Path, found: Mapping[lora.Path, Mapping[int | None, Factors]], encoder: EncoderConfig
 ) -> None:
-    kernels = _kernels(base_shapes)
+    kernels = traverse_util.flatten_dict(param_shapes(encoder))
     for module, by_layer in found.items():
-        for layer, factors in by_layer.items():
-            if module not in kernels or layer >= kernels[module].shape[0]:
-                raise UserError(f"{path}: the base model has no {factors.module}; name its own")
-            fan_in, fan_out = kernels[module].shape[-2:]
+        fan_in, fan_out = kernels[*module, "kernel"].shape[-2:]
+        for factors in by_layer.values():
             rank = factors.a.shape[1]
             if factors.a.shape != (fan_in, rank) or factors.b.shape != (rank, fan_out) or not rank:
                 raise UserError(
@@ -432,9 +497,9 @@ def _check_shapes(
 
 
 def _check_layers(
-    path: Path, written: PeftConfig, found: Mapping[lora.Path, Mapping[int, Factors]]
+    path: Path, written: PeftConfig, found: Mapping[lora.Path, Mapping[int | None, Factors]]
 ) -> None:
-    there = {layer for by_layer in found.values() for layer in by_layer}
+    there = {layer for by_layer in found.values() for layer in by_layer if layer is not None}
     if written.layers and written.layers != there:
         raise UserError(
             f"{path}: layers_to_transform is {sorted(written.layers)}, but the tensors are of the "
@@ -443,39 +508,44 @@ def _check_layers(
 
 
 def _stack(
-    by_layer: Mapping[int, Factors], written: PeftConfig, layers: int, path: Path
+    by_layer: Mapping[int | None, Factors], written: PeftConfig, layers: int, path: Path
 ) -> tuple[tuple[int, float], Any, Any]:
-    """All layers of a module as one: (rank, alpha), `A: [L, in, r]`, `B: [L, r, out]`."""
+    """All layers of a module as one: (rank, alpha), `A: [L, in, r]`, `B: [L, r, out]`.
+
+    A module outside the layers has no such axis.
+    """
     values = {layer: _checked_values(path, written, f) for layer, f in by_layer.items()}
     rank, alpha = max(values.values(), key=lambda v: v[0])
     scale = written.scale(rank, alpha)
     example = next(iter(by_layer.values()))
-    a = np.zeros((layers, example.a.shape[0], rank), np.float32)
-    b = np.zeros((layers, rank, example.b.shape[1]), np.float32)
+    lead = () if None in by_layer else (layers,)
+    a = np.zeros((*lead, example.a.shape[0], rank), np.float32)
+    b = np.zeros((*lead, rank, example.b.shape[1]), np.float32)
     for layer, factors in by_layer.items():
         own = written.scale(*values[layer])
-        a[layer, :, : factors.a.shape[1]] = factors.a
+        at = () if layer is None else (layer,)
+        a[*at, :, : factors.a.shape[1]] = factors.a
         # Without a needless factor of 1 the numbers stay the very same.
-        b[layer, : factors.b.shape[0]] = factors.b * (1.0 if own == scale else own / scale)
+        b[*at, : factors.b.shape[0]] = factors.b * (1.0 if own == scale else own / scale)
     return (rank, alpha), jnp.asarray(a), jnp.asarray(b)
 
 
 def _config(
-    written: PeftConfig, modules: Mapping[lora.Path, tuple[int, float]], base_shapes: Tree
+    written: PeftConfig, modules: Mapping[lora.Path, tuple[int, float]], encoder: EncoderConfig
 ) -> LoraConfig:
     """The configuration in the words of the file, where they mean the same to us; else in ours."""
-    names = written.target_modules
+    names, ours = written.target_modules, _Names(encoder)
     if isinstance(names, tuple):
         kept = LoraConfig(
             written.r,
             written.lora_alpha,
-            tuple(dict.fromkeys(map(_from_target, names))),
+            tuple(dict.fromkeys(map(ours.from_target, names))),
             written.use_rslora,
-            tuple((_from_pattern(k), v) for k, v in written.rank_pattern.items()),
-            tuple((_from_pattern(k), v) for k, v in written.alpha_pattern.items()),
+            tuple((ours.from_pattern(k), v) for k, v in written.rank_pattern.items()),
+            tuple((ours.from_pattern(k), v) for k, v in written.alpha_pattern.items()),
             written.lora_dropout,
         )
-        if _means(kept, modules, base_shapes):
+        if _means(kept, modules, param_shapes(encoder)):
             return kept
     return lora.describe(modules, written.use_rslora, written.lora_dropout)
 
@@ -488,11 +558,6 @@ def _means(
     except ValueError:
         return False
     return {path: (config.rank_of(path), config.alpha_of(path)) for path in chosen} == modules
-
-
-def _kernels(base_shapes: Tree) -> dict[lora.Path, Any]:
-    flat = traverse_util.flatten_dict(base_shapes)
-    return {p[:-1]: x for p, x in flat.items() if p[0] == "layers" and p[-1] == "kernel"}
 
 
 def _some(names: Iterable[str]) -> str:

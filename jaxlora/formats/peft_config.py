@@ -17,7 +17,8 @@ from jaxlora.utils.errors import UserError
 from jaxlora.utils.files import read_object
 
 CONFIG = "adapter_config.json"
-SEQUENCE_CLASSIFIER = "SEQ_CLS", "BertForSequenceClassification"  # a task_type, a model's class
+SEQUENCE_CLASSIFIER = "SEQ_CLS"
+_CLASSIFIER_CLASS = "ForSequenceClassification"  # how such models' classes end
 MERGE = (
     "merge it with PEFT (merge_and_unload, then save_pretrained, with the base's tokenizer "
     "saved beside it) and use that folder as `base`"
@@ -79,9 +80,9 @@ class PeftConfig:
 
     @property
     def classifies(self) -> bool:
-        """Whether it was trained in a `BertForSequenceClassification`."""
+        """Whether it was trained in a model such as `BertForSequenceClassification`."""
         model = self.task_type or self.auto_mapping.get("base_model_class")
-        return model in SEQUENCE_CLASSIFIER
+        return model == SEQUENCE_CLASSIFIER or str(model).endswith(_CLASSIFIER_CLASS)
 
     def values_of(self, module: str) -> tuple[int, float]:
         """Return rank and alpha of a Linear by its whole name; the first pattern that fits counts.

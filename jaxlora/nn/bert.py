@@ -1,7 +1,8 @@
-"""BERT's encoder over packed rows, as a Flax module with two collections.
+"""BERT's encoder and those of its family over packed rows, as a Flax module with two collections.
 
+RoBERTa, DistilBERT, ELECTRA and MPNet compute what BERT does but for a few fields of `BertConfig`.
 `params` holds the pretrained weights (frozen under LoRA) and `lora`, where given, an adapter of
-the same layout. Module names are Hugging Face's, so a weight's path can be read off its key. The
+the same layout. Module names are those of Hugging Face's BertModel, for the whole family. The
 layers are stacked along a leading axis and run under `nn.scan`, unrolled where they are few.
 Devlin et al. 2018, "BERT"; post-LayerNorm, exact GELU, absolute positions.
 
@@ -15,7 +16,7 @@ import functools
 import operator
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -32,16 +33,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
 }
+NO_ADAPTER = LoraConfig()
 # Layers in a row without a loop: a loop stacks what the backward pass needs (10–20 % of a step on
 # CPU), unrolled layers take longer to compile.
 MOST_UNROLLED = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
-    """The shape of the network; the defaults are bert-base-uncased.
+class EncoderConfig:
+    """What all encoders have; the defaults are bert-base-uncased.
 
-    Attributes mirror Hugging Face's `config.json`.
+    Attributes mirror Hugging Face's `config.json`. A field that an architecture calls otherwise has
+    BERT's name here.
     """
 
     vocab_size: int = 30522
@@ -55,12 +58,45 @@ class BertConfig:
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    model_type: str = "bert"
 
-    def with_dropout(self, rate: float) -> BertConfig:
-        """The same network with this dropout everywhere."""
-        return dataclasses.replace(
-            self, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate
-        )
+    @property
+    def max_length(self) -> int:
+        """The most tokens that a sentence may have."""
+        return self.max_position_embeddings
+
+    def with_dropout(self, rate: float) -> Self:
+        """Return the same network with this dropout everywhere."""
+        rates = {f.name: rate for f in dataclasses.fields(self) if "dropout" in f.name}
+        return dataclasses.replace(self, **rates)  # type: ignore[arg-type]
+
+    def network(self, dtype: Any = jnp.float32, adapter: LoraConfig = NO_ADAPTER) -> nn.Module:
+        """Return the encoder as a Flax module, called as `Encoder` is."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig(EncoderConfig):
+    """The shape of a BERT, or of a relative that differs in these fields.
+
+    Attributes:
+      padding_idx: positions start behind that of the padding token (RoBERTa, MPNet); -1: at 0.
+      embedding_size: width of the embeddings, projected to the hidden size (ELECTRA); None: that.
+      relative_attention_num_buckets: of the distances that bias attention (MPNet); 0: no bias.
+    """
+
+    padding_idx: int = -1
+    embedding_size: int | None = None
+    relative_attention_num_buckets: int = 0
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that a sentence may have."""
+        return self.max_position_embeddings - self.padding_idx - 1
+
+    def network(self, dtype: Any = jnp.float32, adapter: LoraConfig = NO_ADAPTER) -> Encoder:
+        """Return the encoder as a Flax module."""
+        return Encoder(self, dtype, adapter)
 
 
 class Dense(nn.Module):
@@ -75,6 +111,7 @@ class Dense(nn.Module):
     features: int
     dtype: Any = jnp.float32
     lora: LoraConfig = LoraConfig()
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -84,11 +121,13 @@ class Dense(nn.Module):
         kernel = self.param(
             "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), jnp.float32
         )
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        y = ops.matmul(x, kernel, self.dtype) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+        y = ops.matmul(x, kernel, self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + bias.reshape((1,) * (x.ndim - 1) + (-1,))
         if self.has_variable("lora", "A"):
             a, b = (jnp.asarray(self.get_variable("lora", name)) for name in "AB")
-            x = _dropout(self, x, self.lora.dropout, train)
+            x = dropout(self, x, self.lora.dropout, train)
             if share is None:
                 low = ops.low_rank(x, a, b, self.dtype)
             elif train:
@@ -108,9 +147,14 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, share: jax.Array | None, train: bool
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        share: jax.Array | None,
+        bias: jax.Array | None,
+        train: bool,
     ) -> jax.Array:
-        """`x: [R, S, H]`, `mask: bool[R, 1, S, S]` → `[R, S, H]`."""
+        """`x: [R, S, H]`, `mask: bool[R, 1, S, S]`, `bias: f32[1, heads, S, S]` → `[R, S, H]`."""
         c = self.config
         shape = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (
@@ -119,15 +163,8 @@ class SelfAttention(nn.Module):
             .astype(self.dtype)
             for name in ("query", "key", "value")
         )
-        kept, scale = None, 1.0
-        if train and c.attention_probs_dropout_prob:
-            rows, tokens, heads, _ = shape
-            weights = (rows, heads, tokens, tokens)
-            kept, scale = ops.keep(
-                weights, c.attention_probs_dropout_prob, self.make_rng("dropout")
-            )
-        y = ops.attend(query, key, value, mask, kept, scale)
-        return y.reshape(x.shape)
+        kept = keep_weights(self, shape, c.attention_probs_dropout_prob, train)
+        return ops.attend(query, key, value, mask, *kept, bias).reshape(x.shape)
 
 
 class Output(nn.Module):
@@ -144,8 +181,8 @@ class Output(nn.Module):
         """`x: [..., F]`, `residual: [..., H]` → `f32[..., H]`."""
         c = self.config
         y = Dense(c.hidden_size, self.dtype, self.lora, name="dense")(x, share, train)
-        y = _dropout(self, y, c.hidden_dropout_prob, train)
-        return _layer_norm(c)(y + residual)
+        y = dropout(self, y, c.hidden_dropout_prob, train)
+        return layer_norm(c)(y + residual)
 
 
 class Attention(nn.Module):
@@ -157,11 +194,16 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, share: jax.Array | None, train: bool
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        share: jax.Array | None,
+        bias: jax.Array | None,
+        train: bool,
     ) -> jax.Array:
         """`x: f32[R, S, H]` → the same shape."""
         rest = (self.config, self.dtype, self.lora)
-        y = SelfAttention(*rest, name="self")(x, mask, share, train)
+        y = SelfAttention(*rest, name="self")(x, mask, share, bias, train)
         return Output(*rest, name="output")(y, x, share, train)
 
 
@@ -190,32 +232,42 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, share: jax.Array | None
+        self, x: jax.Array, mask: jax.Array, share: jax.Array | None, bias: jax.Array | None
     ) -> tuple[jax.Array, None]:
-        """`x: f32[R, S, H]`, `mask: bool[R, 1, S, S]`, and `share`, see `Encoder`."""
+        """Return the next layer's input.
+
+        Args:
+          x: `f32[R, S, H]`.
+          mask: `bool[R, 1, S, S]`.
+          share: see `Encoder`.
+          bias: `f32[1, heads, S, S]`, added to the scores of attention; None: nothing.
+        """
         rest = (self.config, self.dtype, self.lora)
-        x = Attention(*rest, name="attention")(x, mask, share, self.train)
+        x = Attention(*rest, name="attention")(x, mask, share, bias, self.train)
         y = Intermediate(*rest, name="intermediate")(x, share, self.train)
         return Output(*rest, name="output")(y, x, share, self.train), None
 
 
 class Embeddings(nn.Module):
-    """Word + position + token type (always 0: sentences are encoded one by one), normalised."""
+    """Word + position + token type (if any: always 0, one sentence at a time), normalised."""
 
     config: BertConfig
 
     @nn.compact
     def __call__(self, tokens: jax.Array, positions: jax.Array, train: bool) -> jax.Array:
-        """`tokens, positions: i32[R, S]` → `f32[R, S, H]`."""
+        """`tokens, positions: i32[R, S]` → `f32[R, S, embedding_size]`."""
         c = self.config
+        if c.padding_idx >= 0:
+            positions = ops.positions_after(tokens, positions, c.padding_idx)
         x = self._table("word_embeddings", c.vocab_size)[tokens]
         x = x + self._table("position_embeddings", c.max_position_embeddings)[positions]
-        x = x + self._table("token_type_embeddings", c.type_vocab_size)[0][None, None]
-        x = _layer_norm(c)(x)
-        return _dropout(self, x, c.hidden_dropout_prob, train)
+        if c.type_vocab_size:
+            x = x + self._table("token_type_embeddings", c.type_vocab_size)[0][None, None]
+        x = layer_norm(c)(x)
+        return dropout(self, x, c.hidden_dropout_prob, train)
 
     def _table(self, name: str, rows: int) -> jax.Array:
-        shape = (rows, self.config.hidden_size)
+        shape = (rows, self.config.embedding_size or self.config.hidden_size)
         table = self.param(name, nn.initializers.normal(0.02), shape, jnp.float32)
         return table.astype(jnp.float32)
 
@@ -258,18 +310,42 @@ class Encoder(nn.Module):
         Returns:
           `f32[R, S, H]`, the last layer.
         """
+        c, rest = self.config, (self.dtype, self.lora)
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        x = Embeddings(self.config, name="embeddings")(tokens, positions, train)
-        layers = nn.scan(
-            Layer,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=self.config.num_hidden_layers,
-            unroll=min(self.config.num_hidden_layers, MOST_UNROLLED),
+        x = Embeddings(c, name="embeddings")(tokens, positions, train)
+        if c.embedding_size not in (None, c.hidden_size):
+            x = Dense(c.hidden_size, *rest, name="embeddings_project")(x, share, train)
+        layers = scan_layers(Layer, c, (nn.broadcast,) * 3)(c, *rest, train, name="layers")
+        return layers(x, mask, share, self._bias(tokens.shape[-1]))[0]
+
+    def _bias(self, length: int) -> jax.Array | None:
+        """Return `f32[1, heads, S, S]`, a number for each head and distance; None: no bias."""
+        c = self.config
+        if not c.relative_attention_num_buckets:
+            return None
+        shape = (c.relative_attention_num_buckets, c.num_attention_heads)
+        table = self.param(
+            "relative_attention_bias", nn.initializers.normal(0.02), shape, jnp.float32
         )
-        rest = (self.config, self.dtype, self.lora, train)
-        return layers(*rest, name="layers")(x, mask, share)[0]
+        return jnp.moveaxis(table.astype(jnp.float32)[ops.relative_buckets(length)], -1, 0)[None]
+
+
+def scan_layers(layer: type[nn.Module], config: EncoderConfig, in_axes: Any) -> Any:
+    """Return a module that applies a layer again and again, its parameters stacked `[L, ...]`.
+
+    Args:
+      layer: from a carry and more inputs to (carry, None).
+      config: says how many layers there are.
+      in_axes: of the other inputs: 0 for one slice a layer, `nn.broadcast` for the same in all.
+    """
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=config.num_hidden_layers,
+        unroll=min(config.num_hidden_layers, MOST_UNROLLED),
+    )
 
 
 def pool(hidden: jax.Array, segment_ids: jax.Array, cls_index: jax.Array, kind: str) -> jax.Array:
@@ -299,28 +375,50 @@ def pool(hidden: jax.Array, segment_ids: jax.Array, cls_index: jax.Array, kind: 
     return sums / jnp.maximum(sizes, 1)[:, None]
 
 
-def _dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
+def dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
+    """Apply `ops.dropout` with a module's key, in training."""
     return ops.dropout(x, rate, module.make_rng("dropout")) if train and rate else x
 
 
-def _layer_norm(config: BertConfig) -> nn.LayerNorm:
+def keep_weights(
+    module: nn.Module, shape: tuple[int, ...], rate: float, train: bool
+) -> tuple[jax.Array | None, float]:
+    """Choose the attention weights that dropout keeps, for `ops.attend`.
+
+    Args:
+      module: has the key.
+      shape: of queries, `[R, S, heads, d]`.
+      rate: of dropout.
+      train: without it, and at a rate of 0, all are kept.
+    """
+    if not (train and rate):
+        return None, 1.0
+    rows, tokens, heads, _ = shape
+    return ops.keep((rows, heads, tokens, tokens), rate, module.make_rng("dropout"))
+
+
+def layer_norm(
+    config: EncoderConfig, name: str = "LayerNorm", use_bias: bool = True
+) -> nn.LayerNorm:
+    """Return a LayerNorm in float32."""
     return nn.LayerNorm(
         epsilon=config.layer_norm_eps,
         dtype=jnp.float32,
-        name="LayerNorm",
+        use_bias=use_bias,
+        name=name,
         use_fast_variance=False,
     )
 
 
 @functools.lru_cache(maxsize=8)
-def param_shapes(config: BertConfig) -> dict[str, Any]:
+def param_shapes(config: EncoderConfig) -> dict[str, Any]:
     """The parameter tree as `jax.ShapeDtypeStruct`s, without allocating it; not to be changed.
 
     >>> sum(x.size for x in jax.tree.leaves(param_shapes(BertConfig())))
     108891648
     """
     ids = jnp.zeros((1, 1), jnp.int32)
-    return jax.eval_shape(lambda: Encoder(config).init(jax.random.key(0), ids, ids, ids))["params"]
+    return jax.eval_shape(lambda: config.network().init(jax.random.key(0), ids, ids, ids))["params"]
 
 
 def matmul_ready(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
@@ -341,8 +439,8 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
 
     The programs would copy each layer out of a stack. `stack_layers` is the way back.
     """
-    count = len(jax.tree.leaves(params["layers"])[0])
-    if count > MOST_UNROLLED:
+    count = len(jax.tree.leaves(params["layers"])[0]) if "layers" in params else 0
+    if not 0 < count <= MOST_UNROLLED:
         return params
     layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(count)]
     return params | {"layers": layers}
@@ -354,6 +452,6 @@ def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
     In a program that unrolls them this costs nothing: XLA takes a slice of a stack for what was put
     there.
     """
-    if isinstance(params["layers"], dict):
+    if not isinstance(params.get("layers"), list):
         return params
     return params | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *params["layers"])}

@@ -46,7 +46,9 @@ class Encode(Protocol):
         """Sentence vectors `f32[N, H]`; dropout is on when a key is given."""
 
 
-def encoder(config: bert.BertConfig, dtype: Any, adapter: lora.LoraConfig, pooling: str) -> Encode:
+def encoder(
+    config: bert.EncoderConfig, dtype: Any, adapter: lora.LoraConfig, pooling: str
+) -> Encode:
     """Encode packed rows with one trainable tree.
 
     Returns:
@@ -54,7 +56,7 @@ def encoder(config: bert.BertConfig, dtype: Any, adapter: lora.LoraConfig, pooli
       are the Flax collections (with `params` as `bert.stack_layers` takes them), so a trainable
       `params` takes the place of the frozen one; for the share see `bert.Encoder`.
     """
-    module = bert.Encoder(config, dtype, adapter)
+    module = config.network(dtype, adapter)
 
     def encode(
         frozen: Tree,
@@ -93,7 +95,7 @@ def encode_copies(
     Args:
       encode: from `encoder`.
       frozen: the base's collections.
-      stack: `{"lora": leaves [T, L, ...]}`, T copies.
+      stack: `{"lora": leaves [T, L, ...]}`, T copies; `[T, ...]` outside the layers.
       rows: packed sentences.
       owner: `i32[N]`, the copy that gets the gradient of each sentence.
       key: PRNG key of dropout.
@@ -104,7 +106,7 @@ def encode_copies(
     count = jax.tree.leaves(stack)[0].shape[0]
     # Padding belongs to adapter -1, that is to none.
     task = jnp.where(rows.segment_ids > 0, owner[rows.segment_ids - 1], -1)
-    by_layer = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), stack)
+    by_layer = stack | {"lora": _by_layer(stack["lora"])}
     return encode(frozen, by_layer, rows, key, jax.nn.one_hot(task, count))
 
 
@@ -136,7 +138,8 @@ def make_mixed_encode(encode: Encode) -> Callable[[Tree, Tree, PackedTokens, jax
 
 
 def _by_layer(adapters: Tree) -> Tree:
-    """Adapters as the module has them: leaves `[L, T, ...]`."""
-    if isinstance(adapters["layers"], list):
+    """Adapters as the module has them: leaves `[L, T, ...]`, outside the layers `[T, ...]`."""
+    if isinstance(adapters.get("layers", []), list):
         return bert.stack_layers(adapters)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), adapters)
+    layers = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), adapters["layers"])
+    return adapters | {"layers": layers}

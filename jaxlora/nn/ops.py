@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def precision_of(dtype: Any) -> jax.lax.Precision:
@@ -251,8 +252,9 @@ def attend(
     mask: jax.Array,
     kept: jax.Array | None = None,
     scale: float = 1.0,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
-    """`dropout(softmax(Q Kᵀ / √d)) V` (Vaswani et al. 2017, section 3.2.1).
+    """Compute `dropout(softmax(Q Kᵀ / √d + bias)) V` (Vaswani et al. 2017, section 3.2.1).
 
     Args:
       query: `[R, S, heads, d]`, and so `key` and `value`; their dtype is that of all matmul inputs.
@@ -261,6 +263,7 @@ def attend(
       mask: `bool[R, 1, S, S]`, which tokens (last axis) a token sees: at least one.
       kept: `bool[R, heads, S, S]`, which weights dropout keeps; None: all.
       scale: what dropout multiplies those by.
+      bias: `f32[1, heads, S, S]`, added to the scores of every row; None: nothing.
 
     Returns:
       `f32[R, S, heads, d]`.
@@ -269,39 +272,125 @@ def attend(
     >>> attend(x, x, x, jnp.ones((1, 1, 3, 3), bool)).shape
     (1, 3, 2, 4)
     """
-    return _attend_forward(query, key, value, mask, kept, scale)[0]
+    return _attend_forward(query, key, value, mask, kept, scale, bias)[0]
 
 
 def _attend_forward(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array,
-    kept: jax.Array | None, scale: float,
+    kept: jax.Array | None, scale: float, bias: jax.Array | None,
 ) -> tuple[jax.Array, tuple[Any, ...]]:  # fmt: skip
     scores = _product("rqhd,rkhd->rhqk", query, key) * query.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
     used = _thin_out(weights, kept, scale).astype(value.dtype)
     y = _product("rhqk,rkhd->rhqd", used, value).swapaxes(1, 2)
-    return y, (query, key, value, weights.astype(value.dtype), kept)
+    like_bias = None if bias is None else jnp.zeros(0, bias.dtype)
+    return y, (query, key, value, weights.astype(value.dtype), kept, like_bias)
 
 
 def _attend_backward(
     scale: float, saved: tuple[Any, ...], grad: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     # Masked weights are 0, and so are the gradients of their scores.
-    query, key, value, weights, kept = saved
+    query, key, value, weights, kept, like_bias = saved
     dtype = query.dtype
     grad = grad.astype(dtype)
     dvalue = _product("rqhd,rhqk->rhdk", grad, _thin_out(weights, kept, 1.0)) * scale
     weights = weights.astype(jnp.float32)
     dweights = _thin_out(_product("rqhd,rkhd->rhqk", grad, value), kept, scale)
     dscores = weights * (dweights - jnp.sum(dweights * weights, -1, keepdims=True))
+    dbias = None if like_bias is None else jnp.sum(dscores, 0, keepdims=True)
     dscores = (dscores * query.shape[-1] ** -0.5).astype(dtype)
     dquery = _product("rhqk,rkhd->rhqd", dscores, key).swapaxes(1, 2)
     dkey = _product("rqhd,rhqk->rhdk", query, dscores)
     back = tuple(jnp.moveaxis(x, -1, 1).astype(dtype) for x in (dkey, dvalue))
-    return dquery.astype(dtype), *back, None, None
+    return dquery.astype(dtype), *back, None, None, dbias
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+def positions_after(tokens: jax.Array, positions: jax.Array, padding_idx: int) -> jax.Array:
+    """Count positions as RoBERTa does: from `padding_idx + 1`, and a padding token takes none.
+
+    A padding token inside a sentence (its text names it) has the position `padding_idx`, and the
+    tokens after it count on as if it were not there.
+
+    Args:
+      tokens: `i32[R, S]`, packed sentences.
+      positions: `i32[R, S]`, counted from 0 within each sentence.
+      padding_idx: the padding token's id, at least 0.
+
+    Returns:
+      `i32[R, S]`.
+
+    >>> tokens, positions = jnp.array([[0, 7, 2, 0, 1, 2]]), jnp.array([[0, 1, 2, 0, 1, 2]])
+    >>> positions_after(tokens, positions, 1).tolist()
+    [[2, 3, 4, 2, 1, 3]]
+    """
+    padding = (tokens == padding_idx).astype(positions.dtype)
+    before = jnp.cumsum(padding, -1, dtype=positions.dtype) - padding
+    start = jnp.arange(tokens.shape[-1], dtype=positions.dtype)[None] - positions
+    inside = before - jnp.take_along_axis(before, start, -1)
+    return jnp.where(padding == 1, padding_idx, positions - inside + padding_idx + 1)
+
+
+def relative_buckets(length: int, count: int = 32, furthest: int = 128) -> np.ndarray:
+    """Put the distances between a row's tokens into buckets (Raffel et al. 2020, section 2.1; T5).
+
+    One half of the buckets is for tokens that follow. In each half, short distances have a bucket
+    each; those up to `furthest` share the rest by their logarithm.
+
+    Args:
+      length: S.
+      count: number of buckets.
+      furthest: from this distance on all are in one bucket.
+
+    Returns:
+      `i64[S, S]`: bucket of the distance from the token of the first axis to that of the second.
+
+    >>> relative_buckets(3).tolist()
+    [[0, 17, 18], [1, 0, 17], [2, 1, 0]]
+    """
+    ahead = np.arange(length)[None] - np.arange(length)[:, None]
+    half, exact = count // 2, count // 4
+    distance = np.abs(ahead)
+    ratio = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact))
+    far = exact + (ratio / math.log(furthest / exact) * (half - exact)).astype(np.int64)
+    near = np.where(distance < exact, distance, np.minimum(far, half - 1))
+    return near + half * (ahead > 0)
+
+
+def rotations(positions: jax.Array, size: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Compute the cosines and sines of rotary positions (Su et al. 2021, "RoFormer", section 3.2).
+
+    Args:
+      positions: `i32[R, S]`.
+      size: d, of a head; even.
+      theta: the base of the frequencies `theta^(-2i/d)`.
+
+    Returns:
+      Two of `f32[R, S, 1, d]`, for `rotate`.
+
+    >>> rotations(jnp.zeros((2, 3), jnp.int32), 4, 1e4)[0].shape
+    (2, 3, 1, 4)
+    """
+    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    frequencies = np.tile(1 / np.float32(theta) ** exponents, 2)[None, None, None]
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
+    """Rotate each pair `(x[i], x[i + d/2])` of a query or key by its angle; `f32[R, S, heads, d]`.
+
+    >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
+    >>> [round(v, 2) for v in rotate(x, *rotations(jnp.array([[1]]), 2, 1e4)).ravel().tolist()]
+    [0.54, 0.84]
+    """
+    first, second = jnp.split(x, 2, -1)
+    return x * cosines + jnp.concatenate([-second, first], -1) * sines
 
 
 def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -5,7 +5,6 @@ Who gets the folder needs transformers and torch, or sentence-transformers, and 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import textwrap
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors.numpy import save_file
 
 from jaxlora import lora
-from jaxlora.formats import heads, huggingface
+from jaxlora.formats import families, heads, huggingface
+from jaxlora.formats.families import Family
 from jaxlora.formats.heads import HEAD
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.serving.task_models import TaskModel, TaskModels
@@ -53,7 +53,7 @@ def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -
         for file, value in _sentence_transformers(base, trained).items():
             write_json(temporary / file, value)
         heads.write(temporary, model.head)
-        write_text(temporary / README, readme(trained, model))
+        write_text(temporary / README, readme(trained, model, families.of(base.config)))
 
 
 def encoder_params(base: Pretrained, trained: TaskModels, name: str) -> Tree:
@@ -81,15 +81,23 @@ def _sentence_transformers(base: Pretrained, trained: TaskModels) -> dict[str, A
 
 
 def _config(base: Pretrained, padding: str) -> dict[str, Any]:
-    about = {"architectures": ["BertModel"], "model_type": "bert", "dtype": "float32"}
+    """The base's config.json without what is of its heads and its training."""
+    family = families.of(base.config)
+    path = huggingface.find(base.name) / "config.json"
+    kept = {k: v for k, v in read_object(path).items() if k in huggingface.known_fields(family)}
+    about = {"architectures": [family.model], "model_type": base.config.model_type}
     padded = {"pad_token_id": base.tokenizer.token_to_id(padding)}
-    return about | dataclasses.asdict(base.config) | padded
+    if "padding_idx" in family.more:  # positions count from its id
+        padded = {"pad_token_id": base.config.padding_idx}  # type: ignore[attr-defined]
+    return about | {"dtype": "float32"} | kept | padded
 
 
 def _tokenizer_config(base: Pretrained, special: dict[str, str]) -> dict[str, Any]:
     # The class that takes tokenizer.json as it is.
-    rest = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    return rest | special | {"model_max_length": base.config.max_position_embeddings}
+    rest: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if not families.of(base.config).token_types:
+        rest["model_input_names"] = ["input_ids", "attention_mask"]
+    return rest | special | {"model_max_length": base.config.max_length}
 
 
 # ---- special tokens
@@ -151,12 +159,13 @@ _POOL = {
 _PAIR = {"concat": "u, v", "interaction": "u, v, (u - v).abs(), u * v"}
 
 
-def readme(trained: TaskModels, model: TaskModel) -> str:
+def readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
     """The folder's README: what it holds, and Python code that applies it."""
     task, last = model.task, "\n\n\n"
     base = _code(_base_name(trained.base))
     merged = ", its adapter merged into the weights" if "lora" in trained.trees[model.tree] else ""
-    code = [_imports(bool(task.outputs)), _encode(trained), _predict(model)]
+    code = [_imports(bool(task.outputs), family), _encode(trained), _predict(model)]
+    no_pooler = "It has no pooling layer: load it with `add_pooling_layer=False`. "
     example = '("A dog runs.", "A dog is running.")' if task.pair else '"A lovely film."'
     code.append(f"print(predict([{example}]))\n")
     takes = "pairs of sentences" if task.pair else "sentences"
@@ -164,8 +173,8 @@ def readme(trained: TaskModels, model: TaskModel) -> str:
     span = f", {task.low:g} to {task.high:g}" if HEADS[task.head].scaled else ""
     gives = f"classes ({classes})" if task.integer else f"scores{span}"
     return (
-        f"# {_plain(task.title)}\n\nA BERT encoder trained from `{base}` with jaxlora"
-        f"{merged}. It has no pooling layer: load it with `add_pooling_layer=False`. "
+        f"# {_plain(task.title)}\n\nA {family.model} trained from `{base}` with jaxlora"
+        f"{merged}. {no_pooler * family.pooler}"
         f"`predict` takes {takes} and gives {gives}.\n\n"
         f"```python\n{last.join(code)}```\n"
     )
@@ -192,14 +201,15 @@ def _code(text: str) -> str:
     return " ".join(text.replace("`", "'").split())
 
 
-def _imports(head: bool) -> str:
+def _imports(head: bool, family: Family) -> str:
+    options = ", add_pooling_layer=False" * family.pooler
     lines = [
         "import torch",
         "from safetensors.torch import load_file" if head else "",
         "from transformers import AutoModel, AutoTokenizer\n",
         'folder = "."  # this one',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "bert = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()",
+        f"model = AutoModel.from_pretrained(folder{options}).eval()",
         f'head = load_file(f"{{folder}}/{HEAD}")' if head else "",
     ]
     return "\n".join(line for line in lines if line)
@@ -212,7 +222,7 @@ def _encode(trained: TaskModels) -> str:
         f"    sentences, padding=True, truncation=True, max_length={trained.max_length},\n"
         '    return_tensors="pt",\n'
         ")\n"
-        "hidden = bert(**batch).last_hidden_state\n" + _POOL[trained.pooling],
+        "hidden = model(**batch).last_hidden_state\n" + _POOL[trained.pooling],
     )
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxlora.formats import families, huggingface, peft, peft_config
 from jaxlora.formats import heads as head_files
-from jaxlora.formats import huggingface, peft, peft_config
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import LoraConfig
-from jaxlora.nn import bert
 from jaxlora.serving.task_models import (
     BaseSpec,
     Facts,
@@ -71,9 +70,11 @@ def save(folder: str | Path, trained: TaskModels, name: str) -> None:
     about = About(
         **trained.base_spec(), task=model.task, pair_features=model.pair_features, facts=model.facts
     )
-    head = model.head if model.task.head == "pooler" else None
+    encoder = families.config_like(trained.fingerprint.model_type, adapter)
+    known = families.of(encoder).classifier and model.task.head == "pooler"
+    head = model.head if known else None
     with atomic_dir(folder) as temporary:
-        peft.write(temporary, adapter, trained.configs[model.tree], hub, head)
+        peft.write(temporary, adapter, trained.configs[model.tree], hub, encoder, head)
         head_files.write(temporary, model.head)
         write_json(temporary / ABOUT, dataclasses.asdict(about))
 
@@ -134,7 +135,7 @@ def load(
     written = peft_config.read_config(folder)
     if not any_base:
         _check_base(folder / peft_config.CONFIG, written, there)
-    found = peft.read(folder, bert.param_shapes(there.config))
+    found = peft.read(folder, there.config)
     facts = Facts(imported_from=str(folder))
     if written.classifies and not encoder_only:
         model = _classifier(folder, name, found.head, there, like, classes)
@@ -158,7 +159,7 @@ def _load_ours(folder: Path, name: str, base: str | None) -> TaskModels:
         trained, fingerprint=trained.fingerprint.completed(found.fingerprint)
     )
     config = found.config
-    adapter, lora_config = peft.load(folder, bert.param_shapes(config), encoder_only=True)
+    adapter, lora_config = peft.load(folder, config, encoder_only=True)
     model = TaskModel(task, name, {}, about.pair_features, about.facts)
     head = head_files.read(folder, model.head_shapes(config.hidden_size))
     model = dataclasses.replace(model, head=head)
@@ -195,7 +196,6 @@ def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: b
 
 # ---- a classifier
 
-_PARTS = {"pooler": "pooler.dense", "out": "classifier"}  # ours → torch's
 _ALONE = "take the encoder's adapter alone with `encoder_only=True`"
 
 
@@ -214,7 +214,12 @@ def _classifier(
             f"pooling {like.pooling}; import it into a bank of its own, or {_ALONE}"
         )
     of_base = huggingface.find(base.name)
-    head = _head(folder, parts, huggingface.read_head(of_base), base)
+    family = families.of(base.config)
+    if family.classifier is None:
+        raise UserError(
+            f"{folder}: the classifier of a {family.model} cannot be imported yet; {_ALONE}"
+        )
+    head = _head(folder, parts, huggingface.read_head(of_base, family), base)
     try:
         task = _classifier_task(folder, name, head["out"]["bias"].size, of_base, classes)
     except ValueError as error:
@@ -225,14 +230,16 @@ def _classifier(
 def _head(
     folder: Path, parts: peft.HeadParts, of_base: Mapping[str, np.ndarray], base: Pretrained
 ) -> Tree:
-    path = folder / peft.TENSORS
-    if odd := set(parts.modules) - set(_PARTS.values()):
+    path, family = folder / peft.TENSORS, families.of(base.config)
+    modules = family.classifier or {}
+    if odd := set(parts.modules) - set(modules.values()):
+        model = family.model.removesuffix("Model")
         raise UserError(
-            f"{path}: has {', '.join(sorted(odd))}, which BertForSequenceClassification has not; "
-            f"{_ALONE}"
+            f"{path}: has {', '.join(sorted(odd))}, which {model}ForSequenceClassification has "
+            f"not; {_ALONE}"
         )
     width = base.config.hidden_size
-    head = {ours: _linear(path, parts, of_base, theirs, width) for ours, theirs in _PARTS.items()}
+    head = {ours: _linear(path, parts, of_base, theirs, width) for ours, theirs in modules.items()}
     if head["pooler"]["bias"].size != width:
         raise UserError(f"{path}: its pooler is not one of {base.name}, {width} wide")
     return head

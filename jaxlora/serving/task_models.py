@@ -138,7 +138,7 @@ class TaskModels(BaseSpec):
                 f"{error}; {self.origin} needs it: if it has moved, say where with `base`"
             ) from error
         self._check_same(base)
-        limit = base.config.max_position_embeddings
+        limit = base.config.max_length
         if self.max_length > limit:
             raise UserError(f"{self.origin}: max_length {self.max_length}, {self.base} has {limit}")
         for name, one in self.models.items():

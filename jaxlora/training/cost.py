@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import lora
+from jaxlora.formats import families
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
-from jaxlora.nn.bert import BertConfig
+from jaxlora.nn.bert import BertConfig, EncoderConfig
 from jaxlora.tasks.sharing import Adapt, group_name, variant
 from jaxlora.tasks.task import Task, paper_tasks
 from jaxlora.training import sharding
@@ -79,7 +80,7 @@ class Work:
       data, fsdp: the mesh.
     """
 
-    config: BertConfig
+    config: EncoderConfig
     adapt: Adapt
     tasks: tuple[Task, ...]
     batch_size: int
@@ -230,7 +231,7 @@ def estimate(work: Work) -> Estimate:
 
 def for_variant(
     name: str,
-    config: BertConfig,
+    config: EncoderConfig,
     batch_size: int,
     sentence_length: float = 20.0,
     row_length: int = 64,
@@ -261,6 +262,7 @@ def for_variant(
         each = [task.sentences for task in tasks]
         together = max(each) if chosen.adapt == "full" else sum(each)
         work = Work(config, chosen.adapt, tasks, batch_size, 0, row_length, **rest)
+        work = dataclasses.replace(work, adapter=families.localise(work.adapter, config))
         needed = together * batch_size * sentence_length / (PACKED * row_length)
         rows = math.ceil(needed / work.devices) * work.devices
         works[group_name(group)] = dataclasses.replace(work, rows=rows)
@@ -268,13 +270,13 @@ def for_variant(
 
 
 def _check_lengths(
-    config: BertConfig, batch_size: int, sentence_length: float, row_length: int
+    config: EncoderConfig, batch_size: int, sentence_length: float, row_length: int
 ) -> None:
     numbers = {"batch_size": batch_size, "sentence_length": sentence_length}
     for name, number in {**numbers, "row_length": row_length}.items():
         if not 0 < number < math.inf:
             raise ConfigError(name, "must be above 0", number)
-    limit = config.max_position_embeddings
+    limit = config.max_length
     if row_length > limit:
         raise ConfigError("row_length", f"the base has {limit} positions", row_length)
     if sentence_length > row_length:
@@ -413,7 +415,7 @@ def _inputs(work: Work, found: _Trees) -> int:
     return sum(kernel.shape[-2] for kernel in shared.values()) + ranks
 
 
-def _kept_layers(config: BertConfig) -> int:
+def _kept_layers(config: EncoderConfig) -> int:
     """Layers whose leavings are held: a loop holds those of its last pass twice."""
     layers = config.num_hidden_layers
     return layers if layers <= bert.MOST_UNROLLED else layers + bert.MOST_UNROLLED

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxlora.data.batches import make_order
 from jaxlora.data.sources import Location, where
 from jaxlora.data.tokenized import SPLITS, Examples, list_blank, load_examples
+from jaxlora.formats import families, huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.tasks.sharing import group_name
 from jaxlora.training import parameter_count
@@ -53,13 +54,27 @@ class RunSummary:
     device: str
 
 
+def name_targets(settings: Settings) -> Settings:
+    """Return the settings with the adapter's modules named as the base has them.
+
+    Raises:
+      UserError: if the base cannot be found, or its config not be read.
+    """
+    if settings.adapt != "lora":
+        return settings
+    found = families.localise(settings.lora, huggingface.config_of(settings.model.base))
+    if found == settings.lora:
+        return settings
+    return dataclasses.replace(settings, lora=found)
+
+
 def check_base(settings: Settings, base: Pretrained) -> None:
     """Refuse settings that do not fit the base model.
 
     Raises:
       ConfigError: naming the setting.
     """
-    limit = base.config.max_position_embeddings
+    limit = base.config.max_length
     if settings.model.max_length > limit:
         raise ConfigError(
             "max_length", f"{settings.model.base} allows {limit} at most", settings.model.max_length
@@ -163,7 +178,8 @@ def summarize_run(
     return RunSummary(
         settings=settings,
         out=out,
-        base=f"{base.name}: BERT, {shape.num_hidden_layers} layers, {shape.hidden_size} wide, "
+        base=f"{base.name}: {families.of(shape).model}, {shape.num_hidden_layers} layers, "
+        f"{shape.hidden_size} wide, "
         f"{shape.num_attention_heads} heads, sha256 {base.fingerprint.weights[:12]}…{base.without}",
         examples={task: {k: len(v) for k, v in splits.items()} for task, splits in data.items()},
         truncated={t: sum(e.truncated for e in splits.values()) for t, splits in data.items()},

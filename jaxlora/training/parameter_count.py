@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from jaxlora.lora import LoraConfig
-from jaxlora.nn.bert import BertConfig, param_shapes
+from jaxlora.nn.bert import BertConfig, EncoderConfig, param_shapes
 from jaxlora.tasks.sharing import Groups, Variant
 from jaxlora.tasks.task import Task, paper_tasks
 from jaxlora.training.adaptation import Adaptation, make_adaptation
@@ -34,7 +34,7 @@ class ParameterCount(NamedTuple):
 
 
 def count(
-    config: BertConfig,
+    config: EncoderConfig,
     adaptation: Adaptation,
     groups: Groups,
     tasks: Iterable[Task],

@@ -20,7 +20,7 @@ import optax
 from flax import struct
 
 from jaxlora.data.batches import Batch
-from jaxlora.nn.bert import BertConfig
+from jaxlora.nn.bert import EncoderConfig
 from jaxlora.nn.encode import Encode, encoder
 from jaxlora.tasks import losses
 from jaxlora.tasks.task import Task
@@ -207,7 +207,7 @@ class TrainStep:
 
 def make_train_step(
     tasks: tuple[Task, ...],
-    config: BertConfig,
+    config: EncoderConfig,
     adaptation: Adaptation,
     optimizers: Optimizers,
     *,

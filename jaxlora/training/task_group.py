@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxlora.data import batches as data_batches
 from jaxlora.data.batches import Batch, PackedBatches, VectorBatches
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.nn.bert import BertConfig
+from jaxlora.nn.bert import EncoderConfig
 from jaxlora.nn.encode import Encode, PackedTokens, make_encode
 from jaxlora.serving import inference
 from jaxlora.tasks.sharing import group_name
@@ -127,7 +127,7 @@ def make_task_group(
 
 
 def make_group_step(
-    settings: Settings, config: BertConfig, names: tuple[str, ...], steps: int
+    settings: Settings, config: EncoderConfig, names: tuple[str, ...], steps: int
 ) -> TrainStep:
     """Return the train step of a group.
 

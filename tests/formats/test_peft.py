@@ -49,7 +49,7 @@ def vectors(base, adapter=None, config=None):
 
 def save(folder, base, config=CASES["defaults"], name="tiny"):
     adapter = random_adapter(base.params, config)
-    peft_files.save(folder, adapter, config, name)
+    peft_files.save(folder, adapter, config, name, base.config)
     return adapter
 
 
@@ -70,7 +70,7 @@ def edit_tensors(folder, edit):
 @cases
 def test_a_round_trip_changes_no_bit(tiny, tmp_path, config):
     adapter = save(tmp_path / "a", tiny, config)
-    back, back_config = peft_files.load(tmp_path / "a", tiny.params)
+    back, back_config = peft_files.load(tmp_path / "a", tiny.config)
     assert back_config == config
     ours, theirs = (traverse_util.flatten_dict(tree) for tree in (adapter, back))
     assert ours.keys() == theirs.keys()
@@ -103,7 +103,7 @@ def test_an_adapter_and_another_configuration(tiny, tmp_path):
         (LoraConfig(4, 6.0, ("key",)), r"self.key, layers.attention.self.query"),
     ):
         with pytest.raises(UserError, match=fragment):
-            peft_files.save(tmp_path / "a", adapter, config, "tiny")
+            peft_files.save(tmp_path / "a", adapter, config, "tiny", tiny.config)
     assert not list(tmp_path.iterdir())
 
 
@@ -211,7 +211,7 @@ def peft_folder(folder, model, values):
 def test_we_read_pefts(tiny, tiny_base, tmp_path, values, classifier):
     model = peft_folder(tmp_path / "a", peft_oracle.bert(tiny_base, classifier), values)
     theirs = peft_oracle.vectors(model, tiny.tokenizer, SENTENCES)
-    adapter, config = peft_files.load(tmp_path / "a", tiny.params)
+    adapter, config = peft_files.load(tmp_path / "a", tiny.config)
     assert np.abs(theirs - vectors(tiny)).max() > 0.05
     np.testing.assert_allclose(vectors(tiny, adapter, config), theirs, rtol=0, atol=1e-5)
     # The configuration describes the adapter: a fresh one by it has the same shapes.
@@ -258,7 +258,7 @@ def test_a_config_we_cannot_honour(tiny, tmp_path, values, fragment):
     save(tmp_path / "a", tiny)
     edit_config(tmp_path / "a", **values)
     with pytest.raises(UserError, match=f"{peft_config.CONFIG}: {fragment}"):
-        peft_files.load(tmp_path / "a", tiny.params)
+        peft_files.load(tmp_path / "a", tiny.config)
 
 
 def rename(old, new):
@@ -296,7 +296,7 @@ def test_tensors_we_cannot_honour(tiny, tmp_path, edit, fragment):
     save(tmp_path / "a", tiny)
     edit_tensors(tmp_path / "a", edit)
     with pytest.raises(UserError, match=f"{peft_files.TENSORS}: .*{fragment}"):
-        peft_files.load(tmp_path / "a", tiny.params)
+        peft_files.load(tmp_path / "a", tiny.config)
 
 
 @pytest.mark.parametrize("name", ["encoder.layer.2.attention.self.query", "encoder.layer.0.dense"])
@@ -308,7 +308,7 @@ def test_modules_the_base_has_not(tiny, tmp_path, name):
         lambda t: t.update({k: np.ones((6, 32) if "A" in k else (32, 6), "f4") for k in factors}),
     )
     with pytest.raises(UserError, match=f"the base model has no {name}"):
-        peft_files.load(tmp_path / "a", tiny.params)
+        peft_files.load(tmp_path / "a", tiny.config)
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, -4])
@@ -317,7 +317,7 @@ def test_a_cut_off_file(tiny, tmp_path, size):
     path = tmp_path / "a" / peft_files.TENSORS
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match=f"{peft_files.TENSORS}: not a valid safetensors file"):
-        peft_files.load(tmp_path / "a", tiny.params)
+        peft_files.load(tmp_path / "a", tiny.config)
 
 
 @pytest.mark.parametrize(
@@ -328,11 +328,11 @@ def test_a_broken_config(tiny, tmp_path, text, fragment):
     path = tmp_path / "a" / peft_config.CONFIG
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(UserError, match=f"{peft_config.CONFIG}: .*{fragment}"):
-        peft_files.load(tmp_path / "a", tiny.params)
+        peft_files.load(tmp_path / "a", tiny.config)
 
 
 def test_a_folder_without_tensors(tiny, tmp_path):
     save(tmp_path / "a", tiny)
     Path(tmp_path / "a" / peft_files.TENSORS).unlink()
     with pytest.raises(UserError, match=f"{peft_files.TENSORS}: cannot be read"):
-        peft_files.load(tmp_path / "a", tiny.params)
+        peft_files.load(tmp_path / "a", tiny.config)

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 
+import family_bases
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -209,6 +210,35 @@ def test_the_ids_are_those_of_transformers(kind, tmp_path):
         tokens, offsets, _ = tokenize(truncating(ours, length), texts)
         wanted = theirs(texts, truncation=True, max_length=length)["input_ids"]
         assert [x.tolist() for x in np.split(tokens, offsets[1:-1])] == wanted
+
+
+BLANKS = (
+    "a film ",
+    " a film",
+    "a  film  ",
+    "film\n",
+    "\tfilm",
+    " ",
+    "  ",
+    "a film\u00a0",
+    "<mask> a",
+)
+
+
+@pytest.mark.parametrize("family", family_bases.FAMILIES)
+def test_the_ids_of_each_family_are_those_of_transformers(family, tmp_path):
+    """Byte-level tokenizers, for one, see blanks at the ends."""
+    family_bases.tokenizer(family).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = base_tokenizer.load(tmp_path, 500)
+    texts = [*BLANKS, *family_bases.TEXTS, *TEXTS, *random_texts()]
+    assert [e.ids for e in ours.encode_batch(texts)] == theirs(texts)["input_ids"]
+    tokens, offsets, _ = tokenize(truncating(ours, 5), texts)
+    wanted = theirs(texts, truncation=True, max_length=5)["input_ids"]
+    assert [x.tolist() for x in np.split(tokens, offsets[1:-1])] == wanted
+    if family in ("roberta", "modernbert"):
+        assert ours.encode("a film ").ids != ours.encode("a film").ids
 
 
 @pytest.mark.parametrize("kind", REFUSED)

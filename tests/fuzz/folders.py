@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from jaxlora import lora
 from jaxlora.data.task_files import NAME
-from jaxlora.formats import huggingface, peft_config
+from jaxlora.formats import families, huggingface, peft_config
 from jaxlora.formats import peft as peft_files
 from jaxlora.formats import tokenizer as base_tokenizer
 from jaxlora.nn.bert import param_shapes
@@ -143,7 +143,8 @@ def read_weights(content: bytes, scratch: Path) -> None:
     """`pretrained.read_tensors` and `convert`."""
     (scratch / "model.safetensors").write_bytes(content)
     params = huggingface.convert(
-        huggingface.read_tensors([scratch / "model.safetensors"]), samples.BERT
+        huggingface.read_tensors([scratch / "model.safetensors"], families.of(samples.BERT)),
+        samples.BERT,
     )
     _check_shapes(params, param_shapes(samples.BERT))
 
@@ -163,7 +164,7 @@ def read_tokenizer(content: bytes, scratch: Path) -> None:
 def adapter(folder: Path) -> None:
     """`peft_files.load`."""
     shapes = param_shapes(samples.BERT)
-    found, config = peft_files.load(folder, shapes)
+    found, config = peft_files.load(folder, samples.BERT)
     factors, kernels = traverse_util.flatten_dict(found), lora.targets(shapes, config)
     assert {path[:-1] for path in factors} == kernels.keys()
     for path, kernel in kernels.items():

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from jaxlora import lora
-from jaxlora.formats import huggingface
+from jaxlora.formats import families, huggingface
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import BertConfig, param_shapes
 from jaxlora.serving import export_peft, finished_run, manifest, task_models, tree_files
@@ -42,7 +42,8 @@ def base(folder: Path) -> Path:
     folder.mkdir(parents=True)
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), param_shapes(BERT))
     save_file(huggingface.export(params, BERT), folder / "model.safetensors")
-    config = {"model_type": "bert", **dataclasses.asdict(BERT)}
+    fields = families.of(BERT).read_fields
+    config = {"model_type": "bert"} | {name: getattr(BERT, ours) for ours, name in fields.items()}
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer().save(str(folder / "tokenizer.json"))
     return folder

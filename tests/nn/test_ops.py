@@ -46,6 +46,39 @@ def test_attention(rate):
     compare(lambda *x: ops.attend(*x, mask, kept, scale), by_formula, *inputs)
 
 
+def test_attention_with_a_bias():
+    """Of two rows: its gradient is the sum of theirs, and masked scores have none."""
+    mask = jnp.array([[[[1, 1, 0], [1, 1, 0], [0, 0, 1]]], [[[1, 1, 1]] * 3]], bool)
+    inputs = jax.random.normal(KEYS[3], (3, 2, 3, 2, 4))
+    bias = jax.random.normal(KEYS[2], (1, 2, 3, 3))
+
+    def by_formula(query, key, value, bias):
+        scores = jnp.einsum("rqhd,rkhd->rhqk", query, key) / 2 + bias
+        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
+        return jnp.einsum("rhqk,rkhd->rqhd", weights, value)
+
+    def ours(query, key, value, bias):
+        return ops.attend(query, key, value, mask, None, 1.0, bias)
+
+    compare(ours, by_formula, *inputs, bias)
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    query, key = jax.random.normal(KEYS[3], (2, 1, 1, 1, 8))
+
+    def score(at, other):
+        places = (jnp.array([[at]]), jnp.array([[other]]))
+        x, y = (
+            ops.rotate(v, *ops.rotations(p, 8, 100.0))
+            for v, p in zip((query, key), places, strict=True)
+        )
+        return jnp.sum(x * y).item()
+
+    assert abs(score(3, 7) - score(13, 17)) < 1e-5
+    assert abs(score(3, 7) - score(3, 8)) > 1e-3
+    assert abs(score(0, 0) - jnp.sum(query * key).item()) < 1e-5
+
+
 def test_attention_in_bfloat16_multiplies_in_bfloat16_both_ways():
     inputs = jax.random.normal(KEYS[3], (3, 1, 6, 2, 4), jnp.bfloat16)
     mask = jnp.ones((1, 1, 6, 6), bool)

@@ -7,17 +7,19 @@ import re
 import shutil
 from pathlib import Path
 
+import family_bases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import peft_oracle
 import pytest
 from flax import traverse_util
+from tiny import random_adapter
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from jaxlora import lora
 from jaxlora.data.packing import Shape, fill
-from jaxlora.formats import heads, huggingface
+from jaxlora.formats import families, heads, huggingface
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.nn.encode import encoder
@@ -92,6 +94,36 @@ def test_transformers_reads_it(tiny, tiny_base, adapter, merged_params, tmp_path
     for sentence in SENTENCES:
         assert tokenizer(sentence)["input_ids"] == tiny.tokenizer.encode(sentence).ids
     assert tokenizer.pad_token_id == model.config.pad_token_id == 0
+
+
+@pytest.mark.parametrize("family", family_bases.FAMILIES)
+def test_transformers_reads_every_family(family, tmp_path, monkeypatch):
+    """The vectors, padded by the exported tokenizer, are those of the adapter on the base."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModel
+
+    family_bases.save(tmp_path / "base", family)
+    base = huggingface.load(str(tmp_path / "base"))
+    config = families.localise(CONFIG, base.config)
+    adapter = random_adapter(base.params, config)
+    made = trained(base, adapter, tasks.STS_COSINE, pooling="mean")
+    made = dataclasses.replace(made, configs={"tree": config})
+    export_merged.save(tmp_path / "m", base, made, "sts")
+    entry = families.of(base.config)
+    options = {"add_pooling_layer": False} if entry.pooler else {}
+    model, info = AutoModel.from_pretrained(tmp_path / "m", output_loading_info=True, **options)
+    assert not any(info.values()), info
+    assert type(model).__name__ == entry.model and model.dtype == torch.float32
+    monkeypatch.chdir(tmp_path / "m")
+    (code,) = re.findall(r"```python\n(.*?)```", Path(export_merged.README).read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    ours = vectors(base, lora.merge(base.params, adapter, config), SENTENCES, "mean")
+    np.testing.assert_allclose(names["encode"](list(SENTENCES)), ours, rtol=0, atol=1e-5)
+    assert np.abs(ours - vectors(base, base.params, SENTENCES, "mean")).max() > 0.05
+    back = huggingface.load(str(tmp_path / "m"))
+    assert back.config == base.config
+    assert back.fingerprint.tokenizer == base.fingerprint.tokenizer
 
 
 def test_we_read_it(tiny, adapter, merged_params, tmp_path):
@@ -276,10 +308,14 @@ def test_sentence_transformers_reads_it(exported):
 
 def test_the_readme_says_what_the_encoder_is(tiny, adapter):
     made = trained(tiny, adapter)
-    assert "its adapter merged into the weights" in export_merged.readme(made, made.find("sts"))
+    assert "its adapter merged into the weights" in export_merged.readme(
+        made, made.find("sts"), families.FAMILIES["bert"]
+    )
     for tree in ({}, {"params": tiny.params}):  # frozen, fully trained
         made.trees["tree"] = tree
-        assert "adapter" not in export_merged.readme(made, made.find("sts"))
+        assert "adapter" not in export_merged.readme(
+            made, made.find("sts"), families.FAMILIES["bert"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -292,14 +328,14 @@ def test_the_readme_says_what_the_encoder_is(tiny, adapter):
 )
 def test_the_readme_names_the_base_and_no_folder_of_ours(tiny, adapter, base, shown):
     made = dataclasses.replace(trained(tiny, adapter), base=base)
-    text = export_merged.readme(made, made.find("sts"))
+    text = export_merged.readme(made, made.find("sts"), families.FAMILIES["bert"])
     assert f"trained from {shown} with" in text and "someone" not in text
 
 
 def test_the_readmes_title_means_only_itself(tiny, adapter):
     title = "~~gone~~ &lt;img&gt; https://x.org www.x.org @someone"
     made = trained(tiny, adapter, dataclasses.replace(tasks.STS_COSINE, title=title))
-    first = export_merged.readme(made, made.find("sts")).splitlines()[0]
+    first = export_merged.readme(made, made.find("sts"), families.FAMILIES["bert"]).splitlines()[0]
     assert first.replace("\u200b", "").replace("\\", "") == f"# {title}"
     assert not re.search(r"(?<!\\)[~&]|://|www\.|@\w", first)
 

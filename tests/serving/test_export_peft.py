@@ -254,10 +254,10 @@ def test_the_encoder_alone(tiny, tiny_base, seq_cls, tmp_path, call):
     u, v = peft_oracle.vectors(model, tiny.tokenizer, PAIR, "mean")
     (answer,) = jaxlora.load(tmp_path / "b")([("x", *PAIR)])
     assert answer.value == pytest.approx(u @ v / np.linalg.norm(u) / np.linalg.norm(v), abs=1e-5)
-    adapter, _ = peft_files.load(folder, tiny.params, encoder_only=True)
+    adapter, _ = peft_files.load(folder, tiny.config, encoder_only=True)
     assert adapter.keys() == {"layers"}
     with pytest.raises(UserError, match=r"also trains classifier.*encoder_only=True"):
-        peft_files.load(folder, tiny.params)
+        peft_files.load(folder, tiny.config)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["query", "dense"]], ids=str)
@@ -471,7 +471,7 @@ def test_a_merged_model_can_be_the_base(tiny, tiny_base, tmp_path, values):
                 parameter.add_(0.1 * torch.rand_like(parameter))
     model.save_pretrained(tmp_path / "a")
     with pytest.raises(UserError, match=r"merge_and_unload.*save_pretrained.*`base`"):
-        peft_files.load(tmp_path / "a", tiny.params)
+        peft_files.load(tmp_path / "a", tiny.config)
     expected = peft_oracle.vectors(model, tiny.tokenizer, SENTENCES)
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     shutil.copy(tiny_base / "tokenizer.json", tmp_path / "merged")
@@ -483,7 +483,7 @@ def test_a_merged_model_can_be_the_base(tiny, tiny_base, tmp_path, values):
 def test_trained_norms_are_refused_with_a_way_out(tiny, tiny_base, tmp_path):
     classifier(tiny_base, modules_to_save=["LayerNorm"]).save_pretrained(tmp_path / "a")
     with pytest.raises(UserError, match=r"LayerNorm.*merge_and_unload.*save_pretrained.*`base`"):
-        peft_files.load(tmp_path / "a", tiny.params)
+        peft_files.load(tmp_path / "a", tiny.config)
 
 
 def test_a_pickle_is_named(tiny, tiny_base, tmp_path):
@@ -491,4 +491,4 @@ def test_a_pickle_is_named(tiny, tiny_base, tmp_path):
     model.save_pretrained(tmp_path / "a")
     (tmp_path / "a" / peft_files.TENSORS).rename(tmp_path / "a" / "adapter_model.bin")
     with pytest.raises(UserError, match=r"adapter_model.bin is a pickle.*safe_serialization=True"):
-        peft_files.load(tmp_path / "a", tiny.params)
+        peft_files.load(tmp_path / "a", tiny.config)
