@@ -80,7 +80,7 @@ class Family:
         ours = (
             f.name
             for f in dataclasses.fields(self.config)
-            if f.name not in self.fixed and (f.name in self.more or not f.metadata.get("added"))
+            if f.name not in self.fixed and (f.name in self.more or not f.metadata.get("of some"))
         )
         return {name: self.fields.get(name, name) for name in ours}
 

@@ -183,7 +183,7 @@ def _config_key(config: EncoderConfig) -> str:
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
         if "dropout" not in field.name
-        and not (field.metadata.get("added") and getattr(config, field.name) == field.default)
+        and not (field.metadata.get("of some") and getattr(config, field.name) == field.default)
     }
     return _sha256_of(fields)
 

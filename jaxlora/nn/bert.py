@@ -34,6 +34,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": jax.nn.silu,
 }
 NO_ADAPTER = LoraConfig()
+# Metadata of configuration fields that only some families have.
+OF_SOME = {"of some": True}
 # Layers in a row without a loop: a loop stacks what the backward pass needs (10–20 % of a step on
 # CPU), unrolled layers take longer to compile.
 MOST_UNROLLED = 12
@@ -58,7 +60,7 @@ class EncoderConfig:
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
-    model_type: str = "bert"
+    model_type: str = dataclasses.field(default="bert", metadata=OF_SOME)
 
     @property
     def max_length(self) -> int:
@@ -85,9 +87,9 @@ class BertConfig(EncoderConfig):
       relative_attention_num_buckets: of the distances that bias attention (MPNet); 0: no bias.
     """
 
-    padding_idx: int = -1
-    embedding_size: int | None = None
-    relative_attention_num_buckets: int = 0
+    padding_idx: int = dataclasses.field(default=-1, metadata=OF_SOME)
+    embedding_size: int | None = dataclasses.field(default=None, metadata=OF_SOME)
+    relative_attention_num_buckets: int = dataclasses.field(default=0, metadata=OF_SOME)
 
     @property
     def max_length(self) -> int:
