@@ -141,7 +141,7 @@ def test_quoting_can_be_set_in_a_task_file_and_by_flag(tmp_path):
     assert changed.table.quoting == "standard"
     keys = [sources.fingerprint(t.task, "files", t.table) for t in (topic, changed)]
     assert keys[0] != keys[1]
-    with pytest.raises(UserError, match="quoting: 'both' is not none or standard"):
+    with pytest.raises(UserError, match="quoting: must be 'none' or 'standard', not 'both'"):
         read_tasks([str(toml), "topic.quoting=both"])
     assert path.exists()
 

@@ -354,7 +354,7 @@ def test_localised_names(family, saved):
         config = families.localise(LoraConfig(2, 2.0, tuple(names)), base.config)
         chosen = lora.targets(base.params, config)
         assert chosen and families.localise(config, base.config) == config
-    with pytest.raises(ValueError, match="unknown target module 'no_such'"):
+    with pytest.raises(ValueError, match="unknown module 'no_such'"):
         lora.targets(base.params, families.localise(LoraConfig(2, 2.0, ("no_such",)), base.config))
 
 
