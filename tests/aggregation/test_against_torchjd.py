@@ -82,8 +82,8 @@ def test_random_gradients(name, num_tasks):
 # Where TorchJD answers otherwise, or not at all: its CAGrad gives zero once its shortest vector is;
 # its MGDA nears zero too slowly; its IMTL-G depends on the scales of dependent gradients; without
 # their terms for stability UPGrad and DualProj are 0/0; where Nash-MTL and FairGrad have no
-# solution its solvers stop anywhere; with a huge and a tiny gradient its Nash-MTL is 63 long, not √3
-# as the conditions in `test_optimality.py` have it.
+# solution its solvers stop anywhere; with a huge and a tiny gradient its Nash-MTL is 63 long, while
+# the conditions in `test_optimality.py` make it √3.
 UNSOLVABLE = {"one zero", "all zero", "opposite", "rank one"}
 OTHERWISE = {
     "cagrad": UNSOLVABLE,

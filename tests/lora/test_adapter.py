@@ -83,7 +83,7 @@ def test_targets_match_complete_names(tiny):
 
 
 def test_unknown_target_lists_the_modules(tiny):
-    with pytest.raises(ValueError, match=r"'qury'.*mean 'query'") as error:
+    with pytest.raises(ValueError, match=r"'qury'.*mean query") as error:
         lora.targets(tiny.params, LoraConfig(target_modules=("key", "qury")))
     for name in ("self.query", "self.key", "intermediate.dense", "attention.output.dense"):
         assert f"layers.{name}" in str(error.value) or f"layers.attention.{name}" in str(
