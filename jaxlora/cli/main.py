@@ -39,7 +39,7 @@ CONSOLE = Console()
 
 
 def say(text: str) -> None:
-    """A line of its own, however long its paths are."""
+    """Print a line without wrapping it."""
     CONSOLE.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -51,7 +51,7 @@ def train(words: Sequence[str]) -> None:
 
 
 def bank_add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
-    """Put the tasks of a finished run into a bank (made if need be).
+    """Put the tasks of a finished run into a bank (created if it is missing).
 
     Args:
       folder: the bank.
@@ -79,7 +79,7 @@ def bank_update(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> Non
 
 
 def bank_remove(folder: Folder, task: Name, /) -> None:
-    """Take a task out of a bank.
+    """Remove a task from a bank.
 
     Args:
       folder: the bank.
@@ -122,7 +122,7 @@ def bank_list(folder: Folder, /, base: str | None = None) -> None:
 
 
 def bank_show(folder: Folder, task: Name, /) -> None:
-    """Show all that a bank knows of a task.
+    """Show everything that a bank stores about a task.
 
     Args:
       folder: the bank.
@@ -238,7 +238,7 @@ def import_peft(
     encoder_only: bool = False,
     update: bool = False,
 ) -> None:
-    """Put an adapter from a PEFT folder into a bank (made if need be).
+    """Put an adapter from a PEFT folder into a bank (created if it is missing).
 
     What PEFT made for a sequence classifier (SEQ_CLS) is imported whole, with its classifier as the
     task's head. Any other adapter that was not exported from here has no head: it compares two
@@ -318,7 +318,7 @@ def combine(
       bank: the bank.
       task: whose adapters.
       name: what to call the new task.
-      weight: one for each; default: all the same, 1 in sum.
+      weight: one for each; default: equal weights that sum to 1.
       head: the task whose head and labels it takes over; default: the first.
       rank: the nearest adapter of this rank, by singular value decomposition; default: the exact
         sum, whose rank is the sum of ranks.

@@ -1,4 +1,4 @@
-"""Tasks of one's own: a TOML file with a table for each, read and checked.
+"""Your own tasks: a TOML file with a table for each, read and checked.
 
     [topic]
     kind = "classification"            # or binary, regression, similarity
@@ -9,8 +9,8 @@
     dev = "topic-dev.csv"
 
 `range = [low, high]` is needed by regression and similarity. Optional: `test`, `id` (a column),
-`delimiter` (one character; default: found out), `quoting` (`none`: a double quote is part of the
-text, `standard`: as in any CSV; default: found out), `title`, `loss`, `metric`, `weight` (factor of
+`delimiter` (one character; default: detected), `quoting` (`none`: a double quote is part of the
+text, `standard`: as in any CSV; default: detected), `title`, `loss`, `metric`, `weight` (factor of
 the loss beside the group's other tasks'), and of the task's group `learning_rate`,
 `head_learning_rate`, `epochs` and `patience`. On the command line `topic.kind=classification`,
 `topic.text=first,second` and so on say the same, or change what a file says.
@@ -41,7 +41,7 @@ OWN = ("learning_rate", "head_learning_rate", "epochs", "patience")
 _FILES = ("train", "dev", "test")
 _LISTS = ("classes", "range", "text")
 _VALUE = re.compile(r"([^=]*)\.([^=.]*)=(.*)", re.DOTALL)  # topic.epochs=3
-# The cosine loss lives on 0–1: this brings it to the scale of the other losses' labels, 0–5.
+# The cosine loss is between 0 and 1: this brings it to the scale of the other losses' labels, 0–5.
 COSINE_WEIGHT = 25.0
 MOST_CLASSES = 10_000
 ClassCount = Annotated[int, Field(ge=2, le=MOST_CLASSES)]

@@ -437,7 +437,7 @@ def _check_names(files: list[Path]) -> None:
 
 
 def _check_stored(path: Path, head: re.Pattern[str]) -> None:
-    """Refuse weights that are no plain floats: quantised ones need scales that nobody gives us."""
+    """Refuse weights that are no plain floats: quantized ones need scales, which are not there."""
     with _opened(path) as file:
         for key in list(file.keys()):
             stored, name = file.get_slice(key).get_dtype(), _canonical(key)

@@ -53,7 +53,7 @@ def save(
     """Write an adapter as a PEFT folder, for `PeftModel.from_pretrained`.
 
     Args:
-      folder: new or empty; appears whole or not at all.
+      folder: new or empty; written atomically.
       adapter: from `lora.init`, trained.
       config: the adapter's configuration.
       base_name: hub id or folder of the base model, as PEFT shall find it.

@@ -50,7 +50,7 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 
 
 def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
-    # Φ(x) as 1 − Φ(−x), lest XLA keep the forward pass's error function for here.
+    # Φ(x) as 1 − Φ(−x), so that XLA does not keep the forward pass's error function.
     slope = (1 - _normal_cdf(-x)) + x * jnp.exp(-0.5 * x * x) * jnp.float32((2 * jnp.pi) ** -0.5)
     return (slope * grad,)
 
@@ -202,7 +202,7 @@ def matmul_of_copies(x: jax.Array, w: jax.Array, share: jax.Array, dtype: Any) -
       x: `[..., in]`.
       w: `[T, in, out]`, T times the same.
       share: `f32[..., T]`, which copy a token uses; read by the gradient alone, so a token that
-        uses none is multiplied all the same.
+        uses none is multiplied, too.
       dtype: of the inputs of all matmuls.
 
     Returns:
@@ -226,7 +226,7 @@ def _copies_backward(
     dx, _ = _matmul_backward(dtype, of_one, grad)
     x, _, _, like_w = of_one
     grad = grad.astype(dtype)
-    # The narrower side is parted by task: one matmul then makes all gradients.
+    # The narrower side is split by task: one matmul then makes all gradients.
     narrow, wide = sorted((x, grad), key=lambda side: side.shape[-1])
     parts = share.astype(dtype)[..., :, None] * narrow[..., None, :]
     lead = tuple(range(x.ndim - 1))

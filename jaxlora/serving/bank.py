@@ -277,7 +277,7 @@ def write(folder: Path, source: TaskModels) -> None:
 
 
 def add(folder: Path, source: TaskModels, names: Sequence[str], *, replace: bool = False) -> None:
-    """Put trained tasks into a bank, which is made if need be; no other file is touched.
+    """Put trained tasks into a bank, which is created if it is missing; no other file is touched.
 
     Args:
       folder: the bank.
@@ -306,7 +306,7 @@ def add(folder: Path, source: TaskModels, names: Sequence[str], *, replace: bool
 
 
 def remove(folder: Path, name: str) -> None:
-    """Take a task out.
+    """Remove a task.
 
     Raises:
       UserError: if there is none of that name.
@@ -363,7 +363,7 @@ def _check_tree(source: TaskModels, name: str) -> None:
     one = source.models[name]
     tree = source.trees[one.tree]
     if "params" in tree:
-        raise UserError(f"{source.origin}: {name} is a whole fine-tuned BERT; banks keep adapters")
+        raise UserError(f"{source.origin}: {name} is a fully fine-tuned BERT; banks keep adapters")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((tree, one.head))):
         raise UserError(f"{source.origin}: {name} has numbers that are not finite; nothing is kept")
 

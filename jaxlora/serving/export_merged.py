@@ -33,7 +33,7 @@ def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -
     """Write a task for `AutoModel.from_pretrained` and `SentenceTransformer`.
 
     Args:
-      folder: new or empty; appears whole or not at all.
+      folder: new or empty; written atomically.
       base: the base model, see `TaskModels.load_base`.
       trained: where the task comes from.
       name: the task.

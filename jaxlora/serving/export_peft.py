@@ -55,7 +55,7 @@ def save(folder: str | Path, trained: TaskModels, name: str) -> None:
     """Write a task for `PeftModel.from_pretrained`, and for `load`.
 
     Args:
-      folder: new or empty; appears whole or not at all.
+      folder: new or empty; written atomically.
       trained: where the task comes from.
       name: the task.
 
@@ -259,9 +259,7 @@ def _linear(
         raise UserError(f"{path}: {module} is neither wholly saved nor only adapted; {_ALONE}")
     tensors = parts.saved if any(saved) else of_base
     if not all(name in tensors for name in names):
-        raise UserError(
-            f"{path}: has no {module}, and nor has the base, so nobody can know it; {_ALONE}"
-        )
+        raise UserError(f"{path}: has no {module}, which is missing in the base, too; {_ALONE}")
     weight, bias = (tensors[name] for name in names)
     change = parts.changes.get(module, np.zeros_like(weight))
     if weight.shape != (bias.size, width) or change.shape != weight.shape or bias.ndim != 1:
@@ -275,10 +273,10 @@ def _linear(
 def _classifier_task(
     folder: Path, name: str, outputs: int, of_base: Path, classes: Sequence[str]
 ) -> Task:
-    """What a classifier with so many outputs does, as transformers would guess it.
+    """Return what a classifier with this many outputs does, as transformers would guess it.
 
     Raises:
-      ValueError: if the classes' names are not so many, or not different.
+      ValueError: if the classes' names are not this many, or not different.
     """
     about = read_object(of_base / "config.json")
     problem = about.get("problem_type") or (
@@ -302,7 +300,7 @@ def _classifier_task(
 
 
 def _labels(id2label: Any, count: int) -> tuple[str, ...]:
-    """The base's names of so many classes; their numbers if it has others."""
+    """Return the base's names of this many classes; their numbers if it has others."""
     numbers = tuple(map(str, range(count)))
     if not isinstance(id2label, dict) or id2label.keys() != set(numbers):
         return numbers

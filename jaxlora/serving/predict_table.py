@@ -66,7 +66,7 @@ def predict_file(
         another name and renamed when complete.
       task: the task of all requests; None: the column says it.
       progress: is told how many are done.
-      quoting: what double quotes mean; None: found out, see `tables.open_sheets`.
+      quoting: what double quotes mean; None: detected, see `tables.open_sheets`.
       strict: refuse blank texts.
       note: is told what must be known of how the table was read.
 

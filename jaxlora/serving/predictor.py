@@ -38,7 +38,7 @@ WANTED = "(task, sentence) or (task, first sentence, second sentence)"
 
 
 class Answer(NamedTuple):
-    """What a task says of one request.
+    """The prediction of a task for one request.
 
     Attributes:
       task: its name.

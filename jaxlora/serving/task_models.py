@@ -129,7 +129,7 @@ class TaskModels(BaseSpec):
         """The base model.
 
         Raises:
-          UserError: if it cannot be had, is another one, or what was trained does not fit it.
+          UserError: if it is not available, is another one, or what was trained does not fit it.
         """
         try:
             base = huggingface.load(self.base)

@@ -47,7 +47,7 @@ class GroupCheckpoints:
     not fit them, or has none since the process was killed, is dropped when the folder is opened.
 
     Args:
-      folder: where they live; made if need be.
+      folder: where they are kept; created if it is missing.
 
     Attributes:
       dropped: the folders of the damaged ones.

@@ -63,8 +63,8 @@ class TaskChoice:
       only: train these of the tasks and leave the others out.
       groups: which tasks share a trainable encoder tree, e.g. "sst|para,sts"; default: the
         variant's.
-      sts_weight: factor of the STS loss beside the other tasks'; the cosine loss lives on 0–1, so
-        25 brings it to the scale of the labels.
+      sts_weight: factor of the STS loss beside the other tasks'; the cosine loss is between 0 and 1,
+        so 25 brings it to the scale of the labels.
     """
 
     tasks: tuple[str, ...] | None = None

@@ -176,7 +176,7 @@ class Traffic(NamedTuple):
 
     Attributes:
       all_gather: split kernels, fetched for the forward pass and again for the backward pass.
-      all_reduce: gradients of leaves that are whole everywhere, words looked up in parts, vectors.
+      all_reduce: gradients of replicated leaves, words looked up in parts, vectors.
       reduce_scatter: gradients of split leaves; a device keeps only its part of the sum. (XLA on
         CPU sums all and cuts the part out.)
       all_to_all: embeddings whose columns are split.
@@ -366,14 +366,14 @@ def _frozen(work: Work, found: _Trees) -> float:
 
 
 def _laid_out(params: Tree) -> Tree:
-    """Shapes of the frozen parameters as a device has them: few layers lie apart."""
+    """Return the shapes of the frozen parameters on a device: few layers are unstacked."""
     return jax.eval_shape(lambda params: bert.matmul_ready(params, jnp.float32), params)
 
 
 def _copies(work: Work, found: _Trees) -> float:
     """Bytes of kernels cut out of their stack; they are whole wherever they are used.
 
-    A loop cuts out those of its pass alone; few frozen layers lie apart from the start, and are
+    A loop cuts out those of its pass alone; few frozen layers are unstacked from the start, and are
     only brought together from `fsdp`. But a loop takes and gives stacks: whole encoders' kernels
     are laid out for it once for each task, and so are their gradients.
     """
@@ -432,7 +432,7 @@ def _part(tree: Tree, parts: int) -> float:
 
 def _traffic(work: Work, found: _Trees) -> Traffic:
     """Rows over both axes, split leaves over `fsdp`; see `Traffic`."""
-    if work.devices == 1 or work.adapt == "frozen":  # vectors are whole everywhere
+    if work.devices == 1 or work.adapt == "frozen":  # vectors are replicated
         return Traffic(0, 0, 0, 0)
     count, full = len(work.tasks), work.adapt == "full"
     kernels = _kernels(found.params if full else _laid_out(found.params))

@@ -24,19 +24,19 @@ MOST_NONFINITE = 10  # steps in a row that are not finite: more data will not me
 
 
 class Callback(Protocol):
-    """Someone who watches a run (the console does)."""
+    """Callbacks during a run, such as the console's."""
 
     def summary(self, summary: inputs.RunSummary) -> None:
-        """Before anything is trained."""
+        """Called before training."""
 
     def group(self, name: str, start: int, steps: int) -> None:
-        """A group begins, at step `start` of `steps`."""
+        """Called when a group begins, at step `start` of `steps`."""
 
     def record(self, record: dict[str, Any]) -> None:
-        """A line of `metrics.jsonl`."""
+        """Called with each line of `metrics.jsonl`."""
 
     def note(self, text: str) -> None:
-        """Something that its user should know."""
+        """Called with what the user should know."""
 
 
 @dataclasses.dataclass
@@ -90,7 +90,7 @@ def train_group(
 ) -> tuple[dict[str, Tree], Progress]:
     """Train one group from its checkpoint, or the start, to its end.
 
-    A checkpoint is written after each evaluation, so a killed run repeats at the most the steps
+    A checkpoint is written after each evaluation, so a killed run repeats at most the steps
     since the last one, and ends with the same parameters.
 
     Returns:
@@ -146,7 +146,7 @@ def _evaluate(
 
 
 def _tell(log: metrics_log.MetricsLog, callback: Callback, record: dict[str, Any] | None) -> None:
-    """Log a record, if there is one, and let the listener have it."""
+    """Log a record, if there is one, and pass it to the callback."""
     if record is not None:
         log.write(record)
         callback.record(record)

@@ -21,7 +21,7 @@ class MetricsLog:
     Args:
       out: the run's folder.
       keep: group → step up to which earlier records are kept. A resumed run drops what came after
-        its checkpoint, and writes the events anew, so nothing stands there twice.
+        its checkpoint, and rewrites the events, so that no record is there twice.
     """
 
     def __init__(self, out: Path, keep: Mapping[str, int]) -> None:

@@ -32,7 +32,7 @@ class RunOptions:
     """How a run is run; what it computes is in its `Settings`.
 
     Attributes:
-      resume: go on with the run in the folder, if there is one.
+      resume: continue the run in the folder, if there is one.
       predict_test: write predictions for the test sets, too.
       strict: refuse tables with blank texts, instead of leaving those rows out.
       mesh: devices: "data=4,fsdp=2" splits rows over all eight and the encoder's trees in two;
@@ -70,7 +70,7 @@ def run(
     Args:
       settings: from `presets.make_settings`.
       out: folder of the run.
-      callback: is told what happens.
+      callback: receives the events of the run.
       options: how it is run.
 
     Returns:

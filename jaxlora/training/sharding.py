@@ -1,7 +1,7 @@
 """Many devices: where the arrays of a run live. One device is a mesh of one.
 
 A mesh has two axes. A batch's rows are split over both. The encoder's trees, frozen and trained,
-and the optimizer's moments are split over `fsdp`; heads, labels and metrics are whole everywhere.
+and the optimizer's moments are split over `fsdp`; heads, labels and metrics are replicated.
 Nothing else in the library knows of devices: how the parts meet is XLA's affair (Xu et al. 2021,
 "GSPMD").
 """
@@ -24,7 +24,7 @@ from jaxlora.utils.errors import ConfigError
 from jaxlora.utils.trees import Tree
 
 AXES = ("data", "fsdp")
-# Smaller leaves (biases, LayerNorm) are whole everywhere: fetching their parts would cost more.
+# Smaller leaves (biases, LayerNorm) are replicated: fetching their parts would cost more.
 LEAST_SPLIT = 2**13
 
 
@@ -117,7 +117,7 @@ def of_state(mesh: Mesh, state: TrainState) -> TrainState:
 
 
 def of_rows(mesh: Mesh, rows: PackedTokens) -> PackedTokens:
-    """Where packed rows live; too few for all devices are whole everywhere."""
+    """Return the sharding of packed rows; rows too few for all devices are replicated."""
     *lead, count, _ = rows.tokens.shape
     part = replicated(mesh)
     if count % mesh.size == 0:

@@ -1,4 +1,4 @@
-"""What a user should hear of in a line."""
+"""Errors with one-line messages for the user."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Stopped(BaseException):
 
 
 class Note(UserWarning):
-    """What a user should know of something that is done all the same; commands show a line."""
+    """Warning about something that is done nevertheless; commands print it as one line."""
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

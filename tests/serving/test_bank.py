@@ -185,7 +185,7 @@ def test_what_does_not_belong_is_refused(runs, three, tmp_path):
         (lambda: bank.describe(three, "topic"), "no task 'topic'"),
         (
             lambda: bank.add(three, bank.load(runs / "baseline4"), ["sst"], replace=True),
-            "whole fine-tuned BERT",
+            "fully fine-tuned BERT",
         ),
         (
             lambda: bank.add(three, bank.load(runs / "cls"), ["sst"], replace=True),

@@ -68,7 +68,7 @@ def test_whole_encoders_stay_in_the_bank_of_their_run(tiny, tmp_path):
     _, whole = models("baseline4", tiny)
     _, adapters = models("lora1", tiny)
     bank.write(tmp_path / "run", whole)
-    with pytest.raises(UserError, match="sst is a whole fine-tuned BERT; banks keep adapters"):
+    with pytest.raises(UserError, match="sst is a fully fine-tuned BERT; banks keep adapters"):
         bank.add(tmp_path / "bank", bank.load(tmp_path / "run"), ["sst"])
     bank.remove(tmp_path / "run", "sst")
     with pytest.raises(UserError, match="keeps the whole encoders of a run"):

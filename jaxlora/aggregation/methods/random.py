@@ -11,7 +11,7 @@ from jaxlora.aggregation.method import Method, member, raw_key, split_raw
 
 @member("Lin et al. 2022, RLW", "homogeneous", "unit")
 def random(seed: int = 0) -> Method:
-    """Draw weights anew in each step: the softmax of standard normal numbers.
+    """Draw new weights in each step: the softmax of standard normal numbers.
 
     The expected update is that of the mean. Lin et al. 2022, "Reasonable Effectiveness of Random
     Weighting: A Litmus Test for Multi-Task Learning", section 3: a method that is not better than
