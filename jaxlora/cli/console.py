@@ -28,6 +28,7 @@ UNTRAINED = (
     "no: at the best threshold)."
 )
 
+COMBINED = {"pcgrad": "PCGrad", "none": "gradients summed"}  # by the name of the surgery
 REAL = ("cs224n", "official")  # sources of the paper's data sets
 SAW_QUORA = (
     "The base all-MiniLM-L6-v2 was trained on pairs that include Quora duplicates, so Quora scores "
@@ -113,11 +114,7 @@ def summary_table(summary: RunSummary) -> Table:
         "encoder": s.adaptation.describe(),
         "sharing": " | ".join(",".join(group) for group in s.groups)
         + (
-            (
-                "  (PCGrad within a group)"
-                if s.optimizer.surgery == "pcgrad"
-                else "  (gradients summed)"
-            )
+            f"  ({COMBINED.get(s.optimizer.surgery, s.optimizer.surgery)} within a group)"
             if trained and any(len(g) > 1 for g in s.groups)
             else ""
         ),

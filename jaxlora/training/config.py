@@ -11,8 +11,9 @@ import typing
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
+from jaxlora.aggregation import MEMBERS
 from jaxlora.data.sources import Location
 from jaxlora.data.task_files import TaskSpec, check_name
 from jaxlora.formats.huggingface import MINILM
@@ -33,7 +34,10 @@ Source = Literal["demo", "cs224n", "official", "files"]
 Pooling = Literal["cls", "mean"]
 PairFeatures = Literal["concat", "interaction"]
 Schedule = Literal["constant", "linear"]
-Surgery = Literal["pcgrad", "none"]
+if TYPE_CHECKING:
+    Surgery = str
+else:
+    Surgery = Literal[("none", *MEMBERS)]
 Dtype = Literal["float32", "bfloat16"]
 
 S = TypeVar("S", bound="Sections")
@@ -63,8 +67,8 @@ class TaskChoice:
       only: train these of the tasks and leave the others out.
       groups: which tasks share a trainable encoder tree, e.g. "sst|para,sts"; default: the
         variant's.
-      sts_weight: factor of the STS loss beside the other tasks'; the cosine loss is between 0 and 1,
-        so 25 brings it to the scale of the labels.
+      sts_weight: factor of the STS loss beside the other tasks'; the cosine loss is between 0 and
+        1, so 25 brings it to the scale of the labels.
     """
 
     tasks: tuple[str, ...] | None = None
@@ -124,7 +128,8 @@ class OptimizerConfig:
       schedule: of the learning rates after the warm-up.
       weight_decay: AdamW's.
       clip: largest norm of a group's combined gradient; larger ones are scaled down.
-      surgery: how the gradients of tasks that share are combined: by PCGrad, or only summed.
+      surgery: how the gradients of tasks that share are combined: by a gradient aggregator of
+        jaxlora.aggregation with its defaults; none: summed, and their conflicts recorded.
     """
 
     learning_rate: Annotated[float, Above(0), TRAINED] = 1e-3

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import inspect
 
 import jax
 import optax
 
+from jaxlora.aggregation import MEMBERS, aggregate
 from jaxlora.pcgrad import pcgrad
 from jaxlora.training.config import OptimizerConfig, Schedule, Surgery
 from jaxlora.utils.trees import Tree
 
-Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
+Optimizers = tuple[optax.GradientTransformationExtraArgs, optax.GradientTransformation]
 
-# `(num_tasks, seed) →` what takes the task axis of the gradients away.
-SURGERY: Mapping[Surgery, Callable[[int, int], optax.GradientTransformation]] = {
-    "pcgrad": pcgrad,
-    "none": functools.partial(pcgrad, surgery=False),
-}
+
+def aggregator(name: Surgery, num_tasks: int, seed: int) -> optax.GradientTransformation:
+    """Return what takes the task axis of the gradients away.
+
+    Args:
+      name: of a member of the family, `none` for a sum that records conflicts as PCGrad does.
+      num_tasks: T.
+      seed: of methods that draw.
+    """
+    if name in ("pcgrad", "none"):
+        return pcgrad(num_tasks, seed, surgery=name == "pcgrad")
+    make = MEMBERS[name].make
+    draws = "seed" in inspect.signature(make).parameters
+    return aggregate(make(seed=seed) if draws else make(), num_tasks)
 
 
 def from_config(config: OptimizerConfig, num_tasks: int, steps: int, seed: int) -> Optimizers:
@@ -28,7 +38,7 @@ def from_config(config: OptimizerConfig, num_tasks: int, steps: int, seed: int) 
       config: what the settings say.
       num_tasks: T.
       steps: of the whole run, for the learning rates.
-      seed: of PCGrad's orders.
+      seed: of methods that draw, such as PCGrad's orders.
     """
     rate = functools.partial(
         schedule, steps=steps, warmup=config.warmup_steps, decay=config.schedule
@@ -56,20 +66,20 @@ def optimizers(
     lora_plus_ratio: float = 1.0,
     surgery: Surgery = "pcgrad",
 ) -> Optimizers:
-    """Return the encoder's chain (PCGrad → clip → AdamW) and the heads' (AdamW).
+    """Return the encoder's chain (aggregator → clip → AdamW) and the heads' (AdamW).
 
-    Clipping comes after projection, on the combined gradient, and sees no head. Biases and
+    Clipping comes after aggregation, on the combined gradient, and sees no head. Biases and
     LayerNorm are not decayed. With a `lora_plus_ratio` the adapters' B has that many times the
     learning rate of A (Hayou et al. 2024, "LoRA+", section 4).
     """
     steps = [
-        SURGERY[surgery](num_tasks, seed),
+        aggregator(surgery, num_tasks, seed),
         optax.clip_by_global_norm(clip),
         optax.adamw(learning_rate, weight_decay=weight_decay, mask=_decayed),
     ]
     if lora_plus_ratio != 1:
         steps.append(optax.masked(optax.scale(lora_plus_ratio), _is_b))
-    return optax.chain(*steps), optax.adamw(
+    return optax.with_extra_args_support(optax.chain(*steps)), optax.adamw(
         head_learning_rate, weight_decay=weight_decay, mask=_decayed
     )
 

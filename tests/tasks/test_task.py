@@ -75,8 +75,8 @@ def test_a_task_stored_by_an_earlier_version_gets_the_default_of_a_new_field():
     old = dataclasses.asdict(TOPIC)
     del old["head"]
     assert schema.build(Task, old) == TOPIC
-    with pytest.raises(ValueError, match="unknown: loss"):
-        schema.build(Task, {name: value for name, value in old.items() if name != "loss"})
+    with pytest.raises(ValueError, match="kind: missing"):
+        schema.build(Task, {name: value for name, value in old.items() if name != "kind"})
 
 
 def test_scores_are_trained_from_0_to_5_and_decoded_to_the_labels_scale():
