@@ -420,6 +420,7 @@ assert os.umask(0) == 0  # as it was
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_open_to_all_even_without_a_umask(tiny_base, data_dir, tmp_path, monkeypatch):
     out, cache = tmp_path / "out", tmp_path / "cache"
     out.mkdir(mode=0o755)

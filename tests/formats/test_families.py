@@ -23,6 +23,11 @@ from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import flatten as lora_leaves
 
 every = pytest.mark.parametrize("family", FAMILIES)
+# One of each kind of network; the others are slow tests.
+KINDS = ("bert", "roberta", "mpnet", "modernbert")
+quick = pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in KINDS else pytest.mark.slow) for f in FAMILIES]
+)
 IDS = family_bases.sentences()
 
 
@@ -438,7 +443,7 @@ def test_we_read_pefts_and_peft_reads_ours(family, more, saved, adapted, tmp_pat
     assert lora.targets(base.params, back_config).keys() == lora.targets(base.params, config).keys()
 
 
-@every
+@quick
 def test_lora_gradient_equals_pefts(family, saved, adapted):
     torch = pytest.importorskip("torch")
     base = huggingface.load(str(saved(family)[0]))
@@ -469,7 +474,7 @@ def test_lora_gradient_equals_pefts(family, saved, adapted):
     assert used == theirs.keys() and worst <= 1e-4
 
 
-@every
+@quick
 def test_each_sentence_uses_its_own_adapter(family, saved, adapted):
     base = huggingface.load(str(saved(family)[0]))
     adapter, config = peft_files.load(adapted(family)[0], base.config)

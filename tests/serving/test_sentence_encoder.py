@@ -60,6 +60,7 @@ def test_an_adapter_is_as_one_that_is_merged(encoder):
     assert np.abs(beside - encoder.encode(encoder.params, TEXTS)).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_gradient_is_that_of_finite_differences(encoder):
     config = LoraConfig(2, 2.0, ("query",))
     adapter = random_adapter(encoder.params, config, 0.05)

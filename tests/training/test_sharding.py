@@ -87,10 +87,7 @@ def test_a_dozen_rows_on_eight_devices_become_sixteen(make, tiny):
 
 @pytest.mark.parametrize(
     "variant",
-    [
-        pytest.param(v, marks=() if v in ("lora3", "baseline2") else pytest.mark.slow)
-        for v in sharing.VARIANTS
-    ],
+    [pytest.param(v, marks=() if v == "lora3" else pytest.mark.slow) for v in sharing.VARIANTS],
 )
 def test_the_losses_of_one_device(tiny_base, data_dir, variant):
     many = ["data=4,fsdp=2"] if variant in ("lora3", "baseline2") else ["data=8", "data=2,fsdp=4"]
@@ -158,7 +155,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_upon_one_and_four(tiny_base, data
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((None, 2, 0), "--processes goes with --coordinator"),
+        ((None, 2, 0), "`processes`: goes with `coordinator`"),
         (("localhost", 2, 0), "write host:port"),
         (("localhost:1", 2, 2), "number of this process from 0"),
         (("localhost:1", 2, -1), "number of this process from 0"),

@@ -29,7 +29,9 @@ def models(variant, base, size=0.2):
         "full": {"params": jax.tree.map(lambda x: x + size, base.params)},
     }[settings.adapt]
     heads = {
-        name: task.init_head(jax.random.key(1), base.config.hidden_size, settings.pair_features)
+        name: task.init_head(
+            jax.random.key(1), base.config.hidden_size, settings.model.pair_features
+        )
         for name, task in settings.named.items()
     }
     best = {

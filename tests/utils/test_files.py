@@ -635,6 +635,7 @@ def test_everything_is_flushed_before_it_is_renamed(runs, tmp_path, monkeypatch)
 # --- the umask is the process's, and nobody's here
 
 
+@pytest.mark.slow
 def test_the_library_leaves_the_umask_alone(make, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("a thread's files would change"))
     train.run(make("lora1", max_steps=1), tmp_path / "run", Silent())
