@@ -13,7 +13,7 @@ from jaxlora.pcgrad import pcgrad
 from jaxlora.training.config import OptimizerConfig, Schedule, Surgery
 from jaxlora.utils.trees import Tree
 
-Optimizers = tuple[optax.GradientTransformationExtraArgs, optax.GradientTransformation]
+Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
 
 
 def aggregator(name: Surgery, num_tasks: int, seed: int) -> optax.GradientTransformation:
@@ -79,7 +79,7 @@ def optimizers(
     ]
     if lora_plus_ratio != 1:
         steps.append(optax.masked(optax.scale(lora_plus_ratio), _is_b))
-    return optax.with_extra_args_support(optax.chain(*steps)), optax.adamw(
+    return optax.chain(*steps), optax.adamw(
         head_learning_rate, weight_decay=weight_decay, mask=_decayed
     )
 

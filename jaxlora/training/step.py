@@ -90,7 +90,7 @@ class TrainStep:
     tasks: tuple[Task, ...]
     adaptation: Adaptation
     encode: Encode
-    tx: optax.GradientTransformationExtraArgs
+    tx: optax.GradientTransformation
     head_tx: optax.GradientTransformation
     hidden_size: int
     dtype: Any = jnp.float32
@@ -160,7 +160,8 @@ class TrainStep:
         """
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), 1 + len(self.tasks))
         per_task, grads, head_grads = self._gradients(state, frozen, batch, keys)
-        updates, opt_state = self.tx.update(
+        # Aggregators that weight by losses read them; other transforms ignore them.
+        updates, opt_state = optax.with_extra_args_support(self.tx).update(
             grads, state.opt_state, state.trainable, losses=per_task
         )
         head_updates, head_opt_state = self.head_tx.update(

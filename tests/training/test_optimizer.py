@@ -21,7 +21,7 @@ LOSSES = jnp.array([1.0, 2.0, 0.5])
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_aggregator_may_begin_the_chain(name):
-    tx = optimizers(3, 0.1, 0.1, surgery=name)[0]
+    tx = optax.with_extra_args_support(optimizers(3, 0.1, 0.1, surgery=name)[0])
     params = {"A": jnp.zeros(3)}
     update = jax.jit(lambda state: tx.update(GRADS, state, params, losses=LOSSES))
     updates, state = update(tx.init(params))
