@@ -18,7 +18,7 @@ from tiny import Silent, short
 
 from jaxlora import lora
 from jaxlora.formats import huggingface
-from jaxlora.training import inputs, task_group
+from jaxlora.training import inputs, predictions, task_group
 from jaxlora.training import run as train
 from jaxlora.training import sharding as meshes
 from jaxlora.training.presets import make_settings
@@ -73,7 +73,7 @@ def resumed(base, data, out):
 def predicted(base, data, out):
     """The part of the encoder's tree on a device, for each split that a run predicts at its end."""
     meshes.LEAST_SPLIT = 64
-    splits, parts, outputs = [], [], train.outputs
+    splits, parts, outputs = [], [], predictions.outputs
 
     def noting(group, task, trainable, heads, split):
         splits.append((task.name, split))
@@ -82,7 +82,7 @@ def predicted(base, data, out):
         parts.append(there / sum(x.nbytes for x in leaves))
         return outputs(group, task, trainable, heads, split)
 
-    train.outputs = noting
+    predictions.outputs = noting
     train.run(settings("baseline2", base, data), Path(out), Silent(), RunOptions(mesh="fsdp=8"))
     return {"splits": splits, "parts": parts}
 
