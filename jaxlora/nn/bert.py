@@ -11,6 +11,7 @@ Shapes: R rows, S tokens a row, H hidden size, L layers, N sentences.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import operator
@@ -42,7 +43,7 @@ MOST_UNROLLED = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(abc.ABC):
     """What all encoders have; the defaults are bert-base-uncased.
 
     Attributes mirror Hugging Face's `config.json`. A field that an architecture calls otherwise has
@@ -72,9 +73,9 @@ class EncoderConfig:
         rates = {f.name: rate for f in dataclasses.fields(self) if "dropout" in f.name}
         return dataclasses.replace(self, **rates)  # type: ignore[arg-type]
 
+    @abc.abstractmethod
     def network(self, dtype: Any = jnp.float32, adapter: LoraConfig = NO_ADAPTER) -> nn.Module:
         """Return the encoder as a Flax module, called as `Encoder` is."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

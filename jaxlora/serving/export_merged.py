@@ -18,6 +18,7 @@ from jaxlora.formats import families, heads, huggingface
 from jaxlora.formats.families import Family
 from jaxlora.formats.heads import HEAD
 from jaxlora.formats.huggingface import Pretrained
+from jaxlora.nn.bert import BertConfig
 from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks.task import HEADS, SPAN, Task
 from jaxlora.utils.files import atomic_dir, read_object, write_json, write_text
@@ -87,8 +88,8 @@ def _config(base: Pretrained, padding: str) -> dict[str, Any]:
     kept = {k: v for k, v in read_object(path).items() if k in huggingface.known_fields(family)}
     about = {"architectures": [family.model], "model_type": base.config.model_type}
     padded = {"pad_token_id": base.tokenizer.token_to_id(padding)}
-    if "padding_idx" in family.more:  # positions count from its id
-        padded = {"pad_token_id": base.config.padding_idx}  # type: ignore[attr-defined]
+    if isinstance(base.config, BertConfig) and base.config.padding_idx >= 0:
+        padded = {"pad_token_id": base.config.padding_idx}  # positions count from its id
     return about | {"dtype": "float32"} | kept | padded
 
 

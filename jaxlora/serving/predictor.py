@@ -59,7 +59,8 @@ class Predictor:
 
     It can be pickled at any time (compiled programs are left out), so that
     `multiprocessing.get_context("spawn")` can send it to workers. A forked process cannot use
-    one: JAX's threads are not there and it would wait for ever, so it is refused.
+    one: JAX's threads are not there and it would wait for ever, so it is refused. Several threads
+    may use one; they take turns on the device.
 
     Attributes:
       base: the base model.
@@ -73,16 +74,22 @@ class Predictor:
     base: Pretrained
     trained: TaskModels
     memory: int = MEMORY
+    _lock: threading.Lock = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         _refuse_forked()
+        # One pass at a time: the next may give a slot to another adapter. Made here, since two
+        # threads might each make one when it is first used.
+        object.__setattr__(self, "_lock", threading.Lock())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Made of its fields alone: what is cached belongs to this process.
-        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return type(self), tuple(
+            getattr(self, field.name) for field in dataclasses.fields(self) if field.init
+        )
 
     @staticmethod
-    def load(folder: str | Path, base: str | None = None) -> Predictor:
+    def load(folder: str | Path, base: str | None = None, memory: int = MEMORY) -> Predictor:
         """Restore a finished run, or a bank: the base by name and checksums, the rest by Orbax.
 
         Load it in each worker process, or send it there, see `Predictor`; not before a fork.
@@ -90,6 +97,7 @@ class Predictor:
         Args:
           folder: the run or the bank.
           base: where its base is now, if it has moved; it must be the same.
+          memory: see `Predictor`.
 
         Raises:
           UserError: if it is neither, is damaged, or the base is not the one it was trained on; in
@@ -97,7 +105,7 @@ class Predictor:
         """
         _refuse_forked()
         trained = bank.load(Path(folder)).at(base)
-        return Predictor(trained.load_base(), trained)
+        return Predictor(trained.load_base(), trained, memory)
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -236,11 +244,6 @@ class Predictor:
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
         return truncating(self.base.tokenizer, self.trained.max_length)
-
-    @functools.cached_property
-    def _lock(self) -> threading.Lock:
-        """One call at a time: the next may give a slot to another adapter."""
-        return threading.Lock()
 
     @functools.cached_property
     def _heads(self) -> dict[str, Tree]:

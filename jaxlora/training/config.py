@@ -22,7 +22,7 @@ from jaxlora.tasks.sharing import VARIANTS, Adapt, Groups
 from jaxlora.tasks.task import MADE_UP, Task
 from jaxlora.training.adaptation import Adaptation, make_adaptation
 from jaxlora.utils import bounds
-from jaxlora.utils.bounds import Above, AtLeast, Between
+from jaxlora.utils.bounds import Bound
 from jaxlora.utils.errors import ConfigError, UserError
 from jaxlora.utils.schema import build
 
@@ -74,7 +74,7 @@ class TaskChoice:
     tasks: tuple[str, ...] | None = None
     only: tuple[str, ...] | None = None
     groups: str | None = None
-    sts_weight: Annotated[float, Above(0)] = 1.0
+    sts_weight: Annotated[float, Bound(0, open=True)] = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +111,8 @@ class ModelConfig:
     base: str = MINILM
     pooling: Pooling = "mean"
     pair_features: PairFeatures = "interaction"
-    encoder_dropout: Annotated[float, Between(0, 1), TRAINED] = 0.0
-    max_length: Annotated[int, AtLeast(3)] = 128
+    encoder_dropout: Annotated[float, Bound(0, 1), TRAINED] = 0.0
+    max_length: Annotated[int, Bound(3)] = 128
     dtype: Dtype | None = None
 
 
@@ -132,13 +132,13 @@ class OptimizerConfig:
         jaxlora.aggregation with its defaults; none: summed, and their conflicts recorded.
     """
 
-    learning_rate: Annotated[float, Above(0), TRAINED] = 1e-3
-    head_learning_rate: Annotated[float, Above(0)] = 1e-3
-    lora_plus_ratio: Annotated[float, Above(0), ADAPTED] = 1.0
-    warmup_steps: Annotated[int, AtLeast(0)] = 50
+    learning_rate: Annotated[float, Bound(0, open=True), TRAINED] = 1e-3
+    head_learning_rate: Annotated[float, Bound(0, open=True)] = 1e-3
+    lora_plus_ratio: Annotated[float, Bound(0, open=True), ADAPTED] = 1.0
+    warmup_steps: Annotated[int, Bound(0)] = 50
     schedule: Schedule = "linear"
-    weight_decay: Annotated[float, AtLeast(0)] = 0.01
-    clip: Annotated[float, Above(0)] = 1.0
+    weight_decay: Annotated[float, Bound(0)] = 0.01
+    clip: Annotated[float, Bound(0, open=True)] = 1.0
     surgery: Annotated[Surgery, TRAINED] = "pcgrad"
 
 
@@ -155,12 +155,12 @@ class LoopConfig:
       seed: of everything random.
     """
 
-    batch_size: Annotated[int, AtLeast(1)] = 16
-    epochs: Annotated[int, AtLeast(1)] = 3
-    max_steps: Annotated[int | None, AtLeast(1)] = None
-    eval_every: Annotated[int | None, AtLeast(1)] = None
-    patience: Annotated[int, AtLeast(0)] = 0
-    seed: Annotated[int, Between(0, 2**31)] = 0
+    batch_size: Annotated[int, Bound(1)] = 16
+    epochs: Annotated[int, Bound(1)] = 3
+    max_steps: Annotated[int | None, Bound(1)] = None
+    eval_every: Annotated[int | None, Bound(1)] = None
+    patience: Annotated[int, Bound(0)] = 0
+    seed: Annotated[int, Bound(0, 2**31)] = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,6 +269,17 @@ class Settings(Sections):
             raise ConfigError(
                 "data_dir", f"goes with `source='cs224n'`, not with `source='{source}'`"
             )
+
+    @property
+    def dtype(self) -> Dtype:
+        """Dtype of matmul inputs.
+
+        Raises:
+          ConfigError: if it was left open; `presets.make_settings` chooses one for the device.
+        """
+        if self.model.dtype is None:
+            raise ConfigError("dtype", "is left open; name float32 or bfloat16")
+        return self.model.dtype
 
     @property
     def adapt(self) -> Adapt:

@@ -187,7 +187,7 @@ def summarize_run(
         notes={task: notes(splits) for task, splits in data.items()},
         storage=count(settings, base),
         steps=count_steps(settings, data),
-        device=f"{mesh.size} × {mesh.devices.flat[0].device_kind}, {settings.model.dtype} matmuls",
+        device=f"{mesh.size} × {mesh.devices.flat[0].device_kind}, {settings.dtype} matmuls",
     )
 
 

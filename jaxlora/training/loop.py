@@ -51,8 +51,8 @@ class Progress:
       stale: evaluations since then.
       untrained: dev scores that need no training (see `inference.untrained`).
       skipped: steps left out since a loss was not finite.
-      unlogged: those of them that no record counts yet.
-      bad: those of them since the last step that was taken.
+      nonfinite_since_log: those of them that no record counts yet.
+      nonfinite_in_a_row: those of them since the last step that was taken.
       done: nothing is left to do.
     """
 

@@ -143,7 +143,7 @@ def make_group_step(
         config.with_dropout(settings.model.encoder_dropout),
         settings.adaptation,
         optimizer.from_config(settings.optimizer, len(names), steps, settings.loop.seed),
-        dtype=jnp.dtype(settings.model.dtype),
+        dtype=jnp.dtype(settings.dtype),
         pooling=settings.model.pooling,
         pair_features=settings.model.pair_features,
         weights=tuple(weights[name] for name in names),

@@ -45,7 +45,7 @@ def task_models(
         fingerprint=Fingerprint.from_inputs(checksums),
         pooling=settings.model.pooling,
         max_length=settings.model.max_length,
-        dtype=settings.model.dtype or "float32",
+        dtype=settings.dtype,
         models={name: models[name] for name in settings.named},
         trees=trees,
         configs={name: settings.lora for name, tree in trees.items() if "lora" in tree},

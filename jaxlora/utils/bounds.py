@@ -1,4 +1,4 @@
-"""What a field of a dataclass may be, written beside it: `rank: Annotated[int, AtLeast(1)]`."""
+"""What a field of a dataclass may be, written beside it: `rank: Annotated[int, Bound(1)]`."""
 
 from __future__ import annotations
 
@@ -11,63 +11,40 @@ from jaxlora.utils.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class AtLeast:
-    """From `low` up, and finite."""
+class Bound:
+    """From `low` to below `high`.
+
+    Attributes:
+      low: the smallest value.
+      high: what all values are below.
+      open: whether `low` itself is left out.
+    """
 
     low: float
+    high: float = math.inf
+    open: bool = False
 
     def holds(self, value: float) -> bool:
-        """Return whether `low ≤ value < ∞`."""
-        return self.low <= value < math.inf
+        """Return whether a value keeps it; NaN does not."""
+        return self.low <= value < self.high and not (self.open and value == self.low)
 
     @property
     def rule(self) -> str:
         """What a value must be."""
-        return f"must be at least {self.low}"
+        if self.high < math.inf:
+            return f"must be from {self.low} to below {self.high}"
+        return f"must be {'above' if self.open else 'at least'} {self.low}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Above:
-    """Above `low`, and finite."""
-
-    low: float
-
-    def holds(self, value: float) -> bool:
-        """Return whether `low < value < ∞`."""
-        return self.low < value < math.inf
-
-    @property
-    def rule(self) -> str:
-        """What a value must be."""
-        return f"must be above {self.low}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Between:
-    """From `low` to below `high`."""
-
-    low: float
-    high: float
-
-    def holds(self, value: float) -> bool:
-        """Return whether `low ≤ value < high`."""
-        return self.low <= value < self.high
-
-    @property
-    def rule(self) -> str:
-        """What a value must be."""
-        return f"must be from {self.low} to below {self.high}"
-
-
-def metadata(cls: type, kind: type | tuple[type, ...]) -> dict[str, Any]:
+def metadata(cls: type, kind: type) -> dict[str, Any]:
     """Return the annotations of a kind that the fields of a dataclass have, by field.
 
     >>> @dataclasses.dataclass
     ... class Size:
-    ...     width: typing.Annotated[int, AtLeast(1)]
+    ...     width: typing.Annotated[int, Bound(1)]
     ...     name: str
-    >>> metadata(Size, AtLeast)
-    {'width': AtLeast(low=1)}
+    >>> metadata(Size, Bound)
+    {'width': Bound(low=1, high=inf, open=False)}
     """
     hints = typing.get_type_hints(cls, include_extras=True)
     return {
@@ -84,7 +61,7 @@ def check(instance: Any) -> None:
     Raises:
       ConfigError: naming the first field that does not keep its own.
     """
-    for name, bound in metadata(type(instance), (AtLeast, Above, Between)).items():
+    for name, bound in metadata(type(instance), Bound).items():
         value = getattr(instance, name)
         if value is not None and not bound.holds(value):
             raise ConfigError(name, bound.rule, value)

@@ -89,7 +89,10 @@ def of_cagrad(K, c=0.5):
     y = w - 1 / len(d[0])
     gains, size = times(K, w)
     mean = np.full_like(w, 1 / len(d[0]))
-    square = lambda v: np.einsum("bi,bi->b", v, times(K, v)[0])  # noqa: E731
+
+    def square(v):
+        return np.einsum("bi,bi->b", v, times(K, v)[0])
+
     moved, radius = np.sqrt(square(y)), c * np.sqrt(square(mean))
     far = abs(moved - radius) / np.sqrt(np.einsum("bi,bi->b", abs(w), size))
     share = (y * d) / (y * d).max(1, keepdims=True)

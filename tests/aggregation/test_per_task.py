@@ -99,6 +99,17 @@ def test_tasks_that_do_not_match_are_refused():
 # ---- loops of others
 
 
+def train(loss, trunk, apply_updates=optax.apply_updates):
+    """Take 20 steps on the two tasks: the trunk, and the losses of each step."""
+    run = jax.jit(lambda trunk: per_task_grads(dict.fromkeys("ab", loss), trunk, HEADS, BATCHES))
+    state, losses = TX.init(trunk), []
+    for _ in range(20):
+        found, grads, _ = run(trunk)
+        updates, state = TX.update(grads, state, trunk)
+        trunk, losses = apply_updates(trunk, updates), [*losses, found]
+    return trunk, losses
+
+
 def falls(losses):
     return all(np.asarray(losses)[-1] < np.asarray(losses)[0])
 
@@ -131,16 +142,7 @@ def test_flax_linen():
     def linen_loss(trunk, head, x):
         return jnp.mean((model.apply(trunk, x) @ head - 1) ** 2)
 
-    trunk = model.init(KEYS[5], BATCHES["a"])
-    run = jax.jit(
-        lambda trunk: per_task_grads(dict.fromkeys("ab", linen_loss), trunk, HEADS, BATCHES)
-    )
-    state, losses = TX.init(trunk), []
-    for _ in range(20):
-        found, grads, _ = run(trunk)
-        updates, state = TX.update(grads, state, trunk)
-        trunk, losses = optax.apply_updates(trunk, updates), [*losses, found]
-    assert falls(losses)
+    assert falls(train(linen_loss, model.init(KEYS[5], BATCHES["a"]))[1])
 
 
 def test_flax_nnx():
@@ -150,14 +152,7 @@ def test_flax_nnx():
     def nnx_loss(trunk, head, x):
         return jnp.mean((jnp.tanh(nnx.merge(graph, trunk)(x)) @ head - 1) ** 2)
 
-    state, losses = TX.init(trunk), []
-    run = jax.jit(
-        lambda trunk: per_task_grads(dict.fromkeys("ab", nnx_loss), trunk, HEADS, BATCHES)
-    )
-    for _ in range(20):
-        found, grads, _ = run(trunk)
-        updates, state = TX.update(grads, state, trunk)
-        trunk, losses = optax.apply_updates(trunk, updates), [*losses, found]
+    trunk, losses = train(nnx_loss, trunk)
     nnx.update(model, trunk)
     assert falls(losses)
     assert nnx_loss(nnx.state(model), HEADS["a"], BATCHES["a"]) < losses[0][0]
@@ -170,15 +165,7 @@ def test_equinox():
     def eqx_loss(trunk, head, x):
         return jnp.mean((jnp.tanh(jax.vmap(eqx.combine(trunk, static))(x)) @ head - 1) ** 2)
 
-    state, losses = TX.init(trunk), []
-    run = jax.jit(
-        lambda trunk: per_task_grads(dict.fromkeys("ab", eqx_loss), trunk, HEADS, BATCHES)
-    )
-    for _ in range(20):
-        found, grads, _ = run(trunk)
-        updates, state = TX.update(grads, state, trunk)
-        trunk, losses = eqx.apply_updates(trunk, updates), [*losses, found]
-    assert falls(losses)
+    assert falls(train(eqx_loss, trunk, eqx.apply_updates)[1])
 
 
 def test_accumulated_gradients_are_aggregated_once():

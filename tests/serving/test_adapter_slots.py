@@ -1,6 +1,7 @@
 """Many adapters in one pass: each request has the answer that its task alone would give."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,16 @@ def test_the_cost_of_a_pass_does_not_depend_on_the_number_of_tasks(tiny):
     few, most = seen
     assert jax.tree.map(jnp.shape, few) == jax.tree.map(jnp.shape, most)
     assert encode._cache_size() == 1
+
+
+def test_threads_take_turns(tiny, monkeypatch):
+    """Calls that need each other's slots: each has the answers that it has alone."""
+    monkeypatch.setattr(adapter_slots, "FIRST_SLOTS", 2)
+    predictor = dataclasses.replace(many(tiny, 24, ranks=(4,)), memory=0)
+    calls = [sentences([f"task{n}", f"task{(n + 9) % 24}"], 1) for n in range(0, 24, 3)]
+    alone = [predictor(call) for call in calls]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(predictor, calls * 3)) == alone * 3
 
 
 def adapter(value):

@@ -4,7 +4,7 @@ from typing import Annotated
 import pytest
 
 from jaxlora.utils import bounds
-from jaxlora.utils.bounds import Above, AtLeast, Between
+from jaxlora.utils.bounds import Bound
 from jaxlora.utils.errors import ConfigError
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -12,9 +12,9 @@ NAN, INFINITY = float("nan"), float("inf")
 
 @dataclasses.dataclass
 class Numbers:
-    count: Annotated[int | None, AtLeast(1)] = 1
-    rate: Annotated[float, Above(0)] = 1.0
-    dropout: Annotated[float, Between(0, 1), "a note of another kind"] = 0.0
+    count: Annotated[int | None, Bound(1)] = 1
+    rate: Annotated[float, Bound(0, open=True)] = 1.0
+    dropout: Annotated[float, Bound(0, 1), "a note of another kind"] = 0.0
     free: float = NAN
 
 
