@@ -19,7 +19,15 @@ import numpy as np
 import tyro
 
 from benchmarks import harness
-from benchmarks.work import Ours, Steps, Work, make_examples, real_tokens
+from benchmarks.work import (
+    LOOK_AT,
+    Ours,
+    Steps,
+    Work,
+    make_examples,
+    one_of_each_shape,
+    real_tokens,
+)
 from jaxlora import lora
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
@@ -115,7 +123,7 @@ def measure_epoch(base: Pretrained, flags: Flags) -> dict[str, Any]:
         "together ms": first,
         "one by one ms": second,
         "together / one by one": first.median / second.median,
-        "programs": sum(len(cohort.batches.shapes) for cohort in together),
+        "programs": sum(len(one_of_each_shape(c.batches, LOOK_AT)) for c in together),
     }
 
 
