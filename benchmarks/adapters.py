@@ -103,7 +103,7 @@ def eight_tasks(base: Pretrained) -> tuple[Settings, dict[str, Any]]:
     for n, (spec, size) in enumerate(zip(specs, SIZES, strict=True)):
         counts = {"train": size, "dev": 8, "test": 8}
         data[spec.task.name] = {
-            split: make_examples(spec.task, count, base.config.vocab_size, n)
+            split: make_examples(SST, count, base.config.vocab_size, n)
             for split, count in counts.items()
         }
     return dataclasses.replace(settings, tasks=specs, groups=groups), data
