@@ -217,8 +217,9 @@ def test_a_finished_run_is_not_trained_again(make, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_process_resumes_to_the_same_parameters(tiny_base, data_dir, tmp_path):
-    flags = [f"--base={tiny_base}", f"--data-dir={data_dir}", "--variant=lora3"]
+@pytest.mark.parametrize("variant", ["lora3", "lora1"])
+def test_killed_process_resumes_to_the_same_parameters(variant, tiny_base, data_dir, tmp_path):
+    flags = [f"--base={tiny_base}", f"--data-dir={data_dir}", f"--variant={variant}"]
     flags += [f"--{k.replace('_', '-')}={v}" for k, v in (SHORT | {"epochs": 12}).items()]
 
     def start(out, *more):
