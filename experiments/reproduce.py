@@ -20,8 +20,8 @@ from experiments.report.collect import PLAN
 from experiments.report.files import read_plan
 from experiments.runs import Inputs, Run, link, make_run, twins
 from experiments.studies import EXTRAS, STUDIES, command, study
-from jaxlora.cli.console import say
 from jaxlora.cli.flags import exit_code
+from jaxlora.cli.terminal import say
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.training import config, run_folder
 from jaxlora.utils import files
@@ -209,11 +209,11 @@ def main(flags: Flags) -> list[tuple[Run, int]]:
         raise UserError(f"--from {root}: is not a folder; name that of the runs")
     for run, why in reasons.items():
         print(f"failed: {run.name}: {why} ({run.log})", file=sys.stderr)
-    say(console, f"The report: {report.build(root, flags.report)}")
+    say(f"The report: {report.build(root, flags.report)}", console)
     finished = [run for run in runs if run.finished]
     if flags.timing and finished:  # after a report, so that there is one if this fails
         timing.measure(finished, root / timing.FILE)
-        say(console, f"The report with these times: {report.build(root, flags.report)}")
+        say(f"The report with these times: {report.build(root, flags.report)}", console)
     return failed
 
 
