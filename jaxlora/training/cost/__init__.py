@@ -41,6 +41,7 @@ class Estimate:
 def estimate(work: Work) -> Estimate:
     """Return what a step costs.
 
+    >>> from jaxlora.tasks.task import paper_tasks
     >>> work = Work(SIZES["bert-base"], "lora", paper_tasks("mse"), batch_size=8, rows=16)
     >>> found = estimate(work)
     >>> round(found.flops.total / 1e9), round(found.memory.total / 1e6)
