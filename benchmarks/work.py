@@ -19,7 +19,7 @@ from jaxlora.training.config import Dtype, Settings, VariantName
 from jaxlora.training.inputs import Data
 from jaxlora.training.presets import make_settings
 from jaxlora.training.step import StepMetrics, TrainState
-from jaxlora.training.task_group import Cohort, cohorts, make_cohort
+from jaxlora.training.task_group import Cohort, make_cohort
 
 # Tokens of a training sentence at 0, 5, … 100 % (SST-5, Quora, STS-B; BERT's tokenizer).
 LENGTHS = {
@@ -159,7 +159,7 @@ class Ours(Steps):
 
     def __init__(self, work: Work, base: Pretrained) -> None:
         data, chosen, mesh = make_data(work, base), work.settings, sharding.make_mesh("data=1")
-        made = [make_cohort(chosen, base, data, groups, mesh) for groups in cohorts(chosen)]
+        made = [make_cohort(chosen, base, data, groups, mesh) for groups in chosen.cohorts]
         super().__init__(
             [
                 dataclasses.replace(

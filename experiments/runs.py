@@ -21,7 +21,6 @@ from jaxlora.training import metrics_log, run_folder
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data
 from jaxlora.training.presets import make_settings
-from jaxlora.training.task_group import cohorts
 from jaxlora.utils.errors import UserError
 
 SCRIPT = Path(__file__).with_name("run.py")
@@ -85,7 +84,7 @@ class Run:
         last, done = _last_record(self.out / metrics_log.METRICS), 0
         if last is None or last["group"] not in self.steps:
             return 0
-        for groups in cohorts(self.settings):
+        for groups in self.settings.cohorts:
             steps = {name: self.steps[name] for name in map(group_name, groups)}
             if last["group"] in steps:
                 return done + sum(min(int(last["step"]), planned) for planned in steps.values())

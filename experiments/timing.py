@@ -16,7 +16,7 @@ from jaxlora.formats import huggingface
 from jaxlora.tasks.sharing import group_name
 from jaxlora.training import inputs, run_folder, sharding
 from jaxlora.training.config import Settings
-from jaxlora.training.task_group import cohorts, make_cohort
+from jaxlora.training.task_group import make_cohort
 from jaxlora.utils.errors import UserError
 
 FILE = "timing.json"
@@ -37,7 +37,7 @@ def make_side(settings: Settings) -> Callable[[int, int], None]:
     base = huggingface.load(settings.model.base)
     data, devices = inputs.load_data(settings, base), sharding.make_mesh("auto")
     steps = Steps(
-        [make_cohort(settings, base, data, groups, devices) for groups in cohorts(settings)]
+        [make_cohort(settings, base, data, groups, devices) for groups in settings.cohorts]
     )
     steps.compile()
 
@@ -64,7 +64,7 @@ def measure(
     sides = {
         (run, number): lambda w=worker, n=number: w(n, steps)
         for run, worker in workers.items()
-        for number in range(len(cohorts(run.settings)))
+        for number in range(len(run.settings.cohorts))
     }
     try:
         spreads = harness.interleave(sides, rounds, warmups=1)
@@ -96,7 +96,7 @@ def measure(
 def count_steps(run: Run) -> list[int]:
     """Return how many steps each cohort takes: as many as its longest group."""
     return [
-        max(run.steps[group_name(names)] for names in groups) for groups in cohorts(run.settings)
+        max(run.steps[group_name(names)] for names in groups) for groups in run.settings.cohorts
     ]
 
 

@@ -33,15 +33,19 @@ def wide(adapt, text, **more):
 def shapes(work):
     """A `cost.Work`'s step, and the shapes of (frozen, states)."""
     optimizers = optimizer.optimizers(len(work.tasks), 1e-4, 1e-3, weight_decay=0.01)
+    groups = {"all": GroupStep(work.tasks, *optimizers)}
+    if work.groups > 1:  # one of each task
+        optimizers = optimizer.optimizers(1, 1e-4, 1e-3, weight_decay=0.01)
+        groups = {task.name: GroupStep((task,), *optimizers) for task in work.tasks}
     made = make_train_step(
-        {"all": GroupStep(work.tasks, *optimizers)}, work.config,
+        groups, work.config,
         make_adaptation(work.adapt, work.adapter),
         dtype=jnp.dtype(work.dtype), pair_features=work.pair_features,
     )  # fmt: skip
 
     def start():
         params = jax.tree.map(lambda x: jnp.zeros(x.shape), bert.param_shapes(work.config))
-        return made.freeze(params), made.init({"all": jax.random.key(0)}, params)
+        return made.freeze(params), made.init(dict.fromkeys(groups, jax.random.key(0)), params)
 
     return made, *jax.eval_shape(start)
 
@@ -54,7 +58,8 @@ def compile_step(work):
     """XLA's program for it, on so many of the devices there are; nothing is run."""
     mesh = mesh_of(work)
     made, frozen, states = shapes(work)
-    shardings, batch = {"all": meshes.of_state(mesh, states["all"])}, batch_shapes(work)
+    shardings = {name: meshes.of_state(mesh, state) for name, state in states.items()}
+    batch = batch_shapes(work)
     placed = [
         jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where

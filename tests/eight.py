@@ -40,7 +40,7 @@ def curves(variant, base, data, *texts):
     found = {}
     for text in texts:
         losses = []
-        for groups in task_group.cohorts(chosen):
+        for groups in chosen.cohorts:
             made = task_group.make_cohort(chosen, loaded, examples, groups, meshes.make_mesh(text))
             states, train_step = made.states, made.compile()
             for batch, _ in zip(made.prefetch(0), range(STEPS), strict=False):

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from jaxlora.cli.terminal import say
 from jaxlora.data.task_files import TaskSpec
 from jaxlora.formats.huggingface import MINILM
 from jaxlora.tasks.sharing import VARIANTS, Variant
@@ -106,12 +107,7 @@ class ConsoleCallback:
 
     def note(self, text: str) -> None:
         """Print it above the bars."""
-        say(self._console, text)
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is, however long its paths are."""
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+        say(text, self._console)
 
 
 def summary_table(summary: RunSummary) -> Table:

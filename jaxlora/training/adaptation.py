@@ -21,7 +21,7 @@ from jaxlora.data.tokenized import Examples
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.nn.encode import Encode, PackedTokens, encode_tasks
-from jaxlora.tasks.sharing import Adapt
+from jaxlora.tasks.sharing import Adapt, Groups
 from jaxlora.utils import trees
 from jaxlora.utils.trees import Tree
 
@@ -256,6 +256,15 @@ def _with_copies(encode_rows: Callable[..., jax.Array], sizes: Sequence[int]) ->
         return vectors, lambda grad: trees.split(pull(grad)[0], sizes)
 
     return encode
+
+
+def cohorts(groups: Groups, adaptation: Adaptation) -> tuple[Groups, ...]:
+    """Return which groups train in one step: all, or each by itself.
+
+    >>> cohorts((("sst",), ("sts",)), Full())
+    ((('sst',),), (('sts',),))
+    """
+    return (groups,) if adaptation.groups_share_steps else tuple((group,) for group in groups)
 
 
 def make_adaptation(adapt: Adapt, adapter: LoraConfig) -> Adaptation:

@@ -21,7 +21,7 @@ from jaxlora.training.inputs import Data
 from jaxlora.training.loop import Best, Callback, Progress, train_cohort
 from jaxlora.training.metrics_log import MetricsLog
 from jaxlora.training.predictions import predict_splits
-from jaxlora.training.task_group import cohorts, make_cohort
+from jaxlora.training.task_group import make_cohort
 from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import Tree
@@ -137,7 +137,7 @@ def _train_all(context: RunContext, callback: Callback) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         saved: dict[Groups, checkpoint.StateCheckpoints] = {}
         steps: dict[str, int] = {}
-        for groups in cohorts(context.settings):
+        for groups in context.settings.cohorts:
             name = group_name([group_name(names) for names in groups])
             states = checkpoint.StateCheckpoints(context.out / run_folder.STATES / name)
             saved[groups] = stack.enter_context(contextlib.closing(states))

@@ -120,13 +120,6 @@ class Cohort:
         )
 
 
-def cohorts(settings: Settings) -> tuple[Groups, ...]:
-    """Return which groups of a run train in one step: all, or each by itself."""
-    if settings.adaptation.groups_share_steps:
-        return (settings.groups,)
-    return tuple((group,) for group in settings.groups)
-
-
 def make_cohort(
     settings: Settings, base: Pretrained, data: Data, groups: Groups, mesh: Mesh
 ) -> Cohort:
@@ -149,7 +142,7 @@ def make_cohort(
     order = JointOrder(orders, tuple(steps.values()))
     live = live_vectors(train_step.encode, frozen, data, settings.model.max_length, mesh)
     vectors = train_step.adaptation.vectors(live)
-    programs = max(1, MOST_PROGRAMS // len(cohorts(settings)))
+    programs = max(1, MOST_PROGRAMS // len(settings.cohorts))
 
     def pack(mixed: bool) -> PackedBatches:
         return data_batches.choose_batch_shapes(
