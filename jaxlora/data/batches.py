@@ -145,17 +145,21 @@ class PackedBatches:
       order: which examples each step draws.
       shapes: shapes of the packed rows, from `choose_batch_shapes`.
       mixed: whether sentences of different tasks share rows, or each task has rows of its own.
+      block: consecutive tokens of a mixed row that belong to one task; 1: sentences are in any
+        order.
     """
 
     examples: Mapping[str, Examples]
     order: JointOrder
     shapes: tuple[packing.Shape, ...]
     mixed: bool
+    block: int = 1
 
     def __getitem__(self, step: int) -> Batch:
         chosen = self.order.at(step)
         slots = slot_count(self.examples, self.order.batch_size)
         sentences, numbers = [], []
+        place = packing.by_owner(owners(self.examples, chosen), self.block)
         for examples, drawn in zip(self.examples.values(), chosen, strict=True):
             sentences.append([examples.sentence(n) for n in sentence_numbers(examples, drawn)])
             numbers.append(slot_numbers(examples, len(drawn), self.order.batch_size))
@@ -163,10 +167,11 @@ class PackedBatches:
             sentences = [list(itertools.chain.from_iterable(sentences))]
             numbers = [np.concatenate([n + t * slots for t, n in enumerate(numbers)])]
             slots *= len(chosen)
-        shape = packing.fitting(self.shapes, [list(map(len, part)) for part in sentences])
+        sizes = [list(map(len, part)) for part in sentences]
+        shape = packing.fitting(self.shapes, sizes, place)
         packs = [
-            packing.fill(part, index, slots, shape)
-            for part, index in zip(sentences, numbers, strict=True)
+            packing.fill(part, index, slots, shape, place(size, shape.length))
+            for part, index, size in zip(sentences, numbers, sizes, strict=True)
         ]
         inputs = packs[0] if self.mixed else PackedTokens(*map(np.stack, zip(*packs, strict=True)))
         return Batch(inputs, *targets(self, chosen))
@@ -214,6 +219,12 @@ def slot_numbers(examples: Examples, count: int, batch_size: int) -> np.ndarray:
     return np.concatenate([np.arange(count) + k * batch_size for k in range(examples.sentences)])
 
 
+def owners(examples: Mapping[str, Examples], chosen: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the number of each sentence's task, for the sentences of a batch, task by task."""
+    counts = [e.sentences * len(n) for e, n in zip(examples.values(), chosen, strict=True)]
+    return np.repeat(np.arange(len(counts)), counts)
+
+
 def targets(
     batches: PackedBatches | VectorBatches, chosen: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -232,6 +243,7 @@ def choose_batch_shapes(
     most: int,
     mixed: bool,
     multiple: int = 1,
+    block: int = 1,
 ) -> PackedBatches:
     """Choose the shapes of packed rows for the batches of a run.
 
@@ -248,10 +260,12 @@ def choose_batch_shapes(
         `MAX_SAMPLED` steps has up to `max(2, most)` and the one for any batch.
       mixed: whether sentences of different tasks share rows.
       multiple: the number of rows is a multiple of this; used for the number of devices.
+      block: see `PackedBatches`; rows are a multiple of it.
     """
+    max_length = _round_up(max_length, block)
     lengths, steps = packing.row_lengths(max_length), order.steps
     sampled = np.linspace(0, steps - 1, min(steps, MAX_SAMPLED)).round().astype(int)
-    needs = _needs(examples, order, sampled.tolist(), lengths, mixed)
+    needs = _needs(examples, order, sampled.tolist(), lengths, mixed, block)
     last: list[packing.Shape] = []
     if len(needs) < steps:
         each = [order.batch_size * e.sentences for e in examples.values()]
@@ -261,7 +275,7 @@ def choose_batch_shapes(
         last = [packing.Shape(rows, max_length)]
         needs, most = np.concatenate([needs, larger[None]]), max(2, most)
     shapes = packing.choose_shapes(_round_up(needs, multiple), lengths, most, steps / len(needs))
-    return PackedBatches(examples, order, (*shapes, *last), mixed)
+    return PackedBatches(examples, order, (*shapes, *last), mixed, block)
 
 
 def _needs(
@@ -270,16 +284,19 @@ def _needs(
     steps: Sequence[int],
     lengths: Sequence[int],
     mixed: bool,
+    block: int,
 ) -> np.ndarray:
     """Count the rows that the batches of some steps need at each row length."""
     sizes = [e.lengths for e in examples.values()]  # a property: computed once, not at every step
     found = []
     for step in steps:
+        drawn = order.at(step)
         packs = [
             size[sentence_numbers(e, numbers)]
-            for e, size, numbers in zip(examples.values(), sizes, order.at(step), strict=True)
+            for e, size, numbers in zip(examples.values(), sizes, drawn, strict=True)
         ]
-        found.append(packing.needs([np.concatenate(packs)] if mixed else packs, lengths))
+        place = packing.by_owner(owners(examples, drawn), block)
+        found.append(packing.needs([np.concatenate(packs)] if mixed else packs, lengths, place))
     return np.array(found)
 
 

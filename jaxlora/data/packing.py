@@ -8,8 +8,8 @@ from its batches, because every shape is compiled separately.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,10 @@ class Placement(NamedTuple):
     row: np.ndarray
     start: np.ndarray
     rows: int
+
+
+Place = Callable[[Any, int], Placement]
+"""`(lengths of sentences, row length) → their places`."""
 
 
 def place(lengths: Sequence[int] | np.ndarray, row_length: int) -> Placement:
@@ -117,6 +121,13 @@ def place_by_owner(
     return Placement(outer.row[strip], start + block * outer.start[strip], outer.rows)
 
 
+def by_owner(owner: np.ndarray, block: int) -> Place:
+    """Return `place`, or where a block is more than a token, `place_by_owner` for these owners."""
+    if block == 1:
+        return place
+    return lambda lengths, row_length: place_by_owner(lengths, owner, row_length, block)
+
+
 def fill(
     sentences: Sequence[np.ndarray],
     slots: Iterable[int],
@@ -163,12 +174,13 @@ def row_lengths(max_length: int) -> tuple[int, ...]:
     return (*(n for n in ROW_LENGTHS if n < max_length), max_length)
 
 
-def needs(packs: Sequence[np.ndarray], lengths: Sequence[int]) -> list[int]:
+def needs(packs: Sequence[np.ndarray], lengths: Sequence[int], place: Place = place) -> list[int]:
     """Count the rows that the packs of a batch need at each row length.
 
     Args:
       packs: for each pack the lengths of its sentences.
       lengths: row lengths; every sentence fits the last.
+      place: puts a pack into rows.
 
     Returns:
       For each row length the maximum over the packs, or 0 if a sentence is longer than the row.
@@ -250,15 +262,19 @@ def _quantiles(rows: np.ndarray) -> list[int]:
     return sorted({int(np.quantile(rows, q, method="higher")) for q in marks})
 
 
-def fitting(shapes: Sequence[Shape], packs: Sequence[Sequence[int]]) -> Shape:
+def fitting(shapes: Sequence[Shape], packs: Sequence[Sequence[int]], place: Place = place) -> Shape:
     """Return the first, that is, cheapest shape that holds each pack of sentences.
+
+    Best-fit decreasing may need a row more for fewer sentences, such as those that are left when a
+    group has ended early. If no shape has that many, rows are added to the longest one.
 
     Args:
       shapes: shapes, cheapest first.
       packs: for each pack the lengths of its sentences.
+      place: puts a pack into rows.
 
-    Raises:
-      ValueError: if no shape is large enough.
+    >>> fitting([Shape(1, 8), Shape(1, 16)], [[8, 8]]), fitting([Shape(1, 16)], [[9, 9]])
+    (Shape(rows=1, length=16), Shape(rows=2, length=16))
     """
     for shape in shapes:
         if all(
@@ -266,4 +282,5 @@ def fitting(shapes: Sequence[Shape], packs: Sequence[Sequence[int]]) -> Shape:
             for lengths in packs
         ):
             return shape
-    raise ValueError("no shape is large enough for this batch")
+    length = max(shape.length for shape in shapes)
+    return Shape(max(place(lengths, length).rows for lengths in packs), length)

@@ -89,6 +89,7 @@ def encode_tasks(
     stack: Tree,
     rows: PackedTokens,
     adapter_of_task: tuple[int, ...],
+    block: int,
     key: jax.Array,
 ) -> jax.Array:
     """Encode rows of all tasks in training, each task with its own copy of its adapter.
@@ -99,6 +100,7 @@ def encode_tasks(
       stack: `{"lora": leaves [T, L, ...]}`, a copy for each task; `[T, ...]` outside the layers.
       rows: packed sentences; those of a task have consecutive numbers, as many for each.
       adapter_of_task: see `ops.low_rank_per_task`.
+      block: consecutive tokens that belong to one task; 1: sentences lie in any order.
       key: PRNG key of dropout.
 
     Returns:
@@ -106,10 +108,13 @@ def encode_tasks(
     """
     count = len(adapter_of_task)
     each = rows.cls_index.shape[0] // count
-    # Padding, whose number is -1, belongs to no task.
-    task = jax.nn.one_hot((rows.segment_ids - 1) // each, count, dtype=bool)
+    task = (rows.segment_ids - 1) // each  # that of padding, which belongs to none, is -1
+    route: Route = ByTask(jax.nn.one_hot(task, count, dtype=bool), adapter_of_task)
+    if block > 1:
+        of_block = task.reshape(len(task), -1, block).max(-1)
+        route = ByBlock(jnp.maximum(of_block, 0))  # a block of padding alone may have any
     by_layer = stack | {"lora": _by_layer(stack["lora"])}
-    return encode(frozen, by_layer, rows, key, ByTask(task, adapter_of_task))
+    return encode(frozen, by_layer, rows, key, route)
 
 
 def make_encode(

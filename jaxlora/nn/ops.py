@@ -152,13 +152,15 @@ def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     return matmul(matmul(x, a, dtype), b, dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def low_rank_by_block(
     x: jax.Array, a: jax.Array, b: jax.Array, owner: jax.Array, dtype: Any
 ) -> jax.Array:
     """`x A_t B_t` with one of T adapters for each block of tokens; the cost does not depend on T.
 
     The factors of each block are gathered, and all blocks are multiplied in one batched matmul, as
-    Punica's BGMV does for a token (Chen et al. 2023, "Punica", section 4).
+    Punica's BGMV does for a token (Chen et al. 2023, "Punica", section 4). An adapter's gradient is
+    the sum of its blocks'.
 
     Args:
       x: `[R, S, in]`.
@@ -174,10 +176,33 @@ def low_rank_by_block(
     >>> low_rank_by_block(jnp.ones((1, 4, 3)), a, b, jnp.array([[0, 1]]), jnp.float32)[0, :, 0]
     Array([3., 3., 6., 6.], dtype=float32)
     """
-    blocks, owner = x.reshape(owner.size, -1, x.shape[-1]), owner.ravel()
-    inner = _product("bsi,bir->bsr", blocks.astype(dtype), a[owner].astype(dtype))
-    outer = _product("bsr,bro->bso", inner.astype(dtype), b[owner].astype(dtype))
-    return outer.reshape(*x.shape[:-1], -1)
+    return _by_block_forward(x, a, b, owner, dtype)[0]
+
+
+def _by_block_forward(
+    x: jax.Array, a: jax.Array, b: jax.Array, owner: jax.Array, dtype: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    blocks, flat = x.reshape(owner.size, -1, x.shape[-1]).astype(dtype), owner.ravel()
+    own_a, own_b = a[flat].astype(dtype), b[flat].astype(dtype)
+    inner = _product("bsi,bir->bsr", blocks, own_a).astype(dtype)
+    outer = _product("bsr,bro->bso", inner, own_b)
+    kept = (blocks, own_a, own_b, inner, flat, jnp.zeros(0, x.dtype), a, b)
+    return outer.reshape(*x.shape[:-1], -1), kept
+
+
+def _by_block_backward(
+    dtype: Any, kept: tuple[Any, ...], grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    blocks, own_a, own_b, inner, owner, like_x, a, b = kept
+    lead, grad = grad.shape[:-1], grad.reshape(*blocks.shape[:2], -1).astype(dtype)
+    dinner = _product("bso,bro->bsr", grad, own_b).astype(dtype)
+    dx = _product("bsr,bir->bsi", dinner, own_a).reshape(*lead, -1)
+    da = jax.ops.segment_sum(_product("bsi,bsr->bir", blocks, dinner), owner, len(a))
+    db = jax.ops.segment_sum(_product("bsr,bso->bro", inner, grad), owner, len(b))
+    return dx.astype(like_x.dtype), da.astype(a.dtype), db.astype(b.dtype), None
+
+
+low_rank_by_block.defvjp(_by_block_forward, _by_block_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

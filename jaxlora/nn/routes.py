@@ -24,6 +24,8 @@ class Route(Protocol):
 class ByTask:
     """In training: a token uses its task's adapter, and each task has a gradient of its own.
 
+    The cost grows with the number of adapters, which are computed side by side.
+
     Attributes:
       task: `bool[R, S, T]`, whose each token is.
       adapter_of_task: the number of each task's adapter, ascending; see `ops.low_rank_per_task`.
@@ -39,7 +41,7 @@ class ByTask:
 
 @struct.dataclass
 class ByBlock:
-    """In serving: each block of consecutive tokens uses one adapter.
+    """Each block of consecutive tokens uses one adapter; the cost does not depend on how many.
 
     Attributes:
       owner: `i32[R, S / block]`, the number of each block's adapter.

@@ -30,7 +30,6 @@ MIN_TOKENS = 2  # [CLS], [SEP]: a word of characters that BERT drops leaves noth
 BLOCKS = {8: 1.1, 32: 1.01}
 
 EncodeRows = Callable[..., jax.Array]
-Place = Callable[[np.ndarray, int], packing.Placement]
 
 
 def encode(
@@ -97,18 +96,12 @@ def _layout(
         return shape, packing.place(lengths, shape.length), shape.length
     found = []
     for block, factor in BLOCKS.items():
-        place = functools.partial(_place_by_owner, owner, block)
+        place = packing.by_owner(owner, block)
         shape = chunk_shape(lengths, -(-max_length // block) * block, place)
         where = place(lengths, shape.length)
         cost = factor * max(shape.cost, packing.Shape(where.rows, shape.length).cost)
         found.append((cost, shape, where, block))
     return min(found, key=lambda one: one[0])[1:]
-
-
-def _place_by_owner(
-    owner: np.ndarray, block: int, lengths: np.ndarray, length: int
-) -> packing.Placement:
-    return packing.place_by_owner(lengths, owner, length, block)
 
 
 def _owners(owner: np.ndarray, rows: PackedTokens, block: int) -> np.ndarray:
@@ -118,7 +111,7 @@ def _owners(owner: np.ndarray, rows: PackedTokens, block: int) -> np.ndarray:
 
 
 def chunk_shape(
-    lengths: np.ndarray, max_length: int, place: Place = packing.place
+    lengths: np.ndarray, max_length: int, place: packing.Place = packing.place
 ) -> packing.Shape:
     """Return the cheapest small shape that holds all sentences, or else a full chunk's.
 

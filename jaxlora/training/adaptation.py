@@ -25,6 +25,10 @@ from jaxlora.tasks.sharing import Adapt, Groups
 from jaxlora.utils import trees
 from jaxlora.utils.trees import Tree
 
+# Adapters that are computed side by side, for sentences in any order; of more, each block of tokens
+# gets its own (measured, see benchmarks/LOG.md).
+MOST_SIDE_BY_SIDE, BLOCK = 4, 16
+
 Vectors = Callable[[Tree, str, str], np.ndarray]
 """`(trainable, task, split) → f32[sentences, H]`."""
 
@@ -117,6 +121,15 @@ class Adaptation(abc.ABC):
         del train, order, vectors
         return pack(self.tasks_share_rows)
 
+    def block(self, num_groups: int) -> int:
+        """Return how many consecutive tokens of a row belong to one task; 1: any order.
+
+        Args:
+          num_groups: K.
+        """
+        del num_groups
+        return 1
+
     @abc.abstractmethod
     def row_sets(self, num_tasks: int) -> int:
         """Return how many sets of rows a step encodes."""
@@ -192,12 +205,17 @@ class Lora(Adaptation):
         Only the adapters' gradients are split by task.
         """
         adapter_of_task = tuple(k for k, size in enumerate(sizes) for _ in range(size))
+        block = self.block(len(sizes))
 
         def encode_rows(frozen: Tree, stack: Tree, rows: PackedTokens, key: jax.Array) -> jax.Array:
-            vectors = encode_tasks(encode, frozen, stack, rows, adapter_of_task, key)
+            vectors = encode_tasks(encode, frozen, stack, rows, adapter_of_task, block, key)
             return vectors.reshape(len(adapter_of_task), -1, vectors.shape[-1])
 
         return _with_copies(encode_rows, sizes)
+
+    def block(self, num_groups: int) -> int:
+        """Return `BLOCK` where so many adapters side by side would cost more than it."""
+        return BLOCK if num_groups > MOST_SIDE_BY_SIDE else 1
 
     def row_sets(self, num_tasks: int) -> int:
         """Return 1: all tasks share rows."""

@@ -142,11 +142,12 @@ def make_cohort(
     order = JointOrder(orders, tuple(steps.values()))
     live = live_vectors(train_step.encode, frozen, data, settings.model.max_length, mesh)
     vectors = train_step.adaptation.vectors(live)
+    block = train_step.adaptation.block(len(groups))
     programs = max(1, MOST_PROGRAMS // len(settings.cohorts))
 
     def pack(mixed: bool) -> PackedBatches:
         return data_batches.choose_batch_shapes(
-            train, order, settings.model.max_length, programs, mixed, mesh.size
+            train, order, settings.model.max_length, programs, mixed, mesh.size, block
         )
 
     made = tuple(

@@ -19,7 +19,7 @@ from jaxlora.data.batches import (
     make_order,
     prefetch,
 )
-from jaxlora.data.packing import fitting
+from jaxlora.data.packing import Shape, fitting
 from jaxlora.data.tokenized import Examples
 from jaxlora.nn.encode import PackedTokens
 
@@ -164,9 +164,47 @@ def test_first_sentences_come_before_second_ones():
     assert batches.slot_numbers(pair, 2, 4).tolist() == [0, 1, 4, 5]
 
 
-def test_a_shape_too_small_is_refused(packed):
-    with pytest.raises(ValueError, match="no shape"):
-        PackedBatches(packed.examples, packed.order, packed.shapes[:0], packed.mixed)[0]
+def test_a_batch_that_fits_no_shape_gets_rows_of_its_own(packed):
+    small = (Shape(1, 32),)
+    found = PackedBatches(packed.examples, packed.order, small, packed.mixed)[0].inputs
+    tokens = packed[0].inputs.tokens
+    assert sorted(found.tokens[found.tokens > 0]) == sorted(tokens[tokens > 0])
+
+
+@pytest.mark.parametrize("block", [1, 4, 8])
+def test_each_block_of_a_mixed_row_belongs_to_one_task(block):
+    examples = {name: make_examples(name, count) for name, count in SIZES.items()}
+    orders = tuple(make_order({name: count}, 4, seed=0) for name, count in SIZES.items())
+    order = JointOrder(orders, (9, 4, 2))  # para and sts end before sst
+    made = choose_batch_shapes(examples, order, max_length=30, most=2, mixed=True, block=block)
+    assert all(shape.length % block == 0 for shape in made.shapes)
+    seen = set()
+    for step in range(9):
+        batch = made[step]
+        seen |= {batch.inputs.tokens.shape}
+        task = (batch.inputs.segment_ids - 1) // 8
+        blocks = task.reshape(-1, block)
+        for tasks in blocks:
+            assert len(set(tasks.tolist()) - {-1}) <= 1
+        there = [t for t in range(3) if (task == t).any()]
+        assert there == [t for t, stop in enumerate(order.stops) if step < stop]
+        assert batch.weights.any(-1).tolist() == [step < stop for stop in order.stops]
+        drawn = order.at(step)
+        expected = [
+            token
+            for (name, e), numbers in zip(examples.items(), drawn, strict=True)
+            for n in batches.sentence_numbers(e, numbers)
+            for token in e.sentence(n)
+        ]
+        assert sorted(batch.inputs.tokens[task >= 0]) == sorted(expected)
+    assert seen <= set(made.shapes)
+
+
+def test_a_group_that_ends_early_has_no_rows_from_then_on():
+    orders = tuple(make_order({name: count}, 4, seed=0) for name, count in SIZES.items())
+    order = JointOrder(orders, (9, 4, 2)).until((3, 9, 9))
+    assert order.stops == (3, 4, 2) and order.steps == 4
+    assert [len(drawn) for drawn in order.at(3)] == [0, 3, 0]
 
 
 @settings(max_examples=12, deadline=None)

@@ -8,7 +8,7 @@ import pytest
 from tiny import Silent, trained_trees
 
 from jaxlora.formats import huggingface
-from jaxlora.training import inputs, metrics_log, task_group
+from jaxlora.training import adaptation, inputs, metrics_log, task_group
 from jaxlora.training import run as train
 from jaxlora.training.sharding import make_mesh
 
@@ -41,8 +41,10 @@ def after(settings, base, data, groups):
         pytest.param("sst,sts|para", {"lora_dropout": 0.0, "patience": 3}, marks=pytest.mark.slow),
     ],
 )
-def test_each_group_ends_where_it_ends_alone(make, groups, more):
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_each_group_ends_where_it_ends_alone(make, groups, more, side_by_side, monkeypatch):
     """Sizes differ, so small groups end first; the heads have dropout."""
+    monkeypatch.setattr(adaptation, "MOST_SIDE_BY_SIDE", 4 if side_by_side else 1)
     settings = make("lora1", groups=groups, encoder_dropout=0.0, epochs=8, **more)
     settings = dataclasses.replace(
         settings, lora=dataclasses.replace(settings.lora, rank_pattern={"value": 2})
