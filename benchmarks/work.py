@@ -172,7 +172,7 @@ class Ours(Steps):
 
 def _over_and_over(cohort: Cohort) -> Iterator[Batch]:
     while True:
-        yield from cohort.prefetch(0)
+        yield from (batch for _, batch in cohort.prefetch(0))
 
 
 def _make_scan(train_step: Any) -> Any:

@@ -3,6 +3,7 @@
 The number of devices is fixed when JAX starts, so this needs a process of its own. It prints JSON.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -43,7 +44,7 @@ def curves(variant, base, data, *texts):
         for groups in chosen.cohorts:
             made = task_group.make_cohort(chosen, loaded, examples, groups, meshes.make_mesh(text))
             states, train_step = made.states, made.compile()
-            for batch, _ in zip(made.prefetch(0), range(STEPS), strict=False):
+            for _, batch in itertools.islice(made.prefetch(0), STEPS):
                 states, metrics = train_step(states, made.frozen, batch)
                 step = [np.asarray(metrics[group.name].losses) for group in made.groups]
                 losses.append(np.concatenate(step).tolist())

@@ -29,8 +29,8 @@ class Batch(NamedTuple):
         encoder, vectors `f32[T, N, H]`. The first sentence of example b is sentence b of its task,
         the second one is sentence `B + b`.
       labels: `f32[T, B]`.
-      weights: `f32[T, B]`, 1 for a real example, 0 for padding; a task whose group has ended has
-        padding alone.
+      weights: `f32[T, B]`, 1 for a real example, 0 for padding; a task whose group takes no
+        part has padding alone.
     """
 
     inputs: Any
@@ -70,37 +70,63 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class JointOrder:
-    """The order in which the tasks of several groups draw, where all begin at step 0.
+    """The order in which the tasks of several groups draw; all groups begin and end together.
+
+    The group with the most steps takes part in each of N; one with n steps in n of them, evenly
+    spread and shifted against the others, so that batches are of about one size.
 
     Attributes:
       orders: of each group.
-      stops: how many steps each group takes.
+      counts: n, how many steps each group takes.
+      stops: after how many of its own steps each group ends, if earlier.
     """
 
     orders: tuple[Order, ...]
-    stops: tuple[int, ...]
+    counts: tuple[int, ...]
+    stops: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:
-        """Number of steps until all groups have ended."""
-        return max(self.stops)
+        """N, the number of steps."""
+        return max(self.counts)
 
     @property
     def batch_size(self) -> int:
         """B, which is the same for all groups."""
         return self.orders[0].batch_size
 
-    def at(self, step: int) -> list[np.ndarray]:
-        """Return each task's example numbers of step k (from 0); none after its group's end."""
-        drawn: list[np.ndarray] = []
-        for order, stop in zip(self.orders, self.stops, strict=True):
-            none = np.zeros((len(order.streams), 0), np.int64)
-            drawn += [*(order.at(step) if step < stop else none)]
-        return drawn
+    def taken(self, step: int) -> list[int]:
+        """Return how many of its own steps each group has taken before step k.
 
-    def until(self, stops: Sequence[int]) -> JointOrder:
-        """Return the same order for groups of which some end earlier."""
-        return dataclasses.replace(self, stops=tuple(map(min, stops, self.stops)))
+        >>> order = JointOrder((), (4, 2, 2))
+        >>> [order.taken(step) for step in range(5)]
+        [[0, 0, 0], [1, 0, 1], [2, 1, 1], [3, 1, 2], [4, 2, 2]]
+        """
+        groups, steps = len(self.counts), self.steps
+        planned = [
+            (step * count * groups + shift * steps) // (steps * groups)
+            for shift, count in enumerate(self.counts)
+        ]
+        return [min(pair) for pair in zip(planned, self.stops or planned, strict=True)]
+
+    def takes_part(self, step: int) -> list[bool]:
+        """Return which groups take part in step k (from 0)."""
+        both = zip(self.taken(step), self.taken(step + 1), strict=True)
+        return [after > before for before, after in both]
+
+    def steps_from(self, start: int) -> Sequence[int]:
+        """Return the steps from k on in which any group takes part."""
+        steps = range(start, self.steps)
+        return [step for step in steps if any(self.takes_part(step))] if self.stops else steps
+
+    def at(self, step: int) -> list[np.ndarray]:
+        """Return each task's example numbers of step k; none if its group takes no part."""
+        drawn: list[np.ndarray] = []
+        parts = zip(self.orders, self.taken(step), self.takes_part(step), strict=True)
+        for order, own_step, there in parts:
+            none = np.zeros((len(order.streams), 0), np.int64)
+            drawn += [*(order.at(own_step) if there else none)]
+        return drawn
 
 
 def make_order(sizes: Mapping[str, int], batch_size: int, seed: int) -> Order:
@@ -309,8 +335,8 @@ def prefetch(
     batches: PackedBatches | VectorBatches,
     start: int,
     put: Callable[[Batch], Batch] = lambda batch: batch,
-) -> Iterator[Batch]:
-    """Iterate over the batches from step `start` to the end, built by Grain in another thread.
+) -> Iterator[tuple[int, Batch]]:
+    """Iterate over steps from `start` to the end and their batches, built in another thread.
 
     Args:
       batches: batches, indexed by step.
@@ -318,5 +344,7 @@ def prefetch(
       put: puts a batch on the devices.
     """
     grain = _import_grain()
-    steps = grain.MapDataset.range(start, batches.order.steps).map(batches.__getitem__).map(put)
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    steps = batches.order.steps_from(start)
+    built = grain.MapDataset.source(steps).map(batches.__getitem__).map(put)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return zip(steps, built.to_iter_dataset(options), strict=True)

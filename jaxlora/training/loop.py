@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NoReturn, Protocol
 
 import jax
@@ -47,8 +47,8 @@ class Progress:
     """How far a group has come (plain values; kept in its checkpoint).
 
     Attributes:
-      step: steps taken.
-      seconds: time spent training; groups that train in one step share it equally.
+      step: steps that the group has taken.
+      seconds: time spent training; groups that take a step together share it equally.
       best_step, best_score, best_scores: the best evaluation.
       best_seconds: time spent training until then.
       stale: evaluations since then.
@@ -119,13 +119,13 @@ def train_cohort(
         run.begin(states)
         if not run.active:
             return best, progress
-        train_step, first = cohort.compile(), run.step + 1
+        train_step, start, first = cohort.compile(), saved.latest_step(), True
         run.window.restart()
-        for batch in run.batches():
+        for step, batch in run.batches(start):
             states, metrics = train_step(states, cohort.frozen, batch)
-            run.take(metrics)
-            due = [group for group in run.active if group.evaluates_at(run.step)]
-            look = bool(due) or run.window.full or run.step == first
+            due = [group for group in run.take(step, metrics) if run.is_due(group)]
+            look = bool(due) or run.window.full or first
+            first = False
             signal = distributed.agreed_signal(stopped(), look)
             if due or signal or run.window.full:
                 run.flush()
@@ -134,7 +134,7 @@ def train_cohort(
                 best[group.name] = run.evaluate(group, states[group.name]) or best[group.name]
             if due or signal:
                 plain = {name: vars(one) for name, one in progress.items()}
-                saved.save(run.step, {"states": states, "best": best}, plain)
+                saved.save(step, {"states": states, "best": best}, plain)
                 run.window.restart()
             if signal:
                 raise run.stopped(signal)
@@ -156,11 +156,6 @@ class _Run:
         """The groups that have not ended."""
         return [group for group in self.cohort.groups if not self.progress[group.name].done]
 
-    @property
-    def step(self) -> int:
-        """Steps taken so far: all groups begin at the same one, so it is that of who goes on."""
-        return max(one.step for one in self.progress.values())
-
     def begin(self, states: dict[str, TrainState]) -> None:
         """Announce the groups, and score them before any training."""
         for group in self.cohort.groups:
@@ -170,27 +165,41 @@ class _Run:
                 tree = states[group.name].trainable
                 one.untrained = untrained_scores(self.cohort, group, tree)
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield batches to the end; those to come have no example of a group that has ended."""
+    def batches(self, start: int) -> Iterator[tuple[int, Batch]]:
+        """Yield steps from one on, with their batches and counted from 1.
+
+        Batches to come have no example of a group that has ended early.
+        """
         while active := self.active:
+            progress = [self.progress[group.name] for group in self.cohort.groups]
+            ended = any(one.done for one in progress)
             stops = [
                 one.step if one.done else group.steps
-                for group, one in zip(self.cohort.groups, self.progress.values(), strict=True)
+                for group, one in zip(self.cohort.groups, progress, strict=True)
             ]
-            for batch in self.cohort.prefetch(self.step, stops):
-                yield batch
+            for step, batch in self.cohort.prefetch(start, tuple(stops) if ended else ()):
+                start = step + 1
+                yield start, batch
                 if self.active != active:
                     break
 
-    def take(self, metrics: dict[str, StepMetrics]) -> None:
-        """Count a step."""
-        for group in (active := self.active):
+    def take(self, step: int, metrics: dict[str, StepMetrics]) -> list[TaskGroup]:
+        """Count a step, and return the groups that took part."""
+        taken = self.cohort.batches.order.takes_part(step - 1)
+        groups = [g for g, there in zip(self.cohort.groups, taken, strict=True) if there]
+        groups = [group for group in groups if group in self.active]
+        for group in groups:
             self.progress[group.name].step += 1
-        self.window.add({group.name: metrics[group.name] for group in active})
+        self.window.add({group.name: metrics[group.name] for group in groups})
+        return groups
+
+    def is_due(self, group: TaskGroup) -> bool:
+        """Return whether a group that has just taken a step is to be evaluated."""
+        return group.evaluates_at(self.progress[group.name].step)
 
     def flush(self) -> None:
         """Record the steps since the last record."""
-        for record in self.window.flush(self.active, self.progress):
+        for record in self.window.flush(self.progress):
             self._tell(record)
 
     def evaluate(self, group: TaskGroup, state: TrainState) -> dict[str, Tree] | None:
@@ -211,7 +220,10 @@ class _Run:
 
     def stopped(self, signal: int) -> Stopped:
         """Return the error that ends a run after a signal."""
-        where = ", ".join(f"{one.name} at step {self.step} of {one.steps}" for one in self.active)
+        where = ", ".join(
+            f"{one.name} at step {self.progress[one.name].step} of {one.steps}"
+            for one in self.active
+        )
         return Stopped(
             signal,
             f"{where or 'at the end'}, saved; go on with the same settings and `resume=True`",
@@ -272,16 +284,13 @@ class Window:
         """Whether a record is due."""
         return len(self._metrics) >= LOG_EVERY
 
-    def flush(
-        self, groups: Sequence[TaskGroup], progress: dict[str, Progress]
-    ) -> list[dict[str, Any]]:
+    def flush(self, progress: dict[str, Progress]) -> list[dict[str, Any]]:
         """Return the groups' records of these steps, and add their time to the progress.
 
         A group of whose steps none was finite has no record; its next one counts them (and its
         progress, which a checkpoint keeps, until then).
 
         Args:
-          groups: those that took the steps.
           progress: of each group.
 
         Raises:
@@ -292,9 +301,10 @@ class Window:
         self._metrics = []
         self.restart()
         records = []
-        for group in groups:
-            own, one = [step[group.name] for step in metrics], progress[group.name]
-            one.seconds += seconds / len(groups)
+        for group in self._cohort.groups:
+            one, took = progress[group.name], [step for step in metrics if group.name in step]
+            one.seconds += sum(1 / len(step) for step in took) * seconds / max(1, len(metrics))
+            own = [step[group.name] for step in took]
             self._count(group, own, one)
             if finite := [step for step in own if step.finite]:
                 rate = len(metrics) / seconds
@@ -316,9 +326,10 @@ class Window:
             progress.nonfinite_since_log += 1
 
     def _refuse(self, group: TaskGroup, number: int, metrics: StepMetrics) -> NoReturn:
-        """Say which step (from 0), which task and which examples."""
-        batches = self._cohort.batches
-        drawn = dict(zip(batches.examples, batches.order.at(number), strict=True))
+        """Say which step (of the group, from 0), which task and which examples."""
+        batches, names = self._cohort.batches, [task.name for task in group.tasks]
+        order = batches.order.orders[self._cohort.groups.index(group)]
+        drawn = dict(zip(names, order.at(number), strict=True))
         failed = [
             f"the loss of {task.name} is {loss} (examples "
             f"{', '.join(batches.examples[task.name].ids[drawn[task.name][:3]])}, …)"

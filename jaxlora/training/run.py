@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlora.data.batches import JointOrder
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.serving import bank, finished_run
@@ -134,6 +135,7 @@ def _train(context: RunContext, callback: Callback) -> None:
 
 def _train_all(context: RunContext, callback: Callback) -> dict[str, Any]:
     """Train all groups, with their checkpoints and the log open as long as it takes."""
+    planned = inputs.count_steps(context.settings, context.data)
     with contextlib.ExitStack() as stack:
         saved: dict[Groups, checkpoint.StateCheckpoints] = {}
         steps: dict[str, int] = {}
@@ -141,7 +143,9 @@ def _train_all(context: RunContext, callback: Callback) -> dict[str, Any]:
             name = group_name([group_name(names) for names in groups])
             states = checkpoint.StateCheckpoints(context.out / run_folder.STATES / name)
             saved[groups] = stack.enter_context(contextlib.closing(states))
-            steps |= dict.fromkeys(map(group_name, groups), states.latest_step())
+            own = {name: planned[name] for name in map(group_name, groups)}
+            taken = JointOrder((), tuple(own.values())).taken(states.latest_step())
+            steps |= zip(own, taken, strict=True)
             for path in states.dropped:
                 callback.note(
                     f"{path} was damaged, or not written to its end, and is left out; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ class TaskGroup:
       name: see `sharing.group_name`.
       tasks: its tasks.
       steps: how many it takes.
-      eval_every: steps between evaluations.
+      eval_every: of its own steps, between evaluations.
       patience: evaluations without a better score after which it ends; 0: never.
     """
 
@@ -107,14 +107,14 @@ class Cohort:
         """Put a batch on its devices."""
         return sharding.put(batch, sharding.of_batch(self.mesh, batch))
 
-    def prefetch(self, start: int, stops: Sequence[int] = ()) -> Iterator[Batch]:
-        """Yield the batches from a step on, on their devices.
+    def prefetch(self, start: int, stops: tuple[int, ...] = ()) -> Iterator[tuple[int, Batch]]:
+        """Yield the steps from one on with their batches, on their devices.
 
         Args:
           start: the first step.
-          stops: after how many steps each group ends, if earlier than planned.
+          stops: after how many of its own steps each group ends, if earlier than planned.
         """
-        order = self.batches.order.until(stops or [group.steps for group in self.groups])
+        order = dataclasses.replace(self.batches.order, stops=stops)
         return data_batches.prefetch(
             dataclasses.replace(self.batches, order=order), start, self.place
         )
@@ -152,7 +152,7 @@ def make_cohort(
 
     made = tuple(
         _make_task_group(settings, names, number, own.steps_per_epoch)
-        for names, number, own in zip(groups, order.stops, orders, strict=True)
+        for names, number, own in zip(groups, order.counts, orders, strict=True)
     )
     return Cohort(
         groups=made,

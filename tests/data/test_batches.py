@@ -147,8 +147,8 @@ def test_a_run_has_at_most_the_requested_number_of_shapes(packed, most):
 
 
 def test_prefetch_from_the_middle_equals_indexing(packed):
-    for found, number in itertools.zip_longest(prefetch(packed, 3), range(3, 9)):
-        assert isinstance(found, Batch)
+    for (step, found), number in itertools.zip_longest(prefetch(packed, 3), range(3, 9)):
+        assert isinstance(found, Batch) and step == number
         expected = packed[number]
         for a, b in zip(found.inputs, expected.inputs, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -175,7 +175,7 @@ def test_a_batch_that_fits_no_shape_gets_rows_of_its_own(packed):
 def test_each_block_of_a_mixed_row_belongs_to_one_task(block):
     examples = {name: make_examples(name, count) for name, count in SIZES.items()}
     orders = tuple(make_order({name: count}, 4, seed=0) for name, count in SIZES.items())
-    order = JointOrder(orders, (9, 4, 2))  # para and sts end before sst
+    order = JointOrder(orders, (9, 4, 2), (9, 3, 2))  # para ends early
     made = choose_batch_shapes(examples, order, max_length=30, most=2, mixed=True, block=block)
     assert all(shape.length % block == 0 for shape in made.shapes)
     seen = set()
@@ -187,8 +187,9 @@ def test_each_block_of_a_mixed_row_belongs_to_one_task(block):
         for tasks in blocks:
             assert len(set(tasks.tolist()) - {-1}) <= 1
         there = [t for t in range(3) if (task == t).any()]
-        assert there == [t for t, stop in enumerate(order.stops) if step < stop]
-        assert batch.weights.any(-1).tolist() == [step < stop for stop in order.stops]
+        parts = order.takes_part(step)
+        assert there == [t for t, taken in enumerate(parts) if taken]
+        assert batch.weights.any(-1).tolist() == parts
         drawn = order.at(step)
         expected = [
             token
@@ -200,11 +201,22 @@ def test_each_block_of_a_mixed_row_belongs_to_one_task(block):
     assert seen <= set(made.shapes)
 
 
-def test_a_group_that_ends_early_has_no_rows_from_then_on():
-    orders = tuple(make_order({name: count}, 4, seed=0) for name, count in SIZES.items())
-    order = JointOrder(orders, (9, 4, 2)).until((3, 9, 9))
-    assert order.stops == (3, 4, 2) and order.steps == 4
-    assert [len(drawn) for drawn in order.at(3)] == [0, 3, 0]
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.data())
+def test_every_group_takes_all_its_steps_in_turn_and_evenly(counts, data):
+    order = JointOrder((), tuple(counts))
+    parts = np.array([order.takes_part(step) for step in range(order.steps)])
+    assert parts.sum(0).tolist() == counts
+    assert order.taken(0) == [0] * len(counts) and order.taken(order.steps) == counts
+    assert parts[:, np.argmax(counts)].all()
+    for own, count in zip(parts.T, counts, strict=True):
+        between = np.diff(np.flatnonzero(own))
+        assert between.size == 0 or between.max() - between.min() <= 1
+        assert between.size == 0 or between.max() <= -(-order.steps // count)
+    stops = tuple(data.draw(st.integers(0, count)) for count in counts)
+    ended = JointOrder((), order.counts, stops)
+    short = np.array([ended.takes_part(step) for step in range(order.steps)])
+    assert short.sum(0).tolist() == list(stops) and not (short & ~parts).any()
 
 
 @settings(max_examples=12, deadline=None)

@@ -1,6 +1,7 @@
 """Groups that train in one step end where each ends by itself."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from tiny import Silent, trained_trees
 
 from jaxlora.formats import huggingface
+from jaxlora.tasks.sharing import group_name
 from jaxlora.training import adaptation, inputs, metrics_log, task_group
 from jaxlora.training import run as train
 from jaxlora.training.sharding import make_mesh
@@ -23,11 +25,16 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def after(settings, base, data, groups):
-    """The states of some groups after `STEPS` steps, or their end."""
+def batches_of(cohort):
+    """Batches in which any group takes part."""
+    return (batch for _, batch in cohort.prefetch(0))
+
+
+def after(settings, base, data, groups, steps):
+    """The states of some groups after so many steps."""
     cohort = task_group.make_cohort(settings, base, data, groups, make_mesh("data=1"))
     states, train_step = cohort.states, cohort.compile()
-    for batch, _ in zip(cohort.prefetch(0), range(STEPS), strict=False):
+    for batch in itertools.islice(batches_of(cohort), steps):
         states, _ = train_step(states, cohort.frozen, batch)
     return states
 
@@ -43,7 +50,7 @@ def after(settings, base, data, groups):
 )
 @pytest.mark.parametrize("side_by_side", [True, False])
 def test_each_group_ends_where_it_ends_alone(make, groups, more, side_by_side, monkeypatch):
-    """Sizes differ, so small groups end first; the heads have dropout."""
+    """Sizes differ, so small groups take part in some steps alone; the heads have dropout."""
     monkeypatch.setattr(adaptation, "MOST_SIDE_BY_SIDE", 4 if side_by_side else 1)
     settings = make("lora1", groups=groups, encoder_dropout=0.0, epochs=8, **more)
     settings = dataclasses.replace(
@@ -51,13 +58,15 @@ def test_each_group_ends_where_it_ends_alone(make, groups, more, side_by_side, m
     )
     base = huggingface.load(settings.model.base)
     data = inputs.load_data(settings, base)
-    together = after(settings, base, data, settings.groups)
+    together = after(settings, base, data, settings.groups, STEPS)
     steps = {name: int(state.step) for name, state in together.items()}
     planned = inputs.count_steps(settings, data)
-    assert steps == {name: min(STEPS, n) for name, n in planned.items()}
+    for name, count in planned.items():
+        assert abs(steps[name] - STEPS * count / max(planned.values())) < 1
     assert len(set(steps.values())) > 1
     for names in settings.groups:
-        ((name, alone),) = after(settings, base, data, (names,)).items()
+        own = steps[group_name(names)]
+        ((name, alone),) = after(settings, base, data, (names,), own).items()
         for part in ("trainable", "heads"):
             found, expected = getattr(together[name], part), getattr(alone, part)
             jax.tree.map(
@@ -66,7 +75,7 @@ def test_each_group_ends_where_it_ends_alone(make, groups, more, side_by_side, m
 
 
 def test_groups_end_at_their_own_time_and_say_why(make, tmp_path):
-    """sst has the fewest steps; para's rate is 0, so it is stopped for want of a better score."""
+    """Rates of 0 stop para for want of a better score; the others take all their steps."""
     settings = make("lora1", encoder_dropout=0.0, epochs=3)
     own = (("learning_rate", 1e-30), ("head_learning_rate", 1e-30), ("patience", 2))
     specs = tuple(
