@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -72,8 +73,11 @@ class Order:
 class JointOrder:
     """The order in which the tasks of several groups draw; all groups begin and end together.
 
-    The group with the most steps takes part in each of N; one with n steps in n of them, evenly
-    spread and shifted against the others, so that batches are of about one size.
+    The group with the most steps takes part in each of N; one with n steps in n of them. These are
+    chosen so that the same number of groups takes part in each step, give or take one: groups lie
+    side by side on a circle, each as long as its share n / N, and a step takes those on which the
+    teeth of a comb fall, one for each length N, which a golden angle turns from step to step
+    (systematic sampling, Madow 1949, "On the Theory of Systematic Sampling, II").
 
     Attributes:
       orders: of each group.
@@ -95,6 +99,16 @@ class JointOrder:
         """B, which is the same for all groups."""
         return self.orders[0].batch_size
 
+    @functools.cached_property
+    def _taken(self) -> np.ndarray:
+        """How many of its own steps each group has taken, `i32[N + 1, K]`."""
+        turns = np.arange(self.steps) * ((5**0.5 - 1) / 2) % 1
+        angle = turns.argsort().argsort()[:, None]  # each N-th of a turn once
+        ends = np.cumsum(self.counts)[None]
+        parts = (angle + ends) // self.steps > (angle + ends - self.counts) // self.steps
+        taken = np.concatenate([np.zeros_like(parts[:1]), parts]).cumsum(0, dtype=np.int32)
+        return np.minimum(taken, self.stops) if self.stops else taken
+
     def taken(self, step: int) -> list[int]:
         """Return how many of its own steps each group has taken before step k.
 
@@ -102,22 +116,16 @@ class JointOrder:
         >>> [order.taken(step) for step in range(5)]
         [[0, 0, 0], [1, 0, 1], [2, 1, 1], [3, 1, 2], [4, 2, 2]]
         """
-        groups, steps = len(self.counts), self.steps
-        planned = [
-            (step * count * groups + shift * steps) // (steps * groups)
-            for shift, count in enumerate(self.counts)
-        ]
-        return [min(pair) for pair in zip(planned, self.stops or planned, strict=True)]
+        return [int(number) for number in self._taken[step]]
 
     def takes_part(self, step: int) -> list[bool]:
         """Return which groups take part in step k (from 0)."""
-        both = zip(self.taken(step), self.taken(step + 1), strict=True)
-        return [after > before for before, after in both]
+        return [bool(part) for part in self._taken[step + 1] > self._taken[step]]
 
     def steps_from(self, start: int) -> Sequence[int]:
         """Return the steps from k on in which any group takes part."""
-        steps = range(start, self.steps)
-        return [step for step in steps if any(self.takes_part(step))] if self.stops else steps
+        anyone = (np.diff(self._taken[start:], axis=0) > 0).any(1)
+        return [int(step) for step in start + np.flatnonzero(anyone)]
 
     def at(self, step: int) -> list[np.ndarray]:
         """Return each task's example numbers of step k; none if its group takes no part."""

@@ -203,20 +203,24 @@ def test_each_block_of_a_mixed_row_belongs_to_one_task(block):
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.data())
-def test_every_group_takes_all_its_steps_in_turn_and_evenly(counts, data):
+def test_every_group_takes_all_its_steps_and_each_step_as_many_groups(counts, data):
     order = JointOrder((), tuple(counts))
     parts = np.array([order.takes_part(step) for step in range(order.steps)])
     assert parts.sum(0).tolist() == counts
     assert order.taken(0) == [0] * len(counts) and order.taken(order.steps) == counts
     assert parts[:, np.argmax(counts)].all()
-    for own, count in zip(parts.T, counts, strict=True):
-        between = np.diff(np.flatnonzero(own))
-        assert between.size == 0 or between.max() - between.min() <= 1
-        assert between.size == 0 or between.max() <= -(-order.steps // count)
+    assert np.ptp(parts.sum(1)) <= 1
     stops = tuple(data.draw(st.integers(0, count)) for count in counts)
     ended = JointOrder((), order.counts, stops)
     short = np.array([ended.takes_part(step) for step in range(order.steps)])
     assert short.sum(0).tolist() == list(stops) and not (short & ~parts).any()
+
+
+@pytest.mark.parametrize("count", [10, 64, 500])
+def test_a_groups_steps_are_spread_over_the_run(count):
+    order = JointOrder((), (1000, 700, count, 64))
+    taken = np.array([order.taken(step)[2] for step in range(1001)])
+    assert np.abs(taken - np.arange(1001) * count / 1000).max() < 3
 
 
 @settings(max_examples=12, deadline=None)
