@@ -59,7 +59,7 @@ def _matmul_inputs(work: Work) -> int:
     paths = lora.targets(work.params, work.adapter)
     shared = {path[:-1] if path[-2] == "self" else path: kernel for path, kernel in paths.items()}
     ranks = sum(map(work.adapter.rank_of, paths))
-    return sum(kernel.shape[-2] for kernel in shared.values()) + ranks
+    return sum(kernel.shape[-2] for kernel in shared.values()) + work.groups * ranks
 
 
 def _cut_kernels(work: Work) -> float:

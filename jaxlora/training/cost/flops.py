@@ -33,10 +33,11 @@ def count_flops(work: Work) -> Flops:
     c, count = work.config, len(work.tasks)
     dense = 2.0 * trees.count(kernels(work.params)) * work.tokens
     attention = 4.0 * c.num_hidden_layers * work.row_length * c.hidden_size * work.tokens
-    # Copies of one adapter: computed once, but each has a gradient.
-    low_rank = 2.0 * trees.count(work.trained.get("lora", {})) * work.tokens
+    # All adapters side by side, for all tokens; each task has a gradient of its own.
+    low_rank = 2.0 * trees.count(work.trained) * work.tokens * (work.adapt == "lora")
+    per_task = low_rank * count / work.groups
     heads = 2.0 * trees.count(work.heads) * work.batch_size
-    backward = 2 * attention + (1 + count) * low_rank + 2 * heads + dense
+    backward = 2 * attention + low_rank + per_task + 2 * heads + dense
     if work.adapt == "full":
         backward += dense  # the kernels' own gradients
     if work.adapt == "lora":  # below the first layer nothing is trained: no gradient of its input
@@ -44,6 +45,8 @@ def count_flops(work: Work) -> Flops:
     if work.adapt == "frozen":  # nor is there any of the heads' input
         inner = [head["hidden"] for head in work.heads if head]
         backward -= 2.0 * trees.count(inner) * work.batch_size
-    surgery = (count * (count + 1) + 2 * count) * trees.count(work.trained)
+    # Dot products of the tasks of a group, and a weighted sum; groups are of one size, on average.
+    each = count / work.groups
+    surgery = (each * (each + 1) + 2 * each) * trees.count(work.trained)
     numbers = trees.count(work.trained) + trees.count(work.heads)
     return Flops(dense + attention + low_rank + heads, backward, UPDATE * numbers + surgery)

@@ -63,7 +63,7 @@ def count_memory(work: Work) -> Memory:
         best=trained + heads,
         batch=FLOAT * (inputs + 2 * count * work.batch_size),
         activations=activations.bytes_held(work),
-        gradients=count * trained + heads,
+        gradients=count / work.groups * trained + heads,
         update=3 * (trained + heads),
     )
 

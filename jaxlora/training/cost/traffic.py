@@ -50,7 +50,8 @@ def count_traffic(work: Work) -> Traffic:
     looked_up, exchanged = _lookups(work)
     # Sums of vectors over sentences whose rows lie on any device.
     pooled = FLOAT * count * (2 * work.batch_size + 1) * (work.config.hidden_size + 1)
-    gradients, whole = FLOAT * count * trees.count(work.trained), looked_up + pooled
+    gradients = FLOAT * count * trees.count(work.trained) / work.groups
+    whole = looked_up + pooled
     if not full:
         return Traffic(fetched, gradients + whole, 0, exchanged)
     parts = FLOAT * count * split(work.trained, work.fsdp)

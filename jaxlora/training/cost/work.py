@@ -21,7 +21,7 @@ from jaxlora.nn.bert import BertConfig, EncoderConfig
 from jaxlora.tasks.sharing import Adapt, group_name, variant
 from jaxlora.tasks.task import Task, paper_tasks
 from jaxlora.training import sharding
-from jaxlora.training.adaptation import Adaptation, make_adaptation
+from jaxlora.training.adaptation import Adaptation, cohorts, make_adaptation
 from jaxlora.utils import trees
 from jaxlora.utils.errors import ConfigError
 from jaxlora.utils.trees import Tree
@@ -49,18 +49,19 @@ PACKED = 0.9  # of a row's tokens are real where tasks share rows
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A step of one group.
+    """A step of one group, or of several that train in one.
 
     Attributes:
       config: the network.
       adapt: what of it is trained.
-      tasks: the group's T tasks.
+      tasks: the groups' T tasks.
       batch_size: B.
       rows: R; for adapters of all tasks together, for whole encoders of each task.
       row_length: S.
       adapter: used by `lora`.
       dtype: of matmul inputs.
       pair_features: see `heads.pair_vector`.
+      groups: K, how many groups the tasks are in, each with a tree of its own.
       data, fsdp: the mesh.
     """
 
@@ -73,6 +74,7 @@ class Work:
     adapter: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     dtype: str = "float32"
     pair_features: str = "concat"
+    groups: int = 1
     data: int = 1
     fsdp: int = 1
 
@@ -107,9 +109,10 @@ class Work:
         return jax.eval_shape(lambda p: bert.matmul_ready(p, jnp.float32), self.params)
 
     @functools.cached_property
-    def trained(self) -> Tree:
-        """Shapes of what is trained of the encoder."""
-        return jax.eval_shape(self.adaptation.init, jax.random.key(0), self.params)
+    def trained(self) -> list[Tree]:
+        """Shapes of what is trained of the encoder, by group."""
+        one = jax.eval_shape(self.adaptation.init, jax.random.key(0), self.params)
+        return [one] * self.groups
 
     @functools.cached_property
     def heads(self) -> Tree:
@@ -145,7 +148,9 @@ def for_variant(
     row_length: int = 64,
     **rest: Any,
 ) -> dict[str, Work]:
-    """Return a step of each of a variant's groups, by name, with as many rows as packing needs.
+    """Return a variant's steps with as many rows as packing needs, by the names of their groups.
+
+    All groups train in one step; only whole encoders take turns.
 
     Args:
       name: see `sharing.VARIANTS`.
@@ -158,22 +163,25 @@ def for_variant(
     Raises:
       UserError: for an unknown variant, and for lengths that cannot be, naming them.
 
-    >>> [(n, w.rows) for n, w in for_variant("lora1", SIZES["minilm"], 16).items()]
-    [('sst', 6), ('para', 12), ('sts', 12)]
+    >>> [(n, w.groups, w.rows) for n, w in for_variant("lora1", SIZES["minilm"], 16).items()]
+    [('sst+para+sts', 3, 28)]
     """
     chosen = variant(name)
     _check_lengths(config, batch_size, sentence_length, row_length)
     named = {task.name: task for task in paper_tasks(chosen.sts_loss)}
     works = {}
-    for group in chosen.groups:
-        tasks = tuple(named[name] for name in group)
+    for groups in cohorts(chosen.groups, make_adaptation(chosen.adapt, LoraConfig())):
+        names = [name for group in groups for name in group]
+        tasks = tuple(named[name] for name in names)
         each = [task.sentences for task in tasks]
         together = max(each) if chosen.adapt == "full" else sum(each)
         work = Work(config, chosen.adapt, tasks, batch_size, 0, row_length, **rest)
-        work = dataclasses.replace(work, adapter=families.localise(work.adapter, config))
+        adapter = families.localise(work.adapter, config)
         needed = together * batch_size * sentence_length / (PACKED * row_length)
         rows = math.ceil(needed / work.devices) * work.devices
-        works[group_name(group)] = dataclasses.replace(work, rows=rows)
+        works[group_name(names)] = dataclasses.replace(
+            work, adapter=adapter, groups=len(groups), rows=rows
+        )
     return works
 
 
