@@ -24,10 +24,7 @@ def add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
       run: a run's --out folder.
       task: which of its tasks; default: all.
     """
-    source = banks.load(run)
-    names = tuple(dict.fromkeys(task)) or tuple(source.models)
-    banks.add(folder, source, names)
-    say(f"{folder}: added {', '.join(names)}")
+    say(f"{folder}: added {_put(folder, run, task, replace=False)}")
 
 
 def update(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
@@ -38,10 +35,15 @@ def update(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
       run: a run's --out folder.
       task: which of its tasks; default: all.
     """
+    say(f"{folder}: updated {_put(folder, run, task, replace=True)}")
+
+
+def _put(folder: Path, run: Path, task: tuple[str, ...], *, replace: bool) -> str:
+    """Put tasks of a run into a bank and return their names."""
     source = banks.load(run)
     names = tuple(dict.fromkeys(task)) or tuple(source.models)
-    banks.add(folder, source, names, replace=True)
-    say(f"{folder}: updated {', '.join(names)}")
+    banks.add(folder, source, names, replace=replace)
+    return ", ".join(names)
 
 
 def remove(folder: Folder, task: Name, /) -> None:

@@ -214,7 +214,9 @@ def test_a_group_has_its_tasks_own_settings(folder):
         make_settings("lora3", tasks=(write(folder, TOPIC + "epochs = 2\n" + PRICE),))
 
 
-@pytest.mark.parametrize("variant", ["baseline1", "lora1", "lora4"])
+@pytest.mark.parametrize(
+    "variant", ["baseline1", "lora4", pytest.param("lora1", marks=pytest.mark.slow)]
+)
 def test_a_run_trains_and_serves_them(folder, tiny_base, variant):
     path = write(folder, TOPIC + PRICE.replace("learning_rate = 0.01\n", ""))
     settings = make_settings(

@@ -415,7 +415,14 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize(("family", "more"), [*((f, {}) for f in FAMILIES), *MORE], ids=str)
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        *(pytest.param(f, {}, marks=() if f in KINDS else pytest.mark.slow) for f in FAMILIES),
+        *MORE,
+    ],
+    ids=str,
+)
 def test_we_read_pefts_and_peft_reads_ours(family, more, saved, adapted, tmp_path):
     peft = pytest.importorskip("peft")
     base = huggingface.load(str(saved(family)[0]))

@@ -206,9 +206,22 @@ def peft_folder(folder, model, values):
     return model
 
 
-@pytest.mark.parametrize("classifier", [False, True], ids=["BertModel", "classifier"])
-@pytest.mark.parametrize("values", PEFTS.values(), ids=PEFTS)
-def test_we_read_pefts(tiny, tiny_base, tmp_path, values, classifier):
+# Of a classifier only the prefix of names differs: a few of its cases are quick.
+AS_CLASSIFIER = ("all linear", "suffix patterns", "one layer")
+
+
+@pytest.mark.parametrize(
+    ("case", "classifier"),
+    [
+        *((case, False) for case in PEFTS),
+        *(
+            pytest.param(case, True, marks=() if case in AS_CLASSIFIER else pytest.mark.slow)
+            for case in PEFTS
+        ),
+    ],
+)
+def test_we_read_pefts(tiny, tiny_base, tmp_path, case, classifier):
+    values = PEFTS[case]
     model = peft_folder(tmp_path / "a", peft_oracle.bert(tiny_base, classifier), values)
     theirs = peft_oracle.vectors(model, tiny.tokenizer, SENTENCES)
     adapter, config = peft_files.load(tmp_path / "a", tiny.config)

@@ -362,7 +362,17 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+# These two contain the others.
+WIDEST = ("every dense", "patterns and rslora")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(case, id=name, marks=() if name in WIDEST else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
 def test_outputs_equal_pefts(tiny, tiny_base, config):
     model = peft_oracle.adapt(peft_oracle.bert(tiny_base), config)
     adapter, rows = random_adapter(tiny.params, config, 0.2), packed(tiny, SHORT)

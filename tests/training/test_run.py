@@ -172,8 +172,8 @@ def test_no_test_predictions_when_not_asked(make, tmp_path):
 
 @pytest.mark.parametrize(
     ("variant", "stop_at"),
-    [("lora3", ("sst+para+sts", 2)), ("lora3", ("sst+para+sts", 6)), ("lora1", ("para", 4)),
-     ("baseline1", ("sst", 2)),
+    [("lora3", ("sst+para+sts", 2)), ("lora1", ("para", 4)), ("baseline1", ("sst", 2)),
+     pytest.param("lora3", ("sst+para+sts", 6), marks=pytest.mark.slow),
      pytest.param("baseline2", ("sst+para+sts", 4), marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_resume_equals_uninterrupted(make, tmp_path, variant, stop_at):
@@ -336,7 +336,12 @@ def test_warm_up_wastes_no_step_and_the_rate_ends_at_nothing():
 
 
 @pytest.mark.parametrize(
-    "variant", ["baseline1", pytest.param("baseline4", marks=pytest.mark.slow), "lora2", "lora3"]
+    "variant",
+    [
+        "baseline1",
+        "lora3",
+        *(pytest.param(v, marks=pytest.mark.slow) for v in ("baseline4", "lora2")),
+    ],
 )
 def test_mixed_requests_are_answered_as_one_task_at_a_time(variant, make, tmp_path):
     fast = {} if variant == "baseline1" else {"learning_rate": 0.05}  # so that trees differ
