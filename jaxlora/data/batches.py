@@ -7,11 +7,11 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxlora.data import packing
 from jaxlora.data.tokenized import Examples
-from jaxlora.nn.encode import PackedTokens
 from jaxlora.utils.extras import explained
 
 if TYPE_CHECKING:
@@ -119,20 +119,24 @@ class PackedBatches:
     def __getitem__(self, step: int) -> Batch:
         chosen = self.order.at(step)
         slots = slot_count(self.examples, self.order.batch_size)
-        sentences, numbers = [], []
+        sentences, types, numbers = [], [], []
+        typed = any(examples.types is not None for examples in self.examples.values())
         for examples, drawn in zip(self.examples.values(), chosen, strict=True):
-            sentences.append([examples.sentence(n) for n in sentence_numbers(examples, drawn)])
+            mine = sentence_numbers(examples, drawn)
+            sentences.append([examples.sentence(n) for n in mine])
+            types.append(examples.types_of(mine))
             numbers.append(slot_numbers(examples, len(drawn), self.order.batch_size))
         if self.mixed:
             sentences = [list(itertools.chain.from_iterable(sentences))]
+            types = [list(itertools.chain.from_iterable(types))]
             numbers = [np.concatenate([n + t * slots for t, n in enumerate(numbers)])]
             slots *= len(chosen)
         shape = packing.fitting(self.shapes, [list(map(len, part)) for part in sentences])
         packs = [
-            packing.fill(part, index, slots, shape)
-            for part, index in zip(sentences, numbers, strict=True)
+            packing.fill(part, index, slots, shape, types=kinds if typed else None)
+            for part, kinds, index in zip(sentences, types, numbers, strict=True)
         ]
-        inputs = packs[0] if self.mixed else PackedTokens(*map(np.stack, zip(*packs, strict=True)))
+        inputs = packs[0] if self.mixed else jax.tree.map(lambda *x: np.stack(x), *packs)
         return Batch(inputs, *targets(self, chosen))
 
 

@@ -463,7 +463,8 @@ def read_head(folder: Path, family: Family) -> dict[str, np.ndarray]:
     Returns:
       Tensors by their names without `bert.`, e.g. `pooler.dense.weight`, float32.
     """
-    modules = tuple(f"{name}." for name in (family.classifier or {}).values())
+    named = family.classifier.modules.values() if family.classifier else ()
+    modules = tuple(f"{name}." for name in named)
     return {
         _canonical(key): tensor
         for path in weight_files(folder)

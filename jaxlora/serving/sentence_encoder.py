@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlora.data import packing
-from jaxlora.data.tokenized import Examples, tokenize, truncating
+from jaxlora.data.tokenized import Examples, tokenize, truncating, unlabelled
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import Adapter, LoraConfig
@@ -129,9 +128,7 @@ class SentenceEncoder:
     def _examples(self, texts: Sequence[str]) -> Examples:
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise UserError("encode: give a list of strings, or what pack() made of them")
-        tokens, offsets, cut = tokenize(self._truncating, texts)
-        nothing = np.full(len(texts), np.nan, np.float32)
-        return Examples(nothing.astype(str), tokens, offsets, nothing, 1, cut)
+        return unlabelled(tokenize(self._truncating, texts))
 
     def _row_length(self, examples: Examples) -> int:
         longest = int(examples.lengths.max(initial=LEAST_LENGTH))
