@@ -40,7 +40,7 @@ _WRAPPER = re.compile(
 )
 _REPLACED = ".original_module."  # what the tensors under modules_to_save stand for
 # What follows any encoder in transformers: whatever it is, the vectors are the same.
-_HEADS = ("pooler", "classifier", "score", "qa_outputs", "cls")
+_HEADS = ("pooler", "classifier", "pre_classifier", "score", "qa_outputs", "cls")
 _POOLER = ("pooler", "dense")
 
 

@@ -132,9 +132,11 @@ def _tokenizer_config(
     base: Pretrained, special: dict[str, str], max_length: int | None
 ) -> dict[str, Any]:
     # The class that takes tokenizer.json as it is.
-    rest: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if not families.of(base.config).token_types:
-        rest["model_input_names"] = ["input_ids", "attention_mask"]
+    types = ["token_type_ids"] * families.of(base.config).token_types
+    rest = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", *types, "attention_mask"],
+    }
     return rest | special | {"model_max_length": max_length or base.config.max_length}
 
 

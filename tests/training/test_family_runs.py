@@ -48,7 +48,7 @@ def test_a_run_overfits_and_its_adapter_goes_to_peft_and_back(base, tmp_path):
     found = [answer.label for answer in predictor([("own", text) for text in texts])]
     assert np.mean([a == b for a, b in zip(found, labels, strict=True)]) >= 0.9
 
-    bank.add(tmp_path / "bank", bank.load_any(tmp_path / "run"), ["own"])
+    bank.add(tmp_path / "bank", bank.load(tmp_path / "run"), ["own"])
     export_peft.save(tmp_path / "peft", bank.load(tmp_path / "bank"), "own")
     bank.add(tmp_path / "again", export_peft.load(tmp_path / "peft", "own"), ["own"])
     back = jaxlora.load(tmp_path / "again")
