@@ -26,6 +26,7 @@ from jaxlora.nn.bert import param_shapes
 from jaxlora.serving import bank as banks
 from jaxlora.serving import export_merged as merged
 from jaxlora.serving import export_peft as exchange
+from jaxlora.serving import import_model as whole_models
 from jaxlora.serving import manifest
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.serving.predictor import Predictor
@@ -235,6 +236,7 @@ def import_peft(
     pooling: Pooling | None = None,
     adapter: str | None = None,
     classes: tuple[str, ...] = (),
+    pair: bool = False,
     encoder_only: bool = False,
     update: bool = False,
 ) -> None:
@@ -255,6 +257,7 @@ def import_peft(
       pooling: likewise of a new bank; default: cls for a sequence classifier, else mean.
       adapter: which of several named adapters in the folder.
       classes: names of a classifier's classes; default: the base's id2label, or numbers.
+      pair: the classifier was trained on pairs of texts, which it reads together.
       encoder_only: leave out the classifier.
       update: replace the task of that name.
     """
@@ -266,13 +269,43 @@ def import_peft(
         whole = not encoder_only and exchange.classifies(folder)
         like = _like(bank, base, base_sha256, pooling, whole)
     trained = exchange.load(
-        folder, name, like, base, any_base=any_base, encoder_only=encoder_only, classes=classes
-    )
+        folder, name, like, base, any_base=any_base, encoder_only=encoder_only, classes=classes,
+        pair=pair,
+    )  # fmt: skip
     _check_given(trained, base_sha256, pooling)
     banks.add(bank, trained, [name], replace=update)
     say(f"{bank}: {'updated' if update else 'added'} {name}")
     if left_out := trained.models[name].facts.left_out:
         say(f"left out, since the vectors do not depend on it: {', '.join(left_out)}")
+
+
+def import_model(
+    model: Name,
+    /,
+    bank: Path,
+    name: Annotated[str, tyro.conf.arg(name="as")],
+    classes: tuple[str, ...] = (),
+    pair: bool = False,
+    update: bool = False,
+) -> None:
+    """Put a whole model of others into a bank: a sequence classifier or a sentence encoder.
+
+    The base of a new bank is the model itself. In a bank of another base with the same shape and
+    tokenizer the task keeps the model's whole encoder. Cross-encoders read pairs together.
+
+    Args:
+      model: a folder or hub id of transformers or sentence-transformers.
+      bank: the bank.
+      name: what to call its task there.
+      classes: names of a classifier's classes; default: its id2label, or numbers.
+      pair: its classifier reads two texts together.
+      update: replace the task of that name.
+    """
+    check_name(name, "--as")
+    like = banks.load(bank) if manifest.exist(files.local(bank)) else None
+    trained = whole_models.load(model, name, like, classes=classes, pair=pair)
+    banks.add(bank, trained, [name], replace=update)
+    say(f"{bank}: {'updated' if update else 'added'} {name}")
 
 
 def _check_given(trained: TaskModels, base_sha256: str | None, pooling: str | None) -> None:
@@ -407,7 +440,9 @@ GROUPS = {
     "export": Commands(
         "Write a task for other programs.", {"merged": export_merged, "peft": export_peft}
     ),
-    "import": Commands("Take over a task from other programs.", {"peft": import_peft}),
+    "import": Commands(
+        "Take over a task from other programs.", {"peft": import_peft, "model": import_model}
+    ),
 }
 ALONE: dict[str, Callable[..., None]] = {
     "predict": predict,

@@ -36,6 +36,7 @@ class Source(NamedTuple):
       model: the folder whose weights have the rest of the head, and whose config.json has the
         names of classes.
       remedy: what can be done if it cannot be read.
+      problem: its `problem_type`; None: as config.json says.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Source(NamedTuple):
     parts: HeadParts
     model: Path
     remedy: str
+    problem: str | None = None
 
     @property
     def about(self) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def _task(
     """
     outputs, about = head["out"]["bias"].size, source.about
     usual = "regression" if outputs == 1 else "single_label_classification"
-    problem = about.get("problem_type") or usual
+    problem = source.problem or about.get("problem_type") or usual
     kind = _KINDS.get((problem, outputs == 1)) if isinstance(problem, str) else None
     if kind is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Pairs that are read together: as transformers reads them, packed, trained, served and exported."""
+"""Pairs that are read together: as transformers does, packed, trained, served and exported."""
 
 import dataclasses
 import itertools
@@ -395,8 +395,9 @@ def test_requests_to_all_kinds_of_tasks_in_one_call(tiny):
     )
     predictor = jaxlora.Predictor(tiny, trained)
     requests = [
-        ("sts", "ban", "cen dan"), ("para", "ban cen", "dan"), ("sst", "ban"), ("joint", "fen", "la"),
-        ("para", "dan", "ban cen"), ("joint", "ban " * 30, "la " * 30), ("sts", "dan fen", "gan len"),
+        ("sts", "ban", "cen dan"), ("para", "ban cen", "dan"), ("sst", "ban"),
+        ("joint", "fen", "la"), ("para", "dan", "ban cen"), ("joint", "ban " * 30, "la " * 30),
+        ("sts", "dan fen", "gan len"),
     ]  # fmt: skip
     for request, answer in zip(requests, predictor(requests), strict=True):
         (alone,) = predictor([request])
