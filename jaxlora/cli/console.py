@@ -11,12 +11,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )  # fmt: skip
 from rich.table import Table
 from rich.text import Text
 
+from jaxlora.cli.terminal import say
 from jaxlora.data.task_files import TaskSpec
 from jaxlora.formats.huggingface import MINILM
 from jaxlora.tasks.sharing import VARIANTS, Variant
@@ -62,44 +64,50 @@ class ConsoleCallback:
             TextColumn("left  {task.fields[note]}"),
             console=console,
         )
-        self._task = self._bar.add_task("starting", note="", visible=False)
+        self._start: TaskID | None = None
+        self._bars: dict[str, TaskID] = {}
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """While this lasts, the bar is on the screen."""
+        """While this lasts, the bars are on the screen."""
         with self._bar:
             yield
 
     def summary(self, summary: RunSummary) -> None:
         """Say what the run will do."""
         self._console.print(summary_table(summary))
-        self._bar.update(self._task, description="preparing order and packing", visible=True)
+        self._start = self._bar.add_task("preparing order and packing", note="")
 
     def group(self, name: str, start: int, steps: int) -> None:
         """A new bar for a group; the first step compiles."""
-        self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(name, total=steps, completed=start, note="compiling …")
+        if self._start is not None:
+            self._bar.remove_task(self._start)
+            self._start = None
+        note = "compiling …"
+        self._bars[name] = self._bar.add_task(name, total=steps, completed=start, note=note)
 
     def record(self, record: dict[str, Any]) -> None:
         """Move the bar; print evaluations above it."""
         if record["kind"] == "train":
             losses = " ".join(f"{v:.3f}" for v in record["loss"].values())
             note = f"{record['steps_per_second']:.2f} steps/s  loss {losses}"
-            self._bar.update(self._task, completed=record["step"], note=note)
+            self._bar.update(self._bars[record["group"]], completed=record["step"], note=note)
             return
         scores = "  ".join(f"{k} {v:.4f}" for k, v in record["dev"].items())
         self._console.print(
             f"{record['group']} step {record['step']}: dev {scores}  mean {record['score']:.4f}"
         )
 
+    def done(self, name: str, why: str) -> None:
+        """Tick the group's bar off, and say why it ended."""
+        bar = self._bars[name]
+        self._bar.update(bar, description=f"✓ {name}", note="")
+        self._bar.stop_task(bar)
+        self._console.print(Text(f"{name} ended: {why}"))
+
     def note(self, text: str) -> None:
-        """Print it above the bar."""
-        say(self._console, text)
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is, however long its paths are."""
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+        """Print it above the bars."""
+        say(text, self._console)
 
 
 def summary_table(summary: RunSummary) -> Table:

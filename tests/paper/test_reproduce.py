@@ -91,7 +91,7 @@ def test_every_study_resolves_and_its_command_gives_its_flags(preset, name):
 
 def test_the_demo_takes_one_epoch_unless_told_otherwise():
     assert reproduce.Flags().given() == {"preset": "demo", "epochs": 1}
-    assert reproduce.Flags(epochs=3).given()["epochs"] == 3
+    assert reproduce.Flags(shared=reproduce.SharedFlags(epochs=3)).given()["epochs"] == 3
     assert "epochs" not in reproduce.Flags(preset="cs224n").given()
 
 
@@ -159,9 +159,10 @@ def test_some_at_a_time_and_a_failing_one_stops_no_other(quick, tmp_path):
 
 
 SAVING = """
-import signal, sys, time
+import os, signal, sys, time
 def save(number, frame):
-    open(sys.argv[1], "w").write("saved")
+    open(sys.argv[1] + ".part", "w").write("saved")
+    os.rename(sys.argv[1] + ".part", sys.argv[1])  # whole when it is seen
     if {again}: signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(60)
     sys.exit(143)
 signal.signal(signal.SIGTERM, save)
@@ -392,7 +393,9 @@ def test_a_folder_holds_one_preset_and_one_set_of_flags(call, stub, tmp_path, ca
 
 def test_extras_leave_out_what_means_nothing_to_the_built_in_data():
     demo = reproduce.chosen(reproduce.Flags(extras=True))
-    real = reproduce.chosen(reproduce.Flags("cs224n", Path("x"), extras=True))
+    real = reproduce.chosen(
+        reproduce.Flags("cs224n", reproduce.SharedFlags(data_dir="x"), extras=True)
+    )
     assert real == list(studies.STUDIES)
     assert set(real) - set(demo) == {"synthetic"}
     assert reproduce.chosen(reproduce.Flags()) == list(VARIANTS)
@@ -401,16 +404,18 @@ def test_extras_leave_out_what_means_nothing_to_the_built_in_data():
     ]  # fmt: skip
 
 
-def test_how_far_a_run_is(make, tmp_path):
-    study = studies.STUDIES["lora1"]
-    run = runs.Run(study, study.asked(), make("lora1"), tmp_path, {"sst": 5, "para": 7, "sts": 4})
+@pytest.mark.parametrize(("variant", "three", "two"), [("lora1", 9, 6), ("baseline4", 3, 7)])
+def test_how_far_a_run_is(make, tmp_path, variant, three, two):
+    """Adapters of all groups take their steps together, whole encoders one after another."""
+    study, steps = studies.STUDIES[variant], {"sst": 5, "para": 7, "sts": 4}
+    run = runs.Run(study, study.asked(), make(variant), tmp_path, steps)
     assert run.done() == 0 and run.total == 16
     run.out.mkdir(parents=True)
     log = run.out / "metrics.jsonl"
     log.write_text('{"group": "sst", "step": 3}\n{"group": "para", "st')
-    assert run.done() == 3
+    assert run.done() == three
     log.write_text('{"group": "sst", "step": 5}\n' * 2000 + '{"group": "para", "step": 2}\n')
-    assert run.done() == 7
+    assert run.done() == two
     log.write_text("")
     assert run.done() == 0
     (run.out / "result.json").write_text("{}")
