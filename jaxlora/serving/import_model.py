@@ -57,14 +57,14 @@ def load(
     model = huggingface.absolute(model)
     base = huggingface.load(model)
     folder = huggingface.find(model)
-    modules = _modules(folder)
+    modules = read_modules(folder)
     if (folder / SETFIT).exists():
         raise UserError(
             f"{folder / SETFIT}: the head of a SetFit model is a pickle, which can run code, and "
             f"is not opened; {_REMEDY}"
         )
     sentences = any(kind == "Pooling" for kind, _ in modules)
-    pooling = _pooling(folder, modules) if sentences else "cls"
+    pooling = read_pooling(folder, modules) if sentences else "cls"
     _check_settings(folder)
     there = (
         _new(base, model, pooling, folder)
@@ -123,7 +123,7 @@ def _activation(folder: Path) -> str | None:
     return found if found is None else str(found).rpartition(".")[2]
 
 
-def _modules(folder: Path) -> list[tuple[str, str]]:
+def read_modules(folder: Path) -> list[tuple[str, str]]:
     """Return the modules of a sentence-transformers folder: class and folder; `[]` for any other.
 
     Raises:
@@ -144,7 +144,12 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _pooling(folder: Path, modules: Sequence[tuple[str, str]]) -> Pooling:
+def read_pooling(folder: Path, modules: Sequence[tuple[str, str]]) -> Pooling:
+    """Return how the module Pooling makes a vector of a text.
+
+    Raises:
+      UserError: for a pooling that is neither cls nor mean.
+    """
     place = next(path for kind, path in modules if kind == "Pooling")
     if Path(place).name != place:
         raise UserError(f"{folder / MODULES}: the module Pooling is not in a folder beside it")

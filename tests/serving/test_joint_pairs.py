@@ -223,22 +223,22 @@ def test_a_step_encodes_what_serving_encodes(make, variant):
     data = inputs.load_data(settings, base)
     assert [data[n]["train"].sentences for n in ("sst", "para", "sts")] == [1, 1, 2]
     assert data["para"]["train"].types is not None and data["sts"]["train"].types is None
-    group = task_group.make_task_group(
-        settings, base, data, settings.groups[0], make_mesh("data=1")
-    )
-    assert len(group.tasks) == (1 if variant == "baseline1" else 3)
-    step, state = group.train_step, group.state
-    encode = step.adaptation.encode_tasks(step.encode, len(group.tasks))
-    batch, drawn = group.batches[0], group.batches.order.at(0)
-    found, _ = encode(group.frozen, state.trainable, batch.inputs, jax.random.key(0))
-    size = batch.labels.shape[1]
-    for t, task in enumerate(group.tasks):
-        wanted = group.vectors(state.trainable, task.name, "train")
-        for k in range(task.sentences):
-            np.testing.assert_allclose(
-                found[t, k * size : k * size + len(drawn[t])],
-                wanted[drawn[t] * task.sentences + k], rtol=0, atol=1e-5,
-            )  # fmt: skip
+    made = task_group.make_cohort(settings, base, data, settings.groups, make_mesh("data=1"))
+    step, states = made.train_step, made.states
+    encode = step.adaptation.encode_tasks(step.encode, [len(g.tasks) for g in made.groups])
+    batch, drawn = made.batches[0], made.batches.order.at(0)
+    trees = [states[group.name].trainable for group in made.groups]
+    found, _ = encode(made.frozen, trees, batch.inputs, jax.random.key(0))
+    size, rows = batch.labels.shape[1], zip(found, drawn, strict=True)
+    for tree, group in zip(trees, made.groups, strict=True):
+        for task in group.tasks:
+            vectors, numbers = next(rows)
+            wanted = made.vectors(tree, task.name, "train")
+            for k in range(task.sentences):
+                np.testing.assert_allclose(
+                    vectors[k * size : k * size + len(numbers)],
+                    wanted[numbers * task.sentences + k], rtol=0, atol=1e-5,
+                )  # fmt: skip
 
 
 def write_pairs(folder):
