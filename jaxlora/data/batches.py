@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxlora.data import packing
@@ -172,7 +171,7 @@ class PackedBatches:
             packing.fill(part, index, slots, shape, types=kinds if typed else None)
             for part, kinds, index in zip(sentences, types, numbers, strict=True)
         ]
-        inputs = packs[0] if self.mixed else jax.tree.map(lambda *x: np.stack(x), *packs)
+        inputs = packs[0] if self.mixed else packing.stack(packs)
         return Batch(inputs, *targets(self, chosen))
 
 

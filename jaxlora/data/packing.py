@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxlora.nn.encode import PackedTokens
@@ -158,6 +159,12 @@ def fill(
         cls_index[slot] = row * shape.length + start
         kinds[row, span] = kind
     return PackedTokens(tokens, positions, segment_ids, cls_index, None if types is None else kinds)
+
+
+def stack(packs: Sequence[PackedTokens]) -> PackedTokens:
+    """Stack rows of one shape along a new first axis."""
+    stacked: PackedTokens = jax.tree.map(lambda *x: np.stack(x), *packs)
+    return stacked
 
 
 def row_lengths(max_length: int) -> tuple[int, ...]:

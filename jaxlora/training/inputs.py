@@ -71,7 +71,9 @@ def fit_to_base(settings: Settings) -> Settings:
         settings = dataclasses.replace(settings, lora=families.localise(settings.lora, config))
     if classify and settings.model.pooling != "cls":
         raise ConfigError(
-            "pooling", "a head 'classifier' reads the first token's vector; use cls", "mean"
+            "pooling",
+            "a head 'classifier' reads the first token's vector; use cls",
+            settings.model.pooling,
         )
     specs = tuple(_with_head(spec, families.of(config)) for spec in settings.tasks)
     return dataclasses.replace(settings, tasks=specs)

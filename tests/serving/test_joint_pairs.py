@@ -270,6 +270,27 @@ def finished(request, tmp_path_factory):
     return folder
 
 
+def test_a_classifier_head_is_the_familys(tmp_path):
+    """Named by the base before the run; refused where there is none, or the vector is another."""
+    tasks = write_pairs(tmp_path)
+    for family, head in (("roberta", "pooler"), ("electra", "dense_gelu"), ("modernbert", None)):
+        family_bases.save(tmp_path / family, family)
+        given = {"tasks": tasks, "base": str(tmp_path / family)}
+        settings = make_settings("lora1", pooling="cls", **given)
+        if head is None:
+            with pytest.raises(ConfigError, match=r"\[own\] head: the classifier of a ModernBert"):
+                inputs.fit_to_base(settings)
+            continue
+        fitted = inputs.fit_to_base(settings)
+        assert fitted.named["own"].head == head and inputs.fit_to_base(fitted) == fitted
+        with pytest.raises(ConfigError, match="`pooling` mean: a head 'classifier' reads"):
+            inputs.fit_to_base(make_settings("lora1", **given))
+    with pytest.raises(UserError, match=r"head: 'classifier' reads one vector"):
+        make_settings("lora1", tasks=(*tasks, "own.pair=separate"))
+    with pytest.raises(UserError, match=r"pair: goes with two text columns"):
+        make_settings("lora1", tasks=(*tasks, "own.text=first"))
+
+
 def rows_of(folder):
     lines = (folder / "train.csv").read_text().splitlines()[1:]
     *pairs, labels = zip(*(line.split(",") for line in lines), strict=True)
