@@ -24,7 +24,7 @@ from jaxlora.data import packing
 from jaxlora.data.batches import Batch
 from jaxlora.formats import huggingface
 from jaxlora.nn import bert
-from jaxlora.nn.encode import Encode, PackedTokens
+from jaxlora.nn.encode import Encode
 from jaxlora.pcgrad import combine, gram, orders, project
 from jaxlora.tasks import task as tasks
 from jaxlora.tasks.sharing import VARIANTS, Adapt, Variant, group_name
@@ -70,7 +70,7 @@ def random_batch(num_tasks: int, vocabulary: int, adapt: Adapt) -> Batch:
     else:
         parts = [sentences[t * slots : (t + 1) * slots] for t in range(num_tasks)]
         rows = [packing.fill(part, range(slots), slots, SHAPE) for part in parts]
-        inputs = PackedTokens(*map(np.stack, zip(*rows, strict=True)))
+        inputs = packing.stack(rows)
     return Batch(inputs, labels, np.ones_like(labels))
 
 

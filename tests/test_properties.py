@@ -116,7 +116,7 @@ def test_a_sentence_is_kept_as_it_is(tmp_path, sentence):
     path.write_bytes(f"id\tsentence\tsentiment\r\na\t{sentence}\t3\r\n".encode())
     (row,) = cs224n.read(SST, path)
     assert row.sentence1 == sentence
-    tokens, offsets, _ = tokenize(truncating(tokenizer(), 16), [sentence])
+    tokens, offsets, *_ = tokenize(truncating(tokenizer(), 16), [sentence])
     assert (tokens[0], tokens[-1], offsets.tolist()) == (2, 3, [0, len(tokens)])
 
 
@@ -131,7 +131,9 @@ def test_a_line_of_ten_megabytes_is_refused(tmp_path):
 
 
 def test_a_sentence_of_ten_megabytes_is_cut():
-    tokens, _, truncated = tokenize(truncating(tokenizer(), 8), ["x" * 10_000_000 + " dog" * 10])
+    tokens, _, truncated, *_ = tokenize(
+        truncating(tokenizer(), 8), ["x" * 10_000_000 + " dog" * 10]
+    )
     assert (tokens.tolist(), truncated) == ([2, 1, 5, 5, 5, 5, 5, 3], 1)
 
 

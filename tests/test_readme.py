@@ -1,6 +1,8 @@
 """The README: its code runs, its figures are those of the result files, its limits are real."""
 
+import dataclasses
 import doctest
+import json
 import re
 from pathlib import Path
 
@@ -8,12 +10,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxlora.formats import families, huggingface, peft_config
 from jaxlora.nn import ops
+from jaxlora.serving import import_model
 from jaxlora.tasks.sharing import VARIANTS
+from jaxlora.tasks.task import KINDS, STS_COSINE, Task
+from jaxlora.training.presets import PAPER_GUESSES
+from jaxlora.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+JOINT = (ROOT / "tests" / "serving" / "test_joint_pairs.py").read_text(encoding="utf-8")
 BENCH = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
 
 
@@ -67,6 +75,101 @@ def test_speed_shows_the_benchmarks_in_which_the_peer_is_better():
     assert len(full) == 2
     for memory in full:
         assert f"**{float(memory):.1f}**" in shown
+
+
+# ---- what it cannot do: each line is tried
+
+
+def refuses(call, said=""):
+    with pytest.raises((UserError, ValueError), match=said):
+        call()
+
+
+def config_of(folder, **fields):
+    (folder / "config.json").write_text(json.dumps(fields))
+    return lambda: huggingface.read_config(folder / "config.json")
+
+
+def other_encoders(folder):
+    for kind in ("deberta-v2", "albert", "gpt2", "llama", "t5"):
+        refuses(config_of(folder, model_type=kind), f"model_type '{kind}' is not supported")
+    relative = {"position_embedding_type": "relative_key"}
+    refuses(config_of(folder, model_type="bert", **relative), "position_embedding_type")
+    refuses(config_of(folder, model_type="bert", quantization_config={}), "quantization_config")
+    refuses(config_of(folder, model_type="bert", is_decoder=True), "is_decoder")
+
+
+def other_heads(folder):
+    assert set(KINDS) == {"classification", "binary", "regression", "similarity"}
+    for kind in ("token_classification", "span", "multi_label"):
+        refuses(lambda kind=kind: Task("x", kind), "is not one of")
+
+
+def models_of_others(folder):
+    assert families.FAMILIES["modernbert"].classifier is None
+    listed = [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]
+    (folder / import_model.MODULES).write_text(json.dumps(listed))
+    refuses(lambda: import_model.read_modules(folder), "the module Dense is not supported")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "max"}')
+    refuses(
+        lambda: import_model.read_pooling(folder, [("Pooling", "1_Pooling")]),
+        "the pooling max is not supported",
+    )
+    for fields in ({"peft_type": "LOHA"}, {"use_dora": True}, {"bias": "all"}):
+        (folder / peft_config.CONFIG).write_text(json.dumps({"peft_type": "LORA"} | fields))
+        refuses(lambda: peft_config.read_config(folder), "is not supported; only plain LoRA and")
+
+
+def vectors_of_joint_pairs(folder):
+    refuses(lambda: dataclasses.replace(STS_COSINE, pair_encoding="joint"), "'cosine' compares")
+    (test,) = re.findall(r"^def test_a_joint_pair_has_no_vectors_of_its_own", JOINT, re.MULTILINE)
+    assert test
+
+
+def verdicts(folder):
+    assert "one seed" in section("Results")
+    test_results_decide_no_score_by_one_seed()
+
+
+def papers_numbers(folder):
+    assert re.findall(r"^- preset: (\w+)", RESULTS, re.MULTILINE) == ["cs224n"] and PAPER_GUESSES
+    assert "| paper |" not in RESULTS and PAPER_GUESSES
+    assert "--preset=cs224n" in section("Results")
+
+
+def accelerators(folder):
+    assert "on the cpu" in BENCH
+
+
+def memory(folder):
+    test_speed_shows_the_benchmarks_in_which_the_peer_is_better()
+    factors = re.findall(r"^\| baseline2 \| \d+ \| \d+ \| \d+ \| ([\d.]+) \|$", BENCH, re.MULTILINE)
+    low, high = (f"{edge(map(float, factors)):.1f}" for edge in (min, max))
+    assert f"{low} to {high} ×" in section("What it cannot do")
+
+
+TRIED = {
+    "Other encoders": other_encoders,
+    "Other heads": other_heads,
+    "Every model of others": models_of_others,
+    "Vectors of joint pairs": vectors_of_joint_pairs,
+    "Forward-mode differentiation": lambda folder: None,  # test_named_transformations_raise
+    "Verdicts from few runs": verdicts,
+    "The paper's own numbers": papers_numbers,
+    "Speed on GPUs and TPUs": accelerators,
+    "Low memory in full fine-tuning": memory,
+}
+LIMITS = re.findall(r"^- \*\*(.*?)\*\*", section("What it cannot do"), re.MULTILINE)
+
+
+def test_each_limit_is_tried():
+    assert list(TRIED) == LIMITS
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_is_real(name, tmp_path):
+    TRIED[name](tmp_path)
 
 
 @pytest.mark.parametrize("name", re.findall(r"`jax\.(\w+)`", section("What it cannot do")))

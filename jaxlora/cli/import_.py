@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from jaxlora.cli.terminal import Folder, say
+from jaxlora.cli.terminal import Folder, Name, say
 from jaxlora.data.task_files import check_name
 from jaxlora.formats import huggingface
 from jaxlora.formats import peft as peft_files
 from jaxlora.formats.huggingface import absolute
 from jaxlora.serving import bank as banks
 from jaxlora.serving import export_peft as exchange
-from jaxlora.serving import manifest
+from jaxlora.serving import import_model, manifest
 from jaxlora.serving.task_models import Pooling, TaskModels
 from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
@@ -32,6 +32,7 @@ def peft(
     pooling: Pooling | None = None,
     adapter: str | None = None,
     classes: tuple[str, ...] = (),
+    pair: bool = False,
     encoder_only: bool = False,
     update: bool = False,
 ) -> None:
@@ -52,6 +53,7 @@ def peft(
       pooling: likewise of a new bank; default: cls for a sequence classifier, else mean.
       adapter: which of several named adapters in the folder.
       classes: names of a classifier's classes; default: the base's id2label, or numbers.
+      pair: the classifier was trained on pairs of texts, which it reads together.
       encoder_only: leave out the classifier.
       update: replace the task of that name.
     """
@@ -63,13 +65,43 @@ def peft(
         whole = not encoder_only and exchange.classifies(folder)
         like = _like(bank, base, base_sha256, pooling, whole)
     trained = exchange.load(
-        folder, name, like, base, any_base=any_base, encoder_only=encoder_only, classes=classes
-    )
+        folder, name, like, base, any_base=any_base, encoder_only=encoder_only, classes=classes,
+        pair=pair,
+    )  # fmt: skip
     _check_given(trained, base_sha256, pooling)
     banks.add(bank, trained, [name], replace=update)
     say(f"{bank}: {'updated' if update else 'added'} {name}")
     if left_out := trained.models[name].facts.left_out:
         say(f"left out, since the vectors do not depend on it: {', '.join(left_out)}")
+
+
+def model(
+    model: Name,
+    /,
+    bank: Path,
+    name: Annotated[str, tyro.conf.arg(name="as")],
+    classes: tuple[str, ...] = (),
+    pair: bool = False,
+    update: bool = False,
+) -> None:
+    """Put a whole model of others into a bank: a sequence classifier or a sentence encoder.
+
+    The base of a new bank is the model itself. In a bank of another base with the same shape and
+    tokenizer the task keeps the model's whole encoder. Cross-encoders read pairs together.
+
+    Args:
+      model: a folder or hub id of transformers or sentence-transformers.
+      bank: the bank.
+      name: what to call its task there.
+      classes: names of a classifier's classes; default: its id2label, or numbers.
+      pair: its classifier reads two texts together.
+      update: replace the task of that name.
+    """
+    check_name(name, "--as")
+    like = banks.load(bank) if manifest.exist(files.local(bank)) else None
+    trained = import_model.load(model, name, like, classes=classes, pair=pair)
+    banks.add(bank, trained, [name], replace=update)
+    say(f"{bank}: {'updated' if update else 'added'} {name}")
 
 
 def _check_given(trained: TaskModels, base_sha256: str | None, pooling: str | None) -> None:
@@ -100,7 +132,7 @@ def _like(
     )  # fmt: skip
 
 
-COMMANDS = {"peft": peft}
+COMMANDS: dict[str, Callable[..., None]] = {"peft": peft, "model": model}
 
 
 def main(words: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ COMMANDS = {
     "bank": Command("jaxlora.cli.bank", "list, add, update, remove, show, verify tasks of a bank"),
     "combine": Command("jaxlora.cli.combine", "add a task whose adapter is a weighted sum"),
     "export": Command("jaxlora.cli.export", "write a task for other programs: merged, peft"),
-    "import": Command("jaxlora.cli.import_", "take over a task from other programs: peft"),
+    "import": Command("jaxlora.cli.import_", "take over a task from other programs: peft, model"),
     "cost": Command("jaxlora.cli.cost", "show what a train step will cost"),
 }
 

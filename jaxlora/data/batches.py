@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxlora.data import packing
 from jaxlora.data.tokenized import Examples
-from jaxlora.nn.encode import PackedTokens
 from jaxlora.utils.extras import explained
 
 if TYPE_CHECKING:
@@ -170,6 +169,32 @@ def _stream_seed(seed: int, name: str) -> int:
     return int(np.random.SeedSequence([seed, *name.encode()]).generate_state(1)[0])
 
 
+class _Sentences(NamedTuple):
+    """The sentences of a batch: tokens, token types, and the slot of each."""
+
+    tokens: list[np.ndarray]
+    types: list[Any]
+    slots: np.ndarray
+
+
+def _sentences(examples: Examples, drawn: np.ndarray, batch_size: int) -> _Sentences:
+    numbers = sentence_numbers(examples, drawn)
+    return _Sentences(
+        [examples.sentence(n) for n in numbers],
+        examples.types_of(numbers),
+        slot_numbers(examples, len(drawn), batch_size),
+    )
+
+
+def _together(parts: Sequence[_Sentences], slots: int) -> _Sentences:
+    """Join the sentences of all tasks, each of which has so many slots."""
+    return _Sentences(
+        list(itertools.chain.from_iterable(part.tokens for part in parts)),
+        list(itertools.chain.from_iterable(part.types for part in parts)),
+        np.concatenate([part.slots + t * slots for t, part in enumerate(parts)]),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class PackedBatches:
     """Batches of packed rows; indexing with k gives the batch of step k.
@@ -192,22 +217,24 @@ class PackedBatches:
     def __getitem__(self, step: int) -> Batch:
         chosen = self.order.at(step)
         slots = slot_count(self.examples, self.order.batch_size)
-        sentences, numbers = [], []
-        place = packing.by_owner(owners(self.examples, chosen), self.block)
-        for examples, drawn in zip(self.examples.values(), chosen, strict=True):
-            sentences.append([examples.sentence(n) for n in sentence_numbers(examples, drawn)])
-            numbers.append(slot_numbers(examples, len(drawn), self.order.batch_size))
-        if self.mixed:
-            sentences = [list(itertools.chain.from_iterable(sentences))]
-            numbers = [np.concatenate([n + t * slots for t, n in enumerate(numbers)])]
-            slots *= len(chosen)
-        sizes = [list(map(len, part)) for part in sentences]
-        shape = packing.fitting(self.shapes, sizes, place)
-        packs = [
-            packing.fill(part, index, slots, shape, place(size, shape.length))
-            for part, index, size in zip(sentences, numbers, sizes, strict=True)
+        parts = [
+            _sentences(examples, drawn, self.order.batch_size)
+            for examples, drawn in zip(self.examples.values(), chosen, strict=True)
         ]
-        inputs = packs[0] if self.mixed else PackedTokens(*map(np.stack, zip(*packs, strict=True)))
+        if self.mixed:
+            parts, slots = [_together(parts, slots)], slots * len(parts)
+        place = packing.by_owner(owners(self.examples, chosen), self.block)
+        sizes = [list(map(len, part.tokens)) for part in parts]
+        shape = packing.fitting(self.shapes, sizes, place)
+        typed = any(examples.types is not None for examples in self.examples.values())
+        packs = [
+            packing.fill(
+                part.tokens, part.slots, slots, shape, place(size, shape.length),
+                part.types if typed else None,
+            )
+            for part, size in zip(parts, sizes, strict=True)
+        ]  # fmt: skip
+        inputs = packs[0] if self.mixed else packing.stack(packs)
         return Batch(inputs, *targets(self, chosen))
 
 

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxlora.nn.encode import PackedTokens
@@ -134,6 +135,7 @@ def fill(
     num_slots: int,
     shape: Shape,
     where: Placement | None = None,
+    types: Sequence[Any] | None = None,
 ) -> PackedTokens:
     """Pack sentences into rows of a shape.
 
@@ -143,6 +145,7 @@ def fill(
       num_slots: N; the `cls_index` of a slot without a sentence is 0.
       shape: must be large enough (see `place`).
       where: each sentence's place; None: as `place` has it.
+      types: token types of each sentence, or one number for all of its tokens; None: all are 0.
 
     Returns:
       `PackedTokens` of NumPy arrays.
@@ -154,15 +157,25 @@ def fill(
     where = where or place([len(s) for s in sentences], shape.length)
     if where.rows > shape.rows:
         raise ValueError(f"{where.rows} rows needed, {shape.rows} given")
-    tokens, positions, segment_ids = np.zeros((3, *shape), np.int32)
+    tokens, positions, segment_ids, kinds = np.zeros((4, *shape), np.int32)
     cls_index = np.zeros(num_slots, np.int32)
-    for sentence, slot, row, start in zip(sentences, slots, where.row, where.start, strict=True):
+    each = [0] * len(sentences) if types is None else types
+    for sentence, kind, slot, row, start in zip(
+        sentences, each, slots, where.row, where.start, strict=True
+    ):
         span = slice(start, start + len(sentence))
         tokens[row, span] = sentence
         positions[row, span] = np.arange(len(sentence))
         segment_ids[row, span] = slot + 1
         cls_index[slot] = row * shape.length + start
-    return PackedTokens(tokens, positions, segment_ids, cls_index)
+        kinds[row, span] = kind
+    return PackedTokens(tokens, positions, segment_ids, cls_index, None if types is None else kinds)
+
+
+def stack(packs: Sequence[PackedTokens]) -> PackedTokens:
+    """Stack rows of one shape along a new first axis."""
+    stacked: PackedTokens = jax.tree.map(lambda *x: np.stack(x), *packs)
+    return stacked
 
 
 def row_lengths(max_length: int) -> tuple[int, ...]:

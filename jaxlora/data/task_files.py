@@ -8,7 +8,10 @@
     train = "topic-train.csv"          # paths as seen from the TOML file
     dev = "topic-dev.csv"
 
-`range = [low, high]` is needed by regression and similarity. Optional: `test`, `id` (a column),
+`range = [low, high]` is needed by regression and similarity. Optional: `pair` (of two
+columns: `separate`, the default, a vector for each text; `joint`, one for both, read together),
+`head` (`mlp`, the default; `classifier`, that of the base's own sequence classifiers, which reads
+the first token's vector), `test`, `id` (a column),
 `delimiter` (one character; default: detected), `quoting` (`none`: a double quote is part of the
 text, `standard`: as in any CSV; default: detected), `title`, `loss`, `metric`, `weight` (factor of
 the loss beside the group's other tasks'), and of the task's group `learning_rate`,
@@ -31,7 +34,15 @@ from pydantic import Field
 
 from jaxlora.data.quoting import Quoting
 from jaxlora.data.tables import Columns, Table
-from jaxlora.tasks.task import MADE_UP_TITLES, STS_LOSSES, KindName, Task, paper_tasks
+from jaxlora.tasks.task import (
+    MADE_UP_TITLES,
+    STS_LOSSES,
+    KindName,
+    PairEncoding,
+    Task,
+    TrainedHead,
+    paper_tasks,
+)
 from jaxlora.utils import schema
 from jaxlora.utils.errors import ConfigError, UserError
 
@@ -61,6 +72,8 @@ class TaskFields:
     train: str
     dev: str
     test: str | None = None
+    pair: PairEncoding | None = None
+    head: TrainedHead = "mlp"
     classes: ClassCount | tuple[str | int, ...] | None = None
     range: tuple[float, float] | None = None
     id: str | None = None
@@ -78,6 +91,8 @@ class TaskFields:
     def __post_init__(self) -> None:
         if len(self.columns) not in (1, 2):
             raise ValueError(f"text: name one column, or two for pairs, not {len(self.columns)}")
+        if self.pair is not None and len(self.columns) != 2:
+            raise ValueError("pair: goes with two text columns")
         scored = self.kind in ("regression", "similarity")
         if not scored and self.range is not None:
             raise ValueError("range: goes with regression and similarity; name the classes")
@@ -111,7 +126,8 @@ class TaskFields:
         low, high = self.range or (0.0, 1.0)
         return Task(
             name, self.kind, len(self.columns) == 2, low, high, self.names,
-            self.loss, self.metric, self.title,
+            self.loss, self.metric, self.title, head=self.head,
+            pair_encoding=self.pair or "separate",
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from jaxlora.utils.errors import UserError
 from jaxlora.utils.schema import encodable
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 MOST_LISTED = 10
 
@@ -61,14 +61,15 @@ class Examples:
 
     Attributes:
       ids: `object[E]`, the ids in the source, strings of any length.
-      tokens: `i32[total]`, all sentences concatenated, each `[CLS] … [SEP]`.
+      tokens: `i32[total]`, all sentences concatenated, each `[CLS] … [SEP]`; a joint pair is one.
       offsets: `i64[E * sentences + 1]`, the start of each sentence; the last is `total`.
       labels: `f32[E]`; NaN for unlabelled examples.
-      sentences: sentences per example, 1 or 2.
+      sentences: sentences per example, 1 or 2; 1 for joint pairs.
       truncated: number of sentences that were truncated.
       unlabelled: number of examples left out because they have no label.
       blank: rows left out because a sentence is blank.
       notes: notes for the user on how the file was read.
+      types: `u8[total]`, token types; None: all are 0.
     """
 
     ids: np.ndarray
@@ -80,6 +81,7 @@ class Examples:
     unlabelled: int = 0
     blank: tuple[Blank, ...] = ()
     notes: tuple[str, ...] = ()
+    types: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -91,15 +93,26 @@ class Examples:
 
     def sentence(self, number: int) -> np.ndarray:
         """Return the token ids of one sentence, `i32[length]`."""
-        return self.tokens[self.offsets[number] : self.offsets[number + 1]]
+        return self.tokens[self._span(number)]
+
+    def types_of(self, numbers: Sequence[int] | np.ndarray) -> list[Any]:
+        """Return the token types of some sentences: `u8[length]`, or 0 for all of a sentence's."""
+        types = self.types
+        return [0 if types is None else types[self._span(n)] for n in numbers]
+
+    def _span(self, number: int) -> slice:
+        return slice(self.offsets[number], self.offsets[number + 1])
 
     def take(self, numbers: np.ndarray) -> Examples:
         """Select examples by number, `i64[n]`; for single-sentence tasks only."""
         if self.sentences != 1:
             raise ValueError("take() needs examples of one sentence")
-        tokens = [self.sentence(n) for n in numbers]
+        tokens, types = [self.sentence(n) for n in numbers], self.types_of(numbers)
         offsets = np.concatenate([[0], np.cumsum([len(t) for t in tokens])])
-        return Examples(self.ids[numbers], np.concatenate(tokens), offsets, self.labels[numbers], 1)
+        return Examples(
+            self.ids[numbers], np.concatenate(tokens), offsets, self.labels[numbers], 1,
+            types=None if self.types is None else np.concatenate(types),
+        )  # fmt: skip
 
     def join(self, other: Examples) -> Examples:
         """Concatenate these examples and `other`, which must have as many sentences each."""
@@ -115,6 +128,7 @@ class Examples:
             self.unlabelled + other.unlabelled,
             self.blank + other.blank,
             self.notes + other.notes,
+            _joined_types([self, other]),
         )
 
     @property
@@ -123,9 +137,18 @@ class Examples:
         return bool(np.all(~np.isnan(self.labels)))
 
 
+def _joined_types(parts: Sequence[Examples]) -> np.ndarray | None:
+    """Concatenate token types; None if all are 0."""
+    if all(part.types is None for part in parts):
+        return None
+    return np.concatenate(
+        [np.zeros_like(p.tokens, np.uint8) if p.types is None else p.types for p in parts]
+    )
+
+
 SPLITS = ("train", "dev", "test")
 # Increase this when `tokenize` or the layout of the cache file changes.
-FORMAT = "3"
+FORMAT = "4"
 # Encodings take much memory, so they are converted to arrays in chunks of this size.
 _CHUNK = 10_000
 # Errors that reading a damaged or incomplete .npz file may raise; zipfile has separate ones for
@@ -159,7 +182,7 @@ def load_examples(
       UserError: if the source is invalid.
     """
     content = sources.fingerprint(task, source, location)
-    key = json.dumps([FORMAT, content, tokenizer_key, max_length])
+    key = json.dumps([FORMAT, content, tokenizer_key, max_length, _template(task, tokenizer)])
     name = f"{task.name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     path = cache / "tokens" / name
     found = _restore(path)
@@ -182,6 +205,14 @@ def load_examples(
     return splits
 
 
+def _template(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return what the tokenizer puts around joint pairs; its key covers single sentences only."""
+    if not task.joint:
+        return []
+    pair = tokenizer.encode("a", "b")
+    return [pair.ids, pair.type_ids]
+
+
 def _left_out(examples: Examples) -> str:
     blank = list_blank(examples.blank) if examples.blank else "no blank rows"
     return f"there are {examples.unlabelled:,} rows without a label and {blank}."
@@ -192,7 +223,8 @@ def truncating(tokenizer: Tokenizer, max_length: int) -> Tokenizer:
 
     Args:
       tokenizer: a fast tokenizer; its own truncation and padding are not changed.
-      max_length: longer sentences lose their last words and keep `[CLS]` and `[SEP]`.
+      max_length: longer sentences lose their last words and keep `[CLS]` and `[SEP]`; of a joint
+        pair the longer sentence loses its last words first.
     """
     copy = type(tokenizer).from_str(tokenizer.to_str())
     copy.no_padding()
@@ -200,29 +232,96 @@ def truncating(tokenizer: Tokenizer, max_length: int) -> Tokenizer:
     return copy
 
 
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
+class Tokenized(NamedTuple):
+    """Sentences, or joint pairs, as token ids.
+
+    Attributes:
+      tokens: `i32[total]`, all of them concatenated.
+      offsets: `i64[n + 1]`, where each starts; the last is `total`.
+      truncated: how many were truncated.
+      empty: numbers of those of which a text has no token of its own.
+      types: `u8[total]`, token types; None: all are 0.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    truncated: int
+    empty: list[int]
+    types: np.ndarray | None
+
+
+def unlabelled(made: Tokenized) -> Examples:
+    """Return sentences, or joint pairs, as examples of one sentence without ids and labels."""
+    nothing = np.full(len(made.offsets) - 1, np.nan, np.float32)
+    return Examples(
+        nothing.astype(str), made.tokens, made.offsets, nothing, 1, made.truncated,
+        types=made.types,
+    )  # fmt: skip
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, ...]]) -> Tokenized:
     """Tokenize sentences into one array of token ids.
 
     Args:
       tokenizer: from `truncating`.
-      texts: the sentences.
-
-    Returns:
-      `(tokens i32[total], offsets i64[len(texts) + 1], number of truncated sentences)`.
+      texts: the sentences; two in a tuple become one sequence, as the tokenizer joins pairs.
 
     Raises:
-      UserError: if a sentence contains a lone surrogate, which is not a character.
+      UserError: if a sentence contains a lone surrogate, which is not a character; if the tokenizer
+        cannot join pairs, or its maximum length leaves no room for two sentences.
     """
-    for text in texts:
-        if not encodable(text):
-            raise UserError(f"{ascii(text)[:60]}: is not Unicode text; remove the lone surrogates")
-    parts, lengths, truncated = [np.zeros(0, np.int32)], [0], 0
+    paired = any(isinstance(text, tuple) for text in texts)
+    if paired:
+        _check_template(tokenizer)
+    _check_encodable(texts)
+    parts, types, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [0]
+    truncated, empty = 0, []
     for start in range(0, len(texts), _CHUNK):
-        for encoding in tokenizer.encode_batch(list(texts[start : start + _CHUNK])):
+        chunk = list(texts[start : start + _CHUNK])
+        for text, encoding in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
+            if _has_empty(text, encoding):
+                empty.append(len(lengths) - 1)
             parts.append(np.array(encoding.ids, np.int32))
             lengths.append(len(encoding.ids))
             truncated += bool(encoding.overflowing)
-    return np.concatenate(parts), np.cumsum(lengths, dtype=np.int64), truncated
+            if paired:
+                types.append(np.array(encoding.type_ids, np.uint8))
+    kinds = np.concatenate(types)
+    return Tokenized(
+        np.concatenate(parts), np.cumsum(lengths, dtype=np.int64), truncated, empty,
+        kinds if kinds.any() else None,
+    )  # fmt: skip
+
+
+def _check_encodable(texts: Iterable[str | tuple[str, ...]]) -> None:
+    for text in texts:
+        for part in (text,) if isinstance(text, str) else text:
+            if not encodable(part):
+                shown = ascii(part)[:60]
+                raise UserError(f"{shown}: is not Unicode text; remove the lone surrogates")
+
+
+def _check_template(tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that puts nothing between the sentences of a pair, or has no room."""
+    special = tokenizer.num_special_tokens_to_add(is_pair=True)
+    if special < 3:
+        raise UserError(
+            "the base's tokenizer has no template for pairs, such as [CLS] a [SEP] b [SEP], so "
+            "they cannot be read together; read them separately"
+        )
+    most = (tokenizer.truncation or {"max_length": special + 2})["max_length"]
+    if most < special + 2:  # tokenizers would cut nothing, or leave only one sentence
+        raise UserError(
+            f"max_length {most}: joint pairs need at least {special + 2}, since the tokenizer adds "
+            f"{special} special tokens"
+        )
+
+
+def _has_empty(text: str | tuple[str, ...], encoding: Encoding) -> bool:
+    """Return whether the tokenizer dropped every character of a text, or of one of a pair."""
+    if isinstance(text, str):
+        return len(encoding.ids) <= 2  # [CLS] and [SEP] alone
+    return not {0, 1} <= set(encoding.sequence_ids)
 
 
 def _examples(
@@ -239,19 +338,16 @@ def _examples(
     while True:
         found = [n for n in range(len(rows)) if n not in blank]
         kept = [n for n in found if not (labelled and math.isnan(rows[n].label))]
-        texts = [text for n in kept for text in sentences(rows[n], task).values()]
-        tokens, offsets, truncated = tokenize(cut, texts)
-        # Two tokens are [CLS] and [SEP] alone: the tokenizer dropped every character.
-        shortest = np.diff(offsets).reshape(len(kept), task.sentences).min(1, initial=max_length)
-        empty = {kept[n] for n in np.flatnonzero(shortest <= 2)}
-        if not empty:
+        texts = [tuple(sentences(rows[n], task).values()) for n in kept]
+        made = tokenize(cut, [one for example in texts for one in task.encoded(example)])
+        if not made.empty:
             break
-        blank |= empty
+        blank |= {kept[n // task.sentences] for n in made.empty}
     return Examples(
-        _strings(rows[n].id for n in kept), tokens, offsets,
-        np.array([rows[n].label for n in kept], np.float32), task.sentences, truncated,
+        _strings(rows[n].id for n in kept), made.tokens, made.offsets,
+        np.array([rows[n].label for n in kept], np.float32), task.sentences, made.truncated,
         unlabelled=len(found) - len(kept),
-        blank=tuple(Blank(n, rows[n].line, rows[n].id) for n in sorted(blank)),
+        blank=tuple(Blank(n, rows[n].line, rows[n].id) for n in sorted(blank)), types=made.types,
     )  # fmt: skip
 
 
@@ -288,7 +384,9 @@ def _restore(path: Path) -> dict[str, Examples] | None:
 
 
 def _to_array(value: Any) -> Any:
-    """Encode tuples and arrays of strings as JSON bytes, which need no pickle; keep numbers."""
+    """Encode tuples and arrays of strings as JSON bytes, which need no pickle; None as nothing."""
+    if value is None:
+        return np.zeros(0, np.uint8)
     if isinstance(value, np.ndarray) and value.dtype == object:
         value = value.tolist()
     if not isinstance(value, list | tuple):
@@ -302,6 +400,7 @@ def _from_json(array: np.ndarray) -> Any:
 
 
 def _split(arrays: Mapping[str, np.ndarray], split: str) -> Examples:
+    types = arrays[f"{split}.types"]
     return Examples(
         ids=_strings(_from_json(arrays[f"{split}.ids"])),
         tokens=arrays[f"{split}.tokens"],
@@ -312,4 +411,5 @@ def _split(arrays: Mapping[str, np.ndarray], split: str) -> Examples:
         unlabelled=int(arrays[f"{split}.unlabelled"]),
         blank=tuple(Blank(*row) for row in _from_json(arrays[f"{split}.blank"])),
         notes=tuple(_from_json(arrays[f"{split}.notes"])),
+        types=types if len(types) else None,
     )

@@ -18,11 +18,26 @@ import jax
 from jaxlora import lora
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import ACTIVATIONS, BertConfig, EncoderConfig, param_shapes
+from jaxlora.nn.heads import HeadName
 from jaxlora.nn.modernbert import GLOBAL, LOCAL, ModernBertConfig
 from jaxlora.utils import trees
 from jaxlora.utils.errors import UserError
 
 Raw = dict[str, Any]
+
+
+class Classifier(NamedTuple):
+    """A family's sequence classifier: a head with one hidden layer on the first token's vector.
+
+    Attributes:
+      head: the head's kind.
+      modules: its layers → the classifier's modules.
+    """
+
+    head: HeadName
+    modules: Mapping[str, str]
+
+
 _LEAVES = {"kernel": "weight", "scale": "weight"}
 
 
@@ -49,8 +64,7 @@ class Family:
       heads: modules around its encoder, besides those that any may have.
       pooler: whether its class has a pooling layer, unless told otherwise.
       token_types: whether its class takes token types.
-      classifier: modules of its sequence classifier that are a `pooler` head's two layers, tanh
-        between them, by ours; None: it is none of that kind.
+      classifier: what its sequence classifier puts on the encoder; None: no such head.
       roles: BERT's modules → its own, so that `LoraConfig`'s defaults mean something.
     """
 
@@ -71,7 +85,7 @@ class Family:
     heads: tuple[str, ...] = ()
     pooler: bool = False
     token_types: bool = False
-    classifier: Mapping[str, str] | None = None
+    classifier: Classifier | None = None
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -92,6 +106,10 @@ class Family:
             **{field: v for field, v in ONLY.items() if field not in self.read_fields},
             **self.only,
         }
+
+    def classifies(self, head: str) -> bool:
+        """Return whether a kind of head is that of its sequence classifier."""
+        return self.classifier is not None and self.classifier.head == head
 
     @property
     def left_out(self) -> re.Pattern[str]:
@@ -115,8 +133,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
 
 # Heads of transformers' Bert classes, and of others around them.
 _HEADS = ("cls", "classifier", "pre_classifier", "score", "qa_outputs", "lm_head", "crf")
-_POOLER = {"pooler": "pooler.dense", "out": "classifier"}
-_CLASSIFIER = {"pooler": "classifier.dense", "out": "classifier.out_proj"}
+_POOLER = Classifier("pooler", {"pooler": "pooler.dense", "out": "classifier"})
+_CLASSIFIER = Classifier("pooler", {"pooler": "classifier.dense", "out": "classifier.out_proj"})
 
 
 def _upgrade_modernbert(raw: Raw) -> Raw:
@@ -177,6 +195,9 @@ FAMILIES: dict[str, Family] = {
             "sequence_summary",
         ),
         token_types=True,
+        classifier=Classifier(
+            "dense_gelu", {"dense": "classifier.dense", "out": "classifier.out_proj"}
+        ),
     ),
     "distilbert": Family(
         "DistilBertModel",
@@ -203,6 +224,7 @@ FAMILIES: dict[str, Family] = {
             "output.LayerNorm": "output_layer_norm",
         },
         heads=("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+        classifier=Classifier("dense_relu", {"dense": "pre_classifier", "out": "classifier"}),
     ),
     "mpnet": Family(
         "MPNetModel",

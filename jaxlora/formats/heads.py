@@ -9,6 +9,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+from jaxlora.formats.families import Family
 from jaxlora.formats.huggingface import read_safetensors
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import Tree
@@ -29,6 +30,23 @@ def write(folder: Path, head: Tree) -> None:
         for path, leaf in traverse_util.flatten_dict(head).items()
     }
     save_file(tensors, folder / HEAD, metadata={"format": "pt"})
+
+
+def classifier_tensors(head: Tree, family: Family) -> dict[str, np.ndarray]:
+    """Return a head's tensors under their names in the family's sequence classifier.
+
+    Args:
+      head: of the kind of `family.classifier`.
+      family: the base's.
+    """
+    found = {}
+    for ours, theirs in family.classifier.modules.items() if family.classifier else ():
+        # A BERT's pooler belongs to the encoder's class.
+        name = f"{family.prefix}.{theirs}" if theirs.startswith("pooler.") else theirs
+        for leaf, torch_leaf in _TORCH.items():
+            tensor = np.asarray(head[ours][leaf], np.float32).T
+            found[f"{name}.{torch_leaf}"] = np.ascontiguousarray(tensor)
+    return found
 
 
 def read(folder: Path, like: Tree) -> Tree:

@@ -71,6 +71,7 @@ _OF_HEADS = (
     "problem_type", "tie_word_embeddings", "tie_encoder_decoder", "tie_last_hidden_states",
     "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
     "pooler_size_per_head", "pooler_type", "task_specific_params",
+    "sbert_ce_default_activation_function",
 )  # fmt: skip
 # Of training, precision and how a result is computed or returned; their origin:
 _OF_USE = (
@@ -463,7 +464,8 @@ def read_head(folder: Path, family: Family) -> dict[str, np.ndarray]:
     Returns:
       Tensors by their names without `bert.`, e.g. `pooler.dense.weight`, float32.
     """
-    modules = tuple(f"{name}." for name in (family.classifier or {}).values())
+    named = family.classifier.modules.values() if family.classifier else ()
+    modules = tuple(f"{name}." for name in named)
     return {
         _canonical(key): tensor
         for path in weight_files(folder)

@@ -19,7 +19,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from jaxlora import lora
-from jaxlora.formats import families
+from jaxlora.formats import families, heads
 from jaxlora.formats.families import Family
 from jaxlora.formats.huggingface import local_folder, read_safetensors, split_revision
 from jaxlora.formats.peft_config import CONFIG, MERGE, SEQUENCE_CLASSIFIER, PeftConfig, read_config
@@ -40,7 +40,7 @@ _WRAPPER = re.compile(
 )
 _REPLACED = ".original_module."  # what the tensors under modules_to_save stand for
 # What follows any encoder in transformers: whatever it is, the vectors are the same.
-_HEADS = ("pooler", "classifier", "score", "qa_outputs", "cls")
+_HEADS = ("pooler", "classifier", "pre_classifier", "score", "qa_outputs", "cls")
 _POOLER = ("pooler", "dense")
 
 
@@ -77,8 +77,8 @@ def write(
     """Write as `save` does, into a folder that is there already.
 
     Args:
-      head: `{"pooler": …, "out": …}` of a family whose sequence classifier is of that kind, which
-        PEFT then reads with the adapter.
+      head: of the kind of the family's sequence classifier, e.g. `{"pooler": …, "out": …}`; PEFT
+        then reads it with the adapter.
     """
     factors = traverse_util.flatten_dict(adapter)
     _check_fit(factors, config, encoder)
@@ -109,13 +109,10 @@ def _with_head(
     """Return the tensors as a sequence classifier names them, with its head, and its modules."""
     inside = f"model.model.{family.prefix}."
     found = {key.replace("model.model.", inside, 1): x for key, x in tensors.items()}
-    modules = family.classifier or {}
-    for ours, theirs in modules.items():
-        weight = np.asarray(head[ours]["kernel"], np.float32).T
-        name = f"{family.prefix}.{theirs}" if theirs.startswith("pooler.") else theirs
-        found[f"base_model.model.{name}.weight"] = np.ascontiguousarray(weight)
-        found[f"base_model.model.{name}.bias"] = np.asarray(head[ours]["bias"], np.float32)
-    return found, list(dict.fromkeys(name.partition(".")[0] for name in modules.values()))
+    tensors_of_head = heads.classifier_tensors(head, family)
+    found |= {f"base_model.model.{name}": tensor for name, tensor in tensors_of_head.items()}
+    modules = (name.removeprefix(f"{family.prefix}.") for name in tensors_of_head)
+    return found, list(dict.fromkeys(name.partition(".")[0] for name in modules))
 
 
 def _check_fit(

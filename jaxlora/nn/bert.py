@@ -245,20 +245,24 @@ class Layer(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Word + position + token type (if any: always 0, one sentence at a time), normalised."""
+    """Word + position + token type (if the family has any), normalised."""
 
     config: BertConfig
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, train: bool) -> jax.Array:
-        """`tokens, positions: i32[R, S]` → `f32[R, S, embedding_size]`."""
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, types: jax.Array | None, train: bool
+    ) -> jax.Array:
+        """`tokens, positions, types: i32[R, S]` → `f32[R, S, embedding_size]`."""
         c = self.config
         if c.padding_idx >= 0:
             positions = ops.positions_after(tokens, positions, c.padding_idx)
         x = self._table("word_embeddings", c.vocab_size)[tokens]
         x = x + self._table("position_embeddings", c.max_position_embeddings)[positions]
         if c.type_vocab_size:
-            x = x + self._table("token_type_embeddings", c.type_vocab_size)[0][None, None]
+            table = self._table("token_type_embeddings", c.type_vocab_size)
+            given = types is not None and c.type_vocab_size > 1
+            x = x + (table[types] if given else table[0][None, None])
         x = layer_norm(c)(x)
         return dropout(self, x, c.hidden_dropout_prob, train)
 
@@ -289,6 +293,7 @@ class Encoder(nn.Module):
         segment_ids: jax.Array,
         train: bool = False,
         route: Route | None = None,
+        types: jax.Array | None = None,
     ) -> jax.Array:
         """Encode rows into which several sentences are packed.
 
@@ -300,13 +305,14 @@ class Encoder(nn.Module):
           train: apply dropout (needs a `dropout` rng).
           route: which of T adapters each token uses (leaves of `lora` are `[L, T, ...]` then);
             None for one adapter (`[L, ...]`), or none.
+          types: `i32[R, S]`, token types; None: all are 0.
 
         Returns:
           `f32[R, S, H]`, the last layer.
         """
         c, rest = self.config, (self.dtype, self.lora)
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        x = Embeddings(c, name="embeddings")(tokens, positions, train)
+        x = Embeddings(c, name="embeddings")(tokens, positions, types, train)
         if c.embedding_size not in (None, c.hidden_size):
             x = Dense(c.hidden_size, *rest, name="embeddings_project")(x, route, train)
         layers = scan_layers(Layer, c, (nn.broadcast,) * 3)(c, *rest, train, name="layers")

@@ -18,19 +18,21 @@ from jaxlora.utils.trees import Tree
 
 
 class PackedTokens(NamedTuple):
-    """Packed sentences.
+    """Packed sentences; a pair that is read together is one of them.
 
     Attributes:
       tokens: `i32[R, S]`.
       positions: `i32[R, S]`, counted from 0 within each sentence.
       segment_ids: `i32[R, S]`, `n + 1` for the tokens of sentence n, 0 for padding.
       cls_index: `i32[N]`, where sentence n starts in the flattened rows.
+      types: `i32[R, S]`, token types, for families that have any; None: all are 0.
     """
 
     tokens: Any
     positions: Any
     segment_ids: Any
     cls_index: Any
+    types: Any = None
 
 
 class Encode(Protocol):
@@ -75,6 +77,7 @@ def encoder(
                 rows.segment_ids,
                 key is not None,
                 route,
+                rows.types,
                 rngs=None if key is None else {"dropout": key},
             )
         )

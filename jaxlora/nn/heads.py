@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlora.nn.ops import precision_of
+from jaxlora.nn import ops
 
-_EXACT = precision_of(jnp.float32)
+HeadName = Literal["mlp", "pooler", "dense_relu", "dense_gelu", "classifier"]
+_EXACT = ops.precision_of(jnp.float32)
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "tanh": nn.tanh,
+    "gelu": ops.gelu,
+}
 
 
 def pair_vector(u: jax.Array, v: jax.Array, kind: str) -> jax.Array:
@@ -42,14 +51,14 @@ class Head(nn.Module):
     """Linear → activation → Dropout → Linear, in float32.
 
     With ReLU it is the paper's; with tanh and the name `pooler` it is a BERT's pooler
-    and classifier.
+    and classifier. Those of other families differ in the activation alone.
 
     Attributes:
       hidden: width of the hidden layer.
       outputs: number of outputs; 1 is squeezed away.
       dropout: probability of zeroing a hidden unit in training.
       first: name of the first layer.
-      activation: what follows it, by its name in `flax.linen`.
+      activation: what follows it, see `ACTIVATIONS`.
     """
 
     hidden: int
@@ -62,7 +71,7 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """`f32[B, F]` → `f32[B, outputs]`, or `f32[B]` for one output."""
         x = nn.Dense(self.hidden, precision=_EXACT, name=self.first)(x)
-        x = getattr(nn, self.activation)(x)
+        x = ACTIVATIONS[self.activation](x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         y = nn.Dense(self.outputs, precision=_EXACT, name="out")(x)
         return y[..., 0] if self.outputs == 1 else y

@@ -174,8 +174,10 @@ class Encoder(nn.Module):
         segment_ids: jax.Array,
         train: bool = False,
         route: Route | None = None,
+        types: jax.Array | None = None,
     ) -> jax.Array:
         """Encode rows into which several sentences are packed; see `bert.Encoder`."""
+        del types  # ModernBERT has none
         c = self.config
         x = Embeddings(c, name="embeddings")(tokens, train)
         local = jnp.array([kind == LOCAL for kind in c.layer_types])

@@ -9,8 +9,8 @@ Folders bear the checksum of what they hold and are never written again. A chang
 first, then the manifest in one rename, then removes what no task uses any more: killed at any
 moment, the bank holds the old state or the new one.
 
-A finished run keeps what it trained as a bank, too, in its folder `model`; only there an encoder
-may be a whole fine-tuned one.
+A finished run keeps what it trained as a bank, too, in its folder `model`; only there a trained
+encoder may be a whole one. An imported encoder may be whole in any bank.
 """
 
 from __future__ import annotations
@@ -362,7 +362,7 @@ def _commit(folder: Path, manifest: Manifest) -> None:
 def _check_tree(source: TaskModels, name: str) -> None:
     one = source.models[name]
     tree = source.trees[one.tree]
-    if "params" in tree:
+    if "params" in tree and one.facts.imported_from is None:
         raise UserError(f"{source.origin}: {name} is a fully fine-tuned BERT; banks keep adapters")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((tree, one.head))):
         raise UserError(f"{source.origin}: {name} has numbers that are not finite; nothing is kept")
@@ -380,7 +380,9 @@ def _check_names(folder: Path, manifest: Manifest, names: Sequence[str], replace
 
 
 def _check_fits(folder: Path, manifest: Manifest, source: TaskModels) -> None:
-    if None in manifest.adapters.values():
+    whole = {name for name, config in manifest.adapters.items() if config is None}
+    entries = manifest.tasks.values()
+    if any(one.adapter in whole and one.facts.imported_from is None for one in entries):
         raise UserError(f"{folder}: keeps the whole encoders of a run; name another bank")
     if other := manifest.fingerprint.differing(source.fingerprint):
         raise UserError(

@@ -1,13 +1,13 @@
 """A task as a Hugging Face folder: its merged encoder, its head, and the code that applies both.
 
-Who gets the folder needs transformers and torch, or sentence-transformers, and nothing of ours.
+Who gets the folder needs transformers and torch, or sentence-transformers, and nothing of ours. A
+head of the kind that the base's family has itself makes a sequence classifier of it, which is a
+cross-encoder if the task reads pairs together.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,11 @@ from safetensors.numpy import save_file
 from jaxlora import lora
 from jaxlora.formats import families, heads, huggingface
 from jaxlora.formats.families import Family
-from jaxlora.formats.heads import HEAD
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.nn.bert import BertConfig
-from jaxlora.serving.task_models import TaskModel, TaskModels
-from jaxlora.tasks.task import HEADS, SPAN, Task
+from jaxlora.serving.export_readme import readme
+from jaxlora.serving.task_models import TaskModels
+from jaxlora.tasks.task import Task
 from jaxlora.utils.files import atomic_dir, read_object, write_json, write_text
 from jaxlora.utils.trees import Tree
 
@@ -31,7 +31,11 @@ README = "README.md"
 
 
 def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -> None:
-    """Write a task for `AutoModel.from_pretrained` and `SentenceTransformer`.
+    """Write a task for transformers and sentence-transformers.
+
+    With the family's own kind of head it is for `AutoModelForSequenceClassification`, else for
+    `AutoModel`. sentence-transformers reads it as a `SentenceTransformer`, or, if the task reads
+    pairs together, as a `CrossEncoder` with such a head and not at all without.
 
     Args:
       folder: new or empty; written atomically.
@@ -42,19 +46,30 @@ def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -
     Raises:
       UserError: if the folder is not empty.
     """
-    model = trained.find(name)
+    model, family = trained.find(name), families.of(base.config)
+    classifies = family.classifies(model.task.head)
     tensors = huggingface.export(encoder_params(base, trained, name), base.config)
+    if classifies:
+        tensors = {f"{family.prefix}.{key}": tensor for key, tensor in tensors.items()}
+        tensors |= heads.classifier_tensors(model.head, family)
     special = special_tokens(base)
     with atomic_dir(folder) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        write_json(temporary / "config.json", _config(base, special["pad_token"]))
+        write_json(
+            temporary / "config.json",
+            _config(base, special["pad_token"])
+            | (_labels(model.task, family) if classifies else {}),
+        )
         write_text(temporary / "tokenizer.json", base.tokenizer.to_str())
-        write_json(temporary / "tokenizer_config.json", _tokenizer_config(base, special))
+        about = _tokenizer_config(base, special, trained.max_length if model.task.joint else None)
+        write_json(temporary / "tokenizer_config.json", about)
         write_json(temporary / "special_tokens_map.json", special)
-        for file, value in _sentence_transformers(base, trained).items():
-            write_json(temporary / file, value)
-        heads.write(temporary, model.head)
-        write_text(temporary / README, readme(trained, model, families.of(base.config)))
+        if not model.task.joint:  # whose vectors are those of pairs
+            for file, value in _sentence_transformers(base, trained).items():
+                write_json(temporary / file, value)
+        if not classifies:
+            heads.write(temporary, model.head)
+        write_text(temporary / README, readme(trained, model, family))
 
 
 def encoder_params(base: Pretrained, trained: TaskModels, name: str) -> Tree:
@@ -93,12 +108,36 @@ def _config(base: Pretrained, padding: str) -> dict[str, Any]:
     return about | {"dtype": "float32"} | kept | padded
 
 
-def _tokenizer_config(base: Pretrained, special: dict[str, str]) -> dict[str, Any]:
+def _labels(task: Task, family: Family) -> dict[str, Any]:
+    """Return what a sequence classifier's config.json says of its outputs."""
+    names = task.classes if task.loss == "cross_entropy" else task.classes[1:] or ("score",)
+    problem = {
+        "cross_entropy": "single_label_classification",
+        "binary_cross_entropy": "multi_label_classification",  # of one label: yes or no
+    }.get(task.loss, "regression")
+    found: dict[str, Any] = {
+        "architectures": [f"{family.model.removesuffix('Model')}ForSequenceClassification"],
+        "problem_type": problem,
+        "id2label": {str(n): name for n, name in enumerate(names)},
+        "label2id": {name: n for n, name in enumerate(names)},
+    }
+    if task.joint:  # what a CrossEncoder applies to the outputs
+        yes_or_no = task.loss == "binary_cross_entropy"
+        applied = "activation.Sigmoid" if yes_or_no else "linear.Identity"
+        found["sentence_transformers"] = {"activation_fn": f"torch.nn.modules.{applied}"}
+    return found
+
+
+def _tokenizer_config(
+    base: Pretrained, special: dict[str, str], max_length: int | None
+) -> dict[str, Any]:
     # The class that takes tokenizer.json as it is.
-    rest: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if not families.of(base.config).token_types:
-        rest["model_input_names"] = ["input_ids", "attention_mask"]
-    return rest | special | {"model_max_length": base.config.max_length}
+    types = ["token_type_ids"] * families.of(base.config).token_types
+    rest = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", *types, "attention_mask"],
+    }
+    return rest | special | {"model_max_length": max_length or base.config.max_length}
 
 
 # ---- special tokens
@@ -148,114 +187,3 @@ def _declared(folder: Path) -> dict[str, str]:
                 if field.endswith("_token") and isinstance(token, str):
                     found[field] = token
     return found
-
-
-# ---- the code that applies it
-
-_POOL = {
-    "cls": "return hidden[:, 0]",
-    "mean": 'mask = batch["attention_mask"].unsqueeze(-1)\n'
-    "return (hidden * mask).sum(1) / mask.sum(1)",
-}
-_PAIR = {"concat": "u, v", "interaction": "u, v, (u - v).abs(), u * v"}
-
-
-def readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
-    """The folder's README: what it holds, and Python code that applies it."""
-    task, last = model.task, "\n\n\n"
-    base = _code(_base_name(trained.base))
-    merged = ", its adapter merged into the weights" if "lora" in trained.trees[model.tree] else ""
-    code = [_imports(bool(task.outputs), family), _encode(trained), _predict(model)]
-    no_pooler = "It has no pooling layer: load it with `add_pooling_layer=False`. "
-    example = '("A dog runs.", "A dog is running.")' if task.pair else '"A lovely film."'
-    code.append(f"print(predict([{example}]))\n")
-    takes = "pairs of sentences" if task.pair else "sentences"
-    classes = ", ".join(f"{n}: {_plain(name)}" for n, name in enumerate(task.classes))
-    span = f", {task.low:g} to {task.high:g}" if HEADS[task.head].scaled else ""
-    gives = f"classes ({classes})" if task.integer else f"scores{span}"
-    return (
-        f"# {_plain(task.title)}\n\nA {family.model} trained from `{base}` with jaxlora"
-        f"{merged}. {no_pooler * family.pooler}"
-        f"`predict` takes {takes} and gives {gives}.\n\n"
-        f"```python\n{last.join(code)}```\n"
-    )
-
-
-def _base_name(base: str) -> str:
-    """A base as others may know it: of a local folder its name alone."""
-    if base == huggingface.MINILM:
-        return huggingface.MINILM_HUB
-    return Path(base).name if Path(base).is_absolute() else base
-
-
-def _plain(text: str) -> str:
-    """Names of others' as one line of Markdown that means only itself.
-
-    Sites make links and mentions after Markdown's escapes are gone: a space of no width hinders it.
-    """
-    escaped = re.sub(r"([\\`*_\[\]<>#~&])", r"\\\1", text)
-    return " ".join(re.sub(r"(?i)@|:(?=//)|www(?=\.)", "\\g<0>\u200b", escaped).split())
-
-
-def _code(text: str) -> str:
-    """Likewise, between backticks."""
-    return " ".join(text.replace("`", "'").split())
-
-
-def _imports(head: bool, family: Family) -> str:
-    options = ", add_pooling_layer=False" * family.pooler
-    lines = [
-        "import torch",
-        "from safetensors.torch import load_file" if head else "",
-        "from transformers import AutoModel, AutoTokenizer\n",
-        'folder = "."  # this one',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f"model = AutoModel.from_pretrained(folder{options}).eval()",
-        f'head = load_file(f"{{folder}}/{HEAD}")' if head else "",
-    ]
-    return "\n".join(line for line in lines if line)
-
-
-def _encode(trained: TaskModels) -> str:
-    return _function(
-        "encode(sentences)",
-        "batch = tokenizer(\n"
-        f"    sentences, padding=True, truncation=True, max_length={trained.max_length},\n"
-        '    return_tensors="pt",\n'
-        ")\n"
-        "hidden = model(**batch).last_hidden_state\n" + _POOL[trained.pooling],
-    )
-
-
-def _predict(model: TaskModel) -> str:
-    task = model.task
-    lines = ["x = encode(list(examples))"]
-    if task.pair:
-        lines = ["u, v = (encode(list(sentences)) for sentences in zip(*examples))"]
-    if task.pair and task.outputs:
-        lines.append(f"x = torch.cat([{_PAIR[model.pair_features]}], -1)")
-    if task.outputs:
-        kind = HEADS[task.head]
-        layer = f'x @ head["{kind.first}.weight"].T + head["{kind.first}.bias"]'
-        lines.append(f"x = torch.{kind.activation}({layer})")
-        lines.append('x = x @ head["out.weight"].T + head["out.bias"]')
-    else:
-        lines.append("x = torch.nn.functional.cosine_similarity(u, v)")
-    return _function("predict(examples)", "\n".join([*lines, f"return {_decode(task)}"]))
-
-
-def _decode(task: Task) -> str:
-    """`Task.decode` in torch."""
-    if task.loss == "cross_entropy":
-        return "x.argmax(-1)"
-    if task.loss == "binary_cross_entropy":
-        return "(x[:, 0] > 0).long()"
-    if not HEADS[task.head].scaled:
-        return "x[:, 0]"
-    width = task.high - task.low
-    score = f"{width} * x" if task.loss == "cosine" else f"{width / SPAN} * x[:, 0]"
-    return f"({task.low} + {score}).clamp({task.low}, {task.high})"
-
-
-def _function(signature: str, body: str) -> str:
-    return f"@torch.no_grad()\ndef {signature}:\n{textwrap.indent(body, '    ')}"

@@ -7,16 +7,15 @@ PEFT reads `adapter_config.json` and `adapter_model.safetensors` and nothing els
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from jaxlora.formats import families, huggingface, peft, peft_config
 from jaxlora.formats import heads as head_files
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import LoraConfig
+from jaxlora.serving import classifier
+from jaxlora.serving.classifier import Source
 from jaxlora.serving.task_models import (
     BaseSpec,
     Facts,
@@ -32,6 +31,7 @@ from jaxlora.utils.files import atomic_dir, read_object, write_json
 from jaxlora.utils.trees import Tree
 
 ABOUT = "jaxlora.json"
+_ALONE = "take the encoder's adapter alone with `encoder_only=True`"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,7 @@ def save(folder: str | Path, trained: TaskModels, name: str) -> None:
         **trained.base_spec(), task=model.task, pair_features=model.pair_features, facts=model.facts
     )
     encoder = families.config_like(trained.fingerprint.model_type, adapter)
-    known = families.of(encoder).classifier and model.task.head == "pooler"
-    head = model.head if known else None
+    head = model.head if families.of(encoder).classifies(model.task.head) else None
     with atomic_dir(folder) as temporary:
         peft.write(temporary, adapter, trained.configs[model.tree], hub, encoder, head)
         head_files.write(temporary, model.head)
@@ -102,6 +101,7 @@ def load(
     any_base: bool = False,
     encoder_only: bool = False,
     classes: Sequence[str] = (),
+    pair: bool = False,
 ) -> TaskModels:
     """Read a task from a PEFT folder.
 
@@ -118,6 +118,7 @@ def load(
       encoder_only: leave out the classifier, and what `save` wrote beside the adapter.
       classes: names of the classifier's classes; default: the base's `id2label` if it has as many,
         else their numbers.
+      pair: whether the classifier was trained on pairs of texts, which it reads together.
 
     Raises:
       UserError: naming the file and what is missing, broken, or cannot be honoured.
@@ -126,7 +127,7 @@ def load(
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     if described(folder) and not encoder_only:
-        _refuse_classes(folder, classes)
+        classifier.refuse_names(folder, classes, pair)
         return _load_ours(folder, name, base)
     if like is None:
         raise UserError(f"{folder}: has no {ABOUT} to say its base; name one with `base`")
@@ -138,9 +139,10 @@ def load(
     found = peft.read(folder, there.config)
     facts = Facts(imported_from=str(folder))
     if written.classifies and not encoder_only:
-        model = _classifier(folder, name, found.head, there, like, classes)
+        source = Source(folder, there, found.head, huggingface.find(there.name), _ALONE)
+        model = classifier.read(source, name, like, classes, pair)
     else:
-        _refuse_classes(folder, classes)
+        classifier.refuse_names(folder, classes, pair)
         model = _similarity(folder, name, found, encoder_only)
         facts = dataclasses.replace(facts, left_out=found.head.modules)
     model = dataclasses.replace(model, facts=facts)
@@ -176,135 +178,16 @@ def _one(
     )  # fmt: skip
 
 
-def _refuse_classes(folder: Path, classes: Sequence[str]) -> None:
-    if classes:
-        raise UserError(f"{folder}: `classes` goes with a classifier that others trained")
-
-
 def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: bool) -> TaskModel:
     """A task without a head; a pooler alone is left out, since nothing reads it."""
     rest = [module for module in found.head.modules if not module.startswith("pooler")]
     if rest and not encoder_only:
         raise UserError(
             f"{folder / peft_config.CONFIG}: task_type {found.written.task_type!r}, with a trained "
-            f"{', '.join(rest)}: only heads of task_type 'SEQ_CLS' can be imported; take the "
-            "encoder's adapter alone with `encoder_only=True`"
+            f"{', '.join(rest)}: only heads of task_type 'SEQ_CLS' can be imported; {_ALONE}"
         )
     task = Task(name, "similarity", pair=True, title=f"similarity, {folder.name}")
     return TaskModel(task, name, {}, "concat")
-
-
-# ---- a classifier
-
-_ALONE = "take the encoder's adapter alone with `encoder_only=True`"
-
-
-def _classifier(
-    folder: Path,
-    name: str,
-    parts: peft.HeadParts,
-    base: Pretrained,
-    like: TaskModels,
-    classes: Sequence[str],
-) -> TaskModel:
-    """A task whose head is the pooler and the classifier of a `BertForSequenceClassification`."""
-    if like.pooling != "cls":
-        raise UserError(
-            f"{folder}: its classifier reads the first token's vector, and {like.origin} has "
-            f"pooling {like.pooling}; import it into a bank of its own, or {_ALONE}"
-        )
-    of_base = huggingface.find(base.name)
-    family = families.of(base.config)
-    if family.classifier is None:
-        raise UserError(
-            f"{folder}: the classifier of a {family.model} cannot be imported yet; {_ALONE}"
-        )
-    head = _head(folder, parts, huggingface.read_head(of_base, family), base)
-    try:
-        task = _classifier_task(folder, name, head["out"]["bias"].size, of_base, classes)
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}; name them with `classes`") from error
-    return TaskModel(task, name, head, "concat")
-
-
-def _head(
-    folder: Path, parts: peft.HeadParts, of_base: Mapping[str, np.ndarray], base: Pretrained
-) -> Tree:
-    path, family = folder / peft.TENSORS, families.of(base.config)
-    modules = family.classifier or {}
-    if odd := set(parts.modules) - set(modules.values()):
-        model = family.model.removesuffix("Model")
-        raise UserError(
-            f"{path}: has {', '.join(sorted(odd))}, which {model}ForSequenceClassification has "
-            f"not; {_ALONE}"
-        )
-    width = base.config.hidden_size
-    head = {ours: _linear(path, parts, of_base, theirs, width) for ours, theirs in modules.items()}
-    if head["pooler"]["bias"].size != width:
-        raise UserError(f"{path}: its pooler is not one of {base.name}, {width} wide")
-    return head
-
-
-def _linear(
-    path: Path,
-    parts: peft.HeadParts,
-    of_base: Mapping[str, np.ndarray],
-    module: str,
-    width: int,
-) -> Tree:
-    """One Linear: what was saved, else the base's, and what LoRA adds to it."""
-    names = [f"{module}.weight", f"{module}.bias"]
-    saved = [name in parts.saved for name in names]
-    if any(saved) and (not all(saved) or module in parts.changes):
-        raise UserError(f"{path}: {module} is neither wholly saved nor only adapted; {_ALONE}")
-    tensors = parts.saved if any(saved) else of_base
-    if not all(name in tensors for name in names):
-        raise UserError(f"{path}: has no {module}, which is missing in the base, too; {_ALONE}")
-    weight, bias = (tensors[name] for name in names)
-    change = parts.changes.get(module, np.zeros_like(weight))
-    if weight.shape != (bias.size, width) or change.shape != weight.shape or bias.ndim != 1:
-        raise UserError(
-            f"{path}: {module} has shapes {weight.shape}, {bias.shape} and {change.shape} for "
-            f"weight, bias and LoRA's part, where the base is {width} wide"
-        )
-    return {"kernel": np.ascontiguousarray((weight + change).T), "bias": bias}
-
-
-def _classifier_task(
-    folder: Path, name: str, outputs: int, of_base: Path, classes: Sequence[str]
-) -> Task:
-    """Return what a classifier with this many outputs does, as transformers would guess it.
-
-    Raises:
-      ValueError: if the classes' names are not this many, or not different.
-    """
-    about = read_object(of_base / "config.json")
-    problem = about.get("problem_type") or (
-        "regression" if outputs == 1 else "single_label_classification"
-    )
-    if (problem, outputs == 1) == ("regression", True):
-        _refuse_classes(folder, classes)
-        return Task(name, "regression", title=f"regression, {folder.name}", head="pooler")
-    if (problem, outputs == 1) != ("single_label_classification", False):
-        raise UserError(
-            f"{of_base / 'config.json'}: problem_type {problem!r} with {outputs} outputs has no "
-            f"kind of task here; {_ALONE}"
-        )
-    names = tuple(classes) or _labels(about.get("id2label"), outputs)
-    if not all(map(str.strip, names)):
-        raise ValueError("a class has a blank name")
-    if len(names) != outputs:
-        raise ValueError(f"{len(names)} classes are named, the classifier has {outputs}")
-    title = f"classification, {folder.name}"
-    return Task(name, "classification", classes=names, title=title, head="pooler")
-
-
-def _labels(id2label: Any, count: int) -> tuple[str, ...]:
-    """Return the base's names of this many classes; their numbers if it has others."""
-    numbers = tuple(map(str, range(count)))
-    if not isinstance(id2label, dict) or id2label.keys() != set(numbers):
-        return numbers
-    return tuple(schema.build(str, id2label[number]) for number in numbers)
 
 
 # ---- the base that an adapter was trained on

@@ -83,7 +83,8 @@ def chunks(
     for first, numbers in zip(starts, parts, strict=True):
         sentences = [examples.sentence(n) for n in numbers]
         mine = packing.Placement(where.row[numbers] - first, where.start[numbers], shape.rows)
-        rows = packing.fill(sentences, range(len(numbers)), slots, shape, mine)
+        types = None if examples.types is None else examples.types_of(numbers)
+        rows = packing.fill(sentences, range(len(numbers)), slots, shape, mine, types)
         yield numbers, rows, *([] if owner is None else [_owners(owner[numbers], rows, block)])
 
 
@@ -183,15 +184,16 @@ def _probabilities(task: Task, outputs: jax.Array) -> jax.Array:
 def untrained(task: Task, examples: Examples, vectors: np.ndarray) -> float:
     """Score what needs no training, which a trained model must beat, by the task's own metric.
 
-    Pairs of a binary task: the best threshold on the cosine of the untrained vectors (chosen on
-    these very examples, so it is generous; equal cosines are on one side). Pairs with a score: that
-    cosine, on the label's scale. Other classes: the best constant answer. A score of one sentence:
-    a constant, that is 0.
+    Separate pairs of a binary task: the best threshold on the cosine of the untrained vectors
+    (chosen on these very examples, so it is generous; equal cosines are on one side). Separate
+    pairs with a score: that cosine, on the label's scale. Other classes: the best constant answer.
+    A score of one sentence, or of a joint pair: a constant, that is 0.
     """
     labels = examples.labels
-    if task.integer and not (task.kind == "binary" and task.pair):
+    compared = task.sentences == 2
+    if task.integer and not (task.kind == "binary" and compared):
         return _best(task, [np.full(len(labels), value) for value in np.unique(labels)], labels)
-    if not task.pair:
+    if not compared:
         return task.score(np.zeros(len(labels)), labels)
     cosines = heads.cosine(jnp.asarray(vectors[::2]), jnp.asarray(vectors[1::2]))
     if not task.integer:

@@ -210,7 +210,7 @@ class Requests:
             texts[SECOND] = row[SECOND]
         blank = [name for name, text in texts.items() if is_blank(text)]
         asked = (task, *texts.values())
-        if blank and len(texts) == self.predictor.task(task).sentences:
+        if blank and len(texts) == self.predictor.task(task).texts:
             return Request(line, row["id"], asked, f"{' and '.join(blank)} blank")
         self.predictor.check(asked)
         return Request(line, row["id"], asked, "")

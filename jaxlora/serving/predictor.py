@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxlora import lora
 from jaxlora.data.raw_examples import is_blank
-from jaxlora.data.tokenized import Examples, tokenize, truncating
+from jaxlora.data.tokenized import tokenize, truncating, unlabelled
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
@@ -155,9 +155,15 @@ class Predictor:
           `f32[len(sentences), H]`.
 
         Raises:
-          UserError: for an unknown task, or what is no sentence.
+          UserError: for an unknown task, one that reads pairs together, or what is no sentence.
         """
-        checked = _check_all(self.task(task), sentences, pairs=False)
+        chosen = self.task(task)
+        if chosen.joint:
+            raise UserError(
+                f"{task} reads both sentences of a pair together, so neither has a vector of its "
+                "own; use predict, or a task whose pairs are separate"
+            )
+        checked = _check_all(chosen, sentences, pairs=False)
         if not checked:
             return np.zeros((0, self.base.config.hidden_size), np.float32)
         return self._vectors(checked)
@@ -183,13 +189,11 @@ class Predictor:
         return found
 
     def _vectors(self, checked: list[tuple[Task, tuple[str, ...]]]) -> np.ndarray:
-        """Vectors of all sentences, each through its own task's tree."""
+        """Vectors of all sentences and joint pairs, each through its own task's tree."""
         _refuse_forked()
-        texts = [text for _, parts in checked for text in parts]
-        tokens, offsets, cut = tokenize(self._tokenizer, texts)
-        nowhere = np.full(len(texts), np.nan, np.float32)
-        examples = Examples(nowhere.astype(str), tokens, offsets, nowhere, 1, cut)
-        trees = [self.trained.models[task.name].tree for task, parts in checked for _ in parts]
+        texts = [(task, text) for task, parts in checked for text in task.encoded(parts)]
+        examples = unlabelled(tokenize(self._tokenizer, [text for _, text in texts]))
+        trees = [self.trained.models[task.name].tree for task, _ in texts]
         out = np.empty((len(trees), self.base.config.hidden_size), np.float32)
         with self._lock:
             for mine, run in self._passes(trees):

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlora.data import packing
-from jaxlora.data.tokenized import Examples, tokenize, truncating
+from jaxlora.data.tokenized import Examples, tokenize, truncating, unlabelled
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import Adapter, LoraConfig
@@ -62,12 +61,16 @@ class SentenceEncoder:
         return self.base.tokenizer
 
     def pack(
-        self, texts: Sequence[str], rows: int | None = None, length: int | None = None
+        self,
+        texts: Sequence[str | tuple[str, str]],
+        rows: int | None = None,
+        length: int | None = None,
     ) -> PackedTokens:
         """Tokenise texts and pack them into rows, several to a row.
 
         Args:
-          texts: N strings; one with more tokens than `max_length` is cut.
+          texts: N strings, or tuples of two that are read together, as in `[CLS] a [SEP] b [SEP]`;
+            one with more tokens than `max_length` is cut.
           rows: R; None: as many as are needed. A fixed shape is compiled once.
           length: S; None: a power of two.
 
@@ -78,19 +81,21 @@ class SentenceEncoder:
           UserError: for what is no list of strings, or more than the rows can hold.
         """
         examples = self._examples(texts)
-        sentences = [examples.sentence(n) for n in range(len(texts))]
+        numbers = range(len(texts))
+        sentences = [examples.sentence(n) for n in numbers]
+        types = None if examples.types is None else examples.types_of(numbers)
         length = length or self._row_length(examples)
         try:
             needed = packing.place(examples.lengths, length).rows
             shape = packing.Shape(needed if rows is None else rows, length)
-            return packing.fill(sentences, range(len(texts)), len(texts), shape)
+            return packing.fill(sentences, numbers, len(texts), shape, types=types)
         except ValueError as error:
             raise UserError(f"these texts do not fit: {error}; give more rows or length") from error
 
     def encode(
         self,
         params: Tree,
-        inputs: Sequence[str] | PackedTokens,
+        inputs: Sequence[str | tuple[str, str]] | PackedTokens,
         *,
         adapter: Adapter | None = None,
         key: jax.Array | None = None,
@@ -102,7 +107,7 @@ class SentenceEncoder:
 
         Args:
           params: as `params`, trained or not.
-          inputs: N texts, or what `pack` made of them.
+          inputs: N texts, or pairs of them, or what `pack` made of them.
           adapter: an adapter and its configuration, applied beside the parameters; None: none.
           key: PRNG key of dropout; None: no dropout. Only with packed tokens.
 
@@ -126,12 +131,10 @@ class SentenceEncoder:
         program = self._compiled(config)
         return jnp.asarray(inference.encode(program, frozen, trainable, examples, length))
 
-    def _examples(self, texts: Sequence[str]) -> Examples:
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise UserError("encode: give a list of strings, or what pack() made of them")
-        tokens, offsets, cut = tokenize(self._truncating, texts)
-        nothing = np.full(len(texts), np.nan, np.float32)
-        return Examples(nothing.astype(str), tokens, offsets, nothing, 1, cut)
+    def _examples(self, texts: Sequence[str | tuple[str, str]]) -> Examples:
+        if isinstance(texts, str) or not all(map(_is_text, texts)):
+            raise UserError("encode: give a list of strings or pairs, or what pack() made of them")
+        return unlabelled(tokenize(self._truncating, texts))
 
     def _row_length(self, examples: Examples) -> int:
         longest = int(examples.lengths.max(initial=LEAST_LENGTH))
@@ -147,6 +150,12 @@ class SentenceEncoder:
     @functools.cached_property
     def _compiled(self) -> Any:
         return functools.lru_cache(8)(lambda config: make_encode(self._function(config)))
+
+
+def _is_text(text: Any) -> bool:
+    """Return whether it is a string, or a tuple of two."""
+    pair = isinstance(text, tuple) and len(text) == 2
+    return isinstance(text, str) or (pair and all(isinstance(part, str) for part in text))
 
 
 def from_pretrained(

@@ -31,7 +31,7 @@ class Facts:
       data: checksum of its examples.
       variant: of the run.
       versions: package → version, of what computed it.
-      imported_from: the PEFT folder that others wrote.
+      imported_from: the folder or model that others wrote.
       left_out: what was trained beside it and has no effect here.
       combined_from: task → weight, of the adapters that were added up.
     """

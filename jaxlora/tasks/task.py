@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.nn import heads
+from jaxlora.nn.heads import HeadName
 from jaxlora.tasks import losses, metrics
 
 KindName = Literal["classification", "binary", "regression", "similarity"]
-HeadName = Literal["mlp", "pooler"]
+TrainedHead = Literal["mlp", "classifier"]
+PairEncoding = Literal["separate", "joint"]
 
 
 class Kind(NamedTuple):
@@ -38,7 +40,7 @@ class HeadKind(NamedTuple):
 
     Attributes:
       first: name of its first layer; the second is `out`.
-      activation: the activation between them, by its name in both flax.linen and torch.
+      activation: the activation between them, see `heads.ACTIVATIONS`.
       pooling: the pooling of sentences that it requires; None: any.
       scaled: whether its scores are from 0 to `SPAN`; otherwise they are on the labels' scale.
     """
@@ -52,6 +54,10 @@ class HeadKind(NamedTuple):
 HEADS: dict[str, HeadKind] = {
     "mlp": HeadKind("hidden", "relu", None, True),
     "pooler": HeadKind("pooler", "tanh", "cls", False),  # BertForSequenceClassification's
+    "dense_relu": HeadKind("dense", "relu", "cls", False),  # DistilBERT's
+    "dense_gelu": HeadKind("dense", "gelu", "cls", False),  # ELECTRA's
+    # The base's family decides which of these; a run replaces it before it starts.
+    "classifier": HeadKind("", "", "cls", False),
 }
 LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "cross_entropy": losses.cross_entropy,
@@ -78,10 +84,12 @@ class Task:
       name: short name, used in flags, trees and file names.
       kind: see `KINDS`.
       pair: whether an example is a pair of sentences.
+      pair_encoding: `separate`, a vector for each sentence of a pair, or `joint`, one for both,
+        which the encoder reads together, as in `[CLS] a [SEP] b [SEP]`.
       low, high: the range of the labels; for classes, the first and the last number.
       classes: names of the classes, in the order of their numbers.
       loss: `cross_entropy`, `binary_cross_entropy`, `squared_error`, or `cosine`, which needs no
-        head and uses the cosine of the two vectors; default: that of the kind.
+        head and uses the cosine of the two vectors; default: the first of the kind that fits.
       metric: see `METRICS`; default: that of the kind. `f1` is the F1 score of the second of two
         classes; with more classes it is `macro_f1`.
       title: name for tables and messages; default: `name`.
@@ -105,12 +113,13 @@ class Task:
     metric: str = ""
     title: str = ""
     head: HeadName = dataclasses.field(default="mlp", kw_only=True)
+    pair_encoding: PairEncoding = dataclasses.field(default="separate", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind {self.kind!r} is not one of {', '.join(KINDS)}")
         kind, fill = KINDS[self.kind], object.__setattr__
-        fill(self, "loss", self.loss or kind.losses[0])
+        fill(self, "loss", self.loss or next(n for n in kind.losses if self._fits(n)))
         fill(self, "metric", self.metric or kind.metrics[0])
         fill(self, "title", self.title or self.name)
         if kind.integer:
@@ -124,6 +133,26 @@ class Task:
                     f"choose from {', '.join(allowed)}"
                 )
         self._check_labels()
+        self._check_pair()
+
+    def _fits(self, loss: str) -> bool:
+        return loss != "cosine" or self.pair_encoding == "separate"
+
+    def _check_pair(self) -> None:
+        if self.kind == "similarity" and not self.pair:
+            raise ValueError("a similarity task needs two sentences; name two text columns")
+        if self.pair_encoding == "joint" and not self.pair:
+            raise ValueError("pair: 'joint' reads two sentences; name two text columns")
+        if not self._fits(self.loss):
+            raise ValueError(
+                "loss: 'cosine' compares the vectors of two sentences, and a joint pair has one "
+                "vector; choose squared_error, or separate pairs"
+            )
+        if self.head != "mlp" and (self.sentences > 1 or not self.outputs):
+            raise ValueError(
+                f"head: {self.head!r} reads one vector; it fits neither separate pairs nor the "
+                "cosine loss"
+            )
 
     def _check_labels(self) -> None:
         if len(set(self.classes)) != len(self.classes):
@@ -136,12 +165,6 @@ class Task:
             raise ValueError(f"classes do not go with {self.kind}")
         if not -float("inf") < self.low < self.high < float("inf"):
             raise ValueError(f"the labels' range {self.low:g} to {self.high:g} is empty")
-        if self.kind == "similarity" and not self.pair:
-            raise ValueError("a similarity task needs two sentences; name two text columns")
-        if self.head == "pooler" and (self.pair or not self.outputs):
-            raise ValueError(
-                "the head 'pooler' reads one sentence; it fits neither pairs nor the cosine loss"
-            )
 
     @property
     def integer(self) -> bool:
@@ -208,16 +231,38 @@ class Task:
         return None
 
     @property
-    def sentences(self) -> int:
-        """Number of sentences in an example: 1 or 2."""
+    def texts(self) -> int:
+        """Number of texts in an example: 1 or 2."""
         return 2 if self.pair else 1
+
+    @property
+    def joint(self) -> bool:
+        """Whether the encoder reads both sentences of a pair together."""
+        return self.pair_encoding == "joint"
+
+    @property
+    def sentences(self) -> int:
+        """Number of vectors of an example: 2 for a pair of separate sentences, else 1."""
+        return 1 if self.joint else self.texts
+
+    def encoded(self, texts: tuple[str, ...]) -> list[str | tuple[str, ...]]:
+        """Return what the tokenizer takes of an example: each text, or a joint pair as one.
+
+        >>> PARA.encoded(("a", "b"))
+        ['a', 'b']
+        >>> dataclasses.replace(PARA, pair_encoding="joint").encoded(("a", "b"))
+        [('a', 'b')]
+        """
+        return [texts] if self.joint else list(texts)
 
     def features(self, hidden_size: int, pair_features: str) -> int:
         """Return the width of the head's input."""
-        return hidden_size * ((4 if pair_features == "interaction" else 2) if self.pair else 1)
+        if self.sentences == 1:
+            return hidden_size
+        return hidden_size * (4 if pair_features == "interaction" else 2)
 
     def head_module(self, hidden_size: int, dropout: float) -> heads.Head:
-        """Build the head; the hidden layer of pair tasks is half as wide, as in the paper."""
+        """Build the head; for two vectors its hidden layer is half as wide, as in the paper."""
         kind, width = HEADS[self.head], hidden_size // self.sentences
         return heads.Head(width, self.outputs, dropout, kind.first, kind.activation)
 
@@ -247,11 +292,11 @@ class Task:
         dropout: float = 0.0,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Apply the head to sentence vectors `u, v: f32[B, H]`; single tasks ignore `v`.
+        """Apply the head to sentence vectors `u, v: f32[B, H]`; tasks of one vector ignore `v`.
 
         Args:
           params: the head's parameters, `{}` without a head.
-          u, v: vectors of the first and the second sentence of each example.
+          u, v: vectors of the first and the second sentence of each example; u of a joint pair.
           pair_features: see `heads.pair_vector`.
           dropout: dropout rate of the head, applied if `key` is given.
           key: PRNG key for training; None: evaluation, without dropout.
@@ -259,7 +304,7 @@ class Task:
         u, v = jnp.asarray(u), jnp.asarray(v)
         if not self.outputs:
             return heads.cosine(u, v)
-        x = heads.pair_vector(u, v, pair_features) if self.pair else u
+        x = heads.pair_vector(u, v, pair_features) if self.sentences > 1 else u
         rngs = None if key is None else {"dropout": key}
         module = self.head_module(u.shape[-1], dropout)
         return jnp.asarray(module.apply({"params": params}, x, train=key is not None, rngs=rngs))

@@ -19,7 +19,7 @@ from jaxlora.data.task_files import TaskSpec, check_name
 from jaxlora.formats.huggingface import MINILM
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.sharing import VARIANTS, Adapt, Groups
-from jaxlora.tasks.task import MADE_UP, Task
+from jaxlora.tasks.task import MADE_UP, PairEncoding, Task
 from jaxlora.training.adaptation import Adaptation, cohorts, make_adaptation
 from jaxlora.utils import bounds
 from jaxlora.utils.bounds import Bound
@@ -67,6 +67,9 @@ class TaskChoice:
       only: train these of the tasks and leave the others out.
       groups: which tasks share a trainable encoder tree, e.g. "sst|para,sts"; default: the
         variant's.
+      pair_encoding: how pairs of the paper's tasks are encoded: separate, a vector for each
+        sentence, or joint, one for both, read together as in [CLS] a [SEP] b [SEP]. A task of your
+        own has `pair` for it.
       sts_weight: factor of the STS loss beside the other tasks'; the cosine loss is between 0 and
         1, so 25 brings it to the scale of the labels.
     """
@@ -74,6 +77,7 @@ class TaskChoice:
     tasks: tuple[str, ...] | None = None
     only: tuple[str, ...] | None = None
     groups: str | None = None
+    pair_encoding: PairEncoding = "separate"
     sts_weight: Annotated[float, Bound(0, open=True)] = 1.0
 
 

@@ -13,8 +13,10 @@ from jax.sharding import Mesh
 
 from jaxlora.data.batches import make_order
 from jaxlora.data.sources import Location, where
+from jaxlora.data.task_files import TaskSpec
 from jaxlora.data.tokenized import SPLITS, Examples, list_blank, load_examples
 from jaxlora.formats import families, huggingface
+from jaxlora.formats.families import Family
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.tasks.sharing import Groups, group_name
 from jaxlora.training import parameter_count
@@ -54,18 +56,41 @@ class RunSummary:
     device: str
 
 
-def name_targets(settings: Settings) -> Settings:
-    """Return the settings with the adapter's modules named as the base has them.
+def fit_to_base(settings: Settings) -> Settings:
+    """Return the settings with the adapter's modules and the classifier heads of the base's family.
 
     Raises:
-      UserError: if the base cannot be found, or its config not be read.
+      UserError: if the base cannot be found, or its config not be read; if a classifier head does
+        not go with the base or the pooling.
     """
-    if settings.adapt != "lora":
+    classify = any(task.head == "classifier" for task in settings.named.values())
+    if settings.adapt != "lora" and not classify:
         return settings
-    found = families.localise(settings.lora, huggingface.config_of(settings.model.base))
-    if found == settings.lora:
-        return settings
-    return dataclasses.replace(settings, lora=found)
+    config = huggingface.config_of(settings.model.base)
+    if settings.adapt == "lora":
+        settings = dataclasses.replace(settings, lora=families.localise(settings.lora, config))
+    if classify and settings.model.pooling != "cls":
+        raise ConfigError(
+            "pooling",
+            "a head 'classifier' reads the first token's vector; use cls",
+            settings.model.pooling,
+        )
+    specs = tuple(_with_head(spec, families.of(config)) for spec in settings.tasks)
+    return dataclasses.replace(settings, tasks=specs)
+
+
+def _with_head(spec: TaskSpec, family: Family) -> TaskSpec:
+    """Return a task whose head `classifier` is the family's."""
+    if spec.task.head != "classifier":
+        return spec
+    if family.classifier is None:
+        raise ConfigError(
+            "tasks",
+            f"[{spec.task.name}] head: the classifier of a {family.model} is not supported; leave "
+            "`head` out",
+        )
+    task = dataclasses.replace(spec.task, head=family.classifier.head)
+    return dataclasses.replace(spec, task=task)
 
 
 def check_base(settings: Settings, base: Pretrained) -> None:
@@ -140,6 +165,7 @@ def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
     for task, splits in data.items():
         parts = [splits[split] for split in SPLITS]
         arrays = [x for part in parts for x in (part.tokens, part.offsets, part.labels)]
+        arrays += [part.types for part in parts if part.types is not None]
         prints[data_of(task)] = _checksum(arrays)
     return prints
 

@@ -127,7 +127,7 @@ def make_settings(variant: VariantName, preset: PresetName = "demo", **asked: An
     asked = {field: value for field, value in asked.items() if value is not None}
     start = PRESETS[preset](chosen).change(**_implied(asked) | asked)
     bounds.check(start.choice)
-    specs = _choose_tasks(start.choice, chosen, "sts_weight" in asked)
+    specs = _choose_tasks(start.choice, chosen, asked)
     if start.data.source == "demo":
         specs = tuple(map(made_up, specs))
     names = tuple(spec.task.name for spec in specs)
@@ -167,24 +167,45 @@ def _located(start: Sections) -> dict[str, Any]:
     }
 
 
-def _choose_tasks(choice: TaskChoice, chosen: Variant, weighted: bool) -> tuple[TaskSpec, ...]:
-    known = _known_tasks(choice, chosen, weighted)
+def _choose_tasks(
+    choice: TaskChoice, chosen: Variant, asked: Mapping[str, Any]
+) -> tuple[TaskSpec, ...]:
+    known = _known_tasks(choice, chosen, asked)
     names = [spec.task.name for spec in known]
     if choice.only == ():
         raise ConfigError("only", f"name at least one of {', '.join(names)}")
     for name in choice.only or ():
         if name not in names:
             raise ConfigError("only", f"unknown task; there are {', '.join(names)}", name)
-    return tuple(spec for spec in known if choice.only is None or spec.task.name in choice.only)
+    kept = tuple(spec for spec in known if choice.only is None or spec.task.name in choice.only)
+    return kept if choice.pair_encoding == "separate" else tuple(map(_read_jointly, kept))
 
 
-def _known_tasks(choice: TaskChoice, chosen: Variant, weighted: bool) -> tuple[TaskSpec, ...]:
+def _read_jointly(spec: TaskSpec) -> TaskSpec:
+    """Return one of the paper's tasks with pairs that are read together."""
+    if not spec.task.pair:
+        return spec
+    try:
+        task = dataclasses.replace(spec.task, pair_encoding="joint")
+    except ValueError as error:
+        raise ConfigError(
+            "pair_encoding",
+            f"[{spec.task.name}] {error}, or a variant with that loss, such as lora1 or lora3",
+            "joint",
+        ) from error
+    return dataclasses.replace(spec, task=task)
+
+
+def _known_tasks(
+    choice: TaskChoice, chosen: Variant, asked: Mapping[str, Any]
+) -> tuple[TaskSpec, ...]:
     if choice.tasks is None:
         return paper_specs(chosen.sts_loss, choice.sts_weight)
     if choice.tasks == ():
         raise ConfigError("tasks", "name at least one TOML file, or values such as topic.epochs=3")
-    if weighted:
-        raise ConfigError("sts_weight", "is for the paper's tasks; set its weight in `tasks`")
+    for name, own in (("sts_weight", "weight"), ("pair_encoding", "pair")):
+        if name in asked:
+            raise ConfigError(name, f"is for the paper's tasks; set `{own}` in `tasks`")
     return read_tasks(choice.tasks)
 
 

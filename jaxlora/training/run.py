@@ -84,7 +84,7 @@ def run(
     devices = sharding.make_mesh(options.mesh)
     out = files.local(out)
     checkpoint.check_place(out)
-    settings = inputs.name_targets(settings)
+    settings = inputs.fit_to_base(settings)
     run_folder.check(out, settings.to_json(), options.resume)
     base = huggingface.load(settings.model.base, options.base_sha256)
     inputs.check_base(settings, base)

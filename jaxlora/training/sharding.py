@@ -122,7 +122,8 @@ def of_rows(mesh: Mesh, rows: PackedTokens) -> PackedTokens:
     part = replicated(mesh)
     if count % mesh.size == 0:
         part = NamedSharding(mesh, PartitionSpec(*(None,) * len(lead), AXES))
-    return PackedTokens(part, part, part, replicated(mesh))
+    types = None if rows.types is None else part
+    return PackedTokens(part, part, part, replicated(mesh), types)
 
 
 def of_batch(mesh: Mesh, batch: Batch) -> Batch:

@@ -68,7 +68,7 @@ def assert_equal(first, second):
 
 
 def test_tokenize_cuts_long_sentences_and_counts_them(tokenizer):
-    tokens, offsets, truncated = tokenize(
+    tokens, offsets, truncated, *_ = tokenize(
         truncating(tokenizer, 5), ["a b", "a b c d e", "good films"]
     )
     assert tokens.dtype == np.int32
@@ -80,7 +80,7 @@ def test_tokenize_cuts_long_sentences_and_counts_them(tokenizer):
 
 
 def test_tokenize_nothing(tokenizer):
-    tokens, offsets, truncated = tokenize(truncating(tokenizer, 8), [])
+    tokens, offsets, truncated, *_ = tokenize(truncating(tokenizer, 8), [])
     assert tokens.dtype == np.int32
     assert (len(tokens), offsets.tolist(), truncated) == (0, [0], 0)
 
@@ -97,7 +97,7 @@ def test_tokenize_leaves_the_tokenizer_alone(tokenizer):
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=9)
     before = tokenizer.to_str()
-    tokens, _, truncated = tokenize(truncating(tokenizer, 8), ["a b c", "a"])
+    tokens, _, truncated, *_ = tokenize(truncating(tokenizer, 8), ["a b c", "a"])
     assert tokenizer.to_str() == before
     assert (len(tokens), truncated) == (8, 0)
 

@@ -207,7 +207,7 @@ def test_the_ids_are_those_of_transformers(kind, tmp_path):
     texts = [*TEXTS, *random_texts()]
     assert [e.ids for e in ours.encode_batch(texts)] == theirs(texts)["input_ids"]
     for length in (5, 16):
-        tokens, offsets, _ = tokenize(truncating(ours, length), texts)
+        tokens, offsets, *_ = tokenize(truncating(ours, length), texts)
         wanted = theirs(texts, truncation=True, max_length=length)["input_ids"]
         assert [x.tolist() for x in np.split(tokens, offsets[1:-1])] == wanted
 
@@ -234,7 +234,7 @@ def test_the_ids_of_each_family_are_those_of_transformers(family, tmp_path):
     ours = base_tokenizer.load(tmp_path, 500)
     texts = [*BLANKS, *family_bases.TEXTS, *TEXTS, *random_texts()]
     assert [e.ids for e in ours.encode_batch(texts)] == theirs(texts)["input_ids"]
-    tokens, offsets, _ = tokenize(truncating(ours, 5), texts)
+    tokens, offsets, *_ = tokenize(truncating(ours, 5), texts)
     wanted = theirs(texts, truncation=True, max_length=5)["input_ids"]
     assert [x.tolist() for x in np.split(tokens, offsets[1:-1])] == wanted
     if family in ("roberta", "modernbert"):

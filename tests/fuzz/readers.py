@@ -208,7 +208,9 @@ def tokenize(value: tuple[list[str], int], scratch: Path) -> None:
     """`examples.tokenize`."""
     texts, most = value
     tokenizer = samples.tokenizer()
-    tokens, offsets, truncated = tokenized.tokenize(tokenized.truncating(tokenizer, most), texts)
+    tokens, offsets, truncated, *_ = tokenized.tokenize(
+        tokenized.truncating(tokenizer, most), texts
+    )
     assert offsets[0] == 0 and offsets[-1] == len(tokens) and len(offsets) == len(texts) + 1
     whole = [tokenizer.encode(text).ids for text in texts]
     for text, start, stop in zip(whole, offsets, offsets[1:], strict=False):

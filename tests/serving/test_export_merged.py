@@ -23,7 +23,7 @@ from jaxlora.formats import families, heads, huggingface
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.nn.encode import encoder
-from jaxlora.serving import export_merged
+from jaxlora.serving import export_merged, export_readme
 from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks import task as tasks
 from jaxlora.utils.errors import UserError
@@ -308,12 +308,12 @@ def test_sentence_transformers_reads_it(exported):
 
 def test_the_readme_says_what_the_encoder_is(tiny, adapter):
     made = trained(tiny, adapter)
-    assert "its adapter merged into the weights" in export_merged.readme(
+    assert "its adapter merged into the weights" in export_readme.readme(
         made, made.find("sts"), families.FAMILIES["bert"]
     )
     for tree in ({}, {"params": tiny.params}):  # frozen, fully trained
         made.trees["tree"] = tree
-        assert "adapter" not in export_merged.readme(
+        assert "adapter" not in export_readme.readme(
             made, made.find("sts"), families.FAMILIES["bert"]
         )
 
@@ -328,14 +328,14 @@ def test_the_readme_says_what_the_encoder_is(tiny, adapter):
 )
 def test_the_readme_names_the_base_and_no_folder_of_ours(tiny, adapter, base, shown):
     made = dataclasses.replace(trained(tiny, adapter), base=base)
-    text = export_merged.readme(made, made.find("sts"), families.FAMILIES["bert"])
+    text = export_readme.readme(made, made.find("sts"), families.FAMILIES["bert"])
     assert f"trained from {shown} with" in text and "someone" not in text
 
 
 def test_the_readmes_title_means_only_itself(tiny, adapter):
     title = "~~gone~~ &lt;img&gt; https://x.org www.x.org @someone"
     made = trained(tiny, adapter, dataclasses.replace(tasks.STS_COSINE, title=title))
-    first = export_merged.readme(made, made.find("sts"), families.FAMILIES["bert"]).splitlines()[0]
+    first = export_readme.readme(made, made.find("sts"), families.FAMILIES["bert"]).splitlines()[0]
     assert first.replace("\u200b", "").replace("\\", "") == f"# {title}"
     assert not re.search(r"(?<!\\)[~&]|://|www\.|@\w", first)
 

@@ -10,6 +10,7 @@ from tiny import random_adapter
 
 import jaxlora
 from jaxlora import lora
+from jaxlora.formats import huggingface
 from jaxlora.lora import LoraConfig
 from jaxlora.utils.errors import UserError
 
@@ -23,8 +24,6 @@ def encoder():
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_vectors_are_torchs(pooling):
-    from jaxlora.formats import huggingface
-
     encoder = jaxlora.from_pretrained("minilm", pooling=pooling)
     model = peft_oracle.bert(huggingface.find("minilm"))
     wanted = peft_oracle.vectors(model, encoder.tokenizer, TEXTS, pooling)
@@ -42,6 +41,25 @@ def test_texts_and_packed_tokens_give_the_same(encoder):
     alone = np.stack([encoder.encode(encoder.params, [text])[0] for text in TEXTS])
     np.testing.assert_allclose(by_texts, alone, atol=1e-5)
     assert encoder.encode(encoder.params, []).shape == (0, 384)
+
+
+def test_pairs_are_read_together(encoder):
+    """As transformers does, with token types, beside single texts."""
+    torch = pytest.importorskip("torch")
+    pair = encoder.tokenizer.encode(TEXTS[0], TEXTS[1])
+    assert set(pair.type_ids) == {0, 1}
+    model = peft_oracle.bert(huggingface.find("minilm"))
+    given = {"input_ids": pair.ids, "token_type_ids": pair.type_ids}
+    with torch.no_grad():
+        hidden = model(**{k: torch.tensor([v]) for k, v in given.items()}).last_hidden_state[0]
+    wanted = hidden.mean(0) if encoder.pooling == "mean" else hidden[0]
+    mixed = [TEXTS[2], (TEXTS[0], TEXTS[1])]
+    for inputs in (mixed, encoder.pack(mixed)):
+        found = encoder.encode(encoder.params, inputs)
+        np.testing.assert_allclose(found[1], wanted.numpy(), atol=5e-5)
+        np.testing.assert_allclose(
+            found[0], encoder.encode(encoder.params, TEXTS[2:3])[0], atol=1e-5
+        )
 
 
 def test_long_texts_are_cut(encoder):
@@ -103,6 +121,7 @@ def test_every_family_has_it(family, tmp_path):
     [
         (lambda e: e.encode(e.params, "one text"), "give a list of strings"),
         (lambda e: e.encode(e.params, [1, 2]), "give a list of strings"),
+        (lambda e: e.encode(e.params, [("a", "b", "c")]), "give a list of strings or pairs"),
         (lambda e: e.encode(e.params, ["a"], key=jax.random.key(0)), "pack the texts first"),
         (lambda e: e.pack(["a"] * 9, rows=1, length=8), "do not fit.*give more rows or length"),
         (lambda e: e.pack(["how do i learn it?"], length=4), "do not fit"),

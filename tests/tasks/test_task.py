@@ -47,7 +47,7 @@ def test_defaults_follow_the_kind():
         ({"kind": "regression", "loss": "cosine"}, "loss 'cosine' does not go with regression"),
         ({"kind": "binary", "metric": "pearson"}, "metric 'pearson' does not go with binary"),
         ({"kind": "similarity"}, "two text columns"),
-        ({"kind": "regression", "pair": True, "head": "pooler"}, "reads one sentence"),
+        ({"kind": "regression", "pair": True, "head": "pooler"}, "reads one vector"),
     ],
 )
 def test_contradicting_fields_are_refused(fields, message):

@@ -48,7 +48,7 @@ def test_a_run_overfits_and_its_adapter_goes_to_peft_and_back(base, tmp_path):
     found = [answer.label for answer in predictor([("own", text) for text in texts])]
     assert np.mean([a == b for a, b in zip(found, labels, strict=True)]) >= 0.9
 
-    bank.add(tmp_path / "bank", bank.load_any(tmp_path / "run"), ["own"])
+    bank.add(tmp_path / "bank", bank.load(tmp_path / "run"), ["own"])
     export_peft.save(tmp_path / "peft", bank.load(tmp_path / "bank"), "own")
     bank.add(tmp_path / "again", export_peft.load(tmp_path / "peft", "own"), ["own"])
     back = jaxlora.load(tmp_path / "again")
@@ -58,14 +58,14 @@ def test_a_run_overfits_and_its_adapter_goes_to_peft_and_back(base, tmp_path):
 def test_the_adapters_modules_are_named_as_the_base_has_them(base):
     """So that defaults, BERT's names and PEFT's can be given for any base."""
     settings = make_settings("lora4", base=str(base))
-    named = inputs.name_targets(settings)
+    named = inputs.fit_to_base(settings)
     loaded = huggingface.load(str(base))
     inputs.check_base(named, loaded)
-    assert inputs.name_targets(named) == named
+    assert inputs.fit_to_base(named) == named
     assert (named == settings) == (loaded.config.model_type != "modernbert")
     if loaded.config.model_type == "distilbert":
         own = make_settings("lora4", base=str(base), target_modules=("q_lin", "ffn.lin1"))
-        assert inputs.name_targets(own).lora.target_modules == (
+        assert inputs.fit_to_base(own).lora.target_modules == (
             "attention.self.query", "intermediate.dense"
         )  # fmt: skip
 

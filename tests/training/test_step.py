@@ -13,10 +13,9 @@ from flax import traverse_util
 from jax.flatten_util import ravel_pytree
 
 from jaxlora.data.batches import Batch
-from jaxlora.data.packing import Shape, fill
+from jaxlora.data.packing import Shape, fill, stack
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
-from jaxlora.nn.encode import PackedTokens
 from jaxlora.pcgrad import cosines, gram, pcgrad
 from jaxlora.tasks import losses
 from jaxlora.tasks import task as tasks
@@ -72,7 +71,7 @@ def random_batch(chosen, adapt, hidden_size, seed=0):
         for task in chosen
     ]
     rows = [fill(part, range(len(part)), slots, Shape(5, 32)) for part in sentences]
-    together = PackedTokens(*map(np.stack, zip(*rows, strict=True)))
+    together = stack(rows)
     if adapt == "lora":
         numbers = [t * slots + n for t, part in enumerate(sentences) for n in range(len(part))]
         shape = Shape(8, 32)

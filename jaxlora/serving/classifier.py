@@ -1,0 +1,194 @@
+"""The head of a sequence classifier of others, as a task of ours.
+
+It stands in a whole model (`BertForSequenceClassification`, a cross-encoder), or is what PEFT
+trained of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlora.formats import families, huggingface
+from jaxlora.formats.families import Classifier
+from jaxlora.formats.huggingface import Pretrained
+from jaxlora.formats.peft import HeadParts
+from jaxlora.nn.heads import HeadName
+from jaxlora.serving.task_models import TaskModel, TaskModels
+from jaxlora.tasks.task import KindName, Task
+from jaxlora.utils import schema
+from jaxlora.utils.errors import UserError
+from jaxlora.utils.files import read_object
+from jaxlora.utils.trees import Tree
+
+
+class Source(NamedTuple):
+    """Where a classifier is read from.
+
+    Attributes:
+      folder: the model's, or PEFT's.
+      base: the base model.
+      parts: what was trained of the head beside it; nothing for a whole model.
+      model: the folder whose weights have the rest of the head, and whose config.json has the
+        names of classes.
+      remedy: what can be done if it cannot be read.
+      problem: its `problem_type`; None: as config.json says.
+    """
+
+    folder: Path
+    base: Pretrained
+    parts: HeadParts
+    model: Path
+    remedy: str
+    problem: str | None = None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What config.json says."""
+        return read_object(self.model / "config.json")
+
+
+def read(
+    source: Source, name: str, like: TaskModels, classes: Sequence[str], pair: bool
+) -> TaskModel:
+    """Read a task whose head is that of the family's sequence classifier.
+
+    Args:
+      source: where it is.
+      name: what to call the task.
+      like: says the pooling.
+      classes: their names; `()`: those of config.json's `id2label` if it has as many, else numbers.
+      pair: whether it reads two texts together.
+
+    Raises:
+      UserError: naming the file and what cannot be honoured.
+    """
+    if like.pooling != "cls":
+        raise UserError(
+            f"{source.folder}: its classifier reads the first token's vector, and {like.origin} "
+            f"has pooling {like.pooling}; import it into a bank of its own, or {source.remedy}"
+        )
+    family = families.of(source.base.config)
+    if family.classifier is None:
+        raise UserError(
+            f"{source.folder}: the classifier of a {family.model} cannot be imported yet; "
+            f"{source.remedy}"
+        )
+    head = _head(source, family.classifier)
+    try:
+        task = _task(source, name, head, family.classifier.head, classes)
+    except ValueError as error:
+        raise UserError(f"{source.folder}: {error}; name them with `classes`") from error
+    return TaskModel(as_pair(task) if pair else task, name, head, "concat")
+
+
+def refuse_names(folder: Path, classes: Sequence[str], pair: bool) -> None:
+    """Refuse what is said of a classifier where there is none.
+
+    Raises:
+      UserError: if anything is.
+    """
+    if classes or pair:
+        named = "classes" if classes else "pair"
+        raise UserError(f"{folder}: `{named}` goes with a classifier that others trained")
+
+
+def as_pair(task: Task) -> Task:
+    """Return a task of one text as one of two that are read together."""
+    return dataclasses.replace(task, pair=True, pair_encoding="joint")
+
+
+def _head(source: Source, classifier: Classifier) -> Tree:
+    family = families.of(source.base.config)
+    of_model = huggingface.read_head(source.model, family)
+    if odd := set(source.parts.modules) - set(classifier.modules.values()):
+        model = family.model.removesuffix("Model")
+        raise UserError(
+            f"{source.folder}: has {', '.join(sorted(odd))}, which "
+            f"{model}ForSequenceClassification has not; {source.remedy}"
+        )
+    head = {ours: _linear(source, of_model, module) for ours, module in classifier.modules.items()}
+    first, width = next(iter(classifier.modules)), source.base.config.hidden_size
+    if head[first]["bias"].size != width:
+        raise UserError(
+            f"{source.folder}: its {classifier.modules[first]} is not one of {source.base.name}, "
+            f"{width} wide"
+        )
+    return head
+
+
+def _linear(source: Source, of_model: Mapping[str, np.ndarray], module: str) -> Tree:
+    """One Linear: what was saved, else the model's, and what LoRA adds to it."""
+    folder, parts, width = source.folder, source.parts, source.base.config.hidden_size
+    names = [f"{module}.weight", f"{module}.bias"]
+    saved = [name in parts.saved for name in names]
+    if any(saved) and (not all(saved) or module in parts.changes):
+        raise UserError(
+            f"{folder}: {module} is neither wholly saved nor only adapted; {source.remedy}"
+        )
+    tensors = parts.saved if any(saved) else of_model
+    if not all(name in tensors for name in names):
+        too = "" if source.model == folder else ", which is missing in the base, too"
+        raise UserError(f"{folder}: has no {module}{too}; {source.remedy}")
+    weight, bias = (tensors[name] for name in names)
+    change = parts.changes.get(module, np.zeros_like(weight))
+    if weight.shape != (bias.size, width) or change.shape != weight.shape or bias.ndim != 1:
+        raise UserError(
+            f"{folder}: {module} has shapes {weight.shape}, {bias.shape} and {change.shape} for "
+            f"weight, bias and LoRA's part, where the base is {width} wide"
+        )
+    return {"kernel": np.ascontiguousarray((weight + change).T), "bias": bias}
+
+
+# What config.json calls a problem, and whether it has one output → our kind of task.
+_KINDS: dict[tuple[str, bool], KindName] = {
+    ("single_label_classification", False): "classification",
+    ("multi_label_classification", True): "binary",  # of one label: yes or no
+    ("regression", True): "regression",
+}
+
+
+def _task(
+    source: Source, name: str, head: Tree, head_kind: HeadName, classes: Sequence[str]
+) -> Task:
+    """Return what a classifier does, as transformers would guess it.
+
+    Raises:
+      ValueError: if the classes' names are not as many as they must be, or not different.
+    """
+    outputs, about = head["out"]["bias"].size, source.about
+    usual = "regression" if outputs == 1 else "single_label_classification"
+    problem = source.problem or about.get("problem_type") or usual
+    kind = _KINDS.get((problem, outputs == 1)) if isinstance(problem, str) else None
+    if kind is None:
+        raise UserError(
+            f"{source.model / 'config.json'}: problem_type {problem!r} with {outputs} outputs has "
+            f"no kind of task here; {source.remedy}"
+        )
+    if kind == "regression":
+        refuse_names(source.folder, classes, pair=False)
+        names: tuple[str, ...] = ()
+    else:
+        names = tuple(classes) or _labels(about.get("id2label"), max(2, outputs))
+        _check_names(names, max(2, outputs))
+    title = f"{kind}, {source.folder.name}"
+    return Task(name, kind, classes=names, title=title, head=head_kind)
+
+
+def _check_names(names: Sequence[str], count: int) -> None:
+    if not all(map(str.strip, names)):
+        raise ValueError("a class has a blank name")
+    if len(names) != count:
+        raise ValueError(f"{len(names)} classes are named, the classifier has {count}")
+
+
+def _labels(id2label: Any, count: int) -> tuple[str, ...]:
+    """Return the model's names of this many classes; their numbers if it has others."""
+    numbers = tuple(map(str, range(count)))
+    if not isinstance(id2label, dict) or id2label.keys() != set(numbers):
+        return numbers
+    return tuple(schema.build(str, id2label[number]) for number in numbers)

@@ -1,0 +1,176 @@
+"""The README of a merged folder: what it holds, and Python code that applies it."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+from jaxlora.formats import huggingface
+from jaxlora.formats.families import Family
+from jaxlora.formats.heads import HEAD
+from jaxlora.serving.task_models import TaskModel, TaskModels
+from jaxlora.tasks.task import HEADS, SPAN, Task
+
+_POOL = {
+    "cls": "return hidden[:, 0]",
+    "mean": 'mask = batch["attention_mask"].unsqueeze(-1)\n'
+    "return (hidden * mask).sum(1) / mask.sum(1)",
+}
+_PAIR = {"concat": "u, v", "interaction": "u, v, (u - v).abs(), u * v"}
+
+
+def readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
+    """The folder's README: what it holds, and Python code that applies it."""
+    task, last = model.task, "\n\n\n"
+    base = _code(_base_name(trained.base))
+    merged = ", its adapter merged into the weights" if "lora" in trained.trees[model.tree] else ""
+    if family.classifies(task.head):
+        kind, code = _classifier_of(family), [_classifier_imports(), _classify(trained, task)]
+    else:
+        kind, code = family.model, _by_hand(trained, model, family)
+    example = '("A dog runs.", "A dog is running.")' if task.pair else '"A lovely film."'
+    code.append(f"print(predict([{example}]))\n")
+    takes = "pairs of sentences" if task.pair else "sentences"
+    classes = ", ".join(f"{n}: {_plain(name)}" for n, name in enumerate(task.classes))
+    span = f", {task.low:g} to {task.high:g}" if HEADS[task.head].scaled else ""
+    gives = f"classes ({classes})" if task.integer else f"scores{span}"
+    return (
+        f"# {_plain(task.title)}\n\nA {kind} trained from `{base}` with jaxlora"
+        f"{merged}. {_remark(task, family)}"
+        f"`predict` takes {takes} and gives {gives}.\n\n"
+        f"```python\n{last.join(code)}```\n"
+    )
+
+
+def _classifier_of(family: Family) -> str:
+    return f"{family.model.removesuffix('Model')}ForSequenceClassification"
+
+
+def _remark(task: Task, family: Family) -> str:
+    """Return how the folder is loaded."""
+    if family.classifies(task.head):
+        joint = " or with sentence-transformers' `CrossEncoder`" * task.joint
+        return f"Load it with `AutoModelForSequenceClassification`{joint}. "
+    without = "It has no pooling layer: load it with `add_pooling_layer=False`. " * family.pooler
+    if not task.joint:
+        return without
+    return (
+        f"{without}Its head is not one of a {_classifier_of(family)}: the code below applies it. "
+    )
+
+
+def _by_hand(trained: TaskModels, model: TaskModel, family: Family) -> list[str]:
+    """Return code that applies an encoder and a head of ours."""
+    return [
+        _imports(bool(model.task.outputs), family),
+        _encode(trained, model.task),
+        _predict(model),
+    ]
+
+
+def _base_name(base: str) -> str:
+    """A base as others may know it: of a local folder its name alone."""
+    if base == huggingface.MINILM:
+        return huggingface.MINILM_HUB
+    return Path(base).name if Path(base).is_absolute() else base
+
+
+def _plain(text: str) -> str:
+    """Names of others' as one line of Markdown that means only itself.
+
+    Sites make links and mentions after Markdown's escapes are gone: a space of no width hinders it.
+    """
+    escaped = re.sub(r"([\\`*_\[\]<>#~&])", r"\\\1", text)
+    return " ".join(re.sub(r"(?i)@|:(?=//)|www(?=\.)", "\\g<0>\u200b", escaped).split())
+
+
+def _code(text: str) -> str:
+    """Likewise, between backticks."""
+    return " ".join(text.replace("`", "'").split())
+
+
+def _imports(head: bool, family: Family) -> str:
+    options = ", add_pooling_layer=False" * family.pooler
+    lines = [
+        "import torch",
+        "from safetensors.torch import load_file" if head else "",
+        "from transformers import AutoModel, AutoTokenizer\n",
+        'folder = "."  # this one',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"model = AutoModel.from_pretrained(folder{options}).eval()",
+        f'head = load_file(f"{{folder}}/{HEAD}")' if head else "",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _classifier_imports() -> str:
+    lines = [
+        "import torch",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n",
+        'folder = "."  # this one',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model = AutoModelForSequenceClassification.from_pretrained(folder).eval()",
+    ]
+    return "\n".join(lines)
+
+
+def _classify(trained: TaskModels, task: Task) -> str:
+    batch = _batch(trained, "examples", task.joint)
+    return _function(
+        "predict(examples)", f"{batch}x = model(**batch).logits\nreturn {_decode(task)}"
+    )
+
+
+def _batch(trained: TaskModels, given: str, joint: bool) -> str:
+    texts = f"*map(list, zip(*{given}))" if joint else given
+    return (
+        "batch = tokenizer(\n"
+        f"    {texts}, padding=True, truncation=True, max_length={trained.max_length},\n"
+        '    return_tensors="pt",\n'
+        ")\n"
+    )
+
+
+def _encode(trained: TaskModels, task: Task) -> str:
+    given = "pairs" if task.joint else "sentences"
+    return _function(
+        f"encode({given})",
+        _batch(trained, given, task.joint)
+        + "hidden = model(**batch).last_hidden_state\n"
+        + _POOL[trained.pooling],
+    )
+
+
+def _predict(model: TaskModel) -> str:
+    task = model.task
+    lines = ["x = encode(list(examples))"]
+    if task.sentences > 1:
+        lines = ["u, v = (encode(list(sentences)) for sentences in zip(*examples))"]
+    if task.sentences > 1 and task.outputs:
+        lines.append(f"x = torch.cat([{_PAIR[model.pair_features]}], -1)")
+    if task.outputs:
+        kind = HEADS[task.head]
+        layer = f'x @ head["{kind.first}.weight"].T + head["{kind.first}.bias"]'
+        lines.append(f"x = torch.{kind.activation}({layer})")
+        lines.append('x = x @ head["out.weight"].T + head["out.bias"]')
+    else:
+        lines.append("x = torch.nn.functional.cosine_similarity(u, v)")
+    return _function("predict(examples)", "\n".join([*lines, f"return {_decode(task)}"]))
+
+
+def _decode(task: Task) -> str:
+    """`Task.decode` in torch."""
+    if task.loss == "cross_entropy":
+        return "x.argmax(-1)"
+    if task.loss == "binary_cross_entropy":
+        return "(x[:, 0] > 0).long()"
+    if not HEADS[task.head].scaled:
+        return "x[:, 0]"
+    width = task.high - task.low
+    score = f"{width} * x" if task.loss == "cosine" else f"{width / SPAN} * x[:, 0]"
+    return f"({task.low} + {score}).clamp({task.low}, {task.high})"
+
+
+def _function(signature: str, body: str) -> str:
+    return f"@torch.no_grad()\ndef {signature}:\n{textwrap.indent(body, '    ')}"
