@@ -19,8 +19,8 @@ from rich.text import Text
 
 from jaxlora.data.task_files import TaskSpec
 from jaxlora.formats.huggingface import MINILM
-from jaxlora.tasks.sharing import VARIANTS, Variant
-from jaxlora.tasks.task import MADE_UP, NAMES
+from jaxlora.tasks.sharing import VARIANTS, PaperVariant
+from jaxlora.tasks.task import MADE_UP, NAMES, Task
 from jaxlora.training.inputs import RunSummary
 
 UNTRAINED = (
@@ -63,6 +63,7 @@ class ConsoleCallback:
             console=console,
         )
         self._task = self._bar.add_task("starting", note="", visible=False)
+        self._steps: dict[str, int] = {}
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -73,6 +74,7 @@ class ConsoleCallback:
     def summary(self, summary: RunSummary) -> None:
         """Say what the run will do."""
         self._console.print(summary_table(summary))
+        self._steps = dict(summary.steps)
         self._bar.update(self._task, description="preparing order and packing", visible=True)
 
     def group(self, name: str, start: int, steps: int) -> None:
@@ -95,6 +97,28 @@ class ConsoleCallback:
     def note(self, text: str) -> None:
         """Print it above the bar."""
         say(self._console, text)
+
+    def endings(self, result: dict[str, Any]) -> list[str]:
+        """Say why each group's training ended, and which of its states is kept."""
+        return [ending(name, self._steps[name], found) for name, found in result["groups"].items()]
+
+
+def ending(name: str, steps: int, found: dict[str, Any]) -> str:
+    """Say why a group's training ended, and which of its states is kept.
+
+    >>> ending("topic", 300, {"step": 120, "best_step": 80, "stale": 8})
+    'topic: stopped after step 120 of 300, since 8 evaluations had no better score; kept: step 80.'
+    """
+    if found["step"] < steps:
+        why = (
+            f"stopped after step {found['step']} of {steps}, since {found['stale']} evaluations had "
+            "no better score"
+        )
+    elif found["best_step"] == steps:
+        why = f"all {steps} steps are taken and the last is the best; more epochs may be better"
+    else:
+        why = f"all {steps} steps are taken"
+    return f"{name}: {why}; kept: step {found['best_step']}."
 
 
 def say(console: Console, text: str) -> None:
@@ -122,9 +146,9 @@ def summary_table(summary: RunSummary) -> Table:
         "vectors": f"{s.model.pooling} pooling; pairs: {s.model.pair_features}",
         "losses": ", ".join(f"{d.task.name}: {_loss(d)}" for d in s.tasks),
         "learning rates": f"{rates}heads {s.optimizer.head_learning_rate:g} "
-        f"({s.optimizer.warmup_steps} steps warm-up, then {s.optimizer.schedule})",
+        f"({_warmup(s.optimizer.warmup_steps)} warm-up, then {s.optimizer.schedule})",
         **{
-            f"data {t}": "\n".join([_counts(summary, t), *summary.notes[t]])
+            f"data {t}": "\n".join([_counts(summary, t), *_of_table(summary, t), *summary.notes[t]])
             for t in summary.examples
         },
         "parameters": f"{summary.storage.incremental:,} trained and stored "
@@ -138,6 +162,23 @@ def summary_table(summary: RunSummary) -> Table:
     for name, value in rows.items():
         table.add_row(name, Text(value))  # not a str: brackets in names and paths are no markup
     return table
+
+
+def _warmup(steps: float) -> str:
+    return f"{steps:.0%} of the steps" if 0 < steps < 1 else f"{steps:g} steps"
+
+
+def _labels(task: Task) -> str:
+    """Say what is predicted, with the positive class of two."""
+    if not task.integer:
+        return f"scores from {task.low:g} to {task.high:g}"
+    if task.kind == "binary":
+        return f"{task.classes[0]} or {task.classes[1]} (the positive class)"
+    return (
+        f"{len(task.classes)} classes: "
+        + ", ".join(task.classes[:12])
+        + (", …" if len(task.classes) > 12 else "")
+    )
 
 
 def _loss(description: TaskSpec) -> str:
@@ -158,6 +199,19 @@ def _counts(summary: RunSummary, task: str) -> str:
     )
     source = MADE_UP if summary.settings.data.source == "demo" else summary.settings.data.source
     return f"{source}: {counts}{extra}{note}"
+
+
+def _of_table(summary: RunSummary, task: str) -> list[str]:
+    """Say of a task of the user's own what it predicts, and where its dev set is from."""
+    table = next(spec.table for spec in summary.settings.tasks if spec.task.name == task)
+    if table is None:
+        return []
+    held = (
+        f"dev: {table.dev:.0%} of the training rows, held out"
+        if isinstance(table.dev, float)
+        else ""
+    )
+    return [_labels(summary.settings.named[task]), *filter(None, [held])]
 
 
 def result_table(result: dict[str, Any]) -> Table:
@@ -221,7 +275,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _papers_notes(chosen: Variant) -> list[str]:
+def _papers_notes(chosen: PaperVariant) -> list[str]:
     paper = chosen.paper
     lines = [UNTRAINED, "the paper: bert-base on its own splits, so compare with care."]
     if paper.mean != paper.mean_recomputed:

@@ -121,7 +121,6 @@ def test_the_papers_tasks_are_three_such_descriptions():
         (TOPIC + 'metric = "bleu"', ["metric 'bleu' does not go with classification"]),
         (TOPIC + "range = [0, 1]", ["[topic]: range", "name the classes"]),
         (TOPIC.replace('"headline"', '["a", "b", "c"]'), ["two for pairs, not 3"]),
-        (PRICE.replace("range = [-10, 90.5]", ""), ["range: missing"]),
         (PRICE.replace("[-10, 90.5]", "[5, 5]"), ["5 to 5 is empty"]),
         (PRICE.replace("[-10, 90.5]", "[5]"), ["range: has too few items"]),
         ("[topic", ["not a TOML file"]),
