@@ -109,11 +109,9 @@ def ending(name: str, steps: int, found: dict[str, Any]) -> str:
     >>> ending("topic", 300, {"step": 120, "best_step": 80, "stale": 8})
     'topic: stopped after step 120 of 300, since 8 evaluations had no better score; kept: step 80.'
     """
-    if found["step"] < steps:
-        why = (
-            f"stopped after step {found['step']} of {steps}, since {found['stale']} evaluations had "
-            "no better score"
-        )
+    step, stale = found["step"], found["stale"]
+    if step < steps:
+        why = f"stopped after step {step} of {steps}, since {stale} evaluations had no better score"
     elif found["best_step"] == steps:
         why = f"all {steps} steps are taken and the last is the best; more epochs may be better"
     else:
@@ -174,11 +172,8 @@ def _labels(task: Task) -> str:
         return f"scores from {task.low:g} to {task.high:g}"
     if task.kind == "binary":
         return f"{task.classes[0]} or {task.classes[1]} (the positive class)"
-    return (
-        f"{len(task.classes)} classes: "
-        + ", ".join(task.classes[:12])
-        + (", …" if len(task.classes) > 12 else "")
-    )
+    shown = ", ".join(task.classes[:12]) + (", …" if len(task.classes) > 12 else "")
+    return f"{len(task.classes)} classes: {shown}"
 
 
 def _loss(description: TaskSpec) -> str:
@@ -206,12 +201,10 @@ def _of_table(summary: RunSummary, task: str) -> list[str]:
     table = next(spec.table for spec in summary.settings.tasks if spec.task.name == task)
     if table is None:
         return []
-    held = (
-        f"dev: {table.dev:.0%} of the training rows, held out"
-        if isinstance(table.dev, float)
-        else ""
-    )
-    return [_labels(summary.settings.named[task]), *filter(None, [held])]
+    lines = [_labels(summary.settings.named[task])]
+    if isinstance(table.dev, float):
+        lines.append(f"dev: {table.dev:.0%} of the training rows, held out")
+    return lines
 
 
 def result_table(result: dict[str, Any]) -> Table:

@@ -39,10 +39,11 @@ class FoundLabels:
 def find_labels(written: Iterable[str], kind: KindName | None = None) -> FoundLabels:
     """Find the kind of a task, and its classes or range, from its labels.
 
-    Numbers of which one is not whole, or with more than `MOST_NUMBERED` values, are scores. Two
-    values are the classes of a binary task; of words that mean no and yes, yes is the positive
-    one, else the one that is last in order. Classes are ordered by number if all are numbers, else
-    by name. Spellings of one number are one class, named by the most frequent, without `.0`.
+    Numbers are scores if one is not whole, or if there are more than `MOST_NUMBERED` values, or
+    more than half as many as rows. Two values are the classes of a binary task; of words that mean
+    no and yes, yes is the positive one, else the one that is last in order. Classes are ordered by
+    number if all are numbers, else by name. Spellings of one number are one class, named by the
+    most frequent, without `.0`.
 
     Args:
       written: the labels as written.
@@ -53,7 +54,7 @@ def find_labels(written: Iterable[str], kind: KindName | None = None) -> FoundLa
 
     >>> find_labels(["yes", "no", "Yes", "yes", ""]).counts
     {'no': 1, 'yes': 3}
-    >>> find_labels(["2", "10", "1", "2.0"]).classes
+    >>> find_labels(["2", "10", "1", "2.0", "1", "10"]).classes
     ('1', '2', '10')
     >>> find_labels(["0.5", "4"]).range
     (0.5, 4.0)
@@ -73,8 +74,8 @@ def find_labels(written: Iterable[str], kind: KindName | None = None) -> FoundLa
 
 def _guess_kind(counts: Mapping[str, int], numbers: Mapping[str, Decimal | None]) -> KindName:
     values = {number for number in numbers.values() if number is not None}
-    numeric = None not in numbers.values()
-    if numeric and (len(values) > MOST_NUMBERED or any(v != v.to_integral_value() for v in values)):
+    many = len(values) > min(MOST_NUMBERED, max(2, sum(counts.values()) // 2))
+    if None not in numbers.values() and (many or any(v != v.to_integral_value() for v in values)):
         return "regression"
     return "binary" if len(_merge_spellings(counts, numbers, "binary")) == 2 else "classification"
 

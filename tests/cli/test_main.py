@@ -62,7 +62,7 @@ BAD_DATA = {
     "empty": (STS, lambda _: b"", [STS, "empty"]),
     "columns": (STS, line(1, ["", "id", "a", "b", "c"]), [STS, "sentence1"]),
     "label range": (SST, line(4, ["0", "x", "good film", "7"]), [f"{SST}:4", "7"]),
-    "label word": (QUORA, line(3, ["0", "x", "a", "b", "yes"]), [f"{QUORA}:3", "yes"]),
+    "label word": (QUORA, line(3, ["0", "x", "a", "b", "perhaps"]), [f"{QUORA}:3", "perhaps"]),
     "few fields": (QUORA, line(5, ["0", "x", "a"]), [f"{QUORA}:5"]),
     "utf-8": (STS, lambda content: content + b"9\tx\t\xff\tb\t1.0\n", [f"{STS}:21", "UTF-8"]),
 }
@@ -125,6 +125,26 @@ def test_bad_flags(folders, capsys, name):
 def test_flags_that_mean_nothing_to_the_variant(folders, capsys, flag):
     assert call(folders, flag, variant="baseline1") == 2
     assert flag.split("=")[0] in capsys.readouterr().err
+
+
+def test_a_table_of_your_own_needs_no_variant(folders, capsys):
+    """From a table to answers: labels, dev set, pace and folder are found; the end is explained."""
+    rows = [
+        f"a film {'good' if n % 3 else 'bad'} {n},{('Yes', 'No')[n % 3 == 0]}" for n in range(60)
+    ]
+    Path("my tickets.csv").write_text("\n".join(["what,liked", *rows]))
+    flags = [f"--base={folders[1]}", "--max-length=32", "--max-steps=4", "--rank=2"]
+    words = ["train", *flags, "my tickets.csv", "--text", "what", "--label=liked"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "No or Yes (the positive class)" in shown and "held out" in shown
+    assert re.search(r"my-tickets: (all 4 steps are taken|stopped after).*; kept: step \d", shown)
+    assert main(["predict", "--bank=runs/my tickets", "--task=my-tickets", "a film"]) == 0
+    assert re.match(r"(Yes|No)  \(No 0\.\d+, Yes 0", capsys.readouterr().out)
+    assert main(["train", *flags, "my tickets.csv", "--text=what", "--label=likd"]) == 2
+    assert "my tickets.csv:1: no column likd (did you mean 'liked'?)" in capsys.readouterr().err
+    assert main(["train"]) == 2
+    assert "tasks: name the files of your tasks" in capsys.readouterr().err
 
 
 def test_unknown_variant(folders, capsys):
