@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
+import re
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -20,60 +23,48 @@ from experiments.report.collect import PLAN
 from experiments.report.files import read_plan
 from experiments.runs import Inputs, Run, link, make_run, twins
 from experiments.studies import EXTRAS, STUDIES, command, study
-from jaxlora.cli.console import say
 from jaxlora.cli.flags import exit_code
+from jaxlora.cli.terminal import say
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.training import config, run_folder
 from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 
+# Settings that one can choose for all runs, where a study leaves them open.
+SHARED = (
+    "data_dir", "source", "base", "epochs", "max_steps", "batch_size", "eval_every", "max_length",
+    "dtype",
+)  # fmt: skip
 
-@dataclasses.dataclass(frozen=True)
-class Common:
-    """Flags of `experiments/run.py` for all runs, where a study leaves them open.
 
-    Attributes:
-      preset: demo: MiniLM and built-in made-up data; cs224n: settings that train well on real data
-        (needs --data-dir); paper: bert-base-uncased and the paper's settings, as far as it states
-        them (docs/paper.md lists what is guessed).
-      data_dir: folder with the tab-separated files of the CS224N default project.
-      source: where the data comes from; cs224n if --data-dir is given, else the preset's.
-      base: minilm, a local Hugging Face folder, or a hub id.
-      epochs: passes over each group's largest training set; default: one in the demo, so that all
-        eight variants take minutes, else the preset's.
-      max_steps: train a group for so many steps at the most; the report marks runs that this cuts
-        short, and draws no conclusion from them.
-      batch_size: examples of each task in a step.
-      eval_every: steps between evaluations and checkpoints.
-      max_length: tokens a sentence is cut to, and the longest row.
-      dtype: of matmul inputs.
-    """
+def _shared_flags() -> type:
+    """Make a dataclass of the settings `SHARED`: None unless given, explained as in `config`."""
+    fields, sections = [], typing.get_type_hints(config.Sections)
+    for name in SHARED:
+        section, field = config.flat_names(config.Sections)[name]
+        kind, doc = sections[section], inspect.getdoc(sections[section]) or ""
+        (about,) = re.findall(rf"^  {field}: (.*(?:\n    .*)*)", doc, re.MULTILINE)
+        explained = tyro.conf.arg(help=" ".join(about.split()))
+        optional: Any = Annotated[typing.get_type_hints(kind)[field] | None, explained]
+        fields.append((name, optional, dataclasses.field(default=None)))
+    return dataclasses.make_dataclass("SharedFlags", fields, frozen=True)
 
-    preset: config.PresetName = "demo"
-    data_dir: Path | None = None
-    source: Literal["demo", "cs224n", "official"] | None = None
-    base: str | None = None
-    epochs: int | None = None
-    max_steps: int | None = None
-    batch_size: int | None = None
-    eval_every: int | None = None
-    max_length: int | None = None
-    dtype: Literal["float32", "bfloat16"] | None = None
 
-    def given(self) -> dict[str, Any]:
-        """Those that are given, and the demo's single epoch."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Common)}
-        default = {"epochs": 1} if self.preset == "demo" else {}
-        return default | {name: value for name, value in values.items() if value is not None}
+SharedFlags = _shared_flags()
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(Common):
+class Flags:
     """Run every variant with every seed that is not finished yet, then write the report.
 
     Stop it with Ctrl-C at any time: the same command goes on.
 
     Attributes:
+      preset: demo: MiniLM and built-in made-up data, for one epoch unless you say otherwise, so
+        that all eight variants take minutes; cs224n: settings that train well on real data, in the
+        folder --data-dir; paper: bert-base-uncased and the paper's settings, as far as it states
+        them; docs/paper.md lists what is guessed.
+      shared: settings for all runs, where a study leaves them open.
       variants: which; the names of extra studies (see --extras) will do, too.
       extras: also run what the paper left open: summed gradients, ranks, learning rates, …
       seeds: a run of each variant with each; a verdict on scores takes two, "reproduced" three.
@@ -85,6 +76,10 @@ class Flags(Common):
         measured before: keep the machine idle meanwhile.
     """
 
+    preset: config.PresetName = "demo"
+    shared: Annotated[Any, tyro.conf.arg(constructor=SharedFlags, name="")] = dataclasses.field(
+        default_factory=SharedFlags
+    )
     variants: tuple[str, ...] = tuple(VARIANTS)
     extras: bool = False
     seeds: tuple[int, ...] = (0,)
@@ -99,12 +94,18 @@ class Flags(Common):
         """The folder of all runs."""
         return files.local(self.out or Path("runs") / "reproduce" / self.preset)
 
+    def given(self) -> dict[str, Any]:
+        """Return the shared settings that are given, and the demo's single epoch."""
+        given = {name: value for name, value in vars(self.shared).items() if value is not None}
+        return {"preset": self.preset, **({"epochs": 1} if self.preset == "demo" else {}), **given}
+
 
 def chosen(flags: Flags) -> list[str]:
     """Names of the studies, each once, in the table's order."""
     wanted = {study(name).name for name in flags.variants}
     if flags.extras:
-        real = flags.source != "demo" and (flags.preset != "demo" or flags.data_dir is not None)
+        given = flags.given()
+        real = given.get("source") != "demo" and (flags.preset != "demo" or "data_dir" in given)
         wanted |= {name for name in EXTRAS if real or not STUDIES[name].real_data}
     return [name for name in STUDIES if name in wanted]
 
@@ -209,11 +210,11 @@ def main(flags: Flags) -> list[tuple[Run, int]]:
         raise UserError(f"--from {root}: is not a folder; name that of the runs")
     for run, why in reasons.items():
         print(f"failed: {run.name}: {why} ({run.log})", file=sys.stderr)
-    say(console, f"The report: {report.build(root, flags.report)}")
+    say(f"The report: {report.build(root, flags.report)}", console)
     finished = [run for run in runs if run.finished]
     if flags.timing and finished:  # after a report, so that there is one if this fails
         timing.measure(finished, root / timing.FILE)
-        say(console, f"The report with these times: {report.build(root, flags.report)}")
+        say(f"The report with these times: {report.build(root, flags.report)}", console)
     return failed
 
 

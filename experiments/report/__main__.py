@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from experiments import report
 from experiments.report import statistics
-from jaxlora.cli.console import say
 from jaxlora.cli.flags import exit_code
+from jaxlora.cli.terminal import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Flags:
 def main(flags: Flags) -> None:
     """Build the report and print its path."""
     path = report.build(flags.root, flags.out, resamples=flags.resamples, seed=flags.seed)
-    say(Console(), f"The report is {path}")
+    say(f"The report is {path}")
 
 
 def cli(args: Sequence[str] | None = None) -> int:

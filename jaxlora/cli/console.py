@@ -17,6 +17,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from jaxlora.cli.terminal import say
 from jaxlora.data.task_files import TaskSpec
 from jaxlora.formats.huggingface import MINILM
 from jaxlora.tasks.sharing import VARIANTS, PaperVariant
@@ -96,7 +97,7 @@ class ConsoleCallback:
 
     def note(self, text: str) -> None:
         """Print it above the bar."""
-        say(self._console, text)
+        say(text, self._console)
 
     def endings(self, result: dict[str, Any]) -> list[str]:
         """Say why each group's training ended, and which of its states is kept."""
@@ -117,11 +118,6 @@ def ending(name: str, steps: int, found: dict[str, Any]) -> str:
     else:
         why = f"all {steps} steps are taken"
     return f"{name}: {why}; kept: step {found['best_step']}."
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is, however long its paths are."""
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def summary_table(summary: RunSummary) -> Table:

@@ -11,8 +11,9 @@ import tyro
 from rich.console import Console
 
 from jaxlora.cli import curves
-from jaxlora.cli.console import ConsoleCallback, notes, result_table, say
+from jaxlora.cli.console import ConsoleCallback, notes, result_table
 from jaxlora.cli.flags import with_flags
+from jaxlora.cli.terminal import say
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.sharing import variant
 from jaxlora.training import metrics_log
@@ -117,7 +118,7 @@ def to_settings(flags: Flags, words: Sequence[str]) -> Settings:
     return make_settings(flags.variant, flags.preset, **asked)
 
 
-def train(words: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> None:
     """Join the other processes, if there are any, and run what the flags ask for."""
     flags = parse(words)
     distributed.join(flags.coordinator, flags.processes, flags.process)
@@ -136,5 +137,5 @@ def _train(flags: Flags, words: Sequence[str]) -> None:
         curves.draw(metrics_log.read_records(out), out / "curves.png", settings.title)
     console.print(result_table(result))
     for line in (*notes(result), *callback.endings(result)):
-        say(console, f"  {line}")
-    say(console, f"Everything is in {out}; use it with jaxlora.load({str(out)!r}).")
+        say(f"  {line}", console)
+    say(f"Everything is in {out}; use it with jaxlora.load({str(out)!r}).", console)

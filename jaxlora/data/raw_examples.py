@@ -75,7 +75,7 @@ def parse_label(text: str, task: Task, where: str) -> float:
     number = parse_number(written)
     if number is not None and task.integer:
         number = _class_number(number, task.classes)
-    if number is not None and task.low <= number <= task.high:
+    if number is not None and task.low <= float(number) <= task.high:
         return float(number)
     shown = text if len(text) <= 60 else text[:60] + "…"
     raise UserError(

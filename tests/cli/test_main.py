@@ -12,6 +12,7 @@ from tiny import train_flags, write_data
 
 from jaxlora.__main__ import main
 from jaxlora.cli import console as report
+from jaxlora.cli.terminal import say
 from jaxlora.training.presets import make_settings
 from jaxlora.utils import process
 
@@ -311,4 +312,4 @@ def test_console_says_that_minilm_has_seen_quora(source, base, said):
 
 def test_paths_are_told_as_they_are():
     text = f"Everything is in {'x' * 80}/[best]/lora3."
-    assert shown(lambda console: report.say(console, text)) == f"{text}\n"
+    assert shown(lambda console: say(text, console)) == f"{text}\n"

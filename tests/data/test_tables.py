@@ -22,12 +22,14 @@ from jaxlora.data import cs224n, sources, tables, tokenized
 from jaxlora.data.raw_examples import is_blank, parse_label
 from jaxlora.data.task_files import read_tasks
 from jaxlora.serving.predict_table import predict_file
+from jaxlora.serving.predictor import Predictor
 from jaxlora.tasks.task import PARA, SST, Task
 from jaxlora.training import inputs
 from jaxlora.training import run as train
 from jaxlora.training.config import Settings
 from jaxlora.training.presets import make_settings
 from jaxlora.training.run import RunOptions
+from jaxlora.utils import process
 from jaxlora.utils.errors import UserError
 from tests.fuzz.readers import Echo
 from tests.fuzz.samples import tokenizer
@@ -430,9 +432,9 @@ def test_requests_can_be_read_from_a_pipe(echo, tmp_path):
 
 
 def test_predict_has_the_flags_quoting_and_strict(echo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(main.Predictor, "load", lambda bank, base: echo)
-    monkeypatch.setattr(main.process, "reuse_memory", lambda: True)
-    monkeypatch.setattr(main.process, "keep_programs", lambda folder: None)
+    monkeypatch.setattr(Predictor, "load", lambda bank, base: echo)
+    monkeypatch.setattr(process, "reuse_memory", lambda: True)
+    monkeypatch.setattr(process, "keep_programs", lambda folder: None)
     source, target = tmp_path / "in.tsv", tmp_path / "out.csv"
     source.write_text('task\tsentence\nsst\t"film\nsst\t\u200b\nsst\tdog"\n')
 

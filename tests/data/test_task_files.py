@@ -350,6 +350,15 @@ def test_a_label_column_that_is_there_twice(tmp_path):
     tables.read(task, path, columns, labelled=False)
 
 
+def test_the_ends_of_a_range_belong_to_it(tmp_path):
+    """118.8 as a double is below the decimal number 118.8."""
+    path = tmp_path / "x.csv"
+    path.write_text("t,l\na,118.8\nb,-16.6\n")
+    task = Task("x", "regression", low=-16.6, high=118.8)
+    rows = tables.read(task, path, tables.Columns(("t",), "l"))
+    assert [row.label for row in rows] == [118.8, -16.6]
+
+
 def test_labels_by_name_and_by_number(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("t,l\na,2\nb,1.0\nc,3\n")

@@ -91,7 +91,7 @@ def test_every_study_resolves_and_its_command_gives_its_flags(preset, name):
 
 def test_the_demo_takes_one_epoch_unless_told_otherwise():
     assert reproduce.Flags().given() == {"preset": "demo", "epochs": 1}
-    assert reproduce.Flags(epochs=3).given()["epochs"] == 3
+    assert reproduce.Flags(shared=reproduce.SharedFlags(epochs=3)).given()["epochs"] == 3
     assert "epochs" not in reproduce.Flags(preset="cs224n").given()
 
 
@@ -159,9 +159,10 @@ def test_some_at_a_time_and_a_failing_one_stops_no_other(quick, tmp_path):
 
 
 SAVING = """
-import signal, sys, time
+import os, signal, sys, time
 def save(number, frame):
-    open(sys.argv[1], "w").write("saved")
+    open(sys.argv[1] + ".part", "w").write("saved")
+    os.rename(sys.argv[1] + ".part", sys.argv[1])  # whole when it is seen
     if {again}: signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(60)
     sys.exit(143)
 signal.signal(signal.SIGTERM, save)
@@ -392,7 +393,9 @@ def test_a_folder_holds_one_preset_and_one_set_of_flags(call, stub, tmp_path, ca
 
 def test_extras_leave_out_what_means_nothing_to_the_built_in_data():
     demo = reproduce.chosen(reproduce.Flags(extras=True))
-    real = reproduce.chosen(reproduce.Flags("cs224n", Path("x"), extras=True))
+    real = reproduce.chosen(
+        reproduce.Flags("cs224n", reproduce.SharedFlags(data_dir="x"), extras=True)
+    )
     assert real == list(studies.STUDIES)
     assert set(real) - set(demo) == {"synthetic"}
     assert reproduce.chosen(reproduce.Flags()) == list(VARIANTS)

@@ -26,7 +26,7 @@ from jaxlora.training import run as train
 from jaxlora.training import run_folder
 from jaxlora.training.presets import make_settings
 from jaxlora.training.run import RunOptions
-from jaxlora.utils import files, trees
+from jaxlora.utils import files, process, trees
 from jaxlora.utils.errors import UserError
 
 FAST = {
@@ -502,8 +502,8 @@ def test_a_manifest_that_is_no_json(three):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    monkeypatch.setattr(main.process, "keep_programs", lambda folder: None)
-    monkeypatch.setattr(main.process, "reuse_memory", lambda: None)
+    monkeypatch.setattr(process, "keep_programs", lambda folder: None)
+    monkeypatch.setattr(process, "reuse_memory", lambda: None)
 
     def command(*args):
         code = main.main([str(arg) for arg in args])

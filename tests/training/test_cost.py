@@ -9,8 +9,8 @@ from compiled import analyses, compile_step, shapes, wide
 from rich.console import Console
 from test_sharding import eight
 
+from jaxlora.cli import cost as command
 from jaxlora.cli import cost_table
-from jaxlora.cli import main as cli
 from jaxlora.cli.main import main
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
@@ -183,7 +183,7 @@ def test_time_is_work_and_traffic_one_after_the_other():
 
 
 def test_the_command(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "CONSOLE", Console(width=200))
+    monkeypatch.setattr(command, "CONSOLE", Console(width=200))
     flags = ["--variant", "lora3", "--base=bert-base", "--batch-size=16"]
     assert main(["cost", *flags, "--mesh", "data=4,fsdp=2", "--flops=1e13", "--link=1e10"]) == 0
     said = capsys.readouterr().out

@@ -1,0 +1,61 @@
+"""`jaxlora cost`: show what a train step will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import tyro
+from rich.markup import escape
+from rich.table import Column, Table
+
+from jaxlora.cli import cost_table
+from jaxlora.cli.terminal import CONSOLE
+from jaxlora.lora import LoraConfig
+from jaxlora.utils.errors import UserError
+
+
+def cost(
+    *,
+    variant: tuple[str, ...],
+    base: tuple[str, ...] = ("bert-base",),
+    mesh: tuple[str, ...] = ("data=1",),
+    batch_size: int = 16,
+    sentence_length: float = 20.0,
+    row_length: int = 64,
+    rank: int = 15,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    flops: float | None = None,
+    link: float | None = None,
+) -> None:
+    """Say what a step will cost, before there are devices: FLOPs, memory, traffic, time.
+
+    Args:
+      variant: the paper's variants, one or more.
+      base: minilm, bert-base, bert-large, 1b, 3b, 10b, or Hugging Face folders.
+      mesh: devices, as `jaxlora train --mesh` takes them.
+      batch_size: examples of each task in a step.
+      sentence_length: tokens of a sentence on the average.
+      row_length: tokens of a row, into which sentences are packed.
+      rank: of the adapters.
+      dtype: of matmul inputs.
+      flops: FLOP/s that a device reaches; adds the time of a step when nothing overlaps.
+      link: bytes/s between devices.
+    """
+    if rank < 1:
+        raise UserError(f"--rank {rank}: must be above 0")
+    head, *rows = cost_table.lines(
+        base, variant, mesh, cost_table.check_rates(flops, link), batch_size=batch_size,
+        sentence_length=sentence_length, row_length=row_length, dtype=dtype,
+        adapter=LoraConfig(rank, float(rank)),
+    )  # fmt: skip
+    columns = (Column(name, overflow="fold") for name in head)
+    table = Table(*columns, caption=cost_table.CAPTION, padding=0)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    CONSOLE.print(table)
+
+
+def main(words: Sequence[str]) -> None:
+    """Run `cost`."""
+    tyro.cli(cost, prog="jaxlora cost", args=words)

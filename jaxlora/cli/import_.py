@@ -1,0 +1,111 @@
+"""`jaxlora import`: take over a task from other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jaxlora.cli.terminal import Folder, say
+from jaxlora.data.task_files import check_name
+from jaxlora.formats import huggingface
+from jaxlora.formats import peft as peft_files
+from jaxlora.formats.huggingface import absolute
+from jaxlora.serving import bank as banks
+from jaxlora.serving import export_peft as exchange
+from jaxlora.serving import manifest
+from jaxlora.serving.task_models import Pooling, TaskModels
+from jaxlora.utils import files
+from jaxlora.utils.errors import UserError
+
+
+def peft(
+    folder: Folder,
+    /,
+    bank: Path,
+    name: Annotated[str, tyro.conf.arg(name="as")],
+    base: str | None = None,
+    base_sha256: str | None = None,
+    any_base: bool = False,
+    pooling: Pooling | None = None,
+    adapter: str | None = None,
+    classes: tuple[str, ...] = (),
+    encoder_only: bool = False,
+    update: bool = False,
+) -> None:
+    """Put an adapter from a PEFT folder into a bank (created if it is missing).
+
+    What PEFT made for a sequence classifier (SEQ_CLS) is imported whole, with its classifier as the
+    task's head. Any other adapter that was not exported from here has no head: it compares two
+    texts by the cosine of their vectors.
+
+    Args:
+      folder: adapter_config.json and adapter_model.safetensors, or named folders with those.
+      bank: the bank.
+      name: what to call its task there.
+      base: of a new bank, for an adapter that was not exported from here (default: minilm); else
+        where the base is now, if it has moved.
+      base_sha256: refuse that base if its weights have another checksum.
+      any_base: import it although its folder names another base, or none.
+      pooling: likewise of a new bank; default: cls for a sequence classifier, else mean.
+      adapter: which of several named adapters in the folder.
+      classes: names of a classifier's classes; default: the base's id2label, or numbers.
+      encoder_only: leave out the classifier.
+      update: replace the task of that name.
+    """
+    check_name(name, "--as")
+    folder = peft_files.find(folder, adapter)
+    base = None if base is None else absolute(base)
+    like = None
+    if encoder_only or not exchange.described(folder):
+        whole = not encoder_only and exchange.classifies(folder)
+        like = _like(bank, base, base_sha256, pooling, whole)
+    trained = exchange.load(
+        folder, name, like, base, any_base=any_base, encoder_only=encoder_only, classes=classes
+    )
+    _check_given(trained, base_sha256, pooling)
+    banks.add(bank, trained, [name], replace=update)
+    say(f"{bank}: {'updated' if update else 'added'} {name}")
+    if left_out := trained.models[name].facts.left_out:
+        say(f"left out, since the vectors do not depend on it: {', '.join(left_out)}")
+
+
+def _check_given(trained: TaskModels, base_sha256: str | None, pooling: str | None) -> None:
+    """Refuse flags that say something else than what was imported."""
+    if pooling not in (None, trained.pooling):
+        raise UserError(f"--pooling={pooling}: it is {trained.pooling} here; leave it out")
+    weights = trained.fingerprint.weights
+    if base_sha256 not in (None, weights):
+        raise UserError(f"--base-sha256 {base_sha256}: {trained.base} has sha256 {weights}")
+
+
+def _like(
+    bank: Path, base: str | None, base_sha256: str | None, pooling: Pooling | None, classifier: bool
+) -> TaskModels:
+    """What an imported adapter shall fit: the bank, or a new one's base."""
+    if manifest.exist(files.local(bank)):
+        return banks.load(bank)
+    base = base or huggingface.MINILM
+    found = huggingface.load(base, base_sha256)
+    if found.left_out:
+        say(f"{base}{found.without}")
+    # A classifier cuts sentences where transformers would.
+    length = min(512 if classifier else 128, found.config.max_length)
+    pooling = pooling or ("cls" if classifier else "mean")
+    return TaskModels(
+        base=base, fingerprint=found.fingerprint, pooling=pooling, max_length=length,
+        dtype="float32", models={}, trees={}, configs={}, origin=str(bank),
+    )  # fmt: skip
+
+
+COMMANDS = {"peft": peft}
+
+
+def main(words: Sequence[str]) -> None:
+    """Run one of `COMMANDS`."""
+    about = "Take over a task from other programs."
+    tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog="jaxlora import", description=about, args=words
+    )
