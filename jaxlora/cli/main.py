@@ -19,6 +19,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "init": Command("jaxlora.cli.init", "look at tables of data and write a task file"),
     "train": Command(
         "jaxlora.cli.train", "train tasks of your own, or one of the paper's variants"
     ),

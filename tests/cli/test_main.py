@@ -313,3 +313,21 @@ def test_console_says_that_minilm_has_seen_quora(source, base, said):
 def test_paths_are_told_as_they_are():
     text = f"Everything is in {'x' * 80}/[best]/lora3."
     assert shown(lambda console: say(text, console)) == f"{text}\n"
+
+
+def test_a_drafted_task_file_can_be_trained_from(folders, capsys):
+    rows = [f"a film {n},{'bad' if n % 3 else 'good'}" for n in range(60)]
+    Path("films.csv").write_text("\n".join(["what,liked", *rows]))
+    assert main(["init", "films.csv", f"--base={folders[1]}"]) == 0
+    shown = capsys.readouterr().out
+    assert "films: binary of what by liked: bad, good" in shown
+    flags = [f"--base={folders[1]}", "--max-length=32", "--max-steps=1", "--rank=2"]
+    assert main(["train", "films.toml", *flags]) == 0
+    assert Path("runs/films/model").is_dir()
+    written = Path("films.toml").read_text()
+    assert main(["init", "films.csv", f"--base={folders[1]}"]) == 2
+    assert "--output films.toml: is there already" in capsys.readouterr().err
+    assert Path("films.toml").read_text() == written
+    assert main(["init"]) == 2
+    assert main(["init", "films.csv", "--label=like", "--output=x.toml"]) == 2
+    assert "did you mean 'liked'" in capsys.readouterr().err and not Path("x.toml").exists()
