@@ -24,6 +24,7 @@ COMMANDS = {
         "jaxlora.cli.train", "train tasks of your own, or one of the paper's variants"
     ),
     "predict": Command("jaxlora.cli.predict", "predict one example, or a whole table"),
+    "evaluate": Command("jaxlora.cli.evaluate", "score a task on a table of labelled examples"),
     "bank": Command("jaxlora.cli.bank", "list, add, update, remove, show, verify tasks of a bank"),
     "combine": Command("jaxlora.cli.combine", "add a task whose adapter is a weighted sum"),
     "export": Command("jaxlora.cli.export", "write a task for other programs: merged, peft"),

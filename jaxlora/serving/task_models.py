@@ -10,6 +10,7 @@ import jax
 from pydantic import Field
 
 from jaxlora import lora
+from jaxlora.data.tables import Columns
 from jaxlora.formats import huggingface
 from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.formats.huggingface import Pretrained, absolute
@@ -34,6 +35,7 @@ class Facts:
       imported_from: the PEFT folder that others wrote.
       left_out: what was trained beside it and has no effect here.
       combined_from: task → weight, of the adapters that were added up.
+      columns: of the tables that it was trained on; None: they were not the user's.
     """
 
     dev: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -43,6 +45,7 @@ class Facts:
     imported_from: str | None = None
     left_out: tuple[str, ...] = ()
     combined_from: dict[str, float] = dataclasses.field(default_factory=dict)
+    columns: Columns | None = None
 
 
 @dataclasses.dataclass(frozen=True)

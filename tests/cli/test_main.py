@@ -331,3 +331,26 @@ def test_a_drafted_task_file_can_be_trained_from(folders, capsys):
     assert main(["init"]) == 2
     assert main(["init", "films.csv", "--label=like", "--output=x.toml"]) == 2
     assert "did you mean 'liked'" in capsys.readouterr().err and not Path("x.toml").exists()
+
+
+def test_a_trained_task_is_evaluated_on_the_columns_that_it_was_trained_on(folders, capsys):
+    rows = [f"{n},a film {n},{'bad' if n % 3 else 'good'}" for n in range(60)]
+    Path("films.csv").write_text("\n".join(["id,what,liked", *rows]))
+    flags = [f"--base={folders[1]}", "--max-length=32", "--max-steps=2", "--rank=2"]
+    for run, seed in (("one", 0), ("two", 1)):
+        words = ["films.csv", "--text=what", "--label=liked", f"--out={run}", f"--seed={seed}"]
+        assert main(["train", *words, *flags]) == 0
+    capsys.readouterr()
+    words = ["evaluate", "one", "--input=films.csv", "--against=two"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], sum(map(sum, found["confusion"]))) == (60, 60)
+    assert found["scores"].keys() == found["differences"].keys()
+    assert main([*words, "--page=page.html"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{found['scores']['accuracy']['value']:.4f}" in shown and "page.html" in shown
+    assert "<h2>Confusion</h2>" in Path("page.html").read_text()
+    assert main(["evaluate", "one", "--input=films.csv", "--label=like"]) == 2
+    assert "did you mean 'liked'" in capsys.readouterr().err
+    assert main(["evaluate", "one", "--input=films.csv", "--page=nowhere/x.html"]) == 2
+    assert "--page nowhere/x.html" in capsys.readouterr().err
