@@ -22,7 +22,7 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top:
 p { color: var(--soft); margin: .3rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: left; }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: left; }
 th { font-weight: 600; } .n { text-align: right; } .text { min-width: 14rem; }
 svg { width: 100%; max-width: 22rem; height: auto; }
 svg text { fill: var(--soft); font-size: 11px; } svg .axis { stroke: var(--soft); fill: none; }
