@@ -25,7 +25,9 @@ COMMANDS = {
     ),
     "predict": Command("jaxlora.cli.predict", "predict one example, or a whole table"),
     "evaluate": Command("jaxlora.cli.evaluate", "score a task on a table of labelled examples"),
-    "bank": Command("jaxlora.cli.bank", "list, add, update, remove, show, verify tasks of a bank"),
+    "bank": Command(
+        "jaxlora.cli.bank", "list, add, update, remove, show, verify, history, rollback"
+    ),
     "combine": Command("jaxlora.cli.combine", "add a task whose adapter is a weighted sum"),
     "export": Command("jaxlora.cli.export", "write a task for other programs: merged, peft"),
     "import": Command("jaxlora.cli.import_", "take over a task from other programs: peft"),

@@ -30,6 +30,7 @@ class Facts:
     Attributes:
       dev: its metric → the score of its dev set.
       data: checksum of its examples.
+      dev_data: checksum of those of its dev set; None: not known.
       variant: of the run.
       versions: package → version, of what computed it.
       imported_from: the PEFT folder that others wrote.
@@ -40,6 +41,7 @@ class Facts:
 
     dev: dict[str, float] = dataclasses.field(default_factory=dict)
     data: str | None = None
+    dev_data: str | None = None
     variant: str | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     imported_from: str | None = None

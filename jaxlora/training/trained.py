@@ -34,6 +34,7 @@ def task_models(
             facts = Facts(
                 dev={task.metric: dev[name]},
                 data=checksums[inputs.data_of(name)],
+                dev_data=checksums.get(inputs.dev_of(name)),
                 variant=settings.variant,
                 versions=versions,
                 columns=None if table is None else table.columns,
