@@ -15,6 +15,7 @@ BENCHES = (
     "share --dtypes float32 --rounds 3",
     "pcgrad",
     "predict --rounds 7",
+    "adapters",
     "start",
     "frozen --examples 1024 --rounds 3",
     "memory",

@@ -40,7 +40,7 @@ def make_cached(work: Work, base: str) -> Callable[[], float]:
     ours = Ours(work, huggingface.load(base))
     setup = time.perf_counter() - began
     ours.compile()
-    steps = ours.groups[0].batches.order.steps_per_epoch
+    steps = ours.cohorts[0].batches.order.orders[0].steps_per_epoch
 
     def epoch() -> float:
         ours.run(steps)

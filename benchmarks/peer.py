@@ -26,7 +26,8 @@ from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.task import Task
-from jaxlora.training.task_group import TaskGroup
+from jaxlora.training.step import TrainState
+from jaxlora.training.task_group import Cohort
 
 Mode = Literal["eager", "compile", "graphs"]
 
@@ -75,24 +76,27 @@ class Peer:
         self,
         work: Work,
         base: Pretrained,
-        ours: TaskGroup,
+        ours: Cohort,
+        name: str,
         *,
+        states: Mapping[str, TrainState] | None = None,
         mode: Mode = "eager",
         device: str = "cpu",
     ) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
         self.device, self._pooling = torch.device(device), work.pooling
         chosen = work.settings
+        state, group = (states or ours.states)[name], ours.train_step.groups[name]
         model = make_bert(base, chosen.model.encoder_dropout)
         if chosen.adapt == "lora":
             model = with_adapter(model, chosen.lora, "default")
-            load_adapter(model, ours.state.trainable["lora"], "default")
+            load_adapter(model, state.trainable["lora"], "default")
         model = model.to(self.device).train()
         self.shared = [p for p in model.parameters() if p.requires_grad]
         self.encoder = _compiled(model, mode)
         dropout = ours.train_step.dropout
         self.heads = torch.nn.ModuleList(
-            Head(task, ours.state.heads[task.name], dropout) for task in ours.train_step.tasks
+            Head(task, state.heads[task.name], dropout) for task in group.tasks
         ).to(self.device)
         self.optimizers = [
             torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, fused=True)
@@ -105,10 +109,10 @@ class Peer:
         # CUDA graphs replay one shape; so there are few.
         self._multiple = 32 if mode == "graphs" else 1
         self._surgery = PCGrad() if len(self.heads) > 1 else None
-        self._weights = ours.train_step.weights or (1.0,) * len(self.heads)
+        self._weights = group.weights or (1.0,) * len(self.heads)
         self._autocast = work.dtype == "bfloat16"
         data = make_data(work, base)
-        self._examples = {t.name: data[t.name]["train"] for t in ours.train_step.tasks}
+        self._examples = {t.name: data[t.name]["train"] for t in group.tasks}
         sizes = {name: len(examples) for name, examples in self._examples.items()}
         self._order = data_batches.make_order(sizes, work.batch_size, chosen.loop.seed)
         self.taken = 0

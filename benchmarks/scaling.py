@@ -24,7 +24,7 @@ from jaxlora.formats import huggingface
 from jaxlora.tasks import task as tasks
 from jaxlora.training import optimizer
 from jaxlora.training.adaptation import Lora
-from jaxlora.training.step import make_train_step
+from jaxlora.training.step import GroupStep, make_train_step
 
 AXES: Mapping[str, tuple[int, ...]] = {
     "batch": (8, 16, 32, 64),
@@ -67,13 +67,8 @@ def make_ours(case: Case, flags: Flags) -> Callable[[], float]:
     layers = jax.tree.map(lambda x: x[: case.layers], base.params["layers"])
     config = dataclasses.replace(base.config, num_hidden_layers=case.layers)
     chosen = [dataclasses.replace(tasks.STS_MSE, name=f"task{n}") for n in range(case.tasks)]
-    made = make_train_step(
-        tuple(chosen),
-        config,
-        Lora(adapter),
-        optimizer.optimizers(case.tasks, 1e-3, 1e-3),
-        dtype=jnp.dtype(flags.dtype),
-    )
+    group = GroupStep(tuple(chosen), *optimizer.optimizers(case.tasks, 1e-3, 1e-3))
+    made = make_train_step({"all": group}, config, Lora(adapter), dtype=jnp.dtype(flags.dtype))
     params = base.params | {"layers": layers}
     train = {
         t.name: make_examples(tasks.STS_MSE, 256, config.vocab_size, n)
@@ -81,12 +76,12 @@ def make_ours(case: Case, flags: Flags) -> Callable[[], float]:
     }
     order = data_batches.make_order(dict.fromkeys(train, 256), case.batch, 0)
     batch = jax.device_put(first_batch(train, order, case.row_length))
-    state = made.init(jax.random.key(0), params)
+    states = made.init({"all": jax.random.key(0)}, params)
     frozen, train_step = jax.device_put(made.freeze(params)), made.compile()
 
     def run() -> float:
-        nonlocal state
-        state, metrics = train_step(state, frozen, batch)
+        nonlocal states
+        states, metrics = train_step(states, frozen, batch)
         jax.block_until_ready(metrics)
         return megabytes("ours", jax.default_backend())
 
@@ -100,7 +95,8 @@ def first_batch(train: Mapping[str, Examples], order: data_batches.Order, length
         for e, numbers in zip(train.values(), order.at(0), strict=True)
     ]
     shape = packing.Shape(packing.place(np.concatenate(sentences), length).rows, length)
-    return data_batches.PackedBatches(train, order, (shape,), mixed=True)[0]
+    joint = data_batches.JointOrder((order,), (1,))
+    return data_batches.PackedBatches(train, joint, (shape,), mixed=True)[0]
 
 
 def measure(axis: str, flags: Flags) -> list[dict[str, Any]]:

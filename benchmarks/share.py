@@ -44,26 +44,32 @@ class Flags:
 
 def make_projection(ours: Ours) -> Callable[[], Any]:
     """Time PCGrad alone on gradients in the shapes of the trained tree."""
-    (group,) = ours.groups
-    count = len(group.tasks)
-    tx = pcgrad(count)
-    leaves, structure = jax.tree.flatten(group.state.trainable)
+    (cohort,) = ours.cohorts
+    count = len(cohort.train_step.tasks)
+    tx, tree = pcgrad(count), _trainable(ours)
+    leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     grads = jax.tree.unflatten(
         structure,
         [jax.random.normal(k, (count, *x.shape)) for k, x in zip(keys, leaves, strict=True)],
     )
-    state = tx.init(group.state.trainable)
+    state = tx.init(tree)
     update = jax.jit(lambda grads, state: tx.update(grads, state)[0])
     return lambda: jax.block_until_ready(update(grads, state))
 
 
+def _trainable(ours: Ours) -> Any:
+    """Return the tree that all tasks share."""
+    ((state,),) = (cohort.states.values() for cohort in ours.cohorts)
+    return state.trainable
+
+
 def host_seconds(ours: Ours, steps: int) -> float:
     """Measure the seconds in which the batch of a step is built, without other work."""
-    (group,) = ours.groups
+    (cohort,) = ours.cohorts
     began = time.perf_counter()
     for step in range(steps):
-        group.batches[step]
+        cohort.batches[step]
     return (time.perf_counter() - began) / steps
 
 
@@ -80,7 +86,7 @@ def measure(work: Work, flags: Flags) -> dict[str, Any]:
         "variant": work.variant,
         "batch": work.batch_size,
         "dtype": work.dtype,
-        "M trained": round(trees.count(ours.groups[0].state.trainable) / 1e6, 2),
+        "M trained": round(trees.count(_trainable(ours)) / 1e6, 2),
         "step ms": each,
         "PCGrad ms": spreads["projection"],
         "PCGrad %": 100 * spreads["projection"].median / each.median,

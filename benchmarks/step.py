@@ -20,7 +20,7 @@ from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.nn.bert import EncoderConfig, param_shapes
 from jaxlora.training.config import Dtype, VariantName
-from jaxlora.training.task_group import TaskGroup
+from jaxlora.training.task_group import Cohort
 
 KINDS = {
     "lora shared, PCGrad": "lora3",
@@ -124,16 +124,20 @@ def make_ours(work: Work, base: str, together: int = 0) -> Callable[[int], Any]:
 
 
 @functools.cache
-def make_numbers(work: Work, base: str) -> tuple[Pretrained, list[TaskGroup]]:
+def make_numbers(work: Work, base: str) -> tuple[Pretrained, list[Cohort]]:
     """Load the base, and the groups whose initial parameters the peer copies."""
     loaded = huggingface.load(base)
-    return loaded, Ours(work, loaded).groups
+    return loaded, Ours(work, loaded).cohorts
 
 
 def make_peer(work: Work, base: str, device: str, mode: Mode = "eager") -> Callable[[int], Any]:
     """Build the peer's side: one or three models."""
-    loaded, groups = make_numbers(work, base)
-    peers = [Peer(work, loaded, g, mode=mode, device=device) for g in groups]
+    loaded, cohorts = make_numbers(work, base)
+    peers = [
+        Peer(work, loaded, cohort, group.name, mode=mode, device=device)
+        for cohort in cohorts
+        for group in cohort.groups
+    ]
     return lambda steps: [peer.run(steps) for peer in peers] and None
 
 

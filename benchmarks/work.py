@@ -14,11 +14,12 @@ from jaxlora.data.batches import Batch
 from jaxlora.data.tokenized import Examples
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.tasks.task import Task, paper_tasks
-from jaxlora.training import sharding, task_group
+from jaxlora.training import sharding
 from jaxlora.training.config import Dtype, Settings, VariantName
 from jaxlora.training.inputs import Data
 from jaxlora.training.presets import make_settings
 from jaxlora.training.step import StepMetrics, TrainState
+from jaxlora.training.task_group import Cohort, make_cohort
 
 # Tokens of a training sentence at 0, 5, … 100 % (SST-5, Quora, STS-B; BERT's tokenizer).
 LENGTHS = {
@@ -28,6 +29,7 @@ LENGTHS = {
 }
 TASKS = paper_tasks("mse")
 FIRST_WORD = 1000  # of BERT's vocabulary; what stands before are special and unused tokens
+Metrics = dict[str, StepMetrics]
 LOOK_AT = 200  # steps, to find the shapes of batches
 
 
@@ -93,45 +95,45 @@ def real_tokens(work: Work, base: Pretrained) -> float:
 
 
 class Steps:
-    """The steps of some groups, each on its own batches in a cycle.
+    """The steps of some cohorts, each on its own batches in a cycle.
 
     Attributes:
-      groups: see `group.TaskGroup`.
-      states: of each group.
-      stacks: the batches of `run_together`, of each group.
+      cohorts: groups that train in one step.
+      states: of each cohort's groups.
+      stacks: the batches of `run_together`, of each cohort.
       waited: seconds that steps have waited for their batches so far.
     """
 
-    def __init__(self, groups: list[task_group.TaskGroup]) -> None:
-        self.groups = groups
+    def __init__(self, cohorts: list[Cohort]) -> None:
+        self.cohorts = cohorts
         self.waited = 0.0
         self.stacks: list[Batch] = []
         self._scans: list[Any] = []
-        self._steps = [g.compile() for g in self.groups]
-        self.states: list[TrainState] = [g.state for g in self.groups]
-        self._batches: list[Iterator[Batch]] = [_over_and_over(g) for g in self.groups]
+        self._steps = [cohort.compile() for cohort in cohorts]
+        self.states: list[dict[str, TrainState]] = [cohort.states for cohort in cohorts]
+        self._batches: list[Iterator[Batch]] = [_over_and_over(cohort) for cohort in cohorts]
 
-    def run(self, steps: int) -> list[StepMetrics]:
-        """Take some steps with every group and wait for them; return the last metrics."""
+    def run(self, steps: int) -> list[Metrics]:
+        """Take some steps with every cohort and wait for them; return the last metrics."""
         for _ in range(steps):
-            metrics = [self._step(i) for i in range(len(self.groups))]
+            metrics = [self._step(i) for i in range(len(self.cohorts))]
         return jax.block_until_ready(metrics)
 
-    def run_group(self, i: int, steps: int) -> StepMetrics:
-        """Do the same as `run`, with one group."""
+    def run_cohort(self, i: int, steps: int) -> Metrics:
+        """Do the same as `run`, with one cohort."""
         for _ in range(steps):
             metrics = self._step(i)
         return jax.block_until_ready(metrics)
 
     def compile(self) -> None:
         """Run a batch of every shape once, so that no timed step compiles."""
-        for g, train_step in zip(self.groups, self._steps, strict=True):
-            for batch in one_of_each_shape(g.batches, min(g.steps, LOOK_AT)):
+        for cohort, train_step in zip(self.cohorts, self._steps, strict=True):
+            for batch in one_of_each_shape(cohort.batches, LOOK_AT):
                 # Placed as in a run: elsewhere it would be another program.
-                state = jax.tree.map(lambda x: x.copy(), g.state)
-                jax.block_until_ready(train_step(state, g.frozen, g.place(batch)))
+                placed = cohort.place(batch)
+                jax.block_until_ready(train_step(cohort.states, cohort.frozen, placed))
 
-    def run_together(self, steps: int) -> list[StepMetrics]:
+    def run_together(self, steps: int) -> list[Metrics]:
         """Do the same as `run` in one program, on batches that are already on the device."""
         if not self.stacks:
             self.stacks = [_next_of_one_shape(batches, steps) for batches in self._batches]
@@ -139,17 +141,16 @@ class Steps:
         metrics = [self._scan(i, stack) for i, stack in enumerate(self.stacks)]
         return jax.block_until_ready(metrics)
 
-    def _scan(self, i: int, stack: Batch) -> StepMetrics:
-        state, metrics = self._scans[i](self.states[i], self.groups[i].frozen, stack)
-        self.states[i] = state
+    def _scan(self, i: int, stack: Batch) -> Metrics:
+        metrics: Metrics
+        self.states[i], metrics = self._scans[i](self.states[i], self.cohorts[i].frozen, stack)
         return metrics
 
-    def _step(self, i: int) -> StepMetrics:
+    def _step(self, i: int) -> Metrics:
         began = time.perf_counter()
         batch = next(self._batches[i])
         self.waited += time.perf_counter() - began
-        state, metrics = self._steps[i](self.states[i], self.groups[i].frozen, batch)
-        self.states[i] = state
+        self.states[i], metrics = self._steps[i](self.states[i], self.cohorts[i].frozen, batch)
         return metrics
 
 
@@ -158,28 +159,28 @@ class Ours(Steps):
 
     def __init__(self, work: Work, base: Pretrained) -> None:
         data, chosen, mesh = make_data(work, base), work.settings, sharding.make_mesh("data=1")
-        groups = [task_group.make_task_group(chosen, base, data, g, mesh) for g in chosen.groups]
+        made = [make_cohort(chosen, base, data, groups, mesh) for groups in chosen.cohorts]
         super().__init__(
             [
                 dataclasses.replace(
-                    g, train_step=dataclasses.replace(g.train_step, dropout=work.dropout)
+                    cohort, train_step=dataclasses.replace(cohort.train_step, dropout=work.dropout)
                 )
-                for g in groups
+                for cohort in made
             ]
         )
 
 
-def _over_and_over(of: task_group.TaskGroup) -> Iterator[Batch]:
+def _over_and_over(cohort: Cohort) -> Iterator[Batch]:
     while True:
-        yield from of.prefetch(0)
+        yield from cohort.prefetch(0)
 
 
 def _make_scan(train_step: Any) -> Any:
     """Run the step over stacked batches; return the last metrics."""
 
-    def several(state: TrainState, frozen: Any, batches: Batch) -> Any:
-        state, metrics = jax.lax.scan(lambda s, b: train_step(s, frozen, b), state, batches)
-        return state, jax.tree.map(lambda x: x[-1], metrics)
+    def several(states: dict[str, TrainState], frozen: Any, batches: Batch) -> Any:
+        states, metrics = jax.lax.scan(lambda s, b: train_step(s, frozen, b), states, batches)
+        return states, jax.tree.map(lambda x: x[-1], metrics)
 
     return jax.jit(several, donate_argnums=0)
 
@@ -198,7 +199,7 @@ def _next_of_one_shape(batches: Iterator[Batch], count: int) -> Batch:
 def one_of_each_shape(batches: Any, look_at: int) -> list[Batch]:
     """Return the first batch of each shape among the first steps."""
     found: dict[Any, Batch] = {}
-    for step in range(look_at):
+    for step in range(min(look_at, batches.order.steps)):
         batch = batches[step]
         found.setdefault(tuple(jax.tree.map(np.shape, batch.inputs)), batch)
     return list(found.values())

@@ -27,10 +27,10 @@ from jaxlora.nn import bert
 from jaxlora.nn.encode import Encode, PackedTokens
 from jaxlora.pcgrad import combine, gram, orders, project
 from jaxlora.tasks import task as tasks
-from jaxlora.tasks.sharing import VARIANTS, Adapt, Variant
+from jaxlora.tasks.sharing import VARIANTS, Adapt, Variant, group_name
 from jaxlora.training import optimizer
 from jaxlora.training.adaptation import EncodeTasks, Frozen, Full, make_adaptation
-from jaxlora.training.step import make_train_step
+from jaxlora.training.step import GroupStep, make_train_step
 from jaxlora.utils import trees
 
 TOLERANCE = 2e-3  # relative, after two AdamW steps in float32
@@ -77,32 +77,44 @@ def random_batch(num_tasks: int, vocabulary: int, adapt: Adapt) -> Batch:
 class EncodedInSteps(Frozen):
     """A frozen encoder that encodes at every step, so that this is compared, too."""
 
-    def encode_tasks(self, encode: Encode, num_tasks: int) -> EncodeTasks:
+    def encode_tasks(self, encode: Encode, sizes: Sequence[int]) -> EncodeTasks:
         """Encode each task's rows."""
-        return Full().encode_tasks(encode, num_tasks)
+        return Full().encode_tasks(encode, sizes)
 
 
 def two_steps(
     variant: Variant, base: huggingface.Pretrained, device: jax.Device
 ) -> tuple[Any, float]:
-    """What a variant's first group has trained after two steps, and seconds a step takes."""
+    """What the groups of a variant's first step have trained after two, and seconds a step takes.
+
+    Adapters of all groups train in one step, whole encoders one after another.
+    """
     config = base.config.with_dropout(0.0)
-    names = variant.groups[0]
+    groups = variant.groups[: 1 if variant.adapt == "full" else None]
+    named = {task.name: task for task in tasks.paper_tasks(variant.sts_loss)}
     with jax.default_device(device):
-        chosen = tuple(t for t in tasks.paper_tasks(variant.sts_loss) if t.name in names)
         adapted = make_adaptation(variant.adapt, lora.LoraConfig())
         adaptation = EncodedInSteps() if variant.adapt == "frozen" else adapted
-        txs = optimizer.optimizers(len(names), 1e-3, 1e-3)
-        made = make_train_step(chosen, config, adaptation, txs, dropout=0.0)
-        state, frozen = made.init(jax.random.key(0), base.params), made.freeze(base.params)
-        run, batch = made.compile(), random_batch(len(names), config.vocab_size, variant.adapt)
+        steps = {
+            group_name(names): GroupStep(
+                tuple(named[name] for name in names), *optimizer.optimizers(len(names), 1e-3, 1e-3)
+            )
+            for names in groups
+        }
+        made = make_train_step(steps, config, adaptation, dropout=0.0)
+        states = made.init(dict.fromkeys(steps, jax.random.key(0)), base.params)
+        run, frozen = made.compile(), made.freeze(base.params)
+        batch = random_batch(len(made.tasks), config.vocab_size, variant.adapt)
         for _ in range(2):
-            state, _ = run(state, frozen, batch)
-        trained = jax.tree.map(np.array, {"encoder": state.trainable, "heads": state.heads})
+            states, _ = run(states, frozen, batch)
+        trained = {
+            name: jax.tree.map(np.array, {"encoder": state.trainable, "heads": state.heads})
+            for name, state in states.items()
+        }
         seconds = []
         for _ in range(10):
             began = time.perf_counter()
-            state, metrics = run(state, frozen, batch)
+            states, metrics = run(states, frozen, batch)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - began)
     return trained, float(np.median(seconds))

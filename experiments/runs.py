@@ -15,6 +15,7 @@ from experiments.studies import Study, arguments
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.serving import finished_run
+from jaxlora.tasks.sharing import group_name
 from jaxlora.training import inputs as run_inputs
 from jaxlora.training import metrics_log, run_folder
 from jaxlora.training.config import Settings
@@ -80,12 +81,15 @@ class Run:
         """Steps taken so far, by the last record of its log."""
         if self.finished:
             return self.total
-        last = _last_record(self.out / metrics_log.METRICS)
+        last, done = _last_record(self.out / metrics_log.METRICS), 0
         if last is None or last["group"] not in self.steps:
             return 0
-        names = list(self.steps)
-        before = names[: names.index(last["group"])]
-        return sum(self.steps[name] for name in before) + int(last["step"])
+        for groups in self.settings.cohorts:
+            steps = {name: self.steps[name] for name in map(group_name, groups)}
+            if last["group"] in steps:
+                return done + sum(min(int(last["step"]), planned) for planned in steps.values())
+            done += sum(steps.values())
+        return done
 
     def result(self) -> dict[str, Any]:
         """The content of `result.json`."""

@@ -13,13 +13,15 @@ from benchmarks import harness
 from benchmarks.work import Steps
 from experiments.runs import Run
 from jaxlora.formats import huggingface
-from jaxlora.training import inputs, run_folder, sharding, task_group
+from jaxlora.tasks.sharing import group_name
+from jaxlora.training import inputs, run_folder, sharding
 from jaxlora.training.config import Settings
+from jaxlora.training.task_group import make_cohort
 from jaxlora.utils.errors import UserError
 
 FILE = "timing.json"
 ROUNDS = 10
-STEPS = 4  # in a round, of each group
+STEPS = 4  # in a round, of each cohort
 
 
 def timed(runs: Sequence[Run]) -> list[Run]:
@@ -31,18 +33,16 @@ def timed(runs: Sequence[Run]) -> list[Run]:
 
 
 def make_side(settings: Settings) -> Callable[[int, int], None]:
-    """A study's groups on its own data, compiled: `(number of the group, steps)` takes steps."""
+    """A study's steps on its own data, compiled: `(number of the cohort, steps)` takes some."""
     base = huggingface.load(settings.model.base)
     data, devices = inputs.load_data(settings, base), sharding.make_mesh("auto")
-    groups = [
-        task_group.make_task_group(settings, base, data, names, devices)
-        for names in settings.groups
-    ]
-    steps = Steps(groups)
+    steps = Steps(
+        [make_cohort(settings, base, data, groups, devices) for groups in settings.cohorts]
+    )
     steps.compile()
 
     def side(number: int, count: int) -> None:
-        steps.run_group(number, count)
+        steps.run_cohort(number, count)
 
     return side
 
@@ -50,9 +50,9 @@ def make_side(settings: Settings) -> Callable[[int, int], None]:
 def measure(
     runs: Sequence[Run], path: Path, rounds: int = ROUNDS, steps: int = STEPS
 ) -> dict[str, Any]:
-    """Time the steps of each group of each study, and write `timing.json`.
+    """Time the steps of each cohort of each study, and write `timing.json`.
 
-    A study's time a step is the mean over its groups' steps, as many as each takes in a run. Times
+    A study's time a step is the mean over its cohorts' steps, as many as each takes in a run. Times
     of an earlier call are replaced: only what is measured in turn can be compared.
 
     Raises:
@@ -64,7 +64,7 @@ def measure(
     sides = {
         (run, number): lambda w=worker, n=number: w(n, steps)
         for run, worker in workers.items()
-        for number in range(len(run.steps))
+        for number in range(len(run.settings.cohorts))
     }
     try:
         spreads = harness.interleave(sides, rounds, warmups=1)
@@ -81,10 +81,10 @@ def measure(
         "studies": {
             run.study.name: {
                 "ms_per_step": mean_step(
-                    list(run.steps.values()),
-                    [spreads[run, n].per(steps) for n in range(len(run.steps))],
+                    counts := count_steps(run),
+                    [spreads[run, n].per(steps) for n in range(len(counts))],
                 ),
-                "steps": run.total,
+                "steps": sum(counts),
             }
             for run in runs
         },
@@ -93,8 +93,15 @@ def measure(
     return found
 
 
+def count_steps(run: Run) -> list[int]:
+    """Return how many steps each cohort takes: as many as its longest group."""
+    return [
+        max(run.steps[group_name(names)] for names in groups) for groups in run.settings.cohorts
+    ]
+
+
 def mean_step(counts: Sequence[int], spreads: Sequence[harness.Spread]) -> dict[str, float]:
-    """Milliseconds a step, of groups with so many steps each.
+    """Milliseconds a step, of cohorts with so many steps each.
 
     >>> quick, slow = harness.Spread(0.01, 0.01, 0.02), harness.Spread(0.03, 0.05, 0.06)
     >>> mean_step([3, 1], [quick, slow])

@@ -15,7 +15,7 @@ from jaxlora.tasks.task import paper_tasks
 from jaxlora.training import cost, optimizer
 from jaxlora.training import sharding as meshes
 from jaxlora.training.adaptation import make_adaptation
-from jaxlora.training.step import make_train_step
+from jaxlora.training.step import GroupStep, make_train_step
 
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
 
@@ -31,16 +31,21 @@ def wide(adapt, text, **more):
 
 
 def shapes(work):
-    """A `cost.Work`'s step, and the shapes of (frozen, state)."""
+    """A `cost.Work`'s step, and the shapes of (frozen, states)."""
+    optimizers = optimizer.optimizers(len(work.tasks), 1e-4, 1e-3, weight_decay=0.01)
+    groups = {"all": GroupStep(work.tasks, *optimizers)}
+    if work.groups > 1:  # one of each task
+        optimizers = optimizer.optimizers(1, 1e-4, 1e-3, weight_decay=0.01)
+        groups = {task.name: GroupStep((task,), *optimizers) for task in work.tasks}
     made = make_train_step(
-        work.tasks, work.config, make_adaptation(work.adapt, work.adapter),
-        optimizer.optimizers(len(work.tasks), 1e-4, 1e-3, weight_decay=0.01),
+        groups, work.config,
+        make_adaptation(work.adapt, work.adapter),
         dtype=jnp.dtype(work.dtype), pair_features=work.pair_features,
     )  # fmt: skip
 
     def start():
         params = jax.tree.map(lambda x: jnp.zeros(x.shape), bert.param_shapes(work.config))
-        return made.freeze(params), made.init(jax.random.key(0), params)
+        return made.freeze(params), made.init(dict.fromkeys(groups, jax.random.key(0)), params)
 
     return made, *jax.eval_shape(start)
 
@@ -52,14 +57,15 @@ def mesh_of(work):
 def compile_step(work):
     """XLA's program for it, on so many of the devices there are; nothing is run."""
     mesh = mesh_of(work)
-    made, frozen, state = shapes(work)
-    shardings, batch = meshes.of_state(mesh, state), batch_shapes(work)
+    made, frozen, states = shapes(work)
+    shardings = {name: meshes.of_state(mesh, state) for name, state in states.items()}
+    batch = batch_shapes(work)
     placed = [
         jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where
         )
         for tree, where in (
-            (state, shardings), (frozen, meshes.of_tree(mesh, frozen)),
+            (states, shardings), (frozen, meshes.of_tree(mesh, frozen)),
             (batch, meshes.of_batch(mesh, batch)),
         )
     ]  # fmt: skip

@@ -32,7 +32,7 @@ def settings(variant, base, data, **more):
 
 
 def curves(variant, base, data, *texts):
-    """The losses of five steps of each group on each mesh, and the rows of a batch."""
+    """The losses of five steps of each cohort on each mesh."""
     meshes.LEAST_SPLIT = 64  # the tiny model has no large leaf
     chosen = settings(variant, base, data, epochs=2)  # one is four steps of sts by itself
     loaded = huggingface.load(base)
@@ -40,15 +40,14 @@ def curves(variant, base, data, *texts):
     found = {}
     for text in texts:
         losses = []
-        for names in chosen.groups:
-            made = task_group.make_task_group(
-                chosen, loaded, examples, names, meshes.make_mesh(text)
-            )
-            state, train_step = made.state, made.compile()
+        for groups in chosen.cohorts:
+            made = task_group.make_cohort(chosen, loaded, examples, groups, meshes.make_mesh(text))
+            states, train_step = made.states, made.compile()
             for batch, _ in zip(made.prefetch(0), range(STEPS), strict=False):
-                state, metrics = train_step(state, made.frozen, batch)
-                losses.append(np.asarray(metrics.losses).tolist())
-            leaves = jax.tree.leaves(state.trainable)
+                states, metrics = train_step(states, made.frozen, batch)
+                step = [np.asarray(metrics[group.name].losses) for group in made.groups]
+                losses.append(np.concatenate(step).tolist())
+            leaves = jax.tree.leaves([state.trainable for state in states.values()])
             split = not all(x.sharding.is_fully_replicated for x in leaves)
         found[text] = {"losses": losses, "split": split}
     return found
@@ -75,12 +74,12 @@ def predicted(base, data, out):
     meshes.LEAST_SPLIT = 64
     splits, parts, outputs = [], [], predictions.outputs
 
-    def noting(group, task, trainable, heads, split):
+    def noting(cohort, task, trainable, heads, split):
         splits.append((task.name, split))
         leaves = [x for x in jax.tree.leaves(trainable) if x.size > 64]
         there = sum(x.addressable_shards[0].data.nbytes for x in map(jax.numpy.asarray, leaves))
         parts.append(there / sum(x.nbytes for x in leaves))
-        return outputs(group, task, trainable, heads, split)
+        return outputs(cohort, task, trainable, heads, split)
 
     predictions.outputs = noting
     train.run(settings("baseline2", base, data), Path(out), Silent(), RunOptions(mesh="fsdp=8"))
@@ -116,7 +115,8 @@ def update():
     """The collectives of the update alone: gradients in, parameters and moments out."""
     work = wide("full", "fsdp=8")
     mesh = mesh_of(work)
-    setup, _, state = shapes(work)
+    setup, _, states = shapes(work)
+    state = states["all"]
     where = meshes.of_state(mesh, state)
     stack = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(
@@ -130,7 +130,7 @@ def update():
     )
 
     def run(grads, opt_state, params):
-        updates, opt_state = setup.tx.update(grads, opt_state, params)
+        updates, opt_state = setup.groups["all"].tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     compiled = jax.jit(run, out_shardings=(where.trainable, where.opt_state)).lower(

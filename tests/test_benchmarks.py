@@ -1,7 +1,5 @@
 """The bench compares equal work: both sides see the same sentences and say the same of them."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +9,14 @@ from benchmarks import harness
 from benchmarks.work import LENGTHS, TASKS, Ours, Work, make_examples, real_tokens
 
 
-def warmed(group):
+def warmed(state):
     """Move an adapter off B = 0, so that it has a part in the loss."""
-    if "lora" not in group.state.trainable:
-        return group
+    if "lora" not in state.trainable:
+        return state
     moved = jax.tree.map(
-        lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), group.state.trainable
+        lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), state.trainable
     )
-    return dataclasses.replace(group, start=lambda _: group.state.replace(trainable=moved))
+    return state.replace(trainable=moved)
 
 
 @pytest.mark.slow
@@ -28,10 +26,12 @@ def test_both_sides_start_from_the_same_losses(variant, minilm):
     from benchmarks.peer import Peer
 
     work = Work(variant, 4, "float32", examples=8, dropout=0.0)
-    for group in map(warmed, Ours(work, minilm).groups):
-        _, metrics = jax.jit(group.train_step)(group.state, group.frozen, group.batches[0])
-        theirs = Peer(work, minilm, group).losses(0)
-        np.testing.assert_allclose(metrics.losses, [float(x.detach()) for x in theirs], rtol=1e-4)
+    for cohort in Ours(work, minilm).cohorts:
+        states = {name: warmed(state) for name, state in cohort.states.items()}
+        _, metrics = jax.jit(cohort.train_step)(states, cohort.frozen, cohort.batches[0])
+        for name, ours in metrics.items():
+            theirs = Peer(work, minilm, cohort, name, states=states).losses(0)
+            np.testing.assert_allclose(ours.losses, [float(x.detach()) for x in theirs], rtol=1e-4)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
@@ -44,8 +44,8 @@ def test_sentences_are_as_long_as_the_real_ones(task):
 
 def test_real_tokens_counts_each_sentence_of_a_step(minilm):
     work = Work("lora3", 4, "float32", examples=8)
-    batches = Ours(work, minilm).groups[0].batches
-    steps = batches.order.steps_per_epoch
+    batches = Ours(work, minilm).cohorts[0].batches
+    steps = batches.order.orders[0].steps_per_epoch
     counted = sum(int((batches[k].inputs.segment_ids > 0).sum()) for k in range(steps)) / steps
     assert counted == pytest.approx(real_tokens(work, minilm))
 
@@ -69,11 +69,12 @@ def test_several_steps_in_one_program_are_several_steps(tiny):
     work = Work("lora3", 4, "float32", examples=8, dropout=0.0)
     together, alone = Ours(work, tiny), Ours(work, tiny)
     together.run_together(3)
-    (stack,), (group,) = together.stacks, alone.groups
-    train_step, state = group.train_step.compile(), group.state
+    (stack,), (cohort,) = together.stacks, alone.cohorts
+    train_step, states = cohort.train_step.compile(), cohort.states
     for n in range(3):
-        state, _ = train_step(state, group.frozen, jax.tree.map(lambda x, n=n: x[n], stack))
-    (found,) = together.states
+        states, _ = train_step(states, cohort.frozen, jax.tree.map(lambda x, n=n: x[n], stack))
+    ((found,),) = (cohort.values() for cohort in together.states)
+    (state,) = states.values()
     assert int(found.step) == 3
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found.trainable, state.trainable

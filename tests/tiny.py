@@ -101,7 +101,7 @@ class Silent:
 
     def __init__(self, stop_at: tuple[str, int] | None = None) -> None:
         self.stop_at = stop_at
-        self.summaries, self.records, self.notes = [], [], []
+        self.summaries, self.records, self.notes, self.ends = [], [], [], {}
 
     def summary(self, summary) -> None:
         self.summaries.append(summary)
@@ -111,6 +111,9 @@ class Silent:
 
     def group(self, name: str, start: int, steps: int) -> None:
         self.started = (name, start, steps)
+
+    def done(self, name: str, why: str) -> None:
+        self.ends[name] = why
 
     def record(self, record) -> None:
         self.records.append(record)

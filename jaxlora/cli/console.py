@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )  # fmt: skip
@@ -63,61 +64,50 @@ class ConsoleCallback:
             TextColumn("left  {task.fields[note]}"),
             console=console,
         )
-        self._task = self._bar.add_task("starting", note="", visible=False)
-        self._steps: dict[str, int] = {}
+        self._start: TaskID | None = None
+        self._bars: dict[str, TaskID] = {}
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """While this lasts, the bar is on the screen."""
+        """While this lasts, the bars are on the screen."""
         with self._bar:
             yield
 
     def summary(self, summary: RunSummary) -> None:
         """Say what the run will do."""
         self._console.print(summary_table(summary))
-        self._steps = dict(summary.steps)
-        self._bar.update(self._task, description="preparing order and packing", visible=True)
+        self._start = self._bar.add_task("preparing order and packing", note="")
 
     def group(self, name: str, start: int, steps: int) -> None:
         """A new bar for a group; the first step compiles."""
-        self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(name, total=steps, completed=start, note="compiling …")
+        if self._start is not None:
+            self._bar.remove_task(self._start)
+            self._start = None
+        note = "compiling …"
+        self._bars[name] = self._bar.add_task(name, total=steps, completed=start, note=note)
 
     def record(self, record: dict[str, Any]) -> None:
         """Move the bar; print evaluations above it."""
         if record["kind"] == "train":
             losses = " ".join(f"{v:.3f}" for v in record["loss"].values())
             note = f"{record['steps_per_second']:.2f} steps/s  loss {losses}"
-            self._bar.update(self._task, completed=record["step"], note=note)
+            self._bar.update(self._bars[record["group"]], completed=record["step"], note=note)
             return
         scores = "  ".join(f"{k} {v:.4f}" for k, v in record["dev"].items())
         self._console.print(
             f"{record['group']} step {record['step']}: dev {scores}  mean {record['score']:.4f}"
         )
 
+    def done(self, name: str, why: str) -> None:
+        """Tick the group's bar off, and say why it ended."""
+        bar = self._bars[name]
+        self._bar.update(bar, description=f"✓ {name}", note="")
+        self._bar.stop_task(bar)
+        self._console.print(Text(f"{name} ended: {why}"))
+
     def note(self, text: str) -> None:
-        """Print it above the bar."""
+        """Print it above the bars."""
         say(text, self._console)
-
-    def endings(self, result: dict[str, Any]) -> list[str]:
-        """Say why each group's training ended, and which of its states is kept."""
-        return [ending(name, self._steps[name], found) for name, found in result["groups"].items()]
-
-
-def ending(name: str, steps: int, found: dict[str, Any]) -> str:
-    """Say why a group's training ended, and which of its states is kept.
-
-    >>> ending("topic", 300, {"step": 120, "best_step": 80, "stale": 8})
-    'topic: stopped after step 120 of 300, since 8 evaluations had no better score; kept: step 80.'
-    """
-    step, stale = found["step"], found["stale"]
-    if step < steps:
-        why = f"stopped after step {step} of {steps}, since {stale} evaluations had no better score"
-    elif found["best_step"] == steps:
-        why = f"all {steps} steps are taken and the last is the best; more epochs may be better"
-    else:
-        why = f"all {steps} steps are taken"
-    return f"{name}: {why}; kept: step {found['best_step']}."
 
 
 def summary_table(summary: RunSummary) -> Table:
@@ -261,7 +251,21 @@ def notes(result: dict[str, Any]) -> list[str]:
     if result["test"]:
         scores = [f"{k} {v:.4f}" for k, v in result["test"].items()]
         lines.append(f"On the labelled test sets: {', '.join(scores)}.")
-    return lines
+    return [*lines, kept(result["groups"])]
+
+
+def kept(groups: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say which step of each group is kept.
+
+    >>> kept({"a": {"best_step": 8, "step": 12}, "b": {"best_step": 9, "step": 9}})
+    'Kept: a step 8 of 12, b step 9 of 9 (the last is the best: more epochs may be better).'
+    """
+    each = []
+    for name, found in groups.items():
+        best, last = found["best_step"], found["step"]
+        hint = " (the last is the best: more epochs may be better)" if best == last else ""
+        each.append(f"{name} step {best} of {last}{hint}")
+    return f"Kept: {', '.join(each)}."
 
 
 def _papers_notes(chosen: PaperVariant) -> list[str]:

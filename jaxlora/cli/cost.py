@@ -30,6 +30,8 @@ def cost(
 ) -> None:
     """Say what a step will cost, before there are devices: FLOPs, memory, traffic, time.
 
+    All is counted but the column temporary, an estimate that is fitted to XLA's programs for CPU.
+
     Args:
       variant: the paper's variants, one or more.
       base: minilm, bert-base, bert-large, 1b, 3b, 10b, or Hugging Face folders.

@@ -16,7 +16,10 @@ HEAD = (
     "base", "variant", "mesh", "rows", "TFLOP", "weights", "moments", "temporary", "in all",
     "sent",
 )  # fmt: skip
-CAPTION = "a step's TFLOP on all devices; GB on each device, and GB that each sends in a step"
+CAPTION = (
+    "a step's TFLOP on all devices; GB on each device, and GB that each sends in a step. All are "
+    "counted but temporary, which is an estimate, fitted to XLA's programs for CPU."
+)
 GIGA, TERA = 1e9, 1e12
 
 

@@ -136,6 +136,6 @@ def _train(flags: Flags, words: Sequence[str]) -> None:
     if distributed.is_primary():
         curves.draw(metrics_log.read_records(out), out / "curves.png", settings.title)
     console.print(result_table(result))
-    for line in (*notes(result), *callback.endings(result)):
+    for line in notes(result):
         say(f"  {line}", console)
     say(f"Everything is in {out}; use it with jaxlora.load({str(out)!r}).", console)

@@ -21,7 +21,7 @@ MAX_SAMPLED = 2048  # batches from which a run's shapes are chosen; this takes a
 
 
 class Batch(NamedTuple):
-    """The examples of one step for all T tasks of a group.
+    """The examples of one step for all T tasks of the groups that take it.
 
     Attributes:
       inputs: for adapters, `PackedTokens` of T·N sentences, where sentence n of task t has number
@@ -29,7 +29,8 @@ class Batch(NamedTuple):
         encoder, vectors `f32[T, N, H]`. The first sentence of example b is sentence b of its task,
         the second one is sentence `B + b`.
       labels: `f32[T, B]`.
-      weights: `f32[T, B]`, 1 for a real example, 0 for padding.
+      weights: `f32[T, B]`, 1 for a real example, 0 for padding; a task whose group has ended has
+        padding alone.
     """
 
     inputs: Any
@@ -65,6 +66,41 @@ class Order:
         start = epoch * self.size + k * self.batch_size
         stop = min(start + self.batch_size, (epoch + 1) * self.size)
         return np.array([[stream[i] for i in range(start, stop)] for stream in self.streams])
+
+
+@dataclasses.dataclass(frozen=True)
+class JointOrder:
+    """The order in which the tasks of several groups draw, where all begin at step 0.
+
+    Attributes:
+      orders: of each group.
+      stops: how many steps each group takes.
+    """
+
+    orders: tuple[Order, ...]
+    stops: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps until all groups have ended."""
+        return max(self.stops)
+
+    @property
+    def batch_size(self) -> int:
+        """B, which is the same for all groups."""
+        return self.orders[0].batch_size
+
+    def at(self, step: int) -> list[np.ndarray]:
+        """Return each task's example numbers of step k (from 0); none after its group's end."""
+        drawn: list[np.ndarray] = []
+        for order, stop in zip(self.orders, self.stops, strict=True):
+            none = np.zeros((len(order.streams), 0), np.int64)
+            drawn += [*(order.at(step) if step < stop else none)]
+        return drawn
+
+    def until(self, stops: Sequence[int]) -> JointOrder:
+        """Return the same order for groups of which some end earlier."""
+        return dataclasses.replace(self, stops=tuple(map(min, stops, self.stops)))
 
 
 def make_order(sizes: Mapping[str, int], batch_size: int, seed: int) -> Order:
@@ -112,7 +148,7 @@ class PackedBatches:
     """
 
     examples: Mapping[str, Examples]
-    order: Order
+    order: JointOrder
     shapes: tuple[packing.Shape, ...]
     mixed: bool
 
@@ -147,7 +183,7 @@ class VectorBatches:
     """
 
     examples: Mapping[str, Examples]
-    order: Order
+    order: JointOrder
     vectors: Mapping[str, np.ndarray]
 
     def __getitem__(self, step: int) -> Batch:
@@ -179,7 +215,7 @@ def slot_numbers(examples: Examples, count: int, batch_size: int) -> np.ndarray:
 
 
 def targets(
-    batches: PackedBatches | VectorBatches, chosen: np.ndarray
+    batches: PackedBatches | VectorBatches, chosen: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return labels and weights `f32[T, B]` of the chosen examples."""
     labels, weights = np.zeros((2, len(chosen), batches.order.batch_size), np.float32)
@@ -191,8 +227,7 @@ def targets(
 
 def choose_batch_shapes(
     examples: Mapping[str, Examples],
-    order: Order,
-    steps: int,
+    order: JointOrder,
     max_length: int,
     most: int,
     mixed: bool,
@@ -208,14 +243,13 @@ def choose_batch_shapes(
     Args:
       examples: training examples by task.
       order: which examples each step draws.
-      steps: number of steps of the run.
       max_length: length of the longest row, and of the longest sentence.
       most: maximum number of shapes, that is, of compiled programs. A run of more than
         `MAX_SAMPLED` steps has up to `max(2, most)` and the one for any batch.
       mixed: whether sentences of different tasks share rows.
       multiple: the number of rows is a multiple of this; used for the number of devices.
     """
-    lengths = packing.row_lengths(max_length)
+    lengths, steps = packing.row_lengths(max_length), order.steps
     sampled = np.linspace(0, steps - 1, min(steps, MAX_SAMPLED)).round().astype(int)
     needs = _needs(examples, order, sampled.tolist(), lengths, mixed)
     last: list[packing.Shape] = []
@@ -232,7 +266,7 @@ def choose_batch_shapes(
 
 def _needs(
     examples: Mapping[str, Examples],
-    order: Order,
+    order: JointOrder,
     steps: Sequence[int],
     lengths: Sequence[int],
     mixed: bool,
@@ -257,16 +291,15 @@ def _round_up(rows: Any, multiple: int) -> Any:
 def prefetch(
     batches: PackedBatches | VectorBatches,
     start: int,
-    stop: int,
     put: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Iterator[Batch]:
-    """Iterate over the batches of steps `start … stop - 1`, built by Grain in a background thread.
+    """Iterate over the batches from step `start` to the end, built by Grain in another thread.
 
     Args:
       batches: batches, indexed by step.
-      start, stop: the range of steps.
+      start: the first step.
       put: puts a batch on the devices.
     """
     grain = _import_grain()
-    steps = grain.MapDataset.range(start, stop).map(batches.__getitem__).map(put)
+    steps = grain.MapDataset.range(start, batches.order.steps).map(batches.__getitem__).map(put)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

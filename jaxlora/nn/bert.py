@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import ops
+from jaxlora.nn.routes import Route
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": ops.gelu,
@@ -105,10 +106,9 @@ class BertConfig(EncoderConfig):
 class Dense(nn.Module):
     """`x W + b`, plus `scale · x A B` where the `lora` collection has this layer.
 
-    Of several adapters (`A: [T, in, r]`, `B: [T, r, out]`) each block of tokens uses one; in
-    training they are taken for copies of one, each with its own tokens' gradient. In training the
-    adapter's input has its own dropout. Matmul inputs are `dtype`; products are summed, and
-    returned, in float32.
+    Of several adapters (`A: [T, in, r]`, `B: [T, r, out]`) a route says which each token uses. In
+    training the adapter's input has its own dropout. Matmul inputs are `dtype`; products are
+    summed, and returned, in float32.
     """
 
     features: int
@@ -117,10 +117,8 @@ class Dense(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, share: jax.Array | None = None, train: bool = False
-    ) -> jax.Array:
-        """`[..., in]`, and for several adapters `share`, see `Encoder` → `f32[..., features]`."""
+    def __call__(self, x: jax.Array, route: Route | None = None, train: bool = False) -> jax.Array:
+        """`[..., in]`, and for several adapters a route → `f32[..., features]`."""
         kernel = self.param(
             "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), jnp.float32
         )
@@ -131,13 +129,8 @@ class Dense(nn.Module):
         if self.has_variable("lora", "A"):
             a, b = (jnp.asarray(self.get_variable("lora", name)) for name in "AB")
             x = dropout(self, x, self.lora.dropout, train)
-            if share is None:
-                low = ops.low_rank(x, a, b, self.dtype)
-            elif train:
-                low = ops.low_rank_of_copies(x, a, b, share, self.dtype)
-            else:
-                low = ops.low_rank_by_block(x, a, b, share, self.dtype)
-            y = y + self.lora.scale_of(self.path) * low
+            low_rank = ops.low_rank if route is None else route.low_rank
+            y = y + self.lora.scale_of(self.path) * low_rank(x, a, b, self.dtype)
         return y
 
 
@@ -153,7 +146,7 @@ class SelfAttention(nn.Module):
         self,
         x: jax.Array,
         mask: jax.Array,
-        share: jax.Array | None,
+        route: Route | None,
         bias: jax.Array | None,
         train: bool,
     ) -> jax.Array:
@@ -161,7 +154,7 @@ class SelfAttention(nn.Module):
         c = self.config
         shape = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (
-            Dense(c.hidden_size, self.dtype, self.lora, name=name)(x, share, train)
+            Dense(c.hidden_size, self.dtype, self.lora, name=name)(x, route, train)
             .reshape(shape)
             .astype(self.dtype)
             for name in ("query", "key", "value")
@@ -179,11 +172,11 @@ class Output(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, residual: jax.Array, share: jax.Array | None, train: bool
+        self, x: jax.Array, residual: jax.Array, route: Route | None, train: bool
     ) -> jax.Array:
         """`x: [..., F]`, `residual: [..., H]` → `f32[..., H]`."""
         c = self.config
-        y = Dense(c.hidden_size, self.dtype, self.lora, name="dense")(x, share, train)
+        y = Dense(c.hidden_size, self.dtype, self.lora, name="dense")(x, route, train)
         y = dropout(self, y, c.hidden_dropout_prob, train)
         return layer_norm(c)(y + residual)
 
@@ -200,14 +193,14 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         mask: jax.Array,
-        share: jax.Array | None,
+        route: Route | None,
         bias: jax.Array | None,
         train: bool,
     ) -> jax.Array:
         """`x: f32[R, S, H]` → the same shape."""
         rest = (self.config, self.dtype, self.lora)
-        y = SelfAttention(*rest, name="self")(x, mask, share, bias, train)
-        return Output(*rest, name="output")(y, x, share, train)
+        y = SelfAttention(*rest, name="self")(x, mask, route, bias, train)
+        return Output(*rest, name="output")(y, x, route, train)
 
 
 class Intermediate(nn.Module):
@@ -218,10 +211,10 @@ class Intermediate(nn.Module):
     lora: LoraConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, share: jax.Array | None, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, route: Route | None, train: bool) -> jax.Array:
         """`[..., H]` → `[..., F]`."""
         width = self.config.intermediate_size
-        y = Dense(width, self.dtype, self.lora, name="dense")(x, share, train)
+        y = Dense(width, self.dtype, self.lora, name="dense")(x, route, train)
         return ACTIVATIONS[self.config.hidden_act](y)
 
 
@@ -235,20 +228,20 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, share: jax.Array | None, bias: jax.Array | None
+        self, x: jax.Array, mask: jax.Array, route: Route | None, bias: jax.Array | None
     ) -> tuple[jax.Array, None]:
         """Return the next layer's input.
 
         Args:
           x: `f32[R, S, H]`.
           mask: `bool[R, 1, S, S]`.
-          share: see `Encoder`.
+          route: see `Encoder`.
           bias: `f32[1, heads, S, S]`, added to the scores of attention; None: nothing.
         """
         rest = (self.config, self.dtype, self.lora)
-        x = Attention(*rest, name="attention")(x, mask, share, bias, self.train)
-        y = Intermediate(*rest, name="intermediate")(x, share, self.train)
-        return Output(*rest, name="output")(y, x, share, self.train), None
+        x = Attention(*rest, name="attention")(x, mask, route, bias, self.train)
+        y = Intermediate(*rest, name="intermediate")(x, route, self.train)
+        return Output(*rest, name="output")(y, x, route, self.train), None
 
 
 class Embeddings(nn.Module):
@@ -295,7 +288,7 @@ class Encoder(nn.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         train: bool = False,
-        share: jax.Array | None = None,
+        route: Route | None = None,
     ) -> jax.Array:
         """Encode rows into which several sentences are packed.
 
@@ -305,10 +298,8 @@ class Encoder(nn.Module):
           segment_ids: `i32[R, S]`, which sentence a token belongs to, 0 for padding; a token
             attends to the tokens of its row that have its id.
           train: apply dropout (needs a `dropout` rng).
-          share: which of T adapters tokens use (leaves of `lora` are `[L, T, ...]` then): with
-            `train` `f32[R, S, T]`, which of T copies of one adapter gets a token's gradient; else
-            `i32[R, S / block]`, the adapter of each block of tokens. None for one adapter
-            (`[L, ...]`), or none.
+          route: which of T adapters each token uses (leaves of `lora` are `[L, T, ...]` then);
+            None for one adapter (`[L, ...]`), or none.
 
         Returns:
           `f32[R, S, H]`, the last layer.
@@ -317,9 +308,9 @@ class Encoder(nn.Module):
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         x = Embeddings(c, name="embeddings")(tokens, positions, train)
         if c.embedding_size not in (None, c.hidden_size):
-            x = Dense(c.hidden_size, *rest, name="embeddings_project")(x, share, train)
+            x = Dense(c.hidden_size, *rest, name="embeddings_project")(x, route, train)
         layers = scan_layers(Layer, c, (nn.broadcast,) * 3)(c, *rest, train, name="layers")
-        return layers(x, mask, share, self._bias(tokens.shape[-1]))[0]
+        return layers(x, mask, route, self._bias(tokens.shape[-1]))[0]
 
     def _bias(self, length: int) -> jax.Array | None:
         """Return `f32[1, heads, S, S]`, a number for each head and distance; None: no bias."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxlora import lora
 from jaxlora.nn import bert
+from jaxlora.nn.routes import ByBlock, ByTask, Route
 from jaxlora.utils.trees import Tree
 
 
@@ -41,7 +42,7 @@ class Encode(Protocol):
         trainable: Tree,
         rows: PackedTokens,
         key: jax.Array | None,
-        share: jax.Array | None = None,
+        route: Route | None = None,
     ) -> jax.Array:
         """Sentence vectors `f32[N, H]`; dropout is on when a key is given."""
 
@@ -52,9 +53,9 @@ def encoder(
     """Encode packed rows with one trainable tree.
 
     Returns:
-      `(frozen, trainable, tokens, key or None, share=None) -> f32[N, H]`; `{**frozen, **trainable}`
+      `(frozen, trainable, tokens, key or None, route=None) -> f32[N, H]`; `{**frozen, **trainable}`
       are the Flax collections (with `params` as `bert.stack_layers` takes them), so a trainable
-      `params` takes the place of the frozen one; for the share see `bert.Encoder`.
+      `params` takes the place of the frozen one; for the route see `bert.Encoder`.
     """
     module = config.network(dtype, adapter)
 
@@ -63,7 +64,7 @@ def encoder(
         trainable: Tree,
         rows: PackedTokens,
         key: jax.Array | None,
-        share: jax.Array | None = None,
+        route: Route | None = None,
     ) -> jax.Array:
         collections = {**frozen, **trainable}
         hidden = jnp.asarray(
@@ -73,7 +74,7 @@ def encoder(
                 rows.positions,
                 rows.segment_ids,
                 key is not None,
-                share,
+                route,
                 rngs=None if key is None else {"dropout": key},
             )
         )
@@ -82,32 +83,33 @@ def encoder(
     return encode
 
 
-def encode_copies(
+def encode_tasks(
     encode: Encode,
     frozen: Tree,
     stack: Tree,
     rows: PackedTokens,
-    owner: jax.Array,
+    adapter_of_task: tuple[int, ...],
     key: jax.Array,
 ) -> jax.Array:
-    """Encode rows in training, with a copy of one adapter for the gradient of each task.
+    """Encode rows of all tasks in training, each task with its own copy of its adapter.
 
     Args:
       encode: from `encoder`.
       frozen: the base's collections.
-      stack: `{"lora": leaves [T, L, ...]}`, T copies; `[T, ...]` outside the layers.
-      rows: packed sentences.
-      owner: `i32[N]`, the copy that gets the gradient of each sentence.
+      stack: `{"lora": leaves [T, L, ...]}`, a copy for each task; `[T, ...]` outside the layers.
+      rows: packed sentences; those of a task have consecutive numbers, as many for each.
+      adapter_of_task: see `ops.low_rank_per_task`.
       key: PRNG key of dropout.
 
     Returns:
       `f32[N, H]`.
     """
-    count = jax.tree.leaves(stack)[0].shape[0]
-    # Padding belongs to adapter -1, that is to none.
-    task = jnp.where(rows.segment_ids > 0, owner[rows.segment_ids - 1], -1)
+    count = len(adapter_of_task)
+    each = rows.cls_index.shape[0] // count
+    # Padding, whose number is -1, belongs to no task.
+    task = jax.nn.one_hot((rows.segment_ids - 1) // each, count, dtype=bool)
     by_layer = stack | {"lora": _by_layer(stack["lora"])}
-    return encode(frozen, by_layer, rows, key, jax.nn.one_hot(task, count))
+    return encode(frozen, by_layer, rows, key, ByTask(task, adapter_of_task))
 
 
 def make_encode(
@@ -132,7 +134,7 @@ def make_mixed_encode(encode: Encode) -> Callable[[Tree, Tree, PackedTokens, jax
     def encode_mixed(
         frozen: Tree, adapters: Tree, rows: PackedTokens, owner: jax.Array
     ) -> jax.Array:
-        return encode(frozen, {"lora": _by_layer(adapters)}, rows, None, owner)
+        return encode(frozen, {"lora": _by_layer(adapters)}, rows, None, ByBlock(owner))
 
     return jax.jit(encode_mixed)
 

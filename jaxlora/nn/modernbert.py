@@ -30,6 +30,7 @@ from jaxlora.nn.bert import (
     layer_norm,
     scan_layers,
 )
+from jaxlora.nn.routes import Route
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 # The inputs of a layer that depend on its kind: mask, cosines and sines.
@@ -86,19 +87,17 @@ class Attention(nn.Module):
     lora: LoraConfig
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, sight: Sight, share: jax.Array | None, train: bool
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, sight: Sight, route: Route | None, train: bool) -> jax.Array:
         """`x: f32[R, S, H]` → the same shape."""
         c, rest = self.config, (self.dtype, self.lora, self.config.attention_bias)
         mask, *angles = sight
         shape = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-        made = Dense(3 * c.hidden_size, *rest, name="Wqkv")(x, share, train)
+        made = Dense(3 * c.hidden_size, *rest, name="Wqkv")(x, route, train)
         query, key, value = (part.reshape(shape) for part in jnp.split(made, 3, -1))
         query, key = (ops.rotate(part, *angles) for part in (query, key))
         kept = keep_weights(self, shape, c.attention_probs_dropout_prob, train)
         y = ops.attend(*(part.astype(self.dtype) for part in (query, key, value)), mask, *kept)
-        y = Dense(c.hidden_size, *rest, name="Wo")(y.reshape(x.shape), share, train)
+        y = Dense(c.hidden_size, *rest, name="Wo")(y.reshape(x.shape), route, train)
         return dropout(self, y, c.attention_probs_dropout_prob, train)
 
 
@@ -110,13 +109,13 @@ class Mlp(nn.Module):
     lora: LoraConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, share: jax.Array | None, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, route: Route | None, train: bool) -> jax.Array:
         """`f32[R, S, H]` → the same shape."""
         c, rest = self.config, (self.dtype, self.lora, self.config.mlp_bias)
-        made = Dense(2 * c.intermediate_size, *rest, name="Wi")(x, share, train)
+        made = Dense(2 * c.intermediate_size, *rest, name="Wi")(x, route, train)
         wide, gate = jnp.split(made, 2, -1)
         y = dropout(self, ACTIVATIONS[c.hidden_act](wide) * gate, c.hidden_dropout_prob, train)
-        return Dense(c.hidden_size, *rest, name="Wo")(y, share, train)
+        return Dense(c.hidden_size, *rest, name="Wo")(y, route, train)
 
 
 class Layer(nn.Module):
@@ -133,15 +132,15 @@ class Layer(nn.Module):
         carry: tuple[jax.Array, jax.Array],
         local: jax.Array,
         sights: tuple[Sight, Sight],
-        share: jax.Array | None,
+        route: Route | None,
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         """Take two `f32[R, S, H]`, `bool[]`, what either kind of layer sees, `f32[R, S, T]`."""
         (x, normed), c = carry, self.config
         rest = (c, self.dtype, self.lora)
         sight = jax.tree.map(lambda far, near: jnp.where(local, near, far), *sights)
-        x = x + Attention(*rest, name="attn")(normed, sight, share, self.train)
+        x = x + Attention(*rest, name="attn")(normed, sight, route, self.train)
         normed = layer_norm(c, "mlp_norm", c.norm_bias)(x)
-        x = x + Mlp(*rest, name="mlp")(normed, share, self.train)
+        x = x + Mlp(*rest, name="mlp")(normed, route, self.train)
         return (x, layer_norm(c, "next_norm", c.norm_bias)(x)), None
 
 
@@ -174,7 +173,7 @@ class Encoder(nn.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         train: bool = False,
-        share: jax.Array | None = None,
+        route: Route | None = None,
     ) -> jax.Array:
         """Encode rows into which several sentences are packed; see `bert.Encoder`."""
         c = self.config
@@ -182,7 +181,7 @@ class Encoder(nn.Module):
         local = jnp.array([kind == LOCAL for kind in c.layer_types])
         in_axes = (0, nn.broadcast, nn.broadcast)
         layers = scan_layers(Layer, c, in_axes)(c, self.dtype, self.lora, train, name="layers")
-        (_, normed), _ = layers((x, x), local, self._sights(positions, segment_ids), share)
+        (_, normed), _ = layers((x, x), local, self._sights(positions, segment_ids), route)
         return normed
 
     def _sights(self, positions: jax.Array, segment_ids: jax.Array) -> tuple[Sight, Sight]:

@@ -180,68 +180,84 @@ def low_rank_by_block(
     return outer.reshape(*x.shape[:-1], -1)
 
 
-def low_rank_of_copies(
-    x: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array, dtype: Any
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def low_rank_per_task(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    task: jax.Array,
+    adapter_of_task: tuple[int, ...],
+    dtype: Any,
 ) -> jax.Array:
-    """`low_rank` where all T adapters are copies of one and each token uses one: for training.
+    """`x A_k B_k` with the adapter of each token's task, whose gradient is split by task.
 
-    The product is computed once, with the first copy; each copy's gradient is that of its tokens.
-
-    >>> a, b, share = jnp.ones((2, 3, 1)), jnp.ones((2, 1, 4)), jax.nn.one_hot(jnp.array([0, 1]), 2)
-    >>> low_rank_of_copies(jnp.ones((2, 3)), a, b, share, jnp.float32).tolist()
-    [[3.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]]
-    """
-    return matmul_of_copies(matmul_of_copies(x, a, share, dtype), b, share, dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def matmul_of_copies(x: jax.Array, w: jax.Array, share: jax.Array, dtype: Any) -> jax.Array:
-    """`matmul` by one of T equal matrices; copy t's gradient is that of the tokens it has.
+    K adapters of rank r are computed side by side, as one of rank K·r of which a token uses its own
+    r columns. Tasks that share an adapter have a copy of it each, and each copy's gradient is that
+    of its task's tokens.
 
     Args:
       x: `[..., in]`.
-      w: `[T, in, out]`, T times the same.
-      share: `f32[..., T]`, which copy a token uses; read by the gradient alone, so a token that
-        uses none is multiplied, too.
+      a: `[T, in, r]`; tasks of one adapter have equal ones.
+      b: `[T, r, out]`, as well.
+      task: `bool[..., T]`, whose each token is; padding is no task's.
+      adapter_of_task: for each of T tasks the number of its adapter, 0 … K - 1, in order.
       dtype: of the inputs of all matmuls.
 
     Returns:
       `f32[..., out]`.
+
+    >>> a, b, task = jnp.ones((2, 3, 1)), jnp.array([[[1.0]], [[2.0]]]), jnp.eye(2, dtype=bool)
+    >>> low_rank_per_task(jnp.ones((2, 3)), a, b, task, (0, 1), jnp.float32).tolist()
+    [[3.0], [6.0]]
     """
-    del share
-    return matmul(x, w[0], dtype)
+    return _per_task_forward(x, a, b, task, adapter_of_task, dtype)[0]
 
 
-def _copies_forward(
-    x: jax.Array, w: jax.Array, share: jax.Array, dtype: Any
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    y, kept = _matmul_forward(x, w[0], dtype)
-    return y, (kept, share)
+def _per_task_forward(
+    x: jax.Array, a: jax.Array, b: jax.Array, task: jax.Array,
+    adapter_of_task: tuple[int, ...], dtype: Any,
+) -> tuple[jax.Array, tuple[Any, ...]]:  # fmt: skip
+    first = np.array([adapter_of_task.index(k) for k in dict.fromkeys(adapter_of_task)])
+    wide_a = jnp.concatenate([a[t] for t in first], -1).astype(dtype)
+    wide_b = jnp.concatenate([b[t] for t in first], -2).astype(dtype)
+    inner = _only_own(matmul(x, wide_a, dtype), task, adapter_of_task).astype(dtype)
+    likes = tuple(jnp.zeros(0, one.dtype) for one in (x, a, b))
+    kept = (x.astype(dtype), wide_a, wide_b, inner, task, likes)
+    return matmul(inner, wide_b, dtype), kept
 
 
-def _copies_backward(
-    dtype: Any, kept: tuple[Any, ...], grad: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    of_one, share = kept
-    dx, _ = _matmul_backward(dtype, of_one, grad)
-    x, _, _, like_w = of_one
-    grad = grad.astype(dtype)
-    # The narrower side is split by task: one matmul then makes all gradients.
-    narrow, wide = sorted((x, grad), key=lambda side: side.shape[-1])
-    parts = share.astype(dtype)[..., :, None] * narrow[..., None, :]
-    lead = tuple(range(x.ndim - 1))
-    dw = jnp.tensordot(
-        parts,
-        wide,
-        (lead, lead),
-        precision=precision_of(dtype),
-        preferred_element_type=jnp.float32,
-    )
-    dw = dw if narrow is x else dw.swapaxes(1, 2)
-    return dx, dw.astype(like_w.dtype), None
+def _only_own(side: jax.Array, task: jax.Array, adapter_of_task: tuple[int, ...]) -> jax.Array:
+    """Zero in `[..., K·r]` what is not of the token's own adapter."""
+    count = adapter_of_task[-1] + 1
+    if count == 1:
+        return side
+    of_adapter = np.arange(count)[:, None] == np.array(adapter_of_task)
+    own = jnp.stack([task[..., row].any(-1) for row in of_adapter], -1)
+    parts = side.reshape(*side.shape[:-1], count, -1)
+    return jnp.where(own[..., None], parts, 0).reshape(side.shape)
 
 
-matmul_of_copies.defvjp(_copies_forward, _copies_backward)
+def _per_task_backward(
+    adapter_of_task: tuple[int, ...], dtype: Any, kept: tuple[Any, ...], grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    x, wide_a, wide_b, inner, task, (like_x, like_a, like_b) = kept
+    grad, count = grad.astype(dtype), adapter_of_task[-1] + 1
+    exact: Any = {"precision": precision_of(dtype), "preferred_element_type": jnp.float32}
+    dinner = _only_own(jnp.matmul(grad, wide_b.T, **exact), task, adapter_of_task).astype(dtype)
+
+    def per_task(thin: jax.Array, wide: jax.Array) -> jax.Array:
+        """Return `[T, r, wide]`: the thin side is split by task, so one matmul does for all."""
+        thin = thin.reshape(*thin.shape[:-1], count, -1).sum(-2, dtype=dtype)
+        parts = jnp.where(task[..., None], thin[..., None, :], jnp.zeros((), dtype))
+        lead = tuple(range(wide.ndim - 1))
+        return jnp.tensordot(parts, wide, (lead, lead), **exact)
+
+    dx = jnp.matmul(dinner, wide_a.T, **exact).astype(like_x.dtype)
+    da = per_task(dinner, x).swapaxes(1, 2).astype(like_a.dtype)
+    return dx, da, per_task(inner, grad).astype(like_b.dtype), None
+
+
+low_rank_per_task.defvjp(_per_task_forward, _per_task_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -1,6 +1,6 @@
-"""What a group trains of its encoder: nothing, an adapter, or all weights. One class for each.
+"""What is trained of an encoder: nothing, an adapter, or all weights. One class for each.
 
-Shapes: T tasks, N sentences a task, H hidden size.
+Shapes: T tasks in K groups, N sentences a task, H hidden size.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import lora
-from jaxlora.data.batches import Order, PackedBatches, VectorBatches
+from jaxlora.data.batches import JointOrder, PackedBatches, VectorBatches
 from jaxlora.data.tokenized import Examples
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
-from jaxlora.nn.encode import Encode, PackedTokens, encode_copies
-from jaxlora.tasks.sharing import Adapt
+from jaxlora.nn.encode import Encode, PackedTokens, encode_tasks
+from jaxlora.tasks.sharing import Adapt, Groups
 from jaxlora.utils import trees
 from jaxlora.utils.trees import Tree
 
@@ -30,12 +30,15 @@ Vectors = Callable[[Tree, str, str], np.ndarray]
 
 
 class EncodeTasks(Protocol):
-    """Encodes the sentences of all tasks of a group with its one trainable tree."""
+    """Encodes the sentences of all tasks, those of each group with its own trainable tree."""
 
     def __call__(
-        self, frozen: Tree, trainable: Tree, inputs: Any, key: jax.Array
-    ) -> tuple[jax.Array, Callable[[jax.Array], Tree]]:
-        """Vectors `f32[T, N, H]`, and from their cotangents to each task's gradient `[T, ...]`."""
+        self, frozen: Tree, trainable: Sequence[Tree], inputs: Any, key: jax.Array
+    ) -> tuple[jax.Array, Callable[[jax.Array], list[Tree]]]:
+        """Return vectors `f32[T, N, H]`, and the way from their cotangents to gradients.
+
+        A group's gradient has one of each of its tasks, along a first axis.
+        """
 
 
 class Adaptation(abc.ABC):
@@ -46,12 +49,14 @@ class Adaptation(abc.ABC):
       trains_encoder: whether a step changes anything but heads.
       keeps_base: whether the trained tasks need the base's own weights.
       tasks_share_rows: whether sentences of several tasks are packed into one row.
+      groups_share_steps: whether groups train in one step; otherwise one after another.
     """
 
     adapter: LoraConfig
     trains_encoder: ClassVar[bool] = True
     keeps_base: ClassVar[bool] = True
     tasks_share_rows: ClassVar[bool] = False
+    groups_share_steps: ClassVar[bool] = True
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -82,8 +87,13 @@ class Adaptation(abc.ABC):
         """
 
     @abc.abstractmethod
-    def encode_tasks(self, encode: Encode, num_tasks: int) -> EncodeTasks:
-        """Return how a step encodes the sentences of all its tasks, from how it encodes one's."""
+    def encode_tasks(self, encode: Encode, sizes: Sequence[int]) -> EncodeTasks:
+        """Return how a step encodes the sentences of all its tasks, from how it encodes one's.
+
+        Args:
+          encode: from `encode.encoder`.
+          sizes: how many tasks each of K groups has.
+        """
 
     def vectors(self, live: Vectors) -> Vectors:
         """Return how a split is encoded for evaluation, from a function that does so each time."""
@@ -92,7 +102,7 @@ class Adaptation(abc.ABC):
     def batches(
         self,
         train: Mapping[str, Examples],
-        order: Order,
+        order: JointOrder,
         vectors: Vectors,
         pack: Callable[[bool], PackedBatches],
     ) -> PackedBatches | VectorBatches:
@@ -128,10 +138,10 @@ class Frozen(Adaptation):
         del key, params
         return {}
 
-    def encode_tasks(self, encode: Encode, num_tasks: int) -> EncodeTasks:
+    def encode_tasks(self, encode: Encode, sizes: Sequence[int]) -> EncodeTasks:
         """Take the vectors from the batch."""
-        del encode, num_tasks
-        return lambda frozen, trainable, inputs, key: (inputs, lambda grad: {})
+        del encode
+        return lambda frozen, trainable, inputs, key: (inputs, lambda grad: [{} for _ in sizes])
 
     def vectors(self, live: Vectors) -> Vectors:
         """Encode a split when it is first needed, and keep it."""
@@ -141,7 +151,7 @@ class Frozen(Adaptation):
     def batches(
         self,
         train: Mapping[str, Examples],
-        order: Order,
+        order: JointOrder,
         vectors: Vectors,
         pack: Callable[[bool], PackedBatches],
     ) -> VectorBatches:
@@ -157,7 +167,7 @@ class Frozen(Adaptation):
 
 @dataclasses.dataclass(frozen=True)
 class Lora(Adaptation):
-    """One adapter is trained for all tasks of the group; the tasks' sentences share rows."""
+    """One adapter is trained for each group; the sentences of all tasks share rows."""
 
     adapter: LoraConfig
     tasks_share_rows = True
@@ -176,19 +186,18 @@ class Lora(Adaptation):
         """Return a new adapter."""
         return {"lora": lora.init(key, params, self.adapter)}
 
-    def encode_tasks(self, encode: Encode, num_tasks: int) -> EncodeTasks:
-        """Apply the frozen kernels and the adapter once to tightly packed rows.
+    def encode_tasks(self, encode: Encode, sizes: Sequence[int]) -> EncodeTasks:
+        """Apply the frozen kernels once to tightly packed rows, with each task's own adapter.
 
-        Only the adapter's gradient is split by task.
+        Only the adapters' gradients are split by task.
         """
+        adapter_of_task = tuple(k for k, size in enumerate(sizes) for _ in range(size))
 
         def encode_rows(frozen: Tree, stack: Tree, rows: PackedTokens, key: jax.Array) -> jax.Array:
-            sentences = rows.cls_index.shape[0] // num_tasks
-            owner = jnp.repeat(jnp.arange(num_tasks), sentences)
-            vectors = encode_copies(encode, frozen, stack, rows, owner, key)
-            return vectors.reshape(num_tasks, sentences, -1)
+            vectors = encode_tasks(encode, frozen, stack, rows, adapter_of_task, key)
+            return vectors.reshape(len(adapter_of_task), -1, vectors.shape[-1])
 
-        return _with_copies(encode_rows, num_tasks)
+        return _with_copies(encode_rows, sizes)
 
     def row_sets(self, num_tasks: int) -> int:
         """Return 1: all tasks share rows."""
@@ -198,10 +207,14 @@ class Lora(Adaptation):
 
 @dataclasses.dataclass(frozen=True)
 class Full(Adaptation):
-    """All weights of one encoder are trained; each task has rows of its own."""
+    """All weights of one encoder are trained; each task has rows of its own.
+
+    Several whole encoders with their moments would not fit together, so groups take turns.
+    """
 
     adapter: LoraConfig = LoraConfig()
     keeps_base = False
+    groups_share_steps = False
 
     def describe(self) -> str:
         """Return a few words for people."""
@@ -217,31 +230,41 @@ class Full(Adaptation):
         del key
         return {"params": jax.tree.map(jnp.asarray, params)}
 
-    def encode_tasks(self, encode: Encode, num_tasks: int) -> EncodeTasks:
+    def encode_tasks(self, encode: Encode, sizes: Sequence[int]) -> EncodeTasks:
         """Encode each task's rows with a copy of the encoder: kernels have a gradient a task."""
         encode_each = jax.vmap(encode, in_axes=(None, 0, 0, 0))
 
         def encode_rows(frozen: Tree, stack: Tree, rows: PackedTokens, key: jax.Array) -> jax.Array:
-            return encode_each(frozen, stack, rows, jax.random.split(key, num_tasks))
+            return encode_each(frozen, stack, rows, jax.random.split(key, sum(sizes)))
 
-        return _with_copies(encode_rows, num_tasks)
+        return _with_copies(encode_rows, sizes)
 
     def row_sets(self, num_tasks: int) -> int:
         """Return one for each task."""
         return num_tasks
 
 
-def _with_copies(encode_rows: Callable[..., jax.Array], num_tasks: int) -> EncodeTasks:
-    """Give each task a copy of the trainable tree: the copies' gradients are the tasks'."""
+def _with_copies(encode_rows: Callable[..., jax.Array], sizes: Sequence[int]) -> EncodeTasks:
+    """Give each task a copy of its group's tree: the copies' gradients are the tasks'."""
 
     def encode(
-        frozen: Tree, trainable: Tree, inputs: Any, key: jax.Array
-    ) -> tuple[jax.Array, Callable[[jax.Array], Tree]]:
-        stack = trees.broadcast(trainable, num_tasks)
+        frozen: Tree, trainable: Sequence[Tree], inputs: Any, key: jax.Array
+    ) -> tuple[jax.Array, Callable[[jax.Array], list[Tree]]]:
+        copies = map(trees.broadcast, trainable, sizes)
+        stack = jax.tree.map(lambda *x: jnp.concatenate(x), *copies)
         vectors, pull = jax.vjp(lambda stack: encode_rows(frozen, stack, inputs, key), stack)
-        return vectors, lambda grad: pull(grad)[0]
+        return vectors, lambda grad: trees.split(pull(grad)[0], sizes)
 
     return encode
+
+
+def cohorts(groups: Groups, adaptation: Adaptation) -> tuple[Groups, ...]:
+    """Return which groups train in one step: all, or each by itself.
+
+    >>> cohorts((("sst",), ("sts",)), Full())
+    ((('sst',),), (('sts',),))
+    """
+    return (groups,) if adaptation.groups_share_steps else tuple((group,) for group in groups)
 
 
 def make_adaptation(adapt: Adapt, adapter: LoraConfig) -> Adaptation:

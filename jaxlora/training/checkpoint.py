@@ -1,4 +1,4 @@
-"""The states of a running group, as Orbax checkpoints with checksums beside them.
+"""The states of running groups, as Orbax checkpoints with checksums beside them.
 
 They are written to a temporary place and renamed when complete. A state never takes another's
 place, so a killed run leaves the earlier ones.
@@ -40,8 +40,8 @@ def check_place(folder: Path) -> None:
         pass
 
 
-class GroupCheckpoints:
-    """The latest states of one group's training, each with its progress.
+class StateCheckpoints:
+    """The latest states of groups that train in one step, with their progress.
 
     Beside a checkpoint's folder stands a file with the checksums of what is in it. One that does
     not fit them, or has none since the process was killed, is dropped when the folder is opened.
@@ -145,7 +145,7 @@ def _kinds(tree: Tree) -> list[tuple[tuple[int, ...], str]]:
 
 
 def _prepare(folder: Path) -> list[Path]:
-    """Make the folder of a group's states, or drop the damaged ones in it."""
+    """Make the folder of the states, or drop the damaged ones in it."""
     files.make(folder.parent.parent)
     for path in (folder.parent, folder):
         path.mkdir(0o700, exist_ok=True)  # Orbax writes there with modes of its own

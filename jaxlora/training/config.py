@@ -21,7 +21,7 @@ from jaxlora.lora import LoraConfig
 from jaxlora.tasks import sharing
 from jaxlora.tasks.sharing import Adapt, Groups
 from jaxlora.tasks.task import MADE_UP, Task
-from jaxlora.training.adaptation import Adaptation, make_adaptation
+from jaxlora.training.adaptation import Adaptation, cohorts, make_adaptation
 from jaxlora.utils import bounds
 from jaxlora.utils.bounds import Bound
 from jaxlora.utils.errors import ConfigError, UserError
@@ -295,6 +295,11 @@ class Settings(Sections):
     def adaptation(self) -> Adaptation:
         """How the encoder is adapted."""
         return make_adaptation(self.adapt, self.lora)
+
+    @property
+    def cohorts(self) -> tuple[Groups, ...]:
+        """Which groups train in one step."""
+        return cohorts(self.groups, self.adaptation)
 
     @property
     def title(self) -> str:

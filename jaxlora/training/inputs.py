@@ -16,7 +16,7 @@ from jaxlora.data.sources import Location, where
 from jaxlora.data.tokenized import SPLITS, Examples, list_blank, load_examples
 from jaxlora.formats import families, huggingface
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.tasks.sharing import group_name
+from jaxlora.tasks.sharing import Groups, group_name
 from jaxlora.training import parameter_count
 from jaxlora.training.config import Settings
 from jaxlora.utils import cache
@@ -199,13 +199,19 @@ def summarize_run(
     )
 
 
-def count_steps(settings: Settings, data: Data) -> dict[str, int]:
-    """How many steps each group takes, in the order in which they are trained."""
+def count_steps(settings: Settings, data: Data, groups: Groups | None = None) -> dict[str, int]:
+    """Return how many steps each group takes, by its name.
+
+    Args:
+      settings: of the run.
+      data: examples of all tasks.
+      groups: some of the run's groups; None: all.
+    """
     return {
         group_name(names): make_steps(
             settings.of_group(names), {n: data[n]["train"] for n in names}
         )
-        for names in settings.groups
+        for names in groups or settings.groups
     }
 
 

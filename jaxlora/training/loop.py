@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora.data.batches import Batch
 from jaxlora.training import checkpoint, inputs, metrics_log
 from jaxlora.training.step import StepMetrics, TrainState
-from jaxlora.training.task_group import TaskGroup, evaluate_group, untrained_scores
+from jaxlora.training.task_group import Cohort, TaskGroup, evaluate_group, untrained_scores
 from jaxlora.utils import distributed, process
 from jaxlora.utils.errors import Stopped, UserError
 from jaxlora.utils.trees import Tree
@@ -35,6 +35,9 @@ class Callback(Protocol):
     def record(self, record: dict[str, Any]) -> None:
         """Called with each line of `metrics.jsonl`."""
 
+    def done(self, name: str, why: str) -> None:
+        """Called when a group ends, with the reason."""
+
     def note(self, text: str) -> None:
         """Called with what the user should know."""
 
@@ -45,7 +48,7 @@ class Progress:
 
     Attributes:
       step: steps taken.
-      seconds: time spent training.
+      seconds: time spent training; groups that train in one step share it equally.
       best_step, best_score, best_scores: the best evaluation.
       best_seconds: time spent training until then.
       stale: evaluations since then.
@@ -80,83 +83,140 @@ class Progress:
         return False
 
 
-def train_group(
-    group: TaskGroup,
-    saved: checkpoint.GroupCheckpoints,
+Best = dict[str, dict[str, Tree]]
+"""Group → its best `{"trainable", "heads"}`."""
+
+
+def train_cohort(
+    cohort: Cohort,
+    saved: checkpoint.StateCheckpoints,
     log: metrics_log.MetricsLog,
     callback: Callback,
-    window: Window,
-    patience: int = 0,
-) -> tuple[dict[str, Tree], Progress]:
-    """Train one group from its checkpoint, or the start, to its end.
+    skip_nonfinite: bool = False,
+) -> tuple[Best, dict[str, Progress]]:
+    """Train groups from their checkpoint, or the start, to the end of each.
 
-    A checkpoint is written after each evaluation, so a killed run repeats at most the steps
-    since the last one, and ends with the same parameters.
+    A checkpoint is written after each evaluation of any of them, so a killed run repeats at most
+    the steps since the last one, and ends with the same parameters.
+
+    Args:
+      cohort: the groups.
+      saved: where their checkpoints are.
+      log: of the run.
+      callback: receives the events.
+      skip_nonfinite: count steps that are not finite, and refuse `MOST_NONFINITE` in a row only.
 
     Returns:
-      The best `{"trainable", "heads"}` and the final progress.
+      The best trees, and the final progress of each group.
 
     Raises:
       UserError: for a loss that is not finite; no state that it has touched is kept.
-      Stopped: after a signal; the state has been saved.
+      Stopped: after a signal; the states have been saved.
     """
-    tell = functools.partial(_tell, log, callback)
     with process.stop_signals() as stopped:
-        state, best, progress = _restore(group, saved)
-        callback.group(group.name, progress.step, group.steps)
-        if progress.done:
+        states, best, progress = _restore(cohort, saved)
+        run = _Run(cohort, progress, log, callback, Window(cohort, skip_nonfinite))
+        run.begin(states)
+        if not run.active:
             return best, progress
-        progress.untrained = progress.untrained or untrained_scores(group, state.trainable)
-        train_step, first = group.compile(), progress.step + 1
-        window.restart()
-        for batch in group.prefetch(progress.step):
-            state, metrics = train_step(state, group.frozen, batch)
-            progress.step += 1
-            window.add(metrics)
-            evaluate_now = progress.step % group.eval_every == 0 or progress.step == group.steps
-            due = evaluate_now or window.full or progress.step == first
-            signal = distributed.agreed_signal(stopped(), due)
-            if evaluate_now or signal or window.full:
-                tell(window.flush(progress))
-            if evaluate_now:
-                best = _evaluate(group, state, progress, patience, tell) or best
-            if evaluate_now or signal:
+        train_step, first = cohort.compile(), run.step + 1
+        run.window.restart()
+        for batch in run.batches():
+            states, metrics = train_step(states, cohort.frozen, batch)
+            run.take(metrics)
+            due = [group for group in run.active if group.evaluates_at(run.step)]
+            look = bool(due) or run.window.full or run.step == first
+            signal = distributed.agreed_signal(stopped(), look)
+            if due or signal or run.window.full:
+                run.flush()
+            for group in due:
                 # Not by a name, which would keep this best when there is a better one.
-                saved.save(progress.step, {"state": state, "best": best}, vars(progress))
-                window.restart()
+                best[group.name] = run.evaluate(group, states[group.name]) or best[group.name]
+            if due or signal:
+                plain = {name: vars(one) for name, one in progress.items()}
+                saved.save(run.step, {"states": states, "best": best}, plain)
+                run.window.restart()
             if signal:
-                raise _stopped(signal, group, progress)
-            if progress.done:
-                break
+                raise run.stopped(signal)
     return best, progress
 
 
-def _evaluate(
-    group: TaskGroup,
-    state: TrainState,
-    progress: Progress,
-    patience: int,
-    tell: Callable[[dict[str, Any]], None],
-) -> dict[str, Tree] | None:
-    """Evaluate and note the scores; return what is kept of the state if it is the best so far."""
-    tell(record := evaluate_group(group, state))
-    is_best = progress.note(record["score"], record["dev"], patience)
-    progress.done |= progress.step == group.steps
-    return _copy_of(state) if is_best else None
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Run:
+    """What happens to the groups of a cohort beside their steps."""
 
+    cohort: Cohort
+    progress: dict[str, Progress]
+    log: metrics_log.MetricsLog
+    callback: Callback
+    window: Window
 
-def _tell(log: metrics_log.MetricsLog, callback: Callback, record: dict[str, Any] | None) -> None:
-    """Log a record, if there is one, and pass it to the callback."""
-    if record is not None:
-        log.write(record)
-        callback.record(record)
+    @property
+    def active(self) -> list[TaskGroup]:
+        """The groups that have not ended."""
+        return [group for group in self.cohort.groups if not self.progress[group.name].done]
 
+    @property
+    def step(self) -> int:
+        """Steps taken so far: all groups begin at the same one, so it is that of who goes on."""
+        return max(one.step for one in self.progress.values())
 
-def _stopped(signal: int, group: TaskGroup, progress: Progress) -> Stopped:
-    where = f"{group.name} at step {progress.step} of {group.steps}"
-    return Stopped(
-        signal, f"{where}, saved; go on with the same settings and `resume=True`", saved=True
-    )
+    def begin(self, states: dict[str, TrainState]) -> None:
+        """Announce the groups, and score them before any training."""
+        for group in self.cohort.groups:
+            one = self.progress[group.name]
+            self.callback.group(group.name, one.step, group.steps)
+            if not one.done and not one.untrained:
+                tree = states[group.name].trainable
+                one.untrained = untrained_scores(self.cohort, group, tree)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield batches to the end; those to come have no example of a group that has ended."""
+        while active := self.active:
+            stops = [
+                one.step if one.done else group.steps
+                for group, one in zip(self.cohort.groups, self.progress.values(), strict=True)
+            ]
+            for batch in self.cohort.prefetch(self.step, stops):
+                yield batch
+                if self.active != active:
+                    break
+
+    def take(self, metrics: dict[str, StepMetrics]) -> None:
+        """Count a step."""
+        for group in (active := self.active):
+            self.progress[group.name].step += 1
+        self.window.add({group.name: metrics[group.name] for group in active})
+
+    def flush(self) -> None:
+        """Record the steps since the last record."""
+        for record in self.window.flush(self.active, self.progress):
+            self._tell(record)
+
+    def evaluate(self, group: TaskGroup, state: TrainState) -> dict[str, Tree] | None:
+        """Evaluate and note the scores; return what is kept of the state if it is the best yet."""
+        record, one = evaluate_group(self.cohort, group, state), self.progress[group.name]
+        self._tell(record)
+        is_best = one.note(record["score"], record["dev"], group.patience)
+        if one.done:
+            self.callback.done(group.name, f"no better score in {one.stale} evaluations")
+        elif one.step == group.steps:
+            one.done = True
+            self.callback.done(group.name, f"all {group.steps} steps taken")
+        return _copy_of(state) if is_best else None
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        self.log.write(record)
+        self.callback.record(record)
+
+    def stopped(self, signal: int) -> Stopped:
+        """Return the error that ends a run after a signal."""
+        where = ", ".join(f"{one.name} at step {self.step} of {one.steps}" for one in self.active)
+        return Stopped(
+            signal,
+            f"{where or 'at the end'}, saved; go on with the same settings and `resume=True`",
+            saved=True,
+        )
 
 
 def _copy_of(state: TrainState) -> dict[str, Tree]:
@@ -165,20 +225,22 @@ def _copy_of(state: TrainState) -> dict[str, Tree]:
 
 
 def _restore(
-    group: TaskGroup, saved: checkpoint.GroupCheckpoints
-) -> tuple[TrainState, dict[str, Tree], Progress]:
-    """The latest state, best and progress, or those of the start.
+    cohort: Cohort, saved: checkpoint.StateCheckpoints
+) -> tuple[dict[str, TrainState], Best, dict[str, Progress]]:
+    """The latest states, best trees and progress, or those of the start.
 
-    Restored arrays come to where they live at once; a first state beside them would double it all.
+    Restored arrays come to where they live at once; first states beside them would double it all.
     """
-    shapes = group.state_shapes
-    best = {"trainable": shapes.trainable, "heads": shapes.heads}
-    found = saved.restore({"state": shapes, "best": best})
+    shapes = cohort.state_shapes
+    best = {n: {"trainable": s.trainable, "heads": s.heads} for n, s in shapes.items()}
+    found = saved.restore({"states": shapes, "best": best})
     if found is None:
-        state = group.state
-        return state, _copy_of(state), Progress()
-    tree, progress = found
-    return tree["state"], tree["best"], Progress(**progress)
+        states = cohort.states
+        copies = {name: _copy_of(state) for name, state in states.items()}
+        return states, copies, {group.name: Progress() for group in cohort.groups}
+    tree, plain = found
+    progress = {group.name: Progress(**plain[group.name]) for group in cohort.groups}
+    return tree["states"], tree["best"], progress
 
 
 class Window:
@@ -187,22 +249,22 @@ class Window:
     Fetching waits for the device, so it is done once for `LOG_EVERY` steps.
 
     Args:
-      group: whose steps.
+      cohort: whose steps.
       skip_nonfinite: count steps that are not finite, and refuse `MOST_NONFINITE` in a row only.
     """
 
-    def __init__(self, group: TaskGroup, skip_nonfinite: bool = False) -> None:
-        self._group = group
+    def __init__(self, cohort: Cohort, skip_nonfinite: bool = False) -> None:
+        self._cohort = cohort
         self._skip = skip_nonfinite
-        self._metrics: list[StepMetrics] = []
+        self._metrics: list[dict[str, StepMetrics]] = []
         self.restart()
 
     def restart(self) -> None:
         """Start the clock (again)."""
         self._began = time.perf_counter()
 
-    def add(self, metrics: StepMetrics) -> None:
-        """Remember a step's metrics, still on the device."""
+    def add(self, metrics: dict[str, StepMetrics]) -> None:
+        """Remember the metrics of a step's groups, still on the device."""
         self._metrics.append(metrics)
 
     @property
@@ -210,42 +272,38 @@ class Window:
         """Whether a record is due."""
         return len(self._metrics) >= LOG_EVERY
 
-    def flush(self, progress: Progress) -> dict[str, Any] | None:
-        """The record of these steps; adds their time to `progress`.
+    def flush(
+        self, groups: Sequence[TaskGroup], progress: dict[str, Progress]
+    ) -> list[dict[str, Any]]:
+        """Return the groups' records of these steps, and add their time to the progress.
 
-        Returns:
-          None if none of them was finite; then the next record counts them (and `progress`, which
-          a checkpoint keeps, until then).
+        A group of whose steps none was finite has no record; its next one counts them (and its
+        progress, which a checkpoint keeps, until then).
+
+        Args:
+          groups: those that took the steps.
+          progress: of each group.
 
         Raises:
           UserError: if a loss is not finite.
         """
         metrics = jax.device_get(self._metrics)
         seconds = time.perf_counter() - self._began
-        progress.seconds += seconds
-        self._count(metrics, progress)
         self._metrics = []
         self.restart()
-        finite = [one for one in metrics if one.finite]
-        if not finite:
-            return None
-        mean = jax.tree.map(lambda *xs: np.mean(np.stack(xs), axis=0), *finite)
-        names = [task.name for task in self._group.tasks]
-        record = {
-            "kind": "train",
-            "group": self._group.name,
-            "step": progress.step,
-            "loss": dict(zip(names, mean.losses.tolist(), strict=True)),
-            "update_norm": float(mean.update_norm),
-            "conflicts": float(mean.conflicts),
-            "cosine": _pairs(names, mean.cosines),
-            "steps_per_second": len(metrics) / seconds,
-        }
-        if progress.nonfinite_since_log:
-            record["skipped"], progress.nonfinite_since_log = progress.nonfinite_since_log, 0
-        return record
+        records = []
+        for group in groups:
+            own, one = [step[group.name] for step in metrics], progress[group.name]
+            one.seconds += seconds / len(groups)
+            self._count(group, own, one)
+            if finite := [step for step in own if step.finite]:
+                rate = len(metrics) / seconds
+                records.append(_record(group, finite, one) | {"steps_per_second": rate})
+                if one.nonfinite_since_log:
+                    records[-1]["skipped"], one.nonfinite_since_log = one.nonfinite_since_log, 0
+        return records
 
-    def _count(self, metrics: list[StepMetrics], progress: Progress) -> None:
+    def _count(self, group: TaskGroup, metrics: list[StepMetrics], progress: Progress) -> None:
         """Count the steps that were left out, or refuse them."""
         for number, one in enumerate(metrics, progress.step - len(metrics)):
             if one.finite:
@@ -253,17 +311,18 @@ class Window:
                 continue
             progress.nonfinite_in_a_row += 1
             if not self._skip or progress.nonfinite_in_a_row >= MOST_NONFINITE:
-                self._refuse(number, one)
+                self._refuse(group, number, one)
             progress.skipped += 1
             progress.nonfinite_since_log += 1
 
-    def _refuse(self, number: int, metrics: StepMetrics) -> NoReturn:
+    def _refuse(self, group: TaskGroup, number: int, metrics: StepMetrics) -> NoReturn:
         """Say which step (from 0), which task and which examples."""
-        batches = self._group.batches
-        named = zip(batches.examples.items(), batches.order.at(number), metrics.losses, strict=True)
+        batches = self._cohort.batches
+        drawn = dict(zip(batches.examples, batches.order.at(number), strict=True))
         failed = [
-            f"the loss of {name} is {loss} (examples {', '.join(examples.ids[drawn[:3]])}, …)"
-            for (name, examples), drawn, loss in named
+            f"the loss of {task.name} is {loss} (examples "
+            f"{', '.join(batches.examples[task.name].ids[drawn[task.name][:3]])}, …)"
+            for task, loss in zip(group.tasks, metrics.losses, strict=True)
             if not np.isfinite(loss)
         ]
         remedy = "lower `learning_rate` or `head_learning_rate` in another `out`"
@@ -272,9 +331,24 @@ class Window:
         else:
             remedy += ", or leave such steps out with `resume=True` `skip_nonfinite=True`"
         raise UserError(
-            f"step {number + 1} of {self._group.name}: {' and '.join(failed) or 'the update'} "
+            f"step {number + 1} of {group.name}: {' and '.join(failed) or 'the update'} "
             f"is not finite; {remedy}"
         )
+
+
+def _record(group: TaskGroup, metrics: list[StepMetrics], progress: Progress) -> dict[str, Any]:
+    """The record of a group's steps, whose metrics are averaged."""
+    mean = jax.tree.map(lambda *xs: np.mean(np.stack(xs), axis=0), *metrics)
+    names = [task.name for task in group.tasks]
+    return {
+        "kind": "train",
+        "group": group.name,
+        "step": progress.step,
+        "loss": dict(zip(names, mean.losses.tolist(), strict=True)),
+        "update_norm": float(mean.update_norm),
+        "conflicts": float(mean.conflicts),
+        "cosine": _pairs(names, mean.cosines),
+    }
 
 
 def _pairs(names: list[str], matrix: np.ndarray) -> dict[str, float]:

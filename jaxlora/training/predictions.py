@@ -11,21 +11,21 @@ from jaxlora.data.tokenized import Examples
 from jaxlora.serving import inference
 from jaxlora.tasks.task import Task
 from jaxlora.training import run_folder
-from jaxlora.training.task_group import TaskGroup, outputs
+from jaxlora.training.task_group import Cohort, TaskGroup, outputs
 from jaxlora.utils.trees import Tree
 
 
 def predict_splits(
-    out: Path, group: TaskGroup, best: dict[str, Tree], splits: tuple[str, ...]
+    out: Path, cohort: Cohort, group: TaskGroup, best: dict[str, Tree], splits: tuple[str, ...]
 ) -> dict[str, float]:
     """Write predictions of a group's tasks; returns the scores of the test sets with labels."""
     scores = {}
     for task in group.tasks:
         for split in splits:
-            examples = group.data[task.name][split]
+            examples = cohort.data[task.name][split]
             if not len(examples):
                 continue
-            found = outputs(group, task, best["trainable"], best["heads"], split)
+            found = outputs(cohort, task, best["trainable"], best["heads"], split)
             predictions = inference.decode(task, found)
             path = out / "predictions" / f"{task.name}-{split}.csv"
             shown = [f"{p:.0f}" if task.integer else f"{p:.4f}" for p in predictions]

@@ -1,4 +1,4 @@
-"""A run: what it reads, its groups one after the other, and the files that it leaves."""
+"""A run: what it reads, the training of its groups, and the files that it leaves."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.serving import bank, finished_run
-from jaxlora.tasks.sharing import group_name
+from jaxlora.tasks.sharing import Groups, group_name
 from jaxlora.training import checkpoint, inputs, parameter_count, run_folder, sharding, trained
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data
-from jaxlora.training.loop import Callback, Progress, Window, train_group
+from jaxlora.training.loop import Best, Callback, Progress, train_cohort
 from jaxlora.training.metrics_log import MetricsLog
 from jaxlora.training.predictions import predict_splits
-from jaxlora.training.task_group import TaskGroup, make_task_group
+from jaxlora.training.task_group import make_cohort
 from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import Tree
@@ -133,36 +133,37 @@ def _train(context: RunContext, callback: Callback) -> None:
 
 
 def _train_all(context: RunContext, callback: Callback) -> dict[str, Any]:
-    """Train the groups, with their checkpoints and the log open as long as it takes."""
+    """Train all groups, with their checkpoints and the log open as long as it takes."""
     with contextlib.ExitStack() as stack:
-        saved = {}
-        for name in map(group_name, context.settings.groups):
-            states = checkpoint.GroupCheckpoints(context.out / run_folder.STATES / name)
-            saved[name] = stack.enter_context(contextlib.closing(states))
+        saved: dict[Groups, checkpoint.StateCheckpoints] = {}
+        steps: dict[str, int] = {}
+        for groups in context.settings.cohorts:
+            name = group_name([group_name(names) for names in groups])
+            states = checkpoint.StateCheckpoints(context.out / run_folder.STATES / name)
+            saved[groups] = stack.enter_context(contextlib.closing(states))
+            steps |= dict.fromkeys(map(group_name, groups), states.latest_step())
             for path in states.dropped:
                 callback.note(
                     f"{path} was damaged, or not written to its end, and is left out; "
                     f"{name} goes on from step {states.latest_step()}"
                 )
-        steps = {name: states.latest_step() for name, states in saved.items()}
         log = stack.enter_context(contextlib.closing(MetricsLog(context.out, steps)))
-        return _train_groups(context, saved, log, callback)
+        return _train_cohorts(context, saved, log, callback)
 
 
-def _train_groups(
+def _train_cohorts(
     context: RunContext,
-    saved: dict[str, checkpoint.GroupCheckpoints],
+    saved: dict[Groups, checkpoint.StateCheckpoints],
     log: MetricsLog,
     callback: Callback,
 ) -> dict[str, Any]:
     settings = context.settings
-    best: dict[str, dict[str, Tree]] = {}
+    best: Best = {}
     progress: dict[str, dict[str, Any]] = {}
     test: dict[str, float] = {}
-    for names in settings.groups:
-        name = group_name(names)
-        best[name], progress[name], scores = _train_one(context, names, saved[name], log, callback)
-        test |= scores
+    for groups, states in saved.items():
+        trees, done, scores = _train_cohort(context, groups, states, log, callback)
+        best, progress, test = best | trees, progress | done, test | scores
     result = summarize_result(settings, inputs.count(settings, context.base), progress, test)
     keep_models(context, best, result["dev"])
     return result
@@ -177,36 +178,38 @@ def keep_models(
         bank.write(context.out / finished_run.MODEL, models)
 
 
-def _refuse_unscored(group: TaskGroup, done: Progress) -> None:
+def _refuse_unscored(progress: Mapping[str, Progress]) -> None:
     """Raise UserError where no evaluation had a score, since there is no best then."""
-    if not done.best_scores:
-        raise UserError(
-            f"{group.name}: predictions for its dev set were not finite (NaN) at every evaluation, "
-            "so nothing is kept; lower `learning_rate` or `head_learning_rate` in another `out`"
-        )
+    for name, one in progress.items():
+        if not one.best_scores:
+            raise UserError(
+                f"{name}: predictions for its dev set were not finite (NaN) at every evaluation, "
+                "so nothing is kept; lower `learning_rate` or `head_learning_rate` in another `out`"
+            )
 
 
-def _train_one(
+def _train_cohort(
     context: RunContext,
-    names: tuple[str, ...],
-    saved: checkpoint.GroupCheckpoints,
+    groups: Groups,
+    saved: checkpoint.StateCheckpoints,
     log: MetricsLog,
     callback: Callback,
-) -> tuple[dict[str, Tree], dict[str, Any], dict[str, float]]:
-    """Train a group and write its predictions; nothing of it stays on the devices.
+) -> tuple[Best, dict[str, dict[str, Any]], dict[str, float]]:
+    """Train groups and write their predictions; nothing of them stays on the devices.
 
     The predictions come from the best tree where it is, so of a split one no device has it whole.
 
     Returns:
-      The best `{"trainable", "heads"}` as NumPy arrays, the progress, the test scores.
+      The best trees as NumPy arrays, the progress of each group, the test scores.
     """
-    group = make_task_group(context.settings, context.base, context.data, names, context.mesh)
-    patience = context.settings.of_group(names).loop.patience
-    window = Window(group, context.options.skip_nonfinite)
-    best, done = train_group(group, saved, log, callback, window, patience)
-    _refuse_unscored(group, done)
-    test = predict_splits(context.out, group, best, context.options.splits)
-    return distributed.gather(best), dataclasses.asdict(done), test
+    cohort = make_cohort(context.settings, context.base, context.data, groups, context.mesh)
+    best, done = train_cohort(cohort, saved, log, callback, context.options.skip_nonfinite)
+    _refuse_unscored(done)
+    test: dict[str, float] = {}
+    for group in cohort.groups:
+        test |= predict_splits(context.out, cohort, group, best[group.name], context.options.splits)
+    progress = {name: dataclasses.asdict(one) for name, one in done.items()}
+    return distributed.gather(best), progress, test
 
 
 def summarize_result(

@@ -1,8 +1,9 @@
-"""The one train step, for every variant, over T ≥ 1 tasks.
+"""The one train step, for every variant: K ≥ 1 groups of tasks, T ≥ K tasks in all.
 
-One backward pass gives each task's own gradient of the group's trainable tree, along a task axis;
+One backward pass gives each task's own gradient of its group's trainable tree, along a task axis;
 an optax chain that begins with PCGrad brings that axis down again. Heads belong to one task each:
-their gradients go straight to their own optimizer.
+their gradients go straight to their own optimizer. Groups share the pass and nothing else: each
+has its own state, number of steps and optimizers.
 
 Shapes: T tasks, R rows, S tokens a row, N sentences and B examples a task, H hidden size.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,15 +26,17 @@ from jaxlora.nn.encode import Encode, encoder
 from jaxlora.tasks import losses
 from jaxlora.tasks.task import Task
 from jaxlora.training.adaptation import Adaptation
-from jaxlora.training.optimizer import Optimizers
+from jaxlora.utils import trees
 from jaxlora.utils.trees import Tree
 
-CompiledStep = Callable[["TrainState", Tree, Batch], tuple["TrainState", "StepMetrics"]]
+CompiledStep = Callable[
+    [dict[str, "TrainState"], Tree, Batch], tuple[dict[str, "TrainState"], dict[str, "StepMetrics"]]
+]
 
 
 @struct.dataclass
 class TrainState:
-    """All that changes in training, and all that a checkpoint needs besides the frozen base.
+    """All that changes when a group trains; a checkpoint needs no more, besides the frozen base.
 
     Attributes:
       step: `i32[]`, steps taken.
@@ -53,7 +56,7 @@ class TrainState:
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports.
+    """What a step reports of a group.
 
     Attributes:
       losses: `f32[T]`, mean loss of each task.
@@ -71,98 +74,39 @@ class StepMetrics(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TrainStep:
-    """The train step of a group of tasks, and what it begins with; see `make_train_step`.
+class GroupStep:
+    """What a group brings to a step.
 
     Attributes:
       tasks: the group's tasks, in the order of the task axis.
-      adaptation: what is trained of the encoder.
-      encode: from `encoder`.
       tx: the encoder's optimizer, which takes the task axis away.
       head_tx: the heads' optimizer.
-      hidden_size: H.
-      dtype: dtype of matmul inputs.
-      pair_features: see `heads.pair_vector`.
-      dropout: dropout in the heads.
       weights: factor of each task's loss; `()` for 1.
     """
 
     tasks: tuple[Task, ...]
-    adaptation: Adaptation
-    encode: Encode
     tx: optax.GradientTransformation
     head_tx: optax.GradientTransformation
-    hidden_size: int
-    dtype: Any = jnp.float32
-    pair_features: str = "concat"
-    dropout: float = 0.1
     weights: tuple[float, ...] = ()
 
-    def freeze(self, params: Tree) -> Tree:
-        """Return the collections that no step changes, from the pretrained parameters."""
-        return self.adaptation.freeze(params, self.dtype)
-
-    def init(self, key: jax.Array, params: Tree) -> TrainState:
-        """Return the state before the first step.
-
-        Args:
-          key: PRNG key; a task's head depends on it and the task's name alone.
-          params: the pretrained parameters.
-
-        Raises:
-          ValueError: see `lora.targets`.
-        """
-        tree_key, state_key = jax.random.split(key)
-        head_key, run_key = jax.random.split(state_key)
-        trainable = self.adaptation.init(tree_key, params)
-        heads = {task.name: self._init_head(head_key, task) for task in self.tasks}
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            trainable=trainable,
-            heads=heads,
-            opt_state=self.tx.init(trainable),
-            head_opt_state=self.head_tx.init(heads),
-            key=run_key,
-        )
-
-    def _init_head(self, key: jax.Array, task: Task) -> Tree:
-        own = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
-        return task.init_head(own, self.hidden_size, self.pair_features)
-
-    def losses(
-        self, heads: dict[str, Tree], vectors: jax.Array, batch: Batch, keys: jax.Array
-    ) -> jax.Array:
-        """Return the mean loss of every task, `f32[T]`.
-
-        Args:
-          heads: head parameters by task.
-          vectors: `f32[T, N, H]`, of the batch's sentences.
-          batch: see `Batch`; its inputs are not read.
-          keys: PRNG keys `[T]` for dropout in the heads.
-        """
-        size = batch.labels.shape[1]
-        per_task = []
-        for t, task in enumerate(self.tasks):
-            outputs = task.apply_head(
-                heads[task.name], vectors[t, :size], vectors[t, size:],
-                pair_features=self.pair_features, dropout=self.dropout, key=keys[t],
-            )  # fmt: skip
-            loss = task.per_example_loss(outputs, batch.labels[t])
-            per_task.append(losses.masked_mean(loss, batch.weights[t]))
-        return jnp.stack(per_task)
-
-    def __call__(
-        self, state: TrainState, frozen: Tree, batch: Batch
+    def update(
+        self, state: TrainState, losses: jax.Array, grads: Tree, head_grads: Tree, active: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
-        """Take one step; jit it with `compile`.
+        """Return the next state.
 
-        A step with a loss or an update that is not finite changes nothing but the step's number.
+        A loss or an update that is not finite changes nothing but the step's number.
+
+        Args:
+          state: the group's.
+          losses: `f32[T]`, of its tasks.
+          grads: of its tree, `[T, ...]`.
+          head_grads: of its heads.
+          active: `bool[]`; if not, the group has no examples in this step, which leaves it as it
+            is.
         """
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 1 + len(self.tasks))
-        per_task, grads, head_grads = self._gradients(state, frozen, batch, keys)
         # Aggregators that weight by losses read them; other transforms ignore them.
         updates, opt_state = optax.with_extra_args_support(self.tx).update(
-            grads, state.opt_state, state.trainable, losses=per_task
+            grads, state.opt_state, state.trainable, losses=losses
         )
         head_updates, head_opt_state = self.head_tx.update(
             head_grads, state.head_opt_state, state.heads
@@ -176,60 +120,190 @@ class TrainStep:
             key=state.key,
         )
         norm, head_norm = (jnp.asarray(optax.tree.norm(u)) for u in (updates, head_updates))
-        finite = jnp.isfinite(per_task).all() & jnp.isfinite(norm) & jnp.isfinite(head_norm)
-        kept = state.replace(step=new.step)  # type: ignore[attr-defined]
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+        finite = jnp.isfinite(losses).all() & jnp.isfinite(norm) & jnp.isfinite(head_norm)
+        kept = state.replace(step=state.step + active)  # type: ignore[attr-defined]
+        new = jax.tree.map(lambda a, b: jnp.where(finite & active, a, b), new, kept)
         conflicts, cosines = (optax.tree.get(opt_state, name) for name in ("conflicts", "cosines"))
-        return new, StepMetrics(per_task, norm, conflicts, cosines, finite)
+        return new, StepMetrics(losses, norm, conflicts, cosines, finite)
 
-    def _gradients(
-        self, state: TrainState, frozen: Tree, batch: Batch, keys: jax.Array
-    ) -> tuple[jax.Array, Tree, dict[str, Tree]]:
-        """Return the losses, the tree's gradient for each task `[T, ...]`, and the heads'."""
-        encode = self.adaptation.encode_tasks(self.encode, len(self.tasks))
-        weights = jnp.array(self.weights or (1.0,) * len(self.tasks))
-        vectors, pull = encode(frozen, state.trainable, batch.inputs, keys[0])
 
-        def total(vectors: jax.Array, heads: dict[str, Tree]) -> tuple[jax.Array, jax.Array]:
-            per_task = self.losses(heads, vectors, batch, keys[1:])
-            return jnp.sum(per_task * weights), per_task
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainStep:
+    """The train step of some groups, and what it begins with; see `make_train_step`.
 
-        grads, per_task = jax.grad(total, (0, 1), has_aux=True)(vectors, state.heads)
-        return per_task, pull(grads[0]), grads[1]
+    Attributes:
+      groups: by name.
+      adaptation: what is trained of the encoder.
+      encode: from `encoder`.
+      hidden_size: H.
+      dtype: dtype of matmul inputs.
+      pair_features: see `heads.pair_vector`.
+      dropout: dropout in the heads.
+    """
 
-    def compile(self, shardings: Any = None) -> CompiledStep:
-        """Return the compiled step: `(state, frozen, batch) → (state, metrics)`.
+    groups: Mapping[str, GroupStep]
+    adaptation: Adaptation
+    encode: Encode
+    hidden_size: int
+    dtype: Any = jnp.float32
+    pair_features: str = "concat"
+    dropout: float = 0.1
 
-        The old state's memory is given to the new one, so do not use the old state again.
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """All tasks, in the order of a batch's task axis."""
+        return tuple(task for group in self.groups.values() for task in group.tasks)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [len(group.tasks) for group in self.groups.values()]
+
+    def freeze(self, params: Tree) -> Tree:
+        """Return the collections that no step changes, from the pretrained parameters."""
+        return self.adaptation.freeze(params, self.dtype)
+
+    def init(self, keys: Mapping[str, jax.Array], params: Tree) -> dict[str, TrainState]:
+        """Return the groups' states before the first step.
 
         Args:
-          shardings: where the new state and the metrics live; None: XLA decides.
+          keys: a PRNG key for each group; a task's head depends on it and the task's name alone.
+          params: the pretrained parameters.
+
+        Raises:
+          ValueError: see `lora.targets`.
+        """
+        return {name: self._init(group, keys[name], params) for name, group in self.groups.items()}
+
+    def _init(self, group: GroupStep, key: jax.Array, params: Tree) -> TrainState:
+        tree_key, state_key = jax.random.split(key)
+        head_key, run_key = jax.random.split(state_key)
+        trainable = self.adaptation.init(tree_key, params)
+        heads = {task.name: self._init_head(head_key, task) for task in group.tasks}
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            trainable=trainable,
+            heads=heads,
+            opt_state=group.tx.init(trainable),
+            head_opt_state=group.head_tx.init(heads),
+            key=run_key,
+        )
+
+    def _init_head(self, key: jax.Array, task: Task) -> Tree:
+        own = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
+        return task.init_head(own, self.hidden_size, self.pair_features)
+
+    def losses(
+        self,
+        heads: Sequence[dict[str, Tree]],
+        vectors: jax.Array,
+        batch: Batch,
+        keys: jax.Array,
+    ) -> jax.Array:
+        """Return the mean loss of every task, `f32[T]`.
+
+        Args:
+          heads: of each group, by task.
+          vectors: `f32[T, N, H]`, of the batch's sentences.
+          batch: see `Batch`; its inputs are not read.
+          keys: PRNG keys `[T]` for dropout in the heads.
+        """
+        size = batch.labels.shape[1]
+        params = {name: head for group in heads for name, head in group.items()}
+        per_task = []
+        for t, task in enumerate(self.tasks):
+            outputs = task.apply_head(
+                params[task.name], vectors[t, :size], vectors[t, size:],
+                pair_features=self.pair_features, dropout=self.dropout, key=keys[t],
+            )  # fmt: skip
+            loss = task.per_example_loss(outputs, batch.labels[t])
+            per_task.append(losses.masked_mean(loss, batch.weights[t]))
+        return jnp.stack(per_task)
+
+    def __call__(
+        self, states: dict[str, TrainState], frozen: Tree, batch: Batch
+    ) -> tuple[dict[str, TrainState], dict[str, StepMetrics]]:
+        """Take one step; jit it with `compile`.
+
+        See `GroupStep.update` for groups without examples, and for what is not finite.
+        """
+        in_order = [states[name] for name in self.groups]  # jit sorts the names of a dict
+        per_task, grads, head_grads = self._gradients(in_order, frozen, batch)
+        parts = zip(
+            self.groups.items(),
+            trees.split((per_task, jnp.any(batch.weights > 0, -1)), self._sizes),
+            grads, head_grads, strict=True,
+        )  # fmt: skip
+        new, metrics = {}, {}
+        for (name, group), (own_losses, active), tree_grads, own_head_grads in parts:
+            new[name], metrics[name] = group.update(
+                states[name], own_losses, tree_grads, own_head_grads, active.any()
+            )
+        return new, metrics
+
+    def _gradients(
+        self, states: Sequence[TrainState], frozen: Tree, batch: Batch
+    ) -> tuple[jax.Array, list[Tree], list[dict[str, Tree]]]:
+        """Return the losses `f32[T]`, and each group's gradients: its tree's `[T, ...]`, heads'."""
+        encode = self.adaptation.encode_tasks(self.encode, self._sizes)
+        weights = jnp.array(
+            [w for g in self.groups.values() for w in g.weights or (1.0,) * len(g.tasks)]
+        )
+        encoder_key, head_keys = self._keys(states)
+        trainable, heads = [s.trainable for s in states], [s.heads for s in states]
+        vectors, pull = encode(frozen, trainable, batch.inputs, encoder_key)
+
+        def total(vectors: jax.Array, heads: list[dict[str, Tree]]) -> tuple[jax.Array, jax.Array]:
+            per_task = self.losses(heads, vectors, batch, head_keys)
+            return jnp.sum(per_task * weights), per_task
+
+        grads, per_task = jax.grad(total, (0, 1), has_aux=True)(vectors, heads)
+        # What is not finite would reach other groups' gradients, as 0 · NaN.
+        finite = jnp.isfinite(per_task)[:, None, None]
+        return per_task, pull(jnp.where(finite, grads[0], 0)), grads[1]
+
+    def _keys(self, states: Sequence[TrainState]) -> tuple[jax.Array, jax.Array]:
+        """Return the keys of dropout at a step: one for the encoder, one for each task's head.
+
+        The heads' are those of each group alone.
+        """
+        keys = [
+            jax.random.split(jax.random.fold_in(state.key, state.step), 1 + size)
+            for state, size in zip(states, self._sizes, strict=True)
+        ]
+        encoder_key = keys[0][0]
+        for state in states[1:]:  # which go on where the first has ended
+            encoder_key = jax.random.fold_in(encoder_key, state.step)
+        return encoder_key, jnp.concatenate([own[1:] for own in keys])
+
+    def compile(self, shardings: Any = None) -> CompiledStep:
+        """Return the compiled step: `(states, frozen, batch) → (states, metrics)`, by group.
+
+        The old states' memory is given to the new ones, so do not use the old states again.
+
+        Args:
+          shardings: where the new states and the metrics live; None: XLA decides.
         """
         return jax.jit(self.__call__, donate_argnums=0, out_shardings=shardings)
 
 
 def make_train_step(
-    tasks: tuple[Task, ...],
+    groups: Mapping[str, GroupStep],
     config: EncoderConfig,
     adaptation: Adaptation,
-    optimizers: Optimizers,
     *,
     dtype: Any = jnp.float32,
     pooling: str = "mean",
     **rest: Any,
 ) -> TrainStep:
-    """Return the train step of a group of tasks.
+    """Return the train step of some groups.
 
     Args:
-      tasks: the group's tasks.
+      groups: by name.
       config: the encoder's, with the dropout that it has in training.
       adaptation: what is trained of it.
-      optimizers: the encoder's and the heads', from `optimizers`.
       dtype: dtype of matmul inputs.
       pooling: see `bert.pool`.
-      rest: `pair_features`, `dropout` and `weights` of `TrainStep`.
+      rest: `pair_features` and `dropout` of `TrainStep`.
     """
     encode = encoder(config, dtype, adaptation.adapter, pooling)
-    return TrainStep(
-        tasks, adaptation, encode, *optimizers, config.hidden_size, jnp.dtype(dtype), **rest
-    )
+    return TrainStep(groups, adaptation, encode, config.hidden_size, jnp.dtype(dtype), **rest)

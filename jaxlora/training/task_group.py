@@ -1,11 +1,11 @@
-"""One group of tasks, assembled and ready to train, evaluate and predict."""
+"""Groups of tasks, assembled and ready to train in one step, to be evaluated and to predict."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,138 +14,203 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlora.data import batches as data_batches
-from jaxlora.data.batches import Batch, PackedBatches, VectorBatches
+from jaxlora.data.batches import Batch, JointOrder, PackedBatches, VectorBatches
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.nn.bert import EncoderConfig
 from jaxlora.nn.encode import Encode, PackedTokens, make_encode
 from jaxlora.serving import inference
-from jaxlora.tasks.sharing import group_name
+from jaxlora.tasks.sharing import Groups, group_name
 from jaxlora.tasks.task import Task
 from jaxlora.training import optimizer, sharding
 from jaxlora.training.adaptation import Vectors
 from jaxlora.training.config import Settings
-from jaxlora.training.inputs import Data, make_steps
-from jaxlora.training.step import CompiledStep, TrainState, TrainStep, make_train_step
+from jaxlora.training.inputs import Data, count_steps
+from jaxlora.training.step import CompiledStep, GroupStep, TrainState, TrainStep, make_train_step
 from jaxlora.utils.trees import Tree
 
-# Compiled train programs in a run, or one for each group if there are more (a long run may have
-# one more, see `batches.choose_batch_shapes`).
+# Compiled train programs in a run (where groups take turns one for each, if there are more; a long
+# run may have one more, see `batches.choose_batch_shapes`).
 MOST_PROGRAMS = 3
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True)
 class TaskGroup:
-    """One group of tasks, ready to train.
+    """A group of tasks that share one trainable tree.
 
     Attributes:
       name: see `sharing.group_name`.
-      train_step: its step.
-      frozen: the frozen collections.
-      key: PRNG key of its first state.
-      params: the base's parameters.
-      batches: indexable by step.
-      steps: how many there are.
+      tasks: its tasks.
+      steps: how many it takes.
       eval_every: steps between evaluations.
-      vectors: `(trainable, task, split) → f32[sentences, H]`.
-      data: its tasks' examples.
-      mesh: the devices it runs on.
+      patience: evaluations without a better score after which it ends; 0: never.
     """
 
     name: str
-    train_step: TrainStep
-    frozen: Tree
-    key: jax.Array
-    params: Tree
-    batches: PackedBatches | VectorBatches
+    tasks: tuple[Task, ...]
     steps: int
     eval_every: int
+    patience: int
+
+    def evaluates_at(self, step: int) -> bool:
+        """Return whether it is evaluated after so many steps."""
+        return step == self.steps or step % self.eval_every == 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Cohort:
+    """Groups that train in one step, and all that they need.
+
+    Attributes:
+      groups: in the order of the step's.
+      train_step: their step.
+      frozen: the frozen collections.
+      keys: PRNG keys of their first states.
+      params: the base's parameters.
+      batches: indexable by step.
+      vectors: `(trainable, task, split) → f32[sentences, H]`.
+      data: their tasks' examples.
+      mesh: the devices it runs on.
+    """
+
+    groups: tuple[TaskGroup, ...]
+    train_step: TrainStep
+    frozen: Tree
+    keys: dict[str, jax.Array]
+    params: Tree
+    batches: PackedBatches | VectorBatches
     vectors: Vectors
     data: Data
     mesh: Mesh
 
     @property
-    def tasks(self) -> tuple[Task, ...]:
-        """Its tasks."""
-        return self.train_step.tasks
-
-    @property
-    def state(self) -> TrainState:
-        """Its first state, made at each call, so that only the caller holds it."""
+    def states(self) -> dict[str, TrainState]:
+        """The first states, made at each call, so that only the caller holds them."""
         with sharding.on_host():
-            state = self.train_step.init(self.key, self.params)
-        return sharding.put(state, sharding.of_state(self.mesh, state))
+            states = self.train_step.init(self.keys, self.params)
+        return sharding.put(states, self._shardings(states))
 
     @functools.cached_property
-    def state_shapes(self) -> TrainState:
-        """The shapes of its state, and where it lives."""
-        shapes = jax.eval_shape(self.train_step.init, self.key, self.params)
-        placed: TrainState = sharding.shapes_at(shapes, sharding.of_state(self.mesh, shapes))
+    def state_shapes(self) -> dict[str, TrainState]:
+        """The shapes of the states, and where they live."""
+        shapes = jax.eval_shape(self.train_step.init, self.keys, self.params)
+        placed: dict[str, TrainState] = sharding.shapes_at(shapes, self._shardings(shapes))
         return placed
 
+    def _shardings(self, states: dict[str, TrainState]) -> dict[str, TrainState]:
+        return {name: sharding.of_state(self.mesh, state) for name, state in states.items()}
+
     def compile(self) -> CompiledStep:
-        """Return its compiled step, see `TrainStep.compile`."""
-        state = jax.tree.map(lambda x: x.sharding, self.state_shapes)
-        return self.train_step.compile((state, sharding.replicated(self.mesh)))
+        """Return the compiled step, see `TrainStep.compile`."""
+        states = jax.tree.map(lambda x: x.sharding, self.state_shapes)
+        return self.train_step.compile((states, sharding.replicated(self.mesh)))
 
     def place(self, batch: Batch) -> Batch:
         """Put a batch on its devices."""
         return sharding.put(batch, sharding.of_batch(self.mesh, batch))
 
-    def prefetch(self, start: int) -> Iterator[Batch]:
-        """Yield its batches from a step on, on their devices."""
-        return data_batches.prefetch(self.batches, start, self.steps, self.place)
+    def prefetch(self, start: int, stops: Sequence[int] = ()) -> Iterator[Batch]:
+        """Yield the batches from a step on, on their devices.
+
+        Args:
+          start: the first step.
+          stops: after how many steps each group ends, if earlier than planned.
+        """
+        order = self.batches.order.until(stops or [group.steps for group in self.groups])
+        return data_batches.prefetch(
+            dataclasses.replace(self.batches, order=order), start, self.place
+        )
 
 
-def make_task_group(
-    settings: Settings, base: Pretrained, data: Data, names: tuple[str, ...], mesh: Mesh
-) -> TaskGroup:
-    """Assemble a group: its step, its parameters, its order and its packing."""
-    programs = max(1, MOST_PROGRAMS // len(settings.groups))
-    settings, mine = settings.of_group(names), {name: data[name] for name in names}
-    train = {name: splits["train"] for name, splits in mine.items()}
-    steps = make_steps(settings, train)
-    train_step = make_group_step(settings, base.config, names, steps)
+def make_cohort(
+    settings: Settings, base: Pretrained, data: Data, groups: Groups, mesh: Mesh
+) -> Cohort:
+    """Assemble groups: their step, their parameters, their order and their packing."""
+    data = {name: data[name] for group in groups for name in group}
+    train = {name: splits["train"] for name, splits in data.items()}
+    steps = count_steps(settings, data, groups)
+    train_step = make_cohort_step(settings, base, steps, groups)
     with sharding.on_host():
         frozen = train_step.freeze(base.params)
     frozen = sharding.put(frozen, sharding.of_tree(mesh, frozen))
-    sizes = {name: len(examples) for name, examples in train.items()}
-    order = data_batches.make_order(sizes, settings.loop.batch_size, settings.loop.seed)
-    live = live_vectors(train_step.encode, frozen, mine, settings.model.max_length, mesh)
+    orders = tuple(
+        data_batches.make_order(
+            {name: len(train[name]) for name in group},
+            settings.loop.batch_size,
+            settings.loop.seed,
+        )
+        for group in groups
+    )
+    order = JointOrder(orders, tuple(steps.values()))
+    live = live_vectors(train_step.encode, frozen, data, settings.model.max_length, mesh)
     vectors = train_step.adaptation.vectors(live)
+    programs = max(1, MOST_PROGRAMS // len(settings.cohorts))
 
     def pack(mixed: bool) -> PackedBatches:
         return data_batches.choose_batch_shapes(
-            train, order, steps, settings.model.max_length, programs, mixed, mesh.size
+            train, order, settings.model.max_length, programs, mixed, mesh.size
         )
 
-    batches = train_step.adaptation.batches(train, order, vectors, pack)
-    name, eval_every = group_name(names), settings.loop.eval_every or -(-order.steps_per_epoch // 4)
-    key = named_key(settings.loop.seed, name)
-    return TaskGroup(
-        name, train_step, frozen, key, base.params, batches, steps, eval_every, vectors, mine, mesh
+    made = tuple(
+        _make_task_group(settings, names, number, own.steps_per_epoch)
+        for names, number, own in zip(groups, order.stops, orders, strict=True)
+    )
+    return Cohort(
+        groups=made,
+        train_step=train_step,
+        frozen=frozen,
+        keys={group.name: named_key(settings.loop.seed, group.name) for group in made},
+        params=base.params,
+        batches=train_step.adaptation.batches(train, order, vectors, pack),
+        vectors=vectors,
+        data=data,
+        mesh=mesh,
     )
 
 
-def make_group_step(
-    settings: Settings, config: EncoderConfig, names: tuple[str, ...], steps: int
+def _make_task_group(
+    settings: Settings, names: tuple[str, ...], steps: int, steps_per_epoch: int
+) -> TaskGroup:
+    loop = settings.of_group(names).loop
+    return TaskGroup(
+        name=group_name(names),
+        tasks=tuple(settings.named[name] for name in names),
+        steps=steps,
+        eval_every=loop.eval_every or -(-steps_per_epoch // 4),
+        patience=loop.patience,
+    )
+
+
+def make_cohort_step(
+    settings: Settings, base: Pretrained, steps: dict[str, int], groups: Groups
 ) -> TrainStep:
-    """Return the train step of a group.
+    """Return the train step of some groups.
 
     Args:
-      settings: the group's.
-      config: the base's.
-      names: the group's tasks.
-      steps: how many will be taken, for the learning rates.
+      settings: the run's.
+      base: the base.
+      steps: how many each group takes, by its name, for the learning rates.
+      groups: each one's tasks.
     """
-    weights = {spec.task.name: spec.weight for spec in settings.tasks}
     return make_train_step(
-        tuple(settings.named[name] for name in names),
-        config.with_dropout(settings.model.encoder_dropout),
+        {group_name(names): _make_group_step(settings, names, steps) for names in groups},
+        base.config.with_dropout(settings.model.encoder_dropout),
         settings.adaptation,
-        optimizer.from_config(settings.optimizer, len(names), steps, settings.loop.seed),
         dtype=jnp.dtype(settings.dtype),
         pooling=settings.model.pooling,
         pair_features=settings.model.pair_features,
+    )
+
+
+def _make_group_step(
+    settings: Settings, names: tuple[str, ...], steps: dict[str, int]
+) -> GroupStep:
+    weights = {spec.task.name: spec.weight for spec in settings.tasks}
+    chain, head_chain = optimizer.from_config(
+        settings.of_group(names).optimizer, len(names), steps[group_name(names)], settings.loop.seed
+    )
+    return GroupStep(
+        tasks=tuple(settings.named[name] for name in names),
+        tx=chain,
+        head_tx=head_chain,
         weights=tuple(weights[name] for name in names),
     )
 
@@ -168,12 +233,12 @@ def live_vectors(encode: Encode, frozen: Tree, data: Data, max_length: int, mesh
     return vectors
 
 
-def evaluate_group(group: TaskGroup, state: TrainState) -> dict[str, Any]:
+def evaluate_group(cohort: Cohort, group: TaskGroup, state: TrainState) -> dict[str, Any]:
     """The dev record of a group: each task's metric, and their mean as the score."""
     scores = {}
     for task in group.tasks:
-        dev = group.data[task.name]["dev"]
-        found = outputs(group, task, state.trainable, state.heads, "dev")
+        dev = cohort.data[task.name]["dev"]
+        found = outputs(cohort, task, state.trainable, state.heads, "dev")
         scores[task.name] = task.score(inference.decode(task, found), dev.labels)
     return {
         "kind": "eval",
@@ -185,20 +250,20 @@ def evaluate_group(group: TaskGroup, state: TrainState) -> dict[str, Any]:
 
 
 def outputs(
-    group: TaskGroup, task: Task, trainable: Tree, heads: dict[str, Tree], split: str
+    cohort: Cohort, task: Task, trainable: Tree, heads: dict[str, Tree], split: str
 ) -> np.ndarray:
     """What a task's head says of one split, see `inference.outputs`."""
-    vectors = group.vectors(trainable, task.name, split)
+    vectors = cohort.vectors(trainable, task.name, split)
     return inference.outputs(
-        task, heads[task.name], vectors, task.sentences, group.train_step.pair_features
+        task, heads[task.name], vectors, task.sentences, cohort.train_step.pair_features
     )
 
 
-def untrained_scores(group: TaskGroup, trainable: Tree) -> dict[str, float]:
+def untrained_scores(cohort: Cohort, group: TaskGroup, trainable: Tree) -> dict[str, float]:
     """Dev scores that need no training, from the group's first tree (the base's own vectors)."""
     return {
         task.name: inference.untrained(
-            task, group.data[task.name]["dev"], group.vectors(trainable, task.name, "dev")
+            task, cohort.data[task.name]["dev"], cohort.vectors(trainable, task.name, "dev")
         )
         for task in group.tasks
     }

@@ -1,10 +1,11 @@
-"""Pytrees: broadcast, count and name their leaves."""
+"""Pytrees: broadcast, split, count and name their leaves."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,17 @@ def broadcast(tree: Tree, count: int) -> Tree:
     (4, 2, 3)
     """
     return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (count, *x.shape)), tree)
+
+
+def split(tree: Tree, sizes: Sequence[int]) -> list[Tree]:
+    """Split every leaf along its first axis into parts of these sizes, a tree each.
+
+    >>> [part["a"].tolist() for part in split({"a": jnp.arange(3)}, (1, 2))]
+    [[0], [1, 2]]
+    """
+    ends = np.cumsum(sizes)
+    parts = zip(ends - np.array(sizes), ends, strict=True)
+    return [jax.tree.map(operator.itemgetter(slice(*part)), tree) for part in parts]
 
 
 def count(tree: Tree) -> int:

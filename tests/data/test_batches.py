@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxlora.data import batches
 from jaxlora.data.batches import (
     Batch,
+    JointOrder,
     PackedBatches,
     VectorBatches,
     choose_batch_shapes,
@@ -39,8 +40,8 @@ def make_examples(name, count, longest=20):
 @pytest.fixture(scope="module", params=[False, True], ids=["separate", "mixed"])
 def packed(request):
     examples = {name: make_examples(name, count) for name, count in SIZES.items()}
-    order = make_order(SIZES, 4, seed=0)
-    return choose_batch_shapes(examples, order, steps=9, max_length=32, most=2, mixed=request.param)
+    order = JointOrder((make_order(SIZES, 4, seed=0),), (9,))
+    return choose_batch_shapes(examples, order, max_length=32, most=2, mixed=request.param)
 
 
 def view(rows, task):
@@ -101,7 +102,7 @@ def test_weights_mark_the_last_partial_batch(packed):
         batch = packed[number]
         np.testing.assert_array_equal(batch.weights, [[1] * real + [0] * (4 - real)] * 3)
         assert not batch.labels[:, real:].any()
-        assert packed.order.at(number).shape == (3, real)
+        assert [len(drawn) for drawn in packed.order.at(number)] == [real] * 3
 
 
 def test_packed_tokens_are_the_examples_tokens(packed):
@@ -140,13 +141,13 @@ def test_vectors_take_the_slots_that_sentences_take(packed):
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_a_run_has_at_most_the_requested_number_of_shapes(packed, most):
-    planned = choose_batch_shapes(packed.examples, packed.order, 9, 128, most, packed.mixed)
+    planned = choose_batch_shapes(packed.examples, packed.order, 128, most, packed.mixed)
     assert 1 <= len(planned.shapes) <= most
     assert {planned[k].inputs.tokens.shape[-2:] for k in range(9)} <= set(planned.shapes)
 
 
 def test_prefetch_from_the_middle_equals_indexing(packed):
-    for found, number in itertools.zip_longest(prefetch(packed, 3, 7), range(3, 7)):
+    for found, number in itertools.zip_longest(prefetch(packed, 3), range(3, 9)):
         assert isinstance(found, Batch)
         expected = packed[number]
         for a, b in zip(found.inputs, expected.inputs, strict=True):
@@ -187,9 +188,10 @@ def test_every_batch_of_a_long_run_fits_though_few_are_sampled(
         examples[str(task)] = Examples(labels.astype(str), tokens, offsets, labels, 1)
     order = make_order({name: len(e) for name, e in examples.items()}, batch_size, seed=0)
     steps = 2 * order.steps_per_epoch
+    joint = JointOrder((order,), (steps,))
     with mock.patch.object(batches, "MAX_SAMPLED", looked_at):
-        planned = choose_batch_shapes(examples, order, steps, 32, most, mixed, multiple)
-        again = choose_batch_shapes(examples, order, steps, 32, most, mixed, multiple)
+        planned = choose_batch_shapes(examples, joint, 32, most, mixed, multiple)
+        again = choose_batch_shapes(examples, joint, 32, most, mixed, multiple)
     assert planned.shapes == again.shapes
     seen = {planned[k].inputs.tokens.shape[-2:] for k in range(steps)}  # raises if one does not fit
     assert seen <= set(planned.shapes)
@@ -215,7 +217,8 @@ def test_the_shapes_of_the_paper_preset_are_chosen_from_few_batches(monkeypatch,
         batches.Order, "at", lambda self, step: looked_at.append(step) or at(self, step)
     )
     began = time.monotonic()
-    planned = choose_batch_shapes(examples, order, 454_820, 128, most, mixed=most == 3)
+    joint = JointOrder((order,), (454_820,))
+    planned = choose_batch_shapes(examples, joint, 128, most, mixed=most == 3)
     assert time.monotonic() - began < 60
     assert len(looked_at) <= batches.MAX_SAMPLED
     assert max(looked_at) == 454_819 and min(looked_at) == 0

@@ -14,6 +14,7 @@ from jaxlora import lora
 from jaxlora.data.packing import Shape, fill
 from jaxlora.lora import PAPER_TARGETS, LoraConfig
 from jaxlora.nn.bert import BertConfig, Dense, Encoder, param_shapes, pool
+from jaxlora.nn.routes import ByTask
 from jaxlora.utils import trees
 
 SENTENCES = (
@@ -328,17 +329,18 @@ def test_copies_of_an_adapter_have_the_dropout_mask_of_a_single_one(tiny):
     pair = [random_adapter(tiny.params, config, size) for size in (0.05, 0.2)]
     frozen = tiny.config.with_dropout(0.0)
 
-    def run(config, adapter, share=None):
+    def run(config, adapter, route=None):
         encoder = Encoder(frozen, lora=config)
         variables = {"params": tiny.params, "lora": adapter}
         rngs = {"dropout": jax.random.key(3)}
-        return encoder.apply(variables, *rows[:3], train=True, share=share, rngs=rngs)
+        return encoder.apply(variables, *rows[:3], train=True, route=route, rngs=rngs)
 
-    share = jax.nn.one_hot(jnp.arange(rows.tokens.size).reshape(rows.tokens.shape) % 2, 2)
+    number = jnp.arange(rows.tokens.size).reshape(rows.tokens.shape)
+    route = ByTask(jax.nn.one_hot(number % 2, 2, dtype=bool), (0, 0))
     for adapter in pair:
         alone = run(config, adapter)
         stack = jax.tree.map(lambda x: jnp.stack([x, x], 1), adapter)
-        np.testing.assert_allclose(run(config, stack, share), alone, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(run(config, stack, route), alone, rtol=0, atol=1e-5)
         assert jnp.abs(alone - run(plain, adapter)).max() > 0.01
 
 

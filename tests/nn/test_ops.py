@@ -97,22 +97,26 @@ def test_attention_in_bfloat16_multiplies_in_bfloat16_both_ways():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_copies_of_an_adapter_have_the_gradients_of_adapters_side_by_side(dtype):
-    a, b = (jax.random.normal(k, s) for k, s in zip(KEYS[5:7], ((16, 4), (4, 8)), strict=True))
-    a, b = (jnp.broadcast_to(w[None], (3, *w.shape)) for w in (a, b))
+@pytest.mark.parametrize("adapters", [(0, 0, 0), (0, 1, 1), (0, 0, 1), (0, 1, 2)])
+def test_each_tokens_adapter_is_its_tasks_and_gradients_are_split_by_task(adapters, dtype):
+    """Beside all T adapters applied to all tokens, of whose results one is chosen."""
+    a, b = (
+        jax.random.normal(k, s) for k, s in zip(KEYS[5:7], ((3, 16, 4), (3, 4, 8)), strict=True)
+    )
+    a, b = (w[np.array(adapters)] for w in (a, b))  # tasks of one adapter have copies of it
     owner = jnp.array([[0, 1, 2, 1, -1]] * 3)  # the last token is padding
-    share = jax.nn.one_hot(owner, 3)
+    task = jax.nn.one_hot(owner, 3, dtype=bool)
     real = (owner >= 0)[..., None]
 
-    def copies(x, a, b):
-        return real * ops.low_rank_of_copies(x, a, b, share, dtype)
+    def split(x, a, b):
+        return real * ops.low_rank_per_task(x, a, b, task, adapters, dtype)
 
-    def side_by_side(x, a, b):
+    def chosen(x, a, b):
         each = jax.vmap(lambda a, b: ops.low_rank(x, a, b, dtype), out_axes=-1)(a, b)
-        return jnp.sum(each * share[..., None, :], -1)
+        return jnp.sum(each * task[..., None, :], -1)
 
     rtol = 1e-5 if dtype == jnp.float32 else 2**-6
-    compare(copies, side_by_side, HIDDEN, a, b, rtol=rtol)
+    compare(split, chosen, HIDDEN, a, b, rtol=rtol)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -133,14 +137,16 @@ def test_each_block_of_tokens_uses_its_own_adapter(block, dtype):
 
 
 X, W = jnp.ones((3, 4)), jnp.ones((4, 2))
-ONE_EACH = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+OF_TWO = jnp.array([[True, False], [False, True], [False, True]])
 QUERY, SEEN = jnp.ones((1, 3, 2, 4)), jnp.ones((1, 1, 3, 3), bool)
 OWN_DERIVATIVES = {
     "gelu": (ops.gelu, X),
     "matmul": (lambda x: ops.matmul(x, W, jnp.float32), X),
     "low_rank": (lambda x: ops.low_rank(x, W, W.T, jnp.float32), X),
-    "matmul_of_copies": (
-        lambda x: ops.matmul_of_copies(x, jnp.stack([W, W]), ONE_EACH, jnp.float32), X,
+    "low_rank_per_task": (
+        lambda x: ops.low_rank_per_task(
+            x, jnp.stack([W, 2 * W]), jnp.stack([W.T, W.T]), OF_TWO, (0, 1), jnp.float32
+        ), X,
     ),
     "attend": (lambda x: ops.attend(x, x, x, SEEN), QUERY),
 }  # fmt: skip

@@ -404,16 +404,18 @@ def test_extras_leave_out_what_means_nothing_to_the_built_in_data():
     ]  # fmt: skip
 
 
-def test_how_far_a_run_is(make, tmp_path):
-    study = studies.STUDIES["lora1"]
-    run = runs.Run(study, study.asked(), make("lora1"), tmp_path, {"sst": 5, "para": 7, "sts": 4})
+@pytest.mark.parametrize(("variant", "three", "two"), [("lora1", 9, 6), ("baseline4", 3, 7)])
+def test_how_far_a_run_is(make, tmp_path, variant, three, two):
+    """Adapters of all groups take their steps together, whole encoders one after another."""
+    study, steps = studies.STUDIES[variant], {"sst": 5, "para": 7, "sts": 4}
+    run = runs.Run(study, study.asked(), make(variant), tmp_path, steps)
     assert run.done() == 0 and run.total == 16
     run.out.mkdir(parents=True)
     log = run.out / "metrics.jsonl"
     log.write_text('{"group": "sst", "step": 3}\n{"group": "para", "st')
-    assert run.done() == 3
+    assert run.done() == three
     log.write_text('{"group": "sst", "step": 5}\n' * 2000 + '{"group": "para", "step": 2}\n')
-    assert run.done() == 7
+    assert run.done() == two
     log.write_text("")
     assert run.done() == 0
     (run.out / "result.json").write_text("{}")

@@ -93,13 +93,13 @@ def test_a_run_holds_what_it_needs_fresh_or_resumed(make, tiny, tmp_path, varian
 def test_while_a_state_is_restored_there_is_no_other(make, tiny, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train.run(make("baseline2"), tmp_path / "run", Silent((SHARED, 6)))
-    restore, copies, encoder = checkpoint.GroupCheckpoints.restore, [], trees.count(tiny.params)
+    restore, copies, encoder = checkpoint.StateCheckpoints.restore, [], trees.count(tiny.params)
 
     def weighed(self, like):
         copies.append((held() - before) / 4 / encoder)
         return restore(self, like)
 
-    monkeypatch.setattr(checkpoint.GroupCheckpoints, "restore", weighed)
+    monkeypatch.setattr(checkpoint.StateCheckpoints, "restore", weighed)
     before = held()
     train.run(make("baseline2"), tmp_path / "run", Silent(), RunOptions(resume=True))
     assert len(copies) == 1 and copies[0] < 0.5

@@ -18,7 +18,7 @@ from jaxlora.tasks import task as tasks
 from jaxlora.tasks.task import PARA, SST
 from jaxlora.training import optimizer
 from jaxlora.training.adaptation import make_adaptation
-from jaxlora.training.step import make_train_step
+from jaxlora.training.step import GroupStep, make_train_step
 from jaxlora.utils import trees
 
 HIGHEST, DEFAULT = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
@@ -73,14 +73,14 @@ def test_a_product_without_a_precision_is_found():
 @pytest.mark.parametrize("adapt", ["frozen", "lora", "full"])
 def test_train_steps(adapt, dtype, tiny):
     adapter, chosen = lora.LoraConfig(4, 8.0, dropout=0.1), tasks.paper_tasks("mse")
+    group = GroupStep(chosen, *optimizer.optimizers(3, 1e-2, 1e-2, lora_plus_ratio=4.0))
     made = make_train_step(
-        chosen, tiny.config, make_adaptation(adapt, adapter),
-        optimizer.optimizers(3, 1e-2, 1e-2, lora_plus_ratio=4.0), dtype=dtype,
+        {"all": group}, tiny.config, make_adaptation(adapt, adapter), dtype=dtype,
         pair_features="interaction",
     )  # fmt: skip
 
     def begin(key):
-        return made.freeze(tiny.params), made.init(key, tiny.params)
+        return made.freeze(tiny.params), made.init({"all": key}, tiny.params)
 
     frozen, state = jax.eval_shape(begin, jax.random.key(0))
     batch, _ = random_batch(chosen, adapt, tiny.config.hidden_size)
@@ -110,15 +110,14 @@ def test_evaluation(layers, dtype, tiny):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_derivatives_of_layers(dtype):
     x, w, copies = jnp.ones((2, 3, 8)), jnp.ones((8, 4)), jnp.ones((2, 8, 4))
-    share = jnp.ones((2, 3, 2))
+    task = jnp.ones((2, 3, 2), bool)
     heads = jnp.ones((2, 3, 2, 4), dtype)
     mask = jnp.ones((2, 1, 3, 3), bool)
 
     def total(x, w, copies, heads):
         products = (
-            ops.matmul(x, w, dtype), ops.matmul_of_copies(x, copies, share, dtype),
-            ops.low_rank(x, w, w.T, dtype),
-            ops.low_rank_of_copies(x, copies, copies.swapaxes(1, 2), share, dtype),
+            ops.matmul(x, w, dtype), ops.low_rank(x, w, w.T, dtype),
+            ops.low_rank_per_task(x, copies, copies.swapaxes(1, 2), task, (0, 1), dtype),
             ops.attend(heads, heads, heads, mask),
         )  # fmt: skip
         return sum(jnp.sum(y) for y in products)

@@ -76,12 +76,12 @@ def test_the_axis_that_is_split(shape, parts, axis):
 def test_a_dozen_rows_on_eight_devices_become_sixteen(make, tiny):
     settings = make("lora3")
     data = inputs.load_data(settings, tiny)
-    one = task_group.make_task_group(
-        settings, tiny, data, settings.groups[0], sharding.make_mesh("data=1")
+    one = task_group.make_cohort(
+        settings, tiny, data, settings.groups, sharding.make_mesh("data=1")
     )
     order, train = one.batches.order, {n: data[n]["train"] for n in settings.groups[0]}
     for count in (1, 8):
-        made = batches.choose_batch_shapes(train, order, 7, 16, 3, True, count)
+        made = batches.choose_batch_shapes(train, order, 16, 3, True, count)
         assert all(shape.rows % count == 0 for shape in made.shapes)
 
 
@@ -93,9 +93,10 @@ def test_the_losses_of_one_device(tiny_base, data_dir, variant):
     many = ["data=4,fsdp=2"] if variant in ("lora3", "baseline2") else ["data=8", "data=2,fsdp=4"]
     found = eight("curves", variant, tiny_base, data_dir, "data=1", *many)
     one = found["data=1"]["losses"]
-    groups = 1 if sharing.VARIANTS[variant].groups == sharing.SHARED else 3
-    assert len(one) == 5 * groups and all(
-        np.ptp(curve) > 0 for curve in np.split(np.array(one), groups)
+    shape = sharing.VARIANTS[variant]
+    turns = len(shape.groups) if shape.adapt == "full" else 1
+    assert len(one) == 5 * turns and all(
+        np.ptp(curve) > 0 for curve in np.split(np.array(one), turns)
     )
     for text in many:
         np.testing.assert_allclose(found[text]["losses"], one, rtol=0, atol=1e-5)

@@ -23,7 +23,7 @@ from jaxlora.tasks import task as tasks
 from jaxlora.tasks.sharing import VARIANTS, group_name, parse_groups
 from jaxlora.training import optimizer
 from jaxlora.training.adaptation import make_adaptation
-from jaxlora.training.step import make_train_step
+from jaxlora.training.step import GroupStep, TrainStep, make_train_step
 from jaxlora.utils import trees
 
 SIZE = 4  # examples of a task in a batch
@@ -82,23 +82,53 @@ def random_batch(chosen, adapt, hidden_size, seed=0):
     return Batch(together, labels, weights), rows
 
 
+@dataclasses.dataclass(frozen=True)
+class Alone:
+    """The step of a single group, from state to state."""
+
+    made: TrainStep
+
+    @property
+    def tasks(self):
+        return self.made.tasks
+
+    def __call__(self, state, frozen, batch):
+        return self.only(self.made({"all": state}, frozen, batch))
+
+    def only(self, found):
+        states, metrics = found
+        return states["all"], metrics["all"]
+
+    def compile(self):
+        compiled = self.made.compile()
+
+        def step(state, frozen, batch):
+            return self.only(compiled({"all": state}, frozen, batch))
+
+        step.programs = compiled._cache_size
+        return step
+
+    def with_tx(self, tx):
+        group = dataclasses.replace(self.made.groups["all"], tx=tx)
+        return Alone(dataclasses.replace(self.made, groups={"all": group}))
+
+
 def make(base, adapt="lora", names=ALL, sts_loss="mse", dropout=0.1, **replace):
-    """A group ready to step: its setup, frozen tree, state and a batch."""
+    """A group ready to step: its step, frozen tree, state and a batch."""
     chosen = tuple(t for t in tasks.paper_tasks(sts_loss) if t.name in names)
     config = base.config.with_dropout(dropout)
+    group = GroupStep(chosen, *optimizer.optimizers(len(chosen), 1e-2, 1e-2))
     made = make_train_step(
-        chosen, config, make_adaptation(adapt, ADAPTER),
-        optimizer.optimizers(len(chosen), 1e-2, 1e-2), pooling="cls", dropout=dropout,
+        {"all": dataclasses.replace(group, **replace)}, config, make_adaptation(adapt, ADAPTER),
+        pooling="cls", dropout=dropout,
     )  # fmt: skip
-    made = dataclasses.replace(made, **replace)
-    state = made.init(jax.random.key(2), base.params)
     batch, rows = random_batch(chosen, adapt, config.hidden_size)
     return SimpleNamespace(
         config=config,
-        step=made,
+        step=Alone(made),
         encode=made.encode,
         frozen=made.freeze(base.params),
-        state=state,
+        state=made.init({"all": jax.random.key(2)}, base.params)["all"],
         batch=batch,
         rows=rows,
     )
@@ -210,8 +240,9 @@ def test_without_surgery_the_tasks_gradients_are_summed(tiny):
     by_hand = jax.tree.map(lambda p, g: p - g, state.trainable, jax.grad(total)(state.trainable))
     for x, y in zip(jax.tree.leaves(after.trainable), jax.tree.leaves(by_hand), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
-    surgical = dataclasses.replace(group.step, tx=optax.chain(pcgrad(3), optax.sgd(1.0)))
-    surgical_state = state.replace(opt_state=surgical.tx.init(state.trainable))
+    surgical_tx = optax.chain(pcgrad(3), optax.sgd(1.0))
+    surgical = group.step.with_tx(surgical_tx)
+    surgical_state = state.replace(opt_state=surgical_tx.init(state.trainable))
     other, met = surgical(surgical_state, group.frozen, group.batch)
     assert metrics.conflicts == met.conflicts > 0
     assert optax.tree.norm(jax.tree.map(jnp.subtract, after.trainable, other.trainable)) > 1e-3
@@ -348,7 +379,7 @@ def test_every_variant_takes_two_steps(adapt, groups, sts_loss, tiny):
             heads = states[group].heads
             assert set(heads) == {t.name for t in m.step.tasks}
             assert changed(heads_before, heads) == set(trees.names(heads))
-        assert train_step._cache_size() == 1
+        assert train_step.programs() == 1
         assert_same(copy(m.frozen), frozen_before)
         for other, leaves in others.items():
             assert_same(copy(states[other]), leaves)
@@ -373,3 +404,77 @@ def test_the_adapter_learns(tiny):
         state, metrics = train_step(state, group.frozen, group.batch)
         seen.append(metrics.losses)
     assert (seen[-1] < 0.7 * seen[0]).all()
+
+
+# ---- groups that share a step
+
+
+def make_joint(base, groups, **replace):
+    """Groups that train in one step, each with its own rates; their states, a batch, frozen."""
+    named = {task.name: task for task in tasks.paper_tasks("mse")}
+    config = base.config.with_dropout(0.0)
+    steps = {
+        group_name(names): GroupStep(
+            tuple(named[name] for name in names),
+            *optimizer.optimizers(len(names), 1e-2 / (n + 1), 1e-2, lora_plus_ratio=2.0 + n),
+        )
+        for n, names in enumerate(groups)
+    }
+    made = make_train_step(steps, config, make_adaptation("lora", ADAPTER), pooling="cls")
+    keys = {name: jax.random.key(n) for n, name in enumerate(steps)}
+    states = {
+        name: state.replace(trainable=warm(state.trainable))
+        for name, state in made.init(keys, base.params).items()
+    }
+    batch, _ = random_batch(made.tasks, "lora", config.hidden_size)
+    return SimpleNamespace(
+        step=jax.jit(made), states=states, batch=batch, frozen=made.freeze(base.params)
+    )
+
+
+APART = parse_groups("sst|para,sts")
+
+
+def test_a_loss_that_is_not_finite_reaches_no_other_group(tiny):
+    joint = make_joint(tiny, APART)
+    expected, _ = joint.step(joint.states, joint.frozen, joint.batch)
+    labels = joint.batch.labels.copy()
+    labels[2] = np.inf  # of sts, a score
+    states, metrics = joint.step(joint.states, joint.frozen, joint.batch._replace(labels=labels))
+    assert metrics["sst"].finite and not metrics["para+sts"].finite
+    assert_same(copy(states["sst"]), copy(expected["sst"]))
+    assert changed(copy(joint.states["para+sts"]), states["para+sts"]) == {"step"}
+
+
+def test_a_group_that_has_ended_stays_as_it_is_and_changes_no_other(tiny):
+    """Its trees are multiplied by a hundred, which no bit of the others shows."""
+    joint = make_joint(tiny, APART)
+    weights = joint.batch.weights.copy()
+    weights[0] = 0
+    batch = joint.batch._replace(weights=weights)
+    ended = joint.states["sst"]
+    other = ended.replace(
+        trainable=jax.tree.map(lambda x: 100 * x, ended.trainable),
+        heads=jax.tree.map(lambda x: 100 * x, ended.heads),
+    )
+    found = [
+        joint.step(joint.states | {"sst": state}, joint.frozen, batch)[0]
+        for state in (ended, other)
+    ]
+    assert_same(copy(found[0]["sst"]), copy(ended))
+    # Its sentences are still in this batch's rows; nobody's labels weigh them.
+    assert_same(copy(found[0]["para+sts"]), copy(found[1]["para+sts"]))
+    assert int(found[0]["para+sts"].step) == 1
+
+
+def test_a_tasks_labels_reach_no_other_groups_adapter(tiny):
+    joint = make_joint(tiny, APART)
+    labels = joint.batch.labels.copy()
+    labels[0] = (labels[0] + 1) % 5
+    found = [
+        joint.step(joint.states, joint.frozen, joint.batch._replace(labels=chosen))[0]
+        for chosen in (joint.batch.labels, labels)
+    ]
+    assert_same(*(copy(states["para+sts"]) for states in found))
+    before, after = (copy(states["sst"].trainable) for states in found)
+    assert any((x != y).any() for x, y in zip(before, after, strict=True))

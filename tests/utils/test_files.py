@@ -71,11 +71,11 @@ def test_a_tree_is_restored_from_a_folder_of_any_name(tmp_path, name):
 def test_states_are_restored_from_a_folder_of_any_name(tmp_path, name):
     folder = tmp_path / name / "states" / "g"
     like = {"a": jnp.ones(3), "key": jax.random.key(0)}
-    states = checkpoint.GroupCheckpoints(folder)
+    states = checkpoint.StateCheckpoints(folder)
     for step in (1, 2, 3):
         states.save(step, {"a": jnp.full(3, step), "key": jax.random.key(step)}, {"step": step})
     states.close()
-    states = checkpoint.GroupCheckpoints(folder)
+    states = checkpoint.StateCheckpoints(folder)
     tree, progress = states.restore(like)
     states.close()
     assert states.dropped == [] and progress == {"step": 3}
@@ -142,7 +142,7 @@ def test_a_tree_that_is_read_differently_is_refused(tmp_path, monkeypatch):
 
 def test_a_lost_state_is_noticed_and_the_previous_ones_kept(tmp_path, careless):
     folder = tmp_path / "[v2]" / "g"
-    states = checkpoint.GroupCheckpoints(folder)
+    states = checkpoint.StateCheckpoints(folder)
     for step in (1, 2, 3):
         with pytest.raises(UserError, match=rf"g/{step}: the checkpoint cannot be written") as e:
             states.save(step, {"a": jnp.ones(3)}, {})
@@ -154,14 +154,14 @@ def test_a_lost_state_is_noticed_and_the_previous_ones_kept(tmp_path, careless):
 def test_an_unreadable_state_gives_a_one_line_error(tmp_path, careless, monkeypatch):
     """As an earlier version left them in such a folder: their checksums fit."""
     monkeypatch.setattr(
-        checkpoint.GroupCheckpoints,
+        checkpoint.StateCheckpoints,
         "_complete",
         lambda self, step, _: run_folder.write_json(
             checkpoint._sums_file(folder / str(step)), checkpoint._sums(folder / str(step))
         ),
     )
     folder = tmp_path / "[v2]" / "g"
-    states = checkpoint.GroupCheckpoints(folder)
+    states = checkpoint.StateCheckpoints(folder)
     states.save(4, {"a": jnp.ones(3)}, {})
     with pytest.raises(UserError, match=r"g/4: the checkpoint cannot be read .*; delete") as error:
         states.restore({"a": jnp.ones(3)})
@@ -621,7 +621,7 @@ def test_everything_is_flushed_before_it_is_renamed(runs, tmp_path, monkeypatch)
     source = bank.load(runs / "one")
     bank.add(tmp_path / "bank", source, ["sst"])
     export_peft.save(tmp_path / "peft", source, "sst")
-    states = checkpoint.GroupCheckpoints(tmp_path / "states" / "g")
+    states = checkpoint.StateCheckpoints(tmp_path / "states" / "g")
     states.save(1, {"a": jnp.ones(3)}, {})
     states.close()
     names = {name for name, _ in renamed}
