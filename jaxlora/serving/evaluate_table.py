@@ -93,9 +93,10 @@ def read_labelled(task: Task, path: Path, columns: Columns) -> Labelled:
     Raises:
       UserError: for a table that cannot be read, or has no example to score.
     """
-    if len(columns.text) != task.sentences:
+    texts = 1 + task.pair
+    if len(columns.text) != texts:
         raise UserError(
-            f"{task.name} reads {task.sentences} texts: name as many columns with `text`"
+            f"{task.name} reads {texts} texts: name as many columns with `text`"
         )
     rows = tables.read(task, path, columns)
     labelled = [row for row in rows if not math.isnan(row.label)]

@@ -43,7 +43,7 @@ def test_a_draft_is_read_as_the_task_that_was_found(tmp_path, tiny):
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     columns=st.lists(NAMES, min_size=2, max_size=4),
     classes=st.lists(NAMES, min_size=2, max_size=4, unique=True),

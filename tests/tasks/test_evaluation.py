@@ -27,7 +27,7 @@ def draw(seed, task=TOPIC, rows=None, digits=3):
     return Evaluation(task, probabilities.argmax(1).astype(float), labels, probabilities)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(seed=SEEDS)
 def test_classes_and_confusion_are_scikit_learns(seed):
     found = draw(seed)
@@ -39,7 +39,7 @@ def test_classes_and_confusion_are_scikit_learns(seed):
     assert [row.name for row in found.classes] == list(TOPIC.classes)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(seed=SEEDS)
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 @pytest.mark.filterwarnings("ignore:A single label was found")
@@ -54,7 +54,7 @@ def test_scores_are_scikit_learns(seed):
     assert metrics.root_mean_squared_error(x, y) == pytest.approx(expected)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(seed=SEEDS)
 def test_the_best_threshold_is_the_best_of_scikit_learns_curve(seed):
     found = draw(seed, BINARY, digits=1)
@@ -70,7 +70,7 @@ def test_the_best_threshold_is_the_best_of_scikit_learns_curve(seed):
     assert f1 == pytest.approx(max(each))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(seed=SEEDS)
 def test_bins_of_calibration_are_scikit_learns(seed):
     found = draw(seed, digits=9)
