@@ -95,9 +95,7 @@ def read_labelled(task: Task, path: Path, columns: Columns) -> Labelled:
     """
     texts = 1 + task.pair
     if len(columns.text) != texts:
-        raise UserError(
-            f"{task.name} reads {texts} texts: name as many columns with `text`"
-        )
+        raise UserError(f"{task.name} reads {texts} texts: name as many columns with `text`")
     rows = tables.read(task, path, columns)
     labelled = [row for row in rows if not math.isnan(row.label)]
     kept = [row for row in labelled if not any(map(is_blank, sentences(row, task).values()))]
