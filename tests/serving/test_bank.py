@@ -364,7 +364,9 @@ def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
     # The next change tidies up what the killed one left.
     bank.add(three, bank.load(runs / "lora4"), ["sst"], replace=True)
     manifest = json.loads((three / manifests.NAME).read_text())
-    used = {e["head"] for e in manifest["tasks"].values()} | set(manifest["adapters"])
+    earlier = [entry for entries in manifest["history"].values() for entry in entries]
+    entries = [*manifest["tasks"].values(), *earlier]
+    used = {entry["head"] for entry in entries} | set(manifest["adapters"])
     left = {
         p.name for part in (manifests.ADAPTERS, manifests.HEADS) for p in (three / part).iterdir()
     }
