@@ -1,5 +1,6 @@
 """A dev set that is held out of the training rows."""
 
+import hashlib
 import math
 import random
 from collections import Counter
@@ -62,3 +63,11 @@ def test_a_class_with_one_text_stays_with_the_training_rows():
 def test_scores_are_one_class():
     rows = [TextExample(str(n), str(n), "", n / 7) for n in range(50)]
     assert len(hold_out(rows, 0.2, Task("t", "regression"))[1]) == 10
+
+
+def test_the_texts_with_the_smallest_checksums_are_held_out():
+    """By no order of a set, which differs between processes."""
+    rows = make([(n, 0.0) for n in range(50)])
+    checksums = {hashlib.sha256(f"{row.sentence1}\0".encode()).hexdigest(): row.id for row in rows}
+    expected = {checksums[checksum] for checksum in sorted(checksums)[:10]}
+    assert {row.id for row in hold_out(rows, 0.2, TASK)[1]} == expected
