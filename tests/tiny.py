@@ -36,14 +36,14 @@ def short(variant: str, **more: object) -> dict[str, object]:
 
 
 def train_flags() -> set[str]:
-    """The flags of `jaxlora train`."""
+    """The flags of `jaxlora train`; the tasks have none."""
     from jaxlora.cli.flags import flag
     from jaxlora.cli.train import Flags
     from jaxlora.training.config import flat_names
 
     names, sections = flat_names(Flags), {section for section, _ in flat_names(Flags).values()}
     own = {field.name for field in dataclasses.fields(Flags)} - sections
-    return {flag(name) for name in names.keys() | own}
+    return {flag(name) for name in (names.keys() | own) - {"tasks"}}
 
 
 def leaves_equal(a: object, b: object) -> None:

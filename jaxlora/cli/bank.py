@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json as json_format
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from rich.table import Table
 from jaxlora.cli.terminal import CONSOLE, Folder, Name, say
 from jaxlora.nn.bert import param_shapes
 from jaxlora.serving import bank as banks
+from jaxlora.serving.task_models import TaskModels
 from jaxlora.utils import trees
 from jaxlora.utils.errors import UserError
 
@@ -24,26 +27,90 @@ def add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
       run: a run's --out folder.
       task: which of its tasks; default: all.
     """
-    say(f"{folder}: added {_put(folder, run, task, replace=False)}")
+    source, names = _chosen(run, task)
+    banks.add(folder, source, names)
+    say(f"{folder}: added {', '.join(names)}")
 
 
-def update(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
+def update(
+    folder: Folder, /, run: Path, task: tuple[str, ...] = (), if_better: bool = False
+) -> None:
     """Replace tasks of a bank by those of a finished run; the others are not touched.
+
+    Earlier versions are kept, see `jaxlora bank history` and `rollback`.
 
     Args:
       folder: the bank.
       run: a run's --out folder.
       task: which of its tasks; default: all.
+      if_better: only those whose score is higher on the same dev set.
     """
-    say(f"{folder}: updated {_put(folder, run, task, replace=True)}")
+    source, names = _chosen(run, task)
+    changes = banks.add(folder, source, names, replace=True, if_better=if_better)
+    for change in changes:
+        say(f"{change.task}: {_describe(change)}")
+    made = [change.task for change in changes if change.made]
+    say(f"{folder}: updated {', '.join(made) or 'nothing'}")
 
 
-def _put(folder: Path, run: Path, task: tuple[str, ...], *, replace: bool) -> str:
-    """Put tasks of a run into a bank and return their names."""
+def _chosen(run: Path, task: tuple[str, ...]) -> tuple[TaskModels, tuple[str, ...]]:
+    """Read a run, and return it with the names of the tasks that are asked for."""
     source = banks.load(run)
-    names = tuple(dict.fromkeys(task)) or tuple(source.models)
-    banks.add(folder, source, names, replace=replace)
-    return ", ".join(names)
+    return source, tuple(dict.fromkeys(task)) or tuple(source.models)
+
+
+def _describe(change: banks.Change) -> str:
+    scores = f"{change.metric} {_score(change.before)} → {_score(change.after)}"
+    if not change.made:
+        return f"{scores}, not better: left as it is"
+    if not change.same_dev:
+        return f"{scores}, not known to be on one dev set"
+    return scores if change.better else f"{scores}: the score did not rise; see bank rollback"
+
+
+def _score(score: float | None) -> str:
+    return "unknown" if score is None else f"{score:.4f}"
+
+
+def history(folder: Folder, task: Name, /, json: bool = False) -> None:
+    """Show the versions of a task that a bank keeps, the present one last.
+
+    Args:
+      folder: the bank.
+      task: its name.
+      json: print JSON.
+    """
+    versions = banks.history(folder, task)
+    if json:
+        _print_json([dataclasses.asdict(version) for version in versions])
+        return
+    table = Table("version", "dev", "variant", "data", "adapter", "head")
+    for number, version in enumerate(versions, 1):
+        facts, present = version.facts, " (present)" if number == len(versions) else ""
+        score = f"{version.task.metric_name} {_score(facts.dev.get(version.task.metric))}"
+        cells = (
+            f"{number}{present}", score, facts.variant or "", (facts.data or "")[:12],
+            version.adapter or "none", version.head or "none",
+        )  # fmt: skip
+        table.add_row(*map(escape, cells))
+    CONSOLE.print(table)
+
+
+def rollback(folder: Folder, task: Name, /, version: int | None = None) -> None:
+    """Bring back an earlier version of a task; doing it twice undoes it.
+
+    Args:
+      folder: the bank.
+      task: its name.
+      version: its number in `jaxlora bank history`; default: the one before the present one.
+    """
+    banks.rollback(folder, task, version)
+    present = banks.history(folder, task)[-1]
+    say(f"{folder}: {task} is back at {_score(present.facts.dev.get(present.task.metric))}")
+
+
+def _print_json(value: object) -> None:
+    print(json_format.dumps(value, ensure_ascii=False, indent=2))
 
 
 def remove(folder: Folder, task: Name, /) -> None:
@@ -57,14 +124,19 @@ def remove(folder: Folder, task: Name, /) -> None:
     say(f"{folder}: removed {task}")
 
 
-def list_tasks(folder: Folder, /, base: str | None = None) -> None:
+def list_tasks(folder: Folder, /, base: str | None = None, json: bool = False) -> None:
     """Show a bank's tasks: scores, parameters and bytes, beside one full model for each task.
 
     Args:
       folder: the bank.
       base: where its base is now, if it has moved.
+      json: print JSON.
     """
-    rows, found = banks.contents(folder), banks.load_base_spec(folder).at(base).load_base()
+    rows = banks.contents(folder)
+    if json:
+        _print_json([dataclasses.asdict(row) for row in rows])
+        return
+    found = banks.load_base_spec(folder).at(base).load_base()
     table = Table("task", "what", "dev", "adapter", "adapter M", "head M", "kB")
     for row in rows:
         score = "" if row.score is None else f"{row.metric} {row.score:.4f}"
@@ -117,6 +189,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "add": add,
     "update": update,
     "remove": remove,
+    "history": history,
+    "rollback": rollback,
     "show": show,
     "verify": verify,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,8 @@ from rich.text import Text
 from jaxlora.cli.terminal import say
 from jaxlora.data.task_files import TaskSpec
 from jaxlora.formats.huggingface import MINILM
-from jaxlora.tasks.sharing import VARIANTS, Variant
-from jaxlora.tasks.task import MADE_UP, NAMES
+from jaxlora.tasks.sharing import VARIANTS, PaperVariant
+from jaxlora.tasks.task import MADE_UP, NAMES, Task
 from jaxlora.training.inputs import RunSummary
 
 UNTRAINED = (
@@ -130,9 +130,9 @@ def summary_table(summary: RunSummary) -> Table:
         "vectors": f"{s.model.pooling} pooling; pairs: {s.model.pair_features}",
         "losses": ", ".join(f"{d.task.name}: {_loss(d)}" for d in s.tasks),
         "learning rates": f"{rates}heads {s.optimizer.head_learning_rate:g} "
-        f"({s.optimizer.warmup_steps} steps warm-up, then {s.optimizer.schedule})",
+        f"({_warmup(s.optimizer.warmup_steps)} warm-up, then {s.optimizer.schedule})",
         **{
-            f"data {t}": "\n".join([_counts(summary, t), *summary.notes[t]])
+            f"data {t}": "\n".join([_counts(summary, t), *_of_table(summary, t), *summary.notes[t]])
             for t in summary.examples
         },
         "parameters": f"{summary.storage.incremental:,} trained and stored "
@@ -146,6 +146,20 @@ def summary_table(summary: RunSummary) -> Table:
     for name, value in rows.items():
         table.add_row(name, Text(value))  # not a str: brackets in names and paths are no markup
     return table
+
+
+def _warmup(steps: float) -> str:
+    return f"{steps:.0%} of the steps" if 0 < steps < 1 else f"{steps:g} steps"
+
+
+def _labels(task: Task) -> str:
+    """Say what is predicted, with the positive class of two."""
+    if not task.integer:
+        return f"scores from {task.low:g} to {task.high:g}"
+    if task.kind == "binary":
+        return f"{task.classes[0]} or {task.classes[1]} (the positive class)"
+    shown = ", ".join(task.classes[:12]) + (", …" if len(task.classes) > 12 else "")
+    return f"{len(task.classes)} classes: {shown}"
 
 
 def _loss(description: TaskSpec) -> str:
@@ -166,6 +180,17 @@ def _counts(summary: RunSummary, task: str) -> str:
     )
     source = MADE_UP if summary.settings.data.source == "demo" else summary.settings.data.source
     return f"{source}: {counts}{extra}{note}"
+
+
+def _of_table(summary: RunSummary, task: str) -> list[str]:
+    """Say of a task of the user's own what it predicts, and where its dev set is from."""
+    table = next(spec.table for spec in summary.settings.tasks if spec.task.name == task)
+    if table is None:
+        return []
+    lines = [_labels(summary.settings.named[task])]
+    if isinstance(table.dev, float):
+        lines.append(f"dev: {table.dev:.0%} of the training rows, held out")
+    return lines
 
 
 def result_table(result: dict[str, Any]) -> Table:
@@ -226,10 +251,24 @@ def notes(result: dict[str, Any]) -> list[str]:
     if result["test"]:
         scores = [f"{k} {v:.4f}" for k, v in result["test"].items()]
         lines.append(f"On the labelled test sets: {', '.join(scores)}.")
-    return lines
+    return [*lines, kept(result["groups"])]
 
 
-def _papers_notes(chosen: Variant) -> list[str]:
+def kept(groups: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say which step of each group is kept.
+
+    >>> kept({"a": {"best_step": 8, "step": 12}, "b": {"best_step": 9, "step": 9}})
+    'Kept: a step 8 of 12, b step 9 of 9 (the last is the best: more epochs may be better).'
+    """
+    each = []
+    for name, found in groups.items():
+        best, last = found["best_step"], found["step"]
+        hint = " (the last is the best: more epochs may be better)" if best == last else ""
+        each.append(f"{name} step {best} of {last}{hint}")
+    return f"Kept: {', '.join(each)}."
+
+
+def _papers_notes(chosen: PaperVariant) -> list[str]:
     paper = chosen.paper
     lines = [UNTRAINED, "the paper: bert-base on its own splits, so compare with care."]
     if paper.mean != paper.mean_recomputed:

@@ -9,6 +9,8 @@ from jaxlora.utils import process
 
 # Flags that are not called as the argument is.
 _NAMES = {"dropout": "lora_dropout"}
+# Arguments that are no flags: they stand alone on the command line.
+_POSITIONAL = ("tasks",)
 _ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
 
 
@@ -18,6 +20,8 @@ def flag(name: str) -> str:
     >>> flag("max_steps"), flag("dropout")
     ('--max-steps', '--lora-dropout')
     """
+    if name in _POSITIONAL:
+        return name
     return "--" + _NAMES.get(name, name).replace("_", "-")
 
 

@@ -19,9 +19,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("jaxlora.cli.train", "train one of the paper's variants"),
+    "init": Command("jaxlora.cli.init", "look at tables of data and write a task file"),
+    "train": Command(
+        "jaxlora.cli.train", "train tasks of your own, or one of the paper's variants"
+    ),
     "predict": Command("jaxlora.cli.predict", "predict one example, or a whole table"),
-    "bank": Command("jaxlora.cli.bank", "list, add, update, remove, show, verify tasks of a bank"),
+    "evaluate": Command("jaxlora.cli.evaluate", "score a task on a table of labelled examples"),
+    "bank": Command(
+        "jaxlora.cli.bank", "list, add, update, remove, show, verify, history, rollback"
+    ),
     "combine": Command("jaxlora.cli.combine", "add a task whose adapter is a weighted sum"),
     "export": Command("jaxlora.cli.export", "write a task for other programs: merged, peft"),
     "import": Command("jaxlora.cli.import_", "take over a task from other programs: peft, model"),

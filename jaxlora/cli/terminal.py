@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,8 @@ from rich.console import Console
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
-CONSOLE = Console()
+# A pipe gets whole lines: nothing there says how wide they may be.
+CONSOLE = Console(width=None if sys.stdout.isatty() else 1000)
 
 
 def say(text: str, console: Console = CONSOLE) -> None:

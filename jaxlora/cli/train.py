@@ -1,4 +1,4 @@
-"""The command `jaxlora train`: train and evaluate one variant."""
+"""The command `jaxlora train`: train tasks of your own, or one of the paper's variants."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from jaxlora.cli.terminal import say
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.sharing import variant
 from jaxlora.training import metrics_log
-from jaxlora.training.config import PresetName, Settings, VariantName, flat_names
-from jaxlora.training.presets import PRESETS, Preset, make_settings
+from jaxlora.training.config import PresetName, Settings, TaskChoice, VariantName, flat_names
+from jaxlora.training.presets import PRESETS, Preset, make_settings, usual_preset
 from jaxlora.training.run import RunOptions, run
 from jaxlora.utils import cache, distributed, files, process
 
@@ -33,26 +33,43 @@ class LoraFlags(LoraConfig):
         """Check nothing: `make_settings` does, and its errors name the flag."""
 
 
+@dataclasses.dataclass(frozen=True)
+class TaskFlags(TaskChoice):
+    """The tasks of your own need no flag."""
+
+    tasks: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags(Preset):
-    """Train one of the paper's variants, on its tasks or your own, and show dev scores.
+    """Train tasks of your own, or one of the paper's variants on its tasks, and show dev scores.
+
+    jaxlora train tickets.csv --text subject --label topic
+
+    jaxlora train topics.toml
+
+    jaxlora train --variant lora3
 
     The defaults below are the preset's, and the variant's if they are given, too.
 
     Attributes:
-      variant: baseline1 (frozen BERT), baseline2–4 (full fine-tuning), lora1–4 (adapters); who
-        shares what, and the STS loss, stand in the README's table.
-      preset: demo: MiniLM and built-in made-up data; cs224n: settings that train well on real data
-        (needs --data-dir); paper: bert-base-uncased and the paper's settings, as far as it states
-        them (docs/paper.md lists what is guessed).
-      out: folder of the run; default: runs/<variant>.
+      variant: own (an adapter for each task), or the paper's baseline1 (frozen BERT), baseline2–4
+        (full fine-tuning), lora1–4 (adapters); who shares what, and the STS loss, stand in the
+        README's table.
+      preset: own: neutral settings for tasks of your own, small ones too, the default for them;
+        demo: MiniLM and built-in made-up data, the default without them; cs224n: settings that
+        train well on real data (needs --data-dir); paper: bert-base-uncased and the paper's
+        settings, as far as it states them (docs/paper.md lists what is guessed).
+      out: folder of the run; default: in runs, named as the first file of your tasks, or as the
+        variant.
       coordinator: host:port of the first of many processes, where no launcher says it.
       processes: how many there are.
       process: which one this is, from 0; default: a pod's number in an Indexed Job, or 0.
     """
 
-    variant: VariantName
-    preset: PresetName = "demo"
+    variant: VariantName = "own"
+    preset: PresetName | None = None
+    choice: TaskFlags = TaskFlags()
     lora: LoraFlags = LoraFlags()
     options: RunOptions = RunOptions()
     out: Path | None = None
@@ -63,27 +80,24 @@ class Flags(Preset):
     @property
     def folder(self) -> Path:
         """The folder of the run."""
-        return files.local(self.out or Path("runs") / self.variant)
-
-
-@dataclasses.dataclass(frozen=True)
-class _First:
-    """What decides about the defaults of the other flags."""
-
-    variant: VariantName = "lora3"
-    preset: PresetName = "demo"
+        name = Path(self.choice.tasks[0]).stem if self.choice.tasks else self.variant
+        return files.local(self.out or Path("runs") / name)
 
 
 def parse(words: Sequence[str], prog: str = "jaxlora train") -> Flags:
     """Parse flags, with the preset's values as defaults."""
-    first, _ = tyro.cli(_First, args=words, prog=prog, return_unknown_args=True, add_help=False)
-    start = PRESETS[first.preset](variant(first.variant))
+    omit = (tyro.conf.OmitArgPrefixes,)
+    # The first pass finds what decides about the defaults; only the second shows help.
+    first, _ = tyro.cli(
+        Flags, args=words, prog=prog, config=omit, return_unknown_args=True, add_help=False
+    )
+    preset = first.preset or usual_preset(first.variant, bool(first.choice.tasks))
+    start = PRESETS[preset](variant(first.variant))
     sections = {field.name: getattr(start, field.name) for field in dataclasses.fields(Preset)}
     sections["lora"] = LoraFlags(**vars(start.lora))
-    default = Flags(variant=tyro.MISSING, preset=first.preset, **sections)
-    return tyro.cli(
-        Flags, args=words, prog=prog, default=default, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    sections["choice"] = TaskFlags(**{**vars(start.choice), "tasks": ()})
+    default = Flags(variant=first.variant, preset=preset, **sections)
+    return tyro.cli(Flags, args=words, prog=prog, default=default, config=omit)
 
 
 def to_settings(flags: Flags, words: Sequence[str]) -> Settings:
@@ -99,6 +113,8 @@ def to_settings(flags: Flags, words: Sequence[str]) -> Settings:
     given = {word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--"}
     places = {name: place for name, place in flat_names(Preset).items() if name in given}
     asked = {name: getattr(getattr(flags, s), field) for name, (s, field) in places.items()}
+    if flags.choice.tasks:
+        asked["tasks"] = flags.choice.tasks
     return make_settings(flags.variant, flags.preset, **asked)
 
 
@@ -121,5 +137,5 @@ def _train(flags: Flags, words: Sequence[str]) -> None:
         curves.draw(metrics_log.read_records(out), out / "curves.png", settings.title)
     console.print(result_table(result))
     for line in notes(result):
-        console.print(f"  {line}")
+        say(f"  {line}", console)
     say(f"Everything is in {out}; use it with jaxlora.load({str(out)!r}).", console)

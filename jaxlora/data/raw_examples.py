@@ -35,12 +35,19 @@ _DIGITS = re.compile(r"[0-9]{1,9}")
 # What programs write for a missing value, in lower case.
 MISSING = ("", "nan", "-nan", "na", "<na>", "#na", "n/a", "#n/a", "none", "null")
 
+# Words for the two answers of a binary task, in lower case.
+YES_OR_NO = {
+    **dict.fromkeys(("0", "no", "n", "false", "f"), 0),
+    **dict.fromkeys(("1", "yes", "y", "true", "t"), 1),
+}
+
 
 def parse_label(text: str, task: Task, where: str) -> float:
     """Parse a label and check it against the task's range.
 
     Args:
-      text: the label as written, e.g. `"3"`, `"1.0"`, `"4.6"` or the name of a class.
+      text: the label as written, e.g. `"3"`, `"1.0"`, `"4.6"` or the name of a class; of a binary
+        task whose classes are among `YES_OR_NO` also any other of those words.
       task: determines the classes or the range.
       where: `file:line`, for the message.
 
@@ -61,12 +68,14 @@ def parse_label(text: str, task: Task, where: str) -> float:
     written = text.strip()
     if written in task.classes:
         return float(task.classes.index(written))
-    if _is_missing(written, task.classes):
+    if is_missing(written, task.classes):
         return UNLABELLED
-    number = _number(written)
+    if task.kind == "binary" and _answers(task.classes) and written.casefold() in YES_OR_NO:
+        return float(YES_OR_NO[written.casefold()])
+    number = parse_number(written)
     if number is not None and task.integer:
         number = _class_number(number, task.classes)
-    if number is not None and task.low <= number <= task.high:
+    if number is not None and task.low <= float(number) <= task.high:
         return float(number)
     shown = text if len(text) <= 60 else text[:60] + "…"
     raise UserError(
@@ -75,16 +84,21 @@ def parse_label(text: str, task: Task, where: str) -> float:
     )
 
 
-def _is_missing(written: str, classes: tuple[str, ...]) -> bool:
+def is_missing(written: str, classes: tuple[str, ...] = ()) -> bool:
     """Return whether a label denotes a missing value, unless a class has that name."""
     folded = written.casefold()
     return folded in MISSING and folded not in map(str.casefold, classes)
 
 
-def _number(text: str) -> Decimal | None:
+def _answers(classes: tuple[str, ...]) -> bool:
+    """Return whether two classes mean no and yes, in this order."""
+    return [YES_OR_NO.get(name.casefold()) for name in classes] == [0, 1]
+
+
+def parse_number(text: str) -> Decimal | None:
     """Parse a number exactly, so that long numbers do not become equal; None if it is not one.
 
-    >>> _number("1e0") == _number("01") == 1, _number("inf"), _number("1_0")
+    >>> parse_number("1e0") == parse_number("01") == 1, parse_number("inf"), parse_number("1_0")
     (True, None, None)
     """
     try:
@@ -108,7 +122,7 @@ def _class_number(value: Decimal, classes: tuple[str, ...]) -> Decimal | None:
     numbered = [
         any(int(digits) != n for digits in _DIGITS.findall(name)) for n, name in enumerate(classes)
     ]
-    numbers = [_number(name.strip()) for name in classes]
+    numbers = [parse_number(name.strip()) for name in classes]
     if not any(numbered) and not any(number is not None for number in numbers):
         return value if value == value.to_integral_value() else None
     named = [n for n, number in enumerate(numbers) if number == value]

@@ -48,7 +48,9 @@ def _table_content(task: Task, table: Table) -> bytes:
     for path in table.files.values():
         tables.read_text(path)  # raises an error that names the file if it cannot be read
     read_as = (task.kind, task.pair, task.low, task.high, task.classes, table.columns)
-    return repr((*read_as, table.delimiter, table.quoting)).encode() + _digest(table.files.values())
+    held_out = (table.dev,) if isinstance(table.dev, float) else ()
+    parts = (*read_as, table.delimiter, table.quoting, *held_out)
+    return repr(parts).encode() + _digest(table.files.values())
 
 
 SOURCES = {
@@ -107,6 +109,8 @@ def where(task: Task, source: str, location: Location, split: str) -> str:
     files = location.files if isinstance(location, Table) else {}
     if source == "cs224n":
         files = cs224n.files(task, location)  # type: ignore[arg-type]  # a folder here
+    if split == "dev" and isinstance(location, Table):
+        return str(location.dev if isinstance(location.dev, str) else location.train)
     return str(files.get(split, f"{source} {task.name} {split}"))
 
 

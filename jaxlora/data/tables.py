@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxlora.data import foreign
+from jaxlora.data.holdout import hold_out
 from jaxlora.data.quoting import CSV, Quotes, Quoting, Tally, find_quotes
-from jaxlora.data.raw_examples import UNLABELLED, TextExample, parse_label
+from jaxlora.data.raw_examples import UNLABELLED, TextExample, is_missing, parse_label
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
 
@@ -45,7 +46,8 @@ class Table:
 
     Attributes:
       columns: the columns, the same in all files.
-      train, dev: paths of the training and the dev file.
+      train: path of the training file.
+      dev: path of the dev file, or the share of the training rows to hold out, see `hold_out`.
       test: path of the test file, with or without labels; None: there is none.
       delimiter: delimiter of fields; None: detected from the header.
       quoting: meaning of double quotes; None: detected, see `open_sheets`.
@@ -53,7 +55,7 @@ class Table:
 
     columns: Columns
     train: str
-    dev: str
+    dev: str | float
     test: str | None = None
     delimiter: str | None = None
     quoting: Quoting | None = None
@@ -62,7 +64,7 @@ class Table:
     def files(self) -> dict[str, Path]:
         """Paths of the files by split."""
         named = {"train": self.train, "dev": self.dev, "test": self.test}
-        return {split: Path(path) for split, path in named.items() if path is not None}
+        return {split: Path(path) for split, path in named.items() if isinstance(path, str)}
 
 
 class Dialect(NamedTuple):
@@ -171,9 +173,59 @@ def read_splits(task: Task, table: Table) -> dict[str, list[TextExample]]:
     for split, sheet in load_sheets(table.files, table.delimiter, table.quoting).items():
         needed = None if split == "test" else True
         splits[split] = read_sheet(task, sheet, table.columns, labelled=needed)
-        if needed and all(math.isnan(row.label) for row in splits[split]):
-            raise UserError(f"{sheet.path}: no row has a label in column {table.columns.label!r}.")
+        labels = {row.label for row in splits[split] if not math.isnan(row.label)}
+        column = f"column {table.columns.label!r}"
+        if needed and not labels:
+            raise UserError(f"{sheet.path}: no row has a label in {column}.")
+        if split == "train" and len(labels) == 1:
+            raise UserError(
+                f"{sheet.path}: every row has the same label in {column}; nothing to learn."
+            )
+    if isinstance(table.dev, float):
+        splits["train"], splits["dev"] = hold_out(splits["train"], table.dev, task)
     return splits
+
+
+def read_header(path: Path) -> list[str]:
+    """Return the names of the columns of a file.
+
+    Raises:
+      UserError: if the file is not a table.
+    """
+    return next(load_sheets({"": path})[""].rows(), (0, []))[1]
+
+
+def read_labels(table: Table) -> dict[str, list[str]]:
+    """Return the labels of each split as written; a test file may have none.
+
+    Raises:
+      UserError: if a file is not a table, or train or dev has no column of labels.
+    """
+    found: dict[str, list[str]] = {}
+    for split, sheet in load_sheets(table.files, table.delimiter, table.quoting).items():
+        rows = sheet.rows()
+        _, header = next(rows, (0, []))
+        if split == "test" and table.columns.label not in header:
+            continue
+        needed = [*table.columns.text, table.columns.label]
+        find_columns(header, needed, sheet.path, sheet.dialect.delimiter, "The task")
+        place = header.index(table.columns.label)
+        found[split] = []
+        for line, fields in rows:
+            check_width(fields, header, f"{sheet.path}:{line}", sheet.dialect)
+            found[split].append(fields[place])
+    return found
+
+
+def count_training_rows(table: Table) -> int:
+    """Return how many rows there are to train on, at least 1; blank texts are not looked at.
+
+    Raises:
+      UserError: see `read_labels`.
+    """
+    labelled = sum(not is_missing(label.strip()) for label in read_labels(table)["train"])
+    held_out = table.dev if isinstance(table.dev, float) else 0.0
+    return max(1, round(labelled * (1 - held_out)))
 
 
 def notes(sheets: Mapping[str, Sheet]) -> dict[str, list[str]]:

@@ -1,22 +1,24 @@
-"""Your own tasks: a TOML file with a table for each, read and checked.
+"""Your own tasks: a TOML file with a table for each, or a table of data alone, read and checked.
 
     [topic]
-    kind = "classification"            # or binary, regression, similarity
-    classes = ["sport", "science"]     # or how many there are: 2 means "0", "1"
     text = "headline"                  # one column, or two: ["first", "second"]
     label = "topic"
     train = "topic-train.csv"          # paths as seen from the TOML file
-    dev = "topic-dev.csv"
+    dev = "topic-dev.csv"              # or the share of the training rows to hold out: 0.2
+    kind = "classification"            # or binary, regression, similarity
+    classes = ["sport", "science"]     # or how many there are: 2 means "0", "1"
 
-`range = [low, high]` is needed by regression and similarity. Optional: `pair` (of two
-columns: `separate`, the default, a vector for each text; `joint`, one for both, read together),
-`head` (`mlp`, the default; `classifier`, that of the base's own sequence classifiers, which reads
-the first token's vector), `test`, `id` (a column),
+Without `kind`, `classes` or, for scores, `range = [low, high]`, they are found in the data, and
+without `dev` a fifth of the training rows is held out. Optional: `pair` (of two columns:
+`separate`, the default, a vector for each text; `joint`, one for both, read together), `head`
+(`mlp`, the default; `classifier`, that of the base's own sequence classifiers, which reads the
+first token's vector), `test`, `id` (a column),
 `delimiter` (one character; default: detected), `quoting` (`none`: a double quote is part of the
 text, `standard`: as in any CSV; default: detected), `title`, `loss`, `metric`, `weight` (factor of
 the loss beside the group's other tasks'), and of the task's group `learning_rate`,
-`head_learning_rate`, `epochs` and `patience`. On the command line `topic.kind=classification`,
-`topic.text=first,second` and so on say the same, or change what a file says.
+`head_learning_rate`, `epochs`, `eval_every` and `patience`. On the command line
+`topic.kind=classification`, `topic.text=first,second` and so on say the same, or change what a file
+says.
 """
 
 from __future__ import annotations
@@ -32,9 +34,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from jaxlora.data import tables
+from jaxlora.data.labels import find_labels
 from jaxlora.data.quoting import Quoting
 from jaxlora.data.tables import Columns, Table
 from jaxlora.tasks.task import (
+    KINDS,
     MADE_UP_TITLES,
     STS_LOSSES,
     KindName,
@@ -48,7 +53,9 @@ from jaxlora.utils.errors import ConfigError, UserError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # Settings of a group that its tasks may bring along.
-OWN = ("learning_rate", "head_learning_rate", "epochs", "patience")
+OWN = ("learning_rate", "head_learning_rate", "epochs", "eval_every", "patience")
+DEV_SHARE = 0.2  # of the training rows, where no dev set is given
+TABLES = (".csv", ".tsv", ".tab", ".txt")  # suffixes of tables of data
 _FILES = ("train", "dev", "test")
 _LISTS = ("classes", "range", "text")
 _VALUE = re.compile(r"([^=]*)\.([^=.]*)=(.*)", re.DOTALL)  # topic.epochs=3
@@ -66,12 +73,12 @@ class TaskFields:
       ValueError: for fields that do not go together.
     """
 
-    kind: KindName
     text: str | tuple[str, ...]
     label: str
     train: str
-    dev: str
+    dev: str | Annotated[float, Field(gt=0, lt=1)] = DEV_SHARE
     test: str | None = None
+    kind: KindName | None = None
     pair: PairEncoding | None = None
     head: TrainedHead = "mlp"
     classes: ClassCount | tuple[str | int, ...] | None = None
@@ -86,6 +93,7 @@ class TaskFields:
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     head_learning_rate: Annotated[float, Field(gt=0)] | None = None
     epochs: Annotated[int, Field(ge=1)] | None = None
+    eval_every: Annotated[int, Field(ge=1)] | None = None
     patience: Annotated[int, Field(ge=0)] | None = None
 
     def __post_init__(self) -> None:
@@ -93,11 +101,8 @@ class TaskFields:
             raise ValueError(f"text: name one column, or two for pairs, not {len(self.columns)}")
         if self.pair is not None and len(self.columns) != 2:
             raise ValueError("pair: goes with two text columns")
-        scored = self.kind in ("regression", "similarity")
-        if not scored and self.range is not None:
+        if self.kind in KINDS and KINDS[self.kind].integer and self.range is not None:
             raise ValueError("range: goes with regression and similarity; name the classes")
-        if scored and self.range is None:
-            raise ValueError("range: missing; give the lowest and the highest label: [0, 5]")
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
             raise ValueError(f'delimiter: {self.delimiter!r} is not one character, such as "\\t"')
         if self.classes is not None and not all(map(str.strip, self.names)):
@@ -117,12 +122,41 @@ class TaskFields:
             return tuple(map(str, range(self.classes)))
         return tuple(str(name).strip() for name in self.classes or ())
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing about the labels has to be found in the data."""
+        if self.kind is None:
+            return False
+        return bool(self.classes) if KINDS[self.kind].integer else self.range is not None
+
+    def fill(self, table: Table) -> TaskFields:
+        """Return the fields with the kind, and its classes or range, as the data has them.
+
+        Raises:
+          UserError: for a table that cannot be read, or labels that fit no kind.
+        """
+        if self.complete:
+            return self
+        kind = self.kind or (
+            "classification" if self.classes else "regression" if self.range else None
+        )
+        labels = [label for column in tables.read_labels(table).values() for label in column]
+        try:
+            found = find_labels(labels, kind)
+        except ValueError as error:
+            raise UserError(f"{table.train}: column {self.label!r}: {error}") from None
+        classes = self.classes or found.classes or None
+        return dataclasses.replace(
+            self, kind=found.kind, classes=classes, range=self.range or found.range
+        )
+
     def task(self, name: str) -> Task:
-        """Return the task.
+        """Return the task; the fields must be complete.
 
         Raises:
           ValueError: see `Task`.
         """
+        assert self.kind is not None
         low, high = self.range or (0.0, 1.0)
         return Task(
             name, self.kind, len(self.columns) == 2, low, high, self.names,
@@ -170,25 +204,68 @@ def made_up(description: TaskSpec) -> TaskSpec:
     return dataclasses.replace(description, task=dataclasses.replace(description.task, title=title))
 
 
-def read_tasks(given: Sequence[str]) -> tuple[TaskSpec, ...]:
-    """Read tasks from TOML files, and from values such as `topic.epochs=3`, which come last.
+def read_tasks(
+    given: Sequence[str], text: str | None = None, label: str | None = None
+) -> tuple[TaskSpec, ...]:
+    """Read tasks from TOML files and tables of data, and from values such as `topic.epochs=3`.
+
+    Values come last. The task of a table such as `tickets.csv` is named as the file.
+
+    Args:
+      given: the files and values.
+      text, label: columns of the tables of data; two columns of text are separated by a comma.
 
     Raises:
       UserError: naming the file, the task, the key and the remedy.
     """
-    tables: dict[str, Any] = {}
+    described: dict[str, Any] = {}
     origin: dict[str, str] = {}
+    if (text or label) and not any(map(is_table, given)):
+        raise ConfigError("text" if text else "label", "is for a table such as tickets.csv")
     for item in sorted(given, key=lambda item: _VALUE.fullmatch(item) is not None):
         match = _VALUE.fullmatch(item)
-        found = _value(match) if match else _read_toml(Path(item))
+        found = _value(match) if match else _read_file(item, text, label)
         for name, fields in found.items():
-            if match and name in tables:
-                tables[name] |= fields
-            elif name in tables:
+            if match and name in described:
+                described[name] |= fields
+            elif name in described:
                 raise ConfigError("tasks", f"[{name}] is in {origin[name]}, too", item)
             else:
-                tables[name], origin[name] = fields, "`tasks`" if match else item
-    return tuple(_describe(origin[name], name, fields) for name, fields in tables.items())
+                described[name], origin[name] = fields, "`tasks`" if match else item
+    return tuple(_describe(origin[name], name, fields) for name, fields in described.items())
+
+
+def is_table(item: str) -> bool:
+    """Return whether a name is that of a table of data.
+
+    >>> is_table("tickets.csv"), is_table("topics.toml"), is_table("topic.dev=x.csv")
+    (True, False, False)
+    """
+    return Path(item).suffix.lower() in TABLES and not _VALUE.fullmatch(item)
+
+
+def name_of(path: Path) -> str:
+    """Return the name of the task of a table of data.
+
+    >>> name_of(Path("data/my tickets (new).csv"))
+    'my-tickets-new'
+    """
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._")[:64] or "task"
+
+
+def _read_file(item: str, text: str | None, label: str | None) -> dict[str, Any]:
+    if not is_table(item):
+        return _read_toml(Path(item))
+    columns = {"text": text.split(",") if text else None, "label": label}
+    missing = [name for name, value in columns.items() if value is None]
+    if missing:
+        names = ", ".join(tables.read_header(Path(item)))
+        raise ConfigError(
+            missing[0],
+            f"name the column of {item} (there are {names}), or describe the task in a file: "
+            f"jaxlora init {item}",
+        )
+    return {name_of(Path(item)): {"train": item, **columns}}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -223,7 +300,7 @@ def _value(match: re.Match[str]) -> dict[str, Any]:
 
 def _plain(key: str, text: str) -> Any:
     """Columns and files keep their text; of the rest what looks like a number is one."""
-    if key in _LISTS[:-1] or key in OWN or key == "weight":
+    if key in (*_LISTS[:-1], *OWN, "weight", "dev"):
         with contextlib.suppress(ValueError):
             return int(text)
         with contextlib.suppress(ValueError):
@@ -253,22 +330,25 @@ def _describe(origin: str, name: str, values: dict[str, Any]) -> TaskSpec:
     where = f"{origin}: [{name}]"
     check_name(name, origin)
     fields = schema.parse(TaskFields, values, where)
+    table = _table(where, fields)
+    fields = fields.fill(table)
     try:
         task = fields.task(name)
     except ValueError as error:
         raise UserError(f"{where} {error}") from None
     weight = 1.0 if task.loss != "cosine" else COSINE_WEIGHT
     own = tuple((key, value) for key in OWN if (value := getattr(fields, key)) is not None)
-    return TaskSpec(task, _table(where, fields), fields.weight or weight, own)
+    return TaskSpec(task, table, fields.weight or weight, own)
 
 
 def _table(where: str, fields: TaskFields) -> Table:
     given = {split: getattr(fields, split) for split in _FILES}
-    files = {split: str(Path(file).absolute()) for split, file in given.items() if file is not None}
+    files = {
+        split: str(Path(file).absolute()) for split, file in given.items() if isinstance(file, str)
+    }
     for split, file in files.items():
         if not os.path.isfile(file):  # Path.is_file raises for names that no file can have
             raise UserError(f"{where} {split}: there is no file {file}")
     columns = Columns(fields.columns, fields.label, fields.id)
-    return Table(
-        columns, files["train"], files["dev"], files.get("test"), fields.delimiter, fields.quoting
-    )
+    dev = files.get("dev", fields.dev)
+    return Table(columns, files["train"], dev, files.get("test"), fields.delimiter, fields.quoting)

@@ -21,7 +21,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -41,6 +41,7 @@ from jaxlora.utils.trees import Tree
 
 T = TypeVar("T")
 PARTS = (ADAPTERS, HEADS)
+MOST_VERSIONS = 5  # of a task, besides the present one
 MOST_CHANGES = 100  # while a bank is read
 _REPAIR = "put back a copy, or bring the task back with bank update, or take it out: bank remove"
 
@@ -94,8 +95,9 @@ def _at_one_moment(folder: Path, read: Callable[[Manifest], T]) -> T:
 
 
 def _load_by(folder: Path, manifest: Manifest) -> TaskModels:
-    kept = {name: _load_tree(folder, ADAPTERS, name) for name in manifest.adapters}
-    configs = {name: config for name, config in manifest.adapters.items() if config is not None}
+    used = {name: c for name, c in manifest.adapters.items() if name in manifest.used}
+    kept = {name: _load_tree(folder, ADAPTERS, name) for name in used}
+    configs = {name: config for name, config in used.items() if config is not None}
     for name, tree in kept.items():
         _check_kind(folder / manifests.NAME, name, tree, configs.get(name))
     models = {}
@@ -245,6 +247,17 @@ def _measure(folder: Path, part: str, name: str) -> Size:
     return Size(trees.count(tree), sum(path.stat().st_size for path in kept))
 
 
+def history(folder: Path, name: str) -> list[TaskEntry]:
+    """Return the versions of a task that a bank keeps, the oldest first, the present one last.
+
+    Raises:
+      UserError: if there is none of that name.
+    """
+    folder = find_bank(files.local(folder))
+    manifest = manifests.read(folder)
+    return [*manifest.history.get(name, ()), manifest.find(folder, name)]
+
+
 def describe(folder: Path, name: str) -> str:
     """Return a task's manifest entry as JSON.
 
@@ -276,17 +289,54 @@ def write(folder: Path, source: TaskModels) -> None:
         _commit(content, _store(content, manifest, source, tuple(source.models)))
 
 
-def add(folder: Path, source: TaskModels, names: Sequence[str], *, replace: bool = False) -> None:
+class Change(NamedTuple):
+    """What an update does to a task.
+
+    Attributes:
+      task: its name.
+      metric: of the scores.
+      before, after: dev scores; None where one is not known.
+      same_dev: whether both are known to be of one dev set.
+      made: whether the task was replaced.
+    """
+
+    task: str
+    metric: str
+    before: float | None
+    after: float | None
+    same_dev: bool
+    made: bool
+
+    @property
+    def better(self) -> bool:
+        """Whether the score rose."""
+        return None not in (self.before, self.after) and self.after > self.before  # type: ignore[operator]
+
+
+def add(
+    folder: Path,
+    source: TaskModels,
+    names: Sequence[str],
+    *,
+    replace: bool = False,
+    if_better: bool = False,
+) -> list[Change]:
     """Put trained tasks into a bank, which is created if it is missing; no other file is touched.
 
     Args:
       folder: the bank.
       source: where the tasks come from, see `load`.
       names: which of its tasks.
-      replace: the tasks must be there already and are replaced; else they must be new.
+      replace: the tasks must be there already and are replaced; else they must be new. The last
+        `MOST_VERSIONS` versions of a task are kept, see `rollback`.
+      if_better: replace only tasks whose score on the same dev set is higher.
+
+    Returns:
+      What happened to each task that was there.
 
     Raises:
-      UserError: if a task is (not) there already, or the base, the pooling or the dtype differ.
+      UserError: if a task is (not) there already, or the base, the pooling or the dtype differ; if
+        scores shall be compared and are not of one dev set.
     """
     folder = files.local(folder)
     for name in names:
@@ -302,7 +352,57 @@ def add(folder: Path, source: TaskModels, names: Sequence[str], *, replace: bool
         _check_fits(folder, manifest, source)
         _check_names(folder, manifest, names, replace)
         manifest = _complete_fingerprint(folder, manifest, source)
-        _commit(folder, _store(folder, manifest, source, names))
+        changes = [_compare(folder, manifest, source, name, if_better) for name in names if replace]
+        skipped = {change.task for change in changes if not change.made}
+        names = [name for name in names if name not in skipped]
+        if names:
+            _commit(folder, _store(folder, manifest, source, names))
+    return changes
+
+
+def _compare(
+    folder: Path, manifest: Manifest, source: TaskModels, name: str, if_better: bool
+) -> Change:
+    """Compare the scores of a task's present and next version, and decide about the update."""
+    there, model = manifest.tasks[name], source.models[name]
+    metric, old, new = model.task.metric, there.facts, model.facts
+    same = old.dev_data == new.dev_data is not None and metric == there.task.metric
+    if if_better and not same:
+        raise UserError(
+            f"{folder}: the scores of {name} here and in {source.origin} are not known to be of "
+            "one dev set; compare both on one table with jaxlora evaluate and `against`, or update "
+            "without `if_better=True`"
+        )
+    change = Change(
+        name, model.task.metric_name, old.dev.get(metric), new.dev.get(metric), same, made=True
+    )
+    return change._replace(made=not if_better or change.better)
+
+
+def rollback(folder: Path, name: str, version: int | None = None) -> None:
+    """Bring back an earlier version of a task; the present one becomes the last of its history.
+
+    Args:
+      folder: the bank.
+      name: the task.
+      version: its place in `history`, from 1; None: the last before the present one.
+
+    Raises:
+      UserError: if there is no such task or version.
+    """
+    folder = files.local(folder)
+    with _locked(folder, make=False):
+        manifest = manifests.read(folder)
+        there, earlier = manifest.find(folder, name), list(manifest.history.get(name, ()))
+        place = len(earlier) if version is None else version
+        if not 1 <= place <= len(earlier):
+            raise UserError(
+                f"{folder}: {name} has no version {place} to go back to; see jaxlora bank history"
+            )
+        chosen = earlier.pop(place - 1)
+        tasks = {**manifest.tasks, name: chosen}
+        kept = {**manifest.history, name: (*earlier, there)}
+        _commit(folder, dataclasses.replace(manifest, tasks=tasks, history=kept))
 
 
 def remove(folder: Path, name: str) -> None:
@@ -316,20 +416,31 @@ def remove(folder: Path, name: str) -> None:
         manifest = manifests.read(folder)
         manifest.find(folder, name)
         tasks = {other: entry for other, entry in manifest.tasks.items() if other != name}
-        _commit(folder, dataclasses.replace(manifest, tasks=tasks))
+        kept = {other: entries for other, entries in manifest.history.items() if other != name}
+        _commit(folder, dataclasses.replace(manifest, tasks=tasks, history=kept))
 
 
 def _store(folder: Path, manifest: Manifest, source: TaskModels, names: Sequence[str]) -> Manifest:
     """Write the trees of tasks, as far as they are not there; returns the manifest with them."""
     tasks, adapters = dict(manifest.tasks), dict(manifest.adapters)
+    earlier = dict(manifest.history)
     for name in names:
         one, adapter = source.models[name], None
         if tree := source.trees[one.tree]:
             adapter = _save_tree(folder, ADAPTERS, one.tree, tree)
             adapters[adapter] = source.configs.get(one.tree)
         head = _save_tree(folder, HEADS, name, one.head) if one.head else None
-        tasks[name] = TaskEntry(one.task, adapter, head, one.pair_features, one.facts)
-    return dataclasses.replace(manifest, tasks=tasks, adapters=adapters)
+        entry = TaskEntry(one.task, adapter, head, one.pair_features, one.facts)
+        if name in tasks and tasks[name] != entry and _is_whole(folder, tasks[name]):
+            earlier[name] = (*earlier.get(name, ()), tasks[name])[-MOST_VERSIONS:]
+        tasks[name] = entry
+    return dataclasses.replace(manifest, tasks=tasks, adapters=adapters, history=earlier)
+
+
+def _is_whole(folder: Path, entry: TaskEntry) -> bool:
+    """Return whether the trees of a version can be read; only such a version is worth keeping."""
+    parts = [(ADAPTERS, entry.adapter), (HEADS, entry.head)]
+    return not any(_problem(folder, part, name) for part, name in parts if name is not None)
 
 
 def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
@@ -347,7 +458,7 @@ def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
 
 def _commit(folder: Path, manifest: Manifest) -> None:
     """Put the manifest in the old one's place, then remove the folders that no task uses."""
-    used = {entry.adapter for entry in manifest.tasks.values()}
+    used = {entry.adapter for _, entry in manifest.versions()}
     adapters = {name: config for name, config in manifest.adapters.items() if name in used}
     manifest = dataclasses.replace(manifest, adapters=adapters)
     manifest = dataclasses.replace(manifest, sizes=_sizes(folder, manifest))

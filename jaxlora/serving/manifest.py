@@ -23,7 +23,7 @@ from jaxlora.utils.errors import UserError
 
 NAME = "bank.json"
 ADAPTERS, HEADS = "adapters", "heads"
-FORMAT = 3
+FORMAT = 4
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # tasks joined by +, and a checksum
 _CHANGED = "it was changed by hand or damaged; put back a copy"
 
@@ -62,6 +62,7 @@ class Manifest(BaseSpec):
     Attributes:
       tasks: by name.
       adapters: folder of an encoder tree → its configuration; None: a whole fine-tuned encoder.
+      history: task → its earlier versions, the oldest first.
       sizes: folder of a tree, such as `heads/sst-…` → its size; a bank of format 2 has none.
 
     Raises:
@@ -70,12 +71,13 @@ class Manifest(BaseSpec):
 
     tasks: dict[str, TaskEntry]
     adapters: dict[str, LoraConfig | None]
+    history: dict[str, tuple[TaskEntry, ...]] = dataclasses.field(default_factory=dict)
     sizes: dict[str, Size] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for _, folder in self.folders():
             check_folder(folder)
-        for name, entry in self.tasks.items():
+        for name, entry in self.versions():
             if check_name(name, "tasks") != entry.task.name:
                 raise ValueError(f"task {name} is called {entry.task.name!r}")
             if entry.adapter is not None and entry.adapter not in self.adapters:
@@ -83,10 +85,22 @@ class Manifest(BaseSpec):
             if entry.head is None and entry.task.outputs:
                 raise ValueError(f"{name} needs a head and has none")
 
+    def versions(self) -> Iterator[tuple[str, TaskEntry]]:
+        """Yield all versions of all tasks, the present ones first."""
+        yield from self.tasks.items()
+        for name, earlier in self.history.items():
+            yield from ((name, entry) for entry in earlier)
+
+    @property
+    def used(self) -> set[str]:
+        """The adapters that the present versions need."""
+        return {one.adapter for one in self.tasks.values() if one.adapter is not None}
+
     def folders(self) -> Iterator[tuple[str, str]]:
-        """Yield the folders that it names, as (part, name)."""
+        """Yield the folders that it names, as (part, name), each once."""
+        heads = {one.head: None for _, one in self.versions() if one.head is not None}
         yield from ((ADAPTERS, name) for name in self.adapters)
-        yield from ((HEADS, one.head) for one in self.tasks.values() if one.head is not None)
+        yield from ((HEADS, name) for name in heads)
 
     def find(self, folder: Path, name: str) -> TaskEntry:
         """Return a task's entry.

@@ -10,6 +10,7 @@ import jax
 from pydantic import Field
 
 from jaxlora import lora
+from jaxlora.data.tables import Columns
 from jaxlora.formats import huggingface
 from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.formats.huggingface import Pretrained, absolute
@@ -29,20 +30,24 @@ class Facts:
     Attributes:
       dev: its metric → the score of its dev set.
       data: checksum of its examples.
+      dev_data: checksum of those of its dev set; None: not known.
       variant: of the run.
       versions: package → version, of what computed it.
       imported_from: the folder or model that others wrote.
       left_out: what was trained beside it and has no effect here.
       combined_from: task → weight, of the adapters that were added up.
+      columns: of the tables that it was trained on; None: they were not the user's.
     """
 
     dev: dict[str, float] = dataclasses.field(default_factory=dict)
     data: str | None = None
+    dev_data: str | None = None
     variant: str | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     imported_from: str | None = None
     left_out: tuple[str, ...] = ()
     combined_from: dict[str, float] = dataclasses.field(default_factory=dict)
+    columns: Columns | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Metrics of dev sets: accuracy, F1 and correlations, in float64 on the host.
+"""Metrics: accuracy, F1, errors and correlations, in float64 on the host.
 
 For degenerate input the results are those of scikit-learn and scipy, with two exceptions: the
 correlation with a constant is 0 (scipy: NaN), and every metric is NaN if there is no example or any
@@ -55,6 +55,39 @@ def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
         for values in (x[x == y], x, y)
     )
     return float(np.mean(2 * correct / (predicted + true)))
+
+
+def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Compute the mean recall, 0 … 1, of all classes in the labels.
+
+    >>> balanced_accuracy(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]))
+    0.75
+    """
+    x, y = _arrays(predictions, labels)
+    if not _defined(x, y):
+        return np.nan
+    _, numbers, support = np.unique(y, return_inverse=True, return_counts=True)
+    return float(np.mean(np.bincount(numbers, x == y) / support))
+
+
+def mean_absolute_error(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Compute the mean distance of predictions from their labels, on the labels' scale.
+
+    >>> mean_absolute_error(np.array([1.0, 4.0]), np.array([2.0, 1.0]))
+    2.0
+    """
+    x, y = _arrays(predictions, labels)
+    return float(np.mean(np.abs(x - y))) if _defined(x, y) else np.nan
+
+
+def root_mean_squared_error(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Compute the root of the mean squared error, on the labels' scale.
+
+    >>> root_mean_squared_error(np.array([3.0, 0.0]), np.array([0.0, 0.0])) ** 2
+    4.5
+    """
+    x, y = _arrays(predictions, labels)
+    return float(np.sqrt(np.mean((x - y) ** 2))) if _defined(x, y) else np.nan
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:

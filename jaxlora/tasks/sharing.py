@@ -1,4 +1,4 @@
-"""The paper's eight variants and its results for each, as data.
+"""How tasks share an encoder: the paper's eight variants with its results, and one for your own.
 
 Fuest & Tacke, "Low Rank Adaptation for Multitask BERT": Table 1 (variants), Table 2 (scores),
 Table 3 (storage).
@@ -42,15 +42,14 @@ class PaperRow:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to adapt BERT to the paper's tasks.
+    """One way to adapt BERT to tasks.
 
     Attributes:
-      name: its name in Table 1.
+      name: its name in the paper's Table 1, or `own`.
       adapt: what is trained in the encoder: nothing, an adapter, or all weights.
       groups: a partition of the tasks; each group is trained separately and shares one tree.
       sts_loss: `mse` or `cosine`.
       learning_rate: the paper's learning rate.
-      paper: the paper's results.
     """
 
     name: str
@@ -58,6 +57,16 @@ class Variant:
     groups: Groups
     sts_loss: Literal["mse", "cosine"]
     learning_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperVariant(Variant):
+    """One of the paper's.
+
+    Attributes:
+      paper: the paper's results.
+    """
+
     paper: PaperRow
 
 
@@ -86,7 +95,9 @@ _TABLE = (
      _row(48.77, 69.22, 66.58, 61.52, (2.89, 112.89, 112.89))),
 )  # fmt: skip
 
-VARIANTS: dict[str, Variant] = {row[0]: Variant(*row) for row in _TABLE}  # type: ignore[arg-type]
+VARIANTS: dict[str, PaperVariant] = {row[0]: PaperVariant(*row) for row in _TABLE}  # type: ignore[arg-type]
+# For tasks of your own: an adapter for each. The paper's lora2 without its tasks.
+OWN = Variant("own", "lora", SEPARATE, "cosine", 1e-3)
 
 
 def variant(name: str) -> Variant:
@@ -98,10 +109,11 @@ def variant(name: str) -> Variant:
     >>> variant("lora4").adapt
     'lora'
     """
-    if name not in VARIANTS:
-        hint = suggestion(name, VARIANTS)
-        raise ConfigError("variant", f"unknown (known: {', '.join(VARIANTS)}){hint}", name)
-    return VARIANTS[name]
+    known = {**VARIANTS, OWN.name: OWN}
+    if name not in known:
+        hint = suggestion(name, known)
+        raise ConfigError("variant", f"unknown (known: {', '.join(known)}){hint}", name)
+    return known[name]
 
 
 def groups_like(shape: Groups, names: tuple[str, ...]) -> Groups:

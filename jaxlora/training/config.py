@@ -18,7 +18,8 @@ from jaxlora.data.sources import Location
 from jaxlora.data.task_files import TaskSpec, check_name
 from jaxlora.formats.huggingface import MINILM
 from jaxlora.lora import LoraConfig
-from jaxlora.tasks.sharing import VARIANTS, Adapt, Groups
+from jaxlora.tasks import sharing
+from jaxlora.tasks.sharing import Adapt, Groups
 from jaxlora.tasks.task import MADE_UP, PairEncoding, Task
 from jaxlora.training.adaptation import Adaptation, cohorts, make_adaptation
 from jaxlora.utils import bounds
@@ -27,9 +28,9 @@ from jaxlora.utils.errors import ConfigError, UserError
 from jaxlora.utils.schema import build
 
 VariantName = Literal[
-    "baseline1", "baseline2", "baseline3", "baseline4", "lora1", "lora2", "lora3", "lora4"
-]
-PresetName = Literal["demo", "cs224n", "paper"]
+    "baseline1", "baseline2", "baseline3", "baseline4", "lora1", "lora2", "lora3", "lora4", "own"
+]  # fmt: skip
+PresetName = Literal["demo", "cs224n", "paper", "own"]
 Source = Literal["demo", "cs224n", "official", "files"]
 Pooling = Literal["cls", "mean"]
 PairFeatures = Literal["concat", "interaction"]
@@ -62,8 +63,10 @@ class TaskChoice:
     """Which tasks are trained, and which of them together.
 
     Attributes:
-      tasks: tasks of your own instead of the paper's: TOML files, and values such as
-        topic.epochs=3.
+      tasks: tasks of your own instead of the paper's: TOML files or tables of data, and values
+        such as topic.epochs=3.
+      text: the column of text in those tables, or two of a pair, separated by a comma.
+      label: the column of labels in those tables.
       only: train these of the tasks and leave the others out.
       groups: which tasks share a trainable encoder tree, e.g. "sst|para,sts"; default: the
         variant's.
@@ -75,6 +78,8 @@ class TaskChoice:
     """
 
     tasks: tuple[str, ...] | None = None
+    text: str | None = None
+    label: str | None = None
     only: tuple[str, ...] | None = None
     groups: str | None = None
     pair_encoding: PairEncoding = "separate"
@@ -128,7 +133,7 @@ class OptimizerConfig:
       learning_rate: of the encoder's adapter or weights.
       head_learning_rate: of the heads.
       lora_plus_ratio: learning rate of the adapters' B over that of A (LoRA+).
-      warmup_steps: steps over which the learning rates rise from 0.
+      warmup_steps: steps over which the learning rates rise from 0; below 1: that share of all.
       schedule: of the learning rates after the warm-up.
       weight_decay: AdamW's.
       clip: largest norm of a group's combined gradient; larger ones are scaled down.
@@ -139,7 +144,7 @@ class OptimizerConfig:
     learning_rate: Annotated[float, Bound(0, open=True), TRAINED] = 1e-3
     head_learning_rate: Annotated[float, Bound(0, open=True)] = 1e-3
     lora_plus_ratio: Annotated[float, Bound(0, open=True), ADAPTED] = 1.0
-    warmup_steps: Annotated[int, Bound(0)] = 50
+    warmup_steps: Annotated[float, Bound(0)] = 50
     schedule: Schedule = "linear"
     weight_decay: Annotated[float, Bound(0)] = 0.01
     clip: Annotated[float, Bound(0, open=True)] = 1.0
@@ -228,7 +233,7 @@ class Settings(Sections):
     """The settings of a run, with nothing left open; `config.json` holds them.
 
     Attributes:
-      variant: which of the paper's variants.
+      variant: one of the paper's, or own.
       preset: where settings come from that nobody asked for.
       tasks: what is trained.
       groups: which tasks share a trainable encoder tree.
@@ -288,7 +293,7 @@ class Settings(Sections):
     @property
     def adapt(self) -> Adapt:
         """What is trained of the encoder."""
-        return VARIANTS[self.variant].adapt
+        return sharing.variant(self.variant).adapt
 
     @property
     def adaptation(self) -> Adaptation:

@@ -24,6 +24,7 @@ from jaxlora.training.config import Settings
 from jaxlora.utils import cache
 from jaxlora.utils.errors import ConfigError, UserError
 
+DEV_SET = "the dev set of "  # begins the names of dev sets among the inputs of a run
 Data = dict[str, dict[str, Examples]]  # task → split → examples
 
 
@@ -167,12 +168,19 @@ def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
         arrays = [x for part in parts for x in (part.tokens, part.offsets, part.labels)]
         arrays += [part.types for part in parts if part.types is not None]
         prints[data_of(task)] = _checksum(arrays)
+        dev = splits["dev"]
+        prints[dev_of(task)] = _checksum([dev.tokens, dev.offsets, dev.labels])
     return prints
 
 
 def data_of(task: str) -> str:
     """Return the name of a task's data among the inputs of a run."""
     return f"the data of {task}"
+
+
+def dev_of(task: str) -> str:
+    """Return the name of a task's dev set among the inputs of a run."""
+    return f"{DEV_SET}{task}"
 
 
 def _checksum(arrays: Iterable[np.ndarray]) -> str:

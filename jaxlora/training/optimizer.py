@@ -92,7 +92,7 @@ def _is_b(tree: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key == "B", tree)
 
 
-def schedule(peak: float, steps: int, *, warmup: int, decay: Schedule) -> optax.Schedule:
+def schedule(peak: float, steps: int, *, warmup: float, decay: Schedule) -> optax.Schedule:
     """Return the learning rate by step: a linear warm-up, then what `decay` says.
 
     The first step has `peak / warmup` and the last of the warm-up `peak`: none is wasted.
@@ -100,14 +100,14 @@ def schedule(peak: float, steps: int, *, warmup: int, decay: Schedule) -> optax.
     Args:
       peak: the largest rate.
       steps: of the whole run.
-      warmup: steps over which the rate rises.
+      warmup: steps over which the rate rises; below 1: that share of all steps.
       decay: `constant`, or `linear` down to 0.
 
     >>> rate = schedule(1.0, steps=4, warmup=2, decay="linear")
     >>> [float(rate(step)) for step in range(4)]
     [0.5, 1.0, 1.0, 0.5]
     """
-    warmup = min(warmup, steps)
+    warmup = min(round(warmup * steps if warmup < 1 else warmup), steps)
     end = {"constant": peak, "linear": 0.0}[decay]
     return optax.join_schedules(
         [

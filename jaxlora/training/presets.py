@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from jaxlora.data.tables import count_training_rows
 from jaxlora.data.task_files import COSINE_WEIGHT, TaskSpec, made_up, paper_specs, read_tasks
 from jaxlora.formats import huggingface
 from jaxlora.lora import ALL_TARGETS, LoraConfig
@@ -94,11 +95,66 @@ def paper(chosen: Variant) -> Preset:
     )
 
 
+def own(chosen: Variant) -> Preset:
+    """Neutral settings for tables of your own, small ones too: see docs/own-tasks.md.
+
+    How many passes, and how often it is evaluated, depends on a task's rows: see `pace`.
+    """
+    return Preset(
+        data=DataConfig("files"),
+        model=ModelConfig(encoder_dropout=0.05),
+        lora=LoraConfig(8, 8.0, ALL_TARGETS),
+        optimizer=dataclasses.replace(_tuned_rates(chosen), warmup_steps=0.1),
+        loop=LoopConfig(patience=EVALUATIONS // 3),
+        choice=_tuned_weights(chosen),
+    )
+
+
 PRESETS: Mapping[PresetName, Callable[[Variant], Preset]] = {
     "demo": demo,
     "cs224n": cs224n,
     "paper": paper,
+    "own": own,
 }
+FEWEST_STEPS, FEWEST_EPOCHS, EVALUATIONS = 300, 4, 24
+
+
+def pace(
+    rows: int, batch_size: int, epochs: int | None = None, max_steps: int | None = None
+) -> dict[str, int]:
+    """Return how long to train on some rows, and how often to evaluate.
+
+    At least `FEWEST_EPOCHS` passes and `FEWEST_STEPS` steps, with `EVALUATIONS` evaluations.
+
+    Args:
+      rows: to train on.
+      batch_size: of them in a step.
+      epochs, max_steps: what is settled already.
+
+    >>> pace(80, 16), pace(4_000, 16)
+    ({'epochs': 60, 'eval_every': 13}, {'epochs': 4, 'eval_every': 42})
+    """
+    per_epoch = -(-rows // batch_size)
+    epochs = epochs or max(FEWEST_EPOCHS, -(-FEWEST_STEPS // per_epoch))
+    steps = min(epochs * per_epoch, max_steps or epochs * per_epoch)
+    return {"epochs": epochs, "eval_every": -(-steps // EVALUATIONS)}
+
+
+def _pace_group(
+    specs: tuple[TaskSpec, ...], group: tuple[str, ...], loop: LoopConfig, asked: Mapping[str, Any]
+) -> tuple[TaskSpec, ...]:
+    """Give a group's tasks the pace of its largest table, as far as nothing else is asked for."""
+    mine = [spec for spec in specs if spec.task.name in group]
+    tables = [spec.table for spec in mine if spec.table is not None]
+    if len(tables) < len(mine):
+        return specs
+    settled = {**asked, **{key: value for spec in mine for key, value in spec.own}}
+    rows = max(count_training_rows(table) for table in tables)
+    found = pace(rows, loop.batch_size, settled.get("epochs"), loop.max_steps)
+    new = tuple((key, value) for key, value in found.items() if key not in settled)
+    return tuple(
+        dataclasses.replace(spec, own=spec.own + new) if spec in mine else spec for spec in specs
+    )
 
 
 def _tuned_rates(chosen: Variant) -> OptimizerConfig:
@@ -109,12 +165,14 @@ def _tuned_weights(chosen: Variant) -> TaskChoice:
     return TaskChoice(sts_weight=COSINE_WEIGHT if chosen.sts_loss == "cosine" else 1.0)
 
 
-def make_settings(variant: VariantName, preset: PresetName = "demo", **asked: Any) -> Settings:
+def make_settings(
+    variant: VariantName = "own", preset: PresetName | None = None, **asked: Any
+) -> Settings:
     """Return the settings of a run, checked.
 
     Args:
-      variant: one of the paper's.
-      preset: where settings come from that are not asked for.
+      variant: one of the paper's, or own: an adapter for each task.
+      preset: where settings come from that are not asked for; None: see `usual_preset`.
       asked: any settings, by the names of the fields in `config`; None is as if left out.
 
     Raises:
@@ -125,6 +183,7 @@ def make_settings(variant: VariantName, preset: PresetName = "demo", **asked: An
     """
     chosen = sharing.variant(variant)
     asked = {field: value for field, value in asked.items() if value is not None}
+    preset = preset or usual_preset(variant, "tasks" in asked)
     start = PRESETS[preset](chosen).change(**_implied(asked) | asked)
     bounds.check(start.choice)
     specs = _choose_tasks(start.choice, chosen, asked)
@@ -132,17 +191,26 @@ def make_settings(variant: VariantName, preset: PresetName = "demo", **asked: An
         specs = tuple(map(made_up, specs))
     names = tuple(spec.task.name for spec in specs)
     wanted = start.choice.groups
+    groups = groups_like(chosen.groups, names) if wanted is None else parse_groups(wanted, names)
+    if preset == "own":
+        for group in groups:
+            specs = _pace_group(specs, group, start.loop, asked)
     settings = Settings(
         variant=variant,
         preset=preset,
         tasks=specs,
-        groups=groups_like(chosen.groups, names) if wanted is None else parse_groups(wanted, names),
+        groups=groups,
         **{f.name: getattr(start, f.name) for f in dataclasses.fields(Sections)},
     ).change(**_located(start))
     _reject_unused(asked, settings)
     for group in settings.groups:
         settings.of_group(group)
     return settings
+
+
+def usual_preset(variant: str, own_tasks: bool) -> PresetName:
+    """Return the preset where none is asked for: own for tasks of your own, else demo."""
+    return "own" if own_tasks or variant == "own" else "demo"
 
 
 def _implied(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,6 +267,8 @@ def _read_jointly(spec: TaskSpec) -> TaskSpec:
 def _known_tasks(
     choice: TaskChoice, chosen: Variant, asked: Mapping[str, Any]
 ) -> tuple[TaskSpec, ...]:
+    if choice.tasks is None and chosen is sharing.OWN:
+        raise ConfigError("tasks", "name the files of your tasks, or one of the paper's `variant`s")
     if choice.tasks is None:
         return paper_specs(chosen.sts_loss, choice.sts_weight)
     if choice.tasks == ():
@@ -206,7 +276,7 @@ def _known_tasks(
     for name, own in (("sts_weight", "weight"), ("pair_encoding", "pair")):
         if name in asked:
             raise ConfigError(name, f"is for the paper's tasks; set `{own}` in `tasks`")
-    return read_tasks(choice.tasks)
+    return read_tasks(choice.tasks, choice.text, choice.label)
 
 
 def _reject_unused(asked: Mapping[str, Any], settings: Settings) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from jaxlora.formats.fingerprint import INPUTS, note_partial
 from jaxlora.serving.finished_run import CONFIG, read_config
 from jaxlora.training.config import Settings
+from jaxlora.training.inputs import DEV_SET
 from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import ConfigError, UserError
 
@@ -126,8 +127,10 @@ def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
     if (out / CONFIG).exists():
         old = read_config(out)["inputs"]
         unknown = {INPUTS["config"], INPUTS["tokenizer"]} - old.keys()  # in a run of format 1
+        # Earlier versions did not tell dev sets apart from the rest of the data.
+        later = {name for name in inputs if name.startswith(DEV_SET)} - old.keys()
         for name, value in inputs.items():
-            if name not in unknown and old.get(name) != value:
+            if name not in unknown | later and old.get(name) != value:
                 raise ConfigError(
                     "resume", f"{name} changed since {out} was begun; use another `out`"
                 )

@@ -26,16 +26,18 @@ def task_models(
       best: group → `{"trainable", "heads"}`, NumPy arrays.
       dev: task → score on its dev set.
     """
-    versions = inputs.versions()
+    versions, tables = inputs.versions(), {spec.task.name: spec.table for spec in settings.tasks}
     models = {}
     for group in settings.groups:
         for name in group:
-            task, tree = settings.named[name], group_name(group)
+            task, tree, table = settings.named[name], group_name(group), tables[name]
             facts = Facts(
                 dev={task.metric: dev[name]},
                 data=checksums[inputs.data_of(name)],
+                dev_data=checksums.get(inputs.dev_of(name)),
                 variant=settings.variant,
                 versions=versions,
+                columns=None if table is None else table.columns,
             )
             head = best[tree]["heads"].get(name) or {}
             models[name] = TaskModel(task, tree, head, settings.model.pair_features, facts)

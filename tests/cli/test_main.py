@@ -63,7 +63,7 @@ BAD_DATA = {
     "empty": (STS, lambda _: b"", [STS, "empty"]),
     "columns": (STS, line(1, ["", "id", "a", "b", "c"]), [STS, "sentence1"]),
     "label range": (SST, line(4, ["0", "x", "good film", "7"]), [f"{SST}:4", "7"]),
-    "label word": (QUORA, line(3, ["0", "x", "a", "b", "yes"]), [f"{QUORA}:3", "yes"]),
+    "label word": (QUORA, line(3, ["0", "x", "a", "b", "perhaps"]), [f"{QUORA}:3", "perhaps"]),
     "few fields": (QUORA, line(5, ["0", "x", "a"]), [f"{QUORA}:5"]),
     "utf-8": (STS, lambda content: content + b"9\tx\t\xff\tb\t1.0\n", [f"{STS}:21", "UTF-8"]),
 }
@@ -126,6 +126,27 @@ def test_bad_flags(folders, capsys, name):
 def test_flags_that_mean_nothing_to_the_variant(folders, capsys, flag):
     assert call(folders, flag, variant="baseline1") == 2
     assert flag.split("=")[0] in capsys.readouterr().err
+
+
+def test_a_table_of_your_own_needs_no_variant(folders, capsys):
+    """From a table to answers: labels, dev set, pace and folder are found; the end is explained."""
+    rows = [
+        f"a film {'good' if n % 3 else 'bad'} {n},{('Yes', 'No')[n % 3 == 0]}" for n in range(60)
+    ]
+    Path("my tickets.csv").write_text("\n".join(["what,liked", *rows]))
+    flags = [f"--base={folders[1]}", "--max-length=32", "--max-steps=4", "--rank=2"]
+    words = ["train", *flags, "my tickets.csv", "--text", "what", "--label=liked"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "No or Yes (the positive class)" in shown and "held out" in shown
+    assert "my-tickets ended: " in shown
+    assert re.search(r"Kept: my-tickets step \d of 4", shown)
+    assert main(["predict", "--bank=runs/my tickets", "--task=my-tickets", "a film"]) == 0
+    assert re.match(r"(Yes|No)  \(No 0\.\d+, Yes 0", capsys.readouterr().out)
+    assert main(["train", *flags, "my tickets.csv", "--text=what", "--label=likd"]) == 2
+    assert "my tickets.csv:1: no column likd (did you mean 'liked'?)" in capsys.readouterr().err
+    assert main(["train"]) == 2
+    assert "tasks: name the files of your tasks" in capsys.readouterr().err
 
 
 def test_unknown_variant(folders, capsys):
@@ -238,6 +259,7 @@ def result(titles):
     return {
         "variant": "lora3", "source": "files", "metrics": titles, "dev": scores,
         "untrained": scores, "train_seconds": 60.0,
+        "groups": {name: {"best_step": 1, "step": 2} for name in titles},
         "parameters": {"incremental": 1e6, "bundled": 2e6, "base": 1e6},
     }  # fmt: skip
 
@@ -293,3 +315,44 @@ def test_console_says_that_minilm_has_seen_quora(source, base, said):
 def test_paths_are_told_as_they_are():
     text = f"Everything is in {'x' * 80}/[best]/lora3."
     assert shown(lambda console: say(text, console)) == f"{text}\n"
+
+
+def test_a_drafted_task_file_can_be_trained_from(folders, capsys):
+    rows = [f"a film {n},{'bad' if n % 3 else 'good'}" for n in range(60)]
+    Path("films.csv").write_text("\n".join(["what,liked", *rows]))
+    assert main(["init", "films.csv", f"--base={folders[1]}"]) == 0
+    shown = capsys.readouterr().out
+    assert "films: binary of what by liked: bad, good" in shown
+    flags = [f"--base={folders[1]}", "--max-length=32", "--max-steps=1", "--rank=2"]
+    assert main(["train", "films.toml", *flags]) == 0
+    assert Path("runs/films/model").is_dir()
+    written = Path("films.toml").read_text()
+    assert main(["init", "films.csv", f"--base={folders[1]}"]) == 2
+    assert "--output films.toml: is there already" in capsys.readouterr().err
+    assert Path("films.toml").read_text() == written
+    assert main(["init"]) == 2
+    assert main(["init", "films.csv", "--label=like", "--output=x.toml"]) == 2
+    assert "did you mean 'liked'" in capsys.readouterr().err and not Path("x.toml").exists()
+
+
+def test_a_trained_task_is_evaluated_on_the_columns_that_it_was_trained_on(folders, capsys):
+    rows = [f"{n},a film {n},{'bad' if n % 3 else 'good'}" for n in range(60)]
+    Path("films.csv").write_text("\n".join(["id,what,liked", *rows]))
+    flags = [f"--base={folders[1]}", "--max-length=32", "--max-steps=2", "--rank=2"]
+    for run, seed in (("one", 0), ("two", 1)):
+        words = ["films.csv", "--text=what", "--label=liked", f"--out={run}", f"--seed={seed}"]
+        assert main(["train", *words, *flags]) == 0
+    capsys.readouterr()
+    words = ["evaluate", "one", "--input=films.csv", "--against=two"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], sum(map(sum, found["confusion"]))) == (60, 60)
+    assert found["scores"].keys() == found["differences"].keys()
+    assert main([*words, "--page=page.html"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{found['scores']['accuracy']['value']:.4f}" in shown and "page.html" in shown
+    assert "<h2>Confusion</h2>" in Path("page.html").read_text()
+    assert main(["evaluate", "one", "--input=films.csv", "--label=like"]) == 2
+    assert "did you mean 'liked'" in capsys.readouterr().err
+    assert main(["evaluate", "one", "--input=films.csv", "--page=nowhere/x.html"]) == 2
+    assert "--page nowhere/x.html" in capsys.readouterr().err

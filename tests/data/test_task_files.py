@@ -13,7 +13,7 @@ from jaxlora.data.task_files import TaskSpec, paper_specs, read_tasks
 from jaxlora.tasks.task import Task
 from jaxlora.training import run as train
 from jaxlora.training.config import Settings
-from jaxlora.training.presets import make_settings
+from jaxlora.training.presets import make_settings, pace
 from jaxlora.utils.errors import UserError
 
 TOPIC = """
@@ -121,7 +121,6 @@ def test_the_papers_tasks_are_three_such_descriptions():
         (TOPIC + 'metric = "bleu"', ["metric 'bleu' does not go with classification"]),
         (TOPIC + "range = [0, 1]", ["[topic]: range", "name the classes"]),
         (TOPIC.replace('"headline"', '["a", "b", "c"]'), ["two for pairs, not 3"]),
-        (PRICE.replace("range = [-10, 90.5]", ""), ["range: missing"]),
         (PRICE.replace("[-10, 90.5]", "[5, 5]"), ["5 to 5 is empty"]),
         (PRICE.replace("[-10, 90.5]", "[5]"), ["range: has too few items"]),
         ("[topic", ["not a TOML file"]),
@@ -147,6 +146,84 @@ def test_a_task_by_flags_alone(folder):
     assert by_flags == from_file
 
 
+def test_what_a_file_leaves_open_is_found_in_the_data(folder):
+    open_topic = "\n".join(
+        line for line in TOPIC.splitlines() if line.split()[:1] not in (["kind"], ["classes"])
+    )
+    (topic,) = read_tasks([write(folder, open_topic)])
+    assert topic.task == Task("topic", "binary", classes=("science", "sport"))
+    kind = TOPIC.replace('classes = ["sport", "science"]\n', "")
+    (topic,) = read_tasks([write(folder, kind)])
+    assert topic.task == Task("topic", "classification", classes=("science", "sport"))
+    (price,) = read_tasks([write(folder, PRICE.replace("range = [-10, 90.5]", ""))])
+    assert (price.task.low, price.task.high) == (-10, 60)
+    with pytest.raises(
+        UserError, match=r"topic-train.csv: column 'what': label 'sport' is not a n"
+    ):
+        read_tasks([write(folder, kind.replace("classification", "regression"))])
+
+
+def test_a_dev_set_is_held_out(folder, tiny):
+    from jaxlora.training import inputs
+
+    held = TOPIC.replace('dev = "topic-dev.csv"\n', "")
+    for more, share in (("", 0.2), ("dev = 0.5", 0.5)):
+        settings = make_settings(tasks=(write(folder, held + more),))
+        table = settings.tasks[0].table
+        assert table.dev == share
+        assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+        rows = tables.read_splits(settings.tasks[0].task, table)
+        assert not {r.sentence1 for r in rows["train"]} & {r.sentence1 for r in rows["dev"]}
+        splits = inputs.load_data(settings, tiny)["topic"]
+        ids = [*splits["train"].ids, *splits["dev"].ids]
+        assert len(set(ids)) == len(ids) == 48  # two rows have no label
+        assert list(splits["dev"].ids) == [row.id for row in rows["dev"]]
+    (spec,) = read_tasks([write(folder, held), "topic.dev=0.25"])
+    assert spec.table.dev == 0.25
+    with pytest.raises(UserError, match="dev: must be a string or less than 1"):
+        read_tasks([write(folder, held), "topic.dev=1.5"])
+
+
+def test_a_table_alone_is_a_task(folder):
+    path = str(folder / "topic-train.csv")
+    (topic,) = read_tasks([path, "topic-train.epochs=7"], "headline", "what")
+    assert topic.task == Task("topic-train", "binary", classes=("science", "sport"))
+    assert (topic.own, topic.table.dev) == ((("epochs", 7),), 0.2)
+    (pair,) = read_tasks([str(folder / "price.txt")], "first,second", "euro")
+    assert pair.task == Task("price", "regression", pair=True, low=-10, high=60)
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "message"),
+    [
+        ("headline", None, r"`label`: name the column of .*there are headline, what"),
+        (None, "what", r"`text`: name the column"),
+        ("headline", "waht", r"topic-train.csv:1: no column waht \(did you mean 'what'\?\)"),
+        ("what", "headline", "column 'headline'"),
+    ],
+)
+def test_columns_of_a_table_that_are_wrong(folder, text, label, message):
+    rows = [f"the goal number {n},sport" for n in range(40)]
+    (folder / "topic-train.csv").write_text("\n".join(["headline,what", *rows]))
+    with pytest.raises(UserError, match=message):
+        read_tasks([str(folder / "topic-train.csv")], text, label)
+
+
+def test_a_column_of_labels_that_never_changes_is_refused_before_anything_runs(folder):
+    rows = [f"the goal number {n},sport" for n in range(40)]
+    (folder / "topic-train.csv").write_text("\n".join(["headline,what", *rows]))
+    with pytest.raises(UserError, match="every row has the label 'sport'"):
+        read_tasks([str(folder / "topic-train.csv")], "headline", "what")
+    (spec,) = read_tasks([write(folder, TOPIC)])  # classes are given, and all rows have the first
+    with pytest.raises(UserError, match="every row has the same label in column 'what'"):
+        tables.read_splits(spec.task, spec.table)
+
+
+def test_columns_by_flags_are_for_tables(folder):
+    with pytest.raises(UserError, match="`label`: is for a table such as tickets"):
+        read_tasks([write(folder, TOPIC)], None, "what")
+
+
 def test_flags_change_what_a_file_says(folder):
     path = write(folder, TOPIC + PRICE)
     topic, price = read_tasks(["topic.epochs=7", "topic.classes=sport,science,3", path])
@@ -169,7 +246,7 @@ def test_names_of_classes_stay_as_they_are_written(folder):
         ("topic.epoch=3", "epoch: unknown field; did you mean epochs"),
         ("topic.epochs=x", "epochs: must be a whole number, not 'x'"),
         ("topic.epochs=1.5", "epochs: must be a whole number, not 1.5"),
-        ("tropic.epochs=3", "`tasks`: .tropic.: kind: missing"),
+        ("tropic.epochs=3", "`tasks`: .tropic.: text: missing"),
         ("../x.epochs=3", "`tasks`: '../x' cannot be a name"),
         ("topic.dev=none.csv", "there is no file .*none.csv"),
         ("epochs=3", "`tasks` epochs=3: cannot be read"),
@@ -208,7 +285,7 @@ def test_a_group_has_its_tasks_own_settings(folder):
     assert Settings.from_json(json.loads(json.dumps(apart.to_json()))) == apart
     assert isinstance(apart.tasks[1], TaskSpec)
     assert apart.of_group(("price",)).loop.epochs == 3
-    assert apart.of_group(("topic",)).loop.epochs == apart.loop.epochs != 1
+    assert apart.of_group(("topic",)).loop.epochs == pace(50 - 2, 16)["epochs"] != 3
     assert apart.of_group(("price",)).optimizer.learning_rate == 0.01
     with pytest.raises(UserError, match="must agree on epochs"):
         make_settings("lora3", tasks=(write(folder, TOPIC + "epochs = 2\n" + PRICE),))
@@ -270,9 +347,18 @@ def test_a_label_column_that_is_there_twice(tmp_path):
     columns = tables.Columns(("a",), "label")
     task = Task("topic", "classification", classes=("0", "1"))
     for labelled in (True, None):
-        with pytest.raises(UserError, match="label is there twice"):
+        with pytest.raises(UserError, match=r"label is there twice"):
             tables.read(task, path, columns, labelled=labelled)
     tables.read(task, path, columns, labelled=False)
+
+
+def test_the_ends_of_a_range_belong_to_it(tmp_path):
+    """118.8 as a double is below the decimal number 118.8."""
+    path = tmp_path / "x.csv"
+    path.write_text("t,l\na,118.8\nb,-16.6\n")
+    task = Task("x", "regression", low=-16.6, high=118.8)
+    rows = tables.read(task, path, tables.Columns(("t",), "l"))
+    assert [row.label for row in rows] == [118.8, -16.6]
 
 
 def test_labels_by_name_and_by_number(tmp_path):

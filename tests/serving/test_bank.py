@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -94,14 +95,104 @@ def test_an_update_leaves_every_other_file_as_it_was(runs, three):
     before, answers = hashes(three), values(jaxlora.load(three))
     bank.add(three, bank.load(runs / "again"), ["sts"], replace=True)
     after = hashes(three)
-    kept = {name: value for name, value in before.items() if "/sts-" not in name}
-    assert kept.items() <= after.items()
-    assert not {name for name in before if "/sts-" in name} & after.keys()  # the old one is gone
+    assert before.items() <= after.items()  # the old version is kept, too
     now = values(jaxlora.load(three))
     np.testing.assert_allclose(now[1:], answers[1:], atol=1e-5)
     again = jaxlora.load(runs / "again")
     np.testing.assert_allclose(now[:1], values(again)[:1], atol=1e-5)
     assert abs(now[0] - answers[0]) > 1e-3
+
+
+def scored(run, task, score, dev_data="d"):
+    """A run's tasks, one of them with another dev score."""
+    source = bank.load(run)
+    model = source.models[task]
+    facts = dataclasses.replace(model.facts, dev={model.task.metric: score}, dev_data=dev_data)
+    models = {**source.models, task: dataclasses.replace(model, facts=facts)}
+    return dataclasses.replace(source, models=models)
+
+
+def test_a_version_is_brought_back_bit_for_bit(runs, three):
+    first, answers = hashes(three), values(jaxlora.load(three))
+    bank.add(three, bank.load(runs / "again"), ["sts", "sst"], replace=True)
+    second, others = hashes(three), values(jaxlora.load(three))
+    assert [len(bank.history(three, name)) for name in ("sst", "para", "sts")] == [2, 1, 2]
+    for name in ("sts", "sst"):
+        bank.rollback(three, name)
+    np.testing.assert_array_equal(values(jaxlora.load(three)), answers)
+    assert hashes(three) == second and bank.verify(three) == []
+    for name in ("sts", "sst"):  # and back again
+        bank.rollback(three, name)
+    np.testing.assert_array_equal(values(jaxlora.load(three)), others)
+    for name in ("sts", "sst"):
+        bank.remove(three, name)
+    kept = {name: value for name, value in first.items() if "/para-" in name}
+    assert hashes(three) == kept  # with a task its versions go
+
+
+def test_the_last_versions_are_kept(runs, three):
+    for score in range(8):
+        bank.add(three, scored(runs / "lora1", "sts", score / 10), ["sts"], replace=True)
+    dev = [version.facts.dev["pearson"] for version in bank.history(three, "sts")]
+    assert dev == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    bank.rollback(three, "sts", 2)
+    assert bank.history(three, "sts")[-1].facts.dev == {"pearson": 0.3}
+    bank.add(three, scored(runs / "lora1", "sts", 0.3), ["sts"], replace=True)
+    assert len(bank.history(three, "sts")) == 6  # the same once more is no version
+    for version in (0, 6, -1):
+        with pytest.raises(UserError, match=f"sts has no version {version}"):
+            bank.rollback(three, "sts", version)
+    with pytest.raises(UserError, match="para has no version 0"):
+        bank.rollback(three, "para")
+
+
+def test_an_update_only_if_better(runs, three, capsys):
+    bank.add(three, scored(runs / "lora1", "sts", 0.5), ["sts"], replace=True)
+    before = hashes(three)
+    for score in (0.4, 0.5, float("nan")):
+        (change,) = bank.add(
+            three, scored(runs / "again", "sts", score), ["sts"], replace=True, if_better=True
+        )
+        assert not change.made and hashes(three) == before
+    for other in ("e", None):  # another dev set, or an unknown one
+        with pytest.raises(UserError, match=r"scores of sts .* not known to be of one dev set"):
+            bank.add(
+                three, scored(runs / "again", "sts", 0.9, other), ["sts"], replace=True,
+                if_better=True,
+            )  # fmt: skip
+    (change,) = bank.add(
+        three, scored(runs / "again", "sts", 0.6), ["sts"], replace=True, if_better=True
+    )
+    assert (change.made, change.better, change.before, change.after) == (True, True, 0.5, 0.6)
+    assert bank.history(three, "sts")[-1].facts.dev == {"pearson": 0.6}
+
+
+def test_the_dev_set_of_a_run_is_known(runs):
+    one, again = (bank.load(runs / name).models for name in ("lora1", "again"))
+    assert all(one[name].facts.dev_data == again[name].facts.dev_data for name in one)
+    assert len({model.facts.dev_data for model in one.values()} - {None}) == 3
+
+
+def test_a_damaged_version_is_not_kept(runs, three):
+    (head,) = (three / "heads").glob("sts-*") or [None]
+    shutil.rmtree(head)
+    bank.add(three, bank.load(runs / "again"), ["sts"], replace=True)
+    assert len(bank.history(three, "sts")) == 1 and bank.verify(three) == []
+
+
+def test_commands_of_versions(runs, three, call):
+    code, shown = call("bank", "update", three, f"--run={runs / 'again'}", "--task=sts")
+    assert code == 0 and re.search(r"sts: Pearson r -?0\.\d+ → -?0\.\d+", shown)
+    versions = json.loads(call("bank", "history", three, "sts", "--json")[1])
+    assert [version["task"]["name"] for version in versions] == ["sts", "sts"]
+    assert call("bank", "rollback", three, "sts")[0] == 0
+    swapped = json.loads(call("bank", "history", three, "sts", "--json")[1])
+    assert swapped == versions[::-1]
+    assert "2 (present)" in call("bank", "history", three, "sts")[1]
+    rows = json.loads(call("bank", "list", three, "--json")[1])
+    assert {row["task"] for row in rows} == {"sst", "para", "sts"}
+    code, shown = call("bank", "rollback", three, "sts", "--version=7")
+    assert code == 2 and "sts has no version 7" in shown
 
 
 def test_adding_and_removing_leave_every_other_file_as_it_was(runs, tmp_path):
@@ -273,7 +364,9 @@ def test_killed_at_any_moment_it_holds_the_old_state_or_the_new(
     # The next change tidies up what the killed one left.
     bank.add(three, bank.load(runs / "lora4"), ["sst"], replace=True)
     manifest = json.loads((three / manifests.NAME).read_text())
-    used = {e["head"] for e in manifest["tasks"].values()} | set(manifest["adapters"])
+    earlier = [entry for entries in manifest["history"].values() for entry in entries]
+    entries = [*manifest["tasks"].values(), *earlier]
+    used = {entry["head"] for entry in entries} | set(manifest["adapters"])
     left = {
         p.name for part in (manifests.ADAPTERS, manifests.HEADS) for p in (three / part).iterdir()
     }

@@ -2,11 +2,21 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxlora.lora import LoraConfig
-from jaxlora.tasks.sharing import SEPARATE, SHARED, VARIANTS
-from jaxlora.training.config import Sections, Settings, flat_names
-from jaxlora.training.presets import PRESETS, Preset, make_settings
+from jaxlora.tasks.sharing import OWN, SEPARATE, SHARED, VARIANTS
+from jaxlora.training.config import ModelConfig, Sections, Settings, flat_names
+from jaxlora.training.presets import (
+    EVALUATIONS,
+    FEWEST_EPOCHS,
+    FEWEST_STEPS,
+    PRESETS,
+    Preset,
+    make_settings,
+    pace,
+)
 from jaxlora.utils.errors import ConfigError, UserError
 
 
@@ -202,3 +212,54 @@ def test_changed_settings_are_refused_when_they_are_read():
     ):  # fmt: skip
         with pytest.raises(UserError, match="the settings were changed"):
             Settings.from_json(plain | wrong)
+
+
+@given(rows=st.integers(1, 10**6), batch=st.integers(1, 64), most=st.none() | st.integers(1, 10**5))
+def test_small_tables_get_enough_passes_and_each_run_a_few_evaluations(rows, batch, most):
+    found = pace(rows, batch, max_steps=most)
+    per_epoch = -(-rows // batch)
+    steps = min(found["epochs"] * per_epoch, most or 10**9)
+    assert found["epochs"] >= FEWEST_EPOCHS
+    assert steps >= min(FEWEST_STEPS, most or FEWEST_STEPS)
+    assert EVALUATIONS / 2 <= -(-steps // found["eval_every"]) <= EVALUATIONS or steps < EVALUATIONS
+
+
+def test_patience_of_own_tasks_cannot_end_a_run_during_its_warm_up():
+    """The learning rate has risen when the evaluations that patience allows are over."""
+    start = PRESETS["own"](OWN)
+    for rows in (20, 100, 5_000, 100_000):
+        found = pace(rows, start.loop.batch_size)
+        steps = found["epochs"] * -(-rows // start.loop.batch_size)
+        warm = start.optimizer.warmup_steps * steps
+        assert start.loop.patience * found["eval_every"] > 2 * warm
+
+
+def write_task(folder, name, rows, *more):
+    labels = ("yes", "no")
+    lines = [f"text {n},{labels[n % 2]}" for n in range(rows)]
+    (folder / f"{name}.csv").write_text("\n".join(["t,l", *lines]))
+    keys = [f"[{name}]", 'text = "t"', 'label = "l"', f'train = "{name}.csv"', *more]
+    (folder / f"{name}.toml").write_text("\n".join(keys))
+    return str(folder / f"{name}.toml")
+
+
+def test_own_tasks_need_neither_variant_nor_preset(tmp_path):
+    settings = make_settings(tasks=(write_task(tmp_path, "a", 100), write_task(tmp_path, "b", 10)))
+    assert (settings.variant, settings.preset, settings.adapt) == ("own", "own", "lora")
+    assert settings.groups == (("a",), ("b",))
+    assert settings.model.max_length == ModelConfig().max_length
+    assert settings.of_group(("a",)).loop.epochs == pace(80, 16)["epochs"]
+    assert settings.of_group(("b",)).loop.epochs == 300
+    shared = make_settings("lora3", tasks=(write_task(tmp_path, "a", 100),))
+    assert shared.preset == "own"
+    with pytest.raises(ConfigError, match="`tasks`: name the files"):
+        make_settings()
+
+
+def test_what_is_asked_for_comes_before_the_pace_of_own_tasks(tmp_path):
+    paths = write_task(tmp_path, "a", 100, "epochs = 9"), write_task(tmp_path, "b", 10)
+    apart = make_settings(tasks=paths, epochs=5, eval_every=3)
+    assert [apart.of_group((name,)).loop.epochs for name in "ab"] == [9, 5]
+    assert [apart.of_group((name,)).loop.eval_every for name in "ab"] == [3, 3]
+    together = make_settings(tasks=paths, groups="a,b").of_group(("a", "b")).loop
+    assert (together.epochs, together.eval_every) == (9, pace(80, 16, 9)["eval_every"])

@@ -132,7 +132,7 @@ def test_new_processes_go_on(tmp_path, tiny_base):
 
     def start(folder, cache, *more):
         flags = ("--variant=lora1", f"--base={tiny_base}", "--max-steps=2", "--batch-size=6")
-        tables = (f"--tasks={folder / 'tasks.toml'}", f"--out={folder / 'run'}")
+        tables = (str(folder / "tasks.toml"), f"--out={folder / 'run'}")
         command = [sys.executable, str(script), *flags, "--max-length=16", *tables, *more]
         environment = os.environ | {"JAXLORA_CACHE": str(cache)}
         subprocess.run(command, check=True, capture_output=True, env=environment)

@@ -331,6 +331,9 @@ def test_warm_up_wastes_no_step_and_the_rate_ends_at_nothing():
     rate = optimizer.schedule(0.8, 12, warmup=4, decay="linear")
     np.testing.assert_allclose([rate(k) for k in range(5)], [0.2, 0.4, 0.6, 0.8, 0.8], rtol=1e-6)
     assert rate(12) == 0
+    for share in (0.3, 0.34):  # of 12 steps: 4
+        by_share = optimizer.schedule(0.8, 12, warmup=share, decay="linear")
+        assert [by_share(k) for k in range(13)] == [rate(k) for k in range(13)]
     constant = optimizer.schedule(0.8, 12, warmup=0, decay="constant")
     assert constant(0) == constant(11) == np.float32(0.8)
 

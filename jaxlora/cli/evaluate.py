@@ -1,0 +1,134 @@
+"""`jaxlora evaluate`: score a task of a bank on a table of labelled examples."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tyro
+from rich.markup import escape
+from rich.table import Table
+
+from jaxlora.cli.terminal import CONSOLE, Folder, say
+from jaxlora.data import tables
+from jaxlora.serving import evaluate_table
+from jaxlora.serving.evaluate_table import Report
+from jaxlora.serving.evaluation_page import page as page_of
+from jaxlora.serving.predictor import Predictor
+from jaxlora.tasks.evaluation import Interval
+from jaxlora.utils import cache, files, process
+from jaxlora.utils.errors import ConfigError
+
+MOST_SHOWN = 12  # classes whose confusion is printed
+WORST_SHOWN = 5
+
+
+def evaluate(
+    bank: Folder,
+    /,
+    *,
+    input: Path,
+    task: str | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    against: Path | None = None,
+    page: Path | None = None,
+    json: bool = False,
+    base: str | None = None,
+) -> None:
+    """Score a task on labelled examples: classes, confusion, calibration, worst mistakes.
+
+    Intervals are 95 % bootstrap intervals of 1,000 resamples.
+
+    Args:
+      bank: a bank, or the folder of a finished run.
+      input: a table with texts and labels.
+      task: the task; default: the only one.
+      text: the column of text, or two of a pair, separated by a comma; default: as in training,
+        or sentence (or text), or sentence1 and sentence2.
+      label: the column of labels; default: as in training, or label.
+      against: another bank or run; its task of the same name is compared on the same rows.
+      page: write everything to this HTML file, too.
+      json: print everything as JSON.
+      base: where the base is now, if it has moved; it must be the same.
+    """
+    process.reuse_memory()
+    process.keep_programs(cache.cache_dir() / "xla")
+    if page is not None and not page.absolute().parent.is_dir():
+        raise ConfigError("page", f"there is no folder {page.parent}; make it first", page)
+    predictor = Predictor.load(bank, base)
+    name = _choose_task(predictor, task)
+    known = predictor.trained.models[name].facts.columns
+    columns = evaluate_table.choose_columns(known, tables.read_header(input), text, label)
+    labelled = evaluate_table.read_labelled(predictor.task(name), input, columns)
+    other = None
+    if against is not None:
+        rival = Predictor.load(against, base)
+        evaluate_table.check_same(predictor.task(name), rival.task(name))
+        other = str(against), evaluate_table.evaluate(rival, name, labelled.rows)
+    found = evaluate_table.evaluate(predictor, name, labelled.rows)
+    report = evaluate_table.report(found, input, labelled, other)
+    if page is not None:
+        with files.replacing(files.local(page), "w") as file:
+            file.write(page_of(report, found))
+    if json:
+        print(json_format.dumps(evaluate_table.to_json(report), ensure_ascii=False, indent=2))
+        return
+    show(report)
+    if page is not None:
+        say(f"{page}: the same as a page")
+
+
+def _choose_task(predictor: Predictor, task: str | None) -> str:
+    if task is None and len(predictor.tasks) > 1:
+        raise ConfigError("task", f"is missing; there are {', '.join(predictor.tasks)}")
+    return task or next(iter(predictor.tasks))
+
+
+def show(found: Report) -> None:
+    """Print a report."""
+    say(f"{found.title}: {found.rows:,} labelled rows of {found.source}")
+    for what, count in (("without a label", found.unlabelled), ("with a blank text", found.blank)):
+        if count:
+            say(f"left out: {count:,} rows {what}")
+    _show_scores("metric", found.scores)
+    if found.against is not None:
+        _show_scores(f"minus {found.against}", found.differences)
+    if found.classes:
+        rows = [
+            (c.name, *(f"{x:.3f}" for x in (c.precision, c.recall, c.f1)), f"{c.support:,}")
+            for c in found.classes
+        ]
+        _show_table(("class", "precision", "recall", "F1", "rows"), rows)
+    if 0 < len(found.confusion) <= MOST_SHOWN:
+        names = [row.name for row in found.classes]
+        lines = [(n, *map(str, row)) for n, row in zip(names, found.confusion, strict=True)]
+        _show_table(("label ↓ predicted →", *names), lines)
+    if found.calibration_error is not None:
+        say(f"expected calibration error: {found.calibration_error:.3f}")
+    if found.best_threshold is not None:
+        say(f"best threshold here: {found.best_threshold:.3f}, with F1 {found.best_f1:.3f}")
+    for one in found.mistakes[:WORST_SHOWN]:
+        sure = "" if one.confidence is None else f" ({one.confidence:.2f})"
+        shown = " ‖ ".join(one.texts)
+        say(f"line {one.line}: {one.label}, predicted {one.prediction}{sure}: {shown[:100]}")
+
+
+def _show_scores(title: str, scores: Mapping[str, Interval]) -> None:
+    rows = [(n, f"{s.value:.4f}", f"{s.low:.4f} … {s.high:.4f}") for n, s in scores.items()]
+    _show_table((title, "value", "95 % interval"), rows)
+
+
+def _show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table()
+    for number, name in enumerate(head):
+        table.add_column(escape(name), justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    CONSOLE.print(table)
+
+
+def main(words: Sequence[str]) -> None:
+    """Run `evaluate`."""
+    tyro.cli(evaluate, prog="jaxlora evaluate", args=words)

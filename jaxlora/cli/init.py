@@ -1,0 +1,70 @@
+"""`jaxlora init`: look at tables of data, and write a task file to read and to train from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jaxlora.cli.terminal import say
+from jaxlora.data.draft import draft, remarks
+from jaxlora.data.survey import group_files, survey
+from jaxlora.data.task_files import name_of
+from jaxlora.formats import huggingface
+from jaxlora.formats import tokenizer as tokenizers
+from jaxlora.training.config import ModelConfig
+from jaxlora.utils import files
+from jaxlora.utils.errors import ConfigError, UserError
+
+Tables = Annotated[tuple[Path, ...], tyro.conf.Positional]
+
+
+def init(
+    tables: Tables,
+    /,
+    *,
+    text: str | None = None,
+    label: str | None = None,
+    output: Path | None = None,
+    base: str = huggingface.MINILM,
+    max_length: int = ModelConfig().max_length,
+) -> None:
+    """Look at tables of data, and write a commented task file for `jaxlora train`.
+
+    Kinds, classes with their counts, lengths, duplicates and uneven classes are found in the data.
+
+    Args:
+      tables: a table for each task, or its files, such as topic-train.csv and topic-dev.csv.
+      text: the column of text, or two of a pair, separated by a comma; default: guessed.
+      label: the column of labels; default: guessed.
+      output: the file to write; default: the first table's name with .toml, beside it.
+      base: whose tokenizer counts the tokens.
+      max_length: tokens a sentence will be cut to.
+    """
+    if not tables:
+        raise UserError("name a table of data, as in `jaxlora init tickets.csv`")
+    grouped = group_files([files.local(path) for path in tables])
+    target = files.local(output) if output else tables[0].with_name(f"{next(iter(grouped))}.toml")
+    if target.exists():
+        raise ConfigError("output", "is there already; remove it, or name another file", target)
+    config = huggingface.config_of(base)
+    tokenizer = tokenizers.load(huggingface.find(base), config.vocab_size)
+    tokenizer.no_truncation()
+    found = {name_of(Path(n)): survey(each, tokenizer, text, label) for n, each in grouped.items()}
+    with files.replacing(target, "w") as file:
+        file.write(draft(found, target.parent, max_length))
+    for name, one in found.items():
+        kinds = ", ".join(one.labels.classes[:12]) or "scores from {:g} to {:g}".format(
+            *one.labels.range or ()
+        )
+        say(f"{name}: {one.labels.kind} of {' and '.join(one.text)} by {one.label}: {kinds}")
+        for remark in remarks(one, max_length):
+            say(f"  {remark}")
+    say(f"{target}: read it, then run: jaxlora train {target}")
+
+
+def main(words: Sequence[str]) -> None:
+    """Run `init`."""
+    tyro.cli(init, prog="jaxlora init", args=words)

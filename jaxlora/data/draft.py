@@ -1,0 +1,104 @@
+"""A draft of a task file: what a survey found, as commented TOML."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jaxlora.data.survey import Survey
+from jaxlora.data.task_files import DEV_SHARE
+
+HEAD = "# Drafted from the data: read each line, then run `jaxlora train` on this file."
+UNEVEN = 3  # times as many rows of the largest class as of the smallest
+FEW = 10  # rows of a class from which little can be learned
+
+
+def draft(found: Mapping[str, Survey], folder: Path, max_length: int) -> str:
+    """Return the text of a task file.
+
+    Args:
+      found: task → what its tables hold.
+      folder: of the file; paths are seen from there.
+      max_length: tokens a sentence will be cut to.
+    """
+    tasks = ("\n".join(_lines(name, one, folder, max_length)) for name, one in found.items())
+    return "\n\n".join((HEAD, *tasks)) + "\n"
+
+
+def _lines(name: str, found: Survey, folder: Path, max_length: int) -> Iterator[str]:
+    yield f"[{_text(name) if '.' in name else name}]"
+    yield _comment(f"Columns: {', '.join(found.header)}.")
+    yield from map(_comment, remarks(found, max_length))
+    text = found.text[0] if len(found.text) == 1 else found.text
+    yield f"text = {_text(text)}  {_comment(_describe_lengths(found, max_length))}"
+    yield f"label = {_text(found.label)}"
+    yield from _describe_labels(found)
+    for split, path in found.files.items():
+        shown = os.path.relpath(path.absolute(), folder.absolute())
+        yield f"{split} = {_text(shown)}  # {len(found.rows[split]):,} rows"
+    if "dev" not in found.files:
+        of = "of each class" if found.labels.counts else "of the rows"
+        yield f"dev = {DEV_SHARE}  # this share {of} is held out of train, the same at every run"
+
+
+def remarks(found: Survey, max_length: int) -> Iterator[str]:
+    """Yield what should be known of the data: gaps, duplicates, uneven classes, long texts."""
+    counts = found.labels.counts
+    if found.labels.missing:
+        yield f"{found.labels.missing:,} rows have no label and are left out."
+    if found.blank:
+        yield f"{found.blank:,} rows have a blank text and are left out."
+    if found.repeated:
+        yield f"{found.repeated:,} training rows repeat the text of an earlier one."
+    if found.contradicted:
+        yield f"{found.contradicted:,} more labels than texts: the same text has several labels."
+    for split in ("dev", "test"):
+        if split in found.files and (leaked := found.leaked(split)):
+            yield f"{leaked:,} {split} rows have the text of a training row: scores mislead."
+    if counts and max(counts.values()) >= UNEVEN * min(counts.values()):
+        yield (
+            f"Classes are uneven, {max(counts.values()):,} to {min(counts.values()):,} rows: "
+            'metric = "macro_f1" counts them alike.'
+        )
+    if rare := [name for name, count in counts.items() if count < FEW]:
+        yield f"Fewer than {FEW} rows: {', '.join(rare[:10])}."
+    if found.cut(max_length) > 0:
+        yield f"{found.cut(max_length):.1%} of the texts are cut; for more, raise max_length."
+
+
+def _describe_labels(found: Survey) -> Iterator[str]:
+    labels = found.labels
+    if labels.range is not None:
+        other = ', or "similarity": the cosine of two vectors' if len(found.text) == 2 else ""
+        yield f"kind = {_text(labels.kind)}  # scores{other}"
+        yield f"range = {list(labels.range)}  # lowest and highest in the data"
+        return
+    positive = f"; {labels.classes[1]} is the positive class" if labels.kind == "binary" else ""
+    counts = ", ".join(f"{name} {count:,}" for name, count in labels.counts.items())
+    yield f"kind = {_text(labels.kind)}  {_comment(f'{len(labels.counts)} classes{positive}')}"
+    yield _comment(f"Rows of all files: {counts}.")
+    yield f"classes = {_text(labels.classes)}"
+
+
+def _describe_lengths(found: Survey, max_length: int) -> str:
+    if not len(found.lengths):
+        return "no text"
+    middle, longest = np.median(found.lengths), found.lengths.max()
+    return (
+        f"{middle:.0f} tokens in the middle, {longest:,} at most; "
+        f"{found.cut(max_length):.1%} are longer than {max_length}"
+    )
+
+
+def _comment(text: str) -> str:
+    """Return a comment in one line; TOML allows no control characters there."""
+    return "# " + "".join(c if c.isprintable() else " " for c in text)
+
+
+def _text(value: str | tuple[str, ...]) -> str:
+    """Return a string or a list of strings as TOML, which agrees with JSON here."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

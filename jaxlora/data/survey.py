@@ -1,0 +1,205 @@
+"""What tables of data say about the task that they are for, before anybody has described it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from jaxlora.data import tables
+from jaxlora.data.labels import FoundLabels, find_labels
+from jaxlora.data.raw_examples import is_blank
+from jaxlora.data.tokenized import tokenize
+from jaxlora.utils.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SPLITS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "val": "dev"}
+SPLITS |= {"test": "test"}
+_SPLIT = re.compile(rf"(.*?)[-_. ]?({'|'.join(sorted(SPLITS, key=len, reverse=True))})", re.I)
+# Usual names of columns of labels, the most telling first.
+LABELS = (
+    "label", "labels", "class", "category", "target", "topic", "intent", "sentiment", "score",
+    "rating", "stars", "similarity", "is_duplicate", "y",
+)  # fmt: skip
+_PAIR = re.compile(r"(.*?)[-_ ]?([12ab])", re.I)  # question1 and question2, text_a and text_b
+PAIRS = (("first", "second"), ("premise", "hypothesis"), ("query", "passage"))
+
+
+class Row(NamedTuple):
+    """A row of a table: its texts and its label, as written."""
+
+    texts: tuple[str, ...]
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What was found in the tables of one task.
+
+    Attributes:
+      files: split → its file.
+      header: the columns.
+      text: the columns of text.
+      label: the column of labels.
+      labels: the kind of the task, its classes or range.
+      rows: split → its rows.
+      lengths: tokens of each sentence of all rows, `i64[sentences]`.
+    """
+
+    files: Mapping[str, Path]
+    header: tuple[str, ...]
+    text: tuple[str, ...]
+    label: str
+    labels: FoundLabels
+    rows: Mapping[str, Sequence[Row]]
+    lengths: np.ndarray
+
+    @property
+    def blank(self) -> int:
+        """Number of rows with a blank text."""
+        return sum(any(map(is_blank, row.texts)) for rows in self.rows.values() for row in rows)
+
+    @property
+    def repeated(self) -> int:
+        """Number of training rows whose texts an earlier one has."""
+        return len(self.rows["train"]) - len({row.texts for row in self.rows["train"]})
+
+    @property
+    def contradicted(self) -> int:
+        """Number of texts that have more than one label in the training rows."""
+        pairs = {(row.texts, row.label.strip()) for row in self.rows["train"]}
+        return len(pairs) - len({texts for texts, _ in pairs})
+
+    def leaked(self, split: str) -> int:
+        """Return how many rows of a split have the texts of a training row."""
+        known = {row.texts for row in self.rows["train"]}
+        return sum(row.texts in known for row in self.rows[split])
+
+    def cut(self, max_length: int) -> float:
+        """Return the share of sentences that are longer than a number of tokens."""
+        return float(np.mean(self.lengths > max_length)) if len(self.lengths) else 0.0
+
+
+def group_files(paths: Sequence[Path]) -> dict[str, dict[str, Path]]:
+    """Group files by task; `topic-dev.csv` is the dev file of the task `topic`.
+
+    Raises:
+      UserError: for two files of one split, or a task without a training file.
+
+    >>> list(group_files([Path("a-train.csv"), Path("a_test.csv"), Path("b.csv")]))
+    ['a', 'b']
+    """
+    found: dict[str, dict[str, Path]] = {}
+    for path in paths:
+        match = _SPLIT.fullmatch(path.stem)
+        name, split = (
+            (match[1] or "task", SPLITS[match[2].lower()]) if match else (path.stem, "train")
+        )
+        files = found.setdefault(name, {})
+        if split in files:
+            raise UserError(f"{path}: {files[split]} is the {split} file of {name} already")
+        files[split] = path
+    for name, files in found.items():
+        if "train" not in files:
+            raise UserError(f"{next(iter(files.values()))}: there is no training file of {name}")
+    return found
+
+
+def survey(
+    files: Mapping[str, Path],
+    tokenizer: Tokenizer,
+    text: str | None = None,
+    label: str | None = None,
+) -> Survey:
+    """Read the tables of a task, and find its columns, its labels and the lengths of its texts.
+
+    Args:
+      files: split → file; `train` is one of them.
+      tokenizer: counts the tokens; it must not cut.
+      text, label: columns; two columns of text are separated by a comma; None: guessed.
+
+    Raises:
+      UserError: for files that are no tables, or labels that fit no task.
+    """
+    sheets = tables.load_sheets(files)
+    _, header = next(sheets["train"].rows(), (0, []))
+    train = [fields for _, fields in sheets["train"].rows() if len(fields) == len(header)][1:]
+    if not train:
+        raise UserError(f"{files['train']} is empty: it has no rows; replace the file")
+    label = label or guess_label(header, train)
+    chosen = tuple(text.split(",")) if text else guess_text(header, train, label)
+    columns = tables.Columns(chosen, label)
+    rows = {split: _rows(sheet, columns, split != "test") for split, sheet in sheets.items()}
+    try:
+        labels = find_labels(row.label for part in rows.values() for row in part)
+    except ValueError as error:
+        raise UserError(f"{files['train']}: column {label!r}: {error}") from None
+    sentences = [one for part in rows.values() for row in part for one in row.texts]
+    lengths = np.diff(tokenize(tokenizer, sentences)[1])
+    return Survey(files, tuple(header), chosen, label, labels, rows, lengths)
+
+
+def _rows(sheet: tables.Sheet, columns: tables.Columns, labelled: bool) -> list[Row]:
+    lines, path, dialect = sheet.rows(), sheet.path, sheet.dialect
+    _, header = next(lines, (0, []))
+    needed = [*columns.text, columns.label] if labelled else [*columns.text]
+    tables.find_columns(header, needed, path, dialect.delimiter, "The task", [columns.label])
+    places = [header.index(name) for name in columns.text]
+    at = header.index(columns.label) if columns.label in header else None
+    found = []
+    for line, fields in lines:
+        tables.check_width(fields, header, f"{path}:{line}", dialect)
+        texts = tuple(fields[place].strip() for place in places)
+        found.append(Row(texts, "" if at is None else fields[at]))
+    return found
+
+
+def guess_label(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return the column that is named as labels are, or else has the fewest different values.
+
+    Raises:
+      ConfigError: if there is none with two values or more.
+
+    >>> guess_label(["t", "x"], [["a b", "0"], ["c", "1"], ["d", "1"]])
+    'x'
+    """
+    by_name = {name.strip().casefold(): name for name in header}
+    for usual in LABELS:
+        if usual in by_name:
+            return by_name[usual]
+    kinds = {name: len({row[n] for row in rows}) for n, name in enumerate(header)}
+    several = {name: count for name, count in kinds.items() if 1 < count <= max(2, len(rows) // 2)}
+    if not several:
+        raise ConfigError("label", f"name the column of labels; there are {', '.join(header)}")
+    return min(several, key=several.__getitem__)
+
+
+def guess_text(header: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> tuple[str, ...]:
+    """Return the columns of a pair that has the longest column, or else that column.
+
+    Pairs are named such as question1 and question2, or as one of `PAIRS`.
+
+    Raises:
+      ConfigError: if no column is left.
+
+    >>> guess_text(["text_a", "text_b", "n"], [["a", "b", "0"]], "n")
+    ('text_a', 'text_b')
+    """
+    lengths = {
+        name: sum(len(row[n]) for row in rows) for n, name in enumerate(header) if name != label
+    }
+    if not any(lengths.values()):
+        raise ConfigError("text", f"name the column of text; there are {', '.join(header)}")
+    longest = max(lengths, key=lengths.__getitem__)
+    for pair in PAIRS:
+        if longest in pair and set(pair) <= set(lengths):
+            return pair
+    stems = {name: match[1] for name in lengths if (match := _PAIR.fullmatch(name))}
+    numbered = tuple(name for name in stems if stems[name] == stems.get(longest))
+    return numbered if len(numbered) == 2 else (longest,)

@@ -1,0 +1,223 @@
+"""Evaluate a task of a bank or run on a table of labelled examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlora.data import tables
+from jaxlora.data.raw_examples import TextExample, is_blank, sentences
+from jaxlora.data.tables import Columns
+from jaxlora.serving.predict_table import FIRST, SECOND
+from jaxlora.serving.predictor import Predictor
+from jaxlora.tasks.evaluation import RESAMPLES, Bin, ClassRow, Evaluation, Interval
+from jaxlora.tasks.task import Task
+from jaxlora.utils.errors import UserError
+
+
+class Mistake(NamedTuple):
+    """A prediction that is far from right.
+
+    Attributes:
+      line: of the table.
+      texts: the sentence, or the two of a pair.
+      label, prediction: names of classes, or scores.
+      confidence: probability of the predicted class; None for scores.
+    """
+
+    line: int
+    texts: tuple[str, ...]
+    label: str
+    prediction: str
+    confidence: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """An evaluation as plain values.
+
+    Attributes:
+      task: its name.
+      title: its title.
+      kind: its kind.
+      source: the table.
+      rows: examples that were scored.
+      unlabelled, blank: rows left out.
+      scores: metric → value and 95 % interval.
+      classes: a row for each class; of scores none.
+      confusion: numbers of examples, by label and by prediction.
+      calibration_error: see `Evaluation.calibration`; None for scores.
+      calibration: its bins.
+      best_threshold, best_f1: see `Evaluation.best_threshold`; None unless the task is binary.
+      mistakes: the worst.
+      against: the bank that it is compared with.
+      differences: metric → how much higher than that bank's, with a 95 % interval.
+    """
+
+    task: str
+    title: str
+    kind: str
+    source: str
+    rows: int
+    unlabelled: int
+    blank: int
+    scores: dict[str, Interval]
+    classes: list[ClassRow]
+    confusion: list[list[int]]
+    calibration_error: float | None
+    calibration: list[Bin]
+    best_threshold: float | None
+    best_f1: float | None
+    mistakes: list[Mistake]
+    against: str | None = None
+    differences: dict[str, Interval] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """The rows of a table that can be scored, and the numbers of the others."""
+
+    rows: Sequence[TextExample]
+    unlabelled: int
+    blank: int
+
+
+def read_labelled(task: Task, path: Path, columns: Columns) -> Labelled:
+    """Read the examples of a table with labels.
+
+    Raises:
+      UserError: for a table that cannot be read, or has no example to score.
+    """
+    texts = 1 + task.pair
+    if len(columns.text) != texts:
+        raise UserError(f"{task.name} reads {texts} texts: name as many columns with `text`")
+    rows = tables.read(task, path, columns)
+    labelled = [row for row in rows if not math.isnan(row.label)]
+    kept = [row for row in labelled if not any(map(is_blank, sentences(row, task).values()))]
+    if not kept:
+        raise UserError(f"{path}: no row has both a text and a label; check the columns")
+    return Labelled(kept, len(rows) - len(labelled), len(labelled) - len(kept))
+
+
+def choose_columns(
+    known: Columns | None, header: Sequence[str], text: str | None = None, label: str | None = None
+) -> Columns:
+    """Return the columns that are asked for, or else those that the task was trained on.
+
+    A table without those has its texts in `sentence1` (or `sentence`, or `text`) and `sentence2`,
+    and its labels in `label`, as tables of requests do.
+
+    Args:
+      known: of the training tables; None: they are not known.
+      header: the columns of the table.
+      text, label: what is asked for; two columns of text are separated by a comma.
+    """
+    if text:
+        texts = tuple(text.split(","))
+    elif known and set(known.text) <= set(header):
+        texts = known.text
+    else:
+        texts = tuple(name for name in (*FIRST, SECOND) if name in header) or FIRST[1:2]
+    labels = [known.label] if known else []
+    found = next((name for name in (*labels, "label") if name in header), "label")
+    return Columns(texts, label or found)
+
+
+def evaluate(predictor: Predictor, task: str, rows: Sequence[TextExample]) -> Evaluation:
+    """Predict labelled examples.
+
+    Raises:
+      UserError: if there is no task of that name.
+    """
+    chosen = predictor.task(task)
+    answers = predictor([(task, *sentences(row, chosen).values()) for row in rows])
+    probabilities = [
+        [one.probabilities[name] for name in chosen.classes] for one in answers if one.probabilities
+    ]
+    return Evaluation(
+        chosen,
+        np.array([answer.value for answer in answers]),
+        np.array([row.label for row in rows]),
+        np.array(probabilities) if probabilities else None,
+    )
+
+
+def check_same(task: Task, other: Task) -> None:
+    """Refuse to compare tasks whose labels mean different things.
+
+    Raises:
+      UserError: naming what differs.
+    """
+    for field in ("kind", "pair", "classes", "low", "high"):
+        mine, theirs = getattr(task, field), getattr(other, field)
+        if mine != theirs:
+            raise UserError(f"`against`: its {task.name} has {field} {theirs}, this one {mine}")
+
+
+def report(
+    found: Evaluation,
+    source: Path,
+    labelled: Labelled,
+    against: tuple[str, Evaluation] | None = None,
+    resamples: int = RESAMPLES,
+) -> Report:
+    """Collect what an evaluation says.
+
+    Args:
+      found: the evaluation of the rows.
+      source: the table that they are from.
+      labelled: the rows.
+      against: another model's name and its evaluation of the same rows.
+      resamples: of the intervals.
+    """
+    task = found.task
+    error, bins = found.calibration() if task.integer else (None, [])
+    threshold = found.best_threshold() if task.kind == "binary" else (None, None)
+    return Report(
+        task.name, task.title, task.kind, str(source), len(labelled.rows),
+        labelled.unlabelled, labelled.blank,
+        scores=found.scores(resamples),
+        classes=found.classes if task.integer else [],
+        confusion=found.confusion.tolist() if task.integer else [],
+        calibration_error=error,
+        calibration=bins,
+        best_threshold=threshold[0],
+        best_f1=threshold[1],
+        mistakes=_mistakes(found, labelled.rows),
+        against=None if against is None else against[0],
+        differences={} if against is None else found.differences(against[1], resamples),
+    )  # fmt: skip
+
+
+def _mistakes(found: Evaluation, rows: Sequence[TextExample]) -> list[Mistake]:
+    task, confidence = found.task, found.confidence if found.task.integer else None
+    return [
+        Mistake(
+            rows[n].line,
+            tuple(sentences(rows[n], task).values()),
+            _shown(task, found.labels[n]),
+            _shown(task, found.predictions[n]),
+            None if confidence is None else float(confidence[n]),
+        )
+        for n in found.worst().tolist()
+    ]
+
+
+def _shown(task: Task, value: float) -> str:
+    return task.classes[int(value)] if task.integer else f"{value:.4g}"
+
+
+def to_json(found: Report) -> dict[str, object]:
+    """Return a report as JSON values; each interval is an object with value, low and high."""
+    plain = dataclasses.asdict(found)
+    for part in ("scores", "differences"):
+        named: Mapping[str, Interval] = getattr(found, part)
+        plain[part] = {name: interval._asdict() for name, interval in named.items()}
+    for part in ("classes", "calibration", "mistakes"):
+        plain[part] = [one._asdict() for one in getattr(found, part)]
+    return plain

@@ -1,0 +1,128 @@
+"""An evaluation of a table: what is read, what is left out, and what the page says."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from jaxlora.data.tables import Columns
+from jaxlora.serving import evaluate_table
+from jaxlora.serving.evaluate_table import Labelled, choose_columns, read_labelled, report, to_json
+from jaxlora.serving.evaluation_page import page
+from jaxlora.serving.predictor import Answer
+from jaxlora.tasks.evaluation import Evaluation
+from jaxlora.tasks.task import Task
+from jaxlora.utils.errors import UserError
+
+TASK = Task("t", "binary", classes=("no", "<yes>"))
+PRICE = Task("p", "regression", pair=True, low=0.0, high=10.0)
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "x.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+class Parrot:
+    """Answers with the class that a sentence names, at the probability that it says."""
+
+    def task(self, name):
+        return TASK
+
+    def __call__(self, requests):
+        answers = []
+        for _, sentence in requests:
+            word, sure = sentence.split()
+            number = TASK.classes.index(word)
+            probabilities = {name: 1 - float(sure) for name in TASK.classes} | {word: float(sure)}
+            answers.append(Answer("t", number, word, probabilities))
+        return answers
+
+
+def test_each_row_is_scored_with_its_own_label(tmp_path):
+    path = write(
+        tmp_path, "text,label", "no 0.9,no", "<yes> 0.8,no", "<yes> 0.7,<yes>", " ,no", "no 0.6,",
+        "no 0.6,<yes>",
+    )  # fmt: skip
+    labelled = read_labelled(TASK, path, Columns(("text",), "label"))
+    assert (len(labelled.rows), labelled.unlabelled, labelled.blank) == (4, 1, 1)
+    found = evaluate_table.evaluate(Parrot(), "t", labelled.rows)
+    assert found.labels.tolist() == [0, 0, 1, 1] and found.predictions.tolist() == [0, 1, 1, 0]
+    assert found.confidence.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6])
+    told = report(found, path, labelled, resamples=20)
+    assert told.confusion == [[1, 1], [1, 1]] and told.scores["accuracy"].value == 0.5
+    assert [(m.line, m.label, m.prediction) for m in told.mistakes] == [
+        (3, "no", "<yes>"), (7, "<yes>", "no"),
+    ]  # fmt: skip
+    plain = json.loads(json.dumps(to_json(told)))
+    assert plain["scores"]["accuracy"].keys() == {"value", "low", "high"}
+    assert plain["mistakes"][0]["texts"] == ["<yes> 0.8"]
+
+
+def test_columns_are_those_of_training_or_usual_ones():
+    known = Columns(("subject",), "topic")
+    assert choose_columns(known, ["id", "subject", "topic"]) == known
+    assert choose_columns(known, ["text", "label"]) == Columns(("text",), "label")
+    assert choose_columns(known, ["subject", "label"]) == Columns(("subject",), "label")
+    pair = ["sentence1", "sentence2", "label"]
+    assert choose_columns(None, pair) == Columns(("sentence1", "sentence2"), "label")
+    assert choose_columns(known, ["a", "b", "c"], "a,b", "c") == Columns(("a", "b"), "c")
+
+
+def test_tables_that_cannot_be_scored(tmp_path):
+    path = write(tmp_path, "text,label", " ,no", "no,")
+    with pytest.raises(UserError, match=r"x\.csv: no row has both a text and a label"):
+        read_labelled(TASK, path, Columns(("text",), "label"))
+    with pytest.raises(UserError, match="p reads 2 texts"):
+        read_labelled(PRICE, path, Columns(("text",), "label"))
+    with pytest.raises(UserError, match=r"no column lable \(did you mean 'label'"):
+        read_labelled(TASK, path, Columns(("text",), "lable"))
+    with pytest.raises(UserError, match=r"`against`: its t has classes \('a', 'b'\)"):
+        evaluate_table.check_same(TASK, Task("t", "binary", classes=("a", "b")))
+
+
+class Structure(HTMLParser):
+    """Checks that elements are closed in order, and collects the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.told, self.sources = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "path", "line", "circle"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert tag in ("path", "line", "circle") or self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.told.append(data)
+
+
+@pytest.mark.parametrize("task", [TASK, PRICE])
+def test_the_page_needs_nothing_else_and_shows_texts_as_they_are(tmp_path, task):
+    sentences = ["<b>&amp;</b>"] * (1 + task.pair)
+    path = write(tmp_path, "a,b,label", *[f"<b>&amp;</b>,<b>&amp;</b>,{n % 2}" for n in range(6)])
+    columns = Columns(("a", "b")[: len(sentences)], "label")
+    labelled = read_labelled(task, path, columns)
+    probabilities = np.tile([0.3, 0.7], (6, 1)) if task.integer else None
+    found = Evaluation(task, np.ones(6), np.arange(6.0) % 2, probabilities)
+    text = page(report(found, path, labelled, ("<other>", found), resamples=5), found)
+    seen = Structure()
+    seen.feed(text)
+    assert seen.open == [] and seen.sources == [] and "<script" not in text and "url(" not in text
+    told = "".join(seen.told)
+    assert " ‖ ".join(sentences) in told and "<other>" in told
+    assert "NaN" not in text and not re.search(r"\bnan\b", text)
+
+
+def test_labels_of_the_report_are_checked_against_the_other_model():
+    rows = Labelled([], 0, 0)
+    found = Evaluation(TASK, np.ones(2), np.ones(2), np.full((2, 2), 0.5))
+    other = Evaluation(TASK, np.ones(2), np.zeros(2), np.full((2, 2), 0.5))
+    with pytest.raises(ValueError, match="labels"):
+        report(found, "x", rows, ("other", other), resamples=5)

@@ -1,0 +1,146 @@
+"""Evaluations against scikit-learn's definitions, and the promises of bootstrap intervals."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlora.tasks import metrics
+from jaxlora.tasks.evaluation import Evaluation, bootstrap
+from jaxlora.tasks.task import Task
+
+oracle = pytest.importorskip("sklearn.metrics")
+calibration = pytest.importorskip("sklearn.calibration")
+TOPIC = Task("t", "classification", classes=("a", "b", "c", "d"))
+BINARY = Task("t", "binary", classes=("no", "yes"))
+SEEDS = st.integers(0, 2**31)
+
+
+def draw(seed, task=TOPIC, rows=None, digits=3):
+    """Predictions that are right more often than not, with probabilities that repeat."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(1, 40) if rows is None else rows
+    size = len(task.classes)
+    labels = rng.integers(0, size, rows).astype(float)
+    raw = rng.random((rows, size)) + np.eye(size)[labels.astype(int)] * rng.random()
+    probabilities = np.round(raw / raw.sum(1, keepdims=True), digits)
+    return Evaluation(task, probabilities.argmax(1).astype(float), labels, probabilities)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS)
+def test_classes_and_confusion_are_scikit_learns(seed):
+    found = draw(seed)
+    y, x, names = found.labels, found.predictions, range(len(TOPIC.classes))
+    np.testing.assert_array_equal(found.confusion, oracle.confusion_matrix(y, x, labels=names))
+    expected = oracle.precision_recall_fscore_support(y, x, labels=names, zero_division=0)
+    rows = list(zip(*[row[1:] for row in found.classes], strict=True))
+    np.testing.assert_allclose(rows, expected, atol=1e-12)
+    assert [row.name for row in found.classes] == list(TOPIC.classes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS)
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+@pytest.mark.filterwarnings("ignore:A single label was found")
+def test_scores_are_scikit_learns(seed):
+    found = draw(seed)
+    y, x = found.labels, found.predictions
+    assert metrics.balanced_accuracy(x, y) == pytest.approx(oracle.balanced_accuracy_score(y, x))
+    rng = np.random.default_rng(seed)
+    y, x = rng.normal(0, 9, (2, len(y)))
+    assert metrics.mean_absolute_error(x, y) == pytest.approx(oracle.mean_absolute_error(y, x))
+    expected = oracle.root_mean_squared_error(y, x)
+    assert metrics.root_mean_squared_error(x, y) == pytest.approx(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS)
+def test_the_best_threshold_is_the_best_of_scikit_learns_curve(seed):
+    found = draw(seed, BINARY, digits=1)
+    if not found.labels.any():
+        return
+    threshold, f1 = found.best_threshold()
+    predicted = found.probabilities[:, 1] >= threshold
+    assert oracle.f1_score(found.labels, predicted) == pytest.approx(f1)
+    each = [
+        oracle.f1_score(found.labels, found.probabilities[:, 1] >= cut, zero_division=0)
+        for cut in np.unique(found.probabilities[:, 1])
+    ]
+    assert f1 == pytest.approx(max(each))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS)
+def test_bins_of_calibration_are_scikit_learns(seed):
+    found = draw(seed, digits=9)
+    error, bins = found.calibration()
+    right = found.predictions == found.labels
+    accuracy, confidence = calibration.calibration_curve(right, found.confidence, n_bins=10)
+    kept = [one for one in bins if one.rows]
+    np.testing.assert_allclose([one.accuracy for one in kept], accuracy)
+    np.testing.assert_allclose([one.confidence for one in kept], confidence)
+    weights = [one.rows / len(right) for one in kept]
+    assert error == pytest.approx(np.dot(weights, np.abs(accuracy - confidence)))
+
+
+def test_confidence_that_is_as_often_right_as_it_says_is_calibrated():
+    right = np.arange(100) < 80
+    probabilities = np.tile([0.2, 0.8], (100, 1))
+    found = Evaluation(BINARY, np.ones(100), right.astype(float), probabilities)
+    assert found.calibration()[0] == pytest.approx(0)
+    sure = Evaluation(BINARY, np.ones(100), right.astype(float), np.tile([0.0, 1.0], (100, 1)))
+    assert sure.calibration()[0] == pytest.approx(0.2)
+
+
+def test_an_interval_of_a_mean_is_that_of_the_normal_distribution():
+    values = np.random.default_rng(1).normal(3, 2, 2000)
+    found = bootstrap(lambda n: values[n].mean(), len(values), 4000)
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    assert found.value == values.mean()
+    np.testing.assert_allclose(
+        [found.low, found.high], found.value + np.array([-half, half]), atol=0.1 * half
+    )
+
+
+def test_differences_are_paired():
+    """Two models with nearly the same predictions: far narrower than intervals of each."""
+    mine = draw(3, rows=500)
+    other = Evaluation(TOPIC, mine.predictions.copy(), mine.labels, mine.probabilities)
+    other.predictions[:5] = (other.labels[:5] + 1) % 4
+    apart, scores = mine.differences(other, 200)["accuracy"], mine.scores(200)["accuracy"]
+    assert (
+        0
+        <= apart.low
+        <= apart.value
+        == pytest.approx(
+            metrics.accuracy(mine.predictions, mine.labels)
+            - metrics.accuracy(other.predictions, mine.labels)
+        )
+    )
+    assert apart.high - apart.low < (scores.high - scores.low) / 2
+    assert set(mine.differences(mine, 5).values()) == {(0.0, 0.0, 0.0)}
+    with pytest.raises(ValueError, match="labels"):
+        mine.differences(draw(4, rows=500))
+
+
+def test_worst_mistakes_are_the_most_confident_or_the_farthest():
+    found = draw(5, rows=60)
+    worst = found.worst(7)
+    assert (found.predictions != found.labels)[worst].all()
+    assert (np.diff(found.confidence[worst]) <= 0).all()
+    others = np.setdiff1d(np.flatnonzero(found.predictions != found.labels), worst)
+    assert len(others) and found.confidence[others].max() <= found.confidence[worst].min()
+    scores = Evaluation(
+        Task("p", "regression", high=9.0), np.array([1.0, 9, 3]), np.array([2.0, 2, 3]), None
+    )
+    assert scores.worst().tolist() == [1, 0]
+
+
+def test_metrics_follow_the_kind():
+    assert set(draw(0, rows=9).scores(3)) == {"accuracy", "balanced accuracy", "macro F1"}
+    assert "F1 of yes" in draw(0, BINARY).scores(3)
+    scores = Evaluation(Task("p", "regression", high=9.0), np.ones(3), np.arange(3.0), None)
+    found = scores.scores(9)
+    assert found["Pearson r"].value == 0
+    assert found["mean absolute error"].value == pytest.approx(2 / 3)
