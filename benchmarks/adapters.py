@@ -146,8 +146,12 @@ def make_models(base: Pretrained, count: int) -> TaskModels:
         task = dataclasses.replace(SST, name=f"task{n}")
         adapter = lora.init(jax.random.key(n), base.params, config)
         trees[task.name] = {"lora": jax.tree.map(lambda x: np.asarray(x) + 0.01, adapter)}
-        head = jax.tree.map(np.asarray, task.init_head(jax.random.key(n), 384, "interaction"))
-        models[task.name] = TaskModel(task, task.name, head, "interaction")
+        head = jax.tree.map(
+            np.asarray, task.init_head(jax.random.key(n), base.config.hidden_size, "interaction")
+        )
+        models[task.name] = TaskModel(
+            task, task.name, jax.tree.map(np.asarray, head), "interaction"
+        )
     return TaskModels(
         base=base.name, fingerprint=base.fingerprint, pooling="mean", max_length=128,
         dtype="float32", models=models, trees=trees, configs=dict.fromkeys(trees, config),

@@ -15,12 +15,12 @@ import tyro
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from benchmarks import harness, memory, pcgrad, predict, start, step
+from benchmarks import adapters, harness, memory, pcgrad, predict, start, step
 from jaxlora.formats import families, huggingface
 from jaxlora.nn import bert
 from jaxlora.training import run_folder
 
-Part = Literal["step", "pcgrad", "predict", "start", "memory"]
+Part = Literal["step", "pcgrad", "predict", "adapters", "start", "memory"]
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -37,7 +37,7 @@ class Flags:
       out: folder of the JSON files.
     """
 
-    parts: tuple[Part, ...] = ("step", "pcgrad", "predict", "start", "memory")
+    parts: tuple[Part, ...] = ("step", "pcgrad", "predict", "adapters", "start", "memory")
     layers: int = 12
     batch_sizes: tuple[int, ...] = (8, 64, 256)
     together: int = 8
@@ -78,6 +78,9 @@ def main(flags: Flags) -> None:
     others: dict[str, Callable[[], Any]] = {
         "pcgrad": lambda: pcgrad.main(pcgrad.Flags(out=flags.out)),
         "predict": lambda: predict.main(predict.Flags(base=base, out=flags.out)),
+        "adapters": lambda: adapters.main(
+            adapters.Flags(base=base, tasks=(1, 8, 64, 512), banks=(10,), out=flags.out)
+        ),
         "start": lambda: start.main(start.Flags(base=base, variants=("lora3",), out=flags.out)),
         "memory": lambda: memory.main(memory.Flags(base=base, out=flags.out)),
     }
