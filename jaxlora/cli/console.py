@@ -23,6 +23,7 @@ from jaxlora.data.task_files import TaskSpec
 from jaxlora.formats.huggingface import MINILM
 from jaxlora.tasks.sharing import VARIANTS, PaperVariant
 from jaxlora.tasks.task import MADE_UP, NAMES, Task
+from jaxlora.training.config import Settings
 from jaxlora.training.inputs import RunSummary
 
 UNTRAINED = (
@@ -127,7 +128,7 @@ def summary_table(summary: RunSummary) -> Table:
             else ""
         ),
         "dropout": "heads 0.1" + ("" if not trained else f", encoder {s.model.encoder_dropout:g}"),
-        "vectors": f"{s.model.pooling} pooling; pairs: {s.model.pair_features}",
+        "vectors": f"{s.model.pooling} pooling; pairs: {s.model.pair_features}" + _joint(s),
         "losses": ", ".join(f"{d.task.name}: {_loss(d)}" for d in s.tasks),
         "learning rates": f"{rates}heads {s.optimizer.head_learning_rate:g} "
         f"({_warmup(s.optimizer.warmup_steps)} warm-up, then {s.optimizer.schedule})",
@@ -160,6 +161,12 @@ def _labels(task: Task) -> str:
         return f"{task.classes[0]} or {task.classes[1]} (the positive class)"
     shown = ", ".join(task.classes[:12]) + (", …" if len(task.classes) > 12 else "")
     return f"{len(task.classes)} classes: {shown}"
+
+
+def _joint(settings: Settings) -> str:
+    """Return which tasks read pairs together."""
+    names = [name for name, task in settings.named.items() if task.joint]
+    return f"; read together: {', '.join(names)}" if names else ""
 
 
 def _loss(description: TaskSpec) -> str:

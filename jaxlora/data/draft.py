@@ -13,6 +13,10 @@ from jaxlora.data.survey import Survey
 from jaxlora.data.task_files import DEV_SHARE
 
 HEAD = "# Drafted from the data: read each line, then run `jaxlora train` on this file."
+PAIR = (
+    'a vector for each text, if the base was trained for sentence vectors; "joint" reads both '
+    "together, if it was not, or for how two texts relate"
+)
 UNEVEN = 3  # times as many rows of the largest class as of the smallest
 FEW = 10  # rows of a class from which little can be learned
 
@@ -35,6 +39,8 @@ def _lines(name: str, found: Survey, folder: Path, max_length: int) -> Iterator[
     yield from map(_comment, remarks(found, max_length))
     text = found.text[0] if len(found.text) == 1 else found.text
     yield f"text = {_text(text)}  {_comment(_describe_lengths(found, max_length))}"
+    if len(found.text) == 2:
+        yield f"pair = {_text('separate')}  {_comment(PAIR)}"
     yield f"label = {_text(found.label)}"
     yield from _describe_labels(found)
     for split, path in found.files.items():

@@ -36,6 +36,9 @@ def test_a_draft_is_read_as_the_task_that_was_found(tmp_path, tiny):
         True,
         ("FALSE", "true"),
     )
+    assert spec.task.pair_encoding == "separate"
+    path.write_text(path.read_text().replace('pair = "separate"', 'pair = "joint"'))
+    assert read_tasks([str(path)])[0].task.joint
     assert spec.table.columns.text == ("text_a", "text_b")
     assert (Path(spec.table.train).resolve(), spec.table.dev) == (train, 0.2)
 
