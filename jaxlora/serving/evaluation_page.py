@@ -25,7 +25,8 @@ th, td { padding: .25rem .5rem; border-bottom: 1px solid rgb(128 128 128 / .4); 
 th { font-weight: 600; } .n { text-align: right; } .text { min-width: 14rem; }
 svg { width: 100%; max-width: 22rem; height: auto; }
 svg text { fill: GrayText; font-size: 11px; } svg .axis { stroke: GrayText; fill: none; }
-svg .mark { fill: rgb(0 114 178); } svg .even { stroke: rgb(128 128 128 / .4); stroke-dasharray: 4; }
+svg .mark { fill: rgb(0 114 178); }
+svg .even { stroke: rgb(128 128 128 / .4); stroke-dasharray: 4; }
 """
 
 
