@@ -14,19 +14,19 @@ MOST_POINTS = 2000  # in a picture of scores
 _SIZE = 300  # of a picture
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #666; --line: #ddd; --blue: 0 114 178; }
-@media (prefers-color-scheme: dark) { :root { --ink: #eee; --soft: #aaa; --line: #444; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 60rem; margin: auto;
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; color: CanvasText; max-width: 60rem; margin: auto;
   padding: 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-p { color: var(--soft); margin: .3rem 0; }
+p { color: GrayText; margin: .3rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: left; }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid rgb(128 128 128 / .4); text-align: left; }
 th { font-weight: 600; } .n { text-align: right; } .text { min-width: 14rem; }
 svg { width: 100%; max-width: 22rem; height: auto; }
-svg text { fill: var(--soft); font-size: 11px; } svg .axis { stroke: var(--soft); fill: none; }
-svg .mark { fill: rgb(var(--blue)); } svg .even { stroke: var(--line); stroke-dasharray: 4; }
+svg text { fill: GrayText; font-size: 11px; } svg .axis { stroke: GrayText; fill: none; }
+svg .mark { fill: rgb(0 114 178); }
+svg .even { stroke: rgb(128 128 128 / .4); stroke-dasharray: 4; }
 """
 
 
@@ -119,7 +119,7 @@ def _confusion(found: Report) -> str:
     for name, counts in zip(names, found.confusion, strict=True):
         total = max(1, sum(counts))
         cells = "".join(
-            f'<td class="n" style="background: rgb(var(--blue) / {0.7 * count / total:.2f})">'
+            f'<td class="n" style="background: rgb(0 114 178 / {0.7 * count / total:.2f})">'
             f"{count:,}</td>"
             for count in counts
         )

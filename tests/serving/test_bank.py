@@ -463,7 +463,7 @@ def test_a_bank_and_a_run_of_the_last_version(runs, three, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m | {"format": 4}, "format 4 is newer than this jaxlora's 3"),
+        (lambda m: m | {"format": 5}, "format 5 is newer than this jaxlora's 4"),
         (lambda m: [m], "not a bank's manifest"),
         (
             lambda m: {k: v for k, v in m.items() if k != "base"},
@@ -570,14 +570,15 @@ def test_numbers_that_are_not_finite_are_refused(runs, three):
 
 
 def test_a_reader_sees_one_moment(three, runs, monkeypatch):
-    """A task is replaced after the manifest was read and before its trees are."""
+    """A task and its versions go after the manifest was read and before its trees are."""
     real, calls = manifests.read, []
 
     def read(folder):
         found = real(folder)
         if not calls:
             calls.append(1)
-            bank.add(three, bank.load(runs / "again"), ["sts"], replace=True)
+            bank.remove(three, "sts")
+            bank.add(three, bank.load(runs / "again"), ["sts"])
         return found
 
     monkeypatch.setattr(manifests, "read", read)

@@ -517,7 +517,8 @@ def test_a_reader_retries_when_a_writer_replaces_what_it_reads(runs, tmp_path, m
             calls.append(1)
             with monkeypatch.context() as patch:
                 patch.setattr(bank, "_load_tree", real)
-                bank.add(folder, sources[len(calls) % 2], ["sts"], replace=True)
+                bank.remove(folder, "sts")  # with its versions, so that the reader's is gone
+                bank.add(folder, sources[len(calls) % 2], ["sts"])
         return real(*args)
 
     monkeypatch.setattr(bank, "_load_tree", load_tree)
@@ -538,7 +539,8 @@ def test_sizes_are_those_of_the_files_that_exist(runs, tmp_path, monkeypatch):
     def measure(*args):
         if not calls:
             calls.append(1)
-            bank.add(folder, sources[1], ["sst"], replace=True)
+            bank.remove(folder, "sst")
+            bank.add(folder, sources[1], ["sst"])
         return real(*args)
 
     monkeypatch.setattr(bank, "_measure", measure)
