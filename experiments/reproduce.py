@@ -10,7 +10,7 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -76,7 +76,7 @@ class Flags:
         measured before: keep the machine idle meanwhile.
     """
 
-    preset: config.PresetName = "demo"
+    preset: Literal["demo", "cs224n", "paper"] = "demo"
     shared: Annotated[Any, tyro.conf.arg(constructor=SharedFlags, name="")] = dataclasses.field(
         default_factory=SharedFlags
     )

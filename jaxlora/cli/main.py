@@ -1,4 +1,4 @@
-"""The command `jaxlora`: training, banks of adapters, predictions, exports, imports and costs."""
+"""The command jaxlora: training, banks of adapters, predictions, exports, imports and costs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from jaxlora.cli.flags import exit_code
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import UserError, suggestion
 
 
 class Command(NamedTuple):
@@ -53,7 +53,7 @@ def run(args: Sequence[str]) -> None:
     elif word in COMMANDS:
         import_module(COMMANDS[word].module).main(rest)
     else:
-        raise UserError(f"unknown command {word!r}\n{usage()}")
+        raise UserError(f"unknown command {word!r}{suggestion(word, COMMANDS)}\n{usage()}")
 
 
 def main(args: Sequence[str] | None = None) -> int:

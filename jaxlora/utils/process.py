@@ -135,6 +135,8 @@ def verdict(error: BaseException) -> tuple[int, str]:
     match error:
         case UserError():
             return 2, f"error: {error}"
+        case BrokenPipeError():  # as when `head` has read enough
+            return 128 + signal.SIGPIPE, "what reads the output has ended"
         case OSError():
             return 2, f"error: {error}; is there room on the disk, and permission to write?"
         case Stopped():
@@ -185,7 +187,8 @@ def exit_code(main: Callable[[], object], shown: Callable[[str], str] = str) -> 
       shown: rewrites messages for this command, for instance with its flags.
 
     Returns:
-      0 for success, 2 for bad input or a file system error, 130 after Ctrl-C, 143 after SIGTERM.
+      0 for success, 2 for bad input or a file system error, 130 after Ctrl-C, 143 after SIGTERM,
+      141 if what reads the output has ended.
     """
     # Orbax's threads log the traceback of errors that are raised and reported here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
