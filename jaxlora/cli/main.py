@@ -31,6 +31,7 @@ COMMANDS = {
     "combine": Command("jaxlora.cli.combine", "add a task whose adapter is a weighted sum"),
     "export": Command("jaxlora.cli.export", "write a task for other programs: merged, peft"),
     "import": Command("jaxlora.cli.import_", "take over a task from other programs: peft, model"),
+    "affinity": Command("jaxlora.cli.affinity", "show which tasks of a run go together"),
     "cost": Command("jaxlora.cli.cost", "show what a train step will cost"),
 }
 

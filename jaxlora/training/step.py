@@ -227,7 +227,7 @@ class TrainStep:
         See `GroupStep.update` for groups without examples, and for what is not finite.
         """
         in_order = [states[name] for name in self.groups]  # jit sorts the names of a dict
-        per_task, grads, head_grads = self._gradients(in_order, frozen, batch)
+        per_task, grads, head_grads = self.gradients(in_order, frozen, batch)
         parts = zip(
             self.groups.items(),
             trees.split((per_task, jnp.any(batch.weights > 0, -1)), self._sizes),
@@ -240,7 +240,21 @@ class TrainStep:
             )
         return new, metrics
 
-    def _gradients(
+    def task_losses(self, states: Sequence[TrainState], frozen: Tree, batch: Batch) -> jax.Array:
+        """Return the mean loss of every task, `f32[T]`, with the dropout that a step would have.
+
+        Args:
+          states: of the groups, in order.
+          frozen: see `freeze`.
+          batch: see `Batch`.
+        """
+        encode = self.adaptation.encode_tasks(self.encode, self._sizes)
+        encoder_key, head_keys = self._keys(states)
+        trainable, heads = [s.trainable for s in states], [s.heads for s in states]
+        vectors, _ = encode(frozen, trainable, batch.inputs, encoder_key)
+        return self.losses(heads, vectors, batch, head_keys)
+
+    def gradients(
         self, states: Sequence[TrainState], frozen: Tree, batch: Batch
     ) -> tuple[jax.Array, list[Tree], list[dict[str, Tree]]]:
         """Return the losses `f32[T]`, and each group's gradients: its tree's `[T, ...]`, heads'."""

@@ -1,0 +1,213 @@
+"""Which tasks go together: what a run that shares parameters tells of their gradients.
+
+Shapes: T tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from scipy import stats
+
+from jaxlora.data.batches import Batch
+from jaxlora.formats import huggingface
+from jaxlora.serving import bank, finished_run
+from jaxlora.tasks.sharing import Groups, group_name
+from jaxlora.training import inputs, sharding
+from jaxlora.training.config import Settings
+from jaxlora.training.metrics_log import read_records
+from jaxlora.training.step import TrainState, TrainStep
+from jaxlora.training.task_group import make_cohort
+from jaxlora.utils.errors import UserError
+from jaxlora.utils.trees import Tree
+
+BLOCKS = 20  # consecutive parts of a run, whose means are taken for independent
+LEVEL = 0.95
+MOST_ENUMERATED = 8  # tasks whose partitions are all looked at: 4,140
+
+
+@dataclasses.dataclass(frozen=True)
+class Affinity:
+    """How alike the gradients of tasks were that trained together.
+
+    Attributes:
+      tasks: their names.
+      mean: `f64[T, T]`, mean cosines over the steps of a run; NaN for tasks that shared nothing.
+      low, high: their 95 % interval.
+    """
+
+    tasks: tuple[str, ...]
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def measure(run: Path) -> Affinity:
+    """Measure the cosines between the tasks' gradients from a run's log.
+
+    Steps that follow each other are alike, so the interval is that of the means of `BLOCKS`
+    consecutive parts of the run (batch means; Student's t).
+
+    Raises:
+      UserError: if no tasks share parameters in this run, or it has too few records.
+    """
+    tasks = tuple(read_settings(run).named)
+    series: dict[tuple[str, str], list[float]] = {}
+    for record in read_records(run):
+        for pair, cosine in record.get("cosine", {}).items():
+            if np.isfinite(cosine):  # a gradient of 0 has no direction
+                series.setdefault(_split(pair, tasks), []).append(cosine)
+    if not series:
+        raise UserError(
+            f"{run}: no tasks share parameters in this run; train some together for a while, for "
+            "example with `groups` that holds all tasks in one group"
+        )
+    mean, low, high = (np.full((len(tasks),) * 2, np.nan) for _ in range(3))
+    for (first, second), values in series.items():
+        if len(values) < 2:
+            raise UserError(f"{run}: only {len(values)} records; train for more steps")
+        found = interval(values)
+        for a, b in itertools.permutations((tasks.index(first), tasks.index(second))):
+            low[a, b], mean[a, b], high[a, b] = found
+    for matrix in (mean, low, high):
+        np.fill_diagonal(matrix, 1.0)
+    return Affinity(tasks, mean, low, high)
+
+
+def _split(pair: str, tasks: Sequence[str]) -> tuple[str, str]:
+    """Split `first-second`, where names may hold hyphens, too."""
+    found = [(a, b) for a, b in itertools.combinations(tasks, 2) if f"{a}-{b}" == pair]
+    if len(found) != 1:
+        raise UserError(f"{pair!r} in the log is not one pair of tasks")
+    return found[0]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the low end, the mean and the high end of a mean's interval, by batch means.
+
+    >>> [round(x, 3) for x in interval([0.1, 0.3] * 50)]
+    [0.2, 0.2, 0.2]
+    """
+    parts = [part.mean() for part in np.array_split(np.array(values), min(BLOCKS, len(values)))]
+    half = stats.t.ppf((1 + LEVEL) / 2, len(parts) - 1) * stats.sem(parts)
+    return float(np.mean(parts) - half), float(np.mean(parts)), float(np.mean(parts) + half)
+
+
+def propose_groups(tasks: Sequence[str], mean: np.ndarray) -> Groups:
+    """Return the partition of the tasks with the largest sum of cosines within groups.
+
+    Up to `MOST_ENUMERATED` tasks all partitions are compared; of more, the two groups that gain the
+    most are joined until none do. Pairs that shared nothing count as 0.
+
+    >>> cosines = np.array([[1.0, 0.3, -0.2], [0.3, 1.0, 0.1], [-0.2, 0.1, 1.0]])
+    >>> propose_groups(("a", "b", "c"), cosines)
+    (('a', 'b'), ('c',))
+    """
+    gain = np.nan_to_num(mean)
+    numbers = tuple(range(len(tasks)))
+    if len(tasks) <= MOST_ENUMERATED:
+        best = max(_partitions(numbers), key=lambda groups: _within(groups, gain))
+    else:
+        best = _joined([(n,) for n in numbers], gain)
+    return tuple(tuple(tasks[n] for n in group) for group in best)
+
+
+Parts = Sequence[tuple[int, ...]]
+
+
+def _within(groups: Parts, gain: np.ndarray) -> float:
+    return sum(float(gain[a, b]) for group in groups for a, b in itertools.combinations(group, 2))
+
+
+def _partitions(numbers: tuple[int, ...]) -> Iterator[Parts]:
+    """Yield all partitions; single tasks first, so that they win a tie."""
+    if not numbers:
+        yield []
+        return
+    first, rest = numbers[0], numbers[1:]
+    for groups in _partitions(rest):
+        yield [(first,), *groups]
+        for n, group in enumerate(groups):
+            yield [*groups[:n], (first, *group), *groups[n + 1 :]]
+
+
+def _joined(groups: list[tuple[int, ...]], gain: np.ndarray) -> Parts:
+    while True:
+        found = [
+            (float(gain[np.ix_(a, b)].sum()), a, b) for a, b in itertools.combinations(groups, 2)
+        ]
+        most, a, b = max(found, default=(0.0, (), ()))
+        if most <= 0:
+            return groups
+        groups = [group for group in groups if group not in (a, b)] + [tuple(sorted(a + b))]
+
+
+# ---- what a step on one task does to the others
+
+
+def look_ahead(run: Path, batches: int = 20) -> np.ndarray:
+    """Measure what a step on each task alone does to the loss of every task.
+
+    From the run's best parameters, on its training batches, a step along task i's gradient, as long
+    as the run's steps were on average, changes task j's loss from `L_j` to `L_j'`. The lookahead is
+    `1 − L_j' / L_j`: above 0, task i helps task j (Fifty et al. 2021, "Efficiently Identifying Task
+    Groupings for Multi-Task Learning", equation 1).
+
+    Args:
+      run: a finished run, all of whose tasks share one tree.
+      batches: how many it is averaged over.
+
+    Returns:
+      `f64[T, T]`: row i, column j.
+
+    Raises:
+      UserError: if the tasks do not share one tree, or the run is not finished.
+    """
+    settings = read_settings(run)
+    if len(settings.groups) != 1 or not settings.adaptation.trains_encoder:
+        raise UserError(f"{run}: its tasks do not share one trained tree; take a run of lora3")
+    trained, base = bank.load(run), huggingface.load(settings.model.base)
+    data = inputs.load_data(settings, base)
+    cohort = make_cohort(settings, base, data, settings.groups, sharding.make_mesh("data=1"))
+    name = group_name(settings.groups[0])
+    (tree,) = trained.trees.values()
+    heads = {task: one.head for task, one in trained.models.items()}
+    state = cohort.states[name].replace(trainable=tree, heads=heads)  # type: ignore[attr-defined]
+    lengths = [r["update_norm"] for r in read_records(run) if r["kind"] == "train"]
+    effect = jax.jit(
+        lambda state, batch: _effect(
+            cohort.train_step, state, cohort.frozen, batch, float(np.mean(lengths))
+        )
+    )
+    steps = itertools.islice(cohort.prefetch(0), batches)
+    return np.mean([np.asarray(effect(state, batch)) for _, batch in steps], 0)
+
+
+def _effect(
+    step: TrainStep, state: TrainState, frozen: Tree, batch: Batch, length: float
+) -> jax.Array:
+    before, (grads,), _ = step.gradients([state], frozen, batch)
+
+    def after(grad: Tree) -> jax.Array:
+        scale = -length / optax.tree.norm(grad)
+        moved = jax.tree.map(lambda x, g: x + scale * g, state.trainable, grad)
+        changed: Any = state.replace(trainable=moved)  # type: ignore[attr-defined]
+        return step.task_losses([changed], frozen, batch)
+
+    return 1 - jax.lax.map(after, grads) / before[None]
+
+
+def read_settings(run: Path) -> Settings:
+    """Read the settings of a run.
+
+    Raises:
+      UserError: if it is none.
+    """
+    return Settings.from_json(finished_run.read_config(run)["settings"])

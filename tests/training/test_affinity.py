@@ -1,0 +1,133 @@
+"""Cosines and lookahead, by hand; and the groups that follow."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import Silent
+
+from jaxlora.cli.main import main
+from jaxlora.training import affinity, metrics_log
+from jaxlora.training import run as train
+from jaxlora.utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def shared(make, tmp_path_factory):
+    out = tmp_path_factory.mktemp("affinity") / "run"
+    train.run(make("lora3", encoder_dropout=0.0, epochs=3), out, Silent())
+    return out
+
+
+def test_cosines_are_the_logs_with_an_interval_around_them(shared):
+    found = affinity.measure(shared)
+    assert found.tasks == ("sst", "para", "sts")
+    records = [r for r in metrics_log.read_records(shared) if r["kind"] == "train"]
+    for a, b in itertools.combinations(range(3), 2):
+        logged = [r["cosine"][f"{found.tasks[a]}-{found.tasks[b]}"] for r in records]
+        assert found.mean[a, b] == found.mean[b, a] == pytest.approx(np.mean(logged), abs=1e-9)
+        assert found.low[a, b] < found.mean[a, b] < found.high[a, b]
+    assert np.diag(found.mean).tolist() == [1, 1, 1]
+
+
+def test_the_interval_covers_the_mean_of_steps_that_are_alike():
+    """95 of 100 intervals; steps that follow each other have a correlation of 0.8."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        values, last = [], rng.normal() / 0.6
+        for noise in rng.normal(size=600):
+            last = 0.8 * last + noise
+            values.append(last)
+        low, _, high = affinity.interval(values)
+        held += low < 0 < high
+    assert held > 0.9 * 300
+
+
+def best_by_brute_force(gain):
+    """All ways to give each task one of T labels."""
+    count = len(gain)
+    return max(
+        sum(gain[a, b] for a, b in itertools.combinations(range(count), 2) if of[a] == of[b])
+        for of in itertools.product(range(count), repeat=count)
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_partition_has_a_larger_sum(seed):
+    gain = np.random.default_rng(seed).normal(size=(5, 5))
+    gain = gain + gain.T
+    names = tuple("abcde")
+    groups = affinity.propose_groups(names, gain)
+    assert sorted(itertools.chain.from_iterable(groups)) == list(names)
+    inside = sum(
+        gain[names.index(a), names.index(b)]
+        for group in groups
+        for a, b in itertools.combinations(group, 2)
+    )
+    assert inside == pytest.approx(best_by_brute_force(gain))
+
+
+def test_of_many_tasks_clear_groups_are_found():
+    names = tuple(f"t{n}" for n in range(12))
+    kind = np.arange(12) % 3
+    mean = np.where(kind[:, None] == kind[None], 0.5, -0.2)
+    groups = affinity.propose_groups(names, mean)
+    assert {frozenset(group) for group in groups} == {
+        frozenset(name for name, own in zip(names, kind, strict=True) if own == k) for k in range(3)
+    }
+
+
+def test_a_step_on_a_task_helps_it(shared):
+    ahead = affinity.look_ahead(shared, batches=3)
+    assert ahead.shape == (3, 3) and np.isfinite(ahead).all()
+    assert (np.diag(ahead) > 0).all()
+
+
+def test_small_steps_change_losses_as_the_gradients_say():
+    """To first order `L_j' = L_j − ε g_i·g_j / |g_i|`: two quadratics, without an encoder."""
+
+    class Step:
+        def task_losses(self, states, frozen, batch):
+            w = states[0].trainable
+            return jax.numpy.stack([jax.numpy.sum((w - c) ** 2) for c in CENTRES])
+
+        def gradients(self, states, frozen, batch):
+            w = states[0].trainable
+            grads = jax.numpy.stack([2 * (w - c) for c in CENTRES])
+            return self.task_losses(states, frozen, batch), [grads], None
+
+    class State:
+        def __init__(self, trainable):
+            self.trainable = trainable
+
+        def replace(self, trainable):
+            return State(trainable)
+
+    CENTRES = jax.numpy.array([[1.0, 0.0], [-1.0, 2.0]])
+    w, length = jax.numpy.array([3.0, 1.0]), 1e-3
+    found = affinity._effect(Step(), State(w), {}, None, length)
+    grads = 2 * (w[None] - CENTRES)
+    losses = jax.numpy.sum((w[None] - CENTRES) ** 2, -1)
+    norms = jax.numpy.linalg.norm(grads, axis=-1)
+    expected = length * (grads @ grads.T) / norms[:, None] / losses[None]
+    np.testing.assert_allclose(found, expected, rtol=2e-2)
+
+
+def test_the_command(shared, capsys):
+    assert main(["affinity", str(shared), "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["tasks"] == ["sst", "para", "sts"]
+    assert sorted(itertools.chain.from_iterable(plain["groups"])) == ["para", "sst", "sts"]
+    assert (shared / "affinity.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["affinity", str(shared)]) == 0
+    assert "--groups=" in capsys.readouterr().out
+
+
+def test_a_run_in_which_nothing_is_shared_is_refused(make, tmp_path):
+    train.run(make("baseline1"), tmp_path / "run", Silent())
+    with pytest.raises(UserError, match="no tasks share parameters"):
+        affinity.measure(tmp_path / "run")
+    with pytest.raises(UserError, match="do not share one trained tree"):
+        affinity.look_ahead(tmp_path / "run")
