@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlora.data import cs224n, tables
-from jaxlora.data.batches import choose_batch_shapes, make_order
+from jaxlora.data.batches import JointOrder, choose_batch_shapes, make_order
 from jaxlora.data.task_files import TaskSpec
 from jaxlora.data.tokenized import Examples, tokenize, truncating
 from jaxlora.lora import LoraConfig
@@ -233,7 +233,8 @@ def test_every_token_of_a_batch_stands_in_it_once(sizes, batch_size, mixed, most
         examples[str(task)] = Examples(labels.astype(str), tokens, offsets, labels, 1)
         first += int(offsets[-1])
     order = make_order({name: len(e) for name, e in examples.items()}, batch_size, seed=0)
-    batches = choose_batch_shapes(examples, order, order.steps_per_epoch, 32, most, mixed)
+    joint = JointOrder((order,), (order.steps_per_epoch,))
+    batches = choose_batch_shapes(examples, joint, 32, most, mixed)
     for step in range(order.steps_per_epoch):
         rows = batches[step].inputs
         drawn = [
