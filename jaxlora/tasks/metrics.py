@@ -83,8 +83,8 @@ def mean_absolute_error(predictions: np.ndarray, labels: np.ndarray) -> float:
 def root_mean_squared_error(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Compute the root of the mean squared error, on the labels' scale.
 
-    >>> root_mean_squared_error(np.array([3.0, 0.0]), np.array([0.0, 0.0])) ** 2
-    4.5
+    >>> root_mean_squared_error(np.array([3.0, 3.0]), np.array([0.0, 0.0]))
+    3.0
     """
     x, y = _arrays(predictions, labels)
     return float(np.sqrt(np.mean((x - y) ** 2))) if _defined(x, y) else np.nan
