@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -138,18 +139,27 @@ def outputs(
     task: Task, head: Tree, vectors: np.ndarray, sentences: int, pair_features: str
 ) -> np.ndarray:
     """What a task's head says of sentence vectors: `f32[E, K]` or `f32[E]`."""
-    u, v = vectors[::sentences], vectors[sentences - 1 :: sentences]
-    return _by_parts(lambda u, v: _apply_head(task, head, u, v, pair_features), u, v)
+    u, v, form = vectors[::sentences], vectors[sentences - 1 :: sentences], _form(task)
+    return _by_parts(lambda u, v: _apply_head(form, head, u, v, pair_features), u, v)
 
 
 def decode(task: Task, outputs: np.ndarray) -> np.ndarray:
     """Predictions `f32[E]` on the label's scale: class, 0/1 or score."""
-    return _by_parts(lambda x: _decode(task, x), outputs)
+    form = _form(task)
+    return _by_parts(lambda x: _decode(form, x), outputs)
 
 
 def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray:
     """Those of a task with classes: `f32[E, classes]`."""
-    return _by_parts(lambda x: _probabilities(task, x), outputs)
+    form = _form(task)
+    return _by_parts(lambda x: _probabilities(form, x), outputs)
+
+
+@functools.lru_cache(1 << 16)
+def _form(task: Task) -> Task:
+    """Return a task without its names: programs are compiled for it, and tasks alike share them."""
+    numbers = tuple(map(str, range(len(task.classes))))
+    return dataclasses.replace(task, name="", title="", classes=numbers)
 
 
 def _by_parts(compiled: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -129,3 +130,19 @@ def test_a_vector_that_is_no_number_has_no_untrained_score():
     vectors[0] = np.nan
     for task in (PARA, STS_COSINE):
         assert np.isnan(inference.untrained(task, examples([3] * 4, [1, 0], 2), vectors))
+
+
+def test_tasks_that_differ_in_names_alone_share_their_programs():
+    head = SST.init_head(jax.random.key(0), 8, "concat")
+    vectors = np.ones((3, 8), np.float32)
+
+    def programs(name):
+        task = dataclasses.replace(
+            SST, name=name, title=name, classes=tuple(name + c for c in SST.classes)
+        )
+        found = inference.outputs(task, head, vectors, 1, "concat")
+        inference.decode(task, found), inference.probabilities(task, found)
+        compiled = (inference._apply_head, inference._decode, inference._probabilities)
+        return [one._cache_size() for one in compiled]
+
+    assert programs("one") == programs("another")
