@@ -69,7 +69,7 @@ def _effects(tasks: Sequence[str], ahead: np.ndarray) -> Table:
 
 
 def _plain(found: Affinity, ahead: np.ndarray | None, groups: Any) -> dict[str, Any]:
-    """Return JSON values; NaN, of tasks that shared nothing, is null."""
+    """Return JSON values; what is not finite, as of tasks that shared nothing, is null."""
     matrices = {"mean": found.mean, "low": found.low, "high": found.high}
     matrices |= {} if ahead is None else {"look_ahead": ahead}
     return {
@@ -80,7 +80,7 @@ def _plain(found: Affinity, ahead: np.ndarray | None, groups: Any) -> dict[str, 
 
 
 def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+    return float(value) if np.isfinite(value) else None
 
 
 def draw(found: Affinity, ahead: np.ndarray | None, path: Path) -> None:

@@ -59,7 +59,7 @@ def evaluate(
         raise ConfigError("page", f"there is no folder {page.parent}; make it first", page)
     predictor = Predictor.load(bank, base)
     name = _choose_task(predictor, task)
-    known = predictor.trained.models[name].facts.columns
+    known = predictor.trained.find(name).facts.columns
     columns = evaluate_table.choose_columns(known, tables.read_header(input), text, label)
     labelled = evaluate_table.read_labelled(predictor.task(name), input, columns)
     other = None

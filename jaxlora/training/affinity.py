@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from scipy import stats
@@ -25,7 +26,7 @@ from jaxlora.training.config import Settings
 from jaxlora.training.metrics_log import read_records
 from jaxlora.training.step import TrainState, TrainStep
 from jaxlora.training.task_group import make_cohort
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError, UserError
 from jaxlora.utils.trees import Tree
 
 BLOCKS = 20  # consecutive parts of a run, whose means are taken for independent
@@ -58,12 +59,11 @@ def measure(run: Path) -> Affinity:
     Raises:
       UserError: if no tasks share parameters in this run, or it has too few records.
     """
-    tasks = tuple(read_settings(run).named)
-    series: dict[tuple[str, str], list[float]] = {}
-    for record in read_records(run):
-        for pair, cosine in record.get("cosine", {}).items():
-            if np.isfinite(cosine):  # a gradient of 0 has no direction
-                series.setdefault(_split(pair, tasks), []).append(cosine)
+    settings = read_settings(run)
+    tasks = tuple(settings.named)
+    series = _series(read_records(run), settings)
+    if not series and any(len(group) > 1 for group in settings.groups):
+        raise UserError(f"{run}: no step of tasks that share is in its log yet; let it train on")
     if not series:
         raise UserError(
             f"{run}: no tasks share parameters in this run; train some together for a while, for "
@@ -72,7 +72,7 @@ def measure(run: Path) -> Affinity:
     mean, low, high = (np.full((len(tasks),) * 2, np.nan) for _ in range(3))
     for (first, second), values in series.items():
         if len(values) < 2:
-            raise UserError(f"{run}: only {len(values)} records; train for more steps")
+            raise UserError(f"{run}: only one step; train for more")
         found = interval(values)
         for a, b in itertools.permutations((tasks.index(first), tasks.index(second))):
             low[a, b], mean[a, b], high[a, b] = found
@@ -81,12 +81,21 @@ def measure(run: Path) -> Affinity:
     return Affinity(tasks, mean, low, high)
 
 
-def _split(pair: str, tasks: Sequence[str]) -> tuple[str, str]:
-    """Split `first-second`, where names may hold hyphens, too."""
-    found = [(a, b) for a, b in itertools.combinations(tasks, 2) if f"{a}-{b}" == pair]
-    if len(found) != 1:
-        raise UserError(f"{pair!r} in the log is not one pair of tasks")
-    return found[0]
+def _series(
+    records: Sequence[Mapping[str, Any]], settings: Settings
+) -> dict[tuple[str, str], list[float]]:
+    """Return each pair's cosine of every step; a record has the mean of those since the last."""
+    groups = {group_name(names): names for names in settings.groups}
+    series: dict[tuple[str, str], list[float]] = {}
+    last = dict.fromkeys(groups, 0)
+    for record in (r for r in records if r["kind"] == "train"):
+        steps = record["step"] - last[record["group"]]
+        last[record["group"]] = record["step"]
+        for pair in itertools.combinations(groups[record["group"]], 2):
+            cosine = record["cosine"]["-".join(pair)]
+            if np.isfinite(cosine):  # a gradient of 0 has no direction
+                series.setdefault(pair, []).extend([cosine] * steps)
+    return series
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -165,12 +174,14 @@ def look_ahead(run: Path, batches: int = 20) -> np.ndarray:
       batches: how many it is averaged over.
 
     Returns:
-      `f64[T, T]`: row i, column j.
+      `f64[T, T]`: row i, column j, in the order of the settings' tasks.
 
     Raises:
       UserError: if the tasks do not share one tree, or the run is not finished.
     """
     settings = read_settings(run)
+    if batches < 1:
+        raise ConfigError("batches", "must be at least 1", batches)
     if len(settings.groups) != 1 or not settings.adaptation.trains_encoder:
         raise UserError(f"{run}: its tasks do not share one trained tree; take a run of lora3")
     trained, base = bank.load(run), huggingface.load(settings.model.base)
@@ -187,7 +198,9 @@ def look_ahead(run: Path, batches: int = 20) -> np.ndarray:
         )
     )
     steps = itertools.islice(cohort.prefetch(0), batches)
-    return np.mean([np.asarray(effect(state, batch)) for _, batch in steps], 0)
+    mean = np.mean([np.asarray(effect(state, batch)) for _, batch in steps], 0)
+    order = [settings.groups[0].index(task) for task in settings.named]
+    return np.asarray(mean[np.ix_(order, order)])
 
 
 def _effect(
@@ -196,7 +209,8 @@ def _effect(
     before, (grads,), _ = step.gradients([state], frozen, batch)
 
     def after(grad: Tree) -> jax.Array:
-        scale = -length / optax.tree.norm(grad)
+        norm = optax.tree.norm(grad)
+        scale = jnp.where(norm > 0, -length / norm, 0)  # a gradient of 0 is no step
         moved = jax.tree.map(lambda x, g: x + scale * g, state.trainable, grad)
         changed: Any = state.replace(trainable=moved)  # type: ignore[attr-defined]
         return step.task_losses([changed], frozen, batch)

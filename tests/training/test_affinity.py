@@ -6,18 +6,22 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import Silent
+from tiny import Silent, short
 
 from jaxlora.cli.main import main
 from jaxlora.training import affinity, metrics_log
 from jaxlora.training import run as train
+from jaxlora.training.presets import make_settings
 from jaxlora.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def shared(make, tmp_path_factory):
+def shared(tiny_base, data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("affinity") / "run"
-    train.run(make("lora3", encoder_dropout=0.0, epochs=3), out, Silent())
+    asked = short("lora3", encoder_dropout=0.0, epochs=3)
+    train.run(
+        make_settings("lora3", base=str(tiny_base), data_dir=data_dir, **asked), out, Silent()
+    )
     return out
 
 
@@ -27,7 +31,11 @@ def test_cosines_are_the_logs_with_an_interval_around_them(shared):
     records = [r for r in metrics_log.read_records(shared) if r["kind"] == "train"]
     for a, b in itertools.combinations(range(3), 2):
         logged = [r["cosine"][f"{found.tasks[a]}-{found.tasks[b]}"] for r in records]
-        assert found.mean[a, b] == found.mean[b, a] == pytest.approx(np.mean(logged), abs=1e-9)
+        steps = np.diff([0, *(r["step"] for r in records)])
+        assert steps.sum() == 21 and len(set(steps.tolist())) > 1
+        expected = np.average(logged, weights=steps)
+        assert found.mean[a, b] == found.mean[b, a]
+        assert found.mean[a, b] == pytest.approx(expected, abs=0.02)  # parts of 1 or 2 steps
         assert found.low[a, b] < found.mean[a, b] < found.high[a, b]
     assert np.diag(found.mean).tolist() == [1, 1, 1]
 
@@ -123,6 +131,24 @@ def test_the_command(shared, capsys):
     assert (shared / "affinity.png").read_bytes()[:4] == b"\x89PNG"
     assert main(["affinity", str(shared)]) == 0
     assert "--groups=" in capsys.readouterr().out
+
+
+def test_groups_in_another_order_than_the_tasks(shared, make, tmp_path):
+    run = tmp_path / "run"
+    settings = make("lora3", groups="sts,para,sst", encoder_dropout=0.0, epochs=3)
+    train.run(settings, run, Silent())
+    found, other = affinity.measure(run), affinity.measure(shared)
+    assert found.tasks == other.tasks
+    ahead = affinity.look_ahead(run, batches=2)
+    assert (np.diag(ahead) > 0).all()
+    with pytest.raises(UserError, match="must be at least 1"):
+        affinity.look_ahead(run, batches=0)
+
+
+def test_a_run_without_a_record_says_so(shared, tmp_path):
+    (tmp_path / "config.json").write_text((shared / "config.json").read_text())
+    with pytest.raises(UserError, match="in its log yet"):
+        affinity.measure(tmp_path)
 
 
 def test_a_run_in_which_nothing_is_shared_is_refused(make, tmp_path):
