@@ -93,9 +93,11 @@ def read_labelled(task: Task, path: Path, columns: Columns) -> Labelled:
     Raises:
       UserError: for a table that cannot be read, or has no example to score.
     """
-    texts = 1 + task.pair
-    if len(columns.text) != texts:
-        raise UserError(f"{task.name} reads {texts} texts: name as many columns with `text`")
+    wanted = "two texts: name their columns" if task.pair else "one text: name its column"
+    if len(columns.text) != 1 + task.pair:
+        raise UserError(
+            f"{path}: {task.name} reads {wanted} with `text` (taken: {', '.join(columns.text)})"
+        )
     rows = tables.read(task, path, columns)
     labelled = [row for row in rows if not math.isnan(row.label)]
     kept = [row for row in labelled if not any(map(is_blank, sentences(row, task).values()))]

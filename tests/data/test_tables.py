@@ -576,3 +576,17 @@ def test_one_long_id_does_not_enlarge_the_others(tmp_path):
         assert found.take(np.array([199, 0])).ids.tolist() == [ids[199], ids[0]]
     (cached,) = (tmp_path / "cache" / "tokens").iterdir()
     assert cached.stat().st_size < 100_000
+
+
+def test_a_dev_set_of_one_label_is_noted(tmp_path, tiny_base):
+    train_rows, dev_rows = tmp_path / "train.csv", tmp_path / "dev.csv"
+    train_rows.write_text("text,label\na dog,1\na cat,2.5\nthe cat,4\n")
+    dev_rows.write_text("text,label\na film,2.5\na dog,2.5\n")
+    flags = ["topic.kind=regression", "topic.text=text", "topic.label=label", "topic.range=0,5"]
+    flags += [f"topic.train={train_rows}", f"topic.dev={dev_rows}"]
+    settings = make_settings(
+        "baseline1", tasks=tuple(flags), base=str(tiny_base), max_steps=1, max_length=64
+    )
+    callback = Silent()
+    train.run(settings, tmp_path / "run", callback)
+    assert any("same label" in note for note in callback.summaries[0].notes["topic"])
