@@ -101,7 +101,7 @@ def _series(
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the low end, the mean and the high end of a mean's interval, by batch means.
 
-    >>> [round(x, 3) for x in interval([0.1, 0.3] * 50)]
+    >>> [round(x, 3) for x in interval([0.1, 0.3] * 40)]
     [0.2, 0.2, 0.2]
     """
     parts = [part.mean() for part in np.array_split(np.array(values), min(BLOCKS, len(values)))]
