@@ -21,6 +21,7 @@ from transformers import BertModel
 
 from benchmarks.work import Work, make_data
 from jaxlora.data import batches as data_batches
+from jaxlora.data.order import make_order
 from jaxlora.data.tokenized import Examples
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
@@ -114,7 +115,7 @@ class Peer:
         data = make_data(work, base)
         self._examples = {t.name: data[t.name]["train"] for t in group.tasks}
         sizes = {name: len(examples) for name, examples in self._examples.items()}
-        self._order = data_batches.make_order(sizes, work.batch_size, chosen.loop.seed)
+        self._order = make_order(sizes, work.batch_size, chosen.loop.seed)
         self.taken = 0
 
     def run(self, steps: int) -> list[float]:

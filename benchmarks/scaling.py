@@ -19,6 +19,7 @@ from jaxlora import lora
 from jaxlora.data import batches as data_batches
 from jaxlora.data import packing
 from jaxlora.data.batches import Batch
+from jaxlora.data.order import JointOrder, Order, make_order
 from jaxlora.data.tokenized import Examples
 from jaxlora.formats import huggingface
 from jaxlora.tasks import task as tasks
@@ -74,7 +75,7 @@ def make_ours(case: Case, flags: Flags) -> Callable[[], float]:
         t.name: make_examples(tasks.STS_MSE, 256, config.vocab_size, n)
         for n, t in enumerate(chosen)
     }
-    order = data_batches.make_order(dict.fromkeys(train, 256), case.batch, 0)
+    order = make_order(dict.fromkeys(train, 256), case.batch, 0)
     batch = jax.device_put(first_batch(train, order, case.row_length))
     states = made.init({"all": jax.random.key(0)}, params)
     frozen, train_step = jax.device_put(made.freeze(params)), made.compile()
@@ -88,14 +89,14 @@ def make_ours(case: Case, flags: Flags) -> Callable[[], float]:
     return run
 
 
-def first_batch(train: Mapping[str, Examples], order: data_batches.Order, length: int) -> Batch:
+def first_batch(train: Mapping[str, Examples], order: Order, length: int) -> Batch:
     """Pack the first step's batch into the fewest rows of a length."""
     sentences = [
         e.lengths[data_batches.sentence_numbers(e, numbers)]
         for e, numbers in zip(train.values(), order.at(0), strict=True)
     ]
     shape = packing.Shape(packing.place(np.concatenate(sentences), length).rows, length)
-    joint = data_batches.JointOrder((order,), (1,))
+    joint = JointOrder((order,), (1,))
     return data_batches.PackedBatches(train, joint, (shape,), mixed=True)[0]
 
 

@@ -141,3 +141,16 @@ def make(tiny_base, data_dir):
         return make_settings(variant, base=str(tiny_base), data_dir=data_dir, **flags)
 
     return settings
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command of `jaxlora`; returns its exit code and what it printed."""
+    from jaxlora.cli.main import main
+
+    def run(*args):
+        code = main(list(map(str, args)))
+        shown = capsys.readouterr()
+        return code, shown.out + shown.err
+
+    return run

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlora.data import cs224n, tables
-from jaxlora.data.batches import JointOrder, choose_batch_shapes, make_order
+from jaxlora.data.batches import choose_batch_shapes
+from jaxlora.data.order import JointOrder, make_order
 from jaxlora.data.task_files import TaskSpec
 from jaxlora.data.tokenized import Examples, tokenize, truncating
 from jaxlora.lora import LoraConfig

@@ -65,7 +65,9 @@ def _describe(change: banks.Change) -> str:
         return f"{scores}, not better: left as it is"
     if not change.same_dev:
         return f"{scores}, not known to be on one dev set"
-    return scores if change.better else f"{scores}: the score did not rise; see bank rollback"
+    if change.better or change.before == change.after:
+        return scores
+    return f"{scores}: the score fell; see bank rollback"
 
 
 def _score(score: float | None) -> str:

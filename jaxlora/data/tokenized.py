@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxlora.data import sources
 from jaxlora.data.raw_examples import TextExample, is_blank, sentences
+from jaxlora.formats.tokenizer import pair_template
 from jaxlora.tasks.task import Task
 from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
@@ -182,7 +183,8 @@ def load_examples(
       UserError: if the source is invalid.
     """
     content = sources.fingerprint(task, source, location)
-    key = json.dumps([FORMAT, content, tokenizer_key, max_length, _template(task, tokenizer)])
+    around = pair_template(tokenizer) if task.joint else []  # not in the tokenizer's key
+    key = json.dumps([FORMAT, content, tokenizer_key, max_length, around])
     name = f"{task.name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     path = cache / "tokens" / name
     found = _restore(path)
@@ -203,14 +205,6 @@ def load_examples(
             raise UserError(f"{where}: no example is left; {_left_out(splits[split])}")
     _save(path, splits)
     return splits
-
-
-def _template(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
-    """Return what the tokenizer puts around joint pairs; its key covers single sentences only."""
-    if not task.joint:
-        return []
-    pair = tokenizer.encode("a", "b")
-    return [pair.ids, pair.type_ids]
 
 
 def _left_out(examples: Examples) -> str:

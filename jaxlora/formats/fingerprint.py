@@ -15,6 +15,7 @@ INPUTS = {
     "weights": "the base model",
     "config": "the base model's config",
     "tokenizer": "the base model's tokenizer",
+    "pairs": "how the base model's tokenizer joins pairs",
 }
 _FAMILY = "the base model's family"  # is not there for a BERT
 
@@ -29,27 +30,34 @@ class Fingerprint:
         runs of format 1.
       tokenizer: of what decides the tokenizer's ids; None: not known.
       model_type: the base's family, by which an adapter's modules are named in files of others.
+      pairs: of what the tokenizer puts around two texts that are read together; None: not known.
     """
 
     weights: str
     config: str | None = None
     tokenizer: str | None = None
     model_type: str = "bert"
+    pairs: str | None = None
 
-    def differing(self, other: Fingerprint) -> list[str]:
+    def differing(self, other: Fingerprint, *, joint: bool = False) -> list[str]:
         """Names of the parts that both know and that are not the same.
+
+        Args:
+          other: of another base.
+          joint: whether pairs are read together; otherwise it does not matter how they are joined.
 
         >>> Fingerprint("1", "2", "3").differing(Fingerprint("1", "0", None))
         ['config']
         """
-        pairs = {part: (getattr(self, part), getattr(other, part)) for part in INPUTS}
-        return [part for part, (a, b) in pairs.items() if None not in (a, b) and a != b]
+        compared = [part for part in INPUTS if joint or part != "pairs"]
+        both = {part: (getattr(self, part), getattr(other, part)) for part in compared}
+        return [part for part, (a, b) in both.items() if None not in (a, b) and a != b]
 
     def completed(self, other: Fingerprint) -> Fingerprint:
         """The same, with what is not known here taken from another.
 
         >>> Fingerprint("1").completed(Fingerprint("1", "2", "3"))
-        Fingerprint(weights='1', config='2', tokenizer='3', model_type='bert')
+        Fingerprint(weights='1', config='2', tokenizer='3', model_type='bert', pairs=None)
         """
         known = {part: value for part, value in dataclasses.asdict(self).items() if value}
         return Fingerprint(**(dataclasses.asdict(other) | known))

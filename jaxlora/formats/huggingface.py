@@ -163,7 +163,8 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
         )
     tokenizer = base_tokenizer.load(folder, config.vocab_size)
     essence = _sha256_of(base_tokenizer.essence(tokenizer))
-    known = Fingerprint(found, _config_key(config), essence, config.model_type)
+    pairs = _sha256_of({"pair": base_tokenizer.pair_template(tokenizer)})
+    known = Fingerprint(found, _config_key(config), essence, config.model_type, pairs)
     family = families.of(config)
     tensors = read_tensors(files, family)
     try:
@@ -171,6 +172,23 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     return Pretrained(base, config, params, tokenizer, known, head_names(files, family))
+
+
+def check_pairs(base: Pretrained) -> None:
+    """Refuse a base that cannot read pairs together: it lacks a token type of its tokenizer.
+
+    JAX would take the last type there is instead.
+
+    Raises:
+      UserError: naming the types.
+    """
+    _, types = base_tokenizer.pair_template(base.tokenizer)
+    if 0 < base.config.type_vocab_size <= max(types, default=0):
+        raise UserError(
+            f"{base.name}: its tokenizer gives the second text of a pair token type {max(types)}, "
+            f"and config.json says type_vocab_size {base.config.type_vocab_size}; read pairs "
+            "separately, or mend the folder"
+        )
 
 
 def config_of(base: str) -> EncoderConfig:

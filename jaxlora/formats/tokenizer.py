@@ -66,12 +66,19 @@ def essence(tokenizer: Tokenizer) -> dict[str, Any]:
     """What decides a tokenizer's ids, as JSON.
 
     Left out is what it does with long and short texts (truncation, padding), how ids become text
-    again, and in which of several ways [CLS] and [SEP] are put around a sentence.
+    again, and in which of several ways [CLS] and [SEP] are put around a sentence. For pairs that
+    are read together see `pair_template`.
     """
     about = json.loads(tokenizer.to_str())
     parts = ("normalizer", "pre_tokenizer", "model", "added_tokens")
     around = [tokenizer.encode(text).ids for text in ("", "a")]
     return {part: about[part] for part in parts} | {"around": around}
+
+
+def pair_template(tokenizer: Tokenizer) -> list[list[int]]:
+    """Return what shows how two texts become one sequence: ids and types of a short pair."""
+    pair = tokenizer.encode("a", "b")
+    return [pair.ids, pair.type_ids]
 
 
 def _import_transformers() -> Any:

@@ -261,8 +261,7 @@ class Embeddings(nn.Module):
         x = x + self._table("position_embeddings", c.max_position_embeddings)[positions]
         if c.type_vocab_size:
             table = self._table("token_type_embeddings", c.type_vocab_size)
-            given = types is not None and c.type_vocab_size > 1
-            x = x + (table[types] if given else table[0][None, None])
+            x = x + (table[0][None, None] if types is None else table[types])
         x = layer_norm(c)(x)
         return dropout(self, x, c.hidden_dropout_prob, train)
 

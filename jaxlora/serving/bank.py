@@ -310,7 +310,9 @@ class Change(NamedTuple):
     @property
     def better(self) -> bool:
         """Whether the score rose."""
-        return None not in (self.before, self.after) and self.after > self.before  # type: ignore[operator]
+        if self.before is None or self.after is None:
+            return False
+        return self.after > self.before
 
 
 def add(
@@ -495,7 +497,8 @@ def _check_fits(folder: Path, manifest: Manifest, source: TaskModels) -> None:
     entries = manifest.tasks.values()
     if any(one.adapter in whole and one.facts.imported_from is None for one in entries):
         raise UserError(f"{folder}: keeps the whole encoders of a run; name another bank")
-    if other := manifest.fingerprint.differing(source.fingerprint):
+    joint = source.reads_jointly or any(one.task.joint for one in manifest.tasks.values())
+    if other := manifest.fingerprint.differing(source.fingerprint, joint=joint):
         raise UserError(
             f"{folder}: is a bank of {manifest.base}; {source.base}, which {source.origin} was "
             f"trained on, has another {' and another '.join(other)}"

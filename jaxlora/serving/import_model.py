@@ -69,7 +69,7 @@ def load(
     there = (
         _new(base, model, pooling, folder)
         if like is None
-        else _fitting(like, base, pooling, folder)
+        else _fitting(like, base, pooling, folder, joint=not sentences)
     )
     if sentences:
         classifier.refuse_names(folder, classes, pair)
@@ -194,9 +194,12 @@ def _new(base: Pretrained, model: str, pooling: Pooling, folder: Path) -> TaskMo
     )  # fmt: skip
 
 
-def _fitting(like: TaskModels, base: Pretrained, pooling: Pooling, folder: Path) -> TaskModels:
+def _fitting(
+    like: TaskModels, base: Pretrained, pooling: Pooling, folder: Path, *, joint: bool
+) -> TaskModels:
     """Return the bank, if the model can be a task of it."""
-    if other := [p for p in like.fingerprint.differing(base.fingerprint) if p != "weights"]:
+    parts = like.fingerprint.differing(base.fingerprint, joint=joint)
+    if other := [part for part in parts if part != "weights"]:
         raise UserError(
             f"{folder}: has another {' and another '.join(other)} than {like.base}, the base of "
             f"{like.origin}; import it into a bank of its own"

@@ -134,6 +134,8 @@ class SentenceEncoder:
     def _examples(self, texts: Sequence[str | tuple[str, str]]) -> Examples:
         if isinstance(texts, str) or not all(map(_is_text, texts)):
             raise UserError("encode: give a list of strings or pairs, or what pack() made of them")
+        if any(isinstance(text, tuple) for text in texts):
+            huggingface.check_pairs(self.base)
         return unlabelled(tokenize(self._truncating, texts))
 
     def _row_length(self, examples: Examples) -> int:

@@ -126,6 +126,11 @@ class TaskModels(BaseSpec):
             raise UserError(f"{self.origin}: no task {name!r}; there are {there}{hint}")
         return self.models[name]
 
+    @property
+    def reads_jointly(self) -> bool:
+        """Whether any task reads the two texts of a pair together."""
+        return any(one.task.joint for one in self.models.values())
+
     def at(self, base: str | None) -> TaskModels:
         """The same tasks, with their base in another place; None: where it was."""
         return self if base is None else dataclasses.replace(self, base=absolute(base))
@@ -143,6 +148,8 @@ class TaskModels(BaseSpec):
                 f"{error}; {self.origin} needs it: if it has moved, say where with `base`"
             ) from error
         self._check_same(base)
+        if self.reads_jointly:
+            huggingface.check_pairs(base)
         limit = base.config.max_length
         if self.max_length > limit:
             raise UserError(f"{self.origin}: max_length {self.max_length}, {self.base} has {limit}")
@@ -155,7 +162,7 @@ class TaskModels(BaseSpec):
 
     def _check_same(self, base: Pretrained) -> None:
         """Refuse a base that would give other vectors than the one that was trained on."""
-        if other := self.fingerprint.differing(base.fingerprint):
+        if other := self.fingerprint.differing(base.fingerprint, joint=self.reads_jointly):
             part = other[0]
             found, wanted = (getattr(f, part)[:12] for f in (base.fingerprint, self.fingerprint))
             raise UserError(

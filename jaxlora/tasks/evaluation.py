@@ -94,13 +94,13 @@ class Evaluation:
     def scores(self, resamples: int = RESAMPLES) -> dict[str, Interval]:
         """Compute each metric with a bootstrap interval."""
         return {
-            name: bootstrap(
-                lambda n, metric=metric: metric(self.predictions[n], self.labels[n]),  # type: ignore[misc]
-                len(self.labels),
-                resamples,
-            )
+            name: bootstrap(self._on(metric), len(self.labels), resamples)
             for name, metric in self.metrics.items()
         }
+
+    def _on(self, metric: Metric) -> Callable[[np.ndarray], float]:
+        """Return a metric as a function of the numbers of some examples."""
+        return lambda numbers: metric(self.predictions[numbers], self.labels[numbers])
 
     def differences(self, other: Evaluation, resamples: int = RESAMPLES) -> dict[str, Interval]:
         """Compute how much higher each metric is than another model's on the same examples.
@@ -112,13 +112,13 @@ class Evaluation:
         """
         if not np.array_equal(self.labels, other.labels):
             raise ValueError("the labels of two evaluations differ")
-        mine, theirs, labels = self.predictions, other.predictions, self.labels
+
+        def difference(metric: Metric) -> Callable[[np.ndarray], float]:
+            mine, theirs = self._on(metric), other._on(metric)
+            return lambda numbers: mine(numbers) - theirs(numbers)
+
         return {
-            name: bootstrap(
-                lambda n, metric=metric: metric(mine[n], labels[n]) - metric(theirs[n], labels[n]),  # type: ignore[misc]
-                len(labels),
-                resamples,
-            )
+            name: bootstrap(difference(metric), len(self.labels), resamples)
             for name, metric in self.metrics.items()
         }
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import lora
-from jaxlora.data.batches import JointOrder, PackedBatches, VectorBatches
+from jaxlora.data.batches import PackedBatches, VectorBatches
+from jaxlora.data.order import JointOrder
 from jaxlora.data.tokenized import Examples
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert

@@ -190,7 +190,7 @@ def look_ahead(run: Path, batches: int = 20) -> np.ndarray:
     name = group_name(settings.groups[0])
     (tree,) = trained.trees.values()
     heads = {task: one.head for task, one in trained.models.items()}
-    state = cohort.states[name].replace(trainable=tree, heads=heads)  # type: ignore[attr-defined]
+    state = dataclasses.replace(cohort.states[name], trainable=tree, heads=heads)
     lengths = [r["update_norm"] for r in read_records(run) if r["kind"] == "train"]
     effect = jax.jit(
         lambda state, batch: _effect(
@@ -212,8 +212,7 @@ def _effect(
         norm = optax.tree.norm(grad)
         scale = jnp.where(norm > 0, -length / norm, 0)  # a gradient of 0 is no step
         moved = jax.tree.map(lambda x, g: x + scale * g, state.trainable, grad)
-        changed: Any = state.replace(trainable=moved)  # type: ignore[attr-defined]
-        return step.task_losses([changed], frozen, batch)
+        return step.task_losses([dataclasses.replace(state, trainable=moved)], frozen, batch)
 
     return 1 - jax.lax.map(after, grads) / before[None]
 

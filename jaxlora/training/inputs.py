@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.data.batches import make_order
+from jaxlora.data.order import make_order
 from jaxlora.data.sources import Location, where
 from jaxlora.data.task_files import TaskSpec
 from jaxlora.data.tokenized import SPLITS, Examples, list_blank, load_examples
@@ -106,6 +106,8 @@ def check_base(settings: Settings, base: Pretrained) -> None:
             "max_length", f"{settings.model.base} allows {limit} at most", settings.model.max_length
         )
     settings.adaptation.check(base.params)
+    if any(task.joint for task in settings.named.values()):
+        huggingface.check_pairs(base)
 
 
 def load_data(settings: Settings, base: Pretrained) -> Data:

@@ -304,29 +304,32 @@ class Window:
         for group in self._cohort.groups:
             one, took = progress[group.name], [step for step in metrics if group.name in step]
             one.seconds += sum(1 / len(step) for step in took) * seconds / max(1, len(metrics))
-            own = [step[group.name] for step in took]
-            self._count(group, own, one)
-            if finite := [step for step in own if step.finite]:
+            self._count(group, took, one)
+            if finite := [step[group.name] for step in took if step[group.name].finite]:
                 rate = len(metrics) / seconds
                 records.append(_record(group, finite, one) | {"steps_per_second": rate})
                 if one.nonfinite_since_log:
                     records[-1]["skipped"], one.nonfinite_since_log = one.nonfinite_since_log, 0
         return records
 
-    def _count(self, group: TaskGroup, metrics: list[StepMetrics], progress: Progress) -> None:
-        """Count the steps that were left out, or refuse them."""
-        for number, one in enumerate(metrics, progress.step - len(metrics)):
-            if one.finite:
+    def _count(
+        self, group: TaskGroup, steps: list[dict[str, StepMetrics]], progress: Progress
+    ) -> None:
+        """Count the steps of a group that were left out, or refuse them."""
+        for number, step in enumerate(steps, progress.step - len(steps)):
+            if step[group.name].finite:
                 progress.nonfinite_in_a_row = 0
                 continue
             progress.nonfinite_in_a_row += 1
             if not self._skip or progress.nonfinite_in_a_row >= MOST_NONFINITE:
-                self._refuse(group, number, one)
+                self._refuse(group, number, step)
             progress.skipped += 1
             progress.nonfinite_since_log += 1
 
-    def _refuse(self, group: TaskGroup, number: int, metrics: StepMetrics) -> NoReturn:
+    def _refuse(self, group: TaskGroup, number: int, step: dict[str, StepMetrics]) -> NoReturn:
         """Say which step (of the group, from 0), which task and which examples."""
+        metrics = step[group.name]
+        others = [name for name, one in step.items() if not one.finite and name != group.name]
         batches, names = self._cohort.batches, [task.name for task in group.tasks]
         order = batches.order.orders[self._cohort.groups.index(group)]
         drawn = dict(zip(names, order.at(number), strict=True))
@@ -341,9 +344,10 @@ class Window:
             remedy = f"nor was any of the {MOST_NONFINITE - 1} steps before; {remedy}"
         else:
             remedy += ", or leave such steps out with `resume=True` `skip_nonfinite=True`"
+        with_it = f" (nor is {', '.join(others)}, which shares its rows)" if others else ""
         raise UserError(
             f"step {number + 1} of {group.name}: {' and '.join(failed) or 'the update'} "
-            f"is not finite; {remedy}"
+            f"is not finite{with_it}; {remedy}"
         )
 
 

@@ -129,6 +129,7 @@ def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
         unknown = {INPUTS["config"], INPUTS["tokenizer"]} - old.keys()  # in a run of format 1
         # Earlier versions did not tell dev sets apart from the rest of the data.
         later = {name for name in inputs if name.startswith(DEV_SET)} - old.keys()
+        later.add(INPUTS["pairs"])  # the data of joint pairs have what it decides
         for name, value in inputs.items():
             if name not in unknown | later and old.get(name) != value:
                 raise ConfigError(

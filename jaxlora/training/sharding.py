@@ -9,6 +9,7 @@ Nothing else in the library knows of devices: how the parts meet is XLA's affair
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from typing import Any
 
@@ -111,8 +112,10 @@ def of_tree(mesh: Mesh, tree: Tree) -> Tree:
 def of_state(mesh: Mesh, state: TrainState) -> TrainState:
     """Where a train state lives."""
     shardings: TrainState = jax.tree.map(lambda _: replicated(mesh), state)
-    return shardings.replace(  # type: ignore[attr-defined]
-        trainable=of_tree(mesh, state.trainable), opt_state=of_tree(mesh, state.opt_state)
+    return dataclasses.replace(
+        shardings,
+        trainable=of_tree(mesh, state.trainable),
+        opt_state=of_tree(mesh, state.opt_state),
     )
 
 

@@ -121,7 +121,7 @@ class GroupStep:
         )
         norm, head_norm = (jnp.asarray(optax.tree.norm(u)) for u in (updates, head_updates))
         finite = jnp.isfinite(losses).all() & jnp.isfinite(norm) & jnp.isfinite(head_norm)
-        kept = state.replace(step=state.step + active)  # type: ignore[attr-defined]
+        kept = dataclasses.replace(state, step=state.step + active)
         new = jax.tree.map(lambda a, b: jnp.where(finite & active, a, b), new, kept)
         conflicts, cosines = (optax.tree.get(opt_state, name) for name in ("conflicts", "cosines"))
         return new, StepMetrics(losses, norm, conflicts, cosines, finite)

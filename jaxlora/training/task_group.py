@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlora.data import batches as data_batches
-from jaxlora.data.batches import Batch, JointOrder, PackedBatches, VectorBatches
+from jaxlora.data.batches import Batch, PackedBatches, VectorBatches
+from jaxlora.data.order import JointOrder, make_order
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.nn.encode import Encode, PackedTokens, make_encode
 from jaxlora.serving import inference
@@ -132,7 +133,7 @@ def make_cohort(
         frozen = train_step.freeze(base.params)
     frozen = sharding.put(frozen, sharding.of_tree(mesh, frozen))
     orders = tuple(
-        data_batches.make_order(
+        make_order(
             {name: len(train[name]) for name in group},
             settings.loop.batch_size,
             settings.loop.seed,

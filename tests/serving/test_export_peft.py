@@ -10,7 +10,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxlora
-from jaxlora.cli import main as cli
 from jaxlora.formats import huggingface, peft_config
 from jaxlora.formats import peft as peft_files
 from jaxlora.serving import bank, export_merged, export_peft
@@ -93,16 +92,6 @@ def seq_cls(tiny_base, tmp_path_factory):
     model = classifier(tiny_base)
     model.save_pretrained(folder)
     return folder, model
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*args):
-        code = cli.main(list(map(str, args)))
-        shown = capsys.readouterr()
-        return code, shown.out + shown.err
-
-    return run
 
 
 # ---- a sequence classifier

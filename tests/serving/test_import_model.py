@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import jaxlora
-from jaxlora.cli import main as cli
 from jaxlora.formats import families, huggingface
 from jaxlora.serving import bank, export_merged, export_peft, import_model
 from jaxlora.serving.task_models import TaskModel, TaskModels
@@ -46,16 +45,6 @@ def softmax(x):
 def probabilities(folder, name, examples):
     found = jaxlora.load(folder)([(name, *example) for example in examples])
     return np.array([list(answer.probabilities.values()) for answer in found])
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*args):
-        code = cli.main(list(map(str, args)))
-        shown = capsys.readouterr()
-        return code, shown.out + shown.err
-
-    return run
 
 
 @quick

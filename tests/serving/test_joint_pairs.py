@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import family_bases
@@ -464,3 +466,72 @@ def test_untrained_scores_do_not_compare_halves(tiny, data_dir, tmp_path):
     vectors = np.random.default_rng(0).normal(size=(len(dev), 4)).astype(np.float32)
     share = dev.labels.mean()
     assert inference.untrained(joint(PARA), dev, vectors) == pytest.approx(max(share, 1 - share))
+
+
+def with_template(folder, to, **kind):
+    """A copy of a base whose tokenizer puts other token types around a pair."""
+    shutil.copytree(folder, to)
+    path = to / "tokenizer.json"
+    about = json.loads(path.read_text())
+    for part in about["post_processor"]["pair"]:
+        part[next(iter(part))]["type_id"] = kind.get("all_types", 0)
+    path.write_text(json.dumps(about))
+    return to
+
+
+@pytest.fixture
+def templated(tiny_base, tmp_path):
+    """The tiny base, its pairs joined by a template that can be edited."""
+    from tokenizers import Tokenizer, processors
+
+    folder = tmp_path / "templated"
+    shutil.copytree(tiny_base, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(m, tokenizer.token_to_id(m)) for m in ("[CLS]", "[SEP]")],
+    )  # fmt: skip
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # BERT's own class would put BERT's template in its place.
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_a_base_that_joins_pairs_in_another_way_is_another_base(templated, tmp_path):
+    """For joint pairs; for separate ones it answers the same."""
+    base = huggingface.load(str(templated))
+    other = huggingface.load(str(with_template(templated, tmp_path / "other")))
+    assert base.fingerprint.tokenizer == other.fingerprint.tokenizer
+    for task, same in ((joint(PARA), False), (PARA, True)):
+        head = task.init_head(jax.random.key(0), 32, "concat")
+        models = models_of(base, para=(task, head))
+        bank.write(tmp_path / str(same), models)
+        jaxlora.load(tmp_path / str(same))
+        if same:
+            jaxlora.load(tmp_path / str(same), base=other.name)
+            continue
+        with pytest.raises(UserError, match=r"not the pairs that .* was trained on"):
+            jaxlora.load(tmp_path / str(same), base=other.name)
+
+
+def test_a_token_type_without_an_embedding_is_refused(templated, tmp_path, data_dir):
+    """JAX would take the last one there is."""
+    wrong = with_template(templated, tmp_path / "wrong", all_types=2)
+    base = huggingface.load(str(wrong))
+    for task in (PARA, joint(PARA)):
+        head = task.init_head(jax.random.key(0), 32, "concat")
+        bank.write(tmp_path / task.pair_encoding, models_of(base, para=(task, head)))
+    jaxlora.load(tmp_path / "separate")  # which does not see it
+    encoder = jaxlora.from_pretrained(str(wrong))
+    encoder.encode(encoder.params, ["ban cen"])
+    settings = make_settings(
+        "lora1", base=str(wrong), data_dir=data_dir, pair_encoding="joint", max_length=16, rank=2
+    )
+    for use in (
+        lambda: jaxlora.load(tmp_path / "joint"),
+        lambda: encoder.encode(encoder.params, [("ban", "cen")]),
+        lambda: inputs.check_base(settings, base),
+    ):
+        with pytest.raises(UserError, match=r"token type 2, and config\.json says"):
+            use()

@@ -1,5 +1,6 @@
 """Cosines and lookahead, by hand; and the groups that follow."""
 
+import dataclasses
 import itertools
 import json
 
@@ -106,12 +107,9 @@ def test_small_steps_change_losses_as_the_gradients_say():
             grads = jax.numpy.stack([2 * (w - c) for c in CENTRES])
             return self.task_losses(states, frozen, batch), [grads], None
 
+    @dataclasses.dataclass
     class State:
-        def __init__(self, trainable):
-            self.trainable = trainable
-
-        def replace(self, trainable):
-            return State(trainable)
+        trainable: jax.Array
 
     CENTRES = jax.numpy.array([[1.0, 0.0], [-1.0, 2.0]])
     w, length = jax.numpy.array([3.0, 1.0]), 1e-3
