@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxlora.utils import schema
@@ -82,6 +82,16 @@ class Fingerprint:
         """
         family = {"model_type": inputs[_FAMILY]} if _FAMILY in inputs else {}
         return schema.build(cls, {part: inputs.get(name) for part, name in INPUTS.items()} | family)
+
+
+def another(parts: Iterable[str]) -> str:
+    """Name parts that differ, for an error.
+
+    >>> another(["config", "tokenizer", "pairs"])
+    'another config, another tokenizer and another pair template'
+    """
+    *first, last = ["another " + ("pair template" if part == "pairs" else part) for part in parts]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def note_partial(origin: str) -> None:

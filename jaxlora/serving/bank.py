@@ -28,6 +28,7 @@ import numpy as np
 
 from jaxlora import lora
 from jaxlora.data.task_files import check_name
+from jaxlora.formats import fingerprint
 from jaxlora.lora import LoraConfig
 from jaxlora.serving import manifest as manifests
 from jaxlora.serving import old_run, tree_files
@@ -501,7 +502,7 @@ def _check_fits(folder: Path, manifest: Manifest, source: TaskModels) -> None:
     if other := manifest.fingerprint.differing(source.fingerprint, joint=joint):
         raise UserError(
             f"{folder}: is a bank of {manifest.base}; {source.base}, which {source.origin} was "
-            f"trained on, has another {' and another '.join(other)}"
+            f"trained on, has {fingerprint.another(other)}"
         )
     for field in ("pooling", "max_length", "dtype"):
         has, wants = getattr(manifest, field), getattr(source, field)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlora.formats import huggingface
+from jaxlora.formats import fingerprint, huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.formats.peft import HeadParts
 from jaxlora.serving import classifier
@@ -201,7 +201,7 @@ def _fitting(
     parts = like.fingerprint.differing(base.fingerprint, joint=joint)
     if other := [part for part in parts if part != "weights"]:
         raise UserError(
-            f"{folder}: has another {' and another '.join(other)} than {like.base}, the base of "
+            f"{folder}: has {fingerprint.another(other)} than {like.base}, the base of "
             f"{like.origin}; import it into a bank of its own"
         )
     if like.pooling != pooling:

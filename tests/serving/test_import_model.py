@@ -214,7 +214,11 @@ def test_a_model_of_another_shape_needs_a_bank_of_its_own(tiny, tmp_path):
         tiny.name, tiny.fingerprint, "cls", 64, "float32", models={}, trees={}, configs={},
         origin="the bank",
     )  # fmt: skip
-    refused(tmp_path / "m", "another config and another tokenizer than .* bank of its own", like)
+    refused(
+        tmp_path / "m",
+        "another config, another tokenizer and another pair template than .* bank of its own",
+        like,
+    )
 
 
 # ---- PEFT's sequence classifiers of other families
