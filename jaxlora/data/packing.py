@@ -94,8 +94,9 @@ def place_by_owner(
 ) -> Placement:
     """Place sentences so that each block of tokens has those of one owner.
 
-    Sentences of an owner are next to each other, as far as they fit a row; what is left of a row
-    goes to others, from the next block on.
+    Sentences of an owner are next to each other in strips of at most half a row where they fit (two
+    strips of more would not share a row); what a strip leaves of a row goes to others, from the
+    next block on.
 
     Args:
       lengths: tokens of each sentence, each between 1 and `row_length`.
@@ -111,10 +112,12 @@ def place_by_owner(
     """
     lengths = np.asarray(lengths)
     strip, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
-    ends: list[int] = []  # of each strip: what one owner has in one row
+    ends: list[int] = []  # of each strip
     order = np.argsort(owner, kind="stable")
-    for mine in np.split(order, np.flatnonzero(np.diff(owner[order])) + 1):
-        where = place(lengths[mine], row_length)
+    owners = np.split(order, np.flatnonzero(np.diff(owner[order])) + 1)
+    for mine in owners:
+        fits = len(owners) > 1 and max(lengths[mine]) <= row_length // 2
+        where = place(lengths[mine], row_length // 2 if fits else row_length)
         strip[mine], start[mine] = len(ends) + where.row, where.start
         used = np.bincount(where.row, lengths[mine], where.rows)
         ends += used.astype(int).tolist()

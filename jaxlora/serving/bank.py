@@ -15,11 +15,13 @@ encoder may be a whole one. An imported encoder may be whole in any bank.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -33,8 +35,9 @@ from jaxlora.lora import LoraConfig
 from jaxlora.serving import manifest as manifests
 from jaxlora.serving import old_run, tree_files
 from jaxlora.serving.finished_run import find_bank
-from jaxlora.serving.manifest import ADAPTERS, HEADS, Manifest, Size, TaskEntry
+from jaxlora.serving.manifest import ADAPTERS, HEADS, Manifest, Size, Stamp, TaskEntry
 from jaxlora.serving.task_models import TaskModel, TaskModels
+from jaxlora.serving.tree_cache import StoredTrees, TreeCache
 from jaxlora.utils import files, trees
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.files import LOCK, TEMPORARY
@@ -42,6 +45,7 @@ from jaxlora.utils.trees import Tree
 
 T = TypeVar("T")
 PARTS = (ADAPTERS, HEADS)
+MEMORY = 2**29  # bytes of trees that are kept when they have been read
 MOST_VERSIONS = 5  # of a task, besides the present one
 MOST_CHANGES = 100  # while a bank is read
 _REPAIR = "put back a copy, or bring the task back with bank update, or take it out: bank remove"
@@ -50,18 +54,28 @@ _REPAIR = "put back a copy, or bring the task back with bank update, or take it 
 # ---- reading
 
 
-def load(folder: Path) -> TaskModels:
-    """Read a bank, or a finished run; every tree is compared with its checksum.
+def load(folder: Path, memory: int = MEMORY) -> TaskModels:
+    """Open a bank, or a finished run, by its manifest.
+
+    A tree is read, compared with its checksum and checked when it is first asked for; a
+    `UserError` then names what is missing or damaged.
+
+    Args:
+      folder: the bank or the run.
+      memory: bytes that the trees kept in host memory may take, those used last.
 
     Raises:
-      UserError: naming what is missing, damaged or not understood.
+      UserError: if the manifest cannot be read; of a run of an older jaxlora also what is missing
+        or damaged among its trees.
     """
     named = files.local(folder)
     if old_run.exists(named):
         return old_run.load(named)
     folder = find_bank(named)
-    found = _at_one_moment(folder, lambda manifest: _load_by(folder, manifest))
-    return dataclasses.replace(found, origin=str(named))
+    stamp = manifests.stamp(folder)
+    manifest = manifests.read(folder)
+    read = TreeCache(_Reader(folder.absolute(), stamp, manifest.adapters), memory)
+    return dataclasses.replace(_open(folder, manifest, read), origin=str(named))
 
 
 def load_base_spec(folder: Path) -> TaskModels:
@@ -95,22 +109,69 @@ def _at_one_moment(folder: Path, read: Callable[[Manifest], T]) -> T:
     raise UserError(f"{folder}: other processes change it all the time; try again")
 
 
-def _load_by(folder: Path, manifest: Manifest) -> TaskModels:
-    used = {name: c for name, c in manifest.adapters.items() if name in manifest.used}
-    kept = {name: _load_tree(folder, ADAPTERS, name) for name in used}
-    configs = {name: config for name, config in used.items() if config is not None}
-    for name, tree in kept.items():
-        _check_kind(folder / manifests.NAME, name, tree, configs.get(name))
-    models = {}
-    for name, entry in manifest.tasks.items():
-        head = {} if entry.head is None else _load_tree(folder, HEADS, entry.head)
-        models[name] = TaskModel(
-            entry.task, entry.adapter or "", head, entry.pair_features, entry.facts
+def _open(folder: Path, manifest: Manifest, read: TreeCache[tuple[str, str]]) -> TaskModels:
+    """Return the tasks of a manifest; their trees are read when they are asked for."""
+    models = {
+        name: TaskModel(
+            entry.task,
+            entry.adapter or "",  # the frozen base itself
+            functools.partial(read, (HEADS, entry.head)) if entry.head else {},
+            entry.pair_features,
+            entry.facts,
         )
-    if any(one.tree == "" for one in models.values()):
-        kept[""] = {}  # the frozen base itself
-    found = _without_tasks(folder, manifest)
-    return dataclasses.replace(found, models=models, trees=kept, configs=configs)
+        for name, entry in manifest.tasks.items()
+    }
+    return dataclasses.replace(
+        _without_tasks(folder, manifest),
+        models=models,
+        trees=StoredTrees({m.tree: (ADAPTERS, m.tree) for m in models.values()}, read),
+        configs={n: c for n, c in manifest.adapters.items() if c and n in manifest.used},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads the trees that a manifest names, also when another process has changed the bank since.
+
+    Attributes:
+      folder: the bank.
+      stamp: of its manifest when it was opened.
+      adapters: see `Manifest`.
+    """
+
+    folder: Path
+    stamp: Stamp
+    adapters: Mapping[str, LoraConfig | None]
+
+    def __call__(self, which: tuple[str, str]) -> Tree:
+        """Read and check a tree, given by its part and name.
+
+        Raises:
+          UserError: if it is missing, damaged, or not what the manifest says.
+        """
+        part, name = which
+        if not name:
+            return {}
+        try:
+            tree = _load_tree(self.folder, part, name)
+        except UserError as error:
+            if self._gone(part, name):
+                raise UserError(
+                    f"{self.folder / part / name}: the bank was changed since it was opened, and "
+                    "keeps this no longer; open it again"
+                ) from error
+            raise
+        if part == ADAPTERS:
+            _check_kind(self.folder / manifests.NAME, name, tree, self.adapters[name])
+        return tree
+
+    def _gone(self, part: str, name: str) -> bool:
+        """Return whether another process has changed the bank, which names a tree no longer."""
+        if not manifests.exist(self.folder):
+            return True
+        if manifests.stamp(self.folder) == self.stamp:
+            return False
+        return (part, name) not in manifests.read(self.folder).folders()
 
 
 def _load_tree(folder: Path, part: str, stored: str) -> Tree:
@@ -153,14 +214,17 @@ def verify(folder: Path, base: str | None = None) -> list[str]:
     manifests.read(folder)
 
     def check(manifest: Manifest) -> list[str]:
-        found = [_problem(folder, part, name) for part, name in manifest.folders()]
-        problems = [one for one in found if one]
-        try:
-            whole = _without_tasks(folder, manifest) if problems else _load_by(folder, manifest)
-            whole.at(base).load_base()
-        except UserError as error:
-            problems.append(str(error))
-        if problems:
+        reader = _Reader(folder, manifests.stamp(folder), manifest.adapters)
+        read = TreeCache(reader, MEMORY)
+        trained = _open(folder, manifest, read).at(base)
+        problems = _problems(functools.partial(read, which) for which in manifest.folders())
+
+        def check_rest() -> None:
+            found = trained.load_base()
+            for name in () if problems else trained.models:
+                trained.head(name, found)
+
+        if problems := problems + _problems([check_rest]):
             raise UserError("\n".join(problems))
         return problems
 
@@ -170,12 +234,15 @@ def verify(folder: Path, base: str | None = None) -> list[str]:
         return str(error).split("\n")
 
 
-def _problem(folder: Path, part: str, name: str) -> str | None:
-    try:
-        _load_tree(folder, part, name)
-    except UserError as error:
-        return str(error)
-    return None
+def _problems(checks: Iterable[Callable[[], object]]) -> list[str]:
+    """Return what checks raise."""
+    found = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 # ---- what it holds
@@ -215,7 +282,7 @@ def contents(folder: Path) -> list[Stored]:
 
 def _contents(folder: Path, manifest: Manifest) -> list[Stored]:
     sizes, rows = _sizes(folder, manifest), []
-    sharers = [entry.adapter for entry in manifest.tasks.values()]
+    sharers = collections.Counter(entry.adapter for entry in manifest.tasks.values())
     for name, entry in manifest.tasks.items():
         adapter = sizes.get(f"{ADAPTERS}/{entry.adapter}", Size(0, 0))
         head = sizes.get(f"{HEADS}/{entry.head}", Size(0, 0))
@@ -228,7 +295,7 @@ def _contents(folder: Path, manifest: Manifest) -> list[Stored]:
                 entry.adapter or "none",
                 adapter.parameters,
                 head.parameters,
-                adapter.bytes // sharers.count(entry.adapter) + head.bytes,
+                adapter.bytes // sharers[entry.adapter] + head.bytes,
             )
         )
     return rows
@@ -443,7 +510,8 @@ def _store(folder: Path, manifest: Manifest, source: TaskModels, names: Sequence
 def _is_whole(folder: Path, entry: TaskEntry) -> bool:
     """Return whether the trees of a version can be read; only such a version is worth keeping."""
     parts = [(ADAPTERS, entry.adapter), (HEADS, entry.head)]
-    return not any(_problem(folder, part, name) for part, name in parts if name is not None)
+    read = functools.partial(_load_tree, folder)
+    return not _problems(functools.partial(read, *which) for which in parts if which[1])
 
 
 def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
@@ -542,6 +610,7 @@ def _locked(folder: Path, *, make: bool = True) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"{folder}: cannot be a bank ({error.strerror})") from None
     else:
-        manifests.read(folder)
-    with files.locked(folder, f"{folder}: another process is changing it; try again"):
+        manifests.stamp(folder)
+    unfinished = (f"{TEMPORARY}*", f"*/{TEMPORARY}*")  # not below: a bank has thousands of folders
+    with files.locked(folder, f"{folder}: another process is changing it; try again", unfinished):
         yield

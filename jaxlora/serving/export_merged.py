@@ -47,11 +47,12 @@ def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -
       UserError: if the folder is not empty.
     """
     model, family = trained.find(name), families.of(base.config)
+    head = trained.head(name, base)
     classifies = family.classifies(model.task.head)
     tensors = huggingface.export(encoder_params(base, trained, name), base.config)
     if classifies:
         tensors = {f"{family.prefix}.{key}": tensor for key, tensor in tensors.items()}
-        tensors |= heads.classifier_tensors(model.head, family)
+        tensors |= heads.classifier_tensors(head, family)
     special = special_tokens(base)
     with atomic_dir(folder) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
@@ -68,7 +69,7 @@ def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -
             for file, value in _sentence_transformers(base, trained).items():
                 write_json(temporary / file, value)
         if not classifies:
-            heads.write(temporary, model.head)
+            heads.write(temporary, head)
         write_text(temporary / README, readme(trained, model, family))
 
 

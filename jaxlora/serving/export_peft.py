@@ -164,7 +164,7 @@ def _load_ours(folder: Path, name: str, base: str | None) -> TaskModels:
     adapter, lora_config = peft.load(folder, config, encoder_only=True)
     model = TaskModel(task, name, {}, about.pair_features, about.facts)
     head = head_files.read(folder, model.head_shapes(config.hidden_size))
-    model = dataclasses.replace(model, head=head)
+    model = dataclasses.replace(model, stored_head=head)
     return _one(trained, folder, model, adapter, lora_config)
 
 

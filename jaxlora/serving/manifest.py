@@ -26,6 +26,7 @@ ADAPTERS, HEADS = "adapters", "heads"
 FORMAT = 4
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # tasks joined by +, and a checksum
 _CHANGED = "it was changed by hand or damaged; put back a copy"
+Stamp = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ def exist(folder: Path) -> bool:
     return (folder / NAME).exists()
 
 
-def stamp(folder: Path) -> tuple[int, int]:
+def stamp(folder: Path) -> Stamp:
     """Return what differs between any two manifests that a bank has had.
 
     Raises:
@@ -183,7 +184,7 @@ def check_folder(name: str) -> None:
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Put a signed manifest in the old one's place, at once."""
-    files.write_json(folder / NAME, signed({"format": FORMAT, **dataclasses.asdict(manifest)}))
+    files.write_json(folder / NAME, signed({"format": FORMAT, **schema.plain(Manifest, manifest)}))
 
 
 def signed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,16 +24,18 @@ from jaxlora.nn.encode import encoder, make_encode, make_mixed_encode
 from jaxlora.serving import bank, inference
 from jaxlora.serving.adapter_slots import AdapterSlots
 from jaxlora.serving.task_models import TaskModels
+from jaxlora.serving.tree_cache import TreeCache
 from jaxlora.tasks.task import Task
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError, UserError
 from jaxlora.utils.trees import Tree
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Whole encoders that a predictor keeps on the device, those used last; more wait in host memory.
+# Whole encoders that a predictor keeps on the device, those used last; they are no part of `memory`.
 MOST_ON_DEVICE = 4
-MEMORY = 2**30
+MEMORY = 2**31
+ADAPTER_SHARE, HEAD_SHARE, HOST_SHARE = 2, 4, 4  # parts of `memory`: a half and two quarters
 WANTED = "(task, sentence) or (task, first sentence, second sentence)"
 
 
@@ -57,15 +59,16 @@ class Answer(NamedTuple):
 class Predictor:
     """A base model with the adapters and heads of any number of tasks.
 
-    It can be pickled at any time (compiled programs are left out), so that
+    It can be pickled at any time (compiled programs and trees of a bank are left out), so that
     `multiprocessing.get_context("spawn")` can send it to workers. A forked process cannot use
     one: JAX's threads are not there and it would wait for ever, so it is refused. Several threads
-    may use one; they take turns on the device.
+    may use one; they take turns on the device, and each call has the answers that it has alone.
 
     Attributes:
       base: the base model.
       trained: the tasks, their trees and their heads.
-      memory: bytes that adapters may take on the device; those used last stay there.
+      memory: bytes that trees may take, those used last: a half for adapters on the device (16 at
+        least), a quarter for heads there, a quarter for trees of a bank in host memory.
 
     Raises:
       UserError: in a process that was forked from one with a predictor.
@@ -78,6 +81,8 @@ class Predictor:
 
     def __post_init__(self) -> None:
         _refuse_forked()
+        if self.memory < 0:
+            raise ConfigError("memory", "must be at least 0 bytes", self.memory)
         # One pass at a time: the next may give a slot to another adapter. Made here, since two
         # threads might each make one when it is first used.
         object.__setattr__(self, "_lock", threading.Lock())
@@ -88,24 +93,39 @@ class Predictor:
             getattr(self, field.name) for field in dataclasses.fields(self) if field.init
         )
 
-    @staticmethod
-    def load(folder: str | Path, base: str | None = None, memory: int = MEMORY) -> Predictor:
-        """Restore a finished run, or a bank: the base by name and checksums, the rest by Orbax.
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.trained.origin!r}: {self.trained.summary}, "
+            f"{self.memory / 2**20:,.0f} MiB for trees)"
+        )
 
-        Load it in each worker process, or send it there, see `Predictor`; not before a fork.
+    @staticmethod
+    def load(
+        folder: str | Path, base: str | None = None, memory: int = MEMORY, *, warm: bool = False
+    ) -> Predictor:
+        """Open a finished run, or a bank: the base by name and checksums, the tasks by the manifest.
+
+        Trees are read and compared with their checksums when a request first needs them. The
+        answers are those of the bank as it was opened: a task that another process updates is
+        answered as before, and one whose trees it removes is refused, until the bank is opened
+        again. Load it in each worker process, or send it there, see `Predictor`; not before a fork.
 
         Args:
           folder: the run or the bank.
           base: where its base is now, if it has moved; it must be the same.
           memory: see `Predictor`.
+          warm: compile now what requests will need, see `warm`.
 
         Raises:
-          UserError: if it is neither, is damaged, or the base is not the one it was trained on; in
-            a process that was forked from one with a predictor.
+          UserError: if it is neither, its manifest is damaged, or the base is not the one it was
+            trained on; in a process that was forked from one with a predictor.
         """
         _refuse_forked()
-        trained = bank.load(Path(folder)).at(base)
-        return Predictor(trained.load_base(), trained, memory)
+        trained = bank.load(Path(folder), memory // HOST_SHARE).at(base)
+        predictor = Predictor(trained.load_base(), trained, memory)
+        if warm:
+            predictor.warm()
+        return predictor
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -182,7 +202,7 @@ class Predictor:
             model, mine = self.trained.models[name], np.flatnonzero(names == name)
             numbers = (first[mine, None] + np.arange(model.task.sentences)).ravel()
             outputs = inference.outputs(
-                model.task, self._heads[name], vectors[numbers], model.task.sentences,
+                model.task, self._heads(name), vectors[numbers], model.task.sentences,
                 model.pair_features,
             )  # fmt: skip
             found.append((model.task, mine, outputs))
@@ -250,9 +270,12 @@ class Predictor:
         return truncating(self.base.tokenizer, self.trained.max_length)
 
     @functools.cached_property
-    def _heads(self) -> dict[str, Tree]:
+    def _heads(self) -> TreeCache[str]:
         """The heads by task, on the device."""
-        return {name: jax.device_put(one.head) for name, one in self.trained.models.items()}
+        return TreeCache(
+            lambda name: jax.device_put(self.trained.head(name, self.base)),
+            self.memory // HEAD_SHARE,
+        )
 
     @functools.cached_property
     def _on_device(self) -> Callable[[str], Tree]:
@@ -291,7 +314,7 @@ class Predictor:
         by_width: dict[int, set[LoraConfig]] = {}
         for config in self.trained.configs.values():
             by_width.setdefault(_width(config), set()).add(config)
-        budget = self.memory // max(1, len(by_width))
+        budget = self.memory // ADAPTER_SHARE // max(1, len(by_width))
         return {
             width: AdapterSlots(self._adapter, self._shapes(width, configs), budget)
             for width, configs in by_width.items()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import jax
@@ -57,16 +58,25 @@ class TaskModel:
     Attributes:
       task: what it is.
       tree: name of its encoder tree.
-      head: its head's parameters, `{}` for a task without a head.
+      stored_head: `head`, or a function that reads it.
       pair_features: see `heads.pair_vector`.
       facts: where it comes from.
     """
 
     task: Task
     tree: str
-    head: Tree
+    stored_head: Tree | Callable[[], Tree] = dataclasses.field(repr=False)
     pair_features: PairFeatures
     facts: Facts = Facts()
+
+    @property
+    def head(self) -> Tree:
+        """Its head's parameters, `{}` for a task without a head.
+
+        Raises:
+          UserError: if they are read now, and are missing or damaged.
+        """
+        return self.stored_head() if callable(self.stored_head) else self.stored_head
 
     def head_shapes(self, hidden_size: int) -> Tree:
         """Return a tree of the head's shapes, `{}` for none."""
@@ -114,6 +124,17 @@ class TaskModels(BaseSpec):
     configs: Mapping[str, LoraConfig]
     origin: str
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.origin!r}: {self.summary})"
+
+    @property
+    def summary(self) -> str:
+        """The base, and how many tasks of each kind there are."""
+        kinds = collections.Counter(one.task.kind for one in self.models.values())
+        each = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+        tasks = f"{len(self.models):,} task{'' if len(self.models) == 1 else 's'}"
+        return f"base {self.base}, {tasks}{f' ({each})' if each else ''}"
+
     def find(self, name: str) -> TaskModel:
         """A task by its name.
 
@@ -139,7 +160,7 @@ class TaskModels(BaseSpec):
         """The base model.
 
         Raises:
-          UserError: if it is not available, is another one, or what was trained does not fit it.
+          UserError: if it is not available, is another one, or tasks do not fit it.
         """
         try:
             base = huggingface.load(self.base)
@@ -154,11 +175,21 @@ class TaskModels(BaseSpec):
         if self.max_length > limit:
             raise UserError(f"{self.origin}: max_length {self.max_length}, {self.base} has {limit}")
         for name, one in self.models.items():
-            if _shapes(one.head) != _shapes(one.head_shapes(base.config.hidden_size)):
-                raise UserError(f"{self.origin}: the head of {name} is not one of such a task")
             if HEADS[one.task.head].pooling not in (None, self.pooling):
                 raise UserError(f"{self.origin}: the head of {name} needs pooling cls")
         return base
+
+    def head(self, name: str, base: Pretrained) -> Tree:
+        """Return the head of a task, `{}` for none.
+
+        Raises:
+          UserError: if it is missing or damaged, or has not the shapes of such a task's head.
+        """
+        one = self.find(name)
+        found = one.head
+        if _shapes(found) != _shapes(one.head_shapes(base.config.hidden_size)):
+            raise UserError(f"{self.origin}: the head of {name} is not one of such a task")
+        return found
 
     def _check_same(self, base: Pretrained) -> None:
         """Refuse a base that would give other vectors than the one that was trained on."""

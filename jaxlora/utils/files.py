@@ -18,7 +18,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -196,12 +196,15 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, taken: str) -> Iterator[None]:
+def locked(
+    folder: Path, taken: str, unfinished: Sequence[str] = (f"**/{TEMPORARY}*",)
+) -> Iterator[None]:
     """Lock a folder against other processes, and remove what a killed one left unfinished.
 
     Args:
       folder: must exist.
       taken: error message if another process holds the lock.
+      unfinished: patterns of what may have been left, see `Path.glob`.
 
     Raises:
       UserError: with that message, or if the folder cannot be locked.
@@ -217,15 +220,15 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
         ) from None
     try:
         guard(folder / LOCK)
-        sweep(folder)
+        sweep(folder, unfinished)
         yield
     finally:
         lock.release()
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, unfinished: Sequence[str]) -> None:
     """Remove what killed processes left unfinished in a folder, which must be locked."""
-    for path in list(folder.rglob(f"{TEMPORARY}*")):
+    for path in [path for pattern in unfinished for path in folder.glob(pattern)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -67,16 +67,27 @@ def build(kind: type[T], value: Any) -> T:
     ValueError: nam: unknown field; did you mean name?
     """
     try:
-        for where, string in _strings(value):
-            if "\0" in string or not encodable(string):
-                raise ValueError(f"{_joined(where)}{shown(string)} is not text")
-        content = json.dumps([value], default=_refuse)
+        content = json.dumps([value], default=_refuse, ensure_ascii=False)
+        if "\\u0000" in content or not encodable(content):  # maybe: strings may have these letters
+            _check_strings(value)
         found: T = _adapter(kind).validate_json(content)[0]  # type: ignore[arg-type]
         return found
     except ValidationError as error:
         raise ValueError(_line(error, kind, value)) from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+
+
+def plain(kind: type[T], value: T) -> Any:
+    """Return a typed value as a plain one, the inverse of `build`: `dataclasses.asdict`, faster.
+
+    >>> @dataclasses.dataclass
+    ... class Point:
+    ...     at: tuple[float, float]
+    >>> plain(Point, Point((1.0, 2.5)))
+    {'at': [1.0, 2.5]}
+    """
+    return _adapter(kind).dump_python((value,), mode="json")[0]
 
 
 def parse(kind: type[T], value: Any, where: str | Path, remedy: str = "") -> T:
@@ -126,6 +137,13 @@ def _adapter(kind: Any) -> TypeAdapter[tuple[Any]]:
 
 def _refuse(value: Any) -> Any:
     raise ValueError(f"{shown(value)} is no JSON value")
+
+
+def _check_strings(value: Any) -> None:
+    """Refuse strings that no text holds."""
+    for where, string in _strings(value):
+        if "\0" in string or not encodable(string):
+            raise ValueError(f"{_joined(where)}{shown(string)} is not text")
 
 
 def _strings(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
