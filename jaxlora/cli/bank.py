@@ -140,9 +140,12 @@ def list_tasks(folder: Folder, /, base: str | None = None, json: bool = False) -
         return
     found = banks.load_base_spec(folder).at(base).load_base()
     table = Table("task", "what", "dev", "adapter", "adapter M", "head M", "kB")
+    users: dict[str, list[str]] = {}
+    for row in rows:
+        users.setdefault(row.adapter, []).append(row.task)
     for row in rows:
         score = "" if row.score is None else f"{row.metric} {row.score:.4f}"
-        others = [r.task for r in rows if r.adapter == row.adapter and r.task != row.task]
+        others = [task for task in users[row.adapter] if task != row.task]
         adapter = f"shared with {', '.join(others)}" if others else "own"
         cells = (
             row.task, row.title, score, adapter if row.adapter_parameters else "none",

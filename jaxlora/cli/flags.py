@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable
 
 from jaxlora.utils import process
+from jaxlora.utils.errors import ConfigError
 
 # Flags that are not called as the argument is.
 _NAMES = {"dropout": "lora_dropout"}
 # Arguments that are no flags: they stand alone on the command line.
 _POSITIONAL = ("tasks",)
+_BYTES = re.compile(r"(\d{1,6}(?:\.\d{1,3})?) ?([KMGT])(i?)B", re.IGNORECASE)
 _ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
 
 
@@ -23,6 +25,23 @@ def flag(name: str) -> str:
     if name in _POSITIONAL:
         return name
     return "--" + _NAMES.get(name, name).replace("_", "-")
+
+
+def bytes_of(name: str, text: str) -> int:
+    """Return the bytes that an argument says, a number with a unit: at least a kB.
+
+    Raises:
+      ConfigError: if it is none.
+
+    >>> bytes_of("memory", "512MB"), bytes_of("memory", "1.5GiB")
+    (512000000, 1610612736)
+    """
+    found = _BYTES.fullmatch(text.strip())
+    if found is None or not float(found[1]):
+        raise ConfigError(name, "give a number above 0 with a unit, such as 512MB or 2GiB", text)
+    return int(
+        float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1)
+    )
 
 
 def with_flags(message: str) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
+from jaxlora.cli.flags import bytes_of
 from jaxlora.cli.terminal import say
 from jaxlora.data.quoting import Quoting
 from jaxlora.serving.predict_table import predict_file
@@ -26,6 +27,7 @@ def predict(
     input: Path | None = None,
     output: Path | None = None,
     base: str | None = None,
+    memory: str = "2GiB",
     quoting: Quoting | None = None,
     strict: bool = False,
 ) -> None:
@@ -38,6 +40,8 @@ def predict(
       input: a table with a header: sentence (or sentence1, sentence2), task, id.
       output: where its answers go: a .csv, or a .jsonl with all probabilities.
       base: where the base is now, if it has moved; it must be the same.
+      memory: what trees of the tasks may take, those used last, such as 512MB or 4GiB: a half for
+        adapters on the device, a quarter for heads there, a quarter for host memory.
       quoting: of the table: none: a double quote is part of the text; standard: as in any CSV;
         default: standard, and none for tabs if a field opens a quote and does not close it.
       strict: refuse a table with blank texts, instead of leaving their answers empty.
@@ -46,7 +50,7 @@ def predict(
         raise UserError('give --task and texts ("a" "b"), or --input and --output')
     process.reuse_memory()
     process.keep_programs(cache.cache_dir() / "xla")
-    predictor = Predictor.load(bank, base)
+    predictor = Predictor.load(bank, base, bytes_of("memory", memory))
     if input is not None and output is not None:
         columns, notes = (SpinnerColumn(), TextColumn("{task.completed:,} answered")), list[str]()
         with Progress(*columns, transient=True) as bar:

@@ -69,14 +69,24 @@ class AdapterSlots:
                 self._slot[name] = slot
         return self._slots, np.array([self._slot[name] for name in names])
 
+    def reserve(self, adapters: int) -> None:
+        """Make at once all slots that so many adapters can take."""
+        self._resize(min(self.most, adapters))
+
+    @property
+    def _count(self) -> int:
+        return len(jax.tree.leaves(self._slots)[0])
+
+    def _resize(self, count: int) -> None:
+        if count > self._count:
+            self._slots = _grow(self._slots, count - self._count)
+
     def _free_slot(self) -> int:
         """Return an unused slot, or else a new one, or else that of the adapter used first."""
-        count = len(jax.tree.leaves(self._slots)[0])
-        if len(self._slot) < count:
+        if len(self._slot) == self._count:
+            self._resize(min(GROWTH * self._count, self.most))
+        if len(self._slot) < self._count:
             return len(self._slot)
-        if count < self.most:
-            self._slots = _grow(self._slots, min(GROWTH * count, self.most) - count)
-            return count
         return self._slot.pop(next(iter(self._slot)))
 
 

@@ -99,7 +99,7 @@ def _layout(
     found = []
     for block, factor in BLOCKS.items():
         place = packing.by_owner(owner, block)
-        shape = chunk_shape(lengths, -(-max_length // block) * block, place)
+        shape = chunk_shape(lengths, _whole_blocks(max_length, block), place)
         where = place(lengths, shape.length)
         cost = factor * max(shape.cost, packing.Shape(where.rows, shape.length).cost)
         found.append((cost, shape, where, block))
@@ -125,38 +125,83 @@ def chunk_shape(
     full = packing.Shape(ROWS, max_length)
     if lengths.sum() > full.tokens:
         return full
+    needed = {n: place(lengths, n).rows for n in row_lengths(max_length) if lengths.max() <= n}
     small = [
         packing.Shape(rows, length)
-        for length in (*SHORT_ROWS, max_length)
-        if lengths.max() <= length <= max_length
+        for length, least in needed.items()
         for rows in FEW_ROWS
-        if place(lengths, length).rows <= rows
+        if rows >= least
     ]
     return min(small, key=lambda shape: shape.cost, default=full)
+
+
+def row_lengths(max_length: int) -> list[int]:
+    """Return the lengths that rows may have, the longest last.
+
+    >>> row_lengths(128), row_lengths(48)
+    ([32, 64, 128], [32, 48])
+    """
+    return sorted({n for n in (*SHORT_ROWS, max_length) if n <= max_length})
+
+
+def warm(
+    encode_rows: EncodeRows,
+    frozen: Tree,
+    trainable: Tree,
+    max_length: int,
+    typed: bool,
+    mixed: bool,
+) -> None:
+    """Compile an encoder for all chunks that `encode` may give it.
+
+    Args:
+      encode_rows, frozen, trainable, max_length: see `encode`.
+      typed: whether some examples have token types.
+      mixed: whether sentences have owners.
+    """
+    kinds: list[list[Any] | None] = [None, []] if typed else [None]
+    for types in kinds:
+        for shape, block in sorted(_shapes(max_length, mixed)):
+            slots = -(-shape.tokens // MIN_TOKENS)
+            rows = packing.fill([], [], slots, shape, types=types)
+            owners = np.zeros((shape.rows, shape.length // block), np.int32)
+            encode_rows(frozen, trainable, rows, *([owners] if mixed else []))
+
+
+def _shapes(max_length: int, mixed: bool) -> set[tuple[packing.Shape, int]]:
+    """Return the shapes that chunks may have, each with the tokens of a block."""
+    lengths = [(n, n) for n in row_lengths(max_length)]  # all sentences have one owner
+    for block in BLOCKS if mixed else ():
+        lengths += [(n, block) for n in row_lengths(_whole_blocks(max_length, block))]
+    return {(packing.Shape(rows, n), block) for n, block in lengths for rows in FEW_ROWS}
+
+
+def _whole_blocks(length: int, block: int) -> int:
+    return -(-length // block) * block
 
 
 def outputs(
     task: Task, head: Tree, vectors: np.ndarray, sentences: int, pair_features: str
 ) -> np.ndarray:
     """What a task's head says of sentence vectors: `f32[E, K]` or `f32[E]`."""
-    u, v, form = vectors[::sentences], vectors[sentences - 1 :: sentences], _form(task)
-    return _by_parts(lambda u, v: _apply_head(form, head, u, v, pair_features), u, v)
+    u, v, like = vectors[::sentences], vectors[sentences - 1 :: sentences], form(task)
+    return _by_parts(lambda u, v: _apply_head(like, head, u, v, pair_features), u, v)
 
 
 def decode(task: Task, outputs: np.ndarray) -> np.ndarray:
     """Predictions `f32[E]` on the label's scale: class, 0/1 or score."""
-    form = _form(task)
-    return _by_parts(lambda x: _decode(form, x), outputs)
+    like = form(task)
+    return _by_parts(lambda x: _decode(like, x), outputs)
 
 
 def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray:
     """Those of a task with classes: `f32[E, classes]`."""
-    form = _form(task)
-    return _by_parts(lambda x: _probabilities(form, x), outputs)
+    like = form(task)
+    return _by_parts(lambda x: _probabilities(like, x), outputs)
 
 
 @functools.lru_cache(1 << 16)
-def _form(task: Task) -> Task:
+def form(task: Task) -> Task:
     """Return a task without its names: programs are compiled for it, and tasks alike share them."""
     numbers = tuple(map(str, range(len(task.classes))))
     return dataclasses.replace(task, name="", title="", classes=numbers)

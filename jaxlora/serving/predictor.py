@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import os
@@ -23,7 +24,7 @@ from jaxlora.nn import bert
 from jaxlora.nn.encode import encoder, make_encode, make_mixed_encode
 from jaxlora.serving import bank, inference
 from jaxlora.serving.adapter_slots import AdapterSlots
-from jaxlora.serving.task_models import TaskModels
+from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.serving.tree_cache import TreeCache
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import ConfigError, UserError
@@ -32,11 +33,15 @@ from jaxlora.utils.trees import Tree
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Whole encoders that a predictor keeps on the device, those used last; they are no part of `memory`.
+# Whole encoders that a predictor keeps on the device, those used last, beside its `memory`.
 MOST_ON_DEVICE = 4
 MEMORY = 2**31
 ADAPTER_SHARE, HEAD_SHARE, HOST_SHARE = 2, 4, 4  # parts of `memory`: a half and two quarters
 WANTED = "(task, sentence) or (task, first sentence, second sentence)"
+
+
+# What encodes, and its collections: frozen and trained.
+Model = tuple[inference.EncodeRows, Tree, Tree]
 
 
 class Answer(NamedTuple):
@@ -103,7 +108,7 @@ class Predictor:
     def load(
         folder: str | Path, base: str | None = None, memory: int = MEMORY, *, warm: bool = False
     ) -> Predictor:
-        """Open a finished run, or a bank: the base by name and checksums, the tasks by the manifest.
+        """Open a finished run, or a bank: the base by name and checksums, tasks by the manifest.
 
         Trees are read and compared with their checksums when a request first needs them. The
         answers are those of the bank as it was opened: a task that another process updates is
@@ -216,12 +221,14 @@ class Predictor:
         trees = [self.trained.models[task.name].tree for task, _ in texts]
         out = np.empty((len(trees), self.base.config.hidden_size), np.float32)
         with self._lock:
-            for mine, run in self._passes(trees):
-                out[mine] = run(examples.take(mine), self.trained.max_length)
+            for mine, model, owner in self._passes(trees):
+                out[mine] = inference.encode(
+                    *model, examples.take(mine), self.trained.max_length, owner
+                )
         return out
 
-    def _passes(self, used: list[str]) -> Iterator[tuple[np.ndarray, Callable[..., np.ndarray]]]:
-        """Give the passes of a call: which sentences, and what encodes them.
+    def _passes(self, used: list[str]) -> Iterator[tuple[np.ndarray, Model, np.ndarray | None]]:
+        """Give the passes of a call: which sentences, what encodes them, and the adapter of each.
 
         Adapters of one width share a pass, as many as there are slots; a whole BERT needs one of
         its own.
@@ -238,28 +245,61 @@ class Predictor:
             for start in range(0, len(numbers), most):
                 chosen = np.array(numbers[start : start + most])
                 mine = np.flatnonzero(np.isin(owner, chosen))
-                yield (
-                    mine,
-                    self._run(key, names[chosen].tolist(), np.searchsorted(chosen, owner[mine])),
-                )
+                model, places = self._model(key, names[chosen].tolist())
+                places = None if places is None else places[np.searchsorted(chosen, owner[mine])]
+                yield mine, model, places
 
     def _pass_of(self, name: str) -> int | str:
         """Return an adapter's width, or the name of a tree that is none."""
         return _width(self.trained.configs[name]) if name in self.trained.configs else name
 
-    def _run(
-        self, key: int | str, names: list[str], owner: np.ndarray
-    ) -> Callable[..., np.ndarray]:
+    def _model(self, key: int | str, names: list[str]) -> tuple[Model, np.ndarray | None]:
+        """Return what encodes with some trees of a pass; where it takes several, each's place."""
         if isinstance(key, int):
             slots, places = self._slots[key](names)
-            encode = self._mixed(key)
-            return lambda examples, max_length: inference.encode(
-                encode, self._frozen, slots, examples, max_length, places[owner]
-            )
-        frozen, tree = self._frozen, {}
+            return (self._mixed(key), self._frozen, slots), places
         if self.trained.trees[key]:
-            frozen, tree = {}, self._on_device(key)
-        return functools.partial(inference.encode, self._plain, frozen, tree)
+            return (self._plain, {}, self._on_device(key)), None
+        return (self._plain, self._frozen, {}), None
+
+    def warm(self) -> None:
+        """Compile all that a later call can need, so that none waits for it.
+
+        Compiled are the encoder at every shape of packed rows (1, 4, 8 or 16 rows of up to three
+        lengths) for calls to one adapter and to several, for the frozen base and for whole
+        encoders; heads, predictions and probabilities of each form of task that there is, 16, 256
+        and 4,096 examples at a time. Places on the device are made for all adapters, as far as
+        `memory` allows, since programs depend on their number. One tree of each kind is read.
+        JAX keeps the programs on the disk if it has a folder for them
+        (`jax_compilation_cache_dir`); then the next process is warm in less time.
+
+        Raises:
+          UserError: if one of those trees is missing or damaged.
+        """
+        models = self.trained.models.values()
+        found: dict[int | str, str] = {}  # of each kind a tree
+        for one in models:
+            key = self._pass_of(one.tree)
+            found.setdefault(key if isinstance(key, int) or not key else "whole", one.tree)
+        typed = self.trained.reads_jointly
+        adapters = collections.Counter(map(_width, self.trained.configs.values()))
+        with self._lock:
+            for width, slots in self._slots.items():
+                slots.reserve(adapters[width])
+            for name in found.values():
+                model, places = self._model(self._pass_of(name), [name])
+                inference.warm(*model, self.trained.max_length, typed, places is not None)
+        for one in {(inference.form(one.task), one.pair_features): one for one in models}.values():
+            self._warm_head(one)
+
+    def _warm_head(self, model: TaskModel) -> None:
+        width, task = self.base.config.hidden_size, model.task
+        head = jax.tree.map(lambda x: jnp.zeros(x.shape), model.head_shapes(width))
+        for size in inference.PART_SIZES:
+            vectors = np.zeros((size * task.sentences, width), np.float32)
+            _answers(task, inference.outputs(
+                task, head, vectors, task.sentences, model.pair_features
+            ))  # fmt: skip
 
     @property
     def _dtype(self) -> Any:

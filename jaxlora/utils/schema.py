@@ -78,7 +78,7 @@ def build(kind: type[T], value: Any) -> T:
         raise ValueError("is nested too deeply") from None
 
 
-def plain(kind: type[T], value: T) -> Any:
+def plain(kind: Any, value: Any) -> Any:
     """Return a typed value as a plain one, the inverse of `build`: `dataclasses.asdict`, faster.
 
     >>> @dataclasses.dataclass
