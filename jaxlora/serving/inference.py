@@ -150,22 +150,22 @@ def warm(
     trainable: Tree,
     max_length: int,
     typed: bool,
-    mixed: bool,
+    owners: int,
 ) -> None:
     """Compile an encoder for all chunks that `encode` may give it.
 
     Args:
       encode_rows, frozen, trainable, max_length: see `encode`.
       typed: whether some examples have token types.
-      mixed: whether sentences have owners.
+      owners: how many adapters sentences may have; 0: none.
     """
     kinds: list[list[Any] | None] = [None, []] if typed else [None]
     for types in kinds:
-        for shape, block in sorted(_shapes(max_length, mixed)):
+        for shape, block in sorted(_shapes(max_length, owners > 1)):
             slots = -(-shape.tokens // MIN_TOKENS)
             rows = packing.fill([], [], slots, shape, types=types)
-            owners = np.zeros((shape.rows, shape.length // block), np.int32)
-            encode_rows(frozen, trainable, rows, *([owners] if mixed else []))
+            blocks = np.zeros((shape.rows, shape.length // block), np.int32)
+            encode_rows(frozen, trainable, rows, *([blocks] if owners else []))
 
 
 def _shapes(max_length: int, mixed: bool) -> set[tuple[packing.Shape, int]]:

@@ -286,9 +286,10 @@ class Predictor:
         with self._lock:
             for width, slots in self._slots.items():
                 slots.reserve(adapters[width])
-            for name in found.values():
-                model, places = self._model(self._pass_of(name), [name])
-                inference.warm(*model, self.trained.max_length, typed, places is not None)
+            for kind, name in found.items():
+                model, _ = self._model(self._pass_of(name), [name])
+                owners = adapters[kind] if isinstance(kind, int) else 0
+                inference.warm(*model, self.trained.max_length, typed, owners)
         for one in {(inference.form(one.task), one.pair_features): one for one in models}.values():
             self._warm_head(one)
 

@@ -1,6 +1,7 @@
 """A predictor in other processes: sent to spawned ones, refused in forked ones."""
 
 import copy
+import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -15,7 +16,7 @@ import pytest
 import jaxlora
 from jaxlora import lora
 from jaxlora.serving.task_models import TaskModel, TaskModels
-from jaxlora.tasks.task import SST, STS_COSINE
+from jaxlora.tasks.task import PARA, SST, STS_COSINE
 from jaxlora.utils.errors import UserError
 
 REQUESTS = [("sst", "ban cen."), ("sts", "dan fen", "gan len"), ("sts", "ba be", "ba bi")]
@@ -127,3 +128,59 @@ def test_an_answer_that_is_no_number_is_refused(predictor, monkeypatch):
     with pytest.raises(UserError, match="sst: 1 of 1 answers are not numbers"):
         predictor(REQUESTS)
     assert np.isnan(predictor.predict("sst", ["ban"])).all()
+
+
+def all_kinds(tiny, max_length, more):
+    """A frozen task, two adapters; perhaps also one of another width, and joint pairs."""
+    narrow = lora.LoraConfig(2, 4.0, ("query",))
+    configs = {"a": narrow, "b": narrow}
+    tasks = {
+        "frozen": model(dataclasses.replace(SST, name="frozen"), ""),
+        "sst": model(SST, "a"), "sts": model(STS_COSINE, "b"),
+    }  # fmt: skip
+    if more:
+        joint = dataclasses.replace(PARA, name="joint", pair_encoding="joint")
+        tasks["joint"], configs["c"] = model(joint, "c"), lora.LoraConfig(4, 4.0)
+    trees = {
+        name: {"lora": warm(lora.init(jax.random.key(1), tiny.params, config))}
+        for name, config in configs.items()
+    }
+    trained = TaskModels(
+        tiny.name, tiny.fingerprint, "mean", max_length, "float32", models=tasks,
+        trees={"": {}} | trees, configs=configs, origin="a test",
+    )  # fmt: skip
+    return jaxlora.Predictor(tiny, trained)
+
+
+def ask(names, longest, rng):
+    """Requests of up to so many words."""
+
+    def words():
+        return " ".join(rng.choice(["ba", "be", "bi"], rng.integers(1, longest)))
+
+    texts = {"frozen": 1, "joint": 2, "sst": 1, "sts": 2}
+    return [(name, *(words() for _ in range(texts[name]))) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("max_length", "more"), [(16, False), pytest.param(40, True, marks=pytest.mark.slow)]
+)
+def test_a_warm_predictor_compiles_nothing(tiny, caplog, max_length, more):
+    predictor, rng = all_kinds(tiny, max_length, more), np.random.default_rng(0)
+    predictor.warm()
+    names = [*predictor.tasks]
+    calls = [ask([name] * count, 9, rng) for name in names for count in (1, 7, 70)]
+    calls += [ask(names * n, longest, rng) for n in (1, 3, 30) for longest in (3, 60)]
+    calls += [ask(["sst", "sts"] * n, longest, rng) for n in (1, 5, 30) for longest in (3, 60)]
+    with jax.log_compiles():
+        answers = [predictor(call) for call in calls]
+    assert [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()] == []
+    assert list(map(len, answers)) == list(map(len, calls))
+    with jax.log_compiles():  # what is not warm is seen
+        pickle.loads(pickle.dumps(predictor))(calls[0])
+    assert [r for r in caplog.records if "ompil" in r.getMessage()]
+
+
+def test_memory_below_nothing_is_refused(predictor):
+    with pytest.raises(UserError, match="`memory` -1: must be at least 0"):
+        dataclasses.replace(predictor, memory=-1)
