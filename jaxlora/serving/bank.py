@@ -121,11 +121,12 @@ def _open(folder: Path, manifest: Manifest, read: TreeCache[tuple[str, str]]) ->
         )
         for name, entry in manifest.tasks.items()
     }
+    used = manifest.used
     return dataclasses.replace(
         _without_tasks(folder, manifest),
         models=models,
         trees=StoredTrees({m.tree: (ADAPTERS, m.tree) for m in models.values()}, read),
-        configs={n: c for n, c in manifest.adapters.items() if c and n in manifest.used},
+        configs={n: config for n, config in manifest.adapters.items() if config and n in used},
     )
 
 
@@ -310,8 +311,11 @@ def _sizes(folder: Path, manifest: Manifest) -> dict[str, Size]:
 
 
 def _measure(folder: Path, part: str, name: str) -> Size:
-    tree = _load_tree(folder, part, name)
-    kept = [path for path in (folder / part / name).rglob("*") if path.is_file()]
+    return _size(folder / part / name, _load_tree(folder, part, name))
+
+
+def _size(stored: Path, tree: Tree) -> Size:
+    kept = [path for path in stored.rglob("*") if path.is_file()]
     return Size(trees.count(tree), sum(path.stat().st_size for path in kept))
 
 
@@ -493,18 +497,26 @@ def remove(folder: Path, name: str) -> None:
 def _store(folder: Path, manifest: Manifest, source: TaskModels, names: Sequence[str]) -> Manifest:
     """Write the trees of tasks, as far as they are not there; returns the manifest with them."""
     tasks, adapters = dict(manifest.tasks), dict(manifest.adapters)
-    earlier = dict(manifest.history)
+    earlier, sizes = dict(manifest.history), dict(manifest.sizes)
+
+    def save(part: str, name: str, tree: Tree) -> str:
+        stored = _save_tree(folder, part, name, tree)
+        sizes[f"{part}/{stored}"] = _size(folder / part / stored, tree)
+        return stored
+
     for name in names:
-        one, adapter = source.models[name], None
+        one, adapter, head = source.models[name], None, source.models[name].head
         if tree := source.trees[one.tree]:
-            adapter = _save_tree(folder, ADAPTERS, one.tree, tree)
+            adapter = save(ADAPTERS, one.tree, tree)
             adapters[adapter] = source.configs.get(one.tree)
-        head = _save_tree(folder, HEADS, name, one.head) if one.head else None
-        entry = TaskEntry(one.task, adapter, head, one.pair_features, one.facts)
+        kept = save(HEADS, name, head) if head else None
+        entry = TaskEntry(one.task, adapter, kept, one.pair_features, one.facts)
         if name in tasks and tasks[name] != entry and _is_whole(folder, tasks[name]):
             earlier[name] = (*earlier.get(name, ()), tasks[name])[-MOST_VERSIONS:]
         tasks[name] = entry
-    return dataclasses.replace(manifest, tasks=tasks, adapters=adapters, history=earlier)
+    return dataclasses.replace(
+        manifest, tasks=tasks, adapters=adapters, history=earlier, sizes=sizes
+    )
 
 
 def _is_whole(folder: Path, entry: TaskEntry) -> bool:

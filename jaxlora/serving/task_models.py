@@ -188,7 +188,10 @@ class TaskModels(BaseSpec):
         one = self.find(name)
         found = one.head
         if _shapes(found) != _shapes(one.head_shapes(base.config.hidden_size)):
-            raise UserError(f"{self.origin}: the head of {name} is not one of such a task")
+            raise UserError(
+                f"{self.origin}: the head of {name} is not one of such a task; put back a copy, or "
+                "train it again"
+            )
         return found
 
     def _check_same(self, base: Pretrained) -> None:

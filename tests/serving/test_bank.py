@@ -588,8 +588,9 @@ def test_a_manifest_that_does_not_fit_its_numbers(three, edit, message):
     entry = manifest["tasks"]["para"]
     edit(entry, manifest["adapters"][entry["adapter"]])
     path.write_text(json.dumps(manifests.signed(manifest)))
+    predictor = jaxlora.load(three)
     with pytest.raises(UserError, match=message):
-        jaxlora.load(three).predict("para", [PAIR])
+        predictor([("para", *PAIR[: predictor.task("para").texts])])
     (problem,) = bank.verify(three)
     assert re.search(message, problem)
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -116,7 +117,7 @@ def probabilities(answers):
 
 
 def test_a_tight_budget_answers_as_one_task_at_a_time(tiny, alone, large, monkeypatch):
-    """Tasks come back after others took their places, and some are updated meanwhile."""
+    """Of four threads whose tasks take each other's places, some of them updated meanwhile."""
     monkeypatch.setattr(adapter_slots, "FIRST_SLOTS", 4)
     predictor = jaxlora.load(large, memory=40_000)
     numbers = [0, 57, 911, 414, 57, 12, 999, 333, 56, 0, 720, 57]
@@ -129,9 +130,11 @@ def test_a_tight_budget_answers_as_one_task_at_a_time(tiny, alone, large, monkey
     for round_, change in enumerate([None, "task57", "task0"]):
         if change:
             bank.add(large, other, [change], replace=True)
-        order = np.random.default_rng(round_).permutation(len(asked))
-        found = probabilities(predictor([asked[n] for n in order]))
-        np.testing.assert_allclose(found, expected[order], rtol=0, atol=1e-5)
+        orders = [np.random.default_rng([round_, n]).permutation(len(asked)) for n in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda order: predictor([asked[n] for n in order]), orders))
+        for answers, order in zip(found, orders, strict=True):
+            np.testing.assert_allclose(probabilities(answers), expected[order], rtol=0, atol=1e-5)
     assert slots._count == slots.most
     again = probabilities(jaxlora.load(large)(asked))  # opened now: with the new versions
     changed = np.isin([name for name, _ in asked], ["task57", "task0"])
@@ -152,7 +155,7 @@ for turn in range(10**6):
 
 @pytest.mark.slow
 def test_a_tight_budget_beside_another_process_that_updates(tiny, alone, large, tmp_path):
-    """Requests also to the updated tasks; the versions that were opened go after five updates."""
+    """Requests to tasks beside the updated ones; a predictor that is opened later has those, too."""
     stable = [n for n in range(0, COUNT, 9) if n not in (27, 45)]
     asked = requests(np.random.default_rng(1).choice(stable, 150).tolist())
     expected = alone(asked)
