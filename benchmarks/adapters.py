@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,6 +46,23 @@ from jaxlora.training.task_group import Cohort, make_cohort
 SIZES = (96, 128, 192, 256, 384, 512, 768, 1024)  # examples of eight tasks
 WORDS = ("a", "the", "film", "was", "very", "good", "bad", "not", "one", "of", "many", "we", "saw")
 
+PART = 100  # tasks that are put into a bank at a time
+CHILD = """
+import json, resource, sys, time
+from pathlib import Path
+import jaxlora
+from jaxlora.utils import process
+process.reuse_memory()
+process.keep_programs(Path(sys.argv[2]))
+began, cpu = time.perf_counter(), time.process_time()
+jaxlora.load(sys.argv[1])([("task0", "a film")])
+print(json.dumps({
+    "open and answer s": time.perf_counter() - began,
+    "its CPU s": time.process_time() - cpu,
+    "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+}))
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
@@ -60,7 +81,7 @@ class Flags:
     base: str = "minilm"
     batch_sizes: tuple[int, ...] = (8, 32)
     tasks: tuple[int, ...] = (1, 8, 64, 150)
-    banks: tuple[int, ...] = (10, 100)
+    banks: tuple[int, ...] = (10, 1000)
     rounds: int = 7
     steps: int = 4
     out: Path = harness.OUT
@@ -139,10 +160,10 @@ def epoch(cohorts: list[Cohort]) -> Callable[[], None]:
     return run
 
 
-def make_models(base: Pretrained, count: int) -> TaskModels:
-    """Return so many tasks, each with an adapter and a head of its own."""
+def make_models(base: Pretrained, count: int, first: int = 0) -> TaskModels:
+    """Return so many tasks from a number on, each with an adapter and a head of its own."""
     config, models, trees = lora.LoraConfig(), {}, {}
-    for n in range(count):
+    for n in range(first, first + count):
         task = dataclasses.replace(SST, name=f"task{n}")
         adapter = lora.init(jax.random.key(n), base.params, config)
         trees[task.name] = {"lora": jax.tree.map(lambda x: np.asarray(x) + 0.01, adapter)}
@@ -180,22 +201,37 @@ def measure_serving(base: Pretrained, flags: Flags) -> list[dict[str, Any]]:
 
 
 def measure_bank(count: int, base: Pretrained, folder: Path) -> dict[str, Any]:
-    """Time what is done with a bank of so many tasks."""
-    models, place = make_models(base, count + 1), folder / f"bank{count}"
-    *names, last = models.models
-    bank.add(place, models, names)
+    """Time what is done with a bank of so many tasks, and what a process takes that opens it."""
+    place = folder / f"bank{count}"
+    for first in range(0, count, PART):
+        models = make_models(base, min(PART, count - first), first)
+        bank.add(place, models, list(models.models))
+    new, other = (make_models(base, 1, first) for first in (count, count + 1))
+    again = dataclasses.replace(new, trees={f"task{count}": other.trees[f"task{count + 1}"]})
     acts: dict[str, Callable[[], object]] = {
-        "add a task": lambda: bank.add(place, models, [last]),
+        "add a task": lambda: bank.add(place, new, [f"task{count}"]),
+        "update it": lambda: bank.add(place, again, [f"task{count}"], replace=True),
         "list": lambda: bank.contents(place),
-        "open and answer": lambda: Predictor.load(place)([("task0", "a film")]),
-        "remove a task": lambda: bank.remove(place, last),
+        "remove it": lambda: bank.remove(place, f"task{count}"),
     }
     times = {}
     for name, act in acts.items():
         began = time.perf_counter()
         act()
         times[f"{name} s"] = round(time.perf_counter() - began, 3)
-    return {"tasks": count, **times}
+    return {"tasks": count, **times, **open_and_answer(place, folder / "programs")}
+
+
+def open_and_answer(place: Path, programs: Path) -> dict[str, float]:
+    """Return what a new process takes to open a bank and answer a request, programs cached."""
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, str(place), str(programs)],
+            check=True, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": os.getcwd()},
+        )  # fmt: skip
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {name: round(value, 2) for name, value in found.items()}
 
 
 def main(flags: Flags) -> None:

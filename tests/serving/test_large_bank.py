@@ -155,7 +155,7 @@ for turn in range(10**6):
 
 @pytest.mark.slow
 def test_a_tight_budget_beside_another_process_that_updates(tiny, alone, large, tmp_path):
-    """Requests to tasks beside the updated ones; a predictor that is opened later has those, too."""
+    """Of tasks beside the updated ones; a predictor that is opened later has those, too."""
     stable = [n for n in range(0, COUNT, 9) if n not in (27, 45)]
     asked = requests(np.random.default_rng(1).choice(stable, 150).tolist())
     expected = alone(asked)
