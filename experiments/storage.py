@@ -138,7 +138,9 @@ def write(rows: Sequence[Row], flags: Flags, out: Path) -> None:
         "# What many tasks weigh\n\n"
         f"Banks written to disk by `python experiments/storage.py`: each task has an adapter of "
         f"rank {flags.rank} on the attention's four layers and a head of its own, in float32. "
-        "Tasks that share an adapter store it once, so their banks are smaller.\n\n"
+        "Tasks that share an adapter store it once, so their banks are smaller. In memory a bank "
+        "takes what its `--memory` allows, however many tasks it has: see "
+        "[serving.md](serving.md#memory).\n\n"
         + "\n".join(lines)
         + "\n\n![MB on disk against the number of tasks](storage.png)\n"
     )

@@ -101,7 +101,7 @@ def _layout(
         place = packing.by_owner(owner, block)
         shape = chunk_shape(lengths, _whole_blocks(max_length, block), place)
         where = place(lengths, shape.length)
-        cost = factor * max(shape.cost, packing.Shape(where.rows, shape.length).cost)
+        cost = factor * shape.cost * -(-where.rows // shape.rows)
         found.append((cost, shape, where, block))
     return min(found, key=lambda one: one[0])[1:]
 
