@@ -129,20 +129,25 @@ class Graph:
         )
 
 
-def weights(graph: Graph, params: Tree) -> Tree:
-    """Add an encoder's parameters as constants.
+def weights(graph: Graph, params: Tree, prefix: str = "") -> Tree:
+    """Add parameters as constants of float32.
 
     Returns:
-      The same tree with their names for leaves; `layers` is a list, one entry for each.
+      The same tree with names for leaves, each its path behind the prefix.
     """
-    count = len(jax.tree.leaves(params["layers"])[0])
-    layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(count)]
 
     def add(path: tuple[Any, ...], leaf: Any) -> Value:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return graph.constant(np.asarray(leaf, np.float32), name)
+        return graph.constant(np.asarray(leaf, np.float32), prefix + name)
 
-    return jax.tree_util.tree_map_with_path(add, dict(params) | {"layers": layers})
+    return jax.tree_util.tree_map_with_path(add, params)
+
+
+def unstack(params: Tree) -> Tree:
+    """Return an encoder's parameters with `layers` as a list, one entry for each."""
+    count = len(jax.tree.leaves(params["layers"])[0])
+    layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(count)]
+    return dict(params) | {"layers": layers}
 
 
 def encode(graph: Graph, config: EncoderConfig, params: Tree, inputs: Inputs) -> Value:
@@ -151,7 +156,7 @@ def encode(graph: Graph, config: EncoderConfig, params: Tree, inputs: Inputs) ->
     Args:
       graph: takes its nodes.
       config: the encoder's.
-      params: from `weights`; several calls may share them.
+      params: `weights` of what `unstack` returns; several calls may share them.
       inputs: the sentences.
 
     Returns:
@@ -212,7 +217,7 @@ def _places(graph: Graph, inputs: Inputs) -> Value:
     return graph("Range", 0, graph("Squeeze", _length(graph, inputs)), 1)
 
 
-def _first(graph: Graph, table: np.ndarray, length: Value) -> Value:
+def _first(graph: Graph, table: Value, length: Value) -> Value:
     """Return a table's first rows, one for each position: `f32[S, ...]`."""
     return graph("Slice", table, _axes(0), length, _axes(0))
 
