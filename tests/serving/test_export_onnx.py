@@ -20,7 +20,7 @@ from jaxlora.formats import families, huggingface, onnx_graph
 from jaxlora.formats.onnx_graph import INT, Graph, Inputs
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
-from jaxlora.serving import export_onnx, export_onnx_check
+from jaxlora.serving import bank, export_onnx, export_onnx_check
 from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks.task import HEADS, LOSSES, Task
 from jaxlora.utils.errors import UserError
@@ -313,3 +313,57 @@ def test_what_cannot_be_exported(tiny, tmp_path):
     with pytest.raises(UserError, match="is not empty; name a new folder"):
         export_onnx.save(tmp_path, tiny, made, "topic")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.fixture(scope="module")
+def banked(tiny, tmp_path_factory):
+    """A bank with the task, and a labelled table with its predictions."""
+    folder = tmp_path_factory.mktemp("banked")
+    made = trained(tiny, TOPIC)
+    bank.add(folder / "bank", made, ["topic"])
+    labels = [answer.label for answer in jaxlora.Predictor(tiny, made)(requests())]
+    labels[-1] = next(name for name in TOPIC.classes if name != labels[-1])
+    rows = zip(SENTENCES, labels, strict=True)
+    table = "sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows)
+    (folder / "labelled.tsv").write_text(table)
+    return folder
+
+
+def requests():
+    return [("topic", sentence) for sentence in SENTENCES]
+
+
+def test_the_command_compares_on_a_table(banked, tmp_path, call):
+    words = ("export", "onnx", tmp_path / "out", "--bank", banked / "bank", "--task", "topic")
+    code, shown = call(*words, "--int8", "--check", banked / "labelled.tsv")
+    assert code == 0, shown
+    rows = [[c.strip() for c in line.split("│")] for line in shown.splitlines() if "│" in line]
+    found = {row[1]: row[2:-1] for row in rows}
+    accuracy = 1 - 1 / len(SENTENCES)
+    assert found["jaxlora"][0] == found["model.onnx"][0] == f"{accuracy:.4f}"
+    assert float(found["model.onnx"][1]) < 1e-5 < float(found["model_quantized.onnx"][1]) < 0.1
+    size = (tmp_path / "out" / "model_quantized.onnx").stat().st_size
+    assert found["model_quantized.onnx"][2] == f"{size / 1e6:.1f}"
+
+
+def test_the_command_says_what_it_did_not_measure(banked, tmp_path, call):
+    words = ("export", "onnx", tmp_path / "out", "--bank", banked / "bank", "--task", "topic")
+    code, shown = call(*words, "--int8")
+    assert code == 0 and "not measured; --check=labelled.csv does" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--task", "topics"), "no task 'topics'; there are topic"),
+        (("--task", "topic", "--base", "nowhere"), "nowhere"),
+        (("--task", "topic", "--check", "nowhere.csv"), "nowhere.csv"),
+        (("--task", "topic", "--check", "unlabelled.csv"), "label"),
+    ],
+)
+def test_the_command_refuses(words, said, banked, tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("unlabelled.csv").write_text("sentence,other\nthe dog,1\n")
+    code, shown = call("export", "onnx", "out", "--bank", banked / "bank", *words)
+    assert code == 2 and said in shown and "Traceback" not in shown
+    assert not Path("out").exists()
