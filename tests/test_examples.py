@@ -47,3 +47,24 @@ def test_it_runs_in_small(path, base, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("STEPS", "2")
     said = run(path, tmp_path, monkeypatch, capsys)
     assert re.search(PRINTS[path.stem], said), said
+
+
+@pytest.mark.slow
+def test_the_search_finds_the_article_that_is_meant(tmp_path, monkeypatch, capsys):
+    said = run(ROOT / "examples" / "search.py", tmp_path, monkeypatch, capsys)
+    first = re.findall(r"^(\w.*)\n  \d\.\d\d  (.*)$", said, re.MULTILINE)
+    assert [article.split()[0] for _, article in first] == ["Changing", "What", "When"]
+
+
+@pytest.mark.slow
+def test_the_tickets_are_learnt(tmp_path, monkeypatch, capsys):
+    said = run(ROOT / "examples" / "tickets.py", tmp_path, monkeypatch, capsys)
+    assert re.search(r"my tent has not arrived: delivery .*\nI paid two times: billing", said)
+    assert float(re.search(r"│ accuracy +│ (\d\.\d+)", said)[1]) > 0.9
+
+
+@pytest.mark.slow
+def test_pcgrad_helps_the_small_task(tmp_path, monkeypatch, capsys):
+    said = run(ROOT / "examples" / "pcgrad_flax.py", tmp_path, monkeypatch, capsys)
+    small = [float(found) for found in re.findall(r"small (\d+\.\d)%", said)]
+    assert small == sorted(small, reverse=True) and small[0] > 2 * small[1] > 4 * small[2]
