@@ -12,7 +12,7 @@ from jaxlora.utils.errors import ConfigError
 _NAMES = {"dropout": "lora_dropout"}
 # Arguments that are no flags: they stand alone on the command line.
 _POSITIONAL = ("tasks",)
-_BYTES = re.compile(r"(\d{1,6}(?:\.\d{1,3})?) ?([KMGT])(i?)B", re.IGNORECASE)
+_BYTES = re.compile(r"(\d{1,6}(?:\.\d{1,3})?) ?([KMGT])(i?)B", re.ASCII | re.IGNORECASE)
 _ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
 
 

@@ -26,6 +26,7 @@ from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks.task import HEADS, SPAN, Task
 from jaxlora.utils.extras import explained
 from jaxlora.utils.files import atomic_dir, write_json, write_text
+from jaxlora.utils.trees import Tree
 
 with explained():
     import onnx
@@ -145,7 +146,8 @@ def build(base: Pretrained, trained: TaskModels, name: str) -> ModelProto:
         hidden = onnx_graph.encode(graph, base.config, params, inputs)
         vectors.append(onnx_graph.pool(graph, hidden, inputs.mask, trained.pooling))
         graph.output(f"vector{end}", vectors[-1], ("batch", base.config.hidden_size))
-    _answer(graph, model.task, _apply_head(graph, model, vectors))
+    head = trained.head(name, base)
+    _answer(graph, model.task, _apply_head(graph, model, head, vectors))
     return graph.model(name)
 
 
@@ -154,11 +156,11 @@ def _inputs(graph: Graph, end: str, types: bool) -> Inputs:
     return Inputs(*(graph.input(n + end, INT, ("batch", f"length{end}")) for n in names))
 
 
-def _apply_head(graph: Graph, model: TaskModel, vectors: list[Value]) -> Value:
+def _apply_head(graph: Graph, model: TaskModel, head: Tree, vectors: list[Value]) -> Value:
     """Add `Task.apply_head`: `f32[batch, outputs]`, without a head the cosine, `f32[batch, 1]`."""
     if not model.task.outputs:
         return _cosine(graph, *vectors)
-    params = onnx_graph.weights(graph, model.head, _HEAD)
+    params = onnx_graph.weights(graph, head, _HEAD)
     kind = HEADS[model.task.head]
     x = vectors[0] if len(vectors) == 1 else _pair(graph, model.pair_features, *vectors)
     x = onnx_graph.activate(graph, kind.activation, onnx_graph.dense(graph, params[kind.first], x))

@@ -8,7 +8,7 @@ import pytest
 
 import jaxlora
 from jaxlora.__main__ import main
-from jaxlora.cli.flags import flag, with_flags
+from jaxlora.cli.flags import bytes_of, flag, with_flags
 from jaxlora.utils.errors import ConfigError, UserError
 
 PACKAGE = Path(jaxlora.__file__).parent
@@ -69,3 +69,25 @@ def test_a_command_names_the_flag(capsys, tmp_path):
     out.write_text("")
     assert main(["train", "--variant=lora3", f"--out={out}"]) == 2
     assert capsys.readouterr().err == f"error: --out {out}: is a file; name a folder\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1kB", 1000),
+        ("512MB", 512e6),
+        (" 2 gib", 2**31),
+        ("0.5KiB", 512),
+        ("1.25TiB", 1.25 * 2**40),
+    ],
+)
+def test_numbers_of_bytes(text, value):
+    assert bytes_of("memory", text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "512", "0MB", "-1GB", "1e3MB", "nanGB", "1 PB", "٣MB", "9999999GB"]
+)
+def test_what_is_no_number_of_bytes(text):
+    with pytest.raises(ConfigError, match=r"`memory`.*: give a number above 0 with a unit"):
+        bytes_of("memory", text)

@@ -52,6 +52,12 @@ def test_sentences_of_one_owner_are_placed_as_if_there_were_no_owners():
     np.testing.assert_array_equal(where.start, place(sizes, 32).start)
 
 
+def test_what_an_owner_has_is_split_where_two_owners_would_not_share_a_row():
+    """Four sentences of each of 64 owners take 72 tokens: more than half a row of 128."""
+    where = place_by_owner([18] * 256, np.arange(256) % 64, 128, 8)
+    assert where.rows <= 1.25 * (64 * 72 / 128)
+
+
 @pytest.mark.parametrize(
     ("sizes", "rows"),
     [([], 0), ([16], 1), ([8, 8], 1), ([9, 8], 2), ([10, 9, 7, 6], 2), ([6, 7, 9, 10], 2)],
