@@ -25,6 +25,7 @@ def predict(
     task: str | None = None,
     input: Path | None = None,
     output: Path | None = None,
+    text: str | None = None,
     base: str | None = None,
     quoting: Quoting | None = None,
     strict: bool = False,
@@ -34,9 +35,13 @@ def predict(
     Args:
       texts: a sentence, or the two of a pair.
       bank: a bank, or the folder of a finished run.
-      task: the task; a table may have a column task instead.
-      input: a table with a header: sentence (or sentence1, sentence2), task, id.
-      output: where its answers go: a .csv, or a .jsonl with all probabilities.
+      task: the task; a table may have a column task instead; default: the only one.
+      input: a table: CSV, TSV, JSON lines, Parquet (these but Parquet also as .gz), or a folder of
+        Hugging Face datasets; its texts, and perhaps task and id.
+      output: where its answers go: .csv, .tsv, or with all probabilities .jsonl, .parquet; the
+        first three also as .gz.
+      text: the column of text, or two of a pair, separated by a comma; default: as in training,
+        or sentence (or text), or sentence1 and sentence2.
       base: where the base is now, if it has moved; it must be the same.
       quoting: of the table: none: a double quote is part of the text; standard: as in any CSV;
         default: standard, and none for tabs if a field opens a quote and does not close it.
@@ -53,7 +58,7 @@ def predict(
             shown = bar.add_task("")
             count = predict_file(
                 predictor, input, output, task, lambda n: bar.update(shown, completed=n),
-                quoting=quoting, strict=strict, note=notes.append,
+                text=text, quoting=quoting, strict=strict, note=notes.append,
             )  # fmt: skip
         say("; ".join([f"{output}: {count:,} answer{'' if count == 1 else 's'}", *notes]))
         return

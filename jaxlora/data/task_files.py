@@ -34,9 +34,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from jaxlora.data import tables
+from jaxlora.data import table_formats, tables
 from jaxlora.data.labels import find_labels
 from jaxlora.data.quoting import Quoting
+from jaxlora.data.survey import find_roles
+from jaxlora.data.table_formats import stem_of
 from jaxlora.data.tables import Columns, Table
 from jaxlora.tasks.task import (
     KINDS,
@@ -55,7 +57,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # Settings of a group that its tasks may bring along.
 OWN = ("learning_rate", "head_learning_rate", "epochs", "eval_every", "patience")
 DEV_SHARE = 0.2  # of the training rows, where no dev set is given
-TABLES = (".csv", ".tsv", ".tab", ".txt")  # suffixes of tables of data
 _FILES = ("train", "dev", "test")
 _LISTS = ("classes", "range", "text")
 _VALUE = re.compile(r"([^=]*)\.([^=.]*)=(.*)", re.DOTALL)  # topic.epochs=3
@@ -241,7 +242,7 @@ def is_table(item: str) -> bool:
     >>> is_table("tickets.csv"), is_table("topics.toml"), is_table("topic.dev=x.csv")
     (True, False, False)
     """
-    return Path(item).suffix.lower() in TABLES and not _VALUE.fullmatch(item)
+    return table_formats.is_table(Path(item)) and not _VALUE.fullmatch(item)
 
 
 def name_of(path: Path) -> str:
@@ -250,22 +251,25 @@ def name_of(path: Path) -> str:
     >>> name_of(Path("data/my tickets (new).csv"))
     'my-tickets-new'
     """
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._")[:64] or "task"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", stem_of(path)).strip("-._")[:64] or "task"
 
 
 def _read_file(item: str, text: str | None, label: str | None) -> dict[str, Any]:
     if not is_table(item):
         return _read_toml(Path(item))
+    files = {split: str(path) for split, path in find_roles(Path(item)).items()} or {"train": item}
+    if "train" not in files:
+        raise ConfigError("tasks", f"has no split train, only {', '.join(files)}", item)
     columns = {"text": text.split(",") if text else None, "label": label}
     missing = [name for name, value in columns.items() if value is None]
     if missing:
-        names = ", ".join(tables.read_header(Path(item)))
+        names = ", ".join(tables.read_header(Path(files["train"])))
         raise ConfigError(
             missing[0],
             f"name the column of {item} (there are {names}), or describe the task in a file: "
             f"jaxlora init {item}",
         )
-    return {name_of(Path(item)): {"train": item, **columns}}
+    return {name_of(Path(item)): {**files, **columns}}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -347,7 +351,7 @@ def _table(where: str, fields: TaskFields) -> Table:
         split: str(Path(file).absolute()) for split, file in given.items() if isinstance(file, str)
     }
     for split, file in files.items():
-        if not os.path.isfile(file):  # Path.is_file raises for names that no file can have
+        if not os.path.exists(file):  # Path.exists raises for names that no file can have
             raise UserError(f"{where} {split}: there is no file {file}")
     columns = Columns(fields.columns, fields.label, fields.id)
     dev = files.get("dev", fields.dev)

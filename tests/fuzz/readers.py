@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from jaxlora.data import cs224n, official, tables, tokenized
+from jaxlora.data import cs224n, delimited, official, tables, text_lines, tokenized
 from jaxlora.data.quoting import QUOTINGS, Quoting
 from jaxlora.data.raw_examples import TextExample, parse_label, sentences
 from jaxlora.formats import huggingface
@@ -58,7 +58,7 @@ def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[..
             st.tuples(
                 st.sampled_from(list(COLUMNS)),
                 one_of(hostile.damaged(CSV), hostile.tables(CSV, ",")),
-                st.sampled_from((None, ",", *tables.DELIMITERS)),
+                st.sampled_from((None, ",", *delimited.DELIMITERS)),
                 _quotings,
                 st.sampled_from((True, False, None)),
             ),
@@ -153,16 +153,14 @@ def read_label(value: tuple[list[str], str], scratch: Path) -> None:
 
 
 def read_odd(content: bytes, scratch: Path) -> None:
-    """`tables.read` and `tables.stream` of files of other kinds: both refuse the same ones."""
+    """`text_lines.stream` of files of other kinds, whole and compressed: the same lines."""
     (scratch / "odd").write_bytes(content)
-    try:
-        lines = list(tables.stream(scratch / "odd", scratch / "odd"))
-    except UserError as error:
-        with contextlib.suppress(UserError):
-            tables.read_text(scratch / "odd")
-            raise AssertionError(f"only stream refuses it: {error}") from None
-        raise
-    assert "".join(lines) == tables.read_text(scratch / "odd")
+    (scratch / "odd.gz").write_bytes(gzip.compress(content, 1))
+    lines = [_lines(scratch / name) for name in ("odd", "odd.gz")]
+    assert lines[0] == lines[1]
+    if isinstance(lines[0], UserError):
+        raise lines[0]
+    assert "".join(lines[0]) == content.decode("utf-8-sig")
 
 
 class Echo(Predictor):
