@@ -70,9 +70,9 @@ class ArrowSheet:
 
     def rows(self, tally: Tally | None = None) -> Iterator[tuple[int, list[str]]]:
         """Yield the header and the rows, with their numbers."""
+        schema, load = self._loaded
         import pyarrow as pa
 
-        schema, load = self._loaded
         places = [place for place, field in enumerate(schema) if _is_plain(field)]
         header = [schema.names[place] for place in places]
         yield 0, header
@@ -185,6 +185,7 @@ def _load_arrow(parts: list[Path]) -> tuple[Any, Callable[[list[str] | None], It
         for part in parts:
             with pa.memory_map(str(part)) as file:
                 for batch in pa.ipc.open_stream(file):
+                    batch.validate(full=True)  # else offsets that point outside end the process
                     yield batch if columns is None else batch.select(columns)
 
     with pa.memory_map(str(parts[0])) as file:

@@ -18,7 +18,6 @@ from jaxlora.data.text_lines import GZIP, is_packed
 from jaxlora.utils import files
 from jaxlora.utils.errors import ConfigError, UserError
 
-
 Open = Callable[[Mapping[str, tuple[Path, Path]], str | None, Quoting | None], dict[str, Sheet]]
 
 

@@ -191,7 +191,9 @@ def read_sheet(
         label = parse_label(written, task, sheet.where(line)) if written else UNLABELLED
         rows.append(TextExample(name, texts[0], "".join(texts[1:]), label, line))
     if not rows:
-        raise UserError(f"{sheet.path} is empty: it has a header but no examples; replace the file.")
+        raise UserError(
+            f"{sheet.path} is empty: it has a header but no examples; replace the file."
+        )
     return rows
 
 
@@ -223,7 +225,9 @@ def select(
         if header.count(name) > 1:
             raise UserError(f"{where}: the column {name} is there twice; rename one of them.")
     if not any(header):
-        raise UserError(f"{sheet.path}: is empty; replace the file. {who} needs {sheet.layout(needed)}.")
+        raise UserError(
+            f"{sheet.path}: is empty; replace the file. {who} needs {sheet.layout(needed)}."
+        )
     if missing := [name for name in needed if name not in header]:
         raise UserError(
             f"{where}: no column {', '.join(missing)}{_hint(missing, header)}; found "

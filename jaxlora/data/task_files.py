@@ -28,6 +28,7 @@ import dataclasses
 import os
 import re
 import tomllib
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +54,7 @@ from jaxlora.tasks.task import (
 from jaxlora.utils import schema
 from jaxlora.utils.errors import ConfigError, UserError
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+MOST_LETTERS, MOST_BYTES = 64, 160  # of a name; files are named by it, whose names have 255 bytes
 # Settings of a group that its tasks may bring along.
 OWN = ("learning_rate", "head_learning_rate", "epochs", "eval_every", "patience")
 DEV_SHARE = 0.2  # of the training rows, where no dev set is given
@@ -226,7 +227,8 @@ def read_tasks(
     for item in sorted(given, key=lambda item: _VALUE.fullmatch(item) is not None):
         match = _VALUE.fullmatch(item)
         found = _value(match) if match else _read_file(item, text, label)
-        for name, fields in found.items():
+        for written, fields in found.items():
+            name = unicodedata.normalize("NFC", written)
             if match and name in described:
                 described[name] |= fields
             elif name in described:
@@ -248,10 +250,21 @@ def is_table(item: str) -> bool:
 def name_of(path: Path) -> str:
     """Return the name of the task of a table of data.
 
-    >>> name_of(Path("data/my tickets (new).csv"))
-    'my-tickets-new'
+    >>> name_of(Path("data/my tickets (new).csv")), name_of(Path("Anfragen für März.csv.gz"))
+    ('my-tickets-new', 'Anfragen-für-März')
     """
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", stem_of(path)).strip("-._")[:64] or "task"
+    stem = unicodedata.normalize("NFC", stem_of(path))
+    parts = "".join(c if _fits_name(c) else " " for c in stem).split()
+    name = "-".join(parts).lstrip("-._")[:MOST_LETTERS].rstrip("-._")
+    try:
+        return check_name(name, str(path))
+    except UserError:  # nothing is left, or it begins with a mark, or has too many bytes
+        return "task"
+
+
+def _fits_name(character: str) -> bool:
+    """Return whether a name may have a character: a letter, mark or digit of any script, `_.-`."""
+    return character in "_.-" or unicodedata.category(character)[0] in "LMN"
 
 
 def _read_file(item: str, text: str | None, label: str | None) -> dict[str, Any]:
@@ -318,15 +331,18 @@ def check_name(name: str, where: str) -> str:
     Raises:
       UserError: saying what a name may be.
 
-    >>> check_name("topic-2", "x")
-    'topic-2'
+    >>> check_name("topic-2", "x"), check_name("тема", "x")
+    ('topic-2', 'тема')
     """
-    if not NAME.fullmatch(name):
+    fits = 0 < len(name) <= MOST_LETTERS and all(map(_fits_name, name))
+    if not fits or not name[0].isalnum() or len(name.encode()) > MOST_BYTES:
         shown = name if len(name) <= 40 else name[:40] + "…"
         raise UserError(
-            f"{where}: {shown!r} cannot be a name; use up to 64 letters, digits, '_', '-' and '.', "
-            "a letter or a digit first"
+            f"{where}: {shown!r} cannot be a name; use up to {MOST_LETTERS} letters (and "
+            f"{MOST_BYTES} bytes), digits, '_', '-' and '.', a letter or a digit first"
         )
+    if name != unicodedata.normalize("NFC", name):
+        raise UserError(f"{where}: {name!a} cannot be a name; write its letters composed (NFC)")
     return name
 
 

@@ -8,7 +8,7 @@ import pytest
 from tiny import Silent
 
 import jaxlora
-from jaxlora.data import tables
+from jaxlora.data import delimited, tables
 from jaxlora.data.task_files import TaskSpec, paper_specs, read_tasks
 from jaxlora.tasks.task import Task
 from jaxlora.training import run as train
