@@ -9,12 +9,12 @@ from typing import Annotated
 import tyro
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from jaxlora.cli.terminal import say
+from jaxlora.cli.terminal import print_json, say
 from jaxlora.data.quoting import Quoting
-from jaxlora.serving.predict_table import predict_file
+from jaxlora.serving import predict_table
 from jaxlora.serving.predictor import Predictor
 from jaxlora.utils import cache, process
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError, UserError
 
 
 def predict(
@@ -29,6 +29,7 @@ def predict(
     base: str | None = None,
     quoting: Quoting | None = None,
     strict: bool = False,
+    json: bool = False,
 ) -> None:
     """Predict one example given by its texts, or a whole table.
 
@@ -46,9 +47,12 @@ def predict(
       quoting: of the table: none: a double quote is part of the text; standard: as in any CSV;
         default: standard, and none for tabs if a field opens a quote and does not close it.
       strict: refuse a table with blank texts, instead of leaving their answers empty.
+      json: print the answer to one example as JSON.
     """
     if (input is None) == (not texts) or (input is None) != (output is None):
         raise UserError('give --task and texts ("a" "b"), or --input and --output')
+    if json and output is not None:
+        raise ConfigError("json", "is for one example; `output` with .jsonl has all answers")
     process.reuse_memory()
     process.keep_programs(cache.cache_dir() / "xla")
     predictor = Predictor.load(bank, base)
@@ -56,7 +60,7 @@ def predict(
         columns, notes = (SpinnerColumn(), TextColumn("{task.completed:,} answered")), list[str]()
         with Progress(*columns, transient=True) as bar:
             shown = bar.add_task("")
-            count = predict_file(
+            count = predict_table.predict_file(
                 predictor, input, output, task, lambda n: bar.update(shown, completed=n),
                 text=text, quoting=quoting, strict=strict, note=notes.append,
             )  # fmt: skip
@@ -65,6 +69,9 @@ def predict(
     if task is None:
         raise UserError(f"--task is missing; there are {', '.join(predictor.tasks)}")
     (answer,) = predictor([(task, *texts)])
+    if json:
+        print_json(predict_table.to_record(answer))
+        return
     if answer.probabilities is None:
         print(f"{answer.value:.4f}")
         return

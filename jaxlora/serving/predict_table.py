@@ -268,16 +268,18 @@ class Requests:
 
 
 def _record(request: Request, answer: Answer | None) -> dict[str, Any]:
-    """Return the values of `COLUMNS`; a class is a whole number."""
-    record = dict.fromkeys(COLUMNS) | {"id": request.id, "task": request.asked[0]}
-    record["reason"] = request.reason
-    if answer is None:
-        return record
-    if answer.label is None or answer.probabilities is None:
-        return record | {"prediction": float(answer.value)}
-    return record | {
-        "prediction": round(answer.value),
+    """Return the values of `COLUMNS`."""
+    found = {"task": request.asked[0]} if answer is None else to_record(answer)
+    return dict.fromkeys(COLUMNS) | found | {"id": request.id, "reason": request.reason}
+
+
+def to_record(answer: Answer) -> dict[str, Any]:
+    """Return the values of an answer by their columns; a class is a whole number."""
+    classes = answer.label is not None and answer.probabilities is not None
+    return {
+        "task": answer.task,
+        "prediction": round(answer.value) if classes else float(answer.value),
         "label": answer.label,
-        "probability": answer.probabilities[answer.label],
+        "probability": (answer.probabilities or {}).get(answer.label or ""),
         "probabilities": answer.probabilities,
     }
