@@ -85,7 +85,7 @@ def predict_file(
       predictor: who answers.
       source: a table of any format in `table_formats`, or a pipe with delimited text. Its columns
         of text are chosen by `choose_texts`. `task` is needed if none is given and there are
-        several; `id` is optional.
+        several; `id` is optional, else ids are those of the training tables, or the rows' numbers.
       target: the answers, in the format that the suffix says, with the columns `COLUMNS`: `label`
         and the probabilities are empty for scores. A row with a blank text has no prediction, but
         a reason. It is written under another name and renamed when complete.
@@ -218,7 +218,7 @@ class Requests:
         )
         texts: dict[str, tuple[str, ...]] = {}
         for number, (line, fields) in enumerate(rows):
-            row = {"id": str(number), **dict(zip(header, fields, strict=True))}
+            row = dict(zip(header, fields, strict=True))
             named = row.get("task", "")
             if self.task and named not in ("", self.task):
                 raise UserError(
@@ -228,6 +228,7 @@ class Requests:
             try:
                 if own not in texts:
                     texts[own] = self._texts_of(own, header)
+                row.setdefault("id", row.get(self._id_of(own), str(number)))
                 yield self._request(line, row, own, texts[own])
             except UserError as error:
                 raise UserError(f"{self.sheet.where(line)}: {error}") from None
@@ -249,6 +250,11 @@ class Requests:
 
     def _texts_of(self, task: str, header: Sequence[str]) -> tuple[str, ...]:
         return choose_texts(self.predictor.trained.find(task).facts.columns, header, self.text)
+
+    def _id_of(self, task: str) -> str:
+        """Return the column of ids in a table without a column `id`."""
+        known = self.predictor.trained.find(task).facts.columns
+        return (known and known.id) or "id"
 
     def _request(
         self, line: int, row: dict[str, str], task: str, columns: tuple[str, ...]
