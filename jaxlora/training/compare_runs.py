@@ -13,6 +13,8 @@ from jaxlora.training.inputs import ORDER, data_of, dev_of
 from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 
+_NEEDED = {"metrics", "dev", "dev_mean", "test", "parameters", "train_seconds"}
+
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
@@ -97,6 +99,10 @@ def read_run(folder: Path) -> RunRecord:
     config = finished_run.read_config(folder)
     path = folder / finished_run.RESULT
     result = files.read_object(path) if path.exists() else {}
+    if result and not result.keys() >= _NEEDED:
+        raise UserError(
+            f"{path}: has no {', '.join(sorted(_NEEDED - result.keys()))}; is it a run's?"
+        )
     return RunRecord(folder, dict(_flatten("", config["settings"])), config["inputs"], result)
 
 
