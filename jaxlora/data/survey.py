@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxlora.data import arrow, tables
+from jaxlora.data import arrow, hub, tables
 from jaxlora.data.labels import FoundLabels, find_labels
 from jaxlora.data.raw_examples import is_blank
 from jaxlora.data.sheet import Sheet
@@ -115,12 +115,14 @@ def group_files(paths: Sequence[Path]) -> dict[str, dict[str, Path]]:
 
 
 def find_roles(path: Path) -> dict[str, Path]:
-    """Return the splits in a folder of `datasets`, as train, dev and test; else nothing.
+    """Return the splits in a folder of `datasets` or on the hub, as train, dev and test.
+
+    Another path has none.
 
     Raises:
       UserError: if the file that names them is damaged.
     """
-    splits = arrow.find_splits(path)
+    splits = arrow.find_splits(Path(hub.find(str(path))))
     return {SPLITS[name]: part for name, part in splits.items() if name in SPLITS}
 
 

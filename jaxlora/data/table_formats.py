@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from jaxlora.data import arrow, delimited, json_lines
+from jaxlora.data import arrow, delimited, hub, json_lines
 from jaxlora.data.quoting import Quoting
 from jaxlora.data.sheet import Kinds, Sheet, Write
 from jaxlora.data.text_lines import GZIP, is_packed
@@ -77,12 +77,12 @@ def stem_of(path: Path) -> str:
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a name is that of a table, or a folder is one.
+    """Return whether a name is that of a table or of a data set of the hub, or a folder is one.
 
     >>> is_table(Path("tickets.csv")), is_table(Path("x.tsv.gz")), is_table(Path("topics.toml"))
     (True, True, False)
     """
-    return suffix_of(path) in FORMATS or path.is_dir()
+    return suffix_of(path) in FORMATS or path.is_dir() or str(path).startswith(hub.PREFIX)
 
 
 def find(path: Path) -> Format:

@@ -35,7 +35,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from jaxlora.data import table_formats, tables
+from jaxlora.data import hub, table_formats, tables
 from jaxlora.data.labels import find_labels
 from jaxlora.data.quoting import Quoting
 from jaxlora.data.survey import find_roles
@@ -300,7 +300,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
                 f"{path}: {name!r} stands outside of a task's table; begin with [{name}]"
             )
         for split in fields.keys() & _FILES:
-            if isinstance(fields[split], str):
+            if isinstance(fields[split], str) and not fields[split].startswith(hub.PREFIX):
                 fields[split] = str(path.parent / fields[split])
     return content
 
@@ -364,7 +364,9 @@ def _describe(origin: str, name: str, values: dict[str, Any]) -> TaskSpec:
 def _table(where: str, fields: TaskFields) -> Table:
     given = {split: getattr(fields, split) for split in _FILES}
     files = {
-        split: str(Path(file).absolute()) for split, file in given.items() if isinstance(file, str)
+        split: str(Path(hub.find(file)).absolute())
+        for split, file in given.items()
+        if isinstance(file, str)
     }
     for split, file in files.items():
         if not os.path.exists(file):  # Path.exists raises for names that no file can have

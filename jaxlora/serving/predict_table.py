@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlora.data import table_formats, tables
+from jaxlora.data import hub, table_formats, tables
 from jaxlora.data.quoting import Quoting, Tally
 from jaxlora.data.raw_examples import is_blank
 from jaxlora.data.sheet import Sheet, Write
@@ -105,7 +105,7 @@ def predict_file(
     """
     if task is not None:
         predictor.task(task)
-    source, target = files.local(source), files.local(target)
+    source, target = Path(hub.find(str(files.local(source)))), files.local(target)
     _check_target(source, target)
     with _rereadable(source) as file:
         sheets = table_formats.open_sheets({"": source}, None, quoting, {"": file})

@@ -13,6 +13,7 @@ EXTRAS = {
     "train": ("grain", "importlib_resources", "matplotlib", "tensorboardX", "tensorflow_datasets"),
     "report": ("jinja2",),
     "parquet": ("pyarrow",),
+    "hub": ("datasets",),
 }
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -304,6 +305,67 @@ def test_the_error_for_a_missing_pyarrow_names_the_extra(tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match=r"pyarrow is not .* 'jaxlora\[parquet\]'"):
         tables.read(TOPIC, tmp_path / name, COLUMNS)
+
+
+# --- the hub
+
+
+class Hub:
+    """In the place of the package `datasets`; saves folders as it does."""
+
+    def __init__(self):
+        self.asked = []
+
+    def load_dataset(self, name, revision=None):
+        self.asked.append((name, revision))
+        if name == "none/such":
+            raise FileNotFoundError("Dataset 'none/such' doesn't exist\non the Hub")
+        return self
+
+    def save_to_disk(self, folder):
+        for split in ("train", "test"):
+            saved(Path(folder) / split, [NUMBERED])
+        (Path(folder) / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+
+
+def test_a_data_set_of_the_hub_is_downloaded_once(tmp_path, monkeypatch):
+    found = Hub()
+    monkeypatch.setitem(sys.modules, "datasets", found)
+    monkeypatch.setenv("JAXLORA_CACHE", str(tmp_path / "cache"))
+    for _ in range(2):
+        (topic,) = read_tasks(["hub:owner/tickets"], "text", "label")
+        assert topic.task.name == "tickets" and topic.task.classes == ("science", "sport")
+        assert {n: p.name for n, p in topic.table.files.items()} == {
+            "train": "train",
+            "test": "test",
+        }
+    assert found.asked == [("owner/tickets", None)]
+    toml = tmp_path / "x.toml"
+    toml.write_text('[a]\ntext = "text"\nlabel = "label"\ntrain = "hub:owner/tickets@v1:train"\n')
+    (task,) = read_tasks([str(toml)])
+    check(tables.read(TOPIC, task.table.files["train"], COLUMNS))
+    assert found.asked[1:] == [("owner/tickets", "v1")]
+
+
+@pytest.mark.parametrize(
+    ("item", "match"),
+    [("hub:none/such", r"hub:none/such: cannot be loaded from the hub \(Dataset .* exist\); check"),
+     ("hub:", "write hub:owner/name"), ("hub:a/b/c", "write hub:owner/name"),
+     ("hub:../../x", "write hub:owner/name")],
+)  # fmt: skip
+def test_what_the_hub_has_not_is_refused(tmp_path, monkeypatch, item, match):
+    monkeypatch.setitem(sys.modules, "datasets", Hub())
+    monkeypatch.setenv("JAXLORA_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=match):
+        read_tasks([item], "text", "label")
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_the_error_for_missing_datasets_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setenv("JAXLORA_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(MissingExtraError, match=r"datasets is not .* 'jaxlora\[hub\]'"):
+        read_tasks(["hub:owner/tickets"], "text", "label")
 
 
 # --- what is written

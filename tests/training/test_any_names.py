@@ -62,6 +62,7 @@ def write_table(path, rng):
     return lines[1:]
 
 
+@pytest.mark.slow
 def test_such_tasks_are_trained_kept_predicted_and_exported(tmp_path, tiny_base, capsys):
     import random
 
