@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from jaxlora.training import optimizer, sharding
 from jaxlora.training.adaptation import Vectors
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data, count_steps
+from jaxlora.training.start import Start, begin
 from jaxlora.training.step import CompiledStep, GroupStep, TrainState, TrainStep, make_train_step
 from jaxlora.utils.trees import Tree
 
@@ -76,6 +78,7 @@ class Cohort:
       vectors: `(trainable, task, split) → f32[sentences, H]`.
       data: their tasks' examples.
       mesh: the devices it runs on.
+      start: what groups begin with instead of fresh parameters.
     """
 
     groups: tuple[TaskGroup, ...]
@@ -87,12 +90,13 @@ class Cohort:
     vectors: Vectors
     data: Data
     mesh: Mesh
+    start: Start = dataclasses.field(default_factory=dict)
 
     @property
     def states(self) -> dict[str, TrainState]:
         """The first states, made at each call, so that only the caller holds them."""
         with sharding.on_host():
-            states = self.train_step.init(self.keys, self.params)
+            states = begin(self.train_step.init(self.keys, self.params), self.start)
         return sharding.put(states, self._shardings(states))
 
     @functools.cached_property
@@ -128,7 +132,12 @@ class Cohort:
 
 
 def make_cohort(
-    settings: Settings, base: Pretrained, data: Data, groups: Groups, mesh: Mesh
+    settings: Settings,
+    base: Pretrained,
+    data: Data,
+    groups: Groups,
+    mesh: Mesh,
+    start: Start = MappingProxyType({}),
 ) -> Cohort:
     """Assemble groups: their step, their parameters, their order and their packing."""
     data = {name: data[name] for group in groups for name in group}
@@ -171,6 +180,7 @@ def make_cohort(
         vectors=vectors,
         data=data,
         mesh=mesh,
+        start=start,
     )
 
 
