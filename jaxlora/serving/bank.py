@@ -450,6 +450,7 @@ def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
     ending = f"-{trees.checksum(tree)[:16]}"
     # Another bank's name has its checksum already.
     stored = manifests.folder_name(name.removesuffix(ending)) + ending
+    manifests.check_folder(stored)
     try:
         whole = (folder / part / stored).is_dir() and bool(_load_tree(folder, part, stored))
     except UserError:

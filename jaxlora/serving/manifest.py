@@ -175,9 +175,9 @@ def folder_name(name: str) -> str:
     """Return how the folder of a tree begins: the tree's name in ASCII, cut; a checksum follows.
 
     >>> folder_name("sst+sts"), folder_name("тема-2")
-    ('sst+sts', '2')
+    ('sst+sts', 'x-2')
     """
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", name).lstrip("_.+-")[:40] or "task"
+    return re.sub(r"[^\x00-\x7f]+", "x", name)[:40]
 
 
 def check_folder(name: str) -> None:

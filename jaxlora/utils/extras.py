@@ -14,6 +14,7 @@ EXTRAS = {
     "report": ("jinja2",),
     "parquet": ("pyarrow",),
     "hub": ("datasets",),
+    "onnx": ("onnx", "onnxruntime"),
 }
 
 
