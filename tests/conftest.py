@@ -129,7 +129,7 @@ def data_dir(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make(tiny_base, data_dir):
     """Settings of a short run of a variant on that data."""
     from tiny import short

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json as json_format
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from jaxlora.cli.terminal import CONSOLE, Folder, say
+from jaxlora.cli.terminal import CONSOLE, Folder, print_json, say
 from jaxlora.training import affinity
 from jaxlora.training.affinity import Affinity
 from jaxlora.utils import files
@@ -37,7 +36,7 @@ def show(run: Folder, /, look_ahead: bool = False, batches: int = 20, json: bool
     ahead = affinity.look_ahead(folder, batches) if look_ahead else None
     draw(found, ahead, folder / PICTURE)
     if json:
-        print(json_format.dumps(_plain(found, ahead, groups), indent=2, ensure_ascii=False))
+        print_json(_plain(found, ahead, groups))
         return
     CONSOLE.print(_cosines(found))
     if ahead is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_format
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from jaxlora.cli.terminal import CONSOLE, Folder, Name, say
+from jaxlora.cli.terminal import CONSOLE, Folder, Name, print_json, say
 from jaxlora.nn.bert import param_shapes
 from jaxlora.serving import bank as banks
 from jaxlora.serving.task_models import TaskModels
@@ -84,7 +83,7 @@ def history(folder: Folder, task: Name, /, json: bool = False) -> None:
     """
     versions = banks.history(folder, task)
     if json:
-        _print_json([dataclasses.asdict(version) for version in versions])
+        print_json([dataclasses.asdict(version) for version in versions])
         return
     table = Table("version", "dev", "variant", "data", "adapter", "head")
     for number, version in enumerate(versions, 1):
@@ -111,10 +110,6 @@ def rollback(folder: Folder, task: Name, /, version: int | None = None) -> None:
     say(f"{folder}: {task} is back at {_score(present.facts.dev.get(present.task.metric))}")
 
 
-def _print_json(value: object) -> None:
-    print(json_format.dumps(value, ensure_ascii=False, indent=2))
-
-
 def remove(folder: Folder, task: Name, /) -> None:
     """Remove a task from a bank.
 
@@ -136,7 +131,7 @@ def list_tasks(folder: Folder, /, base: str | None = None, json: bool = False) -
     """
     rows = banks.contents(folder)
     if json:
-        _print_json([dataclasses.asdict(row) for row in rows])
+        print_json([dataclasses.asdict(row) for row in rows])
         return
     found = banks.load_base_spec(folder).at(base).load_base()
     table = Table("task", "what", "dev", "adapter", "adapter M", "head M", "kB")
@@ -167,7 +162,7 @@ def list_tasks(folder: Folder, /, base: str | None = None, json: bool = False) -
 
 
 def show(folder: Folder, task: Name, /) -> None:
-    """Show everything that a bank stores about a task.
+    """Show everything that a bank stores about a task, as JSON.
 
     Args:
       folder: the bank.
@@ -176,17 +171,21 @@ def show(folder: Folder, task: Name, /) -> None:
     print(banks.describe(folder, task))
 
 
-def verify(folder: Folder, /, base: str | None = None) -> None:
+def verify(folder: Folder, /, base: str | None = None, json: bool = False) -> None:
     """Compare every file of a bank with its checksum, and the base with its own.
 
     Args:
       folder: the bank.
       base: where its base is now, if it has moved.
+      json: print JSON.
     """
     problems = banks.verify(folder, base)
+    if json:
+        print_json({"problems": problems})
     if problems:
         raise UserError("\n".join(problems))
-    say(f"{folder}: all is well")
+    if not json:
+        say(f"{folder}: all is well")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

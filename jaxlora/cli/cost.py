@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from jaxlora.cli import cost_table
-from jaxlora.cli.terminal import CONSOLE
+from jaxlora.cli.terminal import CONSOLE, print_json
 from jaxlora.lora import LoraConfig
 from jaxlora.utils.errors import UserError
 
@@ -27,6 +27,7 @@ def cost(
     dtype: Literal["float32", "bfloat16"] = "float32",
     flops: float | None = None,
     link: float | None = None,
+    json: bool = False,
 ) -> None:
     """Say what a step will cost, before there are devices: FLOPs, memory, traffic, time.
 
@@ -43,6 +44,7 @@ def cost(
       dtype: of matmul inputs.
       flops: FLOP/s that a device reaches; adds the time of a step when nothing overlaps.
       link: bytes/s between devices.
+      json: print JSON.
     """
     if rank < 1:
         raise UserError(f"--rank {rank}: must be above 0")
@@ -51,10 +53,13 @@ def cost(
         sentence_length=sentence_length, row_length=row_length, dtype=dtype,
         adapter=LoraConfig(rank, float(rank)),
     )  # fmt: skip
-    columns = (Column(name, overflow="fold") for name in head)
+    if json:
+        print_json([dict(zip(head, row, strict=True)) for row in rows])
+        return
+    columns = (Column(name, overflow="fold") for name in map(str, head))
     table = Table(*columns, caption=cost_table.CAPTION, padding=0)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(escape, cost_table.show(row)))
     CONSOLE.print(table)
 
 

@@ -21,6 +21,7 @@ CAPTION = (
     "counted but temporary, which is an estimate, fitted to XLA's programs for CPU."
 )
 GIGA, TERA = 1e9, 1e12
+Cell = str | int | float
 
 
 def find_base(name: str) -> EncoderConfig:
@@ -51,7 +52,7 @@ def find_mesh(text: str) -> dict[str, int]:
     return sharding.sizes(text, 2**31)
 
 
-def cells(base: str, variant: str, found: Estimate) -> tuple[str, ...]:
+def cells(base: str, variant: str, found: Estimate) -> tuple[Cell, ...]:
     """A line of the table, in the order of `HEAD`."""
     work, memory = found.work, found.memory
     split = ",".join(f"{axis}={getattr(work, axis)}" for axis in sharding.AXES)
@@ -59,8 +60,8 @@ def cells(base: str, variant: str, found: Estimate) -> tuple[str, ...]:
     sizes = (weights, memory.moments, memory.temporary, memory.total)
     sent = found.traffic.wire(work.devices)
     return (
-        base, variant, split, str(work.rows), f"{found.flops.total / TERA:,.2f}",
-        *(f"{size / GIGA:,.2f}" for size in (*sizes, sent)),
+        base, variant, split, work.rows, found.flops.total / TERA,
+        *(size / GIGA for size in (*sizes, sent)),
     )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def lines(
     texts: Iterable[str],
     rates: tuple[float, float] | None = None,
     **asked: object,
-) -> list[tuple[str, ...]]:
+) -> list[tuple[Cell, ...]]:
     """The table, its header first: every base with every variant (and group) on every mesh.
 
     Args:
@@ -85,7 +86,7 @@ def lines(
     """
     chosen = {base: find_base(base) for base in bases}
     sizes = [find_mesh(text) for text in texts]
-    table: list[tuple[str, ...]] = [HEAD if rates is None else (*HEAD, "seconds")]
+    table: list[tuple[Cell, ...]] = [HEAD if rates is None else (*HEAD, "seconds")]
     for base, config in chosen.items():
         for variant in variants:
             for size in sizes:
@@ -93,10 +94,23 @@ def lines(
                 for group, work in works.items():
                     work.adaptation.check(param_shapes(work.config))
                     found = cost.estimate(work)
-                    time = () if rates is None else (f"{found.seconds(*rates):.3f}",)
+                    time = () if rates is None else (found.seconds(*rates),)
                     name = variant if len(works) == 1 else f"{variant} {group}"
                     table.append((*cells(base, name, found), *time))
     return table
+
+
+def show(row: tuple[Cell, ...]) -> tuple[str, ...]:
+    """Return a line as text; the seconds, after the columns of `HEAD`, have more digits.
+
+    >>> show(("data=1", 12, 1234.567))
+    ('data=1', '12', '1,234.57')
+    """
+    digits = [3 if number == len(HEAD) else 2 for number in range(len(row))]
+    return tuple(
+        f"{cell:,.{n}f}" if isinstance(cell, float) else str(cell)
+        for cell, n in zip(row, digits, strict=True)
+    )
 
 
 def check_rates(flops: float | None, link: float | None) -> tuple[float, float] | None:

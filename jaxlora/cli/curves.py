@@ -17,13 +17,16 @@ COLOURS = {"sst": "#0072B2", "para": "#D55E00", "sts": "#009E73"}
 MOST_NAMED = 8  # in a legend: that of 91 pairs of tasks would leave no room for their lines
 
 
-def draw(records: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
+def draw(
+    records: Iterable[Mapping[str, Any]], path: Path, title: str, metrics: Mapping[str, str]
+) -> None:
     """Draw `metrics.jsonl`'s records.
 
     Args:
       records: as in `metrics.jsonl`.
       path: the PNG to write.
       title: above the panels.
+      metrics: task → what its metric is called.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -31,8 +34,13 @@ def draw(records: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
     records = list(records)
     train = [r for r in records if r["kind"] == "train"]
     panels: Sequence[tuple[str, str, Series, str]] = (
-        ("training loss", "loss", series(train, "loss"), "-"),
-        ("dev metric", "accuracy or Pearson r", series(records, "dev"), "o-"),
+        ("training loss (dots: dev)", "loss", series(train, "loss"), "-"),
+        (
+            "dev metric",
+            " or ".join(dict.fromkeys(metrics.values())),
+            _scores(records, metrics),
+            "o-",
+        ),
         ("gradient conflicts", "cosine of two tasks' gradients", series(train, "cosine"), "-"),
     )
     figure = Figure(figsize=(13, 3.8), layout="constrained")
@@ -41,16 +49,37 @@ def draw(records: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
     for axes, (name, unit, lines, style) in zip(figure.subplots(1, 3), panels, strict=True):
         for label, (x, y) in lines.items():
             shown = smooth(y) if style == "-" else y
-            axes.plot(x, shown, style, label=label, color=COLOURS.get(label), markersize=4)
+            axes.plot(x, shown, style, label=label, color=_colour(label), markersize=4)
         axes.set(title=name, xlabel="step", ylabel=unit)
         axes.grid(alpha=0.3)
         if lines:
             named = (part[:MOST_NAMED] for part in axes.get_legend_handles_labels())
             more = len(lines) - MOST_NAMED
             axes.legend(*named, title=f"and {more} more" if more > 0 else None)
+    _dev_losses(figure.axes[0], series(records, "dev_loss"))
     _conflict_panel(figure.axes[2], train)
     with files.replacing(path) as file:
         figure.savefig(file, dpi=110, format="png")
+
+
+def _scores(records: Sequence[Mapping[str, Any]], metrics: Mapping[str, str]) -> Series:
+    """Dev scores, each named by its metric if there are several."""
+    several = len(set(metrics.values())) > 1
+    return {
+        f"{task}: {metrics[task]}" if several and task in metrics else task: points
+        for task, points in series(records, "dev").items()
+    }
+
+
+def _colour(label: str) -> str | None:
+    return COLOURS.get(label.partition(":")[0])
+
+
+def _dev_losses(axes: Any, losses: Series) -> None:
+    """Dots on the training loss, in each task's colour."""
+    colours = {line.get_label(): line.get_color() for line in axes.get_lines()}
+    for task, (x, y) in losses.items():
+        axes.plot(x, y, "o", color=colours.get(task), markersize=4)
 
 
 def _conflict_panel(axes: Any, train: Sequence[Mapping[str, Any]]) -> None:

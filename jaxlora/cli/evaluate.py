@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from jaxlora.cli.terminal import CONSOLE, Folder, say
+from jaxlora.cli.terminal import CONSOLE, Folder, print_json, say
 from jaxlora.data import tables
 from jaxlora.serving import evaluate_table
 from jaxlora.serving.evaluate_table import Report
@@ -73,7 +72,7 @@ def evaluate(
         with files.replacing(files.local(page), "w") as file:
             file.write(page_of(report, found))
     if json:
-        print(json_format.dumps(evaluate_table.to_json(report), ensure_ascii=False, indent=2))
+        print_json(evaluate_table.to_json(report))
         return
     show(report)
     if page is not None:

@@ -25,6 +25,7 @@ COMMANDS = {
     ),
     "predict": Command("jaxlora.cli.predict", "predict one example, or a whole table"),
     "evaluate": Command("jaxlora.cli.evaluate", "score a task on a table of labelled examples"),
+    "compare": Command("jaxlora.cli.compare", "show in what runs differ, and their scores"),
     "bank": Command(
         "jaxlora.cli.bank", "list, add, update, remove, show, verify, history, rollback"
     ),

@@ -10,12 +10,12 @@ import tyro
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from jaxlora.cli.flags import bytes_of
-from jaxlora.cli.terminal import say
+from jaxlora.cli.terminal import print_json, say
 from jaxlora.data.quoting import Quoting
-from jaxlora.serving.predict_table import predict_file
+from jaxlora.serving import predict_table
 from jaxlora.serving.predictor import Predictor
 from jaxlora.utils import cache, process
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import ConfigError, UserError
 
 
 def predict(
@@ -26,28 +26,37 @@ def predict(
     task: str | None = None,
     input: Path | None = None,
     output: Path | None = None,
+    text: str | None = None,
     base: str | None = None,
     memory: str = "2GiB",
     quoting: Quoting | None = None,
     strict: bool = False,
+    json: bool = False,
 ) -> None:
     """Predict one example given by its texts, or a whole table.
 
     Args:
       texts: a sentence, or the two of a pair.
       bank: a bank, or the folder of a finished run.
-      task: the task; a table may have a column task instead.
-      input: a table with a header: sentence (or sentence1, sentence2), task, id.
-      output: where its answers go: a .csv, or a .jsonl with all probabilities.
+      task: the task; a table may have a column task instead; default: the only one.
+      input: a table: CSV, TSV, JSON lines, Parquet (these but Parquet also as .gz), or a folder of
+        Hugging Face datasets; its texts, and perhaps task and id.
+      output: where its answers go: .csv, .tsv, or with all probabilities .jsonl, .parquet; the
+        first three also as .gz.
+      text: the column of text, or two of a pair, separated by a comma; default: as in training,
+        or sentence (or text), or sentence1 and sentence2.
       base: where the base is now, if it has moved; it must be the same.
       memory: what trees of the tasks may take, those used last, such as 512MB or 4GiB: a half for
         adapters on the device, a quarter for heads there, a quarter for host memory.
       quoting: of the table: none: a double quote is part of the text; standard: as in any CSV;
         default: standard, and none for tabs if a field opens a quote and does not close it.
       strict: refuse a table with blank texts, instead of leaving their answers empty.
+      json: print the answer to one example as JSON.
     """
     if (input is None) == (not texts) or (input is None) != (output is None):
         raise UserError('give --task and texts ("a" "b"), or --input and --output')
+    if json and output is not None:
+        raise ConfigError("json", "is for one example; `output` with .jsonl has all answers")
     process.reuse_memory()
     process.keep_programs(cache.cache_dir() / "xla")
     predictor = Predictor.load(bank, base, bytes_of("memory", memory))
@@ -55,15 +64,18 @@ def predict(
         columns, notes = (SpinnerColumn(), TextColumn("{task.completed:,} answered")), list[str]()
         with Progress(*columns, transient=True) as bar:
             shown = bar.add_task("")
-            count = predict_file(
+            count = predict_table.predict_file(
                 predictor, input, output, task, lambda n: bar.update(shown, completed=n),
-                quoting=quoting, strict=strict, note=notes.append,
+                text=text, quoting=quoting, strict=strict, note=notes.append,
             )  # fmt: skip
         say("; ".join([f"{output}: {count:,} answer{'' if count == 1 else 's'}", *notes]))
         return
     if task is None:
         raise UserError(f"--task is missing; there are {', '.join(predictor.tasks)}")
     (answer,) = predictor([(task, *texts)])
+    if json:
+        print_json(predict_table.to_record(answer))
+        return
     if answer.probabilities is None:
         print(f"{answer.value:.4f}")
         return

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -12,9 +13,22 @@ from rich.console import Console
 Folder = Annotated[Path, tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
 # A pipe gets whole lines: nothing there says how wide they may be.
-CONSOLE = Console(width=None if sys.stdout.isatty() else 1000)
+PIPE_WIDTH = 1000
+
+
+def make_console(quiet: bool = False) -> Console:
+    """Return a console; a quiet one prints nothing."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, quiet=quiet)
+
+
+CONSOLE = make_console()
 
 
 def say(text: str, console: Console = CONSOLE) -> None:
     """Print a line as it is, without wrapping it, however long its paths are."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON for other programs."""
+    print(json.dumps(value, ensure_ascii=False, indent=2))

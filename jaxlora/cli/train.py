@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from jaxlora.cli import curves
 from jaxlora.cli.console import ConsoleCallback, notes, result_table
 from jaxlora.cli.flags import with_flags
-from jaxlora.cli.terminal import say
+from jaxlora.cli.terminal import make_console, say
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.sharing import variant
 from jaxlora.training import metrics_log
@@ -129,12 +128,14 @@ def main(words: Sequence[str]) -> None:
 def _train(flags: Flags, words: Sequence[str]) -> None:
     process.reuse_memory()
     process.keep_programs(cache.cache_dir() / "xla")
-    console, out = Console(quiet=not distributed.is_primary()), flags.folder
+    console, out = make_console(quiet=not distributed.is_primary()), flags.folder
     callback, settings = ConsoleCallback(console), to_settings(flags, words)
     with callback.live():
         result = run(settings, out, callback, flags.options)
     if distributed.is_primary():
-        curves.draw(metrics_log.read_records(out), out / "curves.png", settings.title)
+        metrics = {name: task.metric_name for name, task in settings.named.items()}
+        records = metrics_log.read_records(out)
+        curves.draw(records, out / "curves.png", settings.title, metrics)
     console.print(result_table(result))
     for line in notes(result):
         say(f"  {line}", console)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from jaxlora.data import tables
 from jaxlora.data.raw_examples import TextExample
-from jaxlora.data.tables import Columns, Sheet
+from jaxlora.data.sheet import Sheet
+from jaxlora.data.table_formats import open_sheets
+from jaxlora.data.tables import Columns
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import ConfigError
 
@@ -55,12 +57,12 @@ def files(task: Task, folder: Path | None) -> dict[str, Path]:
 
 
 def sheets(task: Task, folder: Path | None) -> dict[str, Sheet]:
-    """Load a task's files by split, with one meaning of quotes for all of them.
+    """Open a task's files by split, with one meaning of quotes for all of them.
 
     Raises:
       UserError: see `files`; also if a file cannot be read.
     """
-    return tables.load_sheets(files(task, folder), "\t")
+    return open_sheets(files(task, folder), "\t")
 
 
 def read_splits(task: Task, folder: Path | None) -> dict[str, list[TextExample]]:

@@ -24,8 +24,13 @@ _UNPACK = "unpack it first, with {}"
 _SAVE = "save it as UTF-8"
 _FETCH = "get the file itself"
 # Patterns are regular expressions over bytes decoded as Latin-1.
+JSON = Kind(
+    r"\s*(\{\s*[\"}]|\[\s*(\{|\[|(\"[^\"]*\"|-?\d[\d.]*|null|true|false)\s*[,\]]))",
+    "JSON, or JSON lines",
+    "write an object on each line, and let the name end with .jsonl",
+)
 KINDS = (
-    Kind(r"PAR[1E][\x00-\x08\x0e-\x1f]", "a Parquet file", _PANDAS.format("parquet")),
+    Kind(r"PAR[1E][\x00-\x08\x0e-\x1f]", "a Parquet file", "let its name end with .parquet"),
     Kind(r"ARROW1\x00|\xff\xff\xff\xff", "an Arrow or Feather file", _PANDAS.format("feather")),
     Kind(r"ORC\s?[\x00-\x08\x0e-\x1f]", "an ORC file", _PANDAS.format("orc")),
     Kind(r"Obj\x01", "an Avro file", "write it as a CSV file"),
@@ -33,7 +38,7 @@ KINDS = (
     Kind(r"\x93NUMPY", "a NumPy file", "write it as a CSV file"),
     Kind(r"<stata_dta>", "a Stata file", _PANDAS.format("stata")),
     Kind(r"\$FL[23]@\(#\)", "an SPSS file", _PANDAS.format("spss")),
-    Kind(r"\x1f\x8b", "compressed with gzip", _UNPACK.format("gunzip")),
+    Kind(r"\x1f\x8b", "compressed with gzip", "let its name end with .gz"),
     Kind("BZh[1-9]1AY", "compressed with bzip2", _UNPACK.format("bunzip2")),
     Kind(r"\xfd7zXZ\x00", "compressed with xz", _UNPACK.format("unxz")),
     Kind(r"\x28\xb5\x2f\xfd", "compressed with zstd", _UNPACK.format("unzstd")),
@@ -56,21 +61,17 @@ KINDS = (
     Kind(r"([^\x00]\x00){8}|(\x00[^\x00]){8}", "UTF-16, not UTF-8", _SAVE),
     Kind("version https://git-lfs", "a pointer of Git LFS", _FETCH + " with git lfs pull"),
     Kind(r"\s*<(!doctype|html|\?xml)", "a web page or XML", _FETCH),
-    Kind(
-        r"\s*(\{\s*[\"}]|\[\s*(\{|\[|(\"[^\"]*\"|-?\d[\d.]*|null|true|false)\s*[,\]]))",
-        "JSON, or JSON lines",
-        _PANDAS.format("json"),
-    ),
+    JSON,
 )
 
 
-def refuse(head: bytes, path: Path) -> None:
-    """Refuse a file whose first `HEAD` bytes are those of a known kind that is not a table.
+def refuse(head: bytes, path: Path, kinds: tuple[Kind, ...] = KINDS) -> None:
+    """Refuse a file whose first `HEAD` bytes are those of a kind that is not such a table.
 
     Raises:
       UserError: naming the kind of file and the remedy.
     """
     text = head.removeprefix(b"\xef\xbb\xbf").decode("latin-1")
-    for start, name, remedy in KINDS:
+    for start, name, remedy in kinds:
         if re.match(start, text, re.IGNORECASE if "html" in start else 0):
             raise UserError(f"{path}:1: is {name}; {remedy}.")

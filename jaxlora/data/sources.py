@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlora.data import cs224n, demo, official, tables
 from jaxlora.data.raw_examples import TextExample
+from jaxlora.data.sheet import Sheet
 from jaxlora.data.tables import Table
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import ConfigError
@@ -36,17 +37,20 @@ class Source:
 
     content: Callable[[Task, Any], bytes]
     read: Callable[[Task, Any, tfds.download.DownloadManager | None], Splits]
-    sheets: Callable[[Task, Any], dict[str, tables.Sheet]] = lambda *_: {}
+    sheets: Callable[[Task, Any], dict[str, Sheet]] = lambda *_: {}
     prepared: bool = True
 
 
 def _digest(paths: Iterable[Path]) -> bytes:
-    return b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)
+    """Return the checksums of files, and of the files in folders."""
+    parts = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in paths]
+    each = [path for part in parts for path in part if not path.is_dir()]
+    return b"".join(hashlib.sha256(path.read_bytes()).digest() for path in each)
 
 
 def _table_content(task: Task, table: Table) -> bytes:
-    for path in table.files.values():
-        tables.read_text(path)  # raises an error that names the file if it cannot be read
+    for sheet in table.open().values():
+        next(sheet.rows(), None)  # raises an error that names the file if it cannot be read
     read_as = (task.kind, task.pair, task.low, task.high, task.classes, table.columns)
     held_out = (table.dev,) if isinstance(table.dev, float) else ()
     parts = (*read_as, table.delimiter, table.quoting, *held_out)
@@ -70,7 +74,7 @@ SOURCES = {
     "files": Source(
         _table_content,
         lambda task, table, _: tables.read_splits(task, table),
-        lambda _, table: tables.load_sheets(table.files, table.delimiter, table.quoting),
+        lambda _, table: table.open(),
         prepared=False,
     ),
 }

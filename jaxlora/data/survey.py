@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxlora.data import tables
+from jaxlora.data import arrow, hub, tables
 from jaxlora.data.labels import FoundLabels, find_labels
 from jaxlora.data.raw_examples import is_blank
+from jaxlora.data.sheet import Sheet
+from jaxlora.data.table_formats import open_sheets, stem_of
 from jaxlora.data.tokenized import tokenize
 from jaxlora.utils.errors import ConfigError, UserError
 
@@ -97,18 +99,31 @@ def group_files(paths: Sequence[Path]) -> dict[str, dict[str, Path]]:
     """
     found: dict[str, dict[str, Path]] = {}
     for path in paths:
-        match = _SPLIT.fullmatch(path.stem)
+        match = _SPLIT.fullmatch(stem_of(path))
         name, split = (
-            (match[1] or "task", SPLITS[match[2].lower()]) if match else (path.stem, "train")
+            (match[1] or "task", SPLITS[match[2].lower()]) if match else (stem_of(path), "train")
         )
         files = found.setdefault(name, {})
-        if split in files:
-            raise UserError(f"{path}: {files[split]} is the {split} file of {name} already")
-        files[split] = path
+        for role, part in (find_roles(path) or {split: path}).items():
+            if role in files:
+                raise UserError(f"{path}: {files[role]} is the {role} file of {name} already")
+            files[role] = part
     for name, files in found.items():
         if "train" not in files:
             raise UserError(f"{next(iter(files.values()))}: there is no training file of {name}")
     return found
+
+
+def find_roles(path: Path) -> dict[str, Path]:
+    """Return the splits in a folder of `datasets` or on the hub, as train, dev and test.
+
+    Another path has none.
+
+    Raises:
+      UserError: if the file that names them is damaged.
+    """
+    splits = arrow.find_splits(Path(hub.find(str(path))))
+    return {SPLITS[name]: part for name, part in splits.items() if name in SPLITS}
 
 
 def survey(
@@ -127,9 +142,8 @@ def survey(
     Raises:
       UserError: for files that are no tables, or labels that fit no task.
     """
-    sheets = tables.load_sheets(files)
-    _, header = next(sheets["train"].rows(), (0, []))
-    train = [fields for _, fields in sheets["train"].rows() if len(fields) == len(header)][1:]
+    sheets = open_sheets(files)
+    header, *train = [fields for _, fields in sheets["train"].rows()] or [[]]
     if not train:
         raise UserError(f"{files['train']} is empty: it has no rows; replace the file")
     label = label or guess_label(header, train)
@@ -145,19 +159,15 @@ def survey(
     return Survey(files, tuple(header), chosen, label, labels, rows, lengths)
 
 
-def _rows(sheet: tables.Sheet, columns: tables.Columns, labelled: bool) -> list[Row]:
-    lines, path, dialect = sheet.rows(), sheet.path, sheet.dialect
-    _, header = next(lines, (0, []))
+def _rows(sheet: Sheet, columns: tables.Columns, labelled: bool) -> list[Row]:
     needed = [*columns.text, columns.label] if labelled else [*columns.text]
-    tables.find_columns(header, needed, path, dialect.delimiter, "The task", [columns.label])
+    header, rows = tables.select(sheet, needed, "The task", [columns.label])
     places = [header.index(name) for name in columns.text]
     at = header.index(columns.label) if columns.label in header else None
-    found = []
-    for line, fields in lines:
-        tables.check_width(fields, header, f"{path}:{line}", dialect)
-        texts = tuple(fields[place].strip() for place in places)
-        found.append(Row(texts, "" if at is None else fields[at]))
-    return found
+    return [
+        Row(tuple(fields[n].strip() for n in places), "" if at is None else fields[at])
+        for _, fields in rows
+    ]
 
 
 def guess_label(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

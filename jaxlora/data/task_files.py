@@ -28,15 +28,18 @@ import dataclasses
 import os
 import re
 import tomllib
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from jaxlora.data import tables
+from jaxlora.data import hub, table_formats, tables
 from jaxlora.data.labels import find_labels
 from jaxlora.data.quoting import Quoting
+from jaxlora.data.survey import find_roles
+from jaxlora.data.table_formats import stem_of
 from jaxlora.data.tables import Columns, Table
 from jaxlora.tasks.task import (
     KINDS,
@@ -51,11 +54,10 @@ from jaxlora.tasks.task import (
 from jaxlora.utils import schema
 from jaxlora.utils.errors import ConfigError, UserError
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+MOST_LETTERS, MOST_BYTES = 64, 160  # of a name; files are named by it, whose names have 255 bytes
 # Settings of a group that its tasks may bring along.
 OWN = ("learning_rate", "head_learning_rate", "epochs", "eval_every", "patience")
 DEV_SHARE = 0.2  # of the training rows, where no dev set is given
-TABLES = (".csv", ".tsv", ".tab", ".txt")  # suffixes of tables of data
 _FILES = ("train", "dev", "test")
 _LISTS = ("classes", "range", "text")
 _VALUE = re.compile(r"([^=]*)\.([^=.]*)=(.*)", re.DOTALL)  # topic.epochs=3
@@ -225,7 +227,8 @@ def read_tasks(
     for item in sorted(given, key=lambda item: _VALUE.fullmatch(item) is not None):
         match = _VALUE.fullmatch(item)
         found = _value(match) if match else _read_file(item, text, label)
-        for name, fields in found.items():
+        for written, fields in found.items():
+            name = unicodedata.normalize("NFC", written)
             if match and name in described:
                 described[name] |= fields
             elif name in described:
@@ -241,31 +244,45 @@ def is_table(item: str) -> bool:
     >>> is_table("tickets.csv"), is_table("topics.toml"), is_table("topic.dev=x.csv")
     (True, False, False)
     """
-    return Path(item).suffix.lower() in TABLES and not _VALUE.fullmatch(item)
+    return table_formats.is_table(Path(item)) and not _VALUE.fullmatch(item)
 
 
 def name_of(path: Path) -> str:
     """Return the name of the task of a table of data.
 
-    >>> name_of(Path("data/my tickets (new).csv"))
-    'my-tickets-new'
+    >>> name_of(Path("data/my tickets (new).csv")), name_of(Path("Anfragen für März.csv.gz"))
+    ('my-tickets-new', 'Anfragen-für-März')
     """
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._")[:64] or "task"
+    stem = unicodedata.normalize("NFC", stem_of(path))
+    parts = "".join(c if _fits_name(c) else " " for c in stem).split()
+    name = "-".join(parts).lstrip("-._")[:MOST_LETTERS].rstrip("-._")
+    try:
+        return check_name(name, str(path))
+    except UserError:  # nothing is left, or it begins with a mark, or has too many bytes
+        return "task"
+
+
+def _fits_name(character: str) -> bool:
+    """Return whether a name may have a character: a letter, mark or digit of any script, `_.-`."""
+    return character in "_.-" or unicodedata.category(character)[0] in "LMN"
 
 
 def _read_file(item: str, text: str | None, label: str | None) -> dict[str, Any]:
     if not is_table(item):
         return _read_toml(Path(item))
+    files = {split: str(path) for split, path in find_roles(Path(item)).items()} or {"train": item}
+    if "train" not in files:
+        raise ConfigError("tasks", f"has no split train, only {', '.join(files)}", item)
     columns = {"text": text.split(",") if text else None, "label": label}
     missing = [name for name, value in columns.items() if value is None]
     if missing:
-        names = ", ".join(tables.read_header(Path(item)))
+        names = ", ".join(tables.read_header(Path(files["train"])))
         raise ConfigError(
             missing[0],
             f"name the column of {item} (there are {names}), or describe the task in a file: "
             f"jaxlora init {item}",
         )
-    return {name_of(Path(item)): {"train": item, **columns}}
+    return {name_of(Path(item)): {**files, **columns}}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -283,7 +300,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
                 f"{path}: {name!r} stands outside of a task's table; begin with [{name}]"
             )
         for split in fields.keys() & _FILES:
-            if isinstance(fields[split], str):
+            if isinstance(fields[split], str) and not fields[split].startswith(hub.PREFIX):
                 fields[split] = str(path.parent / fields[split])
     return content
 
@@ -314,15 +331,18 @@ def check_name(name: str, where: str) -> str:
     Raises:
       UserError: saying what a name may be.
 
-    >>> check_name("topic-2", "x")
-    'topic-2'
+    >>> check_name("topic-2", "x"), check_name("тема", "x")
+    ('topic-2', 'тема')
     """
-    if not NAME.fullmatch(name):
+    fits = 0 < len(name) <= MOST_LETTERS and all(map(_fits_name, name))
+    if not fits or not name[0].isalnum() or len(name.encode()) > MOST_BYTES:
         shown = name if len(name) <= 40 else name[:40] + "…"
         raise UserError(
-            f"{where}: {shown!r} cannot be a name; use up to 64 letters, digits, '_', '-' and '.', "
-            "a letter or a digit first"
+            f"{where}: {shown!r} cannot be a name; use up to {MOST_LETTERS} letters (and "
+            f"{MOST_BYTES} bytes), digits, '_', '-' and '.', a letter or a digit first"
         )
+    if name != unicodedata.normalize("NFC", name):
+        raise UserError(f"{where}: {name!a} cannot be a name; write its letters composed (NFC)")
     return name
 
 
@@ -344,10 +364,12 @@ def _describe(origin: str, name: str, values: dict[str, Any]) -> TaskSpec:
 def _table(where: str, fields: TaskFields) -> Table:
     given = {split: getattr(fields, split) for split in _FILES}
     files = {
-        split: str(Path(file).absolute()) for split, file in given.items() if isinstance(file, str)
+        split: str(Path(hub.find(file)).absolute())
+        for split, file in given.items()
+        if isinstance(file, str)
     }
     for split, file in files.items():
-        if not os.path.isfile(file):  # Path.is_file raises for names that no file can have
+        if not os.path.exists(file):  # Path.exists raises for names that no file can have
             raise UserError(f"{where} {split}: there is no file {file}")
     columns = Columns(fields.columns, fields.label, fields.id)
     dev = files.get("dev", fields.dev)

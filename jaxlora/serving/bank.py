@@ -528,7 +528,8 @@ def _is_whole(folder: Path, entry: TaskEntry) -> bool:
 
 def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
     ending = f"-{trees.checksum(tree)[:16]}"
-    stored = name.removesuffix(ending)[:40] + ending  # another bank's name has its checksum already
+    # Another bank's name has its checksum already.
+    stored = manifests.folder_name(name.removesuffix(ending)) + ending
     manifests.check_folder(stored)
     try:
         whole = (folder / part / stored).is_dir() and bool(_load_tree(folder, part, stored))

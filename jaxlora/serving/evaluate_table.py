@@ -13,7 +13,7 @@ import numpy as np
 from jaxlora.data import tables
 from jaxlora.data.raw_examples import TextExample, is_blank, sentences
 from jaxlora.data.tables import Columns
-from jaxlora.serving.predict_table import FIRST, SECOND
+from jaxlora.serving.predict_table import choose_texts
 from jaxlora.serving.predictor import Predictor
 from jaxlora.tasks.evaluation import RESAMPLES, Bin, ClassRow, Evaluation, Interval
 from jaxlora.tasks.task import Task
@@ -111,20 +111,15 @@ def choose_columns(
 ) -> Columns:
     """Return the columns that are asked for, or else those that the task was trained on.
 
-    A table without those has its texts in `sentence1` (or `sentence`, or `text`) and `sentence2`,
-    and its labels in `label`, as tables of requests do.
+    A table without those has its texts where tables of requests have them, see `choose_texts`, and
+    its labels in `label`.
 
     Args:
       known: of the training tables; None: they are not known.
       header: the columns of the table.
       text, label: what is asked for; two columns of text are separated by a comma.
     """
-    if text:
-        texts = tuple(text.split(","))
-    elif known and set(known.text) <= set(header):
-        texts = known.text
-    else:
-        texts = tuple(name for name in (*FIRST, SECOND) if name in header) or FIRST[1:2]
+    texts = choose_texts(known, header, text)
     labels = [known.label] if known else []
     found = next((name for name in (*labels, "label") if name in header), "label")
     return Columns(texts, label or found)

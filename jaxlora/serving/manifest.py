@@ -172,6 +172,15 @@ def _upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     return upgrade(fields)
 
 
+def folder_name(name: str) -> str:
+    """Return how the folder of a tree begins: the tree's name in ASCII, cut; a checksum follows.
+
+    >>> folder_name("sst+sts"), folder_name("тема-2")
+    ('sst+sts', 'x-2')
+    """
+    return re.sub(r"[^\x00-\x7f]+", "x", name)[:40]
+
+
 def check_folder(name: str) -> None:
     """Refuse what is not the name of a folder, and of nothing above or below it.
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from jaxlora.data import tables
+from jaxlora.data import hub, table_formats, tables
 from jaxlora.data.quoting import Quoting, Tally
 from jaxlora.data.raw_examples import is_blank
+from jaxlora.data.sheet import Sheet, Write
+from jaxlora.data.tables import Columns
 from jaxlora.data.tokenized import Blank, list_blank
 from jaxlora.serving.predictor import Answer, Predictor
 from jaxlora.utils import files
@@ -22,6 +23,11 @@ from jaxlora.utils.errors import ConfigError, UserError
 
 PART = 4096  # requests at a time
 FIRST, SECOND = ("sentence1", "sentence", "text"), "sentence2"
+# Of the answers. Delimited text has no column for the probabilities of all classes.
+COLUMNS = {
+    "id": str, "task": str, "prediction": float, "label": str, "probability": float,
+    "probabilities": dict, "reason": str,
+}  # fmt: skip
 
 
 class Request(NamedTuple):
@@ -40,7 +46,25 @@ class Request(NamedTuple):
     reason: str
 
 
-Write = Callable[[Request, Answer | None], Any]
+def choose_texts(
+    known: Columns | None, header: Sequence[str], text: str | None = None
+) -> tuple[str, ...]:
+    """Return the columns of text that are asked for, or else those of the training tables.
+
+    A table without those has its texts in `sentence1` (or `sentence`, or `text`) and `sentence2`.
+
+    Args:
+      known: of the training tables; None: they are not known.
+      header: the columns of the table.
+      text: what is asked for; two columns are separated by a comma.
+    """
+    if text:
+        return tuple(text.split(","))
+    usual = [name for name in FIRST if name in header][:1]
+    if known and (not usual or set(known.text) <= set(header)):
+        return known.text
+    second = [SECOND] if SECOND in header else []
+    return (*(usual or FIRST[1:2]), *second)
 
 
 def predict_file(
@@ -50,6 +74,7 @@ def predict_file(
     task: str | None,
     progress: Callable[[int], None] = lambda _: None,
     *,
+    text: str | None = None,
     quoting: Quoting | None = None,
     strict: bool = False,
     note: Callable[[str], Any] = lambda _: None,
@@ -58,15 +83,17 @@ def predict_file(
 
     Args:
       predictor: who answers.
-      source: a table with a header: `sentence` (or `sentence1`, or `text`), `sentence2` where a
-        pair's second stands, `task` if none is given, and perhaps `id`. A pipe will do.
-      target: a CSV `id,task,prediction,label,probability,reason` (`label` and its probability are
-        empty for scores), or, if it ends with `.jsonl`, a line of JSON for each with all
-        probabilities. A row with a blank text has no prediction, but a reason. It is written under
-        another name and renamed when complete.
-      task: the task of all requests; None: the column says it.
+      source: a table of any format in `table_formats`, or a pipe with delimited text. Its columns
+        of text are chosen by `choose_texts`. `task` is needed if none is given and there are
+        several; `id` is optional, else ids are those of the training tables, or the rows' numbers.
+      target: the answers, in the format that the suffix says, with the columns `COLUMNS`: `label`
+        and the probabilities are empty for scores. A row with a blank text has no prediction, but
+        a reason. It is written under another name and renamed when complete.
+      task: the task of all requests; None: the column says it, or there is only one.
       progress: is told how many are done.
-      quoting: what double quotes mean; None: detected, see `tables.open_sheets`.
+      text: the column of text, or two, separated by a comma; None: see `choose_texts`.
+      quoting: what double quotes mean in delimited text; None: detected, see
+        `delimited.open_sheets`.
       strict: refuse blank texts.
       note: is told what must be known of how the table was read.
 
@@ -78,16 +105,13 @@ def predict_file(
     """
     if task is not None:
         predictor.task(task)
-    source, target = files.local(source), files.local(target)
+    source, target = Path(hub.find(str(files.local(source)))), files.local(target)
     _check_target(source, target)
     with _rereadable(source) as file:
-        sheet = tables.open_sheets(
-            {"": (source, lambda: tables.stream(file, source))}, None, quoting
-        )
-        asked = Requests(predictor, sheet[""], task)
+        sheets = table_formats.open_sheets({"": source}, None, quoting, {"": file})
+        asked = Requests(predictor, sheets[""], task, text)
         count = asked.survey(strict, note)
-        with files.replacing(target.resolve(), "w") as out:
-            write = _json_writer(out) if target.suffix == ".jsonl" else _csv_writer(out)
+        with table_formats.writing(target, COLUMNS) as write:
             done = asked.answer(write, progress)
             if done != count:
                 raise UserError(f"{source}: {count:,} rows, then {done:,}: it changed meanwhile")
@@ -104,12 +128,13 @@ def _check_target(source: Path, target: Path) -> None:
         raise ConfigError("output", "is a device or a pipe; name a file", target)
     if not target.absolute().parent.is_dir():
         raise ConfigError("output", f"there is no folder {target.parent}; make it first", target)
+    table_formats.check_written(target)
 
 
 @contextlib.contextmanager
 def _rereadable(source: Path) -> Iterator[Path]:
     """Give the file itself, or what comes out of a pipe in a temporary one."""
-    if source.is_file() or not source.exists():
+    if source.is_file() or source.is_dir() or not source.exists():
         yield source
         return
     with tempfile.NamedTemporaryFile() as kept:
@@ -131,12 +156,14 @@ class Requests:
     Attributes:
       predictor: who answers.
       sheet: the table.
-      task: the task of all requests; None: the column says it.
+      task: the task of all requests; None: the column says it, or there is only one.
+      text: its columns of text; None: see `choose_texts`.
     """
 
     predictor: Predictor
-    sheet: tables.Sheet
+    sheet: Sheet
     task: str | None
+    text: str | None = None
 
     def survey(self, strict: bool, note: Callable[[str], Any]) -> int:
         """Read the whole table, and say what must be known of it.
@@ -148,8 +175,9 @@ class Requests:
           UserError: naming the line of a request that cannot be answered; if `strict`, of blank
             ones.
         """
-        tally, blank = Tally(), list[Blank]()
+        tally, blank, count = Tally(), list[Blank](), 0
         for request in self.read(tally):
+            count += 1
             if request.reason:
                 blank.append(Blank(len(blank), request.line, request.id))
         if blank and strict:
@@ -159,9 +187,9 @@ class Requests:
             )
         if blank:
             note(f"{list_blank(blank)} not answered")
-        for told in tables.describe(self.sheet.dialect, tally):
+        for told in self.sheet.describe(tally):
             note(told)
-        return tally.rows - 1
+        return count
 
     def answer(self, write: Write, progress: Callable[[int], None]) -> int:
         """Answer them part by part; returns how many rows there were."""
@@ -170,8 +198,7 @@ class Requests:
             sound = [n for n, request in enumerate(part) if not request.reason]
             found = self.predictor([part[n].asked for n in sound])
             answers = dict(zip(sound, found, strict=True))
-            for n, request in enumerate(part):
-                write(request, answers.get(n))
+            write([_record(request, answers.get(n)) for n, request in enumerate(part)])
             done += len(part)
             progress(done)
         return done
@@ -182,32 +209,62 @@ class Requests:
         Raises:
           UserError: naming the line of one that cannot be answered.
         """
-        path, dialect = self.sheet.path, self.sheet.dialect
-        lines = self.sheet.rows(tally)
-        _, header = next(lines, (0, []))
-        first = next((name for name in FIRST if name in header), FIRST[1])
-        needed = [first] if self.task else [first, "task"]
+        _, header = next(self.sheet.rows(), (0, []))
+        task = self.task or self._only_task(header)
+        needed = self._texts_of(task, header) if task else ("task", *self._usual(header))
         optional = ("id", "task", SECOND)
-        tables.find_columns(
-            header, needed, path, dialect.delimiter, "A table of requests", optional
+        header, rows = tables.select(
+            self.sheet, list(dict.fromkeys(needed)), "A table of requests", optional, tally
         )
-        for number, (line, fields) in enumerate(lines):
-            where = f"{path}:{line}"
-            tables.check_width(fields, header, where, dialect)
-            row = {"id": str(number), **dict(zip(header, fields, strict=True))}
+        texts: dict[str, tuple[str, ...]] = {}
+        for number, (line, fields) in enumerate(rows):
+            row = dict(zip(header, fields, strict=True))
             named = row.get("task", "")
             if self.task and named not in ("", self.task):
-                raise UserError(f"{where}: is for {named!r}; leave out `task={self.task}`")
+                raise UserError(
+                    f"{self.sheet.where(line)}: is for {named!r}; leave out `task={self.task}`"
+                )
+            own = task or named
             try:
-                yield self._request(line, row, self.task or named, first)
+                if own not in texts:
+                    texts[own] = self._texts_of(own, header)
+                row.setdefault("id", row.get(self._id_of(own), str(number)))
+                yield self._request(line, row, own, texts[own])
             except UserError as error:
-                raise UserError(f"{where}: {error}") from None
+                raise UserError(f"{self.sheet.where(line)}: {error}") from None
 
-    def _request(self, line: int, row: dict[str, str], task: str, first: str) -> Request:
+    def _only_task(self, header: Sequence[str]) -> str | None:
+        """Return the task of a table that names none, if there is only one."""
+        names = list(self.predictor.tasks)
+        return names[0] if len(names) == 1 and "task" not in header else None
+
+    def _usual(self, header: Sequence[str]) -> tuple[str, ...]:
+        """Return columns of text that a table for several tasks needs: none if some task has its.
+
+        Which of them a row needs is known when its task is.
+        """
+        own = (model.facts.columns for model in self.predictor.trained.models.values())
+        if not self.text and any(known and set(known.text) <= set(header) for known in own):
+            return ()
+        return choose_texts(None, header, self.text)
+
+    def _texts_of(self, task: str, header: Sequence[str]) -> tuple[str, ...]:
+        return choose_texts(self.predictor.trained.find(task).facts.columns, header, self.text)
+
+    def _id_of(self, task: str) -> str:
+        """Return the column of ids in a table without a column `id`."""
+        known = self.predictor.trained.find(task).facts.columns
+        return (known and known.id) or "id"
+
+    def _request(
+        self, line: int, row: dict[str, str], task: str, columns: tuple[str, ...]
+    ) -> Request:
         """A row's request; a second text that is blank is none where the task takes one text."""
-        texts = {first: row[first]}
-        if SECOND in row and (self.predictor.task(task).pair or not is_blank(row[SECOND])):
-            texts[SECOND] = row[SECOND]
+        if missing := [name for name in columns if name not in row]:
+            raise UserError(f"{task} needs the column {', '.join(missing)}")
+        pair, texts = self.predictor.task(task).pair, {name: row[name] for name in columns}
+        if not pair and columns[1:] == (SECOND,) and is_blank(row[SECOND]):
+            del texts[SECOND]
         blank = [name for name, text in texts.items() if is_blank(text)]
         asked = (task, *texts.values())
         if blank and len(texts) == self.predictor.task(task).texts:
@@ -216,31 +273,19 @@ class Requests:
         return Request(line, row["id"], asked, "")
 
 
-def _csv_writer(file: IO[str]) -> Write:
-    writer = files.csv_writer(file)
-    writer.writerow(("id", "task", "prediction", "label", "probability", "reason"))
-
-    def write(request: Request, answer: Answer | None) -> None:
-        shown = ("", "", "") if answer is None else _cells(answer)
-        writer.writerow((request.id, request.asked[0], *shown, request.reason))
-
-    return write
+def _record(request: Request, answer: Answer | None) -> dict[str, Any]:
+    """Return the values of `COLUMNS`."""
+    found = {"task": request.asked[0]} if answer is None else to_record(answer)
+    return dict.fromkeys(COLUMNS) | found | {"id": request.id, "reason": request.reason}
 
 
-def _cells(answer: Answer) -> tuple[str, str, str]:
-    """Prediction, label, and the label's probability."""
-    if answer.probabilities is None or answer.label is None:
-        return f"{answer.value:.4f}", "", ""
-    return f"{answer.value:.0f}", answer.label, f"{answer.probabilities[answer.label]:.4f}"
-
-
-_NOTHING = dict.fromkeys(("value", "label", "probabilities"))
-
-
-def _json_writer(file: IO[str]) -> Write:
-    def write(request: Request, answer: Answer | None) -> None:
-        found = _NOTHING if answer is None else answer._asdict()
-        record = {"id": request.id, "task": request.asked[0], **found}
-        file.write(json.dumps(record | {"reason": request.reason}, ensure_ascii=False) + "\n")
-
-    return write
+def to_record(answer: Answer) -> dict[str, Any]:
+    """Return the values of an answer by their columns; a class is a whole number."""
+    classes = answer.label is not None and answer.probabilities is not None
+    return {
+        "task": answer.task,
+        "prediction": round(answer.value) if classes else float(answer.value),
+        "label": answer.label,
+        "probability": (answer.probabilities or {}).get(answer.label or ""),
+        "probabilities": answer.probabilities,
+    }

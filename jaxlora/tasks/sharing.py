@@ -157,7 +157,7 @@ def parse_groups(text: str, names: tuple[str, ...] = NAMES) -> Groups:
 def group_name(group: Sequence[str]) -> str:
     """Return the name of a group: the names of its tasks, joined by `+`.
 
-    Folders, tags and trees are named by it, so it has at most `LONGEST_NAME` characters: a longer
+    Folders, tags and trees are named by it, so it has at most `LONGEST_NAME` bytes: a longer
     name is cut and ends with its checksum.
 
     >>> group_name(("para", "sts")), group_name(("sst",))
@@ -166,7 +166,7 @@ def group_name(group: Sequence[str]) -> str:
     200
     """
     joined = "+".join(group)
-    if len(joined) <= LONGEST_NAME:
+    if len(joined.encode()) <= LONGEST_NAME:
         return joined
     ending = f"-{hashlib.sha256(joined.encode()).hexdigest()[:16]}"
-    return joined[: LONGEST_NAME - len(ending)] + ending
+    return joined.encode()[: LONGEST_NAME - len(ending)].decode(errors="ignore") + ending

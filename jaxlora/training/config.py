@@ -113,6 +113,8 @@ class ModelConfig:
       pair_features: what a pair's head sees: u, v (the paper's) or u, v, |u-v|, u·v.
       encoder_dropout: dropout inside the encoder while it is adapted (the heads have 0.1).
       max_length: tokens a sentence is cut to, and the longest row.
+      start_from: a bank or a finished run whose adapters and heads of the same tasks training goes
+        on from; for one task of another name BANK:TASK.
       dtype: of matmul inputs; default: bfloat16 on accelerators, float32 on CPU. float32 is
         computed as such, not as TF32.
     """
@@ -122,6 +124,7 @@ class ModelConfig:
     pair_features: PairFeatures = "interaction"
     encoder_dropout: Annotated[float, Bound(0, 1), TRAINED] = 0.0
     max_length: Annotated[int, Bound(3)] = 128
+    start_from: str | None = None
     dtype: Dtype | None = None
 
 

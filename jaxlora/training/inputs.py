@@ -25,6 +25,7 @@ from jaxlora.utils import cache
 from jaxlora.utils.errors import ConfigError, UserError
 
 DEV_SET = "the dev set of "  # begins the names of dev sets among the inputs of a run
+ORDER = "the order of examples"  # among the inputs of a run
 Data = dict[str, dict[str, Examples]]  # task → split → examples
 
 
@@ -166,7 +167,7 @@ def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
     """Checksums of all that a run reads: the base, each task's tokens and labels, their order."""
     order = make_order({task: len(splits["train"]) for task, splits in data.items()}, 64, seed)
     prints = base.fingerprint.to_inputs()
-    prints["the order of examples"] = _checksum([order.at(0)])
+    prints[ORDER] = _checksum([order.at(0)])
     for task, splits in data.items():
         parts = [splits[split] for split in SPLITS]
         arrays = [x for part in parts for x in (part.tokens, part.offsets, part.labels)]

@@ -352,7 +352,7 @@ class Window:
 
 
 def _record(group: TaskGroup, metrics: list[StepMetrics], progress: Progress) -> dict[str, Any]:
-    """The record of a group's steps, whose metrics are averaged."""
+    """The record of a group's steps: averages, and the learning rates of the last one."""
     mean = jax.tree.map(lambda *xs: np.mean(np.stack(xs), axis=0), *metrics)
     names = [task.name for task in group.tasks]
     return {
@@ -360,6 +360,9 @@ def _record(group: TaskGroup, metrics: list[StepMetrics], progress: Progress) ->
         "group": group.name,
         "step": progress.step,
         "loss": dict(zip(names, mean.losses.tolist(), strict=True)),
+        "learning_rate": group.rates_at(progress.step - progress.skipped),
+        "grad_norm": float(mean.grad_norm),
+        "head_grad_norm": float(mean.head_grad_norm),
         "update_norm": float(mean.update_norm),
         "conflicts": float(mean.conflicts),
         "cosine": _pairs(names, mean.cosines),

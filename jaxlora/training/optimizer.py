@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxlora.aggregation import MEMBERS, aggregate
@@ -40,19 +42,64 @@ def from_config(config: OptimizerConfig, num_tasks: int, steps: int, seed: int) 
       steps: of the whole run, for the learning rates.
       seed: of methods that draw, such as PCGrad's orders.
     """
-    rate = functools.partial(
-        schedule, steps=steps, warmup=config.warmup_steps, decay=config.schedule
-    )
+    rates = schedules(config, steps)
     return optimizers(
         num_tasks,
-        rate(config.learning_rate),
-        rate(config.head_learning_rate),
+        rates["encoder"],
+        rates["heads"],
         clip=config.clip,
         weight_decay=config.weight_decay,
         seed=seed,
         lora_plus_ratio=config.lora_plus_ratio,
         surgery=config.surgery,
     )
+
+
+def schedules(config: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]:
+    """Return the learning rates of the encoder and of the heads.
+
+    Args:
+      config: what the settings say.
+      steps: of the whole run.
+    """
+    peaks = {"encoder": config.learning_rate, "heads": config.head_learning_rate}
+    warmup, decay = config.warmup_steps, config.schedule
+    return {name: schedule(peak, steps, warmup=warmup, decay=decay) for name, peak in peaks.items()}
+
+
+def rates_by_step(config: OptimizerConfig, steps: int) -> dict[str, np.ndarray]:
+    """Return the values of `schedules` for all updates of a run, `f32[steps]` each."""
+    updates = jnp.arange(steps)
+    found = schedules(config, steps)
+    return {name: np.asarray(rate(updates), np.float32) for name, rate in found.items()}
+
+
+class GradNorm(NamedTuple):
+    """State of `clip_by_global_norm`.
+
+    Attributes:
+      grad_norm: `f32[]`, of the last gradient before it was clipped.
+    """
+
+    grad_norm: jax.Array
+
+
+def clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """Clip as `optax.clip_by_global_norm` does, and keep the norm, which it needs anyway.
+
+    Args:
+      most: the largest norm.
+    """
+    clip = optax.clip_by_global_norm(most)
+
+    def init(params: Tree) -> GradNorm:
+        return GradNorm(jnp.zeros(()))
+
+    def update(updates: Tree, state: GradNorm, params: Any = None) -> tuple[Tree, GradNorm]:
+        norm = jnp.asarray(optax.tree.norm(updates), jnp.float32)
+        return clip.update(updates, optax.EmptyState())[0], GradNorm(norm)
+
+    return optax.GradientTransformation(init, update)
 
 
 def optimizers(
@@ -74,7 +121,7 @@ def optimizers(
     """
     steps = [
         aggregator(surgery, num_tasks, seed),
-        optax.clip_by_global_norm(clip),
+        clip_by_global_norm(clip),
         optax.adamw(learning_rate, weight_decay=weight_decay, mask=_decayed),
     ]
     if lora_plus_ratio != 1:

@@ -14,6 +14,8 @@ from jaxlora.training import run_folder
 from jaxlora.training.task_group import Cohort, TaskGroup, outputs
 from jaxlora.utils.trees import Tree
 
+MOST_CLASSES = 100  # whose probabilities are written, a column each
+
 
 def predict_splits(
     out: Path, cohort: Cohort, group: TaskGroup, best: dict[str, Tree], splits: tuple[str, ...]
@@ -26,18 +28,45 @@ def predict_splits(
             if not len(examples):
                 continue
             found = outputs(cohort, task, best["trainable"], best["heads"], split)
-            predictions = inference.decode(task, found)
             path = out / "predictions" / f"{task.name}-{split}.csv"
-            shown = [f"{p:.0f}" if task.integer else f"{p:.4f}" for p in predictions]
-            columns: dict[str, Iterable[str]] = {"id": examples.ids, "prediction": shown}
-            if split == "dev":
-                columns |= _compared(task, examples, found)
+            columns = make_columns(task, examples, found)
             run_folder.write_table(
                 path, _with_blank(columns, examples) if split == "test" else columns
             )
             if split == "test" and examples.labelled:
-                scores[task.name] = task.score(predictions, examples.labels)
+                scores[task.name] = task.score(inference.decode(task, found), examples.labels)
     return scores
+
+
+def make_columns(task: Task, examples: Examples, found: np.ndarray) -> dict[str, Iterable[str]]:
+    """Return the columns of a table of predictions.
+
+    Args:
+      task: the task.
+      examples: what was predicted; `label` is a column if all have one.
+      found: outputs of the head.
+    """
+    predictions = inference.decode(task, found)
+    columns: dict[str, Iterable[str]] = {"id": examples.ids}
+    columns["prediction"] = [f"{p:.0f}" if task.integer else f"{p:.4f}" for p in predictions]
+    if examples.labelled:
+        columns["label"] = [f"{label:g}" for label in examples.labels]
+    if not task.integer:
+        return columns
+    probabilities = inference.probabilities(task, found)
+    columns["predicted_class"] = _names(task, predictions)
+    if examples.labelled:
+        columns["label_class"] = _names(task, examples.labels)
+    columns["confidence"] = [f"{p:.4f}" for p in probabilities.max(-1)]
+    if len(task.classes) <= MOST_CLASSES:
+        each = zip(task.classes, probabilities.T, strict=True)
+        columns |= {f"p({name})": [f"{p:.4f}" for p in column] for name, column in each}
+    return columns
+
+
+def _names(task: Task, values: np.ndarray) -> list[str]:
+    """Return the names of classes; what is not finite has none."""
+    return [task.classes[int(value)] if np.isfinite(value) else "" for value in values]
 
 
 def _with_blank(
@@ -47,14 +76,7 @@ def _with_blank(
     if not examples.blank:
         return columns
     rows = [[*row, ""] for row in zip(*columns.values(), strict=True)]
+    width = len(columns) - 1
     for blank in examples.blank:
-        rows.insert(blank.at, [blank.id, "", "blank text"])
+        rows.insert(blank.at, [blank.id, *[""] * width, "blank text"])
     return dict(zip([*columns, "reason"], zip(*rows, strict=True), strict=True))
-
-
-def _compared(task: Task, examples: Examples, found: np.ndarray) -> dict[str, list[str]]:
-    """The labels, and the probability of each predicted class (none for scores)."""
-    confidence = [""] * len(examples)
-    if task.integer:
-        confidence = [f"{p:.4f}" for p in inference.probabilities(task, found).max(-1)]
-    return {"label": [f"{label:g}" for label in examples.labels], "confidence": confidence}

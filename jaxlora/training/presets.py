@@ -231,6 +231,7 @@ def _located(start: Sections) -> dict[str, Any]:
     return {
         "data_dir": None if folder is None else str(Path(folder).absolute()),
         "base": huggingface.absolute(start.model.base),
+        "start_from": start.model.start_from and str(Path(start.model.start_from).absolute()),
         "dtype": start.model.dtype or ("float32" if default else "bfloat16"),
     }
 

@@ -22,6 +22,7 @@ from jaxlora.training.inputs import Data
 from jaxlora.training.loop import Best, Callback, Progress, train_cohort
 from jaxlora.training.metrics_log import MetricsLog
 from jaxlora.training.predictions import predict_splits
+from jaxlora.training.start import Start, fingerprints, load_start
 from jaxlora.training.task_group import make_cohort
 from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import UserError
@@ -92,7 +93,8 @@ def run(
         data = inputs.load_data(settings, base)
         if options.strict:
             inputs.refuse_blank(settings, data)
-    checksums = inputs.fingerprints(base, data, settings.loop.seed)
+    start = load_start(settings, base)
+    checksums = inputs.fingerprints(base, data, settings.loop.seed) | fingerprints(start)
     run_folder.check_same_inputs(out, checksums)
     callback.summary(inputs.summarize_run(settings, out, base, data, devices))
     with run_folder.only_run(out):
@@ -101,7 +103,8 @@ def run(
         )  # another may have come in between
         distributed.wait("nothing is written before all have looked")
         if not (out / finished_run.RESULT).exists():
-            _train(RunContext(settings, base, data, checksums, out, devices, options), callback)
+            context = RunContext(settings, base, data, checksums, out, devices, options, start)
+            _train(context, callback)
         checkpoint.remove_states(out / run_folder.STATES)
         return run_folder.read_json(out / finished_run.RESULT)
 
@@ -111,7 +114,7 @@ class RunContext:
     """What a run works on, where and how.
 
     Attributes:
-      checksums: of the base and the data.
+      checksums: of the base, the data and the start.
     """
 
     settings: Settings
@@ -121,6 +124,7 @@ class RunContext:
     out: Path
     mesh: Mesh
     options: RunOptions
+    start: Start
 
 
 def _train(context: RunContext, callback: Callback) -> None:
@@ -206,7 +210,9 @@ def _train_cohort(
     Returns:
       The best trees as NumPy arrays, the progress of each group, the test scores.
     """
-    cohort = make_cohort(context.settings, context.base, context.data, groups, context.mesh)
+    cohort = make_cohort(
+        context.settings, context.base, context.data, groups, context.mesh, context.start
+    )
     best, done = train_cohort(cohort, saved, log, callback, context.options.skip_nonfinite)
     _refuse_unscored(done)
     test: dict[str, float] = {}

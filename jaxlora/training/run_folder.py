@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.formats.fingerprint import INPUTS, note_partial
-from jaxlora.serving.finished_run import CONFIG, read_config
+from jaxlora.serving.finished_run import CONFIG, RESULT, read_config
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import DEV_SET
 from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import ConfigError, UserError
 
 STATES = "states"
+LONGER = ("epochs", "max_steps")  # settings that say how long a run is
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -69,12 +70,10 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
         had, has = _compared(name, old.get(name)), _compared(name, settings[name])
         if had != has:
             place, had, has = _difference(f"`{name}`", had, has)
-            raise ConfigError(
-                "out",
-                f"its run has {place} {had!r}, not {has!r}; resume it with the same settings, or "
-                "name another folder",
-                out,
-            )
+            remedy = "resume it with the same settings, or name another folder"
+            if name in LONGER and (out / RESULT).exists():
+                remedy = f"it is finished; train on in another folder with `start_from={out}`"
+            raise ConfigError("out", f"its run has {place} {had!r}, not {has!r}; {remedy}", out)
 
 
 def _difference(place: str, old: Any, new: Any) -> tuple[str, Any, Any]:
@@ -102,6 +101,8 @@ def _compared(name: str, value: Any) -> Any:
     """
     if name in ("data_dir", "base"):
         return None
+    if name == "start_from":
+        return value is not None
     if name != "tasks" or not isinstance(value, list):
         return value
     return [_untitled(task) if isinstance(task, dict) else task for task in value]

@@ -60,6 +60,9 @@ class StepMetrics(NamedTuple):
 
     Attributes:
       losses: `f32[T]`, mean loss of each task.
+      grad_norm: `f32[]`, norm of the encoder's combined gradient before it is clipped; NaN if the
+        optimizer does not keep it, see `optimizer.clip_by_global_norm`.
+      head_grad_norm: `f32[]`, norm of the heads' gradients.
       update_norm: `f32[]`, norm of the encoder's update.
       conflicts: `i32[]`, pairs of tasks in conflict.
       cosines: `f32[T, T]`, between the tasks' gradients.
@@ -67,6 +70,8 @@ class StepMetrics(NamedTuple):
     """
 
     losses: jax.Array
+    grad_norm: jax.Array
+    head_grad_norm: jax.Array
     update_norm: jax.Array
     conflicts: jax.Array
     cosines: jax.Array
@@ -124,7 +129,15 @@ class GroupStep:
         kept = dataclasses.replace(state, step=state.step + active)
         new = jax.tree.map(lambda a, b: jnp.where(finite & active, a, b), new, kept)
         conflicts, cosines = (optax.tree.get(opt_state, name) for name in ("conflicts", "cosines"))
-        return new, StepMetrics(losses, norm, conflicts, cosines, finite)
+        return new, StepMetrics(
+            losses,
+            grad_norm=jnp.asarray(optax.tree.get(opt_state, "grad_norm", jnp.nan)),
+            head_grad_norm=jnp.asarray(optax.tree.norm(head_grads)),
+            update_norm=norm,
+            conflicts=conflicts,
+            cosines=cosines,
+            finite=finite,
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from jaxlora.training import optimizer, sharding
 from jaxlora.training.adaptation import Vectors
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data, count_steps
+from jaxlora.training.start import Start, begin
 from jaxlora.training.step import CompiledStep, GroupStep, TrainState, TrainStep, make_train_step
 from jaxlora.utils.trees import Tree
 
@@ -43,6 +45,7 @@ class TaskGroup:
       steps: how many it takes.
       eval_every: of its own steps, between evaluations.
       patience: evaluations without a better score after which it ends; 0: never.
+      rates: the learning rates, `encoder` (if it is trained) and `heads`, of each update.
     """
 
     name: str
@@ -50,6 +53,11 @@ class TaskGroup:
     steps: int
     eval_every: int
     patience: int
+    rates: Mapping[str, np.ndarray] = dataclasses.field(compare=False)
+
+    def rates_at(self, updates: int) -> dict[str, float]:
+        """Return the learning rates of the last of so many updates."""
+        return {name: float(rates[max(0, updates - 1)]) for name, rates in self.rates.items()}
 
     def evaluates_at(self, step: int) -> bool:
         """Return whether it is evaluated after so many steps."""
@@ -70,6 +78,7 @@ class Cohort:
       vectors: `(trainable, task, split) → f32[sentences, H]`.
       data: their tasks' examples.
       mesh: the devices it runs on.
+      start: what groups begin with instead of fresh parameters.
     """
 
     groups: tuple[TaskGroup, ...]
@@ -81,12 +90,13 @@ class Cohort:
     vectors: Vectors
     data: Data
     mesh: Mesh
+    start: Start = dataclasses.field(default_factory=dict)
 
     @property
     def states(self) -> dict[str, TrainState]:
         """The first states, made at each call, so that only the caller holds them."""
         with sharding.on_host():
-            states = self.train_step.init(self.keys, self.params)
+            states = begin(self.train_step.init(self.keys, self.params), self.start)
         return sharding.put(states, self._shardings(states))
 
     @functools.cached_property
@@ -122,7 +132,12 @@ class Cohort:
 
 
 def make_cohort(
-    settings: Settings, base: Pretrained, data: Data, groups: Groups, mesh: Mesh
+    settings: Settings,
+    base: Pretrained,
+    data: Data,
+    groups: Groups,
+    mesh: Mesh,
+    start: Start = MappingProxyType({}),
 ) -> Cohort:
     """Assemble groups: their step, their parameters, their order and their packing."""
     data = {name: data[name] for group in groups for name in group}
@@ -165,19 +180,24 @@ def make_cohort(
         vectors=vectors,
         data=data,
         mesh=mesh,
+        start=start,
     )
 
 
 def _make_task_group(
     settings: Settings, names: tuple[str, ...], steps: int, steps_per_epoch: int
 ) -> TaskGroup:
-    loop = settings.of_group(names).loop
+    own = settings.of_group(names)
+    loop, rates = own.loop, optimizer.rates_by_step(own.optimizer, steps)
+    if not settings.adaptation.trains_encoder:
+        del rates["encoder"]
     return TaskGroup(
         name=group_name(names),
         tasks=tuple(settings.named[name] for name in names),
         steps=steps,
         eval_every=loop.eval_every or -(-steps_per_epoch // 4),
         patience=loop.patience,
+        rates=rates,
     )
 
 
@@ -236,17 +256,20 @@ def live_vectors(encode: Encode, frozen: Tree, data: Data, max_length: int, mesh
 
 
 def evaluate_group(cohort: Cohort, group: TaskGroup, state: TrainState) -> dict[str, Any]:
-    """The dev record of a group: each task's metric, and their mean as the score."""
-    scores = {}
+    """The dev record of a group: the metric and loss of each task; the score is the mean metric."""
+    scores, losses = {}, {}
     for task in group.tasks:
         dev = cohort.data[task.name]["dev"]
         found = outputs(cohort, task, state.trainable, state.heads, "dev")
         scores[task.name] = task.score(inference.decode(task, found), dev.labels)
+        each = task.per_example_loss(jnp.asarray(found), jnp.asarray(dev.labels))
+        losses[task.name] = float(jnp.mean(each))
     return {
         "kind": "eval",
         "group": group.name,
         "step": int(state.step),
         "dev": scores,
+        "dev_loss": losses,
         "score": float(np.mean(list(scores.values()))),
     }
 

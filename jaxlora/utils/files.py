@@ -251,7 +251,7 @@ class _UnixLines:
         return self._file.write(row.removesuffix("\r\n") + "\n")
 
 
-def csv_writer(file: IO[str]) -> Any:
+def csv_writer(file: IO[str], delimiter: str = ",") -> Any:
     r"""Make a `csv.writer` whose rows end in LF and whose fields may hold any line break.
 
     The module quotes a carriage return only where it ends rows, too; readers would take one that is
@@ -263,7 +263,7 @@ def csv_writer(file: IO[str]) -> Any:
     >>> text.getvalue()
     'a,"b\rc"\n'
     """
-    return csv.writer(_UnixLines(file), lineterminator="\r\n")
+    return csv.writer(_UnixLines(file), delimiter=delimiter, lineterminator="\r\n")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -20,6 +20,7 @@ from tiny import Silent
 from jaxlora.cli import main
 from jaxlora.data import cs224n, sources, tables, tokenized
 from jaxlora.data.raw_examples import is_blank, parse_label
+from jaxlora.data.table_formats import open_sheets
 from jaxlora.data.task_files import read_tasks
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.serving.predictor import Predictor
@@ -61,7 +62,7 @@ def test_unclosed_quotes_in_tab_separated_files_lose_no_row(tmp_path):
     path = tsv(tmp_path / "x.tsv", SPLIT)
     assert rows_of(path) == [(text, n % 2) for n, text in enumerate(SPLIT)]
     assert rows_of(path, quoting="none") == rows_of(path)
-    (note,) = tables.notes(tables.load_sheets({"train": path}))["train"]
+    (note,) = tables.notes(open_sheets({"train": path}))["train"]
     assert "part of the text" in note and "line 2" in note
 
 
@@ -69,7 +70,7 @@ def test_quoted_fields_in_tab_separated_files_are_read_as_csv_wrote_them(tmp_pat
     path = tsv(tmp_path / "x.tsv", QUOTED)
     assert [text for text, _ in rows_of(path)] == list(UNQUOTED)
     assert [text for text, _ in rows_of(path, quoting="none")] == list(QUOTED)
-    (note,) = tables.notes(tables.load_sheets({"train": path}))["train"]
+    (note,) = tables.notes(open_sheets({"train": path}))["train"]
     assert note == "2 fields are in double quotes, as in standard CSV"
 
 
@@ -89,7 +90,7 @@ def test_fields_with_line_breaks_and_delimiters_are_counted(tmp_path, delimiter)
     path.write_text(text.getvalue(), encoding="utf-8")
     quoting = "standard" if delimiter == "\t" else None
     assert [t for t, _ in rows_of(path, quoting=quoting)] == ["a\nb", f"c{delimiter}d", "e"]
-    sheets = tables.load_sheets({"train": path}, None, quoting)
+    sheets = open_sheets({"train": path}, None, quoting)
     (note,) = tables.notes(sheets)["train"]
     assert note.startswith("of the quoted fields 1 span several lines and 1 contain a ")
 
@@ -391,8 +392,8 @@ def test_a_blank_request_has_a_reason_instead_of_an_answer(echo, tmp_path):
     predict_file(echo, path, tmp_path / "o.jsonl", None)
     found = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert found[1] == {
-        "id": "2", "task": "sst", "value": None, "label": None, "probabilities": None,
-        "reason": "sentence blank",
+        "id": "2", "task": "sst", "prediction": None, "label": None, "probability": None,
+        "probabilities": None, "reason": "sentence blank",
     }  # fmt: skip
     (tmp_path / "o.jsonl").unlink()
     with pytest.raises(UserError, match=r"in\.tsv: 2 rows with a blank text \(lines 3, 4\)"):

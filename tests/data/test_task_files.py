@@ -8,7 +8,7 @@ import pytest
 from tiny import Silent
 
 import jaxlora
-from jaxlora.data import tables
+from jaxlora.data import delimited, tables
 from jaxlora.data.task_files import TaskSpec, paper_specs, read_tasks
 from jaxlora.tasks.task import Task
 from jaxlora.training import run as train
@@ -336,9 +336,9 @@ def test_the_delimiter_is_found_out(tmp_path, header, delimiter):
     path = tmp_path / "x"
     if delimiter is None:
         with pytest.raises(UserError, match="cannot tell what separates"):
-            tables.sniff(header, path)
+            delimited.sniff(header, path)
     else:
-        assert tables.sniff(header + "\n1,2;3\t4|5|6|7|8", path) == delimiter
+        assert delimited.sniff(header + "\n1,2;3\t4|5|6|7|8", path) == delimiter
 
 
 def test_a_label_column_that_is_there_twice(tmp_path):

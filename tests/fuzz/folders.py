@@ -18,7 +18,6 @@ from flax import traverse_util
 from hypothesis import strategies as st
 
 from jaxlora import lora
-from jaxlora.data.task_files import NAME
 from jaxlora.formats import families, huggingface, peft_config
 from jaxlora.formats import peft as peft_files
 from jaxlora.formats import tokenizer as base_tokenizer
@@ -200,7 +199,7 @@ def imported(folder: Path) -> None:
 def _check_trained(found: task_models.TaskModels, names: list[str]) -> None:
     assert list(found.models) == names
     for name, one in found.models.items():
-        assert NAME.fullmatch(name) and one.task.name == name and one.tree in found.trees
+        assert hostile.is_safe(name) and one.task.name == name and one.tree in found.trees
         assert one.task.outputs >= 0
         json.dumps(dataclasses.asdict(one.facts))
     for config in found.configs.values():
@@ -237,7 +236,7 @@ def read_settings(content: bytes, scratch: Path) -> None:
         run_folder.check_same_inputs(scratch, {"the base model": "0"})
     settings = Settings.from_json(config["settings"])
     names = {name for group in settings.groups for name in group}
-    assert all(map(NAME.fullmatch, names))
+    assert all(map(hostile.is_safe, names))
 
 
 def read_run(folder: Path) -> None:

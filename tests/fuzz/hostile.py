@@ -50,6 +50,12 @@ FOREIGN = (
 )  # fmt: skip
 
 
+def is_safe(name: str) -> bool:
+    """Return whether a file may be named by a task, wherever it is."""
+    odd = any(character in "/\\|,+=:*?<>\"' \t" for character in name)
+    return name.isprintable() and not odd and name[0].isalnum() and len(name.encode()) <= 160
+
+
 @dataclasses.dataclass(frozen=True)
 class Edit:
     """Put `put` in the place of `cut` bytes, `at` some place of a document."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
+import gzip
 import io
+import json
 import math
 import re
 import shutil
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
-from jaxlora.data import cs224n, official, tables, tokenized
+from jaxlora.data import cs224n, delimited, official, tables, text_lines, tokenized
 from jaxlora.data.quoting import QUOTINGS, Quoting
 from jaxlora.data.raw_examples import TextExample, parse_label, sentences
 from jaxlora.formats import huggingface
@@ -36,6 +39,10 @@ TSV = {
 }
 CSV = b'key,first,second,label\nx,"A, dog",A cat,1\ny,"A ""dog""",A cat,2\nz,A dog,cat,\n'
 REQUESTS = b"id\ttask\tsentence\tsentence2\n1\tsst\tA dog .\t\n2\tsts\tA dog .\tA cat .\n"
+JSON_LINES = (
+    b'{"key": "x", "first": "A dog", "second": "A cat", "label": 2}\n'
+    b'{"key": "y", "first": "A \\u00d7", "second": "b", "label": 1}\n'
+)
 COLUMNS = {
     TOPIC: tables.Columns(("first",), "label"),
     PRICE: tables.Columns(("first", "second"), "label", "key"),
@@ -58,7 +65,7 @@ def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[..
             st.tuples(
                 st.sampled_from(list(COLUMNS)),
                 one_of(hostile.damaged(CSV), hostile.tables(CSV, ",")),
-                st.sampled_from((None, ",", *tables.DELIMITERS)),
+                st.sampled_from((None, ",", *delimited.DELIMITERS)),
                 _quotings,
                 st.sampled_from((True, False, None)),
             ),
@@ -68,12 +75,27 @@ def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[..
             st.tuples(
                 one_of(hostile.damaged(REQUESTS), hostile.tables(REQUESTS, "\t")),
                 st.sampled_from((None, "sst", "sts", "")),
-                st.sampled_from((".csv", ".jsonl")),
+                st.sampled_from((".csv", ".jsonl", ".tsv.gz", ".parquet")),
                 _quotings,
                 st.booleans(),
             ),
             lambda value, scratch: answer(echo, value, scratch),
         ),
+        "json lines": (
+            st.tuples(
+                st.sampled_from(list(COLUMNS)),
+                one_of(hostile.damaged(JSON_LINES, gzip.compress(JSON_LINES, 1)), _json_lines()),
+                st.sampled_from((".jsonl", ".jsonl.gz")),
+            ),
+            read_typed,
+        ),
+        "parquet": (
+            st.tuples(
+                st.sampled_from(list(COLUMNS)), hostile.damaged(_parquet()), st.just(".parquet")
+            ),
+            read_typed,
+        ),
+        "saved dataset": _saved(folder / "saved"),
         "quotes": (st.lists(hostile.quoted, min_size=1, max_size=4), read_quotes),
         "label": (
             st.tuples(
@@ -96,11 +118,13 @@ def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[..
     }
 
 
-def _check_rows(task: Task, rows: Sequence[TextExample], labels: bool | None) -> None:
+def _check_rows(
+    task: Task, rows: Sequence[TextExample], labels: bool | None, first: int = 2
+) -> None:
     assert rows
     for row in rows:
         assert all(text == text.strip() for text in sentences(row, task).values())
-        assert "".join(row[:3]).encode() is not None and row.line > 1
+        assert "".join(row[:3]).encode() is not None and row.line >= first
         known = task.low <= row.label <= task.high
         assert math.isnan(row.label) or (labels is not False and known)
         assert math.isnan(row.label) or not task.integer or row.label == int(row.label)
@@ -123,6 +147,50 @@ def read_table(
         task, scratch / "table", COLUMNS[task], delimiter, quoting, labelled=labelled
     )
     _check_rows(task, rows, labelled)
+
+
+def read_typed(value: tuple[Task, bytes, str], scratch: Path) -> None:
+    """`tables.read` of formats with types."""
+    task, content, suffix = value
+    path = scratch / f"table{suffix}"
+    path.write_bytes(content)
+    _check_rows(task, tables.read(task, path, COLUMNS[task]), None, first=1)
+
+
+def _json_lines() -> st.SearchStrategy[bytes]:
+    names = st.sampled_from(("key", "first", "second", "label", "other"))
+    record = st.dictionaries(names, st.one_of(hostile.labels, hostile.values), max_size=5)
+    return st.lists(record, max_size=4).map(
+        lambda rows: "".join(json.dumps(row, default=str) + "\n" for row in rows).encode()
+    )
+
+
+def _parquet() -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([json.loads(x) for x in JSON_LINES.splitlines()]), file)
+    return file.getvalue()
+
+
+def _saved(folder: Path) -> tuple[st.SearchStrategy[Any], Callable[..., None]]:
+    """Folders of `datasets` with a damaged file in them."""
+    folder.mkdir()
+    about = {
+        "info": {"features": {"label": {"names": ["sport", "science"], "_type": "ClassLabel"}}}
+    }
+    table = pa.table({"first": ["A dog", "A cat"], "label": [0, -1]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+    with pa.ipc.new_stream(str(folder / "data.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    sound = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def check(value: tuple[str, bytes], scratch: Path) -> None:
+        for name, content in {**sound, value[0]: value[1]}.items():
+            (scratch / name).write_bytes(content)
+        _check_rows(TOPIC, tables.read(TOPIC, scratch, COLUMNS[TOPIC]), None, first=1)
+
+    parts = (st.tuples(st.just(name), hostile.damaged(content)) for name, content in sound.items())
+    return st.one_of(*parts), check
 
 
 def read_quotes(texts: list[str], scratch: Path) -> None:
@@ -153,16 +221,23 @@ def read_label(value: tuple[list[str], str], scratch: Path) -> None:
 
 
 def read_odd(content: bytes, scratch: Path) -> None:
-    """`tables.read` and `tables.stream` of files of other kinds: both refuse the same ones."""
+    """`text_lines.stream` of files of other kinds, whole and compressed: the same lines."""
     (scratch / "odd").write_bytes(content)
+    (scratch / "odd.gz").write_bytes(gzip.compress(content, 1))
+    lines = [_lines(scratch / name) for name in ("odd", "odd.gz")]
+    plain, packed = lines
+    if isinstance(plain, UserError) or isinstance(packed, UserError):
+        assert str(packed).replace("odd.gz", "odd") == str(plain)
+        raise UserError(str(plain))
+    assert plain == packed
+    assert "".join(plain) == content.decode("utf-8-sig")
+
+
+def _lines(path: Path) -> list[str] | UserError:
     try:
-        lines = list(tables.stream(scratch / "odd", scratch / "odd"))
+        return list(text_lines.stream(path, path))
     except UserError as error:
-        with contextlib.suppress(UserError):
-            tables.read_text(scratch / "odd")
-            raise AssertionError(f"only stream refuses it: {error}") from None
-        raise
-    assert "".join(lines) == tables.read_text(scratch / "odd")
+        return error
 
 
 class Echo(Predictor):
@@ -190,11 +265,20 @@ def answer(
         raise
     finally:
         assert not list(scratch.glob(".*"))
-    text = target.read_bytes().decode()
-    if suffix == ".csv":
-        assert len(list(csv.reader(io.StringIO(text, newline="")))) == count + 1
-    else:
-        assert text.count("\n") == count
+    assert _COUNT[suffix](target.read_bytes()) == count
+
+
+def _count_rows(content: bytes, delimiter: str = ",") -> int:
+    text = io.StringIO(content.decode(), newline="")
+    return len(list(csv.reader(text, delimiter=delimiter))) - 1
+
+
+_COUNT: dict[str, Callable[[bytes], int]] = {
+    ".csv": _count_rows,
+    ".tsv.gz": lambda content: _count_rows(gzip.decompress(content), "\t"),
+    ".jsonl": lambda content: content.count(b"\n"),
+    ".parquet": lambda content: pq.read_table(io.BytesIO(content)).num_rows,
+}
 
 
 def ask(echo: Echo, request: Any) -> None:

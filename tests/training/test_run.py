@@ -87,11 +87,27 @@ def test_run_writes_everything(make, tmp_path, variant, groups):
     assert not (out / run_folder.STATES).exists()
     records = metrics_log.read_records(out)
     assert records == callback.records
+    steps = callback.summaries[0].steps
+    check_rates(settings, steps, [r for r in records if r["kind"] == "train"])
     # the best score that was seen is the one that is reported
     for name, progress in result["groups"].items():
         scores = [r["score"] for r in records if r["kind"] == "eval" and r["group"] == name]
         assert progress["best_score"] == max(scores)
         assert progress["step"] == callback.summaries[0].steps[name]
+
+
+def check_rates(settings, steps, records):
+    """Two steps of warm-up, then down to 0 in a line; norms beside them."""
+    peaks = {"heads": settings.optimizer.head_learning_rate}
+    if settings.adaptation.trains_encoder:
+        peaks["encoder"] = settings.optimizer.learning_rate
+    for record in records:
+        taken, last = record["step"], steps[record["group"]]
+        share = taken / 2 if taken <= 2 else 1 - (taken - 1 - 2) / (last - 2)
+        wanted = {name: peak * share for name, peak in peaks.items()}
+        assert record["learning_rate"] == pytest.approx(wanted, rel=1e-5)
+        assert record["head_grad_norm"] > 0
+        assert (record["grad_norm"] > 0) == ("encoder" in peaks)
 
 
 def test_predictions_match_the_restored_model(make, data_dir, tmp_path):
@@ -117,12 +133,16 @@ def test_predictions_match_the_restored_model(make, data_dir, tmp_path):
 def test_dev_predictions_stand_beside_their_labels(make, data_dir, tmp_path, variant):
     result = train.run(make(variant), tmp_path / "run", Silent())
     model = jaxlora.load(tmp_path / "run")
+    records = metrics_log.read_records(tmp_path / "run")
+    evaluations = [r for r in records if r["kind"] == "eval" and "sst" in r["dev"]]
     for task, file in (("sst", "ids-sst"), ("para", "quora"), ("sts", "sts")):
         with (data_dir / f"{file}-dev.csv").open() as source:
             given = list(csv.DictReader(source, delimiter="\t"))
         with (tmp_path / "run" / "predictions" / f"{task}-dev.csv").open() as predicted:
             written = list(csv.DictReader(predicted))
-        assert list(written[0]) == ["id", "prediction", "label", "confidence"]
+        classes = [f"p({name})" for name in model.tasks[task].classes] if task != "sts" else []
+        names = ["predicted_class", "label_class", "confidence", *classes] if classes else []
+        assert list(written[0]) == ["id", "prediction", "label", *names]
         assert [r["id"] for r in written] == [r["id"] for r in given]
         label = {"sst": "sentiment", "para": "is_duplicate", "sts": "similarity"}[task]
         labels = [float(r[label]) for r in given]
@@ -135,11 +155,20 @@ def test_dev_predictions_stand_beside_their_labels(make, data_dir, tmp_path, var
         ]
         asked = [(task, text) if task == "sst" else (task, *text) for text in texts]
         for answer, row in zip(model(asked), written, strict=True):
-            if task == "sts":
-                assert row["confidence"] == ""
-            else:
+            if task != "sts":
+                assert row["predicted_class"] == answer.label
+                assert row["label_class"] == str(int(float(row["label"])))
                 chosen = answer.probabilities[answer.label]
                 assert float(row["confidence"]) == pytest.approx(chosen, abs=2e-4)
+                shown = {name: float(row[f"p({name})"]) for name in answer.probabilities}
+                assert shown == pytest.approx(answer.probabilities, abs=2e-4)
+        if task == "sst":
+            best = max(evaluations, key=lambda record: record["score"])
+            chances = [
+                a.probabilities[r["label_class"]]
+                for a, r in zip(model(asked), written, strict=True)
+            ]
+            assert best["dev_loss"]["sst"] == pytest.approx(-np.mean(np.log(chances)), abs=1e-4)
 
 
 def test_the_time_to_the_best_score():

@@ -224,6 +224,18 @@ def test_encoder_is_projected_and_clipped_and_heads_are_not(tiny):
     assert metrics.conflicts == jnp.sum(jnp.triu(metrics.cosines, 1) < 0)
 
 
+@pytest.mark.parametrize("clip", [1e-3, 1e9])
+def test_the_norms_are_those_of_the_gradients_before_they_are_clipped(tiny, clip):
+    tx, head_tx = optimizer.optimizers(3, 1e-3, 1e-3, clip=clip, surgery="none")
+    group = make(tiny, dropout=0.0, tx=tx, head_tx=head_tx)
+    _, metrics = jax.jit(group.step)(group.state, group.frozen, group.batch)
+    expected = losses_and_gradients(group, group.state.trainable)
+    shared = sum(ravel_pytree(grads)[0] for _, (grads, _) in expected)
+    heads = jnp.concatenate([ravel_pytree(grads)[0] for _, (_, grads) in expected])
+    np.testing.assert_allclose(metrics.grad_norm, jnp.linalg.norm(shared), rtol=1e-4)
+    np.testing.assert_allclose(metrics.head_grad_norm, jnp.linalg.norm(heads), rtol=1e-4)
+
+
 def test_without_surgery_the_tasks_gradients_are_summed(tiny):
     """Plain gradient descent on the summed loss, which knows of no task axis."""
     tx = optax.chain(pcgrad(3, surgery=False), optax.sgd(1.0))

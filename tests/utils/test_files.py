@@ -284,7 +284,7 @@ def test_curves_of_many_tasks_are_drawn(tmp_path):
     loss = dict.fromkeys(names, 1.0)
     train = {"kind": "train", "loss": loss, "cosine": pairs, "conflicts": 0.0}
     records = [train | {"step": 1}, train | {"step": 2}, {"kind": "eval", "step": 2, "dev": loss}]
-    curves.draw(records, tmp_path / "curves.png", "x" * 64)
+    curves.draw(records, tmp_path / "curves.png", "x" * 64, {"a": "accuracy"})
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

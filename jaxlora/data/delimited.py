@@ -1,0 +1,245 @@
+"""Delimited text as tables: CSV, TSV and similar, with a header."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from jaxlora.data.quoting import CSV, Quotes, Quoting, Tally, find_quotes
+from jaxlora.data.sheet import Kinds, Sheet, Write
+from jaxlora.data.text_lines import stream
+from jaxlora.utils import files as file_system
+from jaxlora.utils.errors import UserError
+
+DELIMITERS = "\t,;|"
+DELIMITER_NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
+# A line before the header in which Excel may state the delimiter.
+_HINT = re.compile(r"""sep=([^"\r\n])|"sep=([^"\r\n])"[^"\r\n]*""", re.IGNORECASE)
+
+
+class Dialect(NamedTuple):
+    """How the fields of a file are separated and quoted.
+
+    Attributes:
+      delimiter: delimiter of fields.
+      quoting: meaning of double quotes.
+      found: the quotes from which it was detected; None if it was given, or follows from the
+        delimiter.
+    """
+
+    delimiter: str
+    quoting: Quoting
+    found: Quotes | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DelimitedSheet:
+    """A file of delimited text, see `Sheet`. A row has the number of its last line, from 1.
+
+    Attributes:
+      path: its path, for messages.
+      file: the file to read.
+      dialect: delimiter and quoting.
+    """
+
+    path: Path
+    file: Path
+    dialect: Dialect
+
+    @property
+    def unreadable(self) -> Mapping[str, str]:
+        """No column: all is text."""
+        return {}
+
+    @property
+    def _delimiter(self) -> str:
+        return DELIMITER_NAMES.get(self.dialect.delimiter, repr(self.dialect.delimiter))
+
+    def rows(self, tally: Tally | None = None) -> Iterator[tuple[int, list[str]]]:
+        """Yield the header and the rows, each with its last physical line."""
+        header: list[str] = []
+        lines = stream(self.file, self.path)
+        for line, fields in read_lines(lines, self.path, self.dialect, tally or Tally()):
+            header = header or fields
+            if len(fields) != len(header):
+                raise UserError(f"{self.where(line)}: {self._misfit(len(fields), len(header))}")
+            yield line, fields
+
+    def _misfit(self, found: int, wanted: int) -> str:
+        name = self._delimiter
+        remedy = f'put a field that contains a {name} or a line break in "double quotes".'
+        if self.dialect.quoting == "none":
+            remedy = (
+                f"double quotes are part of the text here: if they enclose fields with a {name} or "
+                "a line break, choose quoting standard."
+            )
+        return (
+            f"{found} fields where the header has {wanted}; "
+            f"separate the fields by single {name}s, and {remedy}"
+        )
+
+    def where(self, number: int) -> str:
+        """Return `file:line`."""
+        return f"{self.path}:{number}"
+
+    def layout(self, columns: Sequence[str]) -> str:
+        """Return what the header must be."""
+        return f"a {self._delimiter}-separated header with {', '.join(columns)}"
+
+    def describe(self, tally: Tally) -> list[str]:
+        """Describe what quotes were detected to mean, and what quoted fields contain."""
+        quotes, notes = self.dialect.found, []
+        if quotes and quotes.open:
+            notes.append(f"double quotes are part of the text (line {quotes.open} opens one only)")
+        elif quotes and self.dialect.quoting == "none":
+            notes.append("double quotes are part of the text, as in the other files")
+        elif quotes and quotes.quoted:
+            notes.append(f"{quotes.quoted:,} fields are in double quotes, as in standard CSV")
+        special = tally.note(self._delimiter)
+        return [*notes, special] if special else notes
+
+
+def open_sheets(
+    files: Mapping[str, tuple[Path, Path]],
+    delimiter: str | None = None,
+    quoting: Quoting | None = None,
+) -> dict[str, Sheet]:
+    """Detect the delimiter and quoting of the files of a table.
+
+    Quotes have one meaning in all files. Unless it is given, fields separated by commas,
+    semicolons or bars are quoted as in standard CSV. Many programs write tab-separated files
+    without quoting, where a sentence may begin with a quote. Fields separated by tabs therefore
+    count as quoted only if every field that begins with a double quote also ends with one on the
+    same line, and doubles the quotes inside.
+
+    Args:
+      files: name → path for messages, and the file to read.
+      delimiter: delimiter of fields; None: detected from each header.
+      quoting: none or standard; None: detected.
+
+    Raises:
+      UserError: if the delimiter cannot be detected from a header, or a file not be read.
+    """
+    headers = {name: _first_line(stream(file, path)) for name, (path, file) in files.items()}
+    delimiters = {n: delimiter or sniff(headers[n], path) for n, (path, _) in files.items()}
+    found: dict[str, Quotes] = {}
+    for name, (path, file) in files.items():
+        if quoting is None and _may_be_unquoted(headers[name], delimiters[name], path):
+            found[name] = find_quotes(stream(file, path), delimiters[name])
+    unquoted = any(quotes.open for quotes in found.values())
+    return {
+        name: DelimitedSheet(path, file, Dialect(
+            delimiters[name],
+            quoting or ("none" if unquoted and name in found else "standard"),
+            found.get(name),
+        ))
+        for name, (path, file) in files.items()
+    }  # fmt: skip
+
+
+def _may_be_unquoted(header: str, delimiter: str, path: Path) -> bool:
+    """Return whether tabs separate the fields; a .csv file with one column counts as commas."""
+    return delimiter == "\t" and ("\t" in header or ".csv" not in map(str.lower, path.suffixes))
+
+
+def _first_line(lines: Iterable[str]) -> str:
+    return next((line for line in lines if line.strip("\r\n")), "")
+
+
+def sniff(text: str, path: Path) -> str:
+    r"""Detect the delimiter: the most frequent one in the header, or a tab if there is none.
+
+    >>> sniff("id,text,label\\n1,a;b,0", Path("x.csv")), sniff("sep=;\\na,b;c", Path("x.csv"))
+    (',', ';')
+    """
+    header = re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
+    if hint := _HINT.fullmatch(header):
+        return hint[1] or hint[2]
+    best = max(DELIMITERS, key=header.count)
+    if sum(header.count(d) == header.count(best) > 0 for d in DELIMITERS) > 1:
+        raise UserError(
+            f"{path}:1: cannot tell what separates the fields; use only one of tab, comma, "
+            "semicolon and bar in the header (or set `delimiter` in the task file)."
+        )
+    return best
+
+
+def read_lines(
+    lines: Iterable[str], path: Path, dialect: Dialect, tally: Tally
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows that are not blank, each with the number of its last physical line.
+
+    Args:
+      lines: physical lines.
+      path: path of the file, for messages.
+      dialect: delimiter and quoting.
+      tally: counts the rows.
+
+    Raises:
+      UserError: if quotes are misplaced, or a field is longer than the csv module allows.
+    """
+    # Strict: a misplaced quote is an error; otherwise its field would swallow the next lines.
+    reader = csv.reader(
+        _without_hint(lines),
+        delimiter=dialect.delimiter,
+        quoting=CSV[dialect.quoting],
+        strict=True,
+    )
+    while True:
+        before = reader.line_num
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(_misquoted(path, before + 1, reader.line_num, error)) from None
+        if fields:
+            tally.add(fields, reader.line_num - before, dialect.delimiter)
+            yield reader.line_num, fields
+
+
+def _without_hint(lines: Iterable[str]) -> Iterator[str]:
+    """Blank out the line in which Excel states the delimiter, so that line numbers stay right."""
+    for number, line in enumerate(lines):
+        yield "\n" if number == 0 and _HINT.fullmatch(line.rstrip("\r\n")) else line
+
+
+def _misquoted(path: Path, first: int, last: int, error: csv.Error) -> str:
+    # An open quote extends to the next one, so the mistake is at the start of the row.
+    what = str(error).replace("\t", "a tab")
+    message = f"{path}:{first}: {what} (reached line {last}); "
+    if "field larger than" in what and first == last:
+        return message + "shorten the field."
+    return message + (
+        "look for a quote that is not closed: a field that starts with a double quote must end "
+        "with one, and a double quote inside it is written twice; or, if quotes are part of the "
+        "text, choose quoting none."
+    )
+
+
+@contextlib.contextmanager
+def writing(file: IO[bytes], columns: Kinds, delimiter: str) -> Iterator[Write]:
+    """Write a header and the records; columns of kind `dict` are left out."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    names = [name for name, kind in columns.items() if kind is not dict]
+    writer = file_system.csv_writer(text, delimiter)
+    writer.writerow(names)
+
+    def write(records: Sequence[Mapping[str, Any]]) -> None:
+        writer.writerows([_show(record[name]) for name in names] for record in records)
+
+    yield write
+    text.flush()
+    text.detach()
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

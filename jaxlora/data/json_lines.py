@@ -1,0 +1,142 @@
+"""JSON lines as tables: an object on each line, whose keys are the columns."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from jaxlora.data import foreign
+from jaxlora.data.quoting import Quoting, Tally
+from jaxlora.data.sheet import Kinds, Sheet, Write, refuse_options
+from jaxlora.data.text_lines import stream
+from jaxlora.utils.errors import UserError
+from jaxlora.utils.schema import encodable
+
+NAME = "JSON lines"
+_NESTED: dict[type, str] = {dict: "an object", list: "a list"}
+_REFUSED = tuple(kind for kind in foreign.KINDS if kind is not foreign.JSON)
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonLines:
+    """A file of JSON lines, see `Sheet`. A key that a line lacks, or null, is a missing value.
+
+    Attributes:
+      path: its path, for messages.
+      file: the file to read.
+    """
+
+    path: Path
+    file: Path
+
+    @functools.cached_property
+    def _columns(self) -> dict[str, str]:
+        """Column → what it is in a line where it is nested, or an empty string; of all lines."""
+        found: dict[str, str] = {}
+        for line, record in self._records():
+            for name, value in record.items():
+                if not found.get(name):
+                    nested = _NESTED.get(type(value))
+                    found[name] = f"{nested} in line {line}" if nested else ""
+        return found
+
+    @property
+    def unreadable(self) -> Mapping[str, str]:
+        """Columns that hold lists or objects."""
+        return {name: nested for name, nested in self._columns.items() if nested}
+
+    def rows(self, tally: Tally | None = None) -> Iterator[tuple[int, list[str]]]:
+        """Yield the header and the rows, with the numbers of their lines."""
+        header = [name for name, nested in self._columns.items() if not nested]
+        yield 0, header
+        for line, record in self._records():
+            yield line, [_show(record.get(name)) for name in header]
+
+    def where(self, number: int) -> str:
+        """Return `file:line`."""
+        return f"{self.path}:{number}"
+
+    def layout(self, columns: Sequence[str]) -> str:
+        """Return what each line must have."""
+        return f"objects with the keys {', '.join(columns)}"
+
+    def describe(self, tally: Tally) -> list[str]:
+        """Return no notes: there is one way to read JSON."""
+        return []
+
+    def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, line in enumerate(stream(self.file, self.path, _REFUSED), 1):
+            if line.strip():
+                yield number, _parse(line, f"{self.path}:{number}")
+
+
+def open_sheets(
+    files: Mapping[str, tuple[Path, Path]], delimiter: str | None, quoting: Quoting | None
+) -> dict[str, Sheet]:
+    """Return the files of a table; each is a path for messages, and the file to read."""
+    refuse_options(NAME, delimiter, quoting)
+    return {name: JsonLines(path, file) for name, (path, file) in files.items()}
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    """Parse an object; numbers stay as they are written."""
+    try:
+        record = json.loads(
+            line, object_pairs_hook=_unique, parse_int=str, parse_float=str, parse_constant=str
+        )
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: not JSON ({error}); write one object on each line, such as "
+            '{"text": "…", "label": "…"}'
+        ) from None
+    if not isinstance(record, dict):
+        what = _NESTED.get(type(record), "a single value")
+        raise UserError(f"{where}: is {what}; write one object with a key for each column")
+    if "\\u" in line:
+        _refuse_odd(record, where)
+    return record
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {max(names, key=names.count)!r} is there twice")
+    return record
+
+
+def _refuse_odd(record: dict[str, Any], where: str) -> None:
+    """Refuse what an escape can write and a text file cannot hold."""
+    for name, value in record.items():
+        for text in (name, value):
+            if isinstance(text, str) and ("\0" in text or not encodable(text)):
+                raise UserError(
+                    f"{where}: {name!a}: a NUL character, or half of a surrogate pair; remove it"
+                )
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@contextlib.contextmanager
+def writing(file: IO[bytes], columns: Kinds) -> Iterator[Write]:
+    """Write an object for each record."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+
+    def write(records: Sequence[Mapping[str, Any]]) -> None:
+        for record in records:
+            plain = {name: record[name] for name in columns}
+            text.write(json.dumps(plain, ensure_ascii=False) + "\n")
+
+    yield write
+    text.flush()
+    text.detach()

@@ -1,0 +1,179 @@
+"""Runs side by side: the settings in which they differ, and their scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlora.serving import finished_run
+from jaxlora.training.inputs import ORDER, data_of, dev_of
+from jaxlora.utils import files
+from jaxlora.utils.errors import UserError
+
+_NEEDED = {"metrics", "dev", "dev_mean", "test", "parameters", "train_seconds"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What the folder of a run says.
+
+    Attributes:
+      folder: the folder.
+      settings: by name; those of tasks as in `tasks.sst.weight`.
+      inputs: name → checksum of what it has read.
+      result: the content of `result.json`; empty if the run is not finished.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    result: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRow:
+    """A score of all runs.
+
+    Attributes:
+      split: dev or test.
+      task: its name; mean for the mean of all.
+      metric: what is measured.
+      values: of each run; None where there is none.
+      comparable: whether all runs are scored on the same examples.
+    """
+
+    split: str
+    task: str
+    metric: str
+    values: tuple[float | None, ...]
+    comparable: bool
+
+    @property
+    def best(self) -> tuple[bool, ...]:
+        """Which runs have the highest score; none if fewer than two can be compared."""
+        known = [value for value in self.values if value is not None and math.isfinite(value)]
+        if not self.comparable or len(known) < 2:
+            return (False,) * len(self.values)
+        return tuple(value == max(known) for value in self.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Runs side by side.
+
+    Attributes:
+      runs: the runs.
+      settings: the settings in which they differ: name → the value of each run, None for none.
+      scores: their scores.
+      notes: what must be known to read them.
+    """
+
+    runs: tuple[RunRecord, ...]
+    settings: Mapping[str, tuple[Any, ...]]
+    scores: tuple[ScoreRow, ...]
+    notes: tuple[str, ...]
+
+
+def compare(folders: Sequence[Path]) -> Comparison:
+    """Compare runs, finished or not.
+
+    Raises:
+      UserError: for fewer than two folders, or one that is not a run's.
+    """
+    if len(folders) < 2:
+        raise UserError("name two runs or more")
+    runs = tuple(map(read_run, folders))
+    return Comparison(runs, find_differences(runs), tuple(_score_rows(runs)), tuple(_notes(runs)))
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read the settings, the inputs and the result of a run.
+
+    Raises:
+      UserError: if it is not the folder of a run, or one of its files is damaged.
+    """
+    folder = files.local(folder)
+    config = finished_run.read_config(folder)
+    path = folder / finished_run.RESULT
+    result = files.read_object(path) if path.exists() else {}
+    if result and not result.keys() >= _NEEDED:
+        raise UserError(
+            f"{path}: has no {', '.join(sorted(_NEEDED - result.keys()))}; is it a run's?"
+        )
+    return RunRecord(folder, dict(_flatten("", config["settings"])), config["inputs"], result)
+
+
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the settings with dotted names; a list of tasks is known by their names.
+
+    >>> dict(_flatten("", {"rank": 4, "tasks": [{"task": {"name": "sst"}, "weight": 1}]}))
+    {'rank': 4, 'tasks.sst.task.name': 'sst', 'tasks.sst.weight': 1}
+    """
+    if isinstance(value, list) and all(isinstance(x, dict) and "task" in x for x in value):
+        value = {spec["task"]["name"]: spec for spec in value}
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for name, part in value.items():
+        yield from _flatten(f"{prefix}.{name}" if prefix else str(name), part)
+
+
+def find_differences(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
+    """Return the settings that are not the same in all runs, with the value of each."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    every = {name: tuple(run.settings.get(name) for run in runs) for name in names}
+    return {name: values for name, values in every.items() if not _same(values)}
+
+
+def _same(values: Sequence[Any]) -> bool:
+    return all(value == values[0] for value in values)
+
+
+def _score_rows(runs: Sequence[RunRecord]) -> Iterator[ScoreRow]:
+    finished = [run for run in runs if run.result]
+    metrics = dict.fromkeys(
+        (task, metric) for run in finished for task, metric in run.result["metrics"].items()
+    )
+    for split, input_of in (("dev", dev_of), ("test", data_of)):
+        for task, metric in metrics:
+            values = tuple(
+                run.result[split].get(task) if _measures(run, task, metric) else None
+                for run in runs
+            )
+            if any(value is not None for value in values):
+                same = _same([run.inputs.get(input_of(task)) for run in finished])
+                yield ScoreRow(split, task, metric, values, same)
+    dev = [dev_of(task) for task, _ in metrics]
+    same = _same([[run.inputs.get(name) for name in dev] for run in finished])
+    same &= _same([run.result["metrics"] for run in finished])
+    yield ScoreRow("dev", "mean", "", tuple(run.result.get("dev_mean") for run in runs), same)
+
+
+def _measures(run: RunRecord, task: str, metric: str) -> bool:
+    return bool(run.result) and run.result["metrics"].get(task) == metric
+
+
+def _notes(runs: Sequence[RunRecord]) -> Iterator[str]:
+    for run in runs:
+        if not run.result:
+            yield f"{run.folder}: is not finished, so it has no scores; resume it"
+    tasks = {name.removeprefix(data_of("")) for run in runs for name in run.inputs}
+    dev = {dev_of(task) for task in tasks}
+    for name in dict.fromkeys(name for run in runs for name in run.inputs):
+        known = [run.inputs[name] for run in runs if name in run.inputs]
+        if name != ORDER and not _same(known):
+            scores = ": its scores cannot be compared" if name in dev else ""
+            yield f"{name} is not the same in all runs{scores}"
+
+
+def to_json(found: Comparison) -> dict[str, Any]:
+    """Return a comparison as JSON values."""
+    return {
+        "runs": [{"folder": str(run.folder), "finished": bool(run.result)} for run in found.runs],
+        "settings": {name: list(values) for name, values in found.settings.items()},
+        "scores": [dataclasses.asdict(row) | {"best": list(row.best)} for row in found.scores],
+        "notes": list(found.notes),
+    }

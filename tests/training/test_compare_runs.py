@@ -1,0 +1,121 @@
+"""Runs side by side: what differs, which score is best, and what cannot be compared."""
+
+import json
+
+import pytest
+
+from jaxlora.cli import main
+from jaxlora.training import compare_runs
+from jaxlora.utils.errors import UserError
+
+
+def write_run(folder, scores, *, test=None, inputs=None, metric="accuracy", **settings):
+    """Write the files of a run; without scores it is not finished."""
+    folder.mkdir()
+    tasks = [
+        {"task": {"name": name, "kind": "binary"}, "weight": settings.pop(f"{name}_weight", 1.0)}
+        for name in ("spam", "mood")
+    ]
+    values = {"rank": 4, "epochs": 3, "target_modules": ["query"], "tasks": tasks, **settings}
+    prints = {"the base's weights": "b", "the order of examples": str(settings.get("seed", 0))}
+    for name in ("spam", "mood"):
+        prints |= {f"the data of {name}": "d", f"the dev set of {name}": "v"}
+    config = {"settings": values, "inputs": prints | (inputs or {}), "versions": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    if scores is not None:
+        result = {
+            "metrics": {name: f"{name} {metric}" for name in scores}, "dev": scores,
+            "dev_mean": sum(scores.values()) / len(scores), "test": test or {},
+            "parameters": {"incremental": 1_500_000}, "train_seconds": 61.0,
+        }  # fmt: skip
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def rows(found):
+    return {(row.split, row.task): (row.values, row.best) for row in found.scores}
+
+
+def test_only_settings_that_differ_are_shown_with_nested_names(tmp_path):
+    one = write_run(tmp_path / "a", {"spam": 0.5, "mood": 0.25}, rank=8, spam_weight=2.0)
+    other = write_run(tmp_path / "b", {"spam": 0.5, "mood": 0.75}, seed=3)
+    found = compare_runs.compare((one, other))
+    assert found.settings == {
+        "rank": (8, 4), "tasks.spam.weight": (2.0, 1.0), "seed": (None, 3),
+    }  # fmt: skip
+    assert found.notes == ()  # the order of examples follows from the seed
+    assert rows(found) == {
+        ("dev", "spam"): ((0.5, 0.5), (True, True)),
+        ("dev", "mood"): ((0.25, 0.75), (False, True)),
+        ("dev", "mean"): ((0.375, 0.625), (False, True)),
+    }
+
+
+def test_unfinished_runs_have_no_scores_and_are_named(tmp_path):
+    done = write_run(tmp_path / "done", {"spam": 0.5})
+    best = write_run(tmp_path / "best", {"spam": 0.75}, test={"spam": 0.5})
+    begun = write_run(tmp_path / "begun", None, rank=1)
+    found = compare_runs.compare((done, best, begun))
+    assert found.notes == (f"{begun}: is not finished, so it has no scores; resume it",)
+    assert rows(found)["dev", "spam"] == ((0.5, 0.75, None), (False, True, False))
+    assert rows(found)["test", "spam"] == ((None, 0.5, None), (False, False, False))
+
+
+def test_scores_on_other_data_are_named_and_none_is_best(tmp_path):
+    one = write_run(tmp_path / "a", {"spam": 0.5, "mood": 0.5})
+    other = {"the dev set of spam": "w", "the data of spam": "e", "the base's weights": "c"}
+    found = compare_runs.compare(
+        (one, write_run(tmp_path / "b", {"spam": 1.0, "mood": 1.0}, inputs=other))
+    )
+    assert set(found.notes) == {
+        "the data of spam is not the same in all runs",
+        "the dev set of spam is not the same in all runs: its scores cannot be compared",
+        "the base's weights is not the same in all runs",
+    }
+    best = {place: best for place, (_, best) in rows(found).items()}
+    assert best["dev", "spam"] == best["dev", "mean"] == (False, False)
+    assert best["dev", "mood"] == (False, True)
+
+
+def test_scores_by_other_metrics_stand_in_rows_of_their_own(tmp_path):
+    one = write_run(tmp_path / "a", {"spam": 0.5})
+    other = write_run(tmp_path / "b", {"spam": 0.75}, metric="macro F1")
+    found = [r for r in compare_runs.compare((one, other)).scores if r.task == "spam"]
+    assert [(row.metric, row.values) for row in found] == [
+        ("spam accuracy", (0.5, None)), ("spam macro F1", (None, 0.75)),
+    ]  # fmt: skip
+    assert not any(any(row.best) for row in compare_runs.compare((one, other)).scores)
+
+
+@pytest.mark.parametrize("names", [(), ("a",), ("a", "missing"), ("a", "empty")])
+def test_what_is_no_run_is_refused(tmp_path, names):
+    write_run(tmp_path / "a", {"spam": 0.5})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"name two runs or more|is .* the folder of a run\?"):
+        compare_runs.compare([tmp_path / name for name in names])
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    folders = [write_run(tmp_path / name, {"spam": 0.5}) for name in "ab"]
+    (folders[1] / "result.json").write_text("[]")
+    with pytest.raises(UserError, match=r"b/result\.json: not a JSON object"):
+        compare_runs.compare(folders)
+    (folders[1] / "result.json").write_text('{"dev": {}}')
+    with pytest.raises(UserError, match=r"b/result\.json: has no dev_mean, metrics, "):
+        compare_runs.compare(folders)
+
+
+def test_the_command_prints_whole_columns_and_json(tmp_path, capsys):
+    long = "a-run-" * 30
+    one = write_run(tmp_path / long, {"spam": 0.5}, rank=16)
+    other = write_run(tmp_path / "b", {"spam": 0.75}, target_modules=["query", "value"])
+    assert main.main(["compare", str(one), str(other)]) == 0
+    said = capsys.readouterr().out
+    assert str(one) in said and "0.7500 *" in said and "query, value" in said and "1.50M" in said
+    assert main.main(["compare", str(one), str(other), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"] == {"rank": [16, 4], "target_modules": [["query"], ["query", "value"]]}
+    assert found["runs"][0] == {"folder": str(one), "finished": True}
+    assert found["scores"][0]["best"] == [False, True]
+    assert main.main(["compare", str(one)]) == 2
+    assert "name two runs or more" in capsys.readouterr().err
