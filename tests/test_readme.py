@@ -13,8 +13,9 @@ import pytest
 from jaxlora.formats import families, huggingface, peft_config
 from jaxlora.nn import ops
 from jaxlora.serving import import_model
+from jaxlora.tasks.kinds import KINDS
 from jaxlora.tasks.sharing import VARIANTS
-from jaxlora.tasks.task import KINDS, STS_COSINE, Task
+from jaxlora.tasks.task import STS_COSINE, Task
 from jaxlora.training.presets import PAPER_GUESSES
 from jaxlora.utils.errors import UserError
 

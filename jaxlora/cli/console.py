@@ -155,12 +155,12 @@ def _warmup(steps: float) -> str:
 
 def _labels(task: Task) -> str:
     """Say what is predicted, with the positive class of two."""
-    if not task.integer:
+    if task.form == "score":
         return f"scores from {task.low:g} to {task.high:g}"
     if task.kind == "binary":
         return f"{task.classes[0]} or {task.classes[1]} (the positive class)"
     shown = ", ".join(task.classes[:12]) + (", …" if len(task.classes) > 12 else "")
-    return f"{len(task.classes)} classes: {shown}"
+    return f"{'any' if task.form == 'classes' else 'one'} of {len(task.classes)} classes: {shown}"
 
 
 def _joint(settings: Settings) -> str:

@@ -11,6 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from jaxlora.cli.terminal import say
 from jaxlora.data.quoting import Quoting
+from jaxlora.serving.answers import cells
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.serving.predictor import Predictor
 from jaxlora.utils import cache, process
@@ -60,11 +61,12 @@ def predict(
     if task is None:
         raise UserError(f"--task is missing; there are {', '.join(predictor.tasks)}")
     (answer,) = predictor([(task, *texts)])
+    value, label, _ = cells(predictor.task(task), answer)
     if answer.probabilities is None:
-        print(f"{answer.value:.4f}")
+        print(value)
         return
     each = ", ".join(f"{name} {p:.4f}" for name, p in answer.probabilities.items())
-    print(f"{answer.label}  ({each})")
+    print(f"{label or 'no label'}  ({each})")
 
 
 def main(words: Sequence[str]) -> None:

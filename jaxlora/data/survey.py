@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxlora.data import tables
-from jaxlora.data.labels import FoundLabels, find_labels
+from jaxlora.data.labels import DELIMITER, FoundLabels, find_labels
 from jaxlora.data.raw_examples import is_blank
+from jaxlora.data.task_files import split_label
 from jaxlora.data.tokenized import tokenize
 from jaxlora.utils.errors import ConfigError, UserError
 
@@ -25,8 +26,9 @@ _SPLIT = re.compile(rf"(.*?)[-_. ]?({'|'.join(sorted(SPLITS, key=len, reverse=Tr
 # Usual names of columns of labels, the most telling first.
 LABELS = (
     "label", "labels", "class", "category", "target", "topic", "intent", "sentiment", "score",
-    "rating", "stars", "similarity", "is_duplicate", "y",
+    "rating", "stars", "similarity", "is_duplicate", "tags", "y",
 )  # fmt: skip
+MISSING = "nan"  # a label that is not there
 _PAIR = re.compile(r"(.*?)[-_ ]?([12ab])", re.I)  # question1 and question2, text_a and text_b
 PAIRS = (("first", "second"), ("premise", "hypothesis"), ("query", "passage"))
 
@@ -46,7 +48,7 @@ class Survey:
       files: split → its file.
       header: the columns.
       text: the columns of text.
-      label: the column of labels.
+      label: the column of labels, or several of 0 and 1.
       labels: the kind of the task, its classes or range.
       rows: split → its rows.
       lengths: tokens of each sentence of all rows, `i64[sentences]`.
@@ -55,7 +57,7 @@ class Survey:
     files: Mapping[str, Path]
     header: tuple[str, ...]
     text: tuple[str, ...]
-    label: str
+    label: str | tuple[str, ...]
     labels: FoundLabels
     rows: Mapping[str, Sequence[Row]]
     lengths: np.ndarray
@@ -122,7 +124,8 @@ def survey(
     Args:
       files: split → file; `train` is one of them.
       tokenizer: counts the tokens; it must not cut.
-      text, label: columns; two columns of text are separated by a comma; None: guessed.
+      text, label: columns; several are separated by commas, two of text, or of labels that are 0
+        and 1; None: guessed.
 
     Raises:
       UserError: for files that are no tables, or labels that fit no task.
@@ -132,31 +135,36 @@ def survey(
     train = [fields for _, fields in sheets["train"].rows() if len(fields) == len(header)][1:]
     if not train:
         raise UserError(f"{files['train']} is empty: it has no rows; replace the file")
-    label = label or guess_label(header, train)
-    chosen = tuple(text.split(",")) if text else guess_text(header, train, label)
-    columns = tables.Columns(chosen, label)
+    named = split_label(label) or guess_label(header, train)
+    chosen = tuple(text.split(",")) if text else guess_text(header, train, named)
+    columns = tables.Columns(chosen, named if isinstance(named, str) else tuple(named))
     rows = {split: _rows(sheet, columns, split != "test") for split, sheet in sheets.items()}
     try:
-        labels = find_labels(row.label for part in rows.values() for row in part)
+        several = None if isinstance(columns.label, str) else DELIMITER
+        labels = find_labels(
+            (row.label for part in rows.values() for row in part), delimiter=several
+        )
     except ValueError as error:
-        raise UserError(f"{files['train']}: column {label!r}: {error}") from None
+        raise UserError(f"{files['train']}: column {columns.label!r}: {error}") from None
     sentences = [one for part in rows.values() for row in part for one in row.texts]
     lengths = np.diff(tokenize(tokenizer, sentences)[1])
-    return Survey(files, tuple(header), chosen, label, labels, rows, lengths)
+    return Survey(files, tuple(header), chosen, columns.label, labels, rows, lengths)
 
 
 def _rows(sheet: tables.Sheet, columns: tables.Columns, labelled: bool) -> list[Row]:
     lines, path, dialect = sheet.rows(), sheet.path, sheet.dialect
     _, header = next(lines, (0, []))
-    needed = [*columns.text, columns.label] if labelled else [*columns.text]
-    tables.find_columns(header, needed, path, dialect.delimiter, "The task", [columns.label])
-    places = [header.index(name) for name in columns.text]
-    at = header.index(columns.label) if columns.label in header else None
+    needed = [*columns.text, *columns.labels] if labelled else [*columns.text]
+    tables.find_columns(header, needed, path, dialect.delimiter, "The task", columns.labels)
+    at = {name: header.index(name) for name in header}
+    labelled = set(columns.labels) <= set(header)
     found = []
     for line, fields in lines:
-        tables.check_width(fields, header, f"{path}:{line}", dialect)
-        texts = tuple(fields[place].strip() for place in places)
-        found.append(Row(texts, "" if at is None else fields[at]))
+        where = f"{path}:{line}"
+        tables.check_width(fields, header, where, dialect)
+        texts = tuple(fields[at[name]].strip() for name in columns.text)
+        label = columns.written(fields, at, DELIMITER, where) if labelled else MISSING
+        found.append(Row(texts, label))
     return found
 
 
@@ -180,7 +188,9 @@ def guess_label(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return min(several, key=several.__getitem__)
 
 
-def guess_text(header: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> tuple[str, ...]:
+def guess_text(
+    header: Sequence[str], rows: Sequence[Sequence[str]], label: str | Sequence[str]
+) -> tuple[str, ...]:
     """Return the columns of a pair that has the longest column, or else that column.
 
     Pairs are named such as question1 and question2, or as one of `PAIRS`.
@@ -191,8 +201,11 @@ def guess_text(header: Sequence[str], rows: Sequence[Sequence[str]], label: str)
     >>> guess_text(["text_a", "text_b", "n"], [["a", "b", "0"]], "n")
     ('text_a', 'text_b')
     """
+    labels = (label,) if isinstance(label, str) else label
     lengths = {
-        name: sum(len(row[n]) for row in rows) for n, name in enumerate(header) if name != label
+        name: sum(len(row[n]) for row in rows)
+        for n, name in enumerate(header)
+        if name not in labels
     }
     if not any(lengths.values()):
         raise ConfigError("text", f"name the column of text; there are {', '.join(header)}")

@@ -55,6 +55,9 @@ def _sections(found: Report, evaluation: Evaluation) -> Iterator[str]:
     if found.classes:
         head = ("class", "precision", "recall", "F1", "rows")
         yield _section("Classes", "", table(head, found.classes))
+    if found.thresholds:
+        about = "a class is predicted where its probability is above"
+        yield _section("Thresholds", about, table(("class", "threshold"), found.thresholds.items()))
     if 0 < len(found.confusion) <= MOST_CLASSES:
         yield _section("Confusion", "labels down, predictions across", _confusion(found))
     if found.calibration_error is not None:

@@ -16,7 +16,8 @@ from jaxlora.data import tables
 from jaxlora.data.quoting import Quoting, Tally
 from jaxlora.data.raw_examples import is_blank
 from jaxlora.data.tokenized import Blank, list_blank
-from jaxlora.serving.predictor import Answer, Predictor
+from jaxlora.serving.answers import Answer, cells
+from jaxlora.serving.predictor import Predictor
 from jaxlora.utils import files
 from jaxlora.utils.errors import ConfigError, UserError
 
@@ -61,7 +62,8 @@ def predict_file(
       source: a table with a header: `sentence` (or `sentence1`, or `text`), `sentence2` where a
         pair's second stands, `task` if none is given, and perhaps `id`. A pipe will do.
       target: a CSV `id,task,prediction,label,probability,reason` (`label` and its probability are
-        empty for scores), or, if it ends with `.jsonl`, a line of JSON for each with all
+        empty for scores; those of a set are separated by the task's `label_delimiter`), or, if it
+        ends with `.jsonl`, a line of JSON for each with all
         probabilities. A row with a blank text has no prediction, but a reason. It is written under
         another name and renamed when complete.
       task: the task of all requests; None: the column says it.
@@ -87,7 +89,7 @@ def predict_file(
         asked = Requests(predictor, sheet[""], task)
         count = asked.survey(strict, note)
         with files.replacing(target.resolve(), "w") as out:
-            write = _json_writer(out) if target.suffix == ".jsonl" else _csv_writer(out)
+            write = _json_writer(out) if target.suffix == ".jsonl" else _csv_writer(out, predictor)
             done = asked.answer(write, progress)
             if done != count:
                 raise UserError(f"{source}: {count:,} rows, then {done:,}: it changed meanwhile")
@@ -216,22 +218,15 @@ class Requests:
         return Request(line, row["id"], asked, "")
 
 
-def _csv_writer(file: IO[str]) -> Write:
+def _csv_writer(file: IO[str], predictor: Predictor) -> Write:
     writer = files.csv_writer(file)
     writer.writerow(("id", "task", "prediction", "label", "probability", "reason"))
 
     def write(request: Request, answer: Answer | None) -> None:
-        shown = ("", "", "") if answer is None else _cells(answer)
+        shown = ("", "", "") if answer is None else cells(predictor.task(answer.task), answer)
         writer.writerow((request.id, request.asked[0], *shown, request.reason))
 
     return write
-
-
-def _cells(answer: Answer) -> tuple[str, str, str]:
-    """Prediction, label, and the label's probability."""
-    if answer.probabilities is None or answer.label is None:
-        return f"{answer.value:.4f}", "", ""
-    return f"{answer.value:.0f}", answer.label, f"{answer.probabilities[answer.label]:.4f}"
 
 
 _NOTHING = dict.fromkeys(("value", "label", "probabilities"))

@@ -126,6 +126,7 @@ def make_cohort(
 ) -> Cohort:
     """Assemble groups: their step, their parameters, their order and their packing."""
     data = {name: data[name] for group in groups for name in group}
+    settings = _with_weights(settings, data)
     train = {name: splits["train"] for name, splits in data.items()}
     steps = count_steps(settings, data, groups)
     train_step = make_cohort_step(settings, base, steps, groups)
@@ -166,6 +167,17 @@ def make_cohort(
         data=data,
         mesh=mesh,
     )
+
+
+def _with_weights(settings: Settings, data: Data) -> Settings:
+    """Return the settings with the tasks' class weights as numbers, see `Task.weighted`."""
+    specs = tuple(
+        dataclasses.replace(
+            spec, task=spec.task.weighted(data[spec.task.name]["train"].labels)
+        ) if spec.task.name in data else spec
+        for spec in settings.tasks
+    )  # fmt: skip
+    return dataclasses.replace(settings, tasks=specs)
 
 
 def _make_task_group(
@@ -236,19 +248,28 @@ def live_vectors(encode: Encode, frozen: Tree, data: Data, max_length: int, mesh
 
 
 def evaluate_group(cohort: Cohort, group: TaskGroup, state: TrainState) -> dict[str, Any]:
-    """The dev record of a group: each task's metric, and their mean as the score."""
+    """The dev record of a group: each task's metric, and their mean gain as the score."""
     scores = {}
     for task in group.tasks:
         dev = cohort.data[task.name]["dev"]
         found = outputs(cohort, task, state.trainable, state.heads, "dev")
-        scores[task.name] = task.score(inference.decode(task, found), dev.labels)
+        tuned = task.tuned(found, dev.labels)
+        scores[task.name] = tuned.score(inference.decode(tuned, found), dev.labels)
     return {
         "kind": "eval",
         "group": group.name,
         "step": int(state.step),
         "dev": scores,
-        "score": float(np.mean(list(scores.values()))),
+        "score": float(np.mean([task.gain(scores[task.name]) for task in group.tasks])),
     }
+
+
+def tuned(cohort: Cohort, task: Task, best: dict[str, Tree]) -> Task:
+    """Return a task with thresholds chosen on its dev set, if it wants that, see `Task.tuned`."""
+    if not task.tune_thresholds:
+        return task
+    found = outputs(cohort, task, best["trainable"], best["heads"], "dev")
+    return task.tuned(found, cohort.data[task.name]["dev"].labels)
 
 
 def outputs(

@@ -172,7 +172,7 @@ def test_the_readmes_code_predicts_what_we_do(
     if head:  # Outputs far apart about their middle, so that the predictions differ.
         head = jax.tree.map(lambda x: 3 * x + 0.1, head)
         outputs = task.apply_head(head, u, v, pair_features=pair_features)
-        middle = outputs.mean(0) - (0 if task.integer else tasks.SPAN / 2)
+        middle = outputs.mean(0) - (0 if task.classes else tasks.SPAN / 2)
         head["out"]["bias"] = head["out"]["bias"] - middle
     made = trained(tiny, adapter, task, head, pair_features, pooling=pooling, max_length=max_length)
     export_merged.save(tmp_path / "m", tiny, made, task.name)

@@ -13,7 +13,8 @@ from scipy import stats
 
 from jaxlora.tasks import metrics
 from jaxlora.tasks import task as tasks
-from jaxlora.tasks.task import KINDS, PARA, SST, STS_COSINE, STS_MSE, Task
+from jaxlora.tasks.kinds import KINDS
+from jaxlora.tasks.task import PARA, SST, STS_COSINE, STS_MSE, Task
 from jaxlora.utils import schema
 
 TOPIC = Task("topic", "classification", classes=("sport", "science", "art"))

@@ -58,7 +58,7 @@ def random_batch(chosen, adapt, hidden_size, seed=0):
     slots = SIZE * max(t.sentences for t in chosen)
     labels = np.stack(
         [
-            rng.integers(t.low, t.high + 1, SIZE) if t.integer else rng.uniform(0, 5, SIZE)
+            rng.integers(t.low, t.high + 1, SIZE) if t.classes else rng.uniform(0, 5, SIZE)
             for t in chosen
         ]
     ).astype(np.float32)
