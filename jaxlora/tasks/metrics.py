@@ -25,7 +25,7 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     0.6666666666666666
     """
     x, y = _arrays(predictions, labels, sets=True)
-    equal = (x == y).reshape(len(x), -1).all(-1)
+    equal = x == y if x.ndim == 1 else (x == y).all(-1)
     return float(np.mean(equal)) if _defined(x, y) else np.nan
 
 

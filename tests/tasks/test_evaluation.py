@@ -61,7 +61,7 @@ def test_the_best_threshold_is_the_best_of_scikit_learns_curve(seed):
     if not found.labels.any():
         return
     threshold, f1 = found.best_threshold()
-    predicted = found.probabilities[:, 1] >= threshold
+    predicted = found.probabilities[:, 1] > threshold
     assert oracle.f1_score(found.labels, predicted) == pytest.approx(f1)
     each = [
         oracle.f1_score(found.labels, found.probabilities[:, 1] >= cut, zero_division=0)
