@@ -157,8 +157,8 @@ def _labels(task: Task) -> str:
     """Say what is predicted, with the positive class of two."""
     if task.form == "score":
         return f"scores from {task.low:g} to {task.high:g}"
-    if task.kind == "binary":
-        return f"{task.classes[0]} or {task.classes[1]} (the positive class)"
+    if task.positive is not None:
+        return f"{task.classes[0]} or {task.positive} (the positive class)"
     shown = ", ".join(task.classes[:12]) + (", …" if len(task.classes) > 12 else "")
     return f"{'any' if task.form == 'classes' else 'one'} of {len(task.classes)} classes: {shown}"
 

@@ -90,7 +90,7 @@ def _describe_labels(found: Survey) -> Iterator[str]:
     if KINDS[labels.kind].form == "classes":
         yield from _describe_sets(found)
         return
-    positive = f"; {labels.classes[1]} is the positive class" if labels.kind == "binary" else ""
+    positive = f"; {labels.classes[1]} is the positive class" if KINDS[labels.kind].positive else ""
     counts = ", ".join(f"{name} {count:,}" for name, count in labels.counts.items())
     yield f"kind = {_text(labels.kind)}  {_comment(f'{len(labels.counts)} classes{positive}')}"
     yield _comment(f"Rows of all files: {counts}.")

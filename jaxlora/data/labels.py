@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 
 from jaxlora.data.raw_examples import YES_OR_NO, is_missing, parse_number, split_names
@@ -99,38 +99,56 @@ def _find_classes(cells: Mapping[str, int], kind: KindName, delimiter: str) -> F
     there = _without_missing(cells)
     merged = _merge_spellings(there, _numbers(there), kind)
     _check_classes(merged, kind)
-    if kind == "ordinal" and any(parse_number(name) is None for name in merged):
-        raise ValueError("classes of an ordinal task have an order: name them, the lowest first")
+    if KINDS[kind].ordered and any(parse_number(name) is None for name in merged):
+        raise ValueError(f"classes of an {kind} task have an order: name them, the lowest first")
     return FoundLabels(kind, merged, None, _count_missing(cells, there))
 
 
 def _find_sets(cells: Mapping[str, int], kind: KindName, delimiter: str) -> FoundLabels:
-    sets = {cell: count for cell, count in cells.items() if not cell or not is_missing(cell)}
-    if not any(sets):
+    found = count_sets(cells, delimiter)
+    if not found.counts:
         raise ValueError("no row has a label")
-    if not any(delimiter in cell for cell in sets):
+    if not any(delimiter in cell for cell in cells):
         raise ValueError(
             f"no row has two labels, {delimiter!r} is nowhere; name the `label_delimiter`, or "
             "another kind"
         )
+    if "" in found.counts:
+        odd = next(cell for cell in cells if cell and "" in split_names(cell, delimiter))
+        raise ValueError(f"{odd[:60]!r} has nothing on one side of a {delimiter!r}")
+    if len(found.counts) > MOST_CLASSES:
+        raise ValueError(f"{len(found.counts):,} different labels; name another column")
+    return found
+
+
+def count_sets(cells: Mapping[str, int], delimiter: str, names: Sequence[str] = ()) -> FoundLabels:
+    """Count the names in cells that are sets of classes.
+
+    Args:
+      cells: cell → number of rows.
+      delimiter: separates the names.
+      names: that may occur, in this order; `()`: those that do, by number or name.
+
+    >>> count_sets({"a|b": 2, "b": 1, "": 4}, "|").counts
+    {'a': 2, 'b': 3}
+    """
+    sets = {cell: count for cell, count in cells.items() if not cell or not is_missing(cell)}
     counts: Counter[str] = Counter()
     for cell, count in sets.items():
-        names = split_names(cell, delimiter)
-        if "" in names:
-            raise ValueError(f"{cell[:60]!r} has nothing on one side of a {delimiter!r}")
-        for name in set(names):
+        for name in set(split_names(cell, delimiter)):
             counts[name] += count
-    ordered = sorted(counts.items(), key=_by_number_or_name(counts))
-    if len(ordered) > MOST_CLASSES:
-        raise ValueError(f"{len(ordered):,} different labels; name another column")
+    ordered = names or sorted(counts, key=_by_number_or_name(counts))
     missing = sum(cells.values()) - sum(sets.values())
-    return FoundLabels(kind, dict(ordered), None, missing, sets.get("", 0))
+    return FoundLabels(
+        "multilabel", {name: counts[name] for name in ordered}, None, missing, sets.get("", 0)
+    )
 
 
-def _by_number_or_name(names: Iterable[str]) -> Callable[[tuple[str, int]], Decimal | str]:
+def _by_number_or_name(names: Iterable[str]) -> Callable[[str], Decimal | str]:
     numbers = _numbers(names)
-    numeric = None not in numbers.values()
-    return lambda item: numbers[item[0]] or Decimal(0) if numeric else item[0]
+    if None in numbers.values():
+        return str
+    return lambda name: numbers[name] or Decimal(0)
 
 
 # How labels of each form are found.
@@ -178,7 +196,7 @@ def _merge_spellings(
     counts: Mapping[str, int], numbers: Mapping[str, Decimal | None], kind: KindName
 ) -> dict[str, int]:
     """Return the classes in order with their counts, each named by its most frequent spelling."""
-    as_answers = kind == "binary" and all(label.casefold() in YES_OR_NO for label in counts)
+    as_answers = KINDS[kind].positive and all(label.casefold() in YES_OR_NO for label in counts)
     numeric = None not in numbers.values()
 
     def meaning(label: str) -> Decimal | int | str:
@@ -200,8 +218,8 @@ def _check_classes(counts: Mapping[str, int], kind: KindName) -> None:
     shown = ", ".join(f"{name[:40]!r} ({count:,})" for name, count in [*counts.items()][:5])
     if len(counts) == 1:
         raise ValueError(f"every row has the label {next(iter(counts))[:60]!r}; nothing to learn")
-    if kind == "binary" and len(counts) != 2:
-        raise ValueError(f"a binary task has two labels, not {len(counts):,}: {shown}, …")
+    if KINDS[kind].positive and len(counts) != 2:
+        raise ValueError(f"a {kind} task has two labels, not {len(counts):,}: {shown}, …")
     rows = sum(counts.values())
     if len(counts) > MOST_CLASSES or len(counts) > max(MOST_NUMBERED, rows // 2):
         raise ValueError(

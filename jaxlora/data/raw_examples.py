@@ -105,7 +105,7 @@ def _parse_class(written: str, task: Task, where: str) -> float | None:
         return float(task.classes.index(written))
     if is_missing(written, task.classes):
         return UNLABELLED
-    if task.kind == "binary" and _answers(task.classes) and written.casefold() in YES_OR_NO:
+    if task.positive is not None and _answers(task.classes) and written.casefold() in YES_OR_NO:
         return float(YES_OR_NO[written.casefold()])
     number = parse_number(written)
     return _within(None if number is None else _class_number(number, task.classes), task)

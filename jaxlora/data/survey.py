@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxlora.data import tables
-from jaxlora.data.labels import DELIMITER, FoundLabels, find_labels
+from jaxlora.data.labels import DELIMITER, FoundLabels, count_sets, find_labels
 from jaxlora.data.raw_examples import is_blank
 from jaxlora.data.task_files import split_label
 from jaxlora.data.tokenized import tokenize
@@ -139,16 +140,19 @@ def survey(
     chosen = tuple(text.split(",")) if text else guess_text(header, train, named)
     columns = tables.Columns(chosen, named if isinstance(named, str) else tuple(named))
     rows = {split: _rows(sheet, columns, split != "test") for split, sheet in sheets.items()}
-    try:
-        several = None if isinstance(columns.label, str) else DELIMITER
-        labels = find_labels(
-            (row.label for part in rows.values() for row in part), delimiter=several
-        )
-    except ValueError as error:
-        raise UserError(f"{files['train']}: column {columns.label!r}: {error}") from None
+    labels = _find(columns, [row.label for part in rows.values() for row in part], files["train"])
     sentences = [one for part in rows.values() for row in part for one in row.texts]
     lengths = np.diff(tokenize(tokenizer, sentences)[1])
     return Survey(files, tuple(header), chosen, columns.label, labels, rows, lengths)
+
+
+def _find(columns: tables.Columns, written: Sequence[str], path: Path) -> FoundLabels:
+    if not isinstance(columns.label, str):
+        return count_sets(Counter(written), DELIMITER, columns.label)
+    try:
+        return find_labels(written)
+    except ValueError as error:
+        raise UserError(f"{path}: column {columns.label!r}: {error}") from None
 
 
 def _rows(sheet: tables.Sheet, columns: tables.Columns, labelled: bool) -> list[Row]:

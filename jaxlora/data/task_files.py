@@ -126,7 +126,7 @@ class TaskFields:
             raise ValueError("label: name one column, or two and more columns of 0 and 1")
         if columns and self.classes is not None and set(self.names) != set(columns):
             raise ValueError("classes: are the columns of the labels here; leave them out")
-        sets = self.kind in (None, "multilabel")
+        sets = self.kind is None or KINDS[self.kind].form == "classes"
         if not sets and (columns or self.label_delimiter is not None):
             what = "label: several columns go" if columns else "label_delimiter: goes"
             raise ValueError(f"{what} with multilabel, not with {self.kind}")

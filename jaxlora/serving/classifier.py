@@ -19,7 +19,7 @@ from jaxlora.formats.huggingface import Pretrained
 from jaxlora.formats.peft import HeadParts
 from jaxlora.nn.heads import HeadName
 from jaxlora.serving.task_models import TaskModel, TaskModels
-from jaxlora.tasks.kinds import KindName
+from jaxlora.tasks.kinds import KINDS, KindName
 from jaxlora.tasks.task import Task
 from jaxlora.utils import schema
 from jaxlora.utils.errors import UserError
@@ -171,7 +171,7 @@ def _task(
             f"{source.model / 'config.json'}: problem_type {problem!r} with {outputs} outputs has "
             f"no kind of task here; {source.remedy}"
         )
-    if kind == "regression":
+    if KINDS[kind].form == "score":
         refuse_names(source.folder, classes, pair=False)
         names: tuple[str, ...] = ()
     else:

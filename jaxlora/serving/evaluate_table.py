@@ -189,7 +189,7 @@ def report(
     """
     task = found.task
     error, bins = found.calibration() if task.classes else (None, [])
-    threshold = found.best_threshold() if task.kind == "binary" else (None, None)
+    threshold = found.best_threshold() if task.positive is not None else (None, None)
     return Report(
         task.name, task.title, task.kind, str(source), len(labelled.rows),
         labelled.unlabelled, labelled.blank,

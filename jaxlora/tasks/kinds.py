@@ -31,27 +31,36 @@ class Kind(NamedTuple):
       losses: names of the losses that fit; the first that fits the pair is the default.
       metrics: names of the metrics that fit; the first is the default.
       tuned: whether thresholds are chosen on the dev set unless the task says otherwise.
+      positive: whether there are two classes, of which the second is the positive one.
+      ordered: whether the classes have an order.
+      paired: whether examples are pairs.
     """
 
     form: LabelForm
     losses: tuple[str, ...]
     metrics: tuple[str, ...]
     tuned: bool = False
+    positive: bool = False
+    ordered: bool = False
+    paired: bool = False
 
 
 OF_CLASSES = ("accuracy", "balanced_accuracy", "macro_f1", "f1")
 OF_SCORES = ("pearson", "spearman", "mae", "rmse")
 KINDS: dict[str, Kind] = {
     "classification": Kind("class", ("cross_entropy",), OF_CLASSES),
-    "binary": Kind("class", ("binary_cross_entropy",), OF_CLASSES),
+    "binary": Kind("class", ("binary_cross_entropy",), OF_CLASSES, positive=True),
     "multilabel": Kind(
         "classes", ("multilabel_cross_entropy",), ("micro_f1", "macro_f1", "accuracy"), tuned=True
     ),
     "ordinal": Kind(
-        "class", ("ordinal_cross_entropy",), ("mae", "spearman", "accuracy", "macro_f1")
+        "class",
+        ("ordinal_cross_entropy",),
+        ("mae", "spearman", "accuracy", "macro_f1"),
+        ordered=True,
     ),
     "regression": Kind("score", ("squared_error",), OF_SCORES),
-    "similarity": Kind("score", ("cosine", "squared_error"), OF_SCORES),
+    "similarity": Kind("score", ("cosine", "squared_error"), OF_SCORES, paired=True),
 }
 
 

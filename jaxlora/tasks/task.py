@@ -123,8 +123,8 @@ class Task:
         return loss != "cosine" or self.pair_encoding == "separate"
 
     def _check_pair(self) -> None:
-        if self.kind == "similarity" and not self.pair:
-            raise ValueError("a similarity task needs two sentences; name two text columns")
+        if self._kind.paired and not self.pair:
+            raise ValueError(f"a {self.kind} task needs two sentences; name two text columns")
         if self.pair_encoding == "joint" and not self.pair:
             raise ValueError("pair: 'joint' reads two sentences; name two text columns")
         if not self._fits(self.loss):
@@ -143,8 +143,8 @@ class Task:
             raise ValueError(f"classes: a name occurs twice ({', '.join(self.classes)})")
         if self.form != "score" and len(self.classes) < 2:
             raise ValueError("classes: name at least two")
-        if self.kind == "binary" and len(self.classes) != 2:
-            raise ValueError("classes: a binary task has two, the second is the positive one")
+        if self._kind.positive and len(self.classes) != 2:
+            raise ValueError(f"classes: a {self.kind} task has two, the second is the positive one")
         if self.classes and self.form == "score":
             raise ValueError(f"classes do not go with {self.kind}")
         if self.form == "classes":
@@ -179,6 +179,11 @@ class Task:
     def form(self) -> LabelForm:
         """What a label is: the number of a class, a set of classes, or a score."""
         return self._kind.form
+
+    @property
+    def positive(self) -> str | None:
+        """The positive class of two; None if there is none."""
+        return self.classes[1] if self._kind.positive else None
 
     @property
     def label_shape(self) -> tuple[int, ...]:

@@ -4,12 +4,13 @@ import dataclasses
 import math
 import random
 import re
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlora.data.labels import find_labels
+from jaxlora.data.labels import count_sets, find_labels
 from jaxlora.data.raw_examples import join_marks, parse_label, to_array
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
@@ -121,6 +122,10 @@ def test_columns_of_marks_are_the_same_sets(sets):
         cells = [yes if name in one else no for name in NAMES]
         label = parse_label(join_marks(cells, NAMES, "|", "x:1"), TAGS, "x:1")
         assert {NAMES[number] for number in label} == one
+    joined = ["|".join(one) for one in sets]
+    found = count_sets(Counter(joined), "|", NAMES)
+    assert found.classes == NAMES  # also of columns that are 0 in every row
+    assert found.counts == {name: sum(name in one for one in sets) for name in NAMES}
     assert math.isnan(parse_label(join_marks(["", ""], NAMES[:2], "|", "x:1"), TAGS, "x:1"))
 
 
