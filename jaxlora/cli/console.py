@@ -95,9 +95,8 @@ class ConsoleCallback:
             self._bar.update(self._bars[record["group"]], completed=record["step"], note=note)
             return
         scores = "  ".join(f"{k} {v:.4f}" for k, v in record["dev"].items())
-        self._console.print(
-            f"{record['group']} step {record['step']}: dev {scores}  mean {record['score']:.4f}"
-        )
+        mean = f"  mean {record['score']:.4f}" if len(record["dev"]) > 1 else ""
+        self._console.print(f"{record['group']} step {record['step']}: dev {scores}{mean}")
 
     def done(self, name: str, why: str) -> None:
         """Tick the group's bar off, and say why it ended."""
