@@ -79,11 +79,14 @@ def find_labels(
 
 
 def _look_like_sets(cells: Mapping[str, int]) -> bool:
-    """Return whether cells are sets of names, of which some recur in different sets."""
+    """Return whether cells are sets of names, and there are no more names than different cells.
+
+    Some name then recurs, since a cell that has two would otherwise add more names than cells.
+    """
     there = _without_missing(cells)
-    names = Counter(name for cell in there for name in split_names(cell, DELIMITER))
+    names = {name for cell in there for name in split_names(cell, DELIMITER)}
     separated = any(DELIMITER in cell for cell in there)
-    return separated and "" not in names and max(names.values()) > 1 and len(names) <= len(there)
+    return separated and "" not in names and len(names) <= len(there)
 
 
 def _without_missing(cells: Mapping[str, int]) -> dict[str, int]:

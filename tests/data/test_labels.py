@@ -135,6 +135,7 @@ def test_columns_of_marks_are_the_same_sets(sets):
         (["a|b", "b", "b|c", ""], "multilabel"),
         (["a", "b", "a|b"] * 3, "multilabel"),
         (["yes|no", "up|down"] * 9, "binary"),  # nothing recurs: two names with a bar
+        (["a|b|c", "a|d|e"] * 9, "binary"),  # one of five recurs
         (["a,b", "b", "b,c", "c"] * 9, "classification"),  # a comma is not a usual delimiter
         (["a|", "a", "b"] * 9, "classification"),
     ],

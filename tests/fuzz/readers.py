@@ -37,7 +37,8 @@ TSV = {
 }
 TAGS = Task("tags", "multilabel", classes=("sport", "1", "2"), label_delimiter="+")
 MARKS = Task("marks", "multilabel", classes=("second", "label"))
-CSV = b'key,first,second,label\nx,"A, dog",A cat,1\ny,"A ""dog""",0,1+2\nz,A dog,cat,\n'
+CSV = b'key,first,second,label\nx,"A, dog",A cat,1\ny,"A ""dog""",A cat,2\nz,A dog,cat,\n'
+SETS = b"key,first,second,label\nx,A dog,0,1+sport\ny,A cat,1,0\nz,A film,1,1\n"
 REQUESTS = b"id\ttask\tsentence\tsentence2\n1\tsst\tA dog .\t\n2\tsts\tA dog .\tA cat .\n"
 COLUMNS = {
     TOPIC: tables.Columns(("first",), "label"),
@@ -62,7 +63,7 @@ def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[..
         "table": (
             st.tuples(
                 st.sampled_from(list(COLUMNS)),
-                one_of(hostile.damaged(CSV), hostile.tables(CSV, ",")),
+                one_of(hostile.damaged(CSV, SETS), hostile.tables(CSV, ",")),
                 st.sampled_from((None, ",", *tables.DELIMITERS)),
                 _quotings,
                 st.sampled_from((True, False, None)),

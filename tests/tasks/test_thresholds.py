@@ -40,6 +40,8 @@ def test_no_other_threshold_has_a_better_score(measure, pairs):
 
 def test_of_equally_good_thresholds_the_one_nearest_to_one_half_is_chosen():
     assert thresholds.choose(np.array([0.2, 0.3, 0.8, 0.9]), np.array([0, 0, 1, 1]))[0] == 0.5
+    p, y = np.array([0.1, 0.3, 0.6, 0.9]), np.array([0, 1, 0, 1])  # 0.2 is as good as 0.75
+    assert thresholds.choose(p, y, "accuracy") == (0.75, 0.75)
     assert thresholds.choose(np.array([0.1, 0.2, 0.3]), np.array([0, 1, 1]))[0] == pytest.approx(
         0.15
     )
