@@ -265,8 +265,8 @@ class Task:
         Args:
           labels: `f32[E]`, of the training set.
 
-        >>> Task("t", "binary", class_weights="balanced").weighted(np.array([0, 0, 0, 1]))\
-        ...     .class_weights
+        >>> spam = Task("spam", "binary", class_weights="balanced")
+        >>> spam.weighted(np.array([0, 0, 0, 1])).class_weights
         (0.6666666666666666, 2.0)
         """
         if self.class_weights != "balanced":
