@@ -75,7 +75,8 @@ def _sections(found: Report, evaluation: Evaluation) -> Iterator[str]:
 
 def _draw_calibration(found: Report) -> str:
     bins = [one for one in found.calibration if one.rows]
-    points = [(one.confidence, one.accuracy, one.rows / found.rows) for one in bins]
+    total = sum(one.rows for one in bins)  # of a set, a decision for each class
+    points = [(one.confidence, one.accuracy, one.rows / total) for one in bins]
     return draw(points, (0, 1), "confidence", "share that is right")
 
 
