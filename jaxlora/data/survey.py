@@ -14,7 +14,6 @@ import numpy as np
 from jaxlora.data import tables
 from jaxlora.data.labels import DELIMITER, FoundLabels, count_sets, find_labels
 from jaxlora.data.raw_examples import is_blank
-from jaxlora.data.task_files import split_label
 from jaxlora.data.tokenized import tokenize
 from jaxlora.utils.errors import ConfigError, UserError
 
@@ -136,9 +135,9 @@ def survey(
     train = [fields for _, fields in sheets["train"].rows() if len(fields) == len(header)][1:]
     if not train:
         raise UserError(f"{files['train']} is empty: it has no rows; replace the file")
-    named = split_label(label) or guess_label(header, train)
+    named = tables.split_label(label) or guess_label(header, train)
     chosen = tuple(text.split(",")) if text else guess_text(header, train, named)
-    columns = tables.Columns(chosen, named if isinstance(named, str) else tuple(named))
+    columns = tables.Columns(chosen, named)
     rows = {split: _rows(sheet, columns, split != "test") for split, sheet in sheets.items()}
     labels = _find(columns, [row.label for part in rows.values() for row in part], files["train"])
     sentences = [one for part in rows.values() for row in part for one in row.texts]

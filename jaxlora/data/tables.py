@@ -65,6 +65,15 @@ class Columns:
         )
 
 
+def split_label(label: str | None) -> str | tuple[str, ...] | None:
+    """Return the column of labels, or several that are separated by commas.
+
+    >>> split_label("topic"), split_label("bug,billing")
+    ('topic', ('bug', 'billing'))
+    """
+    return tuple(label.split(",")) if label and "," in label else label
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """The files of a task and how to read them.

@@ -314,19 +314,10 @@ def name_of(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._")[:64] or "task"
 
 
-def split_label(label: str | None) -> str | list[str] | None:
-    """Return the column of labels, or several that are separated by commas.
-
-    >>> split_label("topic"), split_label("bug,billing")
-    ('topic', ['bug', 'billing'])
-    """
-    return label.split(",") if label and "," in label else label
-
-
 def _read_file(item: str, text: str | None, label: str | None) -> dict[str, Any]:
     if not is_table(item):
         return _read_toml(Path(item))
-    columns = {"text": text.split(",") if text else None, "label": split_label(label)}
+    columns = {"text": text.split(",") if text else None, "label": tables.split_label(label)}
     missing = [name for name, value in columns.items() if value is None]
     if missing:
         names = ", ".join(tables.read_header(Path(item)))

@@ -12,7 +12,6 @@ import numpy as np
 from jaxlora.data import tables
 from jaxlora.data.raw_examples import TextExample, is_blank, sentences, to_array
 from jaxlora.data.tables import Columns
-from jaxlora.data.task_files import split_label
 from jaxlora.serving.answers import show_labels
 from jaxlora.serving.predict_table import FIRST, SECOND
 from jaxlora.serving.predictor import Predictor
@@ -131,13 +130,7 @@ def choose_columns(
     else:
         texts = tuple(name for name in (*FIRST, SECOND) if name in header) or FIRST[1:2]
     usual = known.label if known and set(known.labels) <= set(header) else "label"
-    return Columns(texts, to_columns(label) or usual)
-
-
-def to_columns(label: str | None) -> str | tuple[str, ...] | None:
-    """Return the column of labels, or several, that are named in one word."""
-    found = split_label(label)
-    return tuple(found) if isinstance(found, list) else found
+    return Columns(texts, tables.split_label(label) or usual)
 
 
 def evaluate(predictor: Predictor, task: str, rows: Sequence[TextExample]) -> Evaluation:
