@@ -181,7 +181,7 @@ def draw_methods(figure: Any) -> None:
     for axes, (name, vector) in zip(panels, found.items(), strict=False):
         axes.fill(*cone.T, color=GREEN)
         colours = (COLOURS["sst"], COLOURS["para"], "black")
-        for (x, y), colour in zip((*CONFLICT, 2 * vector), colours, strict=True):
+        for (x, y), colour in zip(np.stack([*CONFLICT, 2 * vector]), colours, strict=True):
             arrow = {"arrowstyle": "-|>", "color": colour, "lw": 2}
             axes.annotate("", (x, y), (0, 0), arrowprops=arrow)
         axes.set(

@@ -107,6 +107,8 @@ BLOCKED = """if True:
     ("package", "extra", "words"),
     [
         ("tyro", "serve", ["bank", "list", "bank"]),
+        ("onnx", "onnx", ["export", "onnx", "out", "--bank=bank", "--task=x"]),
+        ("onnxruntime", "onnx", ["export", "onnx", "out", "--bank=bank", "--task=x"]),
         ("rich", "serve", ["train", "--variant=lora3"]),
         ("transformers", "serve", ["train", "--variant=lora3"]),
         ("grain", "train", ["train", "--variant=lora3"]),
@@ -157,7 +159,7 @@ def test_predicting_needs_nothing_of_the_extra_for_training():
             importlib.import_module(command.module)
     """
     )
-    python(code, *EXTRAS["train"], *EXTRAS["report"])
+    python(code, *EXTRAS["train"], *EXTRAS["report"], *EXTRAS["onnx"])
 
 
 def test_version():

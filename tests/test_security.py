@@ -413,6 +413,7 @@ for words in (
     ["bank", "add", "second", "--run=by-library"],
     ["export", "merged", "merged", "--bank=bank", "--task=sst"],
     ["export", "peft", "peft2", "--bank=bank", "--task=sst"],
+    ["export", "onnx", "onnx", "--bank=bank", "--task=sts", "--int8"],
     ["predict", "--bank=bank", "--input=requests.tsv", "--output=answers.csv"],
 ):
     assert cli.main(words) == 0

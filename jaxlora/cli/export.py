@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
+from rich.table import Table
 
-from jaxlora.cli.terminal import Folder, say
+from jaxlora.cli.terminal import CONSOLE, Folder, say
+from jaxlora.data import tables
 from jaxlora.serving import bank as banks
-from jaxlora.serving import export_merged, export_peft
+from jaxlora.serving import evaluate_table, export_merged, export_peft
+from jaxlora.serving.evaluate_table import Labelled
+from jaxlora.serving.predictor import Predictor
 from jaxlora.serving.task_models import TaskModels
+from jaxlora.tasks.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,52 @@ def peft(export: Asked) -> None:
     say(f"{export.out}: {export.task} for PEFT")
 
 
-COMMANDS = {"merged": merged, "peft": peft}
+def onnx(export: Asked, int8: bool = False, check: Path | None = None) -> None:
+    """Write a task for ONNX Runtime: from token ids to probabilities or scores, in one graph.
+
+    Args:
+      export: what is exported.
+      int8: write model_quantized.onnx, too, with weights of 8 bits: a quarter of the size.
+      check: a labelled table, as jaxlora evaluate takes it: the models are compared with jaxlora's
+        own predictions on it.
+    """
+    from jaxlora.serving import export_onnx
+
+    trained = export.trained
+    task = trained.find(export.task).task
+    labelled = None if check is None else _read(trained, task, check)
+    base = trained.load_base()
+    export_onnx.save(export.out, base, trained, export.task, int8)
+    readme, name = export_merged.README, export.task
+    say(f"{export.out}: {name} for ONNX Runtime; its {readme} says how to apply it")
+    if labelled is not None:
+        _show_compared(export.out, Predictor(base, trained), name, labelled)
+    elif int8:
+        say("what the 8 bits cost is not measured; --check=labelled.csv does")
+
+
+def _read(trained: TaskModels, task: Task, check: Path) -> Labelled:
+    known = trained.find(task.name).facts.columns
+    columns = evaluate_table.choose_columns(known, tables.read_header(check))
+    return evaluate_table.read_labelled(task, check, columns)
+
+
+def _show_compared(folder: Path, predictor: Predictor, name: str, labelled: Labelled) -> None:
+    from jaxlora.serving import export_onnx_check
+
+    own, models = export_onnx_check.compare(folder, predictor, name, labelled.rows)
+    task, what = predictor.task(name), "probability" if predictor.task(name).classes else "score"
+    table = Table()
+    for title in ("model", task.metric_name, f"largest difference of a {what}", "MB"):
+        table.add_column(title, justify="left" if title == "model" else "right")
+    table.add_row("jaxlora", f"{own:.4f}", "", "")
+    for one in models:
+        size = f"{one.size / 1e6:,.1f}"
+        table.add_row(one.file, f"{one.score:.4f}", f"{one.difference:.1e}", size)
+    CONSOLE.print(table)
+
+
+COMMANDS = {"merged": merged, "peft": peft, "onnx": onnx}
 
 
 def main(words: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ COMMANDS = {
         "jaxlora.cli.bank", "list, add, update, remove, show, verify, history, rollback"
     ),
     "combine": Command("jaxlora.cli.combine", "add a task whose adapter is a weighted sum"),
-    "export": Command("jaxlora.cli.export", "write a task for other programs: merged, peft"),
+    "export": Command("jaxlora.cli.export", "write a task for other programs: merged, peft, onnx"),
     "import": Command("jaxlora.cli.import_", "take over a task from other programs: peft, model"),
     "affinity": Command("jaxlora.cli.affinity", "show which tasks of a run go together"),
     "cost": Command("jaxlora.cli.cost", "show what a train step will cost"),

@@ -61,7 +61,7 @@ def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -
             | (_labels(model.task, family) if classifies else {}),
         )
         write_text(temporary / "tokenizer.json", base.tokenizer.to_str())
-        about = _tokenizer_config(base, special, trained.max_length if model.task.joint else None)
+        about = tokenizer_config(base, special, trained.max_length if model.task.joint else None)
         write_json(temporary / "tokenizer_config.json", about)
         write_json(temporary / "special_tokens_map.json", special)
         if not model.task.joint:  # whose vectors are those of pairs
@@ -125,10 +125,10 @@ def _labels(task: Task, family: Family) -> dict[str, Any]:
     return found
 
 
-def _tokenizer_config(
+def tokenizer_config(
     base: Pretrained, special: dict[str, str], max_length: int | None
 ) -> dict[str, Any]:
-    # The class that takes tokenizer.json as it is.
+    """Return a tokenizer_config.json: the class that takes tokenizer.json as it is."""
     types = ["token_type_ids"] * families.of(base.config).token_types
     rest = {
         "tokenizer_class": "PreTrainedTokenizerFast",

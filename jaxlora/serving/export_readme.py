@@ -24,28 +24,33 @@ _PAIR = {"concat": "u, v", "interaction": "u, v, (u - v).abs(), u * v"}
 def readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
     """The folder's README: what it holds, and Python code that applies it."""
     task, last = model.task, "\n\n\n"
-    base = _code(_base_name(trained.base))
+    base = base_name(trained.base)
     merged = ", its adapter merged into the weights" if "lora" in trained.trees[model.tree] else ""
     if family.classifies(task.head):
         kind, code = _classifier_of(family), [_classifier_imports(), _classify(trained, task)]
     else:
         kind, code = family.model, _by_hand(trained, model, family)
-    example = '("A dog runs.", "A dog is running.")' if task.pair else '"A lovely film."'
-    code.append(f"print(predict([{example}]))\n")
-    takes = "pairs of sentences" if task.pair else "sentences"
-    classes = ", ".join(f"{n}: {_plain(name)}" for n, name in enumerate(task.classes))
-    span = f", {task.low:g} to {task.high:g}" if HEADS[task.head].scaled else ""
-    gives = (
-        f"{'sets of ' * (task.form == 'classes')}classes ({classes})"
-        if classes
-        else f"scores{span}"
-    )
+    code.append(f"print(predict([{example(task)}]))\n")
     return (
-        f"# {_plain(task.title)}\n\nA {kind} trained from `{base}` with jaxlora"
-        f"{merged}. {_remark(task, family)}"
-        f"`predict` takes {takes} and gives {gives}.\n\n"
+        f"# {plain(task.title)}\n\nA {kind} trained from `{base}` with jaxlora"
+        f"{merged}. {_remark(task, family)}{describe(task)}\n\n"
         f"```python\n{last.join(code)}```\n"
     )
+
+
+def example(task: Task) -> str:
+    """Return an example of a task, as Python."""
+    return '("A dog runs.", "A dog is running.")' if task.pair else '"A lovely film."'
+
+
+def describe(task: Task) -> str:
+    """Say what a README's `predict` takes and gives."""
+    takes = "pairs of sentences" if task.pair else "sentences"
+    classes = ", ".join(f"{n}: {plain(name)}" for n, name in enumerate(task.classes))
+    span = f", {task.low:g} to {task.high:g}" if HEADS[task.head].scaled else ""
+    sets = "sets of " if task.form == "classes" else ""
+    gives = f"{sets}classes ({classes})" if classes else f"scores{span}"
+    return f"`predict` takes {takes} and gives {gives}."
 
 
 def _classifier_of(family: Family) -> str:
@@ -74,14 +79,14 @@ def _by_hand(trained: TaskModels, model: TaskModel, family: Family) -> list[str]
     ]
 
 
-def _base_name(base: str) -> str:
-    """A base as others may know it: of a local folder its name alone."""
+def base_name(base: str) -> str:
+    """A base as others may know it, between backticks: of a local folder its name alone."""
     if base == huggingface.MINILM:
         return huggingface.MINILM_HUB
-    return Path(base).name if Path(base).is_absolute() else base
+    return _code(Path(base).name if Path(base).is_absolute() else base)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Names of others' as one line of Markdown that means only itself.
 
     Sites make links and mentions after Markdown's escapes are gone: a space of no width hinders it.
@@ -182,4 +187,9 @@ def _cuts(task: Task) -> str:
 
 
 def _function(signature: str, body: str) -> str:
-    return f"@torch.no_grad()\ndef {signature}:\n{textwrap.indent(body, '    ')}"
+    return f"@torch.no_grad()\n{function(signature, body)}"
+
+
+def function(signature: str, body: str) -> str:
+    """Return the source of a function."""
+    return f"def {signature}:\n{textwrap.indent(body, '    ')}"

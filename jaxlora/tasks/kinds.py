@@ -74,7 +74,8 @@ class Loss(NamedTuple):
         `SPAN`. A NaN output gives a NaN prediction.
       probabilities: outputs → `f32[B, classes]`; None for scores.
       problem: the `problem_type` of transformers.
-      torch: decoding in torch of `x: f32[B, outputs]`.
+      torch: decoding in torch of `x: f32[B, outputs]`; 0 stands for the logit of a threshold.
+      numpy: decoding in NumPy of the probabilities; 0.5 stands for a threshold.
     """
 
     per_example: Callable[[jax.Array, jax.Array], jax.Array]
@@ -83,6 +84,7 @@ class Loss(NamedTuple):
     probabilities: Decode | None
     problem: str
     torch: str
+    numpy: str = ""
 
     @property
     def thresholded(self) -> bool:
@@ -125,20 +127,21 @@ def two_probabilities(logits: jax.Array) -> jax.Array:
 LOSSES: dict[str, Loss] = {
     "cross_entropy": Loss(
         losses.cross_entropy, lambda classes: classes, most_probable, jax.nn.softmax,
-        "single_label_classification", "x.argmax(-1)",
+        "single_label_classification", "x.argmax(-1)", "probabilities.argmax(-1)",
     ),
     "ordinal_cross_entropy": Loss(
         losses.cross_entropy, lambda classes: classes, expected_class, jax.nn.softmax,
         "single_label_classification",
         "(x.softmax(-1) @ torch.arange(float(x.shape[-1]))).round().long()",
+        "(probabilities @ np.arange(probabilities.shape[-1])).round()",
     ),
     "binary_cross_entropy": Loss(
         losses.binary_cross_entropy, lambda _: 1, positive, two_probabilities,
-        "multi_label_classification", "(x[:, 0] > 0).long()",
+        "multi_label_classification", "(x[:, 0] > 0).long()", "probabilities[:, 1] > 0.5",
     ),
     "multilabel_cross_entropy": Loss(
         losses.multilabel_cross_entropy, lambda classes: classes, positive, jax.nn.sigmoid,
-        "multi_label_classification", "(x > 0).long()",
+        "multi_label_classification", "(x > 0).long()", "probabilities > 0.5",
     ),
     "squared_error": Loss(
         losses.squared_error, lambda _: 1, lambda x: x, None, "regression", "x[:, 0]",

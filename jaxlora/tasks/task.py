@@ -153,7 +153,7 @@ class Task:
             raise ValueError(f"the labels' range {self.low:g} to {self.high:g} is empty")
 
     def _check_decisions(self) -> None:
-        if (self.thresholds or self.tune_thresholds) and not self._loss.thresholded:
+        if (self.thresholds or self.tune_thresholds) and not self.thresholded:
             raise ValueError(f"threshold: {self.kind} has none; it is for binary and multilabel")
         if self.thresholds and len(self.thresholds) != self.outputs:
             raise ValueError(f"thresholds: {len(self.thresholds)} are given for {self.outputs}")
@@ -199,6 +199,11 @@ class Task:
     def problem(self) -> str:
         """What transformers calls it, its `problem_type`."""
         return self._loss.problem
+
+    @property
+    def thresholded(self) -> bool:
+        """Whether each output is a logit that is compared with a threshold."""
+        return self._loss.thresholded
 
     @property
     def metrics(self) -> dict[str, Metric]:

@@ -12,6 +12,7 @@ EXTRAS = {
     "serve": ("huggingface_hub", "rich", "tokenizers", "transformers", "tyro"),
     "train": ("grain", "importlib_resources", "matplotlib", "tensorboardX", "tensorflow_datasets"),
     "report": ("jinja2",),
+    "onnx": ("onnx", "onnxruntime"),
 }
 
 

@@ -1,0 +1,212 @@
+"""A task as an ONNX folder: tokens → vector → the head's answer in one graph, its adapter merged.
+
+Who gets the folder needs ONNX Runtime and the tokenizers library, and nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxlora.data.tokenized import truncating
+from jaxlora.formats import families, onnx_graph
+from jaxlora.formats.huggingface import Pretrained
+from jaxlora.formats.onnx_graph import INT, Graph, Inputs, Value
+from jaxlora.serving.export_merged import (
+    README,
+    encoder_params,
+    special_tokens,
+    tokenizer_config,
+)
+from jaxlora.serving.export_onnx_readme import readme
+from jaxlora.serving.task_models import TaskModel, TaskModels
+from jaxlora.tasks.kinds import SPAN
+from jaxlora.tasks.task import HEADS, Task
+from jaxlora.utils.extras import explained
+from jaxlora.utils.files import atomic_dir, write_json, write_text
+
+with explained():
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+MODEL, QUANTIZED = "model.onnx", "model_quantized.onnx"
+TOKENIZER, ABOUT = "tokenizer.json", "task.json"
+# A protobuf file has at most 2 GiB: the weights of larger models are in a file beside it.
+MOST_IN_ONE_FILE = 2**31 - 2**20
+_HEAD = "head."  # begins the names of a head's weights
+
+
+def save(
+    folder: str | Path, base: Pretrained, trained: TaskModels, name: str, int8: bool = False
+) -> None:
+    """Write a task for ONNX Runtime.
+
+    The folder has `model.onnx`, a `tokenizer.json` that cuts and pads as the model wants it,
+    `task.json` with the names of inputs, outputs and classes, and a README with code.
+
+    Args:
+      folder: new or empty; written atomically.
+      base: the base model, see `TaskModels.load_base`.
+      trained: where the task comes from.
+      name: the task.
+      int8: write `model_quantized.onnx`, too: weights of 8 bits, see `quantize`.
+
+    Raises:
+      UserError: if there is no such task, or the folder is not empty.
+    """
+    model, special = trained.find(name), special_tokens(base)
+    made = build(base, trained, name)
+    with atomic_dir(folder) as temporary:
+        write(made, temporary / MODEL)
+        if int8:
+            quantize(temporary / MODEL, temporary / QUANTIZED)
+        write_text(temporary / TOKENIZER, _padding(base, trained, special["pad_token"]))
+        write_json(
+            temporary / "tokenizer_config.json",
+            tokenizer_config(base, special, trained.max_length),
+        )
+        write_json(temporary / "special_tokens_map.json", special)
+        write_json(temporary / ABOUT, _about(made, model.task, trained.max_length))
+        write_text(temporary / README, readme(trained, model, token_types(base)))
+
+
+def token_types(base: Pretrained) -> bool:
+    """Return whether the model takes token types."""
+    return families.of(base.config).token_types
+
+
+def _padding(base: Pretrained, trained: TaskModels, padding: str) -> str:
+    tokenizer = truncating(base.tokenizer, trained.max_length)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(padding), pad_token=padding)
+    return tokenizer.to_str()
+
+
+def _about(made: ModelProto, task: Task, max_length: int) -> dict[str, Any]:
+    gives: dict[str, Any] = {"classes": task.classes}
+    if task.thresholded:
+        gives["thresholds"] = task.thresholds or (0.5,) * task.outputs
+    if not task.classes:
+        gives = {"low": task.low, "high": task.high}
+    return {
+        "task": task.name, "title": task.title, "kind": task.kind, "pair": task.pair,
+        "pair_encoding": task.pair_encoding if task.pair else None, **gives,
+        "max_length": max_length,
+        "inputs": [one.name for one in made.graph.input],
+        "outputs": [one.name for one in made.graph.output],
+    }  # fmt: skip
+
+
+def write(model: ModelProto, path: Path) -> None:
+    """Write a model; of a large one the weights are in a file beside it, `model.onnx.data`."""
+    beside = model.ByteSize() > MOST_IN_ONE_FILE
+    onnx.save_model(
+        model, path, save_as_external_data=beside, location=f"{path.name}.data" if beside else None
+    )
+
+
+def quantize(model: Path, quantized: Path) -> None:
+    """Quantize a model's weights to 8 bits by ONNX Runtime's dynamic quantization.
+
+    Matmuls (with a scale for each output channel) and embeddings are quantized, activations at
+    each call by their own range. Norms, softmax and the head, which is small, stay float32.
+    """
+    loaded = onnx.load(model)
+    names = [n.name for n in loaded.graph.node if any(i.startswith(_HEAD) for i in n.input)]
+    # It asks for a pass that fuses operators, which are fused, and says so on stderr otherwise.
+    onnx.helper.set_model_props(loaded, {"onnx.quant.pre_process": "onnxruntime.quant"})
+    quantize_dynamic(
+        loaded, quantized, op_types_to_quantize=["MatMul", "Gather"], nodes_to_exclude=names,
+        per_channel=True, weight_type=QuantType.QInt8,
+        use_external_data_format=loaded.ByteSize() > MOST_IN_ONE_FILE,
+    )  # fmt: skip
+
+
+# ---- the graph
+
+
+def build(base: Pretrained, trained: TaskModels, name: str) -> ModelProto:
+    """Build the model of a task.
+
+    Inputs are `input_ids`, `attention_mask` and, for families that have any, `token_type_ids`:
+    `i64[batch, length]`. Two sentences that the task encodes separately have inputs of their own,
+    those of the second end in `_2`; each may have its own length. Outputs are `vector`,
+    `f32[batch, H]` (and `vector_2`), and `probabilities`, `f32[batch, classes]`, or `score`,
+    `f32[batch]`, on the labels' scale.
+    """
+    model, graph = trained.find(name), Graph()
+    tree = onnx_graph.unstack(encoder_params(base, trained, name))
+    params = onnx_graph.weights(graph, tree)
+    vectors = []
+    for end in ("", "_2")[: model.task.sentences]:
+        inputs = _inputs(graph, end, token_types(base))
+        hidden = onnx_graph.encode(graph, base.config, params, inputs)
+        vectors.append(onnx_graph.pool(graph, hidden, inputs.mask, trained.pooling))
+        graph.output(f"vector{end}", vectors[-1], ("batch", base.config.hidden_size))
+    _answer(graph, model.task, _apply_head(graph, model, vectors))
+    return graph.model(name)
+
+
+def _inputs(graph: Graph, end: str, types: bool) -> Inputs:
+    names = ("input_ids", "attention_mask", "token_type_ids")[: 2 + types]
+    return Inputs(*(graph.input(n + end, INT, ("batch", f"length{end}")) for n in names))
+
+
+def _apply_head(graph: Graph, model: TaskModel, vectors: list[Value]) -> Value:
+    """Add `Task.apply_head`: `f32[batch, outputs]`, without a head the cosine, `f32[batch, 1]`."""
+    if not model.task.outputs:
+        return _cosine(graph, *vectors)
+    params = onnx_graph.weights(graph, model.head, _HEAD)
+    kind = HEADS[model.task.head]
+    x = vectors[0] if len(vectors) == 1 else _pair(graph, model.pair_features, *vectors)
+    x = onnx_graph.activate(graph, kind.activation, onnx_graph.dense(graph, params[kind.first], x))
+    return onnx_graph.dense(graph, params["out"], x)
+
+
+def _pair(graph: Graph, kind: str, u: Value, v: Value) -> Value:
+    """Add `heads.pair_vector`."""
+    parts = [u, v]
+    if kind == "interaction":
+        parts += [graph("Abs", graph("Sub", u, v)), graph("Mul", u, v)]
+    return graph("Concat", *parts, axis=-1)
+
+
+def _cosine(graph: Graph, u: Value, v: Value) -> Value:
+    """Add `heads.cosine`, 0 for zero vectors: `f32[batch, 1]`."""
+    uv, uu, vv = (
+        graph("ReduceSum", graph("Mul", *two), np.array([-1])) for two in ((u, v), (u, u), (v, v))
+    )
+    squares = graph("Mul", uu, vv)
+    zero = graph("Equal", squares, np.float32(0))
+    return graph("Where", zero, np.float32(0), graph("Div", uv, graph("Sqrt", squares)))
+
+
+def _answer(graph: Graph, task: Task, outputs: Value) -> None:
+    """Add `Task.probabilities`, or for scores `Task.decode`, as the last output."""
+    if task.classes:
+        found = _PROBABILITIES[task.loss](graph, outputs)
+        return graph.output("probabilities", found, ("batch", len(task.classes)))
+    if task.loss == "cosine" or HEADS[task.head].scaled:
+        inner = SPAN if task.loss == "cosine" else 1.0
+        slope = np.float32(inner * (task.high - task.low) / SPAN)
+        scores = graph("Add", graph("Mul", outputs, slope), np.float32(task.low))
+        outputs = graph("Clip", scores, np.float32(task.low), np.float32(task.high))
+    return graph.output("score", graph("Squeeze", outputs, np.array([1])), ("batch",))
+
+
+def _yes_or_no(graph: Graph, outputs: Value) -> Value:
+    positive = graph("Sigmoid", outputs)
+    return graph("Concat", graph("Sub", np.float32(1), positive), positive, axis=-1)
+
+
+_PROBABILITIES: Mapping[str, Callable[[Graph, Value], Value]] = {
+    "cross_entropy": lambda graph, outputs: graph("Softmax", outputs, axis=-1),
+    "ordinal_cross_entropy": lambda graph, outputs: graph("Softmax", outputs, axis=-1),
+    "binary_cross_entropy": _yes_or_no,
+    "multilabel_cross_entropy": lambda graph, outputs: graph("Sigmoid", outputs),
+}
