@@ -55,7 +55,7 @@ class Head(torch.nn.Module):
             return functional.cross_entropy(y, labels.long())
         losses = (
             functional.binary_cross_entropy_with_logits
-            if self.task.integer
+            if self.task.classes
             else functional.mse_loss
         )
         return losses(y[:, 0], labels)
