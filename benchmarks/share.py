@@ -78,6 +78,8 @@ def measure(work: Work, flags: Flags) -> dict[str, Any]:
     ours = Ours(work, huggingface.load(flags.base))
     ours.compile()
     sides = {"projection": make_projection(ours), "steps": lambda: ours.run(flags.steps)}
+    for side in sides.values():
+        side()
     ours.waited = 0.0
     spreads = harness.interleave(sides, flags.rounds, warmups=0)
     waited = ours.waited / (flags.rounds * flags.steps)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -10,6 +10,7 @@ Shapes: N tokens, H hidden size, k layers side by side in a site, r rank, P padd
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -162,9 +163,7 @@ def make_layout(lengths: np.ndarray, device: torch.device) -> Layout:
         padding = np.arange(length) >= lengths[mine][:, None]
         mask = np.where(padding, -np.inf, 0).astype(np.float32)[:, None, None]
         stop = start + len(mine) * length
-        buckets.append(
-            Bucket(start, stop, len(mine), length, torch.from_numpy(mask).to(device))
-        )
+        buckets.append(Bucket(start, stop, len(mine), length, torch.from_numpy(mask).to(device)))
         start = stop
     place = torch.from_numpy(np.repeat(starts, lengths) + positions(lengths)).to(device)
     return Layout(place, start, buckets)
@@ -252,9 +251,7 @@ def add_norm(
     rate: float,
 ) -> torch.Tensor:  # fmt: skip
     """Return `LayerNorm(dropout(y) + x)`."""
-    return functional.layer_norm(
-        functional.dropout(y, rate) + x, (x.shape[-1],), weight, bias, eps
-    )
+    return functional.layer_norm(functional.dropout(y, rate) + x, (x.shape[-1],), weight, bias, eps)
 
 
 class Flat(Peer):
@@ -285,8 +282,7 @@ class Flat(Peer):
             )
         self._jacobians: list[torch.Tensor] = []
         found = [
-            self._make_group(work, name, state)
-            for name, state in common.in_order(cohort, states)
+            self._make_group(work, name, state) for name, state in common.in_order(cohort, states)
         ]
         self._tape = torch.zeros((), requires_grad=True)
         self._load(base, list(zip(*found, strict=True)), work.settings.lora.scale_of(()))
@@ -307,9 +303,7 @@ class Flat(Peer):
         self._jacobians.append(jacobian)
         views, *grads = (_views(flat, values) for flat in (theta.detach(), *jacobian))
         return [
-            Adapter(
-                *views[n : n + 2], *([own[n + k] for own in grads] for k in range(2))
-            )
+            Adapter(*views[n : n + 2], *([own[n + k] for own in grads] for k in range(2)))
             for n in range(0, len(values), 2)
         ]
 
@@ -323,9 +317,7 @@ class Flat(Peer):
         self._layers = []
         sites = iter(adapters)
         for layer in model.encoder.layer:
-            made = [
-                Site(self._frozen(layer, paths), list(next(sites)), scale) for paths in SITES
-            ]
+            made = [Site(self._frozen(layer, paths), list(next(sites)), scale) for paths in SITES]
             norms = [
                 (norm.weight.to(self._dtype), norm.bias.to(self._dtype))
                 for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm)
@@ -357,7 +349,7 @@ class Flat(Peer):
     def _slices(self, sizes: list[int]) -> list[Slices]:
         """Return each group's tokens, from the number of tokens of each task."""
         ends = np.cumsum([0, *sizes]).tolist()
-        tasks = [slice(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)]
+        tasks = [slice(*pair) for pair in itertools.pairwise(ends)]
         found, first = [], 0
         for group in self.groups:
             own = tasks[first : first + len(group.heads)]
