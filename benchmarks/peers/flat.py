@@ -132,14 +132,14 @@ def _product(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
 
 
 class Bucket(NamedTuple):
-    """Sentences of similar lengths: padded tokens `start … stop`, as `count` rows of `length`.
+    """Sentences of similar lengths: padded tokens `start … stop`, as rows of `length`.
 
-    `mask: f32[count, 1, 1, length]`, minus infinity at padding.
+    `mask: f32[rows, 1, 1, length]`, minus infinity at padding.
     """
 
     start: int
     stop: int
-    count: int
+    rows: int
     length: int
     mask: torch.Tensor
 
@@ -246,6 +246,12 @@ class Mean(torch.autograd.Function):
         return (grad / lengths[:, None]).repeat_interleave(lengths, 0), None
 
 
+# Mypy has no types of `apply`.
+adapted_linear: Callable[..., torch.Tensor] = AdaptedLinear.apply
+attention: Callable[..., torch.Tensor] = Attention.apply
+mean: Callable[..., torch.Tensor] = Mean.apply
+
+
 def add_norm(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
     rate: float,
@@ -303,7 +309,7 @@ class Flat(Peer):
         self._jacobians.append(jacobian)
         views, *grads = (_views(flat, values) for flat in (theta.detach(), *jacobian))
         return [
-            Adapter(*views[n : n + 2], *([own[n + k] for own in grads] for k in range(2)))
+            Adapter(views[n], views[n + 1], [g[n] for g in grads], [g[n + 1] for g in grads])
             for n in range(0, len(values), 2)
         ]
 
@@ -343,7 +349,7 @@ class Flat(Peer):
                 labels = torch.tensor(next(parts).labels, device=self.device)
                 losses.append(head.loss(next(vectors), labels))
                 total = total + losses[-1] * weight
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         return [loss.detach() for loss in losses], self._jacobians
 
     def _slices(self, sizes: list[int]) -> list[Slices]:
@@ -365,14 +371,14 @@ class Flat(Peer):
         layout, config, rate = make_layout(lengths, self.device), self._config, self._rate
         x = self._embed(tokens, lengths)
         for (qkv, out, up, down), (first, second) in self._layers:
-            y = AdaptedLinear.apply(x, self._tape, qkv, slices)
-            y = Attention.apply(y, layout, config.num_attention_heads, rate)
-            y = AdaptedLinear.apply(y, self._tape, out, slices)
+            y = adapted_linear(x, self._tape, qkv, slices)
+            y = attention(y, layout, config.num_attention_heads, rate)
+            y = adapted_linear(y, self._tape, out, slices)
             x = self._add_norm(y, x, *first, config.layer_norm_eps, rate)
-            y = self._gelu(AdaptedLinear.apply(x, self._tape, up, slices))
-            y = AdaptedLinear.apply(y, self._tape, down, slices)
+            y = self._gelu(adapted_linear(x, self._tape, up, slices))
+            y = adapted_linear(y, self._tape, down, slices)
             x = self._add_norm(y, x, *second, config.layer_norm_eps, rate)
-        return Mean.apply(x.float(), torch.from_numpy(lengths).to(self.device))
+        return mean(x.float(), torch.from_numpy(lengths).to(self.device))
 
     @torch.no_grad()
     def _embed(self, tokens: np.ndarray, lengths: np.ndarray) -> torch.Tensor:

@@ -109,25 +109,32 @@ def is_frozen(module: torch.nn.Module) -> bool:
 
 def use_fastest(model: torch.nn.Module) -> None:
     """Make a model's wide linear layers use oneDNN where that is faster."""
-    for module in model.modules():
-        if not isinstance(module, torch.nn.Linear) or module.bias is None:
-            continue  # an adapter's factors have no bias
-        weight, bias = module.weight, module.bias
+    for module in _wide(model):
+        weight = module.weight
         if not onednn_is_faster(weight.dtype, *reversed(weight.shape)):
             continue
         if is_frozen(module):
-            module.forward = _frozen_forward(Frozen(weight.detach(), bias.detach()))
+            module.forward = _frozen_forward(Frozen(weight.detach(), module.bias.detach()))
         else:
             module.forward = _trained_forward(module)
 
 
+def _wide(model: torch.nn.Module) -> list[Any]:
+    """Return the linear layers that are not an adapter's factors, which have no bias."""
+    linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    return [module for module in linear if module.bias is not None]
+
+
 def _frozen_forward(frozen: Frozen) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: FrozenLinear.apply(x.to(frozen.bias.dtype), frozen)
+    apply: Callable[..., torch.Tensor] = FrozenLinear.apply
+    return lambda x: apply(x.to(frozen.bias.dtype), frozen)
 
 
 def _trained_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    apply: Callable[..., torch.Tensor] = TrainedLinear.apply
+
     def forward(x: torch.Tensor) -> torch.Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        return TrainedLinear.apply(x.to(dtype), module.weight.to(dtype), module.bias.to(dtype))
+        return apply(x.to(dtype), module.weight.to(dtype), module.bias.to(dtype))
 
     return forward

@@ -53,4 +53,5 @@ def _save_tokenizer(base: Pretrained, folder: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
     special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=base.tokenizer, **special).save_pretrained(folder)
+    make: Any = PreTrainedTokenizerFast
+    make(tokenizer_object=base.tokenizer, **special).save_pretrained(folder)
