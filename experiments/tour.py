@@ -20,7 +20,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+import jaxlora
 from jaxlora import lora
+from jaxlora.aggregation import MEMBERS
 from jaxlora.cli.curves import COLOURS
 from jaxlora.cli.flags import exit_code
 from jaxlora.lora import LoraConfig
@@ -32,6 +34,8 @@ from jaxlora.training import parameter_count
 
 SIZE, RANK = 24, 3  # of the kernel in the first figure, and of its adapter
 GREY = "#777777"
+GREEN = "#E3F2E1"
+CONFLICT = ((3.0, 1.0), (-1.2, 0.4))  # whose sum makes the second task worse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Flags:
     """Draw the tour's figures.
 
     Attributes:
-      out: folder for tour-lora.png, tour-pcgrad.png, tour-losses.png and tour-variants.png.
+      out: folder for tour-lora.png, tour-pcgrad.png, tour-methods.png, tour-losses.png and
+        tour-variants.png.
     """
 
     out: Path = Path("docs")
@@ -145,6 +150,47 @@ def draw_pcgrad(figure: Any) -> None:
         panels[1].plot(*zip(before, after, strict=True), ":", color=GREY)  # what is taken away
 
 
+def directions() -> dict[str, np.ndarray]:
+    """Compute the unit vector along which each method of the Gram matrix moves for `CONFLICT`."""
+    gradients, params = {"w": jnp.array(CONFLICT)}, {"w": jnp.zeros(2)}
+    found = {}
+    for name, member in MEMBERS.items():
+        if member.make().needs_losses:
+            continue
+        tx = jaxlora.aggregate(name, num_tasks=2)
+        updates, _ = tx.update(gradients, tx.init(params), params)
+        vector = np.asarray(updates["w"])
+        found[name] = vector / np.linalg.norm(vector)
+    return found
+
+
+def harmless() -> np.ndarray:
+    """Return the two edges of the cone of directions that make no task worse, `[2, 2]`."""
+    (a, b), (c, d) = CONFLICT
+    edges = np.array([(-b, a), (d, -c)])  # each is normal to one gradient
+    inward = np.sign((edges @ np.array(CONFLICT).T).sum(1, keepdims=True))
+    return inward * edges / np.linalg.norm(edges, axis=1, keepdims=True)
+
+
+def draw_methods(figure: Any) -> None:
+    """Draw each method's direction for one conflict, and the directions that harm neither task."""
+    found = directions()
+    columns = 5
+    panels = figure.subplots(-(-len(found) // columns), columns, squeeze=False).flat
+    cone = np.stack([np.zeros(2), *(9 * harmless())])
+    for axes, (name, vector) in zip(panels, found.items(), strict=False):
+        axes.fill(*cone.T, color=GREEN)
+        colours = (COLOURS["sst"], COLOURS["para"], "black")
+        for (x, y), colour in zip((*CONFLICT, 2 * vector), colours, strict=True):
+            arrow = {"arrowstyle": "-|>", "color": colour, "lw": 2}
+            axes.annotate("", (x, y), (0, 0), arrowprops=arrow)
+        axes.set(
+            title=name, xlim=(-1.6, 3.3), ylim=(-0.4, 2.4), aspect="equal", xticks=[], yticks=[]
+        )
+    for axes in list(panels)[len(found) :]:
+        axes.axis("off")
+
+
 def draw_losses(figure: Any) -> None:
     """Draw each loss against its input, for three labels."""
     scores, cosines = jnp.linspace(-1, 6, 141), jnp.linspace(-1, 1, 141)
@@ -206,6 +252,7 @@ def spans(groups: Groups) -> list[tuple[int, int]]:
 FIGURES: dict[str, tuple[Callable[[Any], None], tuple[float, float]]] = {
     "lora": (draw_lora, (12, 3.0)),
     "pcgrad": (draw_pcgrad, (12, 3.4)),
+    "methods": (draw_methods, (12, 5.2)),
     "losses": (draw_losses, (9, 3.2)),
     "variants": (draw_variants, (9, 3.6)),
 }

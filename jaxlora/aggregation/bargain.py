@@ -16,7 +16,8 @@ _MOST_STEPS = 60
 class _Point(NamedTuple):
     z: jax.Array
     step: jax.Array
-    error: jax.Array
+    size: jax.Array  # of the last step, relative
+    shrinks: jax.Array
 
 
 def solve_bargain(C: jax.Array, beta: jax.Array, p: float) -> jax.Array:
@@ -24,7 +25,8 @@ def solve_bargain(C: jax.Array, beta: jax.Array, p: float) -> jax.Array:
 
     It is the minimum of the convex `½ zᵀ C z − Σ β ∫ z^(−1/p)`. With `z = z₀ (1 + η)` the system is
     `(Z C Z + diag(r)/p) η = r − z ∘ C z`, `r = β z^(1 − 1/p)`, whose condition is good however bad
-    that of C is. Of the steps 1, ½, ¼, … the one with the smallest slope is taken.
+    that of C is. Of the steps 1, ½, ¼, … the one with the smallest slope is taken; near the
+    minimum, where slopes are rounding errors, the whole step, until steps no longer shrink.
 
     Args:
       C: `f32[T, T]`, positive semidefinite with ones on the diagonal.
@@ -36,6 +38,7 @@ def solve_bargain(C: jax.Array, beta: jax.Array, p: float) -> jax.Array:
     """
     C = ridge(C)
     eps = jnp.finfo(C.dtype).eps
+    near = 0.5 * p / (p + 1)  # the smaller, the faster z^(−1/p) curves
     shares = jnp.ldexp(jnp.ones(_HALVINGS, C.dtype), -jnp.arange(_HALVINGS))
 
     def newton(s: _Point) -> _Point:
@@ -49,11 +52,13 @@ def solve_bargain(C: jax.Array, beta: jax.Array, p: float) -> jax.Array:
         inside = jnp.where(tried > 0, tried, 1)
         slopes = (inside @ C - beta[None, :] * inside ** (-1 / p)) @ (z * eta)
         slopes = jnp.where(jnp.all(tried > 0, 1), jnp.abs(slopes), jnp.inf)
-        chosen = tried[jnp.argmin(slopes)]
-        return _Point(chosen, s.step + 1, jnp.max(jnp.abs(eta)))
+        size = jnp.max(jnp.abs(eta))
+        chosen = tried[jnp.where(size < near, 0, jnp.argmin(slopes))]
+        return _Point(chosen, s.step + 1, size, (size < s.size) | (size > eps**0.5))
 
     def unfinished(s: _Point) -> jax.Array:
-        return (s.step < _MOST_STEPS) & (s.error > 4 * eps)
+        return (s.step < _MOST_STEPS) & (s.size > 4 * eps) & s.shrinks
 
-    start = _Point(beta ** (p / (p + 1)), jnp.int32(0), jnp.asarray(jnp.inf, C.dtype))
+    far = jnp.asarray(jnp.inf, C.dtype)
+    start = _Point(beta ** (p / (p + 1)), jnp.int32(0), far, jnp.bool_(True))
     return jax.lax.while_loop(unfinished, newton, start).z

@@ -42,7 +42,7 @@ def nash():
 ORACLES = {
     "sum": (theirs.Sum, 1e-12),
     "mean": (theirs.Mean, 1e-12),
-    "mgda": (lambda: theirs.MGDA(1e-14, 2_000), 5e-3),  # Frank-Wolfe
+    "mgda": (lambda: theirs.MGDA(1e-14, 20_000), 5e-3),  # Frank-Wolfe: 1/steps
     "cagrad": (lambda: theirs.CAGrad(c=0.5, norm_eps=0.0), 1e-4),  # an interior point
     "imtl_g": (theirs.IMTLG, 1e-8),
     "aligned_mtl": (theirs.AlignedMTL, 1e-8),

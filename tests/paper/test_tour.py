@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import tour
+from jaxlora.aggregation import MEMBERS
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.tasks.task import NAMES
 
@@ -33,6 +34,21 @@ def test_projected_gradients_are_at_a_right_angle_to_the_other_task():
 def test_gradients_that_agree_are_not_changed():
     found = tour.operate((3.0, 1.0), (1.0, 2.0))
     np.testing.assert_array_equal(found.projected, found.gradients)
+
+
+def test_methods_are_drawn_for_a_conflict_that_their_sum_does_not_resolve():
+    found, gradients = tour.directions(), np.array(tour.CONFLICT)
+    assert len(found) == 15  # as the page says
+    assert (gradients @ found["sum"]).min() < 0 < (gradients @ found["upgrad"]).min()
+    kept = [name for name in found if "non-conflicting" in MEMBERS[name].promises]
+    assert kept and all((gradients @ found[name]).min() >= -1e-6 for name in kept)
+
+
+def test_the_cone_holds_what_harms_neither_task():
+    gains = tour.harmless() @ np.array(tour.CONFLICT).T
+    assert (gains >= -1e-12).all()
+    np.testing.assert_allclose(np.sort(gains, axis=1)[:, 0], 0, atol=1e-12)  # its edges
+    np.testing.assert_allclose(np.linalg.norm(tour.harmless(), axis=1), 1)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

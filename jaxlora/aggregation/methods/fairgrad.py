@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxlora.aggregation.bargain import solve_bargain
 from jaxlora.aggregation.gram import cosines, inverse_norms, norms
-from jaxlora.aggregation.method import Method, member, of_gram
+from jaxlora.aggregation.method import Method, check_range, member, of_gram
 
 
 def fair_weights(K: jax.Array, alpha: float) -> jax.Array:
@@ -34,8 +34,8 @@ def fairgrad(alpha: float = 2.0) -> Method:
     Nash-MTL's bargain with an update of length `√T`, and infinity, the best worst gain.
 
     Args:
-      alpha: degree of fairness, above 0.
+      alpha: degree of fairness, from 0.1 to 5. Beyond, weights leave the range of float32: for the
+        best worst gain itself take `cagrad`.
     """
-    if not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha must be a number above 0, got {alpha!r}")
+    check_range("alpha", alpha, 0.1, 5)
     return of_gram("fairgrad", lambda K: fair_weights(K, alpha))
