@@ -17,7 +17,8 @@ from benchmarks import harness
 
 # Name of the JSON file that says that it is done ("": it looks itself, row by row) → bench.
 QUICK = (
-    ("", "step --variants lora3"),
+    ("", "step --variants lora3 --batch-sizes 8"),
+    ("", "step --variants lora3 --batch-sizes 32 --steps 1"),
     ("", "step --variants lora1 baseline2 --batch-sizes 8 --dtypes float32"),
     ("", "predict"),
 )

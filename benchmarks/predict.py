@@ -55,6 +55,7 @@ class Flags:
       kinds: mixed, merged.
       batch_sizes: requests (one sentence each, tasks in turn).
       rounds: timed runs.
+      most_seconds: of a row, after which no further round begins.
       device: the peers' device.
       out: folder of the JSON files.
     """
@@ -63,6 +64,7 @@ class Flags:
     kinds: tuple[Kind, ...] = ("mixed", "merged")
     batch_sizes: tuple[int, ...] = (1, 32, 256)
     rounds: int = 9
+    most_seconds: float = 20.0
     device: str = dataclasses.field(default_factory=harness.peer_device)
     out: Path = harness.OUT
 
@@ -133,7 +135,7 @@ def peer_names(kind: Kind, device: str) -> tuple[str, ...]:
     return tuple(name for name in PEERS if name not in excluded)
 
 
-def measure(kind: Kind, size: int, sides: Mapping[str, Side], rounds: int) -> dict[str, Any]:
+def measure(kind: Kind, size: int, sides: Mapping[str, Side], flags: Flags) -> dict[str, Any]:
     """Measure one row of the table."""
     vectors = {name: side(size) for name, side in sides.items()}
     difference = max(
@@ -141,9 +143,8 @@ def measure(kind: Kind, size: int, sides: Mapping[str, Side], rounds: int) -> di
         for name, found in vectors.items()
         if name not in APPROXIMATE
     )
-    spreads = harness.interleave(
-        {name: functools.partial(side, size) for name, side in sides.items()}, rounds, warmups=2
-    )
+    calls = {name: functools.partial(side, size) for name, side in sides.items()}
+    spreads = harness.interleave(calls, flags.rounds, 1, flags.most_seconds)
     raced = {name: spread for name, spread in spreads.items() if name not in APPROXIMATE}
     return {
         "kind": kind,
@@ -162,7 +163,7 @@ def measure_kind(kind: Kind, flags: Flags) -> list[dict[str, Any]]:
     peers = harness.Worker(make_peers, names, kind, flags.base, flags.device)
     sides: dict[str, Side] = {"ours": ours}
     sides |= {name: functools.partial(peers, name) for name in names}
-    rows = [measure(kind, size, sides, flags.rounds) for size in flags.batch_sizes]
+    rows = [measure(kind, size, sides, flags) for size in flags.batch_sizes]
     ours.close()
     peers.close()
     return rows

@@ -57,7 +57,7 @@ class Flags:
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
     rounds: int = 9
     steps: int = 2
-    most_seconds: float = 30.0
+    most_seconds: float = 20.0
     peers: tuple[PeerName, ...] = ("padded-eager", "sorted", "flat")
     together: int = 0
     device: str = dataclasses.field(default_factory=harness.peer_device)
@@ -76,7 +76,7 @@ def measure(work: Work, flags: Flags) -> tuple[dict[str, Any], harness.Spread]:
         name: functools.partial(worker, flags.steps) for name, worker in ours.items()
     }
     sides |= {name: functools.partial(peers, name, flags.steps) for name in names}
-    spreads = harness.interleave(sides, flags.rounds, 2, flags.most_seconds)
+    spreads = harness.interleave(sides, flags.rounds, 1, flags.most_seconds)
     counts = dict.fromkeys(sides, flags.steps) | {"ours together": flags.together}
     spreads = {name: spread.per(counts[name]) for name, spread in spreads.items()}
     for worker in (*ours.values(), peers):
