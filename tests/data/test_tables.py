@@ -434,7 +434,7 @@ def test_requests_can_be_read_from_a_pipe(echo, tmp_path):
 
 
 def test_predict_has_the_flags_quoting_and_strict(echo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Predictor, "load", lambda bank, base: echo)
+    monkeypatch.setattr(Predictor, "load", lambda bank, base, memory: echo)
     monkeypatch.setattr(process, "reuse_memory", lambda: True)
     monkeypatch.setattr(process, "keep_programs", lambda folder: None)
     source, target = tmp_path / "in.tsv", tmp_path / "out.csv"

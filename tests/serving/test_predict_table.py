@@ -29,7 +29,7 @@ class Counting(Predictor):
 
     def _answer(self, name, *texts):
         task, size = self.task(name), sum(map(len, texts))
-        if not task.integer:
+        if not task.classes:
             return Answer(name, float(size), None, None)
         chosen = size % len(task.classes)
         rest = 0.25 / (len(task.classes) - 1)
