@@ -1,4 +1,8 @@
-"""Run all benchmarks for CPUs, one after another: `python -m benchmarks`."""
+"""Run the benchmarks for CPUs, one after another: `python -m benchmarks`.
+
+What `runs/bench` holds already, from this machine and with these versions, is kept, so that a run
+that was stopped goes on; delete the folder to measure everything again.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +13,44 @@ import time
 
 import tyro
 
+from benchmarks import harness
+
+# Name of the JSON file that says that it is done ("": it looks itself, row by row) → bench.
+QUICK = (
+    ("", "step --variants lora3 --batch-sizes 8"),
+    ("", "step --variants lora3 --batch-sizes 32 --steps 1"),
+    ("", "step --variants lora1 baseline2 --batch-sizes 8 --dtypes float32"),
+    ("", "predict"),
+)
 BENCHES = (
-    "step --batch-sizes 8 --rounds 3 --steps 2",
-    "step --batch-sizes 32 --rounds 3 --steps 2 --variants lora3 --name step-32",
-    "share --dtypes float32 --rounds 3",
-    "pcgrad",
-    "predict --rounds 7",
-    "adapters",
-    "start",
-    "frozen --examples 1024 --rounds 3",
-    "memory",
-    "scaling --rounds 5",
+    *QUICK,
+    ("", "step --variants lora1 baseline2 --batch-sizes 8 --dtypes bfloat16"),
+    ("", "step --variants baseline2 --batch-sizes 32 --dtypes float32 --steps 1"),
+    ("memory", "memory"),
+    ("share", "share --dtypes float32 --rounds 3 --steps 5"),
+    ("pcgrad", "pcgrad --limit 200"),
+    ("adapters-bank", "adapters --rounds 3 --steps 2"),
+    ("start", "start --rounds 2"),
+    ("frozen", "frozen --examples 1024 --rounds 3"),
+    ("scaling", "scaling --axes batch tasks --rounds 3"),
 )
 
 
-def main() -> int:
-    """Run all benchmarks for CPUs, each in its own process, and return how many failed."""
-    quiet = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+def main(quick: bool = False) -> int:
+    """Run benchmarks, each in its own process, and return how many failed.
+
+    Args:
+      quick: only train steps and inference, beside the peers.
+    """
+    settings = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     failed = 0
-    for bench in BENCHES:
+    for name, bench in QUICK if quick else BENCHES:
+        if name and harness.is_done(name):
+            continue
         module, *flags = bench.split()
         command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", *flags]
         began = time.monotonic()
-        failed += subprocess.run(command, check=False, env=quiet).returncode != 0
+        failed += subprocess.run(command, check=False, env=os.environ | settings).returncode != 0
         print(f"{bench}: {time.monotonic() - began:.0f} s\n", flush=True)
     return failed
 

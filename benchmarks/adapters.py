@@ -238,7 +238,7 @@ def main(flags: Flags) -> None:
     """Measure everything."""
     base = huggingface.load(flags.base)
     rows = [measure_step(size, base, flags) for size in flags.batch_sizes]
-    harness.show("adapters-step", "A step of three tasks, rank 15, float32", rows, flags.out)
+    harness.show("adapters-step", "A step of three tasks, float32", rows, flags.out)
     rows = [measure_epoch(base, flags)]
     harness.show("adapters-epoch", f"An epoch of tasks of {SIZES} examples", rows, flags.out)
     rows = measure_serving(base, flags)

@@ -88,7 +88,7 @@ def main(flags: Flags) -> None:
         step.main(
             step.Flags(
                 base=base, variants=("lora3",), batch_sizes=(size,), dtypes=("bfloat16",),
-                peers=("eager", "compile", "graphs"), together=flags.together,
+                peers=tuple(step.PEERS), together=flags.together,
                 rounds=flags.rounds, steps=8, name=f"gpu-step-{size}", out=flags.out,
             )
         )  # fmt: skip

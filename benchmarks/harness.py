@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -24,7 +25,11 @@ from jaxlora.utils import cache
 from jaxlora.utils import process as host
 
 OUT = Path("runs/bench")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft", "torchjd")
+PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft", "torchjd",
+    "sentence-transformers", "onnxruntime",
+)  # fmt: skip
+FEWEST_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +57,22 @@ K = TypeVar("K", bound=Hashable)
 
 
 def interleave(
-    sides: Mapping[K, Callable[[], object]], rounds: int, warmups: int = 1
+    sides: Mapping[K, Callable[[], object]],
+    rounds: int,
+    warmups: int = 1,
+    most_seconds: float = math.inf,
 ) -> dict[K, Spread]:
     """Time calls of the sides in turn, A B A B …; `warmups` rounds are not counted.
 
-    Each side must wait for its own results, and none may go on working after that.
+    Each side must wait for its own results, and none may go on working after that. After
+    `most_seconds` no round begins, unless there were fewer than `FEWEST_ROUNDS`.
     """
     seconds: dict[K, list[float]] = {name: [] for name in sides}
-    for _ in range(warmups + rounds):
+    start = time.perf_counter()
+    for number in range(warmups + rounds):
+        enough = number >= warmups + FEWEST_ROUNDS
+        if enough and time.perf_counter() - start > most_seconds:
+            break
         for name, side in sides.items():
             began = time.perf_counter()
             side()
@@ -76,12 +89,17 @@ class Worker:
     Args:
       factory: a module's function that makes the side, itself a function.
       *args: its arguments.
+      keep_memory: whether the process keeps freed memory, as ours does in training.
     """
 
-    def __init__(self, factory: Callable[..., Callable[..., Any]], *args: Any) -> None:
+    def __init__(
+        self, factory: Callable[..., Callable[..., Any]], *args: Any, keep_memory: bool = True
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(end, factory, args), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(end, factory, args, keep_memory), daemon=True
+        )
         self._process.start()
         end.close()
         self._ready = False
@@ -103,8 +121,11 @@ class Worker:
         self._process.join()
 
 
-def _serve(pipe: Any, factory: Callable[..., Callable[..., Any]], args: tuple[Any, ...]) -> None:
-    host.reuse_memory()
+def _serve(
+    pipe: Any, factory: Callable[..., Callable[..., Any]], args: tuple[Any, ...], keep_memory: bool
+) -> None:
+    if keep_memory:
+        host.reuse_memory()
     host.keep_programs(cache.cache_dir() / "xla")
     side = factory(*args)
     pipe.send("ready")
@@ -116,12 +137,13 @@ def _serve(pipe: Any, factory: Callable[..., Callable[..., Any]], args: tuple[An
         pipe.send(side(*arguments))
 
 
-def matmul_rate(tokens: int, dtype: Any, width: int = 384, wide: int = 1536) -> float:
-    """Measure the best FLOP/s of the feed-forward layer's matmul, accumulated in float32."""
-    a, b = jnp.ones((tokens, width), dtype), jnp.ones((width, wide), dtype)
+def matmul_rate(shape: tuple[int, int, int], dtype: Any) -> float:
+    """Measure the best FLOP/s of a matmul `[m, k] [k, n]`, accumulated in float32."""
+    m, k, n = shape
+    a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
     multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     spread = interleave({"": lambda: multiply(a, b).block_until_ready()}, 30, 3)[""]
-    return 2 * tokens * width * wide / spread.low
+    return 2 * m * k * n / spread.low
 
 
 def copy_rate(size: int = 1 << 28) -> float:
@@ -130,6 +152,24 @@ def copy_rate(size: int = 1 << 28) -> float:
     x = jnp.zeros(size // 4)
     copied = jax.jit(lambda x: x + 1)
     return 2 * size / interleave({"": lambda: copied(x).block_until_ready()}, 9, 2)[""].low
+
+
+def against_best(spreads: Mapping[str, Spread]) -> dict[str, Any]:
+    """Compare our side, or the best of those whose names begin with `ours`, to the best peer.
+
+    >>> spreads = {"ours": Spread(1, 2, 3), "a": Spread(4, 5, 6), "b": Spread(2, 3, 9)}
+    >>> against_best(spreads)["best peer"], against_best(spreads)["× best peer"]
+    ('b', 1.5)
+    """
+    mine = {name for name in spreads if name.startswith("ours")}
+    ours = spreads[min(mine, key=lambda name: spreads[name].median)]
+    best = min(spreads.keys() - mine, key=lambda name: spreads[name].median)
+    return {
+        "ours ms": ours,
+        "best peer": best,
+        "best peer ms": spreads[best],
+        "× best peer": spreads[best].median / ours.median,
+    }
 
 
 def peer_device() -> str:
@@ -160,6 +200,15 @@ def _processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def is_done(name: str, out: Path = OUT) -> bool:
+    """Return whether `out/name.json` was measured on this machine with these versions."""
+    path = out / f"{name}.json"
+    if not path.exists():
+        return False
+    now, then = machine(), json.loads(path.read_text(encoding="utf-8"))["machine"]
+    return all(now[key] == then[key] for key in ("device", "processor", "cores", "versions"))
 
 
 def show(name: str, title: str, rows: Sequence[Mapping[str, Any]], out: Path = OUT) -> None:

@@ -1,4 +1,4 @@
-"""Measure peak memory, ours and the peer's: `python -m benchmarks.memory`."""
+"""Measure peak memory, ours and the peers': `python -m benchmarks.memory`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ import jax
 import tyro
 
 from benchmarks import harness
-from benchmarks.step import make_numbers, make_ours, make_peer
+from benchmarks.step import PEERS, PeerName, able, make_numbers, make_ours, make_peer
 from benchmarks.work import Work
 from jaxlora.training.config import VariantName
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Measure peak memory: each side in a new process.
+    """Measure peak memory: each side in a new process, the peers with malloc's own settings.
 
     Attributes:
       base: the base model.
       variants: which variants.
       batch_sizes: sentences or pairs of each task.
       steps: steps of a run.
-      device: the peer's device.
+      peers: which of them.
+      device: the peers' device.
       out: folder of the JSON file.
     """
 
@@ -35,22 +36,23 @@ class Flags:
     variants: tuple[VariantName, ...] = ("lora3", "baseline2")
     batch_sizes: tuple[int, ...] = (8, 32)
     steps: int = 3
+    peers: tuple[PeerName, ...] = ("padded-eager", "sorted", "flat")
     device: str = dataclasses.field(default_factory=harness.peer_device)
     out: Path = harness.OUT
 
 
-def make_side(name: str, work: Work, flags: Flags) -> Callable[[], float]:
+def make_side(name: Any, work: Work, flags: Flags) -> Callable[[], float]:
     """Run a side's steps in its process; print what they added to its memory, in MB.
 
-    What is there before the side loads its weights (the libraries, and for the peer the numbers
-    that it starts from) is not counted; compiling is. What the peer's numbers took and left free it
+    What is there before the side loads its weights (the libraries, and for a peer the numbers
+    that it starts from) is not counted; compiling is. What a peer's numbers took and left free it
     may use again uncounted, so its figure is rather too low.
     """
-    if name == "peer":
+    if name in PEERS:
         make_numbers(work, flags.base)
     before = megabytes(name, flags.device)
-    if name == "peer":
-        run = make_peer(work, flags.base, flags.device)
+    if name in PEERS:
+        run = make_peer(name, work, flags.base, flags.device)
     else:
         run = make_ours(work, flags.base)
 
@@ -65,7 +67,7 @@ def megabytes(name: str, device: str) -> float:
     """Return the peak memory so far: of the accelerator if there is one, else resident."""
     if name == "ours" and jax.default_backend() != "cpu":
         return (jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"] / 1e6
-    if name == "peer" and device != "cpu":
+    if name != "ours" and device != "cpu":
         import torch
 
         return torch.cuda.max_memory_allocated() / 1e6
@@ -74,17 +76,24 @@ def megabytes(name: str, device: str) -> float:
 
 
 def measure(work: Work, flags: Flags) -> dict[str, Any]:
-    """Measure one row of the table."""
-    peaks = {}
-    for name in ("ours", "peer"):
-        side = harness.Worker(make_side, name, work, flags)
-        peaks[name] = side()
-        side.close()
+    """Measure one row of the table; the sides get ready at the same time."""
+    workers = {
+        name: harness.Worker(make_side, name, work, flags, keep_memory=name == "ours")
+        for name in ("ours", *able(flags.peers, work))
+    }
+    peaks = {name: worker() for name, worker in workers.items()}
+    for worker in workers.values():
+        worker.close()
+    ours = peaks.pop("ours")
+    best = min(peaks, key=peaks.__getitem__)
     return {
         "variant": work.variant,
         "batch": work.batch_size,
-        **{f"{name} MB": round(peak) for name, peak in peaks.items()},
-        "ours / peer": peaks["ours"] / peaks["peer"],
+        "ours MB": round(ours),
+        "best peer": best,
+        "best peer MB": round(peaks[best]),
+        "ours / best peer": ours / peaks[best],
+        **{f"{name} MB": round(peaks[name]) if name in peaks else "" for name in flags.peers},
     }
 
 

@@ -1,11 +1,13 @@
-"""Measure mixed-task inference, also of transformers + peft: `python -m benchmarks.predict`."""
+"""Measure inference, ours and the peers': `python -m benchmarks.predict`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import importlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,116 +21,166 @@ from jaxlora.data.tokenized import Examples
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.nn import bert
-from jaxlora.nn.encode import encoder, make_mixed_encode
-from jaxlora.serving import inference as evaluate
+from jaxlora.nn.encode import encoder, make_encode, make_mixed_encode
+from jaxlora.serving import inference
 from jaxlora.utils.trees import Tree
 
 WORK = Work("lora1", 8, "float32")  # an adapter for each task
+Kind = Literal["mixed", "merged"]
+Side = Callable[[int], np.ndarray]
+"""`requests → f32[requests, H]`."""
+
+# Name → module and function of `benchmarks.peers`.
+PEERS: Mapping[str, tuple[str, str]] = {
+    "padded, adapter_names": ("adapter_names", "make"),
+    "merged, sorted": ("merged", "make"),
+    "merged, sorted, oneDNN": ("merged", "make_onednn"),
+    "sentence-transformers": ("sentence_transformer", "make"),
+    "ONNX Runtime": ("onnx_runtime", "make"),
+    "ONNX Runtime, int8": ("onnx_runtime", "make_int8"),
+}
+APPROXIMATE = frozenset({"ONNX Runtime, int8"})  # beside, but not among the peers that we race
+ONLY_MIXED = frozenset({"padded, adapter_names"})
+ONLY_CPU = frozenset(name for name in PEERS if "ONNX" in name or "oneDNN" in name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Measure requests to three tasks with one adapter each.
+    """Measure requests to three tasks with one adapter each, and to one merged task.
 
-    Both sides start from token ids and end with sentence vectors; heads cost nothing beside them.
+    All sides start from token ids and end with sentence vectors; heads cost nothing beside them.
 
     Attributes:
       base: the base model.
+      kinds: mixed, merged.
       batch_sizes: requests (one sentence each, tasks in turn).
       rounds: timed runs.
-      device: the peer's device.
-      out: folder of the JSON file.
+      most_seconds: of a row, after which no further round begins.
+      device: the peers' device.
+      out: folder of the JSON files.
     """
 
     base: str = "minilm"
+    kinds: tuple[Kind, ...] = ("mixed", "merged")
     batch_sizes: tuple[int, ...] = (1, 32, 256)
-    rounds: int = 15
+    rounds: int = 9
+    most_seconds: float = 20.0
     device: str = dataclasses.field(default_factory=harness.peer_device)
     out: Path = harness.OUT
 
 
-def make_requests(size: int, base: Pretrained) -> tuple[Examples, np.ndarray]:
-    """Draw sentences of the tasks in turn, and the task of each."""
+def make_requests(size: int, base: Pretrained, kind: Kind = "mixed") -> tuple[Examples, np.ndarray]:
+    """Draw sentences of the tasks in turn, and the task of each; `merged`: all of the first."""
     owner = np.arange(size) % len(TASKS)
     parts = [make_examples(task, size, base.config.vocab_size) for task in TASKS]
     tokens = [parts[t].sentence(n) for n, t in enumerate(owner)]
     offsets = np.cumsum([0, *map(len, tokens)])
     labels = np.zeros(size, np.float32)
     ids = np.arange(size).astype(str)
-    return Examples(ids, np.concatenate(tokens), offsets, labels, 1), owner
+    examples = Examples(ids, np.concatenate(tokens), offsets, labels, 1)
+    return examples, owner if kind == "mixed" else np.zeros_like(owner)
 
 
-def make_adapters(base: Pretrained) -> list[Tree]:
-    """Initialize one adapter per task, with a B that is not zero."""
-    keys = jax.random.split(jax.random.key(0), len(TASKS))
+def make_adapters(base: Pretrained, kind: Kind = "mixed") -> list[Tree]:
+    """Initialize the adapters that are served, with a B that is not zero."""
+    keys = jax.random.split(jax.random.key(0), len(TASKS) if kind == "mixed" else 1)
     adapters = [lora.init(key, base.params, WORK.settings.lora) for key in keys]
     return jax.tree.map(lambda x: x + 0.01, adapters)
 
 
-def make_ours(size: int, base: str) -> Callable[[], np.ndarray]:
-    """Build our side: all requests in one pass, adapters by sentence."""
+def make_ours(kind: Kind, base: str) -> Side:
+    """Build our side: all requests in one pass, adapters by sentence or merged."""
     loaded, chosen = huggingface.load(base), WORK.settings
     encode = encoder(loaded.config, jnp.float32, chosen.lora, chosen.model.pooling)
-    encode_mixed = make_mixed_encode(encode)
-    frozen = {"params": bert.matmul_ready(loaded.params, jnp.float32)}
-    adapters = map(bert.unstack_layers, make_adapters(loaded))
-    stack = jax.tree.map(lambda *x: jnp.stack(x), *adapters)
-    requests, owner = make_requests(size, loaded)
-    return lambda: evaluate.encode(
-        encode_mixed, frozen, stack, requests, chosen.model.max_length, owner
-    )
+    adapters, params = make_adapters(loaded, kind), loaded.params
+    trainable: Tree = {}
+    if kind == "mixed":
+        compiled: Any = make_mixed_encode(encode)
+        trainable = jax.tree.map(lambda *x: jnp.stack(x), *map(bert.unstack_layers, adapters))
+    else:
+        compiled, params = make_encode(encode), lora.merge(params, adapters[0], chosen.lora)
+    frozen = {"params": bert.matmul_ready(params, jnp.float32)}
+
+    @functools.cache
+    def drawn(size: int) -> tuple[Any, ...]:
+        examples, owner = make_requests(size, loaded, kind)
+        rest = (owner,) if kind == "mixed" else ()
+        return examples, chosen.model.max_length, *rest
+
+    return lambda size: inference.encode(compiled, frozen, trainable, *drawn(size))
 
 
-def make_peer(size: int, base: str, device: str) -> Callable[[], np.ndarray]:
-    """Build the peer's side: peft's `adapter_names`, one name per row."""
-    import torch
-
-    from benchmarks.peer import load_adapter, make_bert, pad, pool, with_adapter
+def make_peers(names: tuple[str, ...], kind: Kind, base: str, device: str) -> Callable[..., Any]:
+    """Build the peers' side: `(name, requests)` encodes them by one of the peers."""
+    from benchmarks.peers.requests import Requests, Served
 
     loaded, chosen = huggingface.load(base), WORK.settings
-    names = [task.name for task in TASKS]
-    model: Any = with_adapter(make_bert(loaded, 0.0), chosen.lora, names[0])
-    for name in names[1:]:
-        model.add_adapter(name, model.peft_config[names[0]])
-    for name, adapter in zip(names, make_adapters(loaded), strict=True):
-        load_adapter(model, adapter, name)
-    model = model.to(device).eval()
-    requests, owner = make_requests(size, loaded)
-
-    def run() -> np.ndarray:
-        tokens, mask = pad(requests, np.arange(size))
-        with torch.inference_mode():
-            hidden = model(
-                input_ids=tokens.to(device), attention_mask=mask.to(device),
-                adapter_names=[names[t] for t in owner],
-            ).last_hidden_state  # fmt: skip
-            return pool(hidden, mask.to(device), chosen.model.pooling).float().cpu().numpy()
-
-    return run
+    adapters = make_adapters(loaded, kind)
+    served = Served(loaded, chosen.lora, adapters, chosen.model.pooling, device)
+    made = {}
+    for name in names:
+        module, function = PEERS[name]
+        made[name] = getattr(importlib.import_module(f"benchmarks.peers.{module}"), function)(
+            served
+        )
+    drawn = functools.cache(lambda size: Requests(*make_requests(size, loaded, kind)))
+    return lambda name, size: made[name](drawn(size))
 
 
-def measure(size: int, flags: Flags) -> dict[str, Any]:
+def peer_names(kind: Kind, device: str) -> tuple[str, ...]:
+    """Return the peers that can serve such requests on a device."""
+    excluded = (frozenset() if kind == "mixed" else ONLY_MIXED) | (
+        frozenset() if device == "cpu" else ONLY_CPU
+    )
+    return tuple(name for name in PEERS if name not in excluded)
+
+
+def measure(kind: Kind, size: int, sides: Mapping[str, Side], flags: Flags) -> dict[str, Any]:
     """Measure one row of the table."""
-    ours = harness.Worker(make_ours, size, flags.base)
-    peer = harness.Worker(make_peer, size, flags.base, flags.device)
-    difference = float(np.abs(ours() - peer()).max())
-    spreads = harness.interleave({"ours": ours, "peer": peer}, flags.rounds, warmups=3)
-    ours.close()
-    peer.close()
+    vectors = {name: side(size) for name, side in sides.items()}
+    difference = max(
+        float(np.abs(vectors["ours"] - found).max())
+        for name, found in vectors.items()
+        if name not in APPROXIMATE
+    )
+    calls = {name: functools.partial(side, size) for name, side in sides.items()}
+    spreads = harness.interleave(calls, flags.rounds, 1, flags.most_seconds)
+    raced = {name: spread for name, spread in spreads.items() if name not in APPROXIMATE}
     return {
+        "kind": kind,
         "requests": size,
-        "ours ms": spreads["ours"],
-        "peer ms": spreads["peer"],
+        **harness.against_best(raced),
+        **{f"{name} ms": spread for name, spread in spreads.items() if name != "ours"},
         "sentences a second": round(size / spreads["ours"].median),
-        "× peer": spreads["peer"].median / spreads["ours"].median,
         "largest difference": difference,
     }
 
 
+def measure_kind(kind: Kind, flags: Flags) -> list[dict[str, Any]]:
+    """Measure all sizes: ours in one process, the peers in another."""
+    names = peer_names(kind, flags.device)
+    ours = harness.Worker(make_ours, kind, flags.base)
+    peers = harness.Worker(make_peers, names, kind, flags.base, flags.device)
+    sides: dict[str, Side] = {"ours": ours}
+    sides |= {name: functools.partial(peers, name) for name in names}
+    rows = [measure(kind, size, sides, flags) for size in flags.batch_sizes]
+    ours.close()
+    peers.close()
+    return rows
+
+
+TITLES = {
+    "mixed": "Inference: requests to three tasks with an adapter each, float32",
+    "merged": "Inference: requests to one task with its adapter merged, float32",
+}
+
+
 def main(flags: Flags) -> None:
-    """Measure all sizes."""
-    rows = [measure(size, flags) for size in flags.batch_sizes]
-    harness.show("predict", "Mixed-task inference, three adapters, float32", rows, flags.out)
+    """Measure both kinds."""
+    for kind in flags.kinds:
+        name = f"predict-{kind}"
+        if not harness.is_done(name, flags.out):
+            harness.show(name, TITLES[kind], measure_kind(kind, flags), flags.out)
 
 
 if __name__ == "__main__":

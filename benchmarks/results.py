@@ -13,11 +13,17 @@ from benchmarks import harness
 HEAD = """# Measured speed
 
 Written by `python -m benchmarks.results` from what `make bench` measured. Milliseconds are \
-medians with (lowest–highest); both sides run in turn, each in its own process, on the same \
-sentences from the same weights, with dropout; both processes keep their freed memory. The peer's \
-bfloat16 is autocast. "Floor" is the FLOPs of the real tokens at the \
-matmul rate measured in the same run (for PCGrad the bytes at the copy rate). What was tried \
-stands in [LOG.md](LOG.md).
+medians with (lowest–highest). All sides run in turn, ours in one process and the peers in \
+another (for memory each in its own), on the same sentences from the same weights, with dropout; \
+sentences are as long as the real ones (`lengths.json`). "× best peer" is the time of the \
+fastest peer of a row over ours: above 1 we are faster. The peers: **padded-eager**, \
+transformers + peft + torchjd, each task's batch padded; **sorted**, the same in sub-batches of \
+similar lengths, with the faster one of MKL's and oneDNN's kernels; **flat**, by hand: one batch \
+of all tasks without padding, one backward pass. In inference, **merged** has each task's \
+adapter merged into a model of its own; the int8 model of ONNX Runtime is beside the race, since \
+its vectors differ. The floor is the time of the matmuls of the real tokens, each at the rate of \
+its own shape, and of the fewest element-wise passes at the rate of a copy (for PCGrad alone: of \
+its bytes). What was tried stands in [LOG.md](LOG.md).
 """
 
 
@@ -28,13 +34,28 @@ def cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def section(content: dict[str, Any]) -> str:
-    """Format one benchmark as a Markdown table."""
-    columns = list(content["rows"][0])
-    lines = [f"## {content['title']}", "", f"| {' | '.join(columns)} |"]
-    lines.append("|" + "---|" * len(columns))
-    lines += [f"| {' | '.join(map(cell, row.values()))} |" for row in content["rows"]]
+def section(title: str, rows: list[dict[str, Any]]) -> str:
+    """Format one benchmark as a Markdown table; a row may lack some columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [f"## {title}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(cell(row.get(c, '')) for c in columns)} |" for row in rows]
     return "\n".join(lines)
+
+
+def in_order(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Sort the rows of a table: variants as in the README, batches and dtypes ascending."""
+    variants = ("lora3", "lora1", "baseline2")
+    variant = row.get("variant")
+    number = variants.index(variant) if variant in variants else len(variants)
+    return number, row.get("batch", 0), row.get("dtype") != "float32"
+
+
+def sections(contents: list[dict[str, Any]]) -> list[str]:
+    """Format all benchmarks; files of one title are one table."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for content in contents:
+        tables.setdefault(content["title"], []).extend(content["rows"])
+    return [section(title, sorted(rows, key=in_order)) for title, rows in tables.items()]
 
 
 def main(source: Path = harness.OUT, out: Path = Path(__file__).parent / "RESULTS.md") -> None:
@@ -44,7 +65,7 @@ def main(source: Path = harness.OUT, out: Path = Path(__file__).parent / "RESULT
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     where = f"{machine['date']}; {machine['processor']}, {machine['cores']} cores, on the "
     where += f"{machine['device']}; Python {machine['python']}, {versions}."
-    text = "\n\n".join([HEAD.strip(), where, *map(section, contents)])
+    text = "\n\n".join([HEAD.strip(), where, *sections(contents)])
     out.write_text(text + "\n", encoding="utf-8")
 
 

@@ -52,12 +52,14 @@ class Flags:
     Attributes:
       base: the base model.
       dtype: of the matmuls.
+      axes: what grows.
       rounds: timed steps.
       out: folder of the JSON file.
     """
 
     base: str = "minilm"
     dtype: str = "float32"
+    axes: tuple[str, ...] = tuple(AXES)
     rounds: int = 7
     out: Path = harness.OUT
 
@@ -126,7 +128,7 @@ def measure(axis: str, flags: Flags) -> list[dict[str, Any]]:
 
 def main(flags: Flags) -> None:
     """Measure all axes."""
-    rows = [row for axis in AXES for row in measure(axis, flags)]
+    rows = [row for axis in flags.axes for row in measure(axis, flags)]
     harness.show(
         "scaling", f"A LoRA step with PCGrad, {flags.dtype}, from {Case()}", rows, flags.out
     )

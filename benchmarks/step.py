@@ -1,37 +1,40 @@
-"""Measure train steps per second, ours and PyTorch + peft's: `python -m benchmarks.step`."""
+"""Measure train steps per second, ours and the peers': `python -m benchmarks.step`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
 
-from benchmarks import harness
-from benchmarks.peer import Mode, Peer
-from benchmarks.work import Ours, Work, real_tokens
+from benchmarks import floor, harness
+from benchmarks.work import Ours, Work
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.nn.bert import EncoderConfig, param_shapes
 from jaxlora.training.config import Dtype, VariantName
 from jaxlora.training.task_group import Cohort
 
-KINDS = {
-    "lora shared, PCGrad": "lora3",
-    "lora per task": "lora1",
-    "full shared, PCGrad": "baseline2",
+PeerName = Literal[
+    "padded-eager", "padded-compile", "padded-graphs", "sorted", "flat", "flat-compile"
+]
+# Name → module and class of `benchmarks.peers`, and what it is called with.
+PEERS: Mapping[PeerName, tuple[str, str, Mapping[str, Any]]] = {
+    "padded-eager": ("padded", "Padded", {}),
+    "padded-compile": ("padded", "Padded", {"mode": "compile"}),
+    "padded-graphs": ("padded", "Padded", {"mode": "graphs"}),
+    "sorted": ("sorted", "Sorted", {}),
+    "flat": ("flat", "Flat", {}),
+    "flat-compile": ("flat", "Flat", {"compiled": True}),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Measure the three-task step, in turn with the peer's.
+    """Measure the three-task step, in turn with the peers'.
 
     Attributes:
       base: the base model.
@@ -40,78 +43,58 @@ class Flags:
       dtypes: float32, bfloat16.
       rounds: timed runs of each side.
       steps: steps of a run.
-      peers: eager, compile (torch.compile), graphs (that with CUDA graphs).
+      most_seconds: of a row, after which no further round begins.
+      peers: which of them; those that can train a variant do.
       together: also measure our side with this many steps in one program; 0: do not.
-      device: the peer's device.
-      name: of the JSON file.
-      out: its folder.
+      device: the peers' device.
+      name: of the JSON files, one for each row.
+      out: their folder.
     """
 
     base: str = "minilm"
     variants: tuple[VariantName, ...] = ("lora3", "lora1", "baseline2")
     batch_sizes: tuple[int, ...] = (8, 32)
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
-    rounds: int = 5
-    steps: int = 4
-    peers: tuple[Mode, ...] = ("eager",)
+    rounds: int = 9
+    steps: int = 2
+    most_seconds: float = 20.0
+    peers: tuple[PeerName, ...] = ("padded-eager", "sorted", "flat")
     together: int = 0
     device: str = dataclasses.field(default_factory=harness.peer_device)
     name: str = "step"
     out: Path = harness.OUT
 
 
-def dense_weights(config: EncoderConfig) -> int:
-    """Count the kernel weights of the layers; a forward pass takes two FLOPs per token of each."""
-    flat = param_shapes(config)["layers"]
-    return sum(int(np.prod(x.shape)) for x in _kernels(flat))
-
-
-def _kernels(tree: Any) -> list[Any]:
-    if "kernel" in tree:
-        return [tree["kernel"]]
-    return [x for child in tree.values() if isinstance(child, dict) for x in _kernels(child)]
-
-
-def flops(config: EncoderConfig, tokens: float, full: bool) -> float:
-    """Count a step's matmul FLOPs: forward, gradients of inputs, for `full` also of kernels."""
-    return 2 * dense_weights(config) * tokens * (3 if full else 2)
-
-
-def measure(work: Work, base: Pretrained, flags: Flags) -> dict[str, Any]:
-    """Measure one row of the table."""
-    start = (work, flags.base)
-    workers = {"ours": harness.Worker(make_ours, *start)}
+def measure(work: Work, flags: Flags) -> tuple[dict[str, Any], harness.Spread]:
+    """Measure one row of the table; also return our time."""
+    names = able(flags.peers, work)
+    ours = {"ours": harness.Worker(make_ours, work, flags.base)}
     if flags.together:
-        workers["ours together"] = harness.Worker(make_ours, *start, flags.together)
-    for mode in flags.peers:
-        workers[f"peer {mode}"] = harness.Worker(make_peer, *start, flags.device, mode)
-    sides = {name: lambda w=worker: w(flags.steps) for name, worker in workers.items()}
-    spreads = harness.interleave(sides, flags.rounds, warmups=2)
+        ours["ours together"] = harness.Worker(make_ours, work, flags.base, flags.together)
+    peers = harness.Worker(make_peers, names, work, flags.base, flags.device)
+    sides: dict[str, Callable[[], Any]] = {
+        name: functools.partial(worker, flags.steps) for name, worker in ours.items()
+    }
+    sides |= {name: functools.partial(peers, name, flags.steps) for name in names}
+    spreads = harness.interleave(sides, flags.rounds, 1, flags.most_seconds)
     counts = dict.fromkeys(sides, flags.steps) | {"ours together": flags.together}
     spreads = {name: spread.per(counts[name]) for name, spread in spreads.items()}
-    for worker in workers.values():
+    for worker in (*ours.values(), peers):
         worker.close()
-    config = base.config
-    tokens = 1024 if jax.default_backend() == "cpu" else 16384
-    rate = harness.matmul_rate(
-        tokens, jnp.dtype(work.dtype), config.hidden_size, config.intermediate_size
-    )
-    floor = flops(config, real_tokens(work, base), work.settings.adapt == "full") / rate
-    peer, ours = (
-        min(spread.median for name, spread in spreads.items() if name.startswith(side))
-        for side in ("peer", "ours")
-    )
-    return {
+    row = {
         "variant": work.variant,
         "batch": work.batch_size,
         "dtype": work.dtype,
-        **{f"{name} ms": spread for name, spread in spreads.items()},
-        "× peer": peer / ours,
-        "floor ms": 1e3 * floor,
-        "× floor": ours / floor,
-        "MFU %": 100 * floor / ours,
-        "GFLOP/s": rate / 1e9,
+        **harness.against_best(spreads),
+        **{f"{name} ms": spread for name, spread in spreads.items() if name != "ours"},
     }
+    return row, row["ours ms"]
+
+
+def able(names: tuple[PeerName, ...], work: Work) -> tuple[PeerName, ...]:
+    """Return the peers that can train a variant: `flat` is written for adapters."""
+    lora = work.settings.adapt == "lora"
+    return tuple(name for name in names if lora or not name.startswith("flat"))
 
 
 def make_ours(work: Work, base: str, together: int = 0) -> Callable[[int], Any]:
@@ -125,32 +108,43 @@ def make_ours(work: Work, base: str, together: int = 0) -> Callable[[int], Any]:
 
 @functools.cache
 def make_numbers(work: Work, base: str) -> tuple[Pretrained, list[Cohort]]:
-    """Load the base, and the groups whose initial parameters the peer copies."""
+    """Load the base, and the groups whose initial parameters the peers copy."""
     loaded = huggingface.load(base)
     return loaded, Ours(work, loaded).cohorts
 
 
-def make_peer(work: Work, base: str, device: str, mode: Mode = "eager") -> Callable[[int], Any]:
-    """Build the peer's side: one or three models."""
+def make_peers(
+    names: tuple[PeerName, ...], work: Work, base: str, device: str
+) -> Callable[[PeerName, int], Any]:
+    """Build some peers: `(name, steps)` takes steps with one of them."""
+    made = {name: make_peer(name, work, base, device) for name in names}
+    return lambda name, steps: made[name](steps)
+
+
+def make_peer(name: PeerName, work: Work, base: str, device: str) -> Callable[[int], Any]:
+    """Build a peer: one for each cohort of ours."""
     loaded, cohorts = make_numbers(work, base)
-    peers = [
-        Peer(work, loaded, cohort, group.name, mode=mode, device=device)
-        for cohort in cohorts
-        for group in cohort.groups
-    ]
+    module, kind, flags = PEERS[name]
+    make = getattr(importlib.import_module(f"benchmarks.peers.{module}"), kind)
+    peers = [make(work, loaded, cohort, device=device, **flags) for cohort in cohorts]
     return lambda steps: [peer.run(steps) for peer in peers] and None
 
 
 def main(flags: Flags) -> None:
-    """Measure all combinations."""
+    """Measure all combinations; a row that is there already, from this machine, is kept."""
     base = huggingface.load(flags.base)
-    rows = [
-        measure(Work(variant, size, dtype), base, flags)
-        for variant in flags.variants
-        for size in flags.batch_sizes
-        for dtype in flags.dtypes
-    ]
-    harness.show(flags.name, "A step of all three tasks (ms: median, low–high)", rows, flags.out)
+    for variant in flags.variants:
+        for size in flags.batch_sizes:
+            for dtype in flags.dtypes:
+                work = Work(variant, size, dtype)
+                name = f"{flags.name}-{variant}-{size}-{dtype}"
+                if harness.is_done(name, flags.out):
+                    continue
+                row, ours = measure(work, flags)
+                title = "The distance of our step from its floor"
+                harness.show(f"floor-{name}", title, [floor.row(work, base, ours)], flags.out)
+                title = "A step of all three tasks (ms: median, low–high)"
+                harness.show(name, title, [row], flags.out)
 
 
 if __name__ == "__main__":

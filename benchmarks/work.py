@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -21,12 +23,7 @@ from jaxlora.training.presets import make_settings
 from jaxlora.training.step import StepMetrics, TrainState
 from jaxlora.training.task_group import Cohort, make_cohort
 
-# Tokens of a training sentence at 0, 5, … 100 % (SST-5, Quora, STS-B; BERT's tokenizer).
-LENGTHS = {
-    "sst": (4, 9, 11, 13, 15, 16, 18, 19, 21, 22, 24, 25, 27, 29, 30, 33, 35, 37, 41, 46, 80),
-    "para": (3, 8, 9, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 16, 17, 18, 20, 22, 25, 30, 95),
-    "sts": (5, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 16, 17, 19, 22, 26, 31, 70),
-}
+LENGTHS = json.loads(Path(__file__).with_name("lengths.json").read_text(encoding="utf-8"))
 TASKS = paper_tasks("mse")
 FIRST_WORD = 1000  # of BERT's vocabulary; what stands before are special and unused tokens
 Metrics = dict[str, StepMetrics]
@@ -37,14 +34,15 @@ LOOK_AT = 200  # steps, to find the shapes of batches
 class Work:
     """What is trained: a variant at a batch size and dtype, on `examples` of each task.
 
-    Heads and encoder have the same dropout.
+    All else is as in the preset whose scores are published, `cs224n`; a dropout that is given is
+    that of heads and encoder.
     """
 
     variant: VariantName
     batch_size: int
     dtype: Dtype
     examples: int = 512
-    dropout: float = 0.1
+    dropout: float | None = None
     pooling: Literal["cls", "mean"] = "mean"
 
     @property
@@ -52,13 +50,15 @@ class Work:
         """The settings of the run."""
         settings = make_settings(
             self.variant,
+            "cs224n",
+            data_dir=".",  # whose files are not read
             max_length=128,
             pooling=self.pooling,
             dtype=self.dtype,
             batch_size=self.batch_size,
             epochs=20,
         )
-        return settings.change(encoder_dropout=self.dropout)
+        return settings if self.dropout is None else settings.change(encoder_dropout=self.dropout)
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -67,10 +67,13 @@ class Work:
 
 
 def make_examples(task: Task, count: int, vocabulary: int, seed: int = 0) -> Examples:
-    """Draw sentences of random words, as long as the real ones, with random labels."""
+    """Draw sentences of random words, with random labels.
+
+    Their lengths have the distribution of the real ones; those of a pair are independent.
+    """
     rng = np.random.default_rng([seed, *task.name.encode()])
-    quantiles = rng.uniform(0, 100, count * task.sentences)
-    lengths = np.interp(quantiles, np.arange(0, 101, 5), LENGTHS[task.name]).astype(np.int64)
+    found = np.array([*map(int, LENGTHS[task.name])]), np.array([*LENGTHS[task.name].values()])
+    lengths = rng.choice(found[0], count * task.sentences, p=found[1] / found[1].sum())
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     first = min(FIRST_WORD, vocabulary // 2)
     tokens = rng.integers(first, vocabulary, offsets[-1]).astype(np.int32)
@@ -160,14 +163,15 @@ class Ours(Steps):
     def __init__(self, work: Work, base: Pretrained) -> None:
         data, chosen, mesh = make_data(work, base), work.settings, sharding.make_mesh("data=1")
         made = [make_cohort(chosen, base, data, groups, mesh) for groups in chosen.cohorts]
-        super().__init__(
-            [
-                dataclasses.replace(
-                    cohort, train_step=dataclasses.replace(cohort.train_step, dropout=work.dropout)
-                )
-                for cohort in made
-            ]
-        )
+        super().__init__([_with_head_dropout(cohort, work.dropout) for cohort in made])
+
+
+def _with_head_dropout(cohort: Cohort, rate: float | None) -> Cohort:
+    if rate is None:
+        return cohort
+    return dataclasses.replace(
+        cohort, train_step=dataclasses.replace(cohort.train_step, dropout=rate)
+    )
 
 
 def _over_and_over(cohort: Cohort) -> Iterator[Batch]:

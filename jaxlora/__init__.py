@@ -14,7 +14,8 @@ from jaxlora.pcgrad import PCGradState, pcgrad, sum_tasks
 from jaxlora.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxlora.serving.predictor import Answer, Predictor, load
+    from jaxlora.serving.answers import Answer
+    from jaxlora.serving.predictor import Predictor, load
     from jaxlora.serving.sentence_encoder import SentenceEncoder, from_pretrained
 
 __version__ = "0.1.0"
@@ -26,7 +27,7 @@ __all__ = [
 
 # Public name → its module, and its name there.
 _ON_FIRST_USE = {
-    "Answer": ("jaxlora.serving.predictor", "Answer"),
+    "Answer": ("jaxlora.serving.answers", "Answer"),
     "Predictor": ("jaxlora.serving.predictor", "Predictor"),
     "SentenceEncoder": ("jaxlora.serving.sentence_encoder", "SentenceEncoder"),
     "from_pretrained": ("jaxlora.serving.sentence_encoder", "from_pretrained"),

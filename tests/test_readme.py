@@ -13,8 +13,9 @@ import pytest
 from jaxlora.formats import families, huggingface, peft_config
 from jaxlora.nn import ops
 from jaxlora.serving import import_model
+from jaxlora.tasks.kinds import KINDS
 from jaxlora.tasks.sharing import VARIANTS
-from jaxlora.tasks.task import KINDS, STS_COSINE, Task
+from jaxlora.tasks.task import STS_COSINE, Task
 from jaxlora.training.presets import PAPER_GUESSES
 from jaxlora.utils.errors import UserError
 
@@ -67,14 +68,30 @@ def test_scores_and_parameters_are_those_of_the_results():
     assert checked == 8
 
 
+def tables(text):
+    """The tables of a page, each a list of rows by column."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, _, *lines = [line.strip("| \n").split(" | ") for line in block.splitlines()]
+        found.append([dict(zip(head, line, strict=False)) for line in lines])
+    return found
+
+
 def test_speed_shows_the_benchmarks_in_which_the_peer_is_better():
-    shown = section("Speed")
-    one = re.search(r"^\| 1 \|.*\| ([\d.]+) \| [\d.e-]+ \|$", BENCH, re.MULTILINE)[1]
-    assert f"| one request, three adapters loaded | **{one}** |" in shown
-    full = re.findall(r"^\| baseline2 \| \d+ \| \d+ \| \d+ \| ([\d.]+) \|$", BENCH, re.MULTILINE)
-    assert len(full) == 2
-    for memory in full:
-        assert f"**{float(memory):.1f}**" in shown
+    """Of train steps, inference and memory, in bold: each one in which we lose."""
+    shown, checked = section("Speed"), 0
+    for row in (row for table in tables(BENCH) for row in table):
+        if not row.keys() & {"variant", "requests"}:
+            continue
+        faster = row.get("× best peer", row.get("× peer"))
+        memory = row.get("ours / best peer", row.get("ours / peer"))
+        if faster is not None and float(faster) < 0.995:
+            assert f"**{float(faster):.2f}**" in shown, row
+            checked += 1
+        if memory is not None and float(memory) > 1.05:
+            assert f"**{float(memory):.1f}**" in shown, row
+            checked += 1
+    assert checked
 
 
 # ---- what it cannot do: each line is tried
@@ -100,8 +117,8 @@ def other_encoders(folder):
 
 
 def other_heads(folder):
-    assert set(KINDS) == {"classification", "binary", "regression", "similarity"}
-    for kind in ("token_classification", "span", "multi_label"):
+    assert {kind.form for kind in KINDS.values()} == {"class", "classes", "score"}
+    for kind in ("token_classification", "span"):
         refuses(lambda kind=kind: Task("x", kind), "is not one of")
 
 
@@ -143,7 +160,9 @@ def accelerators(folder):
 
 def memory(folder):
     test_speed_shows_the_benchmarks_in_which_the_peer_is_better()
-    factors = re.findall(r"^\| baseline2 \| \d+ \| \d+ \| \d+ \| ([\d.]+) \|$", BENCH, re.MULTILINE)
+    rows = [row for table in tables(BENCH) for row in table if row.get("variant") == "baseline2"]
+    found = [row.get("ours / best peer", row.get("ours / peer")) for row in rows]
+    factors = [factor for factor in found if factor is not None]
     low, high = (f"{edge(map(float, factors)):.1f}" for edge in (min, max))
     assert f"{low} to {high} ×" in section("What it cannot do")
 

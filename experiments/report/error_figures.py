@@ -43,7 +43,7 @@ def confusions(shown: Mapping[str, Run], titles: Mapping[str, str]) -> Plan:
     panels = [
         _confusion(run, task, titles[task.name])
         for task in paper_tasks()
-        if task.integer
+        if task.classes
         for run in shown.values()
     ]
     caption = (
@@ -124,5 +124,5 @@ def reliability(shown: Mapping[str, Run], titles: Mapping[str, str]) -> Plan:
         "On the diagonal a confidence of 0.8 is right in 80 of 100 cases; below it, the model is "
         "too sure. Ten bins; larger marks hold more examples. ECE: expected calibration error."
     )
-    panels = tuple(panel(task) for task in paper_tasks() if task.integer)
+    panels = tuple(panel(task) for task in paper_tasks() if task.classes)
     return Plan("calibration", "Calibration", caption, panels, 3.8, 2)

@@ -454,7 +454,7 @@ def _flag(name: str, value: Any) -> str:
 
 def calibrations(context: Context) -> Table:
     """Build the table of expected calibration errors."""
-    named = [task.name for task in paper_tasks() if task.integer]
+    named = [task.name for task in paper_tasks() if task.classes]
     columns = (
         Column("study", "study"),
         *(Column(f"{name}_ece", f"{context.titles[name]}: ECE, %") for name in named),

@@ -42,7 +42,7 @@ def update(
       folder: the bank.
       run: a run's --out folder.
       task: which of its tasks; default: all.
-      if_better: only those whose score is higher on the same dev set.
+      if_better: only those whose score is better on the same dev set.
     """
     source, names = _chosen(run, task)
     changes = banks.add(folder, source, names, replace=True, if_better=if_better)
@@ -66,7 +66,7 @@ def _describe(change: banks.Change) -> str:
         return f"{scores}, not known to be on one dev set"
     if change.better or change.before == change.after:
         return scores
-    return f"{scores}: the score fell; see bank rollback"
+    return f"{scores}: the score {'fell' if change.greater else 'rose'}; see bank rollback"
 
 
 def _score(score: float | None) -> str:

@@ -95,9 +95,8 @@ class ConsoleCallback:
             self._bar.update(self._bars[record["group"]], completed=record["step"], note=note)
             return
         scores = "  ".join(f"{k} {v:.4f}" for k, v in record["dev"].items())
-        self._console.print(
-            f"{record['group']} step {record['step']}: dev {scores}  mean {record['score']:.4f}"
-        )
+        mean = f"  mean {record['score']:.4f}" if len(record["dev"]) > 1 else ""
+        self._console.print(f"{record['group']} step {record['step']}: dev {scores}{mean}")
 
     def done(self, name: str, why: str) -> None:
         """Tick the group's bar off, and say why it ended."""
@@ -155,12 +154,12 @@ def _warmup(steps: float) -> str:
 
 def _labels(task: Task) -> str:
     """Say what is predicted, with the positive class of two."""
-    if not task.integer:
+    if task.form == "score":
         return f"scores from {task.low:g} to {task.high:g}"
-    if task.kind == "binary":
-        return f"{task.classes[0]} or {task.classes[1]} (the positive class)"
+    if task.positive is not None:
+        return f"{task.classes[0]} or {task.positive} (the positive class)"
     shown = ", ".join(task.classes[:12]) + (", …" if len(task.classes) > 12 else "")
-    return f"{len(task.classes)} classes: {shown}"
+    return f"{'any' if task.form == 'classes' else 'one'} of {len(task.classes)} classes: {shown}"
 
 
 def _joint(settings: Settings) -> str:

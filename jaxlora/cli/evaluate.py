@@ -21,6 +21,7 @@ from jaxlora.utils.errors import ConfigError
 
 MOST_SHOWN = 12  # classes whose confusion is printed
 WORST_SHOWN = 5
+NOTHING = "no label"  # an empty set of classes
 
 
 def evaluate(
@@ -46,7 +47,8 @@ def evaluate(
       task: the task; default: the only one.
       text: the column of text, or two of a pair, separated by a comma; default: as in training,
         or sentence (or text), or sentence1 and sentence2.
-      label: the column of labels; default: as in training, or label.
+      label: the column of labels, or several of 0 and 1, separated by commas; default: as in
+        training, or label.
       against: another bank or run; its task of the same name is compared on the same rows.
       page: write everything to this HTML file, too.
       json: print everything as JSON.
@@ -106,12 +108,16 @@ def show(found: Report) -> None:
         _show_table(("label ↓ predicted →", *names), lines)
     if found.calibration_error is not None:
         say(f"expected calibration error: {found.calibration_error:.3f}")
+    if found.thresholds:
+        each = ", ".join(f"{name} {value:.3f}" for name, value in found.thresholds.items())
+        say(f"thresholds that it decides with: {each}")
     if found.best_threshold is not None:
         say(f"best threshold here: {found.best_threshold:.3f}, with F1 {found.best_f1:.3f}")
     for one in found.mistakes[:WORST_SHOWN]:
         sure = "" if one.confidence is None else f" ({one.confidence:.2f})"
         shown = " ‖ ".join(one.texts)
-        say(f"line {one.line}: {one.label}, predicted {one.prediction}{sure}: {shown[:100]}")
+        label, guess = one.label or NOTHING, one.prediction or NOTHING
+        say(f"line {one.line}: {label}, predicted {guess}{sure}: {shown[:100]}")
 
 
 def _show_scores(title: str, scores: Mapping[str, Interval]) -> None:

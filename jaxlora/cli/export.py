@@ -92,7 +92,7 @@ def _show_compared(folder: Path, predictor: Predictor, name: str, labelled: Labe
     from jaxlora.serving import export_onnx_check
 
     own, models = export_onnx_check.compare(folder, predictor, name, labelled.rows)
-    task, what = predictor.task(name), "probability" if predictor.task(name).integer else "score"
+    task, what = predictor.task(name), "probability" if predictor.task(name).classes else "score"
     table = Table()
     for title in ("model", task.metric_name, f"largest difference of a {what}", "MB"):
         table.add_column(title, justify="left" if title == "model" else "right")

@@ -38,7 +38,7 @@ def init(
     Args:
       tables: a table for each task, or its files, such as topic-train.csv and topic-dev.csv.
       text: the column of text, or two of a pair, separated by a comma; default: guessed.
-      label: the column of labels; default: guessed.
+      label: the column of labels, or several of 0 and 1, separated by commas; default: guessed.
       output: the file to write; default: the first table's name with .toml, beside it.
       base: whose tokenizer counts the tokens.
       max_length: tokens a sentence will be cut to.
@@ -59,7 +59,8 @@ def init(
         kinds = ", ".join(one.labels.classes[:12]) or "scores from {:g} to {:g}".format(
             *one.labels.range or ()
         )
-        say(f"{name}: {one.labels.kind} of {' and '.join(one.text)} by {one.label}: {kinds}")
+        label = one.label if isinstance(one.label, str) else ", ".join(one.label)
+        say(f"{name}: {one.labels.kind} of {' and '.join(one.text)} by {label}: {kinds}")
         for remark in remarks(one, max_length):
             say(f"  {remark}")
     say(f"{target}: read it, then run: jaxlora train {target}")

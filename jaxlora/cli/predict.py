@@ -13,6 +13,7 @@ from jaxlora.cli.flags import bytes_of
 from jaxlora.cli.terminal import print_json, say
 from jaxlora.data.quoting import Quoting
 from jaxlora.serving import predict_table
+from jaxlora.serving.answers import show_value, to_record
 from jaxlora.serving.predictor import Predictor
 from jaxlora.utils import cache, process
 from jaxlora.utils.errors import ConfigError, UserError
@@ -73,14 +74,15 @@ def predict(
     if task is None:
         raise UserError(f"--task is missing; there are {', '.join(predictor.tasks)}")
     (answer,) = predictor([(task, *texts)])
+    record = to_record(predictor.task(task), answer)
     if json:
-        print_json(predict_table.to_record(answer))
+        print_json(record)
         return
     if answer.probabilities is None:
-        print(f"{answer.value:.4f}")
+        print(show_value(predictor.task(task), answer.value))
         return
     each = ", ".join(f"{name} {p:.4f}" for name, p in answer.probabilities.items())
-    print(f"{answer.label}  ({each})")
+    print(f"{record['label'] or 'no label'}  ({each})")
 
 
 def main(words: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ class Batch(NamedTuple):
         `t N + n`; for full fine-tuning, `PackedTokens` with a leading axis `[T]`; for a frozen
         encoder, vectors `f32[T, N, H]`. The first sentence of example b is sentence b of its task,
         the second one is sentence `B + b`.
-      labels: `f32[T, B]`.
+      labels: `f32[L, B]`, a row for each task, or K for a task whose labels are sets of K classes.
       weights: `f32[T, B]`, 1 for a real example, 0 for padding; a task whose group takes no
         part has padding alone.
     """
@@ -154,12 +154,15 @@ def owners(examples: Mapping[str, Examples], chosen: Sequence[np.ndarray]) -> np
 def targets(
     batches: PackedBatches | VectorBatches, chosen: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels and weights `f32[T, B]` of the chosen examples."""
-    labels, weights = np.zeros((2, len(chosen), batches.order.batch_size), np.float32)
+    """Return labels `f32[L, B]` and weights `f32[T, B]` of the chosen examples, see `Batch`."""
+    size = batches.order.batch_size
+    labels: list[np.ndarray] = []
+    weights = np.zeros((len(chosen), size), np.float32)
     for t, (examples, numbers) in enumerate(zip(batches.examples.values(), chosen, strict=True)):
-        labels[t, : len(numbers)] = examples.labels[numbers]
+        labels.append(np.zeros((examples.targets.shape[1], size), np.float32))
+        labels[t][:, : len(numbers)] = examples.targets[numbers].T
         weights[t, : len(numbers)] = 1
-    return labels, weights
+    return np.concatenate(labels), weights
 
 
 def choose_batch_shapes(

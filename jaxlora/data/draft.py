@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxlora.data.labels import DELIMITER
 from jaxlora.data.survey import Survey
 from jaxlora.data.task_files import DEV_SHARE
+from jaxlora.tasks.kinds import KINDS
 
 HEAD = "# Drafted from the data: read each line, then run `jaxlora train` on this file."
 PAIR = (
@@ -66,9 +68,11 @@ def remarks(found: Survey, max_length: int) -> Iterator[str]:
         if split in found.files and (leaked := found.leaked(split)):
             yield f"{leaked:,} {split} rows have the text of a training row: scores mislead."
     if counts and max(counts.values()) >= UNEVEN * min(counts.values()):
+        weighted = KINDS[found.labels.kind].form == "class"
         yield (
             f"Classes are uneven, {max(counts.values()):,} to {min(counts.values()):,} rows: "
-            'metric = "macro_f1" counts them alike.'
+            'metric = "macro_f1" counts them alike'
+            + (', class_weights = "balanced" learns them alike.' if weighted else ".")
         )
     if rare := [name for name, count in counts.items() if count < FEW]:
         yield f"Fewer than {FEW} rows: {', '.join(rare[:10])}."
@@ -83,11 +87,25 @@ def _describe_labels(found: Survey) -> Iterator[str]:
         yield f"kind = {_text(labels.kind)}  # scores{other}"
         yield f"range = {list(labels.range)}  # lowest and highest in the data"
         return
-    positive = f"; {labels.classes[1]} is the positive class" if labels.kind == "binary" else ""
+    if KINDS[labels.kind].form == "classes":
+        yield from _describe_sets(found)
+        return
+    positive = f"; {labels.classes[1]} is the positive class" if KINDS[labels.kind].positive else ""
     counts = ", ".join(f"{name} {count:,}" for name, count in labels.counts.items())
     yield f"kind = {_text(labels.kind)}  {_comment(f'{len(labels.counts)} classes{positive}')}"
     yield _comment(f"Rows of all files: {counts}.")
     yield f"classes = {_text(labels.classes)}"
+
+
+def _describe_sets(found: Survey) -> Iterator[str]:
+    labels, several = found.labels, not isinstance(found.label, str)
+    yield f"kind = {_text(labels.kind)}  # any number of {len(labels.counts)} classes"
+    counts = ", ".join(f"{name} {count:,}" for name, count in labels.counts.items())
+    yield _comment(f"Rows of all files: {counts}; without any {labels.empty:,}.")
+    if not several:
+        yield f"label_delimiter = {_text(DELIMITER)}"
+        yield f"classes = {_text(labels.classes)}"
+    yield 'threshold = "dev"  # for each class, chosen on the dev set; or a probability'
 
 
 def _describe_lengths(found: Survey, max_length: int) -> str:

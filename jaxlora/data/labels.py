@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 
-from jaxlora.data.raw_examples import YES_OR_NO, is_missing, parse_number
-from jaxlora.tasks.task import KindName
+from jaxlora.data.raw_examples import YES_OR_NO, is_missing, parse_number, split_names
+from jaxlora.tasks.kinds import KINDS, KindName, LabelForm
 
 MOST_NUMBERED = 20  # classes whose names are whole numbers; with more they are scores
 MOST_CLASSES = 1000
+DELIMITER = "|"  # of the names in a set of classes, unless another is given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +20,18 @@ class FoundLabels:
     """The labels of a task as they occur in its tables.
 
     Attributes:
-      kind: classification, binary or regression.
+      kind: classification, binary, multilabel or regression, unless it was given.
       counts: class → number of rows, in the order of the classes; of scores empty.
       range: the lowest and the highest score; of classes None.
       missing: rows without a label.
+      empty: rows whose set of classes is empty.
     """
 
     kind: KindName
     counts: Mapping[str, int]
     range: tuple[float, float] | None
     missing: int
+    empty: int = 0
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -36,7 +39,9 @@ class FoundLabels:
         return tuple(self.counts)
 
 
-def find_labels(written: Iterable[str], kind: KindName | None = None) -> FoundLabels:
+def find_labels(
+    written: Iterable[str], kind: KindName | None = None, delimiter: str | None = None
+) -> FoundLabels:
     """Find the kind of a task, and its classes or range, from its labels.
 
     Numbers are scores if one is not whole, or if there are more than `MOST_NUMBERED` values, or
@@ -45,9 +50,13 @@ def find_labels(written: Iterable[str], kind: KindName | None = None) -> FoundLa
     number if all are numbers, else by name. Spellings of one number are one class, named by the
     most frequent, without `.0`.
 
+    Labels are sets of classes if a delimiter is given, or if `|` separates names that recur in
+    different sets.
+
     Args:
       written: the labels as written.
       kind: of the task; None: found from the labels.
+      delimiter: of the names in a set of classes; None: `|`.
 
     Raises:
       ValueError: if there is no label, only one value, or the values do not fit the kind.
@@ -58,24 +67,120 @@ def find_labels(written: Iterable[str], kind: KindName | None = None) -> FoundLa
     ('1', '2', '10')
     >>> find_labels(["0.5", "4"]).range
     (0.5, 4.0)
+    >>> find_labels(["a|b", "b", "", "b|c"]).counts
+    {'a': 1, 'b': 3, 'c': 1}
     """
-    counts = Counter(label.strip() for label in written)
-    missing = sum(counts.pop(label) for label in list(counts) if is_missing(label))
-    if not counts:
-        raise ValueError("no row has a label")
-    numbers = {label: parse_number(label) for label in counts}
-    kind = kind or _guess_kind(counts, numbers)
-    if kind in ("regression", "similarity"):
-        return FoundLabels(kind, {}, _find_range(numbers), missing)
-    merged = _merge_spellings(counts, numbers, kind)
+    cells = Counter(label.strip() for label in written)
+    if kind is None and (delimiter or _look_like_sets(cells)):
+        kind = "multilabel"
+    if kind is None:
+        kind = _guess_kind(_without_missing(cells))
+    return FINDERS[KINDS[kind].form](cells, kind, delimiter or DELIMITER)
+
+
+def _look_like_sets(cells: Mapping[str, int]) -> bool:
+    """Return whether cells are sets of names, and there are no more names than different cells.
+
+    Some name then recurs, since a cell that has two would otherwise add more names than cells.
+    """
+    there = _without_missing(cells)
+    names = {name for cell in there for name in split_names(cell, DELIMITER)}
+    separated = any(DELIMITER in cell for cell in there)
+    return separated and "" not in names and len(names) <= len(there)
+
+
+def _without_missing(cells: Mapping[str, int]) -> dict[str, int]:
+    return {cell: count for cell, count in cells.items() if not is_missing(cell)}
+
+
+def _find_scores(cells: Mapping[str, int], kind: KindName, delimiter: str) -> FoundLabels:
+    there = _without_missing(cells)
+    return FoundLabels(kind, {}, _find_range(_numbers(there)), _count_missing(cells, there))
+
+
+def _find_classes(cells: Mapping[str, int], kind: KindName, delimiter: str) -> FoundLabels:
+    there = _without_missing(cells)
+    merged = _merge_spellings(there, _numbers(there), kind)
     _check_classes(merged, kind)
-    return FoundLabels(kind, merged, None, missing)
+    if KINDS[kind].ordered and any(parse_number(name) is None for name in merged):
+        raise ValueError(f"classes of an {kind} task have an order: name them, the lowest first")
+    return FoundLabels(kind, merged, None, _count_missing(cells, there))
 
 
-def _guess_kind(counts: Mapping[str, int], numbers: Mapping[str, Decimal | None]) -> KindName:
+def _find_sets(cells: Mapping[str, int], kind: KindName, delimiter: str) -> FoundLabels:
+    found = count_sets(cells, delimiter)
+    if not found.counts:
+        raise ValueError("no row has a label")
+    if not any(delimiter in cell for cell in cells):
+        raise ValueError(
+            f"no row has two labels, {delimiter!r} is nowhere; name the `label_delimiter`, or "
+            "another kind"
+        )
+    if "" in found.counts:
+        odd = next(cell for cell in cells if cell and "" in split_names(cell, delimiter))
+        raise ValueError(f"{odd[:60]!r} has nothing on one side of a {delimiter!r}")
+    if len(found.counts) > MOST_CLASSES:
+        raise ValueError(f"{len(found.counts):,} different labels; name another column")
+    return found
+
+
+def count_sets(cells: Mapping[str, int], delimiter: str, names: Sequence[str] = ()) -> FoundLabels:
+    """Count the names in cells that are sets of classes.
+
+    Args:
+      cells: cell → number of rows.
+      delimiter: separates the names.
+      names: that may occur, in this order; `()`: those that do, by number or name.
+
+    >>> count_sets({"a|b": 2, "b": 1, "": 4}, "|").counts
+    {'a': 2, 'b': 3}
+    """
+    sets = {cell: count for cell, count in cells.items() if not cell or not is_missing(cell)}
+    counts: Counter[str] = Counter()
+    for cell, count in sets.items():
+        for name in set(split_names(cell, delimiter)):
+            counts[name] += count
+    ordered = names or sorted(counts, key=_by_number_or_name(counts))
+    missing = sum(cells.values()) - sum(sets.values())
+    return FoundLabels(
+        "multilabel", {name: counts[name] for name in ordered}, None, missing, sets.get("", 0)
+    )
+
+
+def _by_number_or_name(names: Iterable[str]) -> Callable[[str], Decimal | str]:
+    numbers = _numbers(names)
+    if None in numbers.values():
+        return str
+    return lambda name: numbers[name] or Decimal(0)
+
+
+# How labels of each form are found.
+FINDERS: dict[LabelForm, Callable[[Mapping[str, int], KindName, str], FoundLabels]] = {
+    "class": _find_classes,
+    "classes": _find_sets,
+    "score": _find_scores,
+}
+
+
+def _numbers(labels: Iterable[str]) -> dict[str, Decimal | None]:
+    return {label: parse_number(label) for label in labels}
+
+
+def _count_missing(cells: Mapping[str, int], there: Mapping[str, int]) -> int:
+    if not there:
+        raise ValueError("no row has a label")
+    return sum(cells.values()) - sum(there.values())
+
+
+def _guess_kind(counts: Mapping[str, int]) -> KindName:
+    numbers = _numbers(counts)
     values = {number for number in numbers.values() if number is not None}
     many = len(values) > min(MOST_NUMBERED, max(2, sum(counts.values()) // 2))
-    if None not in numbers.values() and (many or any(v != v.to_integral_value() for v in values)):
+    if (
+        values
+        and None not in numbers.values()
+        and (many or any(v != v.to_integral_value() for v in values))
+    ):
         return "regression"
     return "binary" if len(_merge_spellings(counts, numbers, "binary")) == 2 else "classification"
 
@@ -94,7 +199,7 @@ def _merge_spellings(
     counts: Mapping[str, int], numbers: Mapping[str, Decimal | None], kind: KindName
 ) -> dict[str, int]:
     """Return the classes in order with their counts, each named by its most frequent spelling."""
-    as_answers = kind == "binary" and all(label.casefold() in YES_OR_NO for label in counts)
+    as_answers = KINDS[kind].positive and all(label.casefold() in YES_OR_NO for label in counts)
     numeric = None not in numbers.values()
 
     def meaning(label: str) -> Decimal | int | str:
@@ -116,8 +221,8 @@ def _check_classes(counts: Mapping[str, int], kind: KindName) -> None:
     shown = ", ".join(f"{name[:40]!r} ({count:,})" for name, count in [*counts.items()][:5])
     if len(counts) == 1:
         raise ValueError(f"every row has the label {next(iter(counts))[:60]!r}; nothing to learn")
-    if kind == "binary" and len(counts) != 2:
-        raise ValueError(f"a binary task has two labels, not {len(counts):,}: {shown}, …")
+    if KINDS[kind].positive and len(counts) != 2:
+        raise ValueError(f"a {kind} task has two labels, not {len(counts):,}: {shown}, …")
     rows = sum(counts.values())
     if len(counts) > MOST_CLASSES or len(counts) > max(MOST_NUMBERED, rows // 2):
         raise ValueError(

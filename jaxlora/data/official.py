@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from jaxlora.data.raw_examples import UNLABELLED, TextExample, parse_label
+from jaxlora.data.raw_examples import UNLABELLED, Label, TextExample, parse_label
 from jaxlora.tasks.task import Task
 from jaxlora.utils import files
 from jaxlora.utils.errors import ConfigError
@@ -113,7 +113,7 @@ def read_glue(task: Task, manager: tfds.download.DownloadManager) -> dict[str, l
     return splits
 
 
-def _glue_label(value: float, task: Task, where: str) -> float:
+def _glue_label(value: float, task: Task, where: str) -> Label:
     return UNLABELLED if value == -1 else parse_label(str(value), task, where)
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
 
+import numpy as np
+
+from jaxlora.tasks.kinds import LabelForm
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
+
+Label = float | tuple[int, ...]
 
 
 class TextExample(NamedTuple):
@@ -19,15 +25,20 @@ class TextExample(NamedTuple):
       id: its id in the source.
       sentence1: the sentence, or the first of a pair.
       sentence2: the second of a pair; empty for single-sentence tasks.
-      label: on the task's scale; NaN if unlabelled.
+      label: on the task's scale, or the numbers of the classes in a set; NaN if unlabelled.
       line: its line in the file, from 1; 0 if it is from no file.
     """
 
     id: str
     sentence1: str
     sentence2: str
-    label: float
+    label: Label
     line: int = 0
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it has a label."""
+        return self.label == self.label  # NaN is not equal to itself
 
 
 UNLABELLED = math.nan
@@ -42,17 +53,19 @@ YES_OR_NO = {
 }
 
 
-def parse_label(text: str, task: Task, where: str) -> float:
-    """Parse a label and check it against the task's range.
+def parse_label(text: str, task: Task, where: str) -> Label:
+    """Parse a label and check it against the task's classes or range.
 
     Args:
       text: the label as written, e.g. `"3"`, `"1.0"`, `"4.6"` or the name of a class; of a binary
-        task whose classes are among `YES_OR_NO` also any other of those words.
+        task whose classes are among `YES_OR_NO` also any other of those words; of a set of classes
+        their names, separated by the task's `label_delimiter`.
       task: determines the classes or the range.
       where: `file:line`, for the message.
 
     Returns:
-      The label on the task's scale; NaN if it is missing (see `MISSING`).
+      The label on the task's scale, or the numbers of the classes in a set; NaN if it is missing
+      (see `MISSING`). An empty set is not missing.
 
     Raises:
       UserError: if it is neither the name of a class nor a number in the range.
@@ -64,24 +77,116 @@ def parse_label(text: str, task: Task, where: str) -> float:
     Traceback (most recent call last):
     ...
     jaxlora.utils.errors.UserError: sst.csv:7: label '7' is not a whole number from 0 to 4 ...
+    >>> parse_label("c | a", Task("tags", "multilabel", classes=("a", "b", "c")), "tags.csv:2")
+    (0, 2)
     """
-    written = text.strip()
+    found = PARSERS[task.form](text.strip(), task, where)
+    if found is None:
+        shown = text if len(text) <= 60 else text[:60] + "…"
+        raise UserError(
+            f"{where}: label {shown!r} is not {_allowed(task)} ({task.title}); "
+            "correct the label or delete the line."
+        )
+    return found
+
+
+def _parse_score(written: str, task: Task, where: str) -> float | None:
+    if is_missing(written):
+        return UNLABELLED
+    return _within(parse_number(written), task)
+
+
+def _within(number: Decimal | None, task: Task) -> float | None:
+    return float(number) if number is not None and task.low <= float(number) <= task.high else None
+
+
+def _parse_class(written: str, task: Task, where: str) -> float | None:
     if written in task.classes:
         return float(task.classes.index(written))
     if is_missing(written, task.classes):
         return UNLABELLED
-    if task.kind == "binary" and _answers(task.classes) and written.casefold() in YES_OR_NO:
+    if task.positive is not None and _answers(task.classes) and written.casefold() in YES_OR_NO:
         return float(YES_OR_NO[written.casefold()])
     number = parse_number(written)
-    if number is not None and task.integer:
-        number = _class_number(number, task.classes)
-    if number is not None and task.low <= float(number) <= task.high:
-        return float(number)
-    shown = text if len(text) <= 60 else text[:60] + "…"
-    raise UserError(
-        f"{where}: label {shown!r} is not {_allowed(task)} ({task.title}); "
-        "correct the label or delete the line."
-    )
+    return _within(None if number is None else _class_number(number, task.classes), task)
+
+
+def _parse_classes(written: str, task: Task, where: str) -> Label:
+    if written and is_missing(written, task.classes):
+        return UNLABELLED
+    names = split_names(written, task.label_delimiter)
+    if unknown := [name for name in names if name not in task.classes]:
+        raise UserError(
+            f"{where}: {unknown[0][:60]!r} in {written[:60]!r} is not one of "
+            f"{', '.join(task.classes)} ({task.title}); correct it, add it to `classes`, or check "
+            f"the `label_delimiter` {task.label_delimiter!r}"
+        )
+    if len(set(names)) != len(names):
+        raise UserError(f"{where}: a label is named twice in {written[:60]!r}; delete one")
+    return tuple(sorted(map(task.classes.index, names)))
+
+
+# How a label of each form is read: None means that it is not one.
+PARSERS: dict[LabelForm, Callable[[str, Task, str], Label | None]] = {
+    "class": _parse_class,
+    "classes": _parse_classes,
+    "score": _parse_score,
+}
+
+
+def split_names(written: str, delimiter: str) -> list[str]:
+    """Return the names in a cell; an empty cell has none.
+
+    >>> split_names("a | b", "|"), split_names(" ", "|")
+    (['a', 'b'], [])
+    """
+    return [name.strip() for name in written.split(delimiter)] if written.strip() else []
+
+
+def join_marks(cells: Sequence[str], names: Sequence[str], delimiter: str, where: str) -> str:
+    """Return columns of 0 and 1 as one cell with the names of the columns that have 1.
+
+    Args:
+      cells: one of each column; if all are missing, the row is unlabelled.
+      names: of the columns.
+      delimiter: separates the names.
+      where: `file:line`, for the message.
+
+    Raises:
+      UserError: for a cell that is neither 0 nor 1, nor a word for no or yes.
+
+    >>> join_marks(["1", "0", "yes"], ["a", "b", "c"], "|", "tags.csv:2")
+    'a|c'
+    """
+    if all(is_missing(cell.strip()) for cell in cells):
+        return "nan"
+    marks = [YES_OR_NO.get(cell.strip().removesuffix(".0").casefold()) for cell in cells]
+    if None in marks:
+        at = marks.index(None)
+        raise UserError(
+            f"{where}: column {names[at]!r} has {cells[at][:60]!r}; where several columns are the "
+            "labels, each is 0 or 1"
+        )
+    return delimiter.join(name for name, mark in zip(names, marks, strict=True) if mark)
+
+
+def to_array(
+    labels: Sequence[Label], task: Task, dtype: type[np.floating] = np.float32
+) -> np.ndarray:
+    """Return labels as `f32[E]`, or sets of K classes as `f32[E, K]` of 0 and 1.
+
+    >>> to_array([(0, 2), ()], Task("tags", "multilabel", classes=("a", "b", "c"))).tolist()
+    [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    """
+    if task.form != "classes":
+        return np.array(labels, dtype)
+    out = np.zeros((len(labels), len(task.classes)), dtype)
+    for row, label in zip(out, labels, strict=True):
+        if isinstance(label, tuple):
+            row[list(label)] = 1
+        else:
+            row[:] = label  # NaN: unlabelled
+    return out
 
 
 def is_missing(written: str, classes: tuple[str, ...] = ()) -> bool:
@@ -130,7 +235,7 @@ def _class_number(value: Decimal, classes: tuple[str, ...]) -> Decimal | None:
 
 
 def _allowed(task: Task) -> str:
-    if not task.integer:
+    if task.form == "score":
         return f"a number from {task.low:g} to {task.high:g}"
     if task.classes == tuple(map(str, range(len(task.classes)))):
         return f"a whole number from {task.low:g} to {task.high:g}"

@@ -52,8 +52,9 @@ def _table_content(task: Task, table: Table) -> bytes:
     for sheet in table.open().values():
         next(sheet.rows(), None)  # raises an error that names the file if it cannot be read
     read_as = (task.kind, task.pair, task.low, task.high, task.classes, table.columns)
+    separated = (task.label_delimiter,) if task.form == "classes" else ()
     held_out = (table.dev,) if isinstance(table.dev, float) else ()
-    parts = (*read_as, table.delimiter, table.quoting, *held_out)
+    parts = (*read_as, *separated, table.delimiter, table.quoting, *held_out)
     return repr(parts).encode() + _digest(table.files.values())
 
 

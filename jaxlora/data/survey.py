@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxlora.data import arrow, hub, tables
-from jaxlora.data.labels import FoundLabels, find_labels
+from jaxlora.data.labels import DELIMITER, FoundLabels, count_sets, find_labels
 from jaxlora.data.raw_examples import is_blank
 from jaxlora.data.sheet import Sheet
 from jaxlora.data.table_formats import open_sheets, stem_of
@@ -27,8 +28,9 @@ _SPLIT = re.compile(rf"(.*?)[-_. ]?({'|'.join(sorted(SPLITS, key=len, reverse=Tr
 # Usual names of columns of labels, the most telling first.
 LABELS = (
     "label", "labels", "class", "category", "target", "topic", "intent", "sentiment", "score",
-    "rating", "stars", "similarity", "is_duplicate", "y",
+    "rating", "stars", "similarity", "is_duplicate", "tags", "y",
 )  # fmt: skip
+MISSING = "nan"  # a label that is not there
 _PAIR = re.compile(r"(.*?)[-_ ]?([12ab])", re.I)  # question1 and question2, text_a and text_b
 PAIRS = (("first", "second"), ("premise", "hypothesis"), ("query", "passage"))
 
@@ -48,7 +50,7 @@ class Survey:
       files: split → its file.
       header: the columns.
       text: the columns of text.
-      label: the column of labels.
+      label: the column of labels, or several of 0 and 1.
       labels: the kind of the task, its classes or range.
       rows: split → its rows.
       lengths: tokens of each sentence of all rows, `i64[sentences]`.
@@ -57,7 +59,7 @@ class Survey:
     files: Mapping[str, Path]
     header: tuple[str, ...]
     text: tuple[str, ...]
-    label: str
+    label: str | tuple[str, ...]
     labels: FoundLabels
     rows: Mapping[str, Sequence[Row]]
     lengths: np.ndarray
@@ -137,7 +139,8 @@ def survey(
     Args:
       files: split → file; `train` is one of them.
       tokenizer: counts the tokens; it must not cut.
-      text, label: columns; two columns of text are separated by a comma; None: guessed.
+      text, label: columns; several are separated by commas, two of text, or of labels that are 0
+        and 1; None: guessed.
 
     Raises:
       UserError: for files that are no tables, or labels that fit no task.
@@ -146,28 +149,37 @@ def survey(
     header, *train = [fields for _, fields in sheets["train"].rows()] or [[]]
     if not train:
         raise UserError(f"{files['train']} is empty: it has no rows; replace the file")
-    label = label or guess_label(header, train)
-    chosen = tuple(text.split(",")) if text else guess_text(header, train, label)
-    columns = tables.Columns(chosen, label)
+    named = tables.split_label(label) or guess_label(header, train)
+    chosen = tuple(text.split(",")) if text else guess_text(header, train, named)
+    columns = tables.Columns(chosen, named)
     rows = {split: _rows(sheet, columns, split != "test") for split, sheet in sheets.items()}
-    try:
-        labels = find_labels(row.label for part in rows.values() for row in part)
-    except ValueError as error:
-        raise UserError(f"{files['train']}: column {label!r}: {error}") from None
+    labels = _find(columns, [row.label for part in rows.values() for row in part], files["train"])
     sentences = [one for part in rows.values() for row in part for one in row.texts]
     lengths = np.diff(tokenize(tokenizer, sentences)[1])
-    return Survey(files, tuple(header), chosen, label, labels, rows, lengths)
+    return Survey(files, tuple(header), chosen, columns.label, labels, rows, lengths)
+
+
+def _find(columns: tables.Columns, written: Sequence[str], path: Path) -> FoundLabels:
+    if not isinstance(columns.label, str):
+        return count_sets(Counter(written), DELIMITER, columns.label)
+    try:
+        return find_labels(written)
+    except ValueError as error:
+        raise UserError(f"{path}: column {columns.label!r}: {error}") from None
 
 
 def _rows(sheet: Sheet, columns: tables.Columns, labelled: bool) -> list[Row]:
-    needed = [*columns.text, columns.label] if labelled else [*columns.text]
-    header, rows = tables.select(sheet, needed, "The task", [columns.label])
-    places = [header.index(name) for name in columns.text]
-    at = header.index(columns.label) if columns.label in header else None
-    return [
-        Row(tuple(fields[n].strip() for n in places), "" if at is None else fields[at])
-        for _, fields in rows
-    ]
+    needed = [*columns.text, *columns.labels] if labelled else [*columns.text]
+    header, rows = tables.select(sheet, needed, "The task", columns.labels)
+    at = {name: header.index(name) for name in header}
+    labelled = set(columns.labels) <= set(header)
+    found = []
+    for line, fields in rows:
+        texts = tuple(fields[at[name]].strip() for name in columns.text)
+        where = sheet.where(line)
+        label = columns.written(fields, at, DELIMITER, where) if labelled else MISSING
+        found.append(Row(texts, label))
+    return found
 
 
 def guess_label(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -190,7 +202,9 @@ def guess_label(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return min(several, key=several.__getitem__)
 
 
-def guess_text(header: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> tuple[str, ...]:
+def guess_text(
+    header: Sequence[str], rows: Sequence[Sequence[str]], label: str | Sequence[str]
+) -> tuple[str, ...]:
     """Return the columns of a pair that has the longest column, or else that column.
 
     Pairs are named such as question1 and question2, or as one of `PAIRS`.
@@ -201,8 +215,11 @@ def guess_text(header: Sequence[str], rows: Sequence[Sequence[str]], label: str)
     >>> guess_text(["text_a", "text_b", "n"], [["a", "b", "0"]], "n")
     ('text_a', 'text_b')
     """
+    labels = (label,) if isinstance(label, str) else label
     lengths = {
-        name: sum(len(row[n]) for row in rows) for n, name in enumerate(header) if name != label
+        name: sum(len(row[n]) for row in rows)
+        for n, name in enumerate(header)
+        if name not in labels
     }
     if not any(lengths.values()):
         raise ConfigError("text", f"name the column of text; there are {', '.join(header)}")

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from jaxlora.data.holdout import hold_out
 from jaxlora.data.quoting import Quoting, Tally
-from jaxlora.data.raw_examples import UNLABELLED, TextExample, is_missing, parse_label
+from jaxlora.data.raw_examples import (
+    UNLABELLED,
+    Label,
+    TextExample,
+    is_missing,
+    join_marks,
+    parse_label,
+)
 from jaxlora.data.sheet import Sheet
 from jaxlora.data.table_formats import open_sheets
 from jaxlora.tasks.task import Task
@@ -23,13 +29,41 @@ class Columns:
 
     Attributes:
       text: one column for single sentences, two for pairs.
-      label: the column of labels.
+      label: the column of labels, or several columns of 0 and 1, one for each class of a set.
       id: the column of ids; None: ids are the row numbers, from 0.
     """
 
     text: tuple[str, ...]
-    label: str
+    label: str | tuple[str, ...]
     id: str | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The columns that labels are read from."""
+        return (self.label,) if isinstance(self.label, str) else self.label
+
+    def written(self, fields: Sequence[str], at: Mapping[str, int], mark: str, where: str) -> str:
+        """Return the label of a row as written; several columns become the names that are set.
+
+        Args:
+          fields: of the row.
+          at: column → its place among the fields.
+          mark: separates the names.
+          where: `file:line`, for the message.
+        """
+        cells = [fields[at[name]] for name in self.labels]
+        return (
+            cells[0] if isinstance(self.label, str) else join_marks(cells, self.label, mark, where)
+        )
+
+
+def split_label(label: str | None) -> str | tuple[str, ...] | None:
+    """Return the column of labels, or several that are separated by commas.
+
+    >>> split_label("topic"), split_label("bug,billing")
+    ('topic', ('bug', 'billing'))
+    """
+    return tuple(label.split(",")) if label and "," in label else label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +107,8 @@ def read_splits(task: Task, table: Table) -> dict[str, list[TextExample]]:
     for split, sheet in table.open().items():
         needed = None if split == "test" else True
         splits[split] = read_sheet(task, sheet, table.columns, labelled=needed)
-        labels = {row.label for row in splits[split] if not math.isnan(row.label)}
-        column = f"column {table.columns.label!r}"
+        labels = {row.label for row in splits[split] if row.labelled}
+        column = f"column {', '.join(map(repr, table.columns.labels))}"
         if needed and not labels:
             raise UserError(f"{sheet.path}: no row has a label in {column}.")
         if split == "train" and len(labels) == 1:
@@ -83,7 +117,23 @@ def read_splits(task: Task, table: Table) -> dict[str, list[TextExample]]:
             )
     if isinstance(table.dev, float):
         splits["train"], splits["dev"] = hold_out(splits["train"], table.dev, task)
+    if task.form == "classes":
+        check_all_occur(task, table.train, splits["train"])
     return splits
+
+
+def check_all_occur(task: Task, path: str, train: Sequence[TextExample]) -> None:
+    """Refuse training rows that have no example of a class, of which nothing could be learned.
+
+    Raises:
+      UserError: naming the classes.
+    """
+    found = {number for row in train if isinstance(row.label, tuple) for number in row.label}
+    if absent := [name for n, name in enumerate(task.classes) if n not in found]:
+        raise UserError(
+            f"{path}: no training row has the label {', '.join(absent[:10])}; add rows, or take it "
+            "out of `classes` (a held-out dev set has none of these rows)"
+        )
 
 
 def read_header(path: Path) -> list[str]:
@@ -95,8 +145,12 @@ def read_header(path: Path) -> list[str]:
     return next(open_sheets({"": path})[""].rows(), (0, []))[1]
 
 
-def read_labels(table: Table) -> dict[str, list[str]]:
+def read_labels(table: Table, mark: str = "|") -> dict[str, list[str]]:
     """Return the labels of each split as written; a test file may have none.
+
+    Args:
+      table: the files.
+      mark: separates the names of several columns of labels, see `Columns.written`.
 
     Raises:
       UserError: if a file is not a table, or train or dev has no column of labels.
@@ -104,22 +158,26 @@ def read_labels(table: Table) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for split, sheet in table.open().items():
         _, header = next(sheet.rows(), (0, []))
-        if split == "test" and table.columns.label not in header:
+        if split == "test" and not set(table.columns.labels) <= set(header):
             continue
-        needed = [*table.columns.text, table.columns.label]
+        needed = [*table.columns.text, *table.columns.labels]
         header, rows = select(sheet, needed, "The task")
-        place = header.index(table.columns.label)
-        found[split] = [fields[place] for _, fields in rows]
+        at = {name: header.index(name) for name in table.columns.labels}
+        found[split] = [
+            table.columns.written(fields, at, mark, sheet.where(line)) for line, fields in rows
+        ]
     return found
 
 
-def count_training_rows(table: Table) -> int:
+def count_training_rows(table: Table, task: Task) -> int:
     """Return how many rows there are to train on, at least 1; blank texts are not looked at.
 
     Raises:
       UserError: see `read_labels`.
     """
-    labelled = sum(not is_missing(label.strip()) for label in read_labels(table)["train"])
+    written = (label.strip() for label in read_labels(table, task.label_delimiter)["train"])
+    empty_counts = task.form == "classes"  # an empty set is a label
+    labelled = sum(not is_missing(one) or (empty_counts and not one) for one in written)
     held_out = table.dev if isinstance(table.dev, float) else 0.0
     return max(1, round(labelled * (1 - held_out)))
 
@@ -177,18 +235,20 @@ def read_sheet(
       UserError: if the file is invalid; the message names the line and the remedy.
     """
     needed = [*([columns.id] if columns.id else []), *columns.text]
-    needed += [columns.label] if labelled else []
-    optional = [columns.label] if labelled is None else []
+    needed += columns.labels if labelled else []
+    optional = columns.labels if labelled is None else []
     header, found = select(sheet, needed, task.title, optional)
     at = {name: header.index(name) for name in header}
-    if labelled is False:
-        at.pop(columns.label, None)
+    if labelled is not False:
+        labelled = set(columns.labels) <= set(header)
     rows: list[TextExample] = []
     for line, fields in found:
         name = fields[at[columns.id]] if columns.id else str(len(rows))
         texts = [fields[at[column]].strip() for column in columns.text]
-        written = fields[at[columns.label]] if columns.label in at else ""
-        label = parse_label(written, task, sheet.where(line)) if written else UNLABELLED
+        label: Label = UNLABELLED
+        if labelled:
+            written = columns.written(fields, at, task.label_delimiter, sheet.where(line))
+            label = parse_label(written, task, sheet.where(line))
         rows.append(TextExample(name, texts[0], "".join(texts[1:]), label, line))
     if not rows:
         raise UserError(

@@ -5,7 +5,7 @@
     label = "topic"
     train = "topic-train.csv"          # paths as seen from the TOML file
     dev = "topic-dev.csv"              # or the share of the training rows to hold out: 0.2
-    kind = "classification"            # or binary, regression, similarity
+    kind = "classification"            # or binary, multilabel, ordinal, regression, similarity
     classes = ["sport", "science"]     # or how many there are: 2 means "0", "1"
 
 Without `kind`, `classes` or, for scores, `range = [low, high]`, they are found in the data, and
@@ -15,7 +15,10 @@ without `dev` a fifth of the training rows is held out. Optional: `pair` (of two
 first token's vector), `test`, `id` (a column),
 `delimiter` (one character; default: detected), `quoting` (`none`: a double quote is part of the
 text, `standard`: as in any CSV; default: detected), `title`, `loss`, `metric`, `weight` (factor of
-the loss beside the group's other tasks'), and of the task's group `learning_rate`,
+the loss beside the group's other tasks'), `class_weights` (`balanced`, or a table of names and
+weights), `threshold` (a probability, or `dev`: chosen on the dev set), of sets of classes
+`label_delimiter` (default: `|`; `label` may be a list of columns of 0 and 1 instead), and of the
+task's group `learning_rate`,
 `head_learning_rate`, `epochs`, `eval_every` and `patience`. On the command line
 `topic.kind=classification`, `topic.text=first,second` and so on say the same, or change what a file
 says.
@@ -31,24 +34,24 @@ import tomllib
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from jaxlora.data import hub, table_formats, tables
-from jaxlora.data.labels import find_labels
+from jaxlora.data.labels import DELIMITER, find_labels
 from jaxlora.data.quoting import Quoting
 from jaxlora.data.survey import find_roles
 from jaxlora.data.table_formats import stem_of
 from jaxlora.data.tables import Columns, Table
+from jaxlora.tasks.kinds import KINDS, LOSSES, KindName
 from jaxlora.tasks.task import (
-    KINDS,
     MADE_UP_TITLES,
     STS_LOSSES,
-    KindName,
     PairEncoding,
     Task,
     TrainedHead,
+    check_names,
     paper_tasks,
 )
 from jaxlora.utils import schema
@@ -59,11 +62,13 @@ MOST_LETTERS, MOST_BYTES = 64, 160  # of a name; files are named by it, whose na
 OWN = ("learning_rate", "head_learning_rate", "epochs", "eval_every", "patience")
 DEV_SHARE = 0.2  # of the training rows, where no dev set is given
 _FILES = ("train", "dev", "test")
-_LISTS = ("classes", "range", "text")
+_LISTS = ("classes", "range", "text", "label")
+_NUMBERS = ("classes", "range", "weight", "dev", "threshold", *OWN)
 _VALUE = re.compile(r"([^=]*)\.([^=.]*)=(.*)", re.DOTALL)  # topic.epochs=3
 # The cosine loss is between 0 and 1: this brings it to the scale of the other losses' labels, 0–5.
 COSINE_WEIGHT = 25.0
 MOST_CLASSES = 10_000
+Positive = Annotated[float, Field(gt=0)]
 ClassCount = Annotated[int, Field(ge=2, le=MOST_CLASSES)]
 
 
@@ -76,7 +81,7 @@ class TaskFields:
     """
 
     text: str | tuple[str, ...]
-    label: str
+    label: str | tuple[str, ...]
     train: str
     dev: str | Annotated[float, Field(gt=0, lt=1)] = DEV_SHARE
     test: str | None = None
@@ -91,9 +96,12 @@ class TaskFields:
     title: str = ""
     loss: str = ""
     metric: str = ""
-    weight: Annotated[float, Field(gt=0)] | None = None
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
-    head_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    weight: Positive | None = None
+    label_delimiter: str | None = None
+    class_weights: Literal["balanced"] | dict[str, Positive] | None = None
+    threshold: Literal["dev"] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    learning_rate: Positive | None = None
+    head_learning_rate: Positive | None = None
     epochs: Annotated[int, Field(ge=1)] | None = None
     eval_every: Annotated[int, Field(ge=1)] | None = None
     patience: Annotated[int, Field(ge=0)] | None = None
@@ -103,7 +111,7 @@ class TaskFields:
             raise ValueError(f"text: name one column, or two for pairs, not {len(self.columns)}")
         if self.pair is not None and len(self.columns) != 2:
             raise ValueError("pair: goes with two text columns")
-        if self.kind in KINDS and KINDS[self.kind].integer and self.range is not None:
+        if self.kind in KINDS and KINDS[self.kind].form != "score" and self.range is not None:
             raise ValueError("range: goes with regression and similarity; name the classes")
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
             raise ValueError(f'delimiter: {self.delimiter!r} is not one character, such as "\\t"')
@@ -111,6 +119,26 @@ class TaskFields:
             raise ValueError("classes: a name is blank")
         if self.classes is not None and len(self.names) < 2:
             raise ValueError("classes: name at least two, or say how many there are")
+        self._check_sets()
+
+    def _check_sets(self) -> None:
+        """Refuse what does not go with sets of classes, or with any other labels."""
+        columns = () if isinstance(self.label, str) else self.label
+        if not isinstance(self.label, str) and len(columns) < 2:
+            raise ValueError("label: name one column, or two and more columns of 0 and 1")
+        if columns and self.classes is not None and set(self.names) != set(columns):
+            raise ValueError("classes: are the columns of the labels here; leave them out")
+        sets = self.kind is None or KINDS[self.kind].form == "classes"
+        if not sets and (columns or self.label_delimiter is not None):
+            what = "label: several columns go" if columns else "label_delimiter: goes"
+            raise ValueError(f"{what} with multilabel, not with {self.kind}")
+        if columns or self.label_delimiter is not None:
+            check_names(columns, self.mark)
+
+    @property
+    def mark(self) -> str:
+        """What separates the names of a set of classes."""
+        return DELIMITER if self.label_delimiter is None else self.label_delimiter
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -129,7 +157,7 @@ class TaskFields:
         """Whether nothing about the labels has to be found in the data."""
         if self.kind is None:
             return False
-        return bool(self.classes) if KINDS[self.kind].integer else self.range is not None
+        return self.range is not None if KINDS[self.kind].form == "score" else bool(self.classes)
 
     def fill(self, table: Table) -> TaskFields:
         """Return the fields with the kind, and its classes or range, as the data has them.
@@ -137,14 +165,24 @@ class TaskFields:
         Raises:
           UserError: for a table that cannot be read, or labels that fit no kind.
         """
+        if not isinstance(self.label, str):
+            return dataclasses.replace(
+                self,
+                kind="multilabel",
+                classes=self.classes or self.label,
+                label_delimiter=self.mark,
+            )
         if self.complete:
             return self
         kind = self.kind or (
+            "multilabel" if self.label_delimiter else
             "classification" if self.classes else "regression" if self.range else None
-        )
-        labels = [label for column in tables.read_labels(table).values() for label in column]
+        )  # fmt: skip
+        columns = tables.read_labels(table).values()
         try:
-            found = find_labels(labels, kind)
+            found = find_labels(
+                (label for column in columns for label in column), kind, self.label_delimiter
+            )
         except ValueError as error:
             raise UserError(f"{table.train}: column {self.label!r}: {error}") from None
         classes = self.classes or found.classes or None
@@ -160,11 +198,33 @@ class TaskFields:
         """
         assert self.kind is not None
         low, high = self.range or (0.0, 1.0)
+        given = (self.threshold,) if isinstance(self.threshold, float) else ()
         return Task(
             name, self.kind, len(self.columns) == 2, low, high, self.names,
             self.loss, self.metric, self.title, head=self.head,
-            pair_encoding=self.pair or "separate",
+            pair_encoding=self.pair or "separate", thresholds=given * self._outputs,
+            tune_thresholds=True if self.threshold == "dev" else None,
+            class_weights=self._weights(), label_delimiter=self.mark,
         )  # fmt: skip
+
+    @property
+    def _outputs(self) -> int:
+        """Number of outputs of the kind's default loss."""
+        assert self.kind is not None
+        return LOSSES[KINDS[self.kind].losses[0]].outputs(len(self.names) or 2)
+
+    def _weights(self) -> Literal["balanced"] | tuple[float, ...]:
+        """Return the classes' weights in their order; a class that is not named has 1.
+
+        Raises:
+          ValueError: for a name that is no class's.
+        """
+        if self.class_weights is None or self.class_weights == "balanced":
+            return self.class_weights or ()
+        names = self.names or ("0", "1")
+        if odd := self.class_weights.keys() - set(names):
+            raise ValueError(f"class_weights: {min(odd)!r} is not one of {', '.join(names)}")
+        return tuple(self.class_weights.get(name, 1.0) for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +275,8 @@ def read_tasks(
 
     Args:
       given: the files and values.
-      text, label: columns of the tables of data; two columns of text are separated by a comma.
+      text, label: columns of the tables of data; two columns of text are separated by a comma, as
+        are several columns of 0 and 1 for a set of classes.
 
     Raises:
       UserError: naming the file, the task, the key and the remedy.
@@ -273,7 +334,7 @@ def _read_file(item: str, text: str | None, label: str | None) -> dict[str, Any]
     files = {split: str(path) for split, path in find_roles(Path(item)).items()} or {"train": item}
     if "train" not in files:
         raise ConfigError("tasks", f"has no split train, only {', '.join(files)}", item)
-    columns = {"text": text.split(",") if text else None, "label": label}
+    columns = {"text": text.split(",") if text else None, "label": tables.split_label(label)}
     missing = [name for name, value in columns.items() if value is None]
     if missing:
         names = ", ".join(tables.read_header(Path(files["train"])))
@@ -317,7 +378,7 @@ def _value(match: re.Match[str]) -> dict[str, Any]:
 
 def _plain(key: str, text: str) -> Any:
     """Columns and files keep their text; of the rest what looks like a number is one."""
-    if key in (*_LISTS[:-1], *OWN, "weight", "dev"):
+    if key in _NUMBERS:
         with contextlib.suppress(ValueError):
             return int(text)
         with contextlib.suppress(ValueError):

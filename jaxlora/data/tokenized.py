@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import sys
 import zipfile
 import zlib
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxlora.data import sources
-from jaxlora.data.raw_examples import TextExample, is_blank, sentences
+from jaxlora.data.raw_examples import TextExample, is_blank, sentences, to_array
 from jaxlora.formats.tokenizer import pair_template
 from jaxlora.tasks.task import Task
 from jaxlora.utils import files
@@ -64,7 +63,7 @@ class Examples:
       ids: `object[E]`, the ids in the source, strings of any length.
       tokens: `i32[total]`, all sentences concatenated, each `[CLS] … [SEP]`; a joint pair is one.
       offsets: `i64[E * sentences + 1]`, the start of each sentence; the last is `total`.
-      labels: `f32[E]`; NaN for unlabelled examples.
+      labels: `f32[E]`, or `f32[E, K]` of sets of K classes; NaN for unlabelled examples.
       sentences: sentences per example, 1 or 2; 1 for joint pairs.
       truncated: number of sentences that were truncated.
       unlabelled: number of examples left out because they have no label.
@@ -131,6 +130,11 @@ class Examples:
             self.notes + other.notes,
             _joined_types([self, other]),
         )
+
+    @property
+    def targets(self) -> np.ndarray:
+        """What a head learns of each example: `f32[E, 1]`, or `f32[E, K]` of sets."""
+        return self.labels if self.labels.ndim == 2 else self.labels[:, None]
 
     @property
     def labelled(self) -> bool:
@@ -331,7 +335,7 @@ def _examples(
     cut = truncating(tokenizer, max_length)
     while True:
         found = [n for n in range(len(rows)) if n not in blank]
-        kept = [n for n in found if not (labelled and math.isnan(rows[n].label))]
+        kept = [n for n in found if rows[n].labelled or not labelled]
         texts = [tuple(sentences(rows[n], task).values()) for n in kept]
         made = tokenize(cut, [one for example in texts for one in task.encoded(example)])
         if not made.empty:
@@ -339,7 +343,7 @@ def _examples(
         blank |= {kept[n // task.sentences] for n in made.empty}
     return Examples(
         _strings(rows[n].id for n in kept), made.tokens, made.offsets,
-        np.array([rows[n].label for n in kept], np.float32), task.sentences, made.truncated,
+        to_array([rows[n].label for n in kept], task), task.sentences, made.truncated,
         unlabelled=len(found) - len(kept),
         blank=tuple(Blank(n, rows[n].line, rows[n].id) for n in sorted(blank)), types=made.types,
     )  # fmt: skip

@@ -370,6 +370,7 @@ class Change(NamedTuple):
       before, after: dev scores; None where one is not known.
       same_dev: whether both are known to be of one dev set.
       made: whether the task was replaced.
+      greater: whether a greater score is better.
     """
 
     task: str
@@ -378,13 +379,14 @@ class Change(NamedTuple):
     after: float | None
     same_dev: bool
     made: bool
+    greater: bool = True
 
     @property
     def better(self) -> bool:
-        """Whether the score rose."""
+        """Whether the score became better."""
         if self.before is None or self.after is None:
             return False
-        return self.after > self.before
+        return self.after > self.before if self.greater else self.after < self.before
 
 
 def add(
@@ -403,7 +405,7 @@ def add(
       names: which of its tasks.
       replace: the tasks must be there already and are replaced; else they must be new. The last
         `MOST_VERSIONS` versions of a task are kept, see `rollback`.
-      if_better: replace only tasks whose score on the same dev set is higher.
+      if_better: replace only tasks whose score on the same dev set is better.
 
     Returns:
       What happened to each task that was there.
@@ -448,8 +450,9 @@ def _compare(
             "without `if_better=True`"
         )
     change = Change(
-        name, model.task.metric_name, old.dev.get(metric), new.dev.get(metric), same, made=True
-    )
+        name, model.task.metric_name, old.dev.get(metric), new.dev.get(metric), same, made=True,
+        greater=model.task.greater_is_better,
+    )  # fmt: skip
     return change._replace(made=not if_better or change.better)
 
 

@@ -19,7 +19,8 @@ from jaxlora.formats.huggingface import Pretrained
 from jaxlora.formats.peft import HeadParts
 from jaxlora.nn.heads import HeadName
 from jaxlora.serving.task_models import TaskModel, TaskModels
-from jaxlora.tasks.task import KindName, Task
+from jaxlora.tasks.kinds import KINDS, KindName
+from jaxlora.tasks.task import Task
 from jaxlora.utils import schema
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.files import read_object
@@ -148,6 +149,7 @@ def _linear(source: Source, of_model: Mapping[str, np.ndarray], module: str) -> 
 _KINDS: dict[tuple[str, bool], KindName] = {
     ("single_label_classification", False): "classification",
     ("multi_label_classification", True): "binary",  # of one label: yes or no
+    ("multi_label_classification", False): "multilabel",
     ("regression", True): "regression",
 }
 
@@ -169,14 +171,15 @@ def _task(
             f"{source.model / 'config.json'}: problem_type {problem!r} with {outputs} outputs has "
             f"no kind of task here; {source.remedy}"
         )
-    if kind == "regression":
+    if KINDS[kind].form == "score":
         refuse_names(source.folder, classes, pair=False)
         names: tuple[str, ...] = ()
     else:
         names = tuple(classes) or _labels(about.get("id2label"), max(2, outputs))
         _check_names(names, max(2, outputs))
     title = f"{kind}, {source.folder.name}"
-    return Task(name, kind, classes=names, title=title, head=head_kind)
+    # Their thresholds are 0.5, and no dev set is here to choose others.
+    return Task(name, kind, classes=names, title=title, head=head_kind, tune_thresholds=False)
 
 
 def _check_names(names: Sequence[str], count: int) -> None:

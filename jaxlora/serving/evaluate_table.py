@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlora.data import tables
-from jaxlora.data.raw_examples import TextExample, is_blank, sentences
+from jaxlora.data.raw_examples import TextExample, is_blank, sentences, to_array
 from jaxlora.data.tables import Columns
+from jaxlora.serving.answers import show_labels
 from jaxlora.serving.predict_table import choose_texts
 from jaxlora.serving.predictor import Predictor
 from jaxlora.tasks.evaluation import RESAMPLES, Bin, ClassRow, Evaluation, Interval
@@ -26,8 +26,9 @@ class Mistake(NamedTuple):
     Attributes:
       line: of the table.
       texts: the sentence, or the two of a pair.
-      label, prediction: names of classes, or scores.
-      confidence: probability of the predicted class; None for scores.
+      label, prediction: names of classes, those in a set, or scores.
+      confidence: probability of the predicted class, of a set that of the most confident mistake;
+        None for scores.
     """
 
     line: int
@@ -50,10 +51,11 @@ class Report:
       unlabelled, blank: rows left out.
       scores: metric → value and 95 % interval.
       classes: a row for each class; of scores none.
-      confusion: numbers of examples, by label and by prediction.
+      confusion: numbers of examples, by label and by prediction; of sets and scores none.
       calibration_error: see `Evaluation.calibration`; None for scores.
       calibration: its bins.
       best_threshold, best_f1: see `Evaluation.best_threshold`; None unless the task is binary.
+      thresholds: those that the task decides with; none: 0.5, or the most probable class.
       mistakes: the worst.
       against: the bank that it is compared with.
       differences: metric → how much higher than that bank's, with a 95 % interval.
@@ -73,6 +75,7 @@ class Report:
     calibration: list[Bin]
     best_threshold: float | None
     best_f1: float | None
+    thresholds: dict[str, float]
     mistakes: list[Mistake]
     against: str | None = None
     differences: dict[str, Interval] = dataclasses.field(default_factory=dict)
@@ -99,7 +102,7 @@ def read_labelled(task: Task, path: Path, columns: Columns) -> Labelled:
             f"{path}: {task.name} reads {wanted} with `text` (taken: {', '.join(columns.text)})"
         )
     rows = tables.read(task, path, columns)
-    labelled = [row for row in rows if not math.isnan(row.label)]
+    labelled = [row for row in rows if row.labelled]
     kept = [row for row in labelled if not any(map(is_blank, sentences(row, task).values()))]
     if not kept:
         raise UserError(f"{path}: no row has both a text and a label; check the columns")
@@ -117,12 +120,12 @@ def choose_columns(
     Args:
       known: of the training tables; None: they are not known.
       header: the columns of the table.
-      text, label: what is asked for; two columns of text are separated by a comma.
+      text, label: what is asked for; two columns of text, and columns of 0 and 1 that are the
+        labels, are separated by commas.
     """
     texts = choose_texts(known, header, text)
-    labels = [known.label] if known else []
-    found = next((name for name in (*labels, "label") if name in header), "label")
-    return Columns(texts, label or found)
+    usual = known.label if known and set(known.labels) <= set(header) else "label"
+    return Columns(texts, tables.split_label(label) or usual)
 
 
 def evaluate(predictor: Predictor, task: str, rows: Sequence[TextExample]) -> Evaluation:
@@ -138,8 +141,8 @@ def evaluate(predictor: Predictor, task: str, rows: Sequence[TextExample]) -> Ev
     ]
     return Evaluation(
         chosen,
-        np.array([answer.value for answer in answers]),
-        np.array([row.label for row in rows]),
+        to_array([answer.value for answer in answers], chosen, np.float64),
+        to_array([row.label for row in rows], chosen, np.float64),
         np.array(probabilities) if probabilities else None,
     )
 
@@ -173,18 +176,19 @@ def report(
       resamples: of the intervals.
     """
     task = found.task
-    error, bins = found.calibration() if task.integer else (None, [])
-    threshold = found.best_threshold() if task.kind == "binary" else (None, None)
+    error, bins = found.calibration() if task.classes else (None, [])
+    threshold = found.best_threshold() if task.positive is not None else (None, None)
     return Report(
         task.name, task.title, task.kind, str(source), len(labelled.rows),
         labelled.unlabelled, labelled.blank,
         scores=found.scores(resamples),
-        classes=found.classes if task.integer else [],
-        confusion=found.confusion.tolist() if task.integer else [],
+        classes=found.classes,
+        confusion=found.confusion.tolist(),
         calibration_error=error,
         calibration=bins,
         best_threshold=threshold[0],
         best_f1=threshold[1],
+        thresholds=dict(zip(task.classes[-task.outputs :], task.thresholds, strict=False)),
         mistakes=_mistakes(found, labelled.rows),
         against=None if against is None else against[0],
         differences={} if against is None else found.differences(against[1], resamples),
@@ -192,21 +196,17 @@ def report(
 
 
 def _mistakes(found: Evaluation, rows: Sequence[TextExample]) -> list[Mistake]:
-    task, confidence = found.task, found.confidence if found.task.integer else None
+    worst = found.worst()
+    labels, predictions = (
+        show_labels(found.task, values[worst]) for values in (found.labels, found.predictions)
+    )
     return [
         Mistake(
-            rows[n].line,
-            tuple(sentences(rows[n], task).values()),
-            _shown(task, found.labels[n]),
-            _shown(task, found.predictions[n]),
-            None if confidence is None else float(confidence[n]),
+            rows[n].line, tuple(sentences(rows[n], found.task).values()), label, prediction,
+            found.badness[n] if found.task.classes else None,
         )
-        for n in found.worst().tolist()
-    ]
-
-
-def _shown(task: Task, value: float) -> str:
-    return task.classes[int(value)] if task.integer else f"{value:.4g}"
+        for n, label, prediction in zip(worst.tolist(), labels, predictions, strict=True)
+    ]  # fmt: skip
 
 
 def to_json(found: Report) -> dict[str, object]:

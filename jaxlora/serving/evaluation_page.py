@@ -55,6 +55,9 @@ def _sections(found: Report, evaluation: Evaluation) -> Iterator[str]:
     if found.classes:
         head = ("class", "precision", "recall", "F1", "rows")
         yield _section("Classes", "", table(head, found.classes))
+    if found.thresholds:
+        about = "a class is predicted where its probability is above"
+        yield _section("Thresholds", about, table(("class", "threshold"), found.thresholds.items()))
     if 0 < len(found.confusion) <= MOST_CLASSES:
         yield _section("Confusion", "labels down, predictions across", _confusion(found))
     if found.calibration_error is not None:
@@ -72,7 +75,8 @@ def _sections(found: Report, evaluation: Evaluation) -> Iterator[str]:
 
 def _draw_calibration(found: Report) -> str:
     bins = [one for one in found.calibration if one.rows]
-    points = [(one.confidence, one.accuracy, one.rows / found.rows) for one in bins]
+    total = sum(one.rows for one in bins)  # of a set, a decision for each class
+    points = [(one.confidence, one.accuracy, one.rows / total) for one in bins]
     return draw(points, (0, 1), "confidence", "share that is right")
 
 

@@ -111,11 +111,8 @@ def _config(base: Pretrained, padding: str) -> dict[str, Any]:
 
 def _labels(task: Task, family: Family) -> dict[str, Any]:
     """Return what a sequence classifier's config.json says of its outputs."""
-    names = task.classes if task.loss == "cross_entropy" else task.classes[1:] or ("score",)
-    problem = {
-        "cross_entropy": "single_label_classification",
-        "binary_cross_entropy": "multi_label_classification",  # of one label: yes or no
-    }.get(task.loss, "regression")
+    whole = task.outputs == len(task.classes)
+    names, problem = task.classes if whole else task.classes[1:] or ("score",), task.problem
     found: dict[str, Any] = {
         "architectures": [f"{family.model.removesuffix('Model')}ForSequenceClassification"],
         "problem_type": problem,
@@ -123,8 +120,8 @@ def _labels(task: Task, family: Family) -> dict[str, Any]:
         "label2id": {name: n for n, name in enumerate(names)},
     }
     if task.joint:  # what a CrossEncoder applies to the outputs
-        yes_or_no = task.loss == "binary_cross_entropy"
-        applied = "activation.Sigmoid" if yes_or_no else "linear.Identity"
+        each = problem == "multi_label_classification"
+        applied = "activation.Sigmoid" if each else "linear.Identity"
         found["sentence_transformers"] = {"activation_fn": f"torch.nn.modules.{applied}"}
     return found
 

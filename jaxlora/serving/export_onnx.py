@@ -23,7 +23,8 @@ from jaxlora.serving.export_merged import (
 )
 from jaxlora.serving.export_onnx_readme import readme
 from jaxlora.serving.task_models import TaskModel, TaskModels
-from jaxlora.tasks.task import HEADS, SPAN, Task
+from jaxlora.tasks.kinds import SPAN
+from jaxlora.tasks.task import HEADS, Task
 from jaxlora.utils.extras import explained
 from jaxlora.utils.files import atomic_dir, write_json, write_text
 from jaxlora.utils.trees import Tree
@@ -88,8 +89,10 @@ def _padding(base: Pretrained, trained: TaskModels, padding: str) -> str:
 
 
 def _about(made: ModelProto, task: Task, max_length: int) -> dict[str, Any]:
-    gives: dict[str, Any] = {"classes": task.classes} if task.integer else {}
-    if not task.integer:
+    gives: dict[str, Any] = {"classes": task.classes}
+    if task.thresholded:
+        gives["thresholds"] = task.thresholds or (0.5,) * task.outputs
+    if not task.classes:
         gives = {"low": task.low, "high": task.high}
     return {
         "task": task.name, "title": task.title, "kind": task.kind, "pair": task.pair,
@@ -187,7 +190,7 @@ def _cosine(graph: Graph, u: Value, v: Value) -> Value:
 
 def _answer(graph: Graph, task: Task, outputs: Value) -> None:
     """Add `Task.probabilities`, or for scores `Task.decode`, as the last output."""
-    if task.integer:
+    if task.classes:
         found = _PROBABILITIES[task.loss](graph, outputs)
         return graph.output("probabilities", found, ("batch", len(task.classes)))
     if task.loss == "cosine" or HEADS[task.head].scaled:
@@ -205,5 +208,7 @@ def _yes_or_no(graph: Graph, outputs: Value) -> Value:
 
 _PROBABILITIES: Mapping[str, Callable[[Graph, Value], Value]] = {
     "cross_entropy": lambda graph, outputs: graph("Softmax", outputs, axis=-1),
+    "ordinal_cross_entropy": lambda graph, outputs: graph("Softmax", outputs, axis=-1),
     "binary_cross_entropy": _yes_or_no,
+    "multilabel_cross_entropy": lambda graph, outputs: graph("Sigmoid", outputs),
 }

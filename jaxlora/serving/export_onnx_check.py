@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlora.data.raw_examples import TextExample, sentences
-from jaxlora.serving import evaluate_table
+from jaxlora.serving import evaluate_table, inference
 from jaxlora.serving.export_onnx import MODEL, QUANTIZED, TOKENIZER
 from jaxlora.serving.predictor import Predictor
 from jaxlora.tasks.task import Task
@@ -59,12 +59,22 @@ def compare(
     for path in (folder / file for file in (MODEL, QUANTIZED)):
         if path.is_file():
             answers = run(folder, path.name, ours.task, examples)
-            predicted = answers.argmax(-1).astype(np.float32) if ours.task.integer else answers
+            predicted = decide(ours.task, answers) if ours.task.classes else answers
             size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
             difference = float(np.abs(answers - expected).max())
             score = ours.task.score(predicted, ours.labels)
             found.append(Compared(path.name, score, difference, size))
     return ours.task.score(ours.predictions, ours.labels), found
+
+
+def decide(task: Task, probabilities: np.ndarray) -> np.ndarray:
+    """Return the predictions that follow from probabilities `f32[E, classes]`."""
+    with np.errstate(divide="ignore"):  # a probability of 0 or 1 is a logit without end
+        logits = np.log(probabilities)
+        if task.thresholded:
+            positive = probabilities[:, -task.outputs :]
+            logits = np.log(positive) - np.log1p(-positive)
+    return inference.decode(task, logits[:, 0] if task.outputs == 1 else logits)
 
 
 def run(folder: Path, file: str, task: Task, examples: Sequence[tuple[str, ...]]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxlora.serving.export_readme import base_name, describe, example, function, plain
 from jaxlora.serving.task_models import TaskModel, TaskModels
+from jaxlora.tasks.kinds import LOSSES
 from jaxlora.tasks.task import Task
 
 _SETUP = """\
@@ -37,7 +38,7 @@ def readme(trained: TaskModels, model: TaskModel, token_types: bool) -> str:
 
 
 def _outputs(task: Task) -> str:
-    answer = "`probabilities` of the classes" if task.integer else "`score`"
+    answer = "`probabilities` of the classes" if task.classes else "`score`"
     if task.sentences == 1:
         of = "pair" if task.joint else "sentence"
         return f"It computes the `vector` of each {of} and {answer}. "
@@ -54,11 +55,20 @@ def _inputs(token_types: bool) -> str:
     return function('inputs(examples, end="")', "\n".join(body))
 
 
+def _decode(task: Task) -> str:
+    """`Task.decode` of probabilities in NumPy."""
+    shown = LOSSES[task.loss].numpy or "score"
+    if not task.thresholds:
+        return shown
+    cuts = list(task.thresholds)
+    return shown.replace("0.5", str(cuts if task.outputs > 1 else cuts[0]))
+
+
 def _predict(task: Task) -> str:
     lines, given = [], "inputs(examples)"
     if task.sentences > 1:
         lines, given = ["first, second = zip(*examples)"], 'inputs(first) | inputs(second, "_2")'
-    output = "probabilities" if task.integer else "score"
+    output = "probabilities" if task.classes else "score"
     lines.append(f'({output},) = session.run(["{output}"], {given})')
-    lines.append("return probabilities.argmax(-1)" if task.integer else "return score")
+    lines.append(f"return {_decode(task)}")
     return function("predict(examples)", "\n".join(lines))

@@ -10,7 +10,8 @@ from jaxlora.formats import huggingface
 from jaxlora.formats.families import Family
 from jaxlora.formats.heads import HEAD
 from jaxlora.serving.task_models import TaskModel, TaskModels
-from jaxlora.tasks.task import HEADS, SPAN, Task
+from jaxlora.tasks.kinds import LOSSES, SPAN
+from jaxlora.tasks.task import HEADS, Task
 
 _POOL = {
     "cls": "return hidden[:, 0]",
@@ -47,7 +48,8 @@ def describe(task: Task) -> str:
     takes = "pairs of sentences" if task.pair else "sentences"
     classes = ", ".join(f"{n}: {plain(name)}" for n, name in enumerate(task.classes))
     span = f", {task.low:g} to {task.high:g}" if HEADS[task.head].scaled else ""
-    gives = f"classes ({classes})" if task.integer else f"scores{span}"
+    sets = "sets of " if task.form == "classes" else ""
+    gives = f"{sets}classes ({classes})" if classes else f"scores{span}"
     return f"`predict` takes {takes} and gives {gives}."
 
 
@@ -169,15 +171,19 @@ def _predict(model: TaskModel) -> str:
 
 def _decode(task: Task) -> str:
     """`Task.decode` in torch."""
-    if task.loss == "cross_entropy":
-        return "x.argmax(-1)"
-    if task.loss == "binary_cross_entropy":
-        return "(x[:, 0] > 0).long()"
-    if not HEADS[task.head].scaled:
-        return "x[:, 0]"
-    width = task.high - task.low
-    score = f"{width} * x" if task.loss == "cosine" else f"{width / SPAN} * x[:, 0]"
-    return f"({task.low} + {score}).clamp({task.low}, {task.high})"
+    shown = LOSSES[task.loss].torch
+    if task.thresholds:
+        shown = shown.replace("> 0", f"> {_cuts(task)}")
+    if task.classes or not HEADS[task.head].scaled:
+        return shown
+    low, high = task.low, task.high
+    return f"({low} + {(high - low) / SPAN} * ({shown})).clamp({low}, {high})"
+
+
+def _cuts(task: Task) -> str:
+    """Return the logits of the thresholds in torch."""
+    cuts = task.cuts.tolist()
+    return str(cuts) if task.outputs == 1 else f"torch.tensor({cuts})"
 
 
 def _function(signature: str, body: str) -> str:

@@ -15,6 +15,7 @@ from jaxlora.data import packing
 from jaxlora.data.tokenized import Examples
 from jaxlora.nn import heads
 from jaxlora.nn.encode import PackedTokens
+from jaxlora.tasks.kinds import LabelForm
 from jaxlora.tasks.task import Task
 from jaxlora.utils.trees import Tree
 
@@ -189,9 +190,10 @@ def outputs(
 
 
 def decode(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """Predictions `f32[E]` on the label's scale: class, 0/1 or score."""
+    """Predictions on the label's scale: class, 0/1 or score `f32[E]`, or a set `f32[E, K]`."""
     like = form(task)
-    return _by_parts(lambda x: _decode(like, x), outputs)
+    above = outputs - task.cuts if task.thresholds else outputs
+    return _by_parts(lambda x: _decode(like, x), above)
 
 
 def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray:
@@ -202,9 +204,12 @@ def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(1 << 16)
 def form(task: Task) -> Task:
-    """Return a task without its names: programs are compiled for it, and tasks alike share them."""
+    """Return a task without its names and thresholds: tasks alike share their programs."""
     numbers = tuple(map(str, range(len(task.classes))))
-    return dataclasses.replace(task, name="", title="", classes=numbers)
+    return dataclasses.replace(
+        task, name="", title="", classes=numbers, metric="", thresholds=(), class_weights=(),
+        label_delimiter="|", tune_thresholds=None,
+    )  # fmt: skip
 
 
 def _by_parts(compiled: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
@@ -236,22 +241,33 @@ def _probabilities(task: Task, outputs: jax.Array) -> jax.Array:
     return jnp.asarray(task.probabilities(outputs))
 
 
+def _frequent(labels: np.ndarray) -> list[np.ndarray]:
+    """Return the sets of the most frequent classes, one of each size."""
+    order = np.argsort(-labels.sum(0), kind="stable")
+    return [np.isin(np.arange(len(order)), order[: n + 1]) for n in range(len(order))]
+
+
+# Answers that could be given to all examples, by the form of labels.
+CONSTANTS: dict[LabelForm, Callable[[np.ndarray], Iterable[Any]]] = {
+    "class": np.unique,
+    "classes": _frequent,
+    "score": lambda labels: (labels.mean(), np.median(labels)),
+}
+
+
 def untrained(task: Task, examples: Examples, vectors: np.ndarray) -> float:
     """Score what needs no training, which a trained model must beat, by the task's own metric.
 
     Separate pairs of a binary task: the best threshold on the cosine of the untrained vectors
     (chosen on these very examples, so it is generous; equal cosines are on one side). Separate
-    pairs with a score: that cosine, on the label's scale. Other classes: the best constant answer.
-    A score of one sentence, or of a joint pair: a constant, that is 0.
+    pairs with a score: that cosine, on the label's scale. Else the best constant answer.
     """
     labels = examples.labels
-    compared = task.sentences == 2
-    if task.integer and not (task.kind == "binary" and compared):
-        return _best(task, [np.full(len(labels), value) for value in np.unique(labels)], labels)
-    if not compared:
-        return task.score(np.zeros(len(labels)), labels)
+    if task.sentences == 1 or task.outputs > 1:
+        constants = CONSTANTS[task.form](labels)
+        return _best(task, (np.broadcast_to(one, labels.shape) for one in constants), labels)
     cosines = heads.cosine(jnp.asarray(vectors[::2]), jnp.asarray(vectors[1::2]))
-    if not task.integer:
+    if task.form == "score":
         return task.score(np.asarray(task.decode_cosine(cosines)), labels)
     scores = np.asarray(cosines)
     if np.isnan(scores).any():
@@ -262,4 +278,5 @@ def untrained(task: Task, examples: Examples, vectors: np.ndarray) -> float:
 
 
 def _best(task: Task, answers: Iterable[np.ndarray], labels: np.ndarray) -> float:
-    return max((task.score(found, labels) for found in answers), default=float("nan"))
+    scores = (task.score(found, labels) for found in answers)
+    return max(scores, key=task.gain, default=float("nan"))

@@ -17,7 +17,8 @@ from jaxlora.data.raw_examples import is_blank
 from jaxlora.data.sheet import Sheet, Write
 from jaxlora.data.tables import Columns
 from jaxlora.data.tokenized import Blank, list_blank
-from jaxlora.serving.predictor import Answer, Predictor
+from jaxlora.serving.answers import Answer, to_record
+from jaxlora.serving.predictor import Predictor
 from jaxlora.utils import files
 from jaxlora.utils.errors import ConfigError, UserError
 
@@ -86,9 +87,9 @@ def predict_file(
       source: a table of any format in `table_formats`, or a pipe with delimited text. Its columns
         of text are chosen by `choose_texts`. `task` is needed if none is given and there are
         several; `id` is optional, else ids are those of the training tables, or the rows' numbers.
-      target: the answers, in the format that the suffix says, with the columns `COLUMNS`: `label`
-        and the probabilities are empty for scores. A row with a blank text has no prediction, but
-        a reason. It is written under another name and renamed when complete.
+      target: the answers, in the format that the suffix says, with the columns `COLUMNS`; see
+        `answers.to_record`. A row with a blank text has no prediction, but a reason. It is written
+        under another name and renamed when complete.
       task: the task of all requests; None: the column says it, or there is only one.
       progress: is told how many are done.
       text: the column of text, or two, separated by a comma; None: see `choose_texts`.
@@ -198,7 +199,7 @@ class Requests:
             sound = [n for n, request in enumerate(part) if not request.reason]
             found = self.predictor([part[n].asked for n in sound])
             answers = dict(zip(sound, found, strict=True))
-            write([_record(request, answers.get(n)) for n, request in enumerate(part)])
+            write([self._record(request, answers.get(n)) for n, request in enumerate(part)])
             done += len(part)
             progress(done)
         return done
@@ -272,20 +273,10 @@ class Requests:
         self.predictor.check(asked)
         return Request(line, row["id"], asked, "")
 
-
-def _record(request: Request, answer: Answer | None) -> dict[str, Any]:
-    """Return the values of `COLUMNS`."""
-    found = {"task": request.asked[0]} if answer is None else to_record(answer)
-    return dict.fromkeys(COLUMNS) | found | {"id": request.id, "reason": request.reason}
-
-
-def to_record(answer: Answer) -> dict[str, Any]:
-    """Return the values of an answer by their columns; a class is a whole number."""
-    classes = answer.label is not None and answer.probabilities is not None
-    return {
-        "task": answer.task,
-        "prediction": round(answer.value) if classes else float(answer.value),
-        "label": answer.label,
-        "probability": (answer.probabilities or {}).get(answer.label or ""),
-        "probabilities": answer.probabilities,
-    }
+    def _record(self, request: Request, answer: Answer | None) -> dict[str, Any]:
+        """Return the values of `COLUMNS`."""
+        task = request.asked[0]
+        found = {"task": task}
+        if answer is not None:
+            found = to_record(self.predictor.task(task), answer)
+        return dict.fromkeys(COLUMNS) | found | {"id": request.id, "reason": request.reason}

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,9 @@ from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.nn.encode import encoder, make_encode, make_mixed_encode
-from jaxlora.serving import bank, inference
+from jaxlora.serving import answers, bank, inference
 from jaxlora.serving.adapter_slots import AdapterSlots
+from jaxlora.serving.answers import Answer
 from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.serving.tree_cache import TreeCache
 from jaxlora.tasks.task import Task
@@ -42,22 +43,6 @@ WANTED = "(task, sentence) or (task, first sentence, second sentence)"
 
 # What encodes, and its collections: frozen and trained.
 Model = tuple[inference.EncodeRows, Tree, Tree]
-
-
-class Answer(NamedTuple):
-    """The prediction of a task for one request.
-
-    Attributes:
-      task: its name.
-      value: on the label's scale: a class's number, or a score.
-      label: the class's name; None for a score.
-      probabilities: of each class, by name; None for a score.
-    """
-
-    task: str
-    value: float
-    label: str | None
-    probabilities: dict[str, float] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -150,20 +135,20 @@ class Predictor:
           UserError: for an unknown task, or the wrong number of sentences for one.
         """
         checked = [self.check(request, f"request {n}") for n, request in enumerate(requests)]
-        answers: dict[int, Answer] = {}
+        found: dict[int, Answer] = {}
         for task, numbers, outputs in self._outputs(checked):
-            answers |= zip(numbers.tolist(), _answers(task, outputs), strict=True)
-        return [answers[number] for number in range(len(checked))]
+            found |= zip(numbers.tolist(), answers.answers(task, outputs), strict=True)
+        return [found[number] for number in range(len(checked))]
 
     def predict(self, task: str, examples: Sequence[str | tuple[str, str]]) -> np.ndarray:
-        """Predictions of one task on the label's scale: a class's number or a score.
+        """Predictions of one task on the label's scale: a class's number, a set, or a score.
 
         Args:
           task: name of a task.
           examples: sentences, or pairs for a pair task.
 
         Returns:
-          `f32[len(examples)]`.
+          `f32[len(examples)]`, of sets of K classes `f32[len(examples), K]`, 0 or 1 for each.
 
         Raises:
           UserError: for an unknown task, or sentences where pairs are needed.
@@ -171,7 +156,7 @@ class Predictor:
         chosen = self.task(task)
         checked = _check_all(chosen, examples, chosen.pair)
         parts = [inference.decode(t, outputs) for t, _, outputs in self._outputs(checked)]
-        return parts[0] if parts else np.zeros(0, np.float32)
+        return parts[0] if parts else np.zeros((0, *chosen.label_shape), np.float32)
 
     def encode(self, task: str, sentences: Sequence[str]) -> np.ndarray:
         """The vectors of single sentences as a task sees them, be it of pairs or not.
@@ -298,7 +283,7 @@ class Predictor:
         head = jax.tree.map(lambda x: jnp.zeros(x.shape), model.head_shapes(width))
         for size in inference.PART_SIZES:
             vectors = np.zeros((size * task.sentences, width), np.float32)
-            _answers(task, inference.outputs(
+            answers.answers(task, inference.outputs(
                 task, head, vectors, task.sentences, model.pair_features
             ))  # fmt: skip
 
@@ -434,24 +419,6 @@ def _check(task: Task, which: str, texts: tuple[Any, ...], pairs: bool) -> tuple
     if any(map(is_blank, texts)):
         raise UserError(f"{task.name}: {which} has a blank sentence")
     return texts
-
-
-def _answers(task: Task, outputs: np.ndarray) -> list[Answer]:
-    values = inference.decode(task, outputs)
-    if np.isnan(values).any():
-        raise UserError(
-            f"{task.name}: {np.isnan(values).sum()} of {len(values)} answers are not numbers "
-            "(NaN); the weights of its adapter, its head or the base hold such or are too large"
-        )
-    if not task.integer:
-        return [Answer(task.name, float(value), None, None) for value in values]
-    return [
-        Answer(
-            task.name, float(v), task.classes[int(v)],
-            dict(zip(task.classes, p.tolist(), strict=True)),
-        )
-        for v, p in zip(values, inference.probabilities(task, outputs), strict=True)
-    ]  # fmt: skip
 
 
 load = Predictor.load

@@ -6,30 +6,18 @@ Definitions are scikit-learn's; all is computed in float64 on the host.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxlora.tasks import metrics
+from jaxlora.tasks import thresholds
+from jaxlora.tasks.metrics import Metric
 from jaxlora.tasks.task import Task
 
 RESAMPLES = 1000
 BINS = 10
-
-Metric = Callable[[np.ndarray, np.ndarray], float]
-
-CLASS_METRICS: dict[str, Metric] = {
-    "accuracy": metrics.accuracy,
-    "balanced accuracy": metrics.balanced_accuracy,
-    "macro F1": metrics.macro_f1,
-}
-SCORE_METRICS: dict[str, Metric] = {
-    "Pearson r": metrics.pearson,
-    "Spearman ρ": metrics.spearman,
-    "mean absolute error": metrics.mean_absolute_error,
-    "root mean squared error": metrics.root_mean_squared_error,
-}
 
 
 class Interval(NamedTuple):
@@ -72,7 +60,8 @@ class Evaluation:
 
     Attributes:
       task: the task.
-      predictions, labels: `f64[E]`, numbers of classes or scores.
+      predictions, labels: `f64[E]`, numbers of classes or scores; of sets of classes
+        `f64[E, classes]`, 0 or 1 for each.
       probabilities: `f64[E, classes]`; None for scores.
     """
 
@@ -83,13 +72,10 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """The metrics that fit the task, by name."""
-        if not self.task.integer:
-            return SCORE_METRICS
-        positive = (
-            {f"F1 of {self.task.classes[1]}": metrics.f1} if self.task.kind == "binary" else {}
-        )
-        return CLASS_METRICS | positive
+        """The metrics that fit the task, by title."""
+        named = {name: metric.title for name, metric in self.task.metrics.items()}
+        named |= {"f1": f"F1 of {self.task.classes[1]}"} if "f1" in named else {}
+        return {named[name]: metric for name, metric in self.task.metrics.items()}
 
     def scores(self, resamples: int = RESAMPLES) -> dict[str, Interval]:
         """Compute each metric with a bootstrap interval."""
@@ -100,7 +86,7 @@ class Evaluation:
 
     def _on(self, metric: Metric) -> Callable[[np.ndarray], float]:
         """Return a metric as a function of the numbers of some examples."""
-        return lambda numbers: metric(self.predictions[numbers], self.labels[numbers])
+        return lambda numbers: metric.compute(self.predictions[numbers], self.labels[numbers])
 
     def differences(self, other: Evaluation, resamples: int = RESAMPLES) -> dict[str, Interval]:
         """Compute how much higher each metric is than another model's on the same examples.
@@ -124,40 +110,54 @@ class Evaluation:
 
     @property
     def confusion(self) -> np.ndarray:
-        """Numbers of examples `i64[classes, classes]`: rows are labels, columns predictions."""
+        """Numbers of examples `i64[classes, classes]`: rows are labels, columns predictions.
+
+        Of sets and scores it is empty, `i64[0, 0]`.
+        """
+        if self.task.form != "class":
+            return np.zeros((0, 0), np.int64)
         size = len(self.task.classes)
         cells = self.labels.astype(int) * size + self.predictions.astype(int)
         return np.bincount(cells, minlength=size * size).reshape(size, size)
 
+    def _members(self, values: np.ndarray) -> np.ndarray:
+        """Return classes, or sets of them, as `bool[E, classes]`."""
+        if values.ndim == 2:
+            return values > 0
+        return np.equal.outer(values, np.arange(len(self.task.classes)))
+
     @property
     def classes(self) -> list[ClassRow]:
-        """Precision, recall and F1 of each class."""
-        matrix = self.confusion
-        right, support, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-        precision, recall = _share(right, predicted), _share(right, support)
-        f1 = _share(2 * right, support + predicted)
+        """Precision, recall and F1 of each class; of scores none."""
+        predicted, true = self._members(self.predictions), self._members(self.labels)
+        right, support, found = (x.sum(0) for x in (predicted & true, true, predicted))
+        precision, recall = _share(right, found), _share(right, support)
+        f1 = _share(2 * right, support + found)
         rows = zip(self.task.classes, precision, recall, f1, support, strict=True)
         return [ClassRow(n, float(p), float(r), float(f), int(s)) for n, p, r, f, s in rows]
 
     @property
     def confidence(self) -> np.ndarray:
-        """The probability of each prediction, `f64[E]`.
+        """The probability of each prediction, `f64[E]`; of sets `f64[E, classes]`.
 
         Raises:
           ValueError: for a task with scores.
         """
         if self.probabilities is None:
             raise ValueError("scores have no probabilities")
+        if self.predictions.ndim == 2:
+            return np.where(self.predictions > 0, self.probabilities, 1 - self.probabilities)
         return self.probabilities[np.arange(len(self.labels)), self.predictions.astype(int)]
 
     def calibration(self, bins: int = BINS) -> tuple[float, list[Bin]]:
-        """Compare confidence with accuracy in bins of equal width.
+        """Compare confidence with accuracy in bins of equal width; of a set, that of each class.
 
         Returns:
           The expected calibration error, `Σ n_b / E · |accuracy_b - confidence_b|` (Guo et al.
           2017, "On Calibration of Modern Neural Networks", section 2), and the bins.
         """
-        confidence, right = self.confidence, self.predictions == self.labels
+        confidence = self.confidence.ravel()
+        right = (self.predictions == self.labels).ravel()
         numbers = np.minimum((confidence * bins).astype(int), bins - 1)
         counts = np.bincount(numbers, minlength=bins)
         mean = _share(np.bincount(numbers, confidence, bins), counts)
@@ -169,26 +169,26 @@ class Evaluation:
     def best_threshold(self) -> tuple[float, float]:
         """Return the threshold on the positive class's probability with the best F1, and that F1.
 
-        An example is positive if its probability is at least the threshold. The threshold is chosen
-        on these examples, so that F1 is higher than on others.
+        The threshold is chosen on these examples, so that F1 is higher than on others.
         """
         assert self.probabilities is not None
-        positive = self.probabilities[:, 1]
-        order = np.argsort(-positive, kind="stable")
-        found = np.cumsum(self.labels[order] == 1)
-        f1 = 2 * found / (np.arange(1, len(order) + 1) + max(1, found[-1]))
-        last = np.append(np.diff(positive[order]) != 0, True)  # equal probabilities stay together
-        best = int(np.argmax(np.where(last, f1, -1)))
-        return float(positive[order][best]), float(f1[best])
+        return thresholds.choose(self.probabilities[:, 1], self.labels)
+
+    @functools.cached_property
+    def badness(self) -> np.ndarray:
+        """How bad each mistake is, `f64[E]`: its confidence, or its distance; 0 if there is none.
+
+        The mistake of a set is that of its most confident class.
+        """
+        if self.probabilities is None:
+            return np.abs(self.predictions - self.labels)
+        wrong = np.where(self.predictions != self.labels, self.confidence, 0.0)
+        return wrong if wrong.ndim == 1 else wrong.max(-1)
 
     def worst(self, most: int = 20) -> np.ndarray:
         """Return the numbers of the worst mistakes: the most confident, or the farthest."""
-        if self.task.integer:
-            badness = np.where(self.predictions != self.labels, self.confidence, 0.0)
-        else:
-            badness = np.abs(self.predictions - self.labels)
-        order = np.argsort(-badness, kind="stable")[:most]
-        return order[badness[order] > 0]
+        order = np.argsort(-self.badness, kind="stable")[:most]
+        return order[self.badness[order] > 0]
 
 
 def bootstrap(

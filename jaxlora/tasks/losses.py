@@ -39,6 +39,22 @@ def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.sigmoid_binary_cross_entropy(logits, labels)
 
 
+def multilabel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Compute the mean over the labels of their sigmoid cross-entropies.
+
+    Args:
+      logits: `f32[B, K]`.
+      labels: `f32[B, K]`, 1 for each label that an example has, else 0.
+
+    Returns:
+      `f32[B]`, in nats.
+
+    >>> round(multilabel_cross_entropy(jnp.zeros((1, 3)), jnp.array([[1.0, 0, 1]])).item(), 4)
+    0.6931
+    """
+    return jnp.mean(binary_cross_entropy(logits, labels), axis=-1)
+
+
 def squared_error(scores: jax.Array, labels: jax.Array) -> jax.Array:
     """Compute the squared error `(score - y)²` on the scale of the labels.
 

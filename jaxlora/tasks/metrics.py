@@ -2,14 +2,16 @@
 
 For degenerate input the results are those of scikit-learn and scipy, with two exceptions: the
 correlation with a constant is 0 (scipy: NaN), and every metric is NaN if there is no example or any
-prediction or label is NaN, so that such a score is never the best. Arrays that are not
-one-dimensional and of equal length raise ValueError.
+prediction or label is NaN, so that such a score is never the best. Predictions and labels are
+vectors of equal length; of accuracy and the averages of F1 they may be sets of classes, too,
+`[E, K]` of 0 and 1. Other shapes raise ValueError.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -17,11 +19,14 @@ import numpy as np
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Compute the fraction of predictions that equal their label, 0 … 1.
 
+    A set of classes must be equal as a whole.
+
     >>> accuracy(np.array([1, 0, 4]), np.array([1, 0, 3]))
     0.6666666666666666
     """
-    x, y = _arrays(predictions, labels)
-    return float(np.mean(x == y)) if _defined(x, y) else np.nan
+    x, y = _arrays(predictions, labels, sets=True)
+    equal = x == y if x.ndim == 1 else (x == y).all(-1)
+    return float(np.mean(equal)) if _defined(x, y) else np.nan
 
 
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -42,19 +47,45 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Compute the mean F1 score, 0 … 1, of all classes in the predictions or the labels.
 
+    Of sets it is the mean over all K classes; a class that occurs nowhere counts 0.
+
     >>> macro_f1(np.array([0, 1, 1]), np.array([0, 1, 2]))
     0.5555555555555555
     """
-    x, y = _arrays(predictions, labels)
+    x, y = _arrays(predictions, labels, sets=True)
     if not _defined(x, y):
         return np.nan
+    right, either = _count(x, y)
+    return float(np.mean(2 * right / np.where(either > 0, either, 1)))
+
+
+def micro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Compute the F1 score, 0 … 1, of all decisions about all classes together.
+
+    `2 Σ TP / Σ (2 TP + FP + FN)` over the classes, and 0 if no class occurs. Of classes that are
+    not sets it is the accuracy.
+
+    >>> micro_f1(np.array([[1, 0], [1, 1]]), np.array([[1, 0], [0, 1]]))
+    0.8
+    """
+    x, y = _arrays(predictions, labels, sets=True)
+    if not _defined(x, y):
+        return np.nan
+    right, either = _count(x, y)
+    return float(2 * right.sum() / max(1, either.sum()))
+
+
+def _count(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Count for each class the true positives, and the predictions and labels together."""
+    if x.ndim == 2:
+        return np.sum(x * y, 0), np.sum(x + y, 0)
     classes = np.union1d(x, y)
     # `classes` is sorted, so `searchsorted` gives each value the index of its class.
-    correct, predicted, true = (
+    right, predicted, true = (
         np.bincount(np.searchsorted(classes, values), minlength=len(classes))
         for values in (x[x == y], x, y)
     )
-    return float(np.mean(2 * correct / (predicted + true)))
+    return right, predicted + true
 
 
 def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -127,9 +158,9 @@ def _correlation(
         return float(getattr(stats, name)(x, y).statistic)
 
 
-def _arrays(*values: np.ndarray) -> tuple[np.ndarray, ...]:
+def _arrays(*values: np.ndarray, sets: bool = False) -> tuple[np.ndarray, ...]:
     arrays = tuple(np.asarray(x, np.float64) for x in values)
-    if arrays[0].ndim != 1 or arrays[0].shape != arrays[1].shape:
+    if arrays[0].ndim not in (1, 1 + sets) or arrays[0].shape != arrays[1].shape:
         shapes = " and ".join(str(x.shape) for x in arrays)
         raise ValueError(
             f"predictions and labels must be vectors of equal length, got shapes {shapes}"
@@ -139,3 +170,30 @@ def _arrays(*values: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def _defined(*arrays: np.ndarray) -> bool:
     return all(x.size > 0 and not np.isnan(x).any() for x in arrays)
+
+
+class Metric(NamedTuple):
+    """A metric.
+
+    Attributes:
+      title: its name in tables and messages.
+      compute: `(predictions, labels) → score`.
+      greater: whether greater is better.
+    """
+
+    title: str
+    compute: Callable[[np.ndarray, np.ndarray], float]
+    greater: bool = True
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric("accuracy", accuracy),
+    "balanced_accuracy": Metric("balanced accuracy", balanced_accuracy),
+    "f1": Metric("F1", f1),
+    "macro_f1": Metric("macro F1", macro_f1),
+    "micro_f1": Metric("micro F1", micro_f1),
+    "mae": Metric("mean absolute error", mean_absolute_error, greater=False),
+    "rmse": Metric("root mean squared error", root_mean_squared_error, greater=False),
+    "pearson": Metric("Pearson r", pearson),
+    "spearman": Metric("Spearman ρ", spearman),
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,27 +12,12 @@ import numpy as np
 
 from jaxlora.nn import heads
 from jaxlora.nn.heads import HeadName
-from jaxlora.tasks import losses, metrics
+from jaxlora.tasks import thresholds
+from jaxlora.tasks.kinds import KINDS, LOSSES, SPAN, Kind, KindName, LabelForm, Loss
+from jaxlora.tasks.metrics import METRICS, Metric
 
-KindName = Literal["classification", "binary", "regression", "similarity"]
 TrainedHead = Literal["mlp", "classifier"]
 PairEncoding = Literal["separate", "joint"]
-
-
-class Kind(NamedTuple):
-    """The losses and metrics of a kind of task; the first of each is the default."""
-
-    integer: bool
-    losses: tuple[str, ...]
-    metrics: tuple[str, ...]
-
-
-KINDS: dict[str, Kind] = {
-    "classification": Kind(True, ("cross_entropy",), ("accuracy", "f1", "macro_f1")),
-    "binary": Kind(True, ("binary_cross_entropy",), ("accuracy", "f1", "macro_f1")),
-    "regression": Kind(False, ("squared_error",), ("pearson", "spearman")),
-    "similarity": Kind(False, ("cosine", "squared_error"), ("pearson", "spearman")),
-}
 
 
 class HeadKind(NamedTuple):
@@ -59,21 +44,6 @@ HEADS: dict[str, HeadKind] = {
     # The base's family decides which of these; a run replaces it before it starts.
     "classifier": HeadKind("", "", "cls", False),
 }
-LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "cross_entropy": losses.cross_entropy,
-    "binary_cross_entropy": losses.binary_cross_entropy,
-    "squared_error": losses.squared_error,
-    "cosine": losses.cosine_error,
-}
-# Heads give scores from 0 to 5, as in STS-B, so that no head has to learn a large scale.
-SPAN = 5.0
-METRICS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], float]]] = {
-    "accuracy": ("accuracy", metrics.accuracy),
-    "f1": ("F1", metrics.f1),
-    "macro_f1": ("macro F1", metrics.macro_f1),
-    "pearson": ("Pearson r", metrics.pearson),
-    "spearman": ("Spearman ρ", metrics.spearman),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +58,17 @@ class Task:
         which the encoder reads together, as in `[CLS] a [SEP] b [SEP]`.
       low, high: the range of the labels; for classes, the first and the last number.
       classes: names of the classes, in the order of their numbers.
-      loss: `cross_entropy`, `binary_cross_entropy`, `squared_error`, or `cosine`, which needs no
-        head and uses the cosine of the two vectors; default: the first of the kind that fits.
-      metric: see `METRICS`; default: that of the kind. `f1` is the F1 score of the second of two
-        classes; with more classes it is `macro_f1`.
+      loss: see `kinds.LOSSES`; `cosine` needs no head and uses the cosine of the two vectors;
+        default: the first of the kind that fits.
+      metric: see `metrics.METRICS`; default: that of the kind. `f1` is the F1 score of the second
+        of two classes; with more classes it is `macro_f1`.
       title: name for tables and messages; default: `name`.
       head: see `HEADS`.
+      thresholds: the probability of each output above which it counts as positive; `()`: 0.5.
+      tune_thresholds: whether they are chosen on the dev set; default: as the kind says.
+      class_weights: factor of the loss of each class's examples; `balanced`, from their numbers in
+        the training set, see `weighted`; `()`: 1.
+      label_delimiter: what separates the names of a set of classes.
 
     Raises:
       ValueError: if fields contradict each other.
@@ -114,6 +89,12 @@ class Task:
     title: str = ""
     head: HeadName = dataclasses.field(default="mlp", kw_only=True)
     pair_encoding: PairEncoding = dataclasses.field(default="separate", kw_only=True)
+    thresholds: tuple[float, ...] = dataclasses.field(default=(), kw_only=True)
+    tune_thresholds: bool | None = dataclasses.field(default=None, kw_only=True)
+    class_weights: Literal["balanced"] | tuple[float, ...] = dataclasses.field(
+        default=(), kw_only=True
+    )
+    label_delimiter: str = dataclasses.field(default="|", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -122,7 +103,9 @@ class Task:
         fill(self, "loss", self.loss or next(n for n in kind.losses if self._fits(n)))
         fill(self, "metric", self.metric or kind.metrics[0])
         fill(self, "title", self.title or self.name)
-        if kind.integer:
+        if self.tune_thresholds is None:
+            fill(self, "tune_thresholds", kind.tuned and not self.thresholds)
+        if kind.form != "score":
             fill(self, "classes", self.classes or ("0", "1"))
             fill(self, "low", 0.0)
             fill(self, "high", len(self.classes) - 1.0)
@@ -133,14 +116,15 @@ class Task:
                     f"choose from {', '.join(allowed)}"
                 )
         self._check_labels()
+        self._check_decisions()
         self._check_pair()
 
     def _fits(self, loss: str) -> bool:
         return loss != "cosine" or self.pair_encoding == "separate"
 
     def _check_pair(self) -> None:
-        if self.kind == "similarity" and not self.pair:
-            raise ValueError("a similarity task needs two sentences; name two text columns")
+        if self._kind.paired and not self.pair:
+            raise ValueError(f"a {self.kind} task needs two sentences; name two text columns")
         if self.pair_encoding == "joint" and not self.pair:
             raise ValueError("pair: 'joint' reads two sentences; name two text columns")
         if not self._fits(self.loss):
@@ -157,61 +141,186 @@ class Task:
     def _check_labels(self) -> None:
         if len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes: a name occurs twice ({', '.join(self.classes)})")
-        if self.kind == "classification" and len(self.classes) < 2:
+        if self.form != "score" and len(self.classes) < 2:
             raise ValueError("classes: name at least two")
-        if self.kind == "binary" and len(self.classes) != 2:
-            raise ValueError("classes: a binary task has two, the second is the positive one")
-        if self.classes and not self.integer:
+        if self._kind.positive and len(self.classes) != 2:
+            raise ValueError(f"classes: a {self.kind} task has two, the second is the positive one")
+        if self.classes and self.form == "score":
             raise ValueError(f"classes do not go with {self.kind}")
+        if self.form == "classes":
+            check_names(self.classes, self.label_delimiter)
         if not -float("inf") < self.low < self.high < float("inf"):
             raise ValueError(f"the labels' range {self.low:g} to {self.high:g} is empty")
 
+    def _check_decisions(self) -> None:
+        if (self.thresholds or self.tune_thresholds) and not self.thresholded:
+            raise ValueError(f"threshold: {self.kind} has none; it is for binary and multilabel")
+        if self.thresholds and len(self.thresholds) != self.outputs:
+            raise ValueError(f"thresholds: {len(self.thresholds)} are given for {self.outputs}")
+        if not all(0 < one < 1 for one in self.thresholds):
+            raise ValueError(f"threshold: must be above 0 and below 1, not {self.thresholds}")
+        if self.class_weights and self.form != "class":
+            raise ValueError(f"class_weights: {self.kind} has one class for no example")
+        if isinstance(self.class_weights, tuple) and self.class_weights:
+            if len(self.class_weights) != len(self.classes):
+                raise ValueError(f"class_weights: give one for each of {', '.join(self.classes)}")
+            if not all(0 < one < math.inf for one in self.class_weights):
+                raise ValueError("class_weights: must be above 0")
+
     @property
-    def integer(self) -> bool:
-        """Whether labels are integers, that is, classes."""
-        return KINDS[self.kind].integer
+    def _kind(self) -> Kind:
+        return KINDS[self.kind]
+
+    @property
+    def _loss(self) -> Loss:
+        return LOSSES[self.loss]
+
+    @property
+    def form(self) -> LabelForm:
+        """What a label is: the number of a class, a set of classes, or a score."""
+        return self._kind.form
+
+    @property
+    def positive(self) -> str | None:
+        """The positive class of two; None if there is none."""
+        return self.classes[1] if self._kind.positive else None
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """Shape of the label and the prediction of one example: `()`, or `(classes,)` of a set."""
+        return (len(self.classes),) if self.form == "classes" else ()
 
     @property
     def outputs(self) -> int:
         """Number of outputs of the head; 0 means no head."""
-        return {"cross_entropy": len(self.classes), "cosine": 0}.get(self.loss, 1)
+        return self._loss.outputs(len(self.classes))
+
+    @property
+    def problem(self) -> str:
+        """What transformers calls it, its `problem_type`."""
+        return self._loss.problem
+
+    @property
+    def thresholded(self) -> bool:
+        """Whether each output is a logit that is compared with a threshold."""
+        return self._loss.thresholded
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics that fit the kind, by name; of a metric that goes by two names the first."""
+        found = dict.fromkeys(self._resolve(name) for name in self._kind.metrics)
+        return {name: METRICS[name] for name in found}
 
     @property
     def metric_name(self) -> str:
         """Name of the metric for tables and messages."""
-        return METRICS[self._metric][0]
-
-    def score(self, predictions: np.ndarray, labels: np.ndarray) -> float:
-        """Compute the metric of predictions: higher is better, NaN if any prediction is NaN."""
-        return METRICS[self._metric][1](predictions, labels)
+        return self._metric.title
 
     @property
-    def _metric(self) -> str:
+    def greater_is_better(self) -> bool:
+        """Whether the metric is the better the higher it is."""
+        return self._metric.greater
+
+    def score(self, predictions: np.ndarray, labels: np.ndarray) -> float:
+        """Compute the metric of predictions, NaN if any prediction is NaN."""
+        return self._metric.compute(predictions, labels)
+
+    def gain(self, score: float) -> float:
+        """Return a score so that higher is better: an error with a minus sign."""
+        return score if self.greater_is_better else -score
+
+    @property
+    def _metric(self) -> Metric:
+        return METRICS[self._resolve(self.metric)]
+
+    def _resolve(self, metric: str) -> str:
         # Decided by the task's classes, not by those that occur in the data.
-        return "macro_f1" if self.metric == "f1" and len(self.classes) > 2 else self.metric
+        return "macro_f1" if metric == "f1" and len(self.classes) > 2 else metric
 
     def per_example_loss(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        """Compute the loss of each example: `(outputs, labels f32[B]) → f32[B]`.
+        """Compute the loss of each example, times the weight of its class.
 
         Labels that are scores are rescaled to 0 … `SPAN` if the head's outputs are.
+
+        Args:
+          outputs: of the head.
+          labels: `f32[B]`, or `f32[B, K]` of sets of K classes.
+
+        Returns:
+          `f32[B]`.
+
+        Raises:
+          ValueError: if class weights are not known yet, see `weighted`.
         """
-        if not self.integer and HEADS[self.head].scaled:
+        if self.form == "score" and HEADS[self.head].scaled:
             labels = (labels - self.low) * (SPAN / (self.high - self.low))
-        return LOSSES[self.loss](outputs, labels)
+        loss = self._loss.per_example(outputs, labels)
+        if isinstance(self.class_weights, str):
+            raise ValueError(f"{self.name}: class_weights {self.class_weights!r} need the labels")
+        if not self.class_weights:
+            return loss
+        return loss * jnp.array(self.class_weights, jnp.float32)[labels.astype(jnp.int32)]
+
+    def weighted(self, labels: np.ndarray) -> Task:
+        """Return the task with its class weights as numbers.
+
+        Balanced weights are scikit-learn's: `E / (classes · E_k)` for a class with E_k of E
+        examples, so that all classes have the same part of the loss and the mean weight is 1.
+
+        Args:
+          labels: `f32[E]`, of the training set.
+
+        >>> spam = Task("spam", "binary", class_weights="balanced")
+        >>> spam.weighted(np.array([0, 0, 0, 1])).class_weights
+        (0.6666666666666666, 2.0)
+        """
+        if self.class_weights != "balanced":
+            return self
+        counts = np.bincount(labels.astype(int), minlength=len(self.classes))
+        weights = len(labels) / (len(self.classes) * np.maximum(counts, 1))
+        return dataclasses.replace(self, class_weights=tuple(weights.tolist()))
+
+    def tuned(self, outputs: np.ndarray, labels: np.ndarray) -> Task:
+        """Return the task with thresholds chosen on labelled examples, if it wants that.
+
+        The threshold of two classes is chosen by the task's metric, those of a set of classes by
+        the F1 score of each class.
+
+        Args:
+          outputs: of the head.
+          labels: `f32[E]`, or `f32[E, K]` of sets.
+        """
+        if not self.tune_thresholds or np.isnan(outputs).any():
+            return self
+        columns = (np.reshape(x, (len(labels), self.outputs)).T for x in (outputs, labels))
+        measure = self.metric if self.metric in thresholds.MEASURES else "f1"
+        if self.form == "classes":
+            measure = "f1"
+        chosen = [
+            thresholds.choose(_sigmoid(logits), own, measure)[0]
+            for logits, own in zip(*columns, strict=True)
+        ]
+        return dataclasses.replace(self, thresholds=tuple(chosen))
+
+    @property
+    def cuts(self) -> np.ndarray:
+        """The logits above which an output counts as positive: `f32[outputs]`, `f32[]` for one."""
+        found = np.array([math.log(p) - math.log1p(-p) for p in self.thresholds], np.float32)
+        return found[0] if self.outputs == 1 else found
 
     def decode(self, outputs: jax.Array) -> jax.Array:
-        """Convert outputs to predictions `f32[B]`: the number of a class, or a score.
+        """Convert outputs to predictions.
 
         A NaN output gives a NaN prediction, for classes too.
+
+        Returns:
+          `f32[B]`, numbers of classes or scores; of sets of K classes `f32[B, K]`, 0 or 1 for each.
         """
-        if self.loss == "cross_entropy":
-            classes = jnp.argmax(outputs, -1).astype(jnp.float32)
-            return jnp.where(jnp.isnan(outputs).any(-1), jnp.nan, classes)
-        if self.loss == "binary_cross_entropy":
-            return jnp.where(jnp.isnan(outputs), jnp.nan, (outputs > 0).astype(jnp.float32))
-        if self.loss == "cosine":
-            return self.decode_cosine(outputs)
-        return self._on_scale(outputs) if HEADS[self.head].scaled else outputs
+        if self.thresholds:
+            outputs = outputs - self.cuts[None]
+        found = self._loss.decode(outputs)
+        on_scale = self.form == "score" and HEADS[self.head].scaled
+        return self._on_scale(found) if on_scale else found
 
     def decode_cosine(self, cosines: jax.Array) -> jax.Array:
         """Convert cosines to scores `f32[B]` on the labels' scale."""
@@ -223,12 +332,8 @@ class Task:
 
     def probabilities(self, outputs: jax.Array) -> jax.Array | None:
         """Convert outputs to probabilities `f32[B, classes]`; None for a task with scores."""
-        if self.loss == "cross_entropy":
-            return jax.nn.softmax(outputs)
-        if self.loss == "binary_cross_entropy":
-            positive = jax.nn.sigmoid(outputs)
-            return jnp.stack([1 - positive, positive], axis=-1)
-        return None
+        convert = self._loss.probabilities
+        return None if convert is None else convert(outputs)
 
     @property
     def texts(self) -> int:
@@ -308,6 +413,25 @@ class Task:
         rngs = None if key is None else {"dropout": key}
         module = self.head_module(u.shape[-1], dropout)
         return jnp.asarray(module.apply({"params": params}, x, train=key is not None, rngs=rngs))
+
+
+def check_names(names: tuple[str, ...], delimiter: str) -> None:
+    """Refuse names of classes that could not be told apart in a cell.
+
+    Raises:
+      ValueError: naming the class.
+    """
+    if not delimiter or any(c in '"\r\n' for c in delimiter):
+        raise ValueError(f"label_delimiter: {delimiter!r} cannot separate names; take one like '|'")
+    if odd := [name for name in names if delimiter in name]:
+        raise ValueError(
+            f"label_delimiter: {delimiter!r} is in the name {odd[0]!r}; choose another"
+        )
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Compute `1 / (1 + exp(-x))` in float64."""
+    return np.asarray(1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -700, 700))))
 
 
 SENTIMENTS = ("0", "1", "2", "3", "4")  # very negative … very positive

@@ -66,7 +66,7 @@ class TaskChoice:
       tasks: tasks of your own instead of the paper's: TOML files or tables of data, and values
         such as topic.epochs=3.
       text: the column of text in those tables, or two of a pair, separated by a comma.
-      label: the column of labels in those tables.
+      label: the column of labels in those tables, or several of 0 and 1, separated by commas.
       only: train these of the tasks and leave the others out.
       groups: which tasks share a trainable encoder tree, e.g. "sst|para,sts"; default: the
         variant's.

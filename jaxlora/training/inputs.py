@@ -155,8 +155,8 @@ def notes(splits: Mapping[str, Examples]) -> list[str]:
         found += [f"{split}: {note}" for note in examples.notes]
         if examples.blank:
             found.append(f"{split}: {list_blank(examples.blank)} left out")
-        missing = int(np.isnan(examples.labels).sum())
-        if split == "dev" and len(examples) > 1 and np.ptp(examples.labels) == 0:
+        missing = int(np.isnan(examples.targets).any(-1).sum())
+        if split == "dev" and len(examples) > 1 and not np.ptp(examples.labels, axis=0).any():
             found.append("dev: every row has the same label, so no score there means anything")
         if split == "test" and 0 < missing < len(examples):
             found.append(f"test: {missing:,} labels are missing, so it is predicted and not scored")

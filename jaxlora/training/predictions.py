@@ -9,20 +9,30 @@ import numpy as np
 
 from jaxlora.data.tokenized import Examples
 from jaxlora.serving import inference
+from jaxlora.serving.answers import show_labels, show_value
+from jaxlora.tasks.evaluation import Evaluation
 from jaxlora.tasks.task import Task
 from jaxlora.training import run_folder
-from jaxlora.training.task_group import Cohort, TaskGroup, outputs
+from jaxlora.training.task_group import Cohort, outputs
 from jaxlora.utils.trees import Tree
 
 MOST_CLASSES = 100  # whose probabilities are written, a column each
 
 
 def predict_splits(
-    out: Path, cohort: Cohort, group: TaskGroup, best: dict[str, Tree], splits: tuple[str, ...]
+    out: Path, cohort: Cohort, tasks: Iterable[Task], best: dict[str, Tree], splits: tuple[str, ...]
 ) -> dict[str, float]:
-    """Write predictions of a group's tasks; returns the scores of the test sets with labels."""
+    """Write predictions of a group's tasks; returns the scores of the test sets with labels.
+
+    Args:
+      out: folder of the run.
+      cohort: of the group.
+      tasks: of the group, with the thresholds that they are served with.
+      best: the group's trees.
+      splits: to predict.
+    """
     scores = {}
-    for task in group.tasks:
+    for task in tasks:
         for split in splits:
             examples = cohort.data[task.name][split]
             if not len(examples):
@@ -46,27 +56,39 @@ def make_columns(task: Task, examples: Examples, found: np.ndarray) -> dict[str,
       examples: what was predicted; `label` is a column if all have one.
       found: outputs of the head.
     """
-    predictions = inference.decode(task, found)
+    predictions, labels = inference.decode(task, found), examples.labels
     columns: dict[str, Iterable[str]] = {"id": examples.ids}
-    columns["prediction"] = [f"{p:.0f}" if task.integer else f"{p:.4f}" for p in predictions]
+    columns["prediction"] = _values(task, predictions)
     if examples.labelled:
-        columns["label"] = [f"{label:g}" for label in examples.labels]
-    if not task.integer:
+        one = labels.ndim == 1
+        columns["label"] = [f"{label:g}" for label in labels] if one else _values(task, labels)
+    if not task.classes:
         return columns
     probabilities = inference.probabilities(task, found)
     columns["predicted_class"] = _names(task, predictions)
     if examples.labelled:
-        columns["label_class"] = _names(task, examples.labels)
-    columns["confidence"] = [f"{p:.4f}" for p in probabilities.max(-1)]
+        columns["label_class"] = _names(task, labels)
+    # Of a set, that of its least certain class.
+    sure = Evaluation(task, np.nan_to_num(predictions), labels, probabilities).confidence
+    columns["confidence"] = [f"{p:.4f}" for p in sure.reshape(len(sure), -1).min(-1)]
     if len(task.classes) <= MOST_CLASSES:
         each = zip(task.classes, probabilities.T, strict=True)
         columns |= {f"p({name})": [f"{p:.4f}" for p in column] for name, column in each}
     return columns
 
 
+def _values(task: Task, values: np.ndarray) -> list[str]:
+    """Return numbers of classes, those in sets, or scores."""
+    if task.form == "classes":
+        return [show_value(task, tuple(np.flatnonzero(row).tolist())) for row in values]
+    return [show_value(task, float(one)) for one in values]
+
+
 def _names(task: Task, values: np.ndarray) -> list[str]:
     """Return the names of classes; what is not finite has none."""
-    return [task.classes[int(value)] if np.isfinite(value) else "" for value in values]
+    finite = np.isfinite(values).reshape(len(values), -1).all(-1)
+    shown = show_labels(task, np.nan_to_num(values))
+    return [name if known else "" for name, known in zip(shown, finite, strict=True)]
 
 
 def _with_blank(

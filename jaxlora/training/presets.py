@@ -145,11 +145,11 @@ def _pace_group(
 ) -> tuple[TaskSpec, ...]:
     """Give a group's tasks the pace of its largest table, as far as nothing else is asked for."""
     mine = [spec for spec in specs if spec.task.name in group]
-    tables = [spec.table for spec in mine if spec.table is not None]
+    tables = [(spec.table, spec.task) for spec in mine if spec.table is not None]
     if len(tables) < len(mine):
         return specs
     settled = {**asked, **{key: value for spec in mine for key, value in spec.own}}
-    rows = max(count_training_rows(table) for table in tables)
+    rows = max(count_training_rows(table, task) for table, task in tables)
     found = pace(rows, loop.batch_size, settled.get("epochs"), loop.max_steps)
     new = tuple((key, value) for key, value in found.items() if key not in settled)
     return tuple(

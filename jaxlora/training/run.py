@@ -16,6 +16,7 @@ from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.serving import bank, finished_run
 from jaxlora.tasks.sharing import Groups, group_name
+from jaxlora.tasks.task import Task
 from jaxlora.training import checkpoint, inputs, parameter_count, run_folder, sharding, trained
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data
@@ -23,7 +24,7 @@ from jaxlora.training.loop import Best, Callback, Progress, train_cohort
 from jaxlora.training.metrics_log import MetricsLog
 from jaxlora.training.predictions import predict_splits
 from jaxlora.training.start import Start, fingerprints, load_start
-from jaxlora.training.task_group import make_cohort
+from jaxlora.training.task_group import make_cohort, tuned
 from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import Tree
@@ -169,19 +170,23 @@ def _train_cohorts(
     best: Best = {}
     progress: dict[str, dict[str, Any]] = {}
     test: dict[str, float] = {}
+    tasks: dict[str, Task] = {}
     for groups, states in saved.items():
-        trees, done, scores = _train_cohort(context, groups, states, log, callback)
-        best, progress, test = best | trees, progress | done, test | scores
+        trees, done, scores, own = _train_cohort(context, groups, states, log, callback)
+        best, progress, test, tasks = best | trees, progress | done, test | scores, tasks | own
     result = summarize_result(settings, inputs.count(settings, context.base), progress, test)
-    keep_models(context, best, result["dev"])
+    keep_models(context, best, result["dev"], tasks)
     return result
 
 
 def keep_models(
-    context: RunContext, best: Mapping[str, Mapping[str, Tree]], dev: Mapping[str, float]
+    context: RunContext,
+    best: Mapping[str, Mapping[str, Tree]],
+    dev: Mapping[str, float],
+    tasks: Mapping[str, Task],
 ) -> None:
     """Write what was trained as a bank into the run's folder; of many processes the first does."""
-    models = trained.task_models(context.settings, context.checksums, best, dev)
+    models = trained.task_models(context.settings, context.checksums, best, dev, tasks)
     if distributed.is_primary():
         bank.write(context.out / finished_run.MODEL, models)
 
@@ -202,13 +207,14 @@ def _train_cohort(
     saved: checkpoint.StateCheckpoints,
     log: MetricsLog,
     callback: Callback,
-) -> tuple[Best, dict[str, dict[str, Any]], dict[str, float]]:
+) -> tuple[Best, dict[str, dict[str, Any]], dict[str, float], dict[str, Task]]:
     """Train groups and write their predictions; nothing of them stays on the devices.
 
     The predictions come from the best tree where it is, so of a split one no device has it whole.
 
     Returns:
-      The best trees as NumPy arrays, the progress of each group, the test scores.
+      The best trees as NumPy arrays, the progress of each group, the test scores, and the tasks
+      with the thresholds that they are served with.
     """
     cohort = make_cohort(
         context.settings, context.base, context.data, groups, context.mesh, context.start
@@ -216,10 +222,15 @@ def _train_cohort(
     best, done = train_cohort(cohort, saved, log, callback, context.options.skip_nonfinite)
     _refuse_unscored(done)
     test: dict[str, float] = {}
+    tasks: dict[str, Task] = {}
     for group in cohort.groups:
-        test |= predict_splits(context.out, cohort, group, best[group.name], context.options.splits)
+        own = {task.name: tuned(cohort, task, best[group.name]) for task in group.tasks}
+        test |= predict_splits(
+            context.out, cohort, own.values(), best[group.name], context.options.splits
+        )
+        tasks |= own
     progress = {name: dataclasses.asdict(one) for name, one in done.items()}
-    return distributed.gather(best), progress, test
+    return distributed.gather(best), progress, test, tasks
 
 
 def summarize_result(

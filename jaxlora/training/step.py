@@ -11,6 +11,7 @@ Shapes: T tasks, R rows, S tokens a row, N sentences and B examples a task, H hi
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -221,6 +222,7 @@ class TrainStep:
           keys: PRNG keys `[T]` for dropout in the heads.
         """
         size = batch.labels.shape[1]
+        labels = trees.split(batch.labels, [math.prod(task.label_shape) for task in self.tasks])
         params = {name: head for group in heads for name, head in group.items()}
         per_task = []
         for t, task in enumerate(self.tasks):
@@ -228,7 +230,8 @@ class TrainStep:
                 params[task.name], vectors[t, :size], vectors[t, size:],
                 pair_features=self.pair_features, dropout=self.dropout, key=keys[t],
             )  # fmt: skip
-            loss = task.per_example_loss(outputs, batch.labels[t])
+            own = labels[t].T.reshape(size, *task.label_shape)
+            loss = task.per_example_loss(outputs, own)
             per_task.append(losses.masked_mean(loss, batch.weights[t]))
         return jnp.stack(per_task)
 

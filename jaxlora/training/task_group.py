@@ -141,6 +141,7 @@ def make_cohort(
 ) -> Cohort:
     """Assemble groups: their step, their parameters, their order and their packing."""
     data = {name: data[name] for group in groups for name in group}
+    settings = _with_weights(settings, data)
     train = {name: splits["train"] for name, splits in data.items()}
     steps = count_steps(settings, data, groups)
     train_step = make_cohort_step(settings, base, steps, groups)
@@ -182,6 +183,17 @@ def make_cohort(
         mesh=mesh,
         start=start,
     )
+
+
+def _with_weights(settings: Settings, data: Data) -> Settings:
+    """Return the settings with the tasks' class weights as numbers, see `Task.weighted`."""
+    specs = tuple(
+        dataclasses.replace(
+            spec, task=spec.task.weighted(data[spec.task.name]["train"].labels)
+        ) if spec.task.name in data else spec
+        for spec in settings.tasks
+    )  # fmt: skip
+    return dataclasses.replace(settings, tasks=specs)
 
 
 def _make_task_group(
@@ -256,12 +268,13 @@ def live_vectors(encode: Encode, frozen: Tree, data: Data, max_length: int, mesh
 
 
 def evaluate_group(cohort: Cohort, group: TaskGroup, state: TrainState) -> dict[str, Any]:
-    """The dev record of a group: the metric and loss of each task; the score is the mean metric."""
+    """The dev record of a group: each task's metric and loss, and their mean gain as the score."""
     scores, losses = {}, {}
     for task in group.tasks:
         dev = cohort.data[task.name]["dev"]
         found = outputs(cohort, task, state.trainable, state.heads, "dev")
-        scores[task.name] = task.score(inference.decode(task, found), dev.labels)
+        tuned = task.tuned(found, dev.labels)
+        scores[task.name] = tuned.score(inference.decode(tuned, found), dev.labels)
         each = task.per_example_loss(jnp.asarray(found), jnp.asarray(dev.labels))
         losses[task.name] = float(jnp.mean(each))
     return {
@@ -270,8 +283,16 @@ def evaluate_group(cohort: Cohort, group: TaskGroup, state: TrainState) -> dict[
         "step": int(state.step),
         "dev": scores,
         "dev_loss": losses,
-        "score": float(np.mean(list(scores.values()))),
+        "score": float(np.mean([task.gain(scores[task.name]) for task in group.tasks])),
     }
+
+
+def tuned(cohort: Cohort, task: Task, best: dict[str, Tree]) -> Task:
+    """Return a task with thresholds chosen on its dev set, if it wants that, see `Task.tuned`."""
+    if not task.tune_thresholds:
+        return task
+    found = outputs(cohort, task, best["trainable"], best["heads"], "dev")
+    return task.tuned(found, cohort.data[task.name]["dev"].labels)
 
 
 def outputs(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.serving.task_models import Facts, TaskModel, TaskModels
 from jaxlora.tasks.sharing import group_name
+from jaxlora.tasks.task import Task
 from jaxlora.training import inputs
 from jaxlora.training.config import Settings
 from jaxlora.utils.trees import Tree
@@ -17,6 +18,7 @@ def task_models(
     checksums: Mapping[str, str],
     best: Mapping[str, Mapping[str, Tree]],
     dev: Mapping[str, float],
+    tasks: Mapping[str, Task],
 ) -> TaskModels:
     """Return the tasks of a run with their trees, heads and facts.
 
@@ -25,12 +27,13 @@ def task_models(
       checksums: of its base and data, see `inputs.fingerprints`.
       best: group → `{"trainable", "heads"}`, NumPy arrays.
       dev: task → score on its dev set.
+      tasks: by name, with the thresholds that they are served with.
     """
     versions, tables = inputs.versions(), {spec.task.name: spec.table for spec in settings.tasks}
     models = {}
     for group in settings.groups:
         for name in group:
-            task, tree, table = settings.named[name], group_name(group), tables[name]
+            task, tree, table = tasks[name], group_name(group), tables[name]
             facts = Facts(
                 dev={task.metric: dev[name]},
                 data=checksums[inputs.data_of(name)],

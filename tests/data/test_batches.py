@@ -1,5 +1,6 @@
 """Batches: pure functions of (seed, step); nothing lost, nothing twice."""
 
+import dataclasses
 import itertools
 import time
 from unittest import mock
@@ -64,6 +65,22 @@ def test_weights_mark_the_last_partial_batch(packed):
         np.testing.assert_array_equal(batch.weights, [[1] * real + [0] * (4 - real)] * 3)
         assert not batch.labels[:, real:].any()
         assert [len(drawn) for drawn in packed.order.at(number)] == [real] * 3
+
+
+def test_sets_of_classes_have_a_row_of_labels_for_each_class():
+    examples = {name: make_examples(name, count) for name, count in SIZES.items()}
+    sets = np.random.default_rng(0).integers(0, 2, (7, 5)).astype(np.float32)
+    examples["para"] = dataclasses.replace(examples["para"], labels=sets)
+    order = JointOrder((make_order(SIZES, 4, seed=0),), (9,))
+    batches = choose_batch_shapes(examples, order, max_length=32, most=2, mixed=True)
+    for number in range(9):
+        sst, para, sts = order.at(number)
+        batch, size = batches[number], len(sst)
+        assert batch.labels.shape == (1 + 5 + 1, 4) and batch.weights.shape == (3, 4)
+        np.testing.assert_array_equal(batch.labels[0, :size], examples["sst"].labels[sst])
+        np.testing.assert_array_equal(batch.labels[1:6, :size], sets[para].T)
+        np.testing.assert_array_equal(batch.labels[6, :size], examples["sts"].labels[sts])
+        assert not batch.labels[:, size:].any()
 
 
 def test_packed_tokens_are_the_examples_tokens(packed):

@@ -45,7 +45,7 @@ def test_splits_have_their_sizes_unique_ids_and_labels_in_range(name):
         labels = np.array([row.label for row in rows])
         assert labels.min() >= task.low
         assert labels.max() <= task.high
-        assert not task.integer or np.all(labels == labels.round())
+        assert not task.classes or np.all(labels == labels.round())
         assert all(bool(row.sentence2) == task.pair for row in rows)
 
 

@@ -71,3 +71,19 @@ def test_the_texts_with_the_smallest_checksums_are_held_out():
     checksums = {hashlib.sha256(f"{row.sentence1}\0".encode()).hexdigest(): row.id for row in rows}
     expected = {checksums[checksum] for checksum in sorted(checksums)[:10]}
     assert {row.id for row in hold_out(rows, 0.2, TASK)[1]} == expected
+
+
+@given(
+    sets=st.lists(st.sets(st.integers(0, 3)).map(lambda s: tuple(sorted(s))), max_size=60),
+    share=st.floats(0.01, 0.99),
+)
+def test_sets_are_stratified_by_their_rarest_class(sets, share):
+    task = Task("t", "multilabel", classes=("a", "b", "c", "d"))
+    rows = make(enumerate(sets))
+    train, dev = hold_out(rows, share, task)
+    counts = Counter(number for one in sets for number in one)
+    rarest = [min(one, key=lambda n: (counts[n], n), default=None) for one in sets]
+    held = Counter(rarest[int(row.id)] for row in dev)
+    for stratum, size in Counter(rarest).items():
+        assert held[stratum] == min(max(1, round(share * size)), size - 1)
+    assert len(train) + len(dev) == len(rows)

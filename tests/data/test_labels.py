@@ -1,11 +1,17 @@
 """What labels say about their task."""
 
+import dataclasses
+import math
 import random
+import re
+from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jaxlora.data.labels import find_labels
-from jaxlora.data.raw_examples import parse_label
+from jaxlora.data.labels import count_sets, find_labels
+from jaxlora.data.raw_examples import join_marks, parse_label, to_array
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
 
@@ -85,3 +91,94 @@ def test_words_for_yes_and_no():
         parse_label("true", others, "x:1")
     with pytest.raises(UserError, match="label 'true'"):
         parse_label("true", Task("t", "binary", classes=("ham", "spam")), "x:1")
+
+
+NAMES = ("bug", "billing", "login", "42")
+SETS = st.lists(st.sets(st.sampled_from(NAMES)), min_size=1, max_size=30)
+TAGS = Task("tags", "multilabel", classes=NAMES)
+
+
+@given(sets=SETS, mark=st.sampled_from(["|", ", ", ";", " "]))
+def test_sets_are_read_as_they_were_written(sets, mark):
+    task = dataclasses.replace(TAGS, label_delimiter=mark)
+    cells = [mark.join(one) for one in sets]
+    parsed = [parse_label(cell, task, "x:1") for cell in cells]
+    array = to_array(parsed, task)
+    assert array.shape == (len(sets), 4)
+    for row, one in zip(array, sets, strict=True):
+        assert {name for name, there in zip(NAMES, row, strict=True) if there} == one
+    if any(len(one) > 1 for one in sets):
+        found = find_labels(cells, None, mark)
+        counts = {name: sum(name in one for one in sets) for name in NAMES}
+        assert (found.kind, found.empty) == ("multilabel", sets.count(set()))
+        assert found.counts == {name: count for name, count in counts.items() if count}
+
+
+@given(sets=SETS)
+def test_columns_of_marks_are_the_same_sets(sets):
+    words = (("0", "1"), ("no", "Yes"), ("False", "true"), ("0.0", "1.0"))
+    for n, one in enumerate(sets):
+        no, yes = words[n % len(words)]
+        cells = [yes if name in one else no for name in NAMES]
+        label = parse_label(join_marks(cells, NAMES, "|", "x:1"), TAGS, "x:1")
+        assert {NAMES[number] for number in label} == one
+    joined = ["|".join(one) for one in sets]
+    found = count_sets(Counter(joined), "|", NAMES)
+    assert found.classes == NAMES  # also of columns that are 0 in every row
+    assert found.counts == {name: sum(name in one for one in sets) for name in NAMES}
+    assert math.isnan(parse_label(join_marks(["", ""], NAMES[:2], "|", "x:1"), TAGS, "x:1"))
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind"),
+    [
+        (["a|b", "b", "b|c", ""], "multilabel"),
+        (["a", "b", "a|b"] * 3, "multilabel"),
+        (["yes|no", "up|down"] * 9, "binary"),  # nothing recurs: two names with a bar
+        (["a|b|c", "a|d|e"] * 9, "binary"),  # one of five recurs
+        (["a,b", "b", "b,c", "c"] * 9, "classification"),  # a comma is not a usual delimiter
+        (["a|", "a", "b"] * 9, "classification"),
+    ],
+)
+def test_sets_are_found_only_where_there_is_no_doubt(cells, kind):
+    assert find_labels(cells).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("bug|wrong", "'wrong' in 'bug|wrong' is not one of bug, billing"),
+        ("bug;login", "check the `label_delimiter` '|'"),
+        ("bug|login|bug", "a label is named twice in 'bug|login|bug'"),
+        ("bug|", "'' in 'bug|' is not one of"),
+    ],
+)
+def test_cells_that_are_no_sets(cell, message):
+    with pytest.raises(UserError, match=f"x.csv:7: .*{re.escape(message)}"):
+        parse_label(cell, TAGS, "x.csv:7")
+
+
+def test_columns_of_marks_with_other_values():
+    with pytest.raises(UserError, match=r"x:3: column 'billing' has '2'; .*each is 0 or 1"):
+        join_marks(["1", "2"], NAMES[:2], "|", "x:3")
+    with pytest.raises(UserError, match="column 'bug' has ''"):
+        join_marks(["", "1"], NAMES[:2], "|", "x:3")
+
+
+@pytest.mark.parametrize(
+    ("cells", "mark", "message"),
+    [
+        (["a", "b", "a"], ";", "';' is nowhere; name the `label_delimiter`"),
+        (["", "nan"], "|", "no row has a label"),
+        (["a||b", "a"], "|", r"'a\|\|b' has nothing on one side"),
+    ],
+)
+def test_columns_that_are_no_sets(cells, mark, message):
+    with pytest.raises(ValueError, match=message):
+        find_labels(cells, "multilabel", mark)
+
+
+def test_ordinal_classes_without_an_order_are_named_by_the_user():
+    assert find_labels(["2", "10", "1"] * 2, "ordinal").classes == ("1", "2", "10")
+    with pytest.raises(ValueError, match="name them, the lowest first"):
+        find_labels(["low", "high"], "ordinal")

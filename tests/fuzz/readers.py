@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from jaxlora.data import cs224n, delimited, official, tables, text_lines, tokenized
 from jaxlora.data.quoting import QUOTINGS, Quoting
-from jaxlora.data.raw_examples import TextExample, parse_label, sentences
+from jaxlora.data.raw_examples import TextExample, is_missing, parse_label, sentences
 from jaxlora.formats import huggingface
 from jaxlora.serving import predict_table
-from jaxlora.serving.predictor import Answer, Predictor
+from jaxlora.serving.answers import Answer
+from jaxlora.serving.predictor import Predictor
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
 from tests.fuzz import hostile, samples
@@ -37,7 +38,10 @@ TSV = {
     "para": b"\tid\tsentence1\tsentence2\tis_duplicate\n0\ta\tOne ?\tTwo \xc3\x97 ?\t1.0\n",
     "sts": b'\tid\tsentence1\tsentence2\tsimilarity\r\n0\ta\t"One\r\ntwo"\tTwo\t4.6\r\n',
 }
+TAGS = Task("tags", "multilabel", classes=("sport", "1", "2"), label_delimiter="+")
+MARKS = Task("marks", "multilabel", classes=("second", "label"))
 CSV = b'key,first,second,label\nx,"A, dog",A cat,1\ny,"A ""dog""",A cat,2\nz,A dog,cat,\n'
+SETS = b"key,first,second,label\nx,A dog,0,1+sport\ny,A cat,1,0\nz,A film,1,1\n"
 REQUESTS = b"id\ttask\tsentence\tsentence2\n1\tsst\tA dog .\t\n2\tsts\tA dog .\tA cat .\n"
 JSON_LINES = (
     b'{"key": "x", "first": "A dog", "second": "A cat", "label": 2}\n'
@@ -46,6 +50,8 @@ JSON_LINES = (
 COLUMNS = {
     TOPIC: tables.Columns(("first",), "label"),
     PRICE: tables.Columns(("first", "second"), "label", "key"),
+    TAGS: tables.Columns(("first",), "label", "key"),
+    MARKS: tables.Columns(("first",), ("second", "label")),
 }
 
 
@@ -64,7 +70,7 @@ def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[..
         "table": (
             st.tuples(
                 st.sampled_from(list(COLUMNS)),
-                one_of(hostile.damaged(CSV), hostile.tables(CSV, ",")),
+                one_of(hostile.damaged(CSV, SETS), hostile.tables(CSV, ",")),
                 st.sampled_from((None, ",", *delimited.DELIMITERS)),
                 _quotings,
                 st.sampled_from((True, False, None)),
@@ -103,6 +109,14 @@ def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[..
             ),
             read_label,
         ),
+        "set of labels": (
+            st.tuples(
+                st.lists(hostile.labels, min_size=2, max_size=4, unique=True),
+                st.sampled_from(("|", ", ", "+", " ")),
+                st.lists(hostile.labels, max_size=4),
+            ),
+            read_set,
+        ),
         "odd file": (hostile.damaged(*hostile.FOREIGN), read_odd),
         "request": (
             one_of(question, st.lists(hostile.texts, max_size=4).map(tuple), hostile.values),
@@ -125,9 +139,13 @@ def _check_rows(
     for row in rows:
         assert all(text == text.strip() for text in sentences(row, task).values())
         assert "".join(row[:3]).encode() is not None and row.line >= first
-        known = task.low <= row.label <= task.high
-        assert math.isnan(row.label) or (labels is not False and known)
-        assert math.isnan(row.label) or not task.integer or row.label == int(row.label)
+        assert not row.labelled or labels is not False
+        if isinstance(row.label, tuple):
+            assert task.form == "classes" and list(row.label) == sorted(set(row.label))
+            assert set(row.label) <= set(range(len(task.classes)))
+        elif row.labelled:
+            assert task.form != "classes" and task.low <= row.label <= task.high
+            assert not task.classes or row.label == int(row.label)
 
 
 def read_tsv(value: tuple[Task, bytes, bool], scratch: Path) -> None:
@@ -213,11 +231,29 @@ def read_label(value: tuple[list[str], str], scratch: Path) -> None:
     except ValueError as error:  # a name that is there twice when stripped
         raise UserError(str(error)) from None
     label = parse_label(written, task, "x:1")
+    assert isinstance(label, float)
     name = written.strip()
     if name in task.classes:
         assert label == task.classes.index(name)
     elif not math.isnan(label):
         assert float(name) == float(label) or float(task.classes[int(label)]) == float(name)
+
+
+def read_set(value: tuple[list[str], str, list[str]], scratch: Path) -> None:
+    """`rows.parse_label` of a set: the names that were joined, each once, or no label at all."""
+    names, mark, chosen = value
+    try:
+        task = Task(
+            "x", "multilabel", classes=tuple(n.strip() for n in names), label_delimiter=mark
+        )
+    except ValueError as error:  # a name that is there twice when stripped, or has the mark
+        raise UserError(str(error)) from None
+    label = parse_label(mark.join(chosen), task, "x:1")
+    if isinstance(label, tuple):
+        found = {task.classes[n] for n in label}
+        assert found == {name for one in chosen for name in map(str.strip, one.split(mark))} - {""}
+    else:
+        assert is_missing(mark.join(chosen).strip(), task.classes)
 
 
 def read_odd(content: bytes, scratch: Path) -> None:

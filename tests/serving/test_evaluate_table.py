@@ -109,7 +109,7 @@ def test_the_page_needs_nothing_else_and_shows_texts_as_they_are(tmp_path, task)
     path = write(tmp_path, "a,b,label", *[f"<b>&amp;</b>,<b>&amp;</b>,{n % 2}" for n in range(6)])
     columns = Columns(("a", "b")[: len(sentences)], "label")
     labelled = read_labelled(task, path, columns)
-    probabilities = np.tile([0.3, 0.7], (6, 1)) if task.integer else None
+    probabilities = np.tile([0.3, 0.7], (6, 1)) if task.classes else None
     found = Evaluation(task, np.ones(6), np.arange(6.0) % 2, probabilities)
     text = page(report(found, path, labelled, ("<other>", found), resamples=5), found)
     seen = Structure()

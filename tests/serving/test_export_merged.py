@@ -147,7 +147,13 @@ TOPIC = tasks.Task(
 )
 PRICE = tasks.Task("price", "regression", low=-2.0, high=30.0)
 ALIKE = tasks.Task("alike", "similarity", pair=True, low=-1.0, high=1.0)
+TAGS = tasks.Task("tags", "multilabel", classes=("a", "b", "c"), thresholds=(0.4, 0.5, 0.55))
+SPAM = tasks.Task("spam", "binary", thresholds=(0.45,))
+STARS = tasks.Task("stars", "ordinal", classes=("1", "2", "3", "4"))
 CASES = [
+    (TAGS, "mean", "concat", 48),
+    (SPAM, "mean", "concat", 48),
+    (STARS, "mean", "concat", 48),
     (TOPIC, "mean", "concat", 48),
     (PRICE, "mean", "concat", 48),
     (ALIKE, "mean", "concat", 48),
@@ -172,7 +178,7 @@ def test_the_readmes_code_predicts_what_we_do(
     if head:  # Outputs far apart about their middle, so that the predictions differ.
         head = jax.tree.map(lambda x: 3 * x + 0.1, head)
         outputs = task.apply_head(head, u, v, pair_features=pair_features)
-        middle = outputs.mean(0) - (0 if task.integer else tasks.SPAN / 2)
+        middle = outputs.mean(0) - (0 if task.classes else tasks.SPAN / 2)
         head["out"]["bias"] = head["out"]["bias"] - middle
     made = trained(tiny, adapter, task, head, pair_features, pooling=pooling, max_length=max_length)
     export_merged.save(tmp_path / "m", tiny, made, task.name)
@@ -183,7 +189,7 @@ def test_the_readmes_code_predicts_what_we_do(
     exec(code, names)
     theirs = names["predict"](list(examples)).numpy()
     ours = np.asarray(task.decode(task.apply_head(head, u, v, pair_features=pair_features)))
-    assert len(set(ours.tolist())) > 1
+    assert len(np.unique(ours, axis=0)) > 1
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
     assert (tmp_path / "m" / heads.HEAD).exists() == bool(head)
 

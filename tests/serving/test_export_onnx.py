@@ -22,7 +22,8 @@ from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.serving import bank, export_onnx, export_onnx_check
 from jaxlora.serving.task_models import TaskModel, TaskModels
-from jaxlora.tasks.task import HEADS, LOSSES, Task
+from jaxlora.tasks.kinds import LOSSES
+from jaxlora.tasks.task import HEADS, Task
 from jaxlora.utils.errors import UserError
 
 CONFIG = LoraConfig(4, 8.0, ("query", "output.dense"))
@@ -41,7 +42,7 @@ def random_head(task, width, features):
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(lambda: task.init_head(jax.random.key(0), width, features))
     head = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
-    if head and not task.integer:
+    if head and not task.classes:
         head["out"]["bias"] += 2.5
     return head
 
@@ -79,12 +80,16 @@ def outputs(folder, task):
 def answers(predictor, task):
     """Our probabilities, or scores."""
     found = predictor([(task.name, *example) for example in texts(task)])
-    if not task.integer:
+    if not task.classes:
         return np.array([one.value for one in found])
     return np.array([list(one.probabilities.values()) for one in found])
 
 
+TAGS = Task("tags", "multilabel", classes=("a", "b", "c"), thresholds=(0.4, 0.5, 0.55))
 CASES = [
+    (TAGS, {"pooling": "mean"}),
+    (Task("spam", "binary", thresholds=(0.45,)), {}),
+    (Task("stars", "ordinal", classes=("1", "2", "3", "4")), {}),
     (TOPIC, {"pooling": "mean"}),
     (dataclasses.replace(TOPIC, head="pooler"), {}),
     (dataclasses.replace(TOPIC, head="dense_relu"), {}),
@@ -114,7 +119,7 @@ def test_every_kind_of_head_equals_ours(task, options, tiny, tmp_path, monkeypat
     *vectors, found = outputs(tmp_path / "out", task)
     model = made.models[task.name]
     logits = task.apply_head(model.head, vectors[0], vectors[-1], pair_features=model.pair_features)
-    wanted = task.probabilities(logits) if task.integer else task.decode(logits)
+    wanted = task.probabilities(logits) if task.classes else task.decode(logits)
     assert np.ptp(wanted, 0).min() > 0.01
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * (task.high - task.low))
     # The README's code needs nothing of ours.
@@ -124,6 +129,9 @@ def test_every_kind_of_head_equals_ours(task, options, tiny, tmp_path, monkeypat
     exec(code, names)
     predicted = names["predict"](texts(task) if task.pair else list(SENTENCES))
     np.testing.assert_allclose(predicted, task.decode(logits), rtol=0, atol=1e-3)
+    if task.classes:
+        decided = export_onnx_check.decide(task, found)
+        np.testing.assert_array_equal(decided, task.decode(logits))
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

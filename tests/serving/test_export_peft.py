@@ -285,6 +285,28 @@ def test_names_of_classes_come_from_the_base(tiny_base, seq_cls, tmp_path):
             export_peft.load(seq_cls[0], "x", like, any_base=True, classes=wrong)
 
 
+def test_a_multi_label_classifier_is_known_by_its_base(tiny, tiny_base, seq_cls, tmp_path):
+    """Its probabilities are PEFT's; out and in again, it keeps its thresholds bit for bit."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    about = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(
+        json.dumps(about | {"problem_type": "multi_label_classification"})
+    )
+    found = export_peft.load(seq_cls[0], "x", base_like(base), any_base=True)
+    model = found.models["x"]
+    assert model.task.kind == "multilabel"
+    task = dataclasses.replace(model.task, thresholds=(0.1, 0.5, 1 / 3))
+    bank.add(
+        tmp_path / "b",
+        dataclasses.replace(found, models={"x": dataclasses.replace(model, task=task)}), ["x"],
+    )  # fmt: skip
+    expected = 1 / (1 + np.exp(-logits(seq_cls[1], tiny.tokenizer)))
+    np.testing.assert_allclose(probabilities(tmp_path / "b"), expected, rtol=0, atol=1e-5)
+    export_peft.save(tmp_path / "ours", bank.load(tmp_path / "b"), "x")
+    again = export_peft.load(tmp_path / "ours", "x", base_like(base))
+    assert again.models["x"].task == task
+
+
 def test_what_cannot_be_imported_whole(tiny_base, seq_cls, tmp_path, call):
     """Each refusal names a way that works."""
     folder = shutil.copytree(seq_cls[0], tmp_path / "a")
@@ -294,10 +316,8 @@ def test_what_cannot_be_imported_whole(tiny_base, seq_cls, tmp_path, call):
     export_peft.load(folder, "x", base_like(tiny_base, "mean"), encoder_only=True)
     base = shutil.copytree(tiny_base, tmp_path / "base")
     about = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(
-        json.dumps(about | {"problem_type": "multi_label_classification"})
-    )
-    with pytest.raises(UserError, match=r"multi_label_classification.*`encoder_only=True`"):
+    (base / "config.json").write_text(json.dumps(about | {"problem_type": "regression"}))
+    with pytest.raises(UserError, match=r"'regression' with 3 outputs.*`encoder_only=True`"):
         export_peft.load(folder, "x", base_like(base), any_base=True)
     tensors = load_file(base / "model.safetensors")
     save_file({k: x for k, x in tensors.items() if "pooler" not in k}, base / "model.safetensors")

@@ -69,6 +69,32 @@ def test_a_classifier_is_the_base_of_a_new_bank(family, tmp_path, call):
     assert again.config.id2label == {0: "no", 1: "perhaps", 2: "yes"}
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_a_multi_label_classifier_is_a_set_of_classes_and_out_again_the_same_model(
+    family, tmp_path, call
+):
+    names = {"id2label": {0: "red", 1: "round", 2: "new"}}
+    model = family_bases.save(
+        tmp_path / "m", family, HEAD, problem_type="multi_label_classification", **names
+    )
+    code, shown = call("import", "model", tmp_path / "m", "--bank", tmp_path / "b", "--as", "x")
+    assert code == 0, shown
+    outputs = logits(model, family_bases.tokenizer(family), TEXTS)
+    wanted = 1 / (1 + np.exp(-outputs))
+    found = probabilities(tmp_path / "b", "x", [(text,) for text in TEXTS])
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-5)
+    predictor = jaxlora.load(tmp_path / "b")
+    np.testing.assert_array_equal(predictor.predict("x", list(TEXTS)), outputs > 0)
+    trained = bank.load(tmp_path / "b")
+    assert trained.models["x"].task.kind == "multilabel"
+    export_merged.save(tmp_path / "out", trained.load_base(), trained, "x")
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert again.config.problem_type == "multi_label_classification"
+    assert again.config.id2label == names["id2label"]
+    again = logits(again, family_bases.tokenizer(family), TEXTS)
+    np.testing.assert_allclose(again, outputs, rtol=0, atol=1e-6)
+
+
 def test_a_classifier_is_a_task_beside_adapters_of_another_base(tmp_path, call):
     """Each keeps its own encoder; both are answered in one call."""
     family_bases.save(tmp_path / "base", "bert")
@@ -201,9 +227,9 @@ def test_models_without_such_a_classifier_are_named(tmp_path):
     refused(tmp_path / "b", "architectures BertModel: only sequence classifiers")
     family_bases.save(tmp_path / "c", "modernbert", HEAD)
     refused(tmp_path / "c", "the classifier of a ModernBertModel cannot be imported")
-    several = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    several = {"num_labels": 3, "problem_type": "regression"}
     family_bases.save(tmp_path / "d", "bert", HEAD, **several)
-    refused(tmp_path / "d", "problem_type 'multi_label_classification' with 3 outputs")
+    refused(tmp_path / "d", "problem_type 'regression' with 3 outputs")
     family_bases.save(tmp_path / "e", "bert", HEAD, num_labels=2)
     refused(tmp_path / "e", "3 classes are named, the classifier has 2", classes=("a", "b", "c"))
 

@@ -146,3 +146,17 @@ def test_tasks_that_differ_in_names_alone_share_their_programs():
         return [one._cache_size() for one in compiled]
 
     assert programs("one") == programs("another")
+
+
+def test_constant_answers_are_the_baseline_of_sets_and_errors():
+    oracle = pytest.importorskip("sklearn.metrics")
+    sets = [[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 1]]
+    task = Task("t", "multilabel", classes=("a", "b", "c"))
+    every = [np.tile([n & 1, n >> 1 & 1, n >> 2], (4, 1)) for n in range(8)]
+    best = max(oracle.f1_score(sets, one, average="micro", zero_division=0) for one in every)
+    found = inference.untrained(task, examples([3] * 4, sets, 1), np.zeros((4, 2)))
+    assert found == pytest.approx(best)
+    for metric, value in (("mae", 2), ("rmse", np.sqrt(12))):
+        task = Task("t", "regression", high=8.0, metric=metric)
+        found = inference.untrained(task, examples([3] * 4, [0, 0, 0, 8], 1), np.zeros((4, 2)))
+        assert found == pytest.approx(value)

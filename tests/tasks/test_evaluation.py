@@ -58,10 +58,10 @@ def test_scores_are_scikit_learns(seed):
 @given(seed=SEEDS)
 def test_the_best_threshold_is_the_best_of_scikit_learns_curve(seed):
     found = draw(seed, BINARY, digits=1)
-    if not found.labels.any():
+    if found.labels.min() == found.labels.max():
         return
     threshold, f1 = found.best_threshold()
-    predicted = found.probabilities[:, 1] >= threshold
+    predicted = found.probabilities[:, 1] > threshold
     assert oracle.f1_score(found.labels, predicted) == pytest.approx(f1)
     each = [
         oracle.f1_score(found.labels, found.probabilities[:, 1] >= cut, zero_division=0)
@@ -144,3 +144,28 @@ def test_metrics_follow_the_kind():
     found = scores.scores(9)
     assert found["Pearson r"].value == 0
     assert found["mean absolute error"].value == pytest.approx(2 / 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS)
+def test_the_table_of_sets_is_scikit_learns(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, (rng.integers(1, 30), 3)).astype(float)
+    p = np.clip(rng.random(labels.shape) * 0.7 + 0.3 * labels, 0, 1)
+    task = Task("t", "multilabel", classes=("a", "b", "c"))
+    found = Evaluation(task, (p > 0.5).astype(float), labels, p)
+    expected = oracle.precision_recall_fscore_support(labels, p > 0.5, zero_division=0)
+    rows = list(zip(*[row[1:] for row in found.classes], strict=True))
+    np.testing.assert_allclose(rows, expected, atol=1e-12)
+    scores = found.scores(3)
+    assert set(scores) == {"micro F1", "macro F1", "accuracy"}
+    assert scores["micro F1"].value == pytest.approx(
+        oracle.f1_score(labels, p > 0.5, average="micro", zero_division=0)
+    )
+    assert found.confusion.size == 0
+    _, bins = found.calibration()
+    assert sum(one.rows for one in bins) == labels.size
+    wrong = (found.predictions != labels).any(-1)
+    worst = found.worst(99)
+    assert sorted(worst) == np.flatnonzero(wrong).tolist()
+    assert (np.diff(found.badness[worst]) <= 0).all()

@@ -13,7 +13,8 @@ from scipy import stats
 
 from jaxlora.tasks import metrics
 from jaxlora.tasks import task as tasks
-from jaxlora.tasks.task import KINDS, PARA, SST, STS_COSINE, STS_MSE, Task
+from jaxlora.tasks.kinds import KINDS
+from jaxlora.tasks.task import PARA, SST, STS_COSINE, STS_MSE, Task
 from jaxlora.utils import schema
 
 TOPIC = Task("topic", "classification", classes=("sport", "science", "art"))
@@ -113,14 +114,16 @@ def test_probabilities_sum_to_one_and_their_log_ratios_are_the_logits_difference
     assert STS_COSINE.probabilities(jnp.zeros(2)) is None
 
 
-def test_every_metric_of_every_kind_is_one_for_perfect_predictions():
+def test_every_metric_of_every_kind_is_best_for_perfect_predictions():
     truth = np.array([0.0, 1.0, 1.0, 0.0])
     for name, kind in KINDS.items():
         for metric in kind.metrics:
-            task = Task(
-                "x", name, pair=True, metric=metric, classes=("a", "b") if kind.integer else ()
-            )
-            assert task.score(truth, truth) == 1
+            classes = () if kind.form == "score" else ("a", "b")
+            task = Task("x", name, pair=True, metric=metric, classes=classes)
+            right = np.stack([truth, 1 - truth], 1) if task.label_shape else truth
+            best = 1 if task.greater_is_better else 0
+            assert task.score(right, right) == best
+            assert task.gain(task.score(1 - right, right)) < task.gain(best)
 
 
 def test_f1_equals_values_computed_by_hand():

@@ -58,7 +58,7 @@ def random_batch(chosen, adapt, hidden_size, seed=0):
     slots = SIZE * max(t.sentences for t in chosen)
     labels = np.stack(
         [
-            rng.integers(t.low, t.high + 1, SIZE) if t.integer else rng.uniform(0, 5, SIZE)
+            rng.integers(t.low, t.high + 1, SIZE) if t.classes else rng.uniform(0, 5, SIZE)
             for t in chosen
         ]
     ).astype(np.float32)
@@ -489,3 +489,29 @@ def test_a_tasks_labels_reach_no_other_groups_adapter(tiny):
     assert_same(*(copy(states["para+sts"]) for states in found))
     before, after = (copy(states["sst"].trainable) for states in found)
     assert any((x != y).any() for x, y in zip(before, after, strict=True))
+
+
+def test_rows_of_labels_reach_the_task_that_they_are_of(tiny):
+    """A task whose labels are sets has a row for each class; the others after it have their own."""
+    tags = tasks.Task("tags", "multilabel", classes=("a", "b", "c"))
+    chosen = (tasks.SST, tags, dataclasses.replace(tasks.PARA, class_weights=(1.0, 3.0)))
+    group = GroupStep(chosen, optax.identity(), optax.identity())
+    made = make_train_step({"all": group}, tiny.config, make_adaptation("frozen", ADAPTER))
+    heads = {
+        t.name: t.init_head(jax.random.key(3), tiny.config.hidden_size, "concat") for t in chosen
+    }
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(3, 2 * SIZE, tiny.config.hidden_size)).astype(np.float32)
+    own = [rng.integers(0, 5, SIZE), rng.integers(0, 2, (SIZE, 3)), rng.integers(0, 2, SIZE)]
+    own = [np.asarray(x, np.float32) for x in own]
+    weights = np.ones((3, SIZE), np.float32)
+    weights[1, -1] = 0  # padding
+    batch = Batch(None, np.concatenate([x.reshape(SIZE, -1).T for x in own]), weights)
+    made = dataclasses.replace(made, dropout=0.0)
+    found = made.losses([heads], jnp.array(vectors), batch, jax.random.split(jax.random.key(1), 3))
+    for t, task in enumerate(chosen):
+        u, v = vectors[t, :SIZE], vectors[t, SIZE:]
+        outputs = task.apply_head(heads[task.name], u, v, pair_features="concat")
+        real = weights[t] > 0
+        expected = jnp.mean(task.per_example_loss(outputs, jnp.array(own[t]))[real])
+        np.testing.assert_allclose(found[t], expected, rtol=1e-5)

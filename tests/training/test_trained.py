@@ -42,7 +42,7 @@ def models(variant, base, size=0.2):
         for names in settings.groups
     }
     checksums = base.fingerprint.to_inputs() | {inputs.data_of(name): f"of {name}" for name in DEV}
-    return settings, trained.task_models(settings, checksums, best, DEV)
+    return settings, trained.task_models(settings, checksums, best, DEV, settings.named)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

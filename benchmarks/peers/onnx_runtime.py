@@ -1,0 +1,95 @@
+"""ONNX Runtime: each task's merged model, attention and element-wise work fused; also in int8."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.peers import common
+from benchmarks.peers.requests import Served, Side, in_sub_batches, merged
+from jaxlora.utils.trees import Tree
+
+
+class Pooled(torch.nn.Module):
+    """A model of transformers from token ids to sentence vectors."""
+
+    def __init__(self, model: Any, pooling: str) -> None:
+        super().__init__()
+        self.model, self.pooling = model, pooling
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """`i64[N, S]` twice → `f32[N, H]`."""
+        hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        return common.pool(hidden, mask, self.pooling)
+
+
+def make(served: Served) -> Side:
+    """Make a session for each task."""
+    return _make(served, int8=False)
+
+
+def make_int8(served: Served) -> Side:
+    """As `make`, with weights in int8 and inputs quantized as they come."""
+    return _make(served, int8=True)
+
+
+def _make(served: Served, *, int8: bool) -> Side:
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = [
+            _session(_fused(served, adapter, Path(folder) / str(n), int8=int8))
+            for n, adapter in enumerate(served.adapters)
+        ]
+
+    def encode_part(task: int, tokens: torch.Tensor, mask: torch.Tensor) -> Any:
+        return sessions[task].run(None, {"tokens": tokens.numpy(), "mask": mask.numpy()})[0]
+
+    return in_sub_batches(encode_part)
+
+
+def _fused(served: Served, adapter: Tree, folder: Path, *, int8: bool) -> Path:
+    """Write a task's model as ONNX, and return the file."""
+    import onnx
+    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.transformers import optimizer
+
+    folder.mkdir()
+    exported, fused, small = (folder / f"{name}.onnx" for name in ("exported", "fused", "int8"))
+    _export(merged(served, adapter), served.pooling, exported)
+    config = served.base.config
+    optimizer.optimize_model(
+        str(exported), "bert", config.num_attention_heads, config.hidden_size, opt_level=1
+    ).save_model_to_file(str(fused))
+    if not int8:
+        return fused
+    # The fused operators' outputs have no declared type.
+    quantize_dynamic(fused, small, extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT})
+    return small
+
+
+def _export(model: Any, pooling: str, path: Path) -> None:
+    """Export with plain attention: the optimizer of ONNX Runtime recognizes that and fuses it."""
+    model.set_attn_implementation("eager")
+    tokens, mask = torch.randint(5, 50, (2, 16)), torch.ones(2, 16, dtype=torch.int64)
+    mask[1, 9:] = 0
+    dynamic = {"tokens": {0: "N", 1: "S"}, "mask": {0: "N", 1: "S"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter by tracing, whose graphs fuse, is deprecated
+        torch.onnx.export(
+            Pooled(model, pooling), (tokens, mask), path, dynamo=False, opset_version=18,
+            input_names=["tokens", "mask"], output_names=["vectors"], dynamic_axes=dynamic,
+        )  # fmt: skip
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,75 @@
+"""What the peers of the inference bench share: merged models, and sub-batches by task and length.
+
+A peer is a function of requests (sentences, each with its task's number) to vectors
+`f32[sentences, H]`. It starts from token ids; heads cost nothing beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.peers import common
+from jaxlora.data.tokenized import Examples
+from jaxlora.formats.huggingface import Pretrained
+from jaxlora.lora import LoraConfig
+from jaxlora.utils.trees import Tree
+
+OVERHEAD = 20  # tokens that cost as much as one more sub-batch
+
+
+class Requests(NamedTuple):
+    """Sentences, and the number of each one's task."""
+
+    examples: Examples
+    owner: np.ndarray
+
+
+class Served(NamedTuple):
+    """What a peer serves: a base with an adapter for each task.
+
+    Attributes:
+      base: the base.
+      config: of the adapters.
+      adapters: as `lora.init` makes them.
+      pooling: see `bert.pool`.
+      device: the peer's.
+    """
+
+    base: Pretrained
+    config: LoraConfig
+    adapters: Sequence[Tree]
+    pooling: str
+    device: str = "cpu"
+
+
+Side = Callable[[Requests], np.ndarray]
+EncodePart = Callable[[int, torch.Tensor, torch.Tensor], Any]
+"""`(task, tokens, mask) → [sentences, H]`, of one sub-batch."""
+
+
+def merged(served: Served, adapter: Tree) -> Any:
+    """Return a model of transformers with an adapter merged into it."""
+    model = common.with_adapter(common.make_bert(served.base, 0.0), served.config, "default")
+    common.load_adapter(model, adapter, "default")
+    return model.merge_and_unload().to(served.device).eval().requires_grad_(False)
+
+
+def in_sub_batches(encode_part: EncodePart) -> Side:
+    """Encode each task's sentences sorted by length, in the sub-batches that cost least."""
+
+    def encode(requests: Requests) -> np.ndarray:
+        examples, owner = requests
+        parts, found = [], []
+        for task in np.unique(owner):
+            mine = np.flatnonzero(owner == task)
+            for part in common.by_length(examples.lengths[mine], OVERHEAD):
+                parts.append(mine[part])
+                vectors = encode_part(int(task), *common.pad(examples, mine[part]))
+                found.append(np.asarray(vectors))
+        return np.concatenate(found)[np.argsort(np.concatenate(parts))]
+
+    return encode

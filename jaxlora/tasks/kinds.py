@@ -1,0 +1,152 @@
+"""Kinds of tasks as tables: what a label is, which losses and metrics fit, how outputs are decoded.
+
+A new kind is an entry of `KINDS`, and of `LOSSES` if it is trained or decoded in a way of its own.
+All the rest of the library asks these tables, and for reading and showing labels their `LabelForm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.tasks import losses
+
+KindName = Literal["classification", "binary", "multilabel", "ordinal", "regression", "similarity"]
+# A label is the number of a class, a set of classes (0 or 1 for each), or a score.
+LabelForm = Literal["class", "classes", "score"]
+# Heads give scores from 0 to 5, as in STS-B, so that no head has to learn a large scale.
+SPAN = 5.0
+
+Decode = Callable[[jax.Array], jax.Array]
+
+
+class Kind(NamedTuple):
+    """What tasks of a kind have in common.
+
+    Attributes:
+      form: what a label is.
+      losses: names of the losses that fit; the first that fits the pair is the default.
+      metrics: names of the metrics that fit; the first is the default.
+      tuned: whether thresholds are chosen on the dev set unless the task says otherwise.
+      positive: whether there are two classes, of which the second is the positive one.
+      ordered: whether the classes have an order.
+      paired: whether examples are pairs.
+    """
+
+    form: LabelForm
+    losses: tuple[str, ...]
+    metrics: tuple[str, ...]
+    tuned: bool = False
+    positive: bool = False
+    ordered: bool = False
+    paired: bool = False
+
+
+OF_CLASSES = ("accuracy", "balanced_accuracy", "macro_f1", "f1")
+OF_SCORES = ("pearson", "spearman", "mae", "rmse")
+KINDS: dict[str, Kind] = {
+    "classification": Kind("class", ("cross_entropy",), OF_CLASSES),
+    "binary": Kind("class", ("binary_cross_entropy",), OF_CLASSES, positive=True),
+    "multilabel": Kind(
+        "classes", ("multilabel_cross_entropy",), ("micro_f1", "macro_f1", "accuracy"), tuned=True
+    ),
+    "ordinal": Kind(
+        "class",
+        ("ordinal_cross_entropy",),
+        ("mae", "spearman", "accuracy", "macro_f1"),
+        ordered=True,
+    ),
+    "regression": Kind("score", ("squared_error",), OF_SCORES),
+    "similarity": Kind("score", ("cosine", "squared_error"), OF_SCORES, paired=True),
+}
+
+
+class Loss(NamedTuple):
+    """A loss, and what the outputs mean that it is computed from.
+
+    Attributes:
+      per_example: `(outputs, labels) → f32[B]`.
+      outputs: number of classes → number of outputs of the head; 0 means no head.
+      decode: outputs → predictions: numbers of classes, 0 or 1 for each class, or scores from 0 to
+        `SPAN`. A NaN output gives a NaN prediction.
+      probabilities: outputs → `f32[B, classes]`; None for scores.
+      problem: the `problem_type` of transformers.
+      torch: decoding in torch of `x: f32[B, outputs]`; 0 stands for the logit of a threshold.
+      numpy: decoding in NumPy of the probabilities; 0.5 stands for a threshold.
+    """
+
+    per_example: Callable[[jax.Array, jax.Array], jax.Array]
+    outputs: Callable[[int], int]
+    decode: Decode
+    probabilities: Decode | None
+    problem: str
+    torch: str
+    numpy: str = ""
+
+    @property
+    def thresholded(self) -> bool:
+        """Whether each output is a logit that is compared with a threshold."""
+        return self.problem == "multi_label_classification"
+
+
+def most_probable(logits: jax.Array) -> jax.Array:
+    """Return the number of the most probable class, `f32[B, K]` → `f32[B]`."""
+    return _unless_nan(logits, jnp.argmax(logits, -1))
+
+
+def expected_class(logits: jax.Array) -> jax.Array:
+    """Return the class nearest to the expected class number, `f32[B, K]` → `f32[B]`.
+
+    `round(Σ_k k · softmax(logits)_k)`; halves round to the even number.
+
+    >>> expected_class(jnp.array([[0.0, -9.0, 0.0]])).tolist()  # 0 or 2, so 1 is nearest
+    [1.0]
+    """
+    numbers = jnp.arange(logits.shape[-1], dtype=logits.dtype)
+    return _unless_nan(logits, jnp.round(jax.nn.softmax(logits) @ numbers))
+
+
+def _unless_nan(logits: jax.Array, classes: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(logits).any(-1), jnp.nan, classes.astype(jnp.float32))
+
+
+def positive(logits: jax.Array) -> jax.Array:
+    """Return 1 where a logit is above 0, else 0."""
+    return jnp.where(jnp.isnan(logits), jnp.nan, (logits > 0).astype(jnp.float32))
+
+
+def two_probabilities(logits: jax.Array) -> jax.Array:
+    """Return the probabilities of both classes from one logit, `f32[B]` → `f32[B, 2]`."""
+    found = jax.nn.sigmoid(logits)
+    return jnp.stack([1 - found, found], axis=-1)
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": Loss(
+        losses.cross_entropy, lambda classes: classes, most_probable, jax.nn.softmax,
+        "single_label_classification", "x.argmax(-1)", "probabilities.argmax(-1)",
+    ),
+    "ordinal_cross_entropy": Loss(
+        losses.cross_entropy, lambda classes: classes, expected_class, jax.nn.softmax,
+        "single_label_classification",
+        "(x.softmax(-1) @ torch.arange(float(x.shape[-1]))).round().long()",
+        "(probabilities @ np.arange(probabilities.shape[-1])).round()",
+    ),
+    "binary_cross_entropy": Loss(
+        losses.binary_cross_entropy, lambda _: 1, positive, two_probabilities,
+        "multi_label_classification", "(x[:, 0] > 0).long()", "probabilities[:, 1] > 0.5",
+    ),
+    "multilabel_cross_entropy": Loss(
+        losses.multilabel_cross_entropy, lambda classes: classes, positive, jax.nn.sigmoid,
+        "multi_label_classification", "(x > 0).long()", "probabilities > 0.5",
+    ),
+    "squared_error": Loss(
+        losses.squared_error, lambda _: 1, lambda x: x, None, "regression", "x[:, 0]",
+    ),
+    "cosine": Loss(
+        losses.cosine_error, lambda _: 0, lambda x: SPAN * x, None, "regression", f"{SPAN} * x",
+    ),
+}  # fmt: skip

@@ -1,0 +1,85 @@
+"""Decision thresholds on probabilities, chosen on labelled examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Counts(NamedTuple):
+    """Decisions by truth, `f64[candidates]` each: true and false positives and negatives."""
+
+    tp: np.ndarray
+    fp: np.ndarray
+    fn: np.ndarray
+    tn: np.ndarray
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return part / np.maximum(whole, 1)
+
+
+def _accuracy(c: Counts) -> np.ndarray:
+    return _share(c.tp + c.tn, c.tp + c.fp + c.fn + c.tn)
+
+
+def _balanced_accuracy(c: Counts) -> np.ndarray:
+    return (_share(c.tp, c.tp + c.fn) + _share(c.tn, c.tn + c.fp)) / 2
+
+
+def _f1(c: Counts) -> np.ndarray:
+    return _share(2 * c.tp, 2 * c.tp + c.fp + c.fn)
+
+
+def _macro_f1(c: Counts) -> np.ndarray:
+    return (_f1(c) + _share(2 * c.tn, 2 * c.tn + c.fp + c.fn)) / 2
+
+
+# Metrics of two classes that a threshold can be chosen by; of any other, F1 decides.
+MEASURES: dict[str, Callable[[Counts], np.ndarray]] = {
+    "accuracy": _accuracy,
+    "balanced_accuracy": _balanced_accuracy,
+    "f1": _f1,
+    "macro_f1": _macro_f1,
+}
+
+
+def choose(
+    probabilities: np.ndarray, labels: np.ndarray, measure: str = "f1"
+) -> tuple[float, float]:
+    """Choose the threshold above which a probability counts as positive.
+
+    Candidates are halfway between probabilities that follow each other, and beyond the lowest and
+    the highest. Of those with the best score the one nearest to 0.5 is chosen; without a positive
+    or without a negative example it is 0.5. It is chosen on these examples, so that the score is
+    higher than on others.
+
+    Args:
+      probabilities: `f64[E]`, 0 … 1.
+      labels: `f64[E]`, 0 or 1.
+      measure: see `MEASURES`.
+
+    Returns:
+      The threshold, between 0 and 1, and its score.
+
+    >>> choose(np.array([0.1, 0.2, 0.4, 0.9]), np.array([0, 0, 1, 1]))
+    (0.30000000000000004, 1.0)
+    """
+    values, group = np.unique(np.asarray(probabilities, np.float64), return_inverse=True)
+    total = np.bincount(group, minlength=len(values))
+    true = np.bincount(group, labels, minlength=len(values))
+    # Candidate k has the k lowest values below it.
+    fn, below = (np.concatenate([[0], np.cumsum(x)]) for x in (true, total))
+    tp, tn = true.sum() - fn, below - fn
+    score = MEASURES[measure](Counts(tp, (total.sum() - below) - tp, fn, tn))
+    edges = np.concatenate([[0], values, [1]])
+    cuts = np.clip((edges[1:] + edges[:-1]) / 2, np.finfo(np.float32).tiny, 1 - 2.0**-53)
+    usual = int(np.searchsorted(values, 0.5, side="right"))
+    cuts[usual] = 0.5  # decides as any other threshold of this gap
+    best = np.flatnonzero(score == score.max())
+    chosen = best[np.argmin(np.abs(cuts[best] - 0.5))]
+    if true.sum() in (0, total.sum()):
+        chosen = usual
+    return float(cuts[chosen]), float(score[chosen])
