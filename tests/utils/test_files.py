@@ -231,9 +231,9 @@ def test_answers_are_never_written_over_a_device_or_a_link(runs, tmp_path):
     with pytest.raises(UserError, match="is a device or a pipe"):
         predict_file(predictor, tmp_path / "in.tsv", Path("/dev/null"), None)
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
-    (tmp_path / "link").symlink_to(tmp_path / "out.csv")
-    predict_file(predictor, tmp_path / "in.tsv", tmp_path / "link", None)
-    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "link.csv").symlink_to(tmp_path / "out.csv")
+    predict_file(predictor, tmp_path / "in.tsv", tmp_path / "link.csv", None)
+    assert (tmp_path / "link.csv").is_symlink()
     assert (tmp_path / "out.csv").read_text().startswith("id,task,")
 
 
@@ -299,8 +299,9 @@ def test_a_run_without_its_adapter_is_not_served_as_the_base(runs, tmp_path):
     out = shutil.copytree(runs / "one", tmp_path / "run")
     (adapter,) = (out / finished_run.MODEL / bank.ADAPTERS).glob("sst-*")
     shutil.rmtree(adapter)
+    predictor = jaxlora.load(out)
     with pytest.raises(UserError, match=rf"{adapter.name}: missing"):
-        bank.load(out)
+        predictor.predict("sst", ["a film"])
 
 
 # --- no home folder
