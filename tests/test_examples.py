@@ -14,6 +14,7 @@ PRINTS = {
     "tickets": r"my tent has not arrived: (billing|delivery|damage|account) \(",
     "pcgrad_flax": r"(?m)^nash_mtl  large \d+\.\d%  small \d+\.\d%  conflicts \d+%$",
     "peft_in_and_out": r"after the round trip: \d\.\de-0[67]\n",
+    "labels": r"billing: \d+ of \d+ found\nbug: \d+ of \d+ found\n",
     "search": r"when do I get my money back\?\n  \d\.\d\d  ",
 }
 
@@ -61,6 +62,14 @@ def test_the_tickets_are_learnt(tmp_path, monkeypatch, capsys):
     said = run(ROOT / "examples" / "tickets.py", tmp_path, monkeypatch, capsys)
     assert re.search(r"my tent has not arrived: delivery .*\nI paid two times: billing", said)
     assert float(re.search(r"│ accuracy +│ (\d\.\d+)", said)[1]) > 0.9
+
+
+@pytest.mark.slow
+def test_sets_of_labels_are_learnt(tmp_path, monkeypatch, capsys):
+    said = run(ROOT / "examples" / "labels.py", tmp_path, monkeypatch, capsys)
+    assert "('billing', 'bug') of {" in said
+    found = re.findall(r"^\w+: (\d+) of (\d+) found$", said, re.MULTILINE)
+    assert len(found) == 4 and all(int(right) >= 0.8 * int(there) for right, there in found)
 
 
 @pytest.mark.slow
