@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,7 +96,10 @@ class ConsoleCallback:
             self._bar.update(self._bars[record["group"]], completed=record["step"], note=note)
             return
         scores = "  ".join(f"{k} {v:.4f}" for k, v in record["dev"].items())
-        mean = f"  mean {record['score']:.4f}" if len(record["dev"]) > 1 else ""
+        values = list(record["dev"].values())
+        # The score is another where a metric is an error, which has no mean with the others.
+        alike = len(values) > 1 and math.isclose(record["score"], sum(values) / len(values))
+        mean = f"  mean {record['score']:.4f}" if alike else ""
         self._console.print(f"{record['group']} step {record['step']}: dev {scores}{mean}")
 
     def done(self, name: str, why: str) -> None:
@@ -202,15 +206,16 @@ def _of_table(summary: RunSummary, task: str) -> list[str]:
 def result_table(result: dict[str, Any]) -> Table:
     """A run; the paper's tasks beside its row for the variant (other data: compare with care)."""
     stored, named = result["parameters"], result["metrics"]
+    errors = result.get("lower_is_better", [])
     columns = {
         "this run": [
-            *_scores(result["dev"], named),
+            *_scores(result["dev"], named, errors),
             f"{stored['incremental'] / 1e6:.2f}M",
             f"{stored['bundled'] / 1e6:.2f}M",
             duration(result["train_seconds"]),
         ],
         "untrained": [
-            *_scores(result["untrained"], named), "0", f"{stored['base'] / 1e6:.2f}M", "",
+            *_scores(result["untrained"], named, errors), "0", f"{stored['base'] / 1e6:.2f}M", "",
         ],
     }  # fmt: skip
     if _is_papers(result):
@@ -242,9 +247,13 @@ def _has_quora(result: dict[str, Any]) -> bool:
     return "para" in result["metrics"] and result["source"] in REAL
 
 
-def _scores(scores: dict[str, float], names: Iterable[str]) -> list[str]:
+def _scores(
+    scores: dict[str, float], names: Iterable[str], errors: Sequence[str] = ()
+) -> list[str]:
+    """Return the scores, and their mean if none of them is an error."""
     values = [scores[name] for name in names]
-    return [f"{v:.4f}" for v in values] + [f"{sum(values) / len(values):.4f}"]
+    mean = "" if errors else f"{sum(values) / len(values):.4f}"
+    return [f"{v:.4f}" for v in values] + [mean]
 
 
 def notes(result: dict[str, Any]) -> list[str]:

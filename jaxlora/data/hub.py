@@ -47,6 +47,8 @@ def _download(item: str, name: str, revision: str | None, folder: Path) -> None:
         with files.building(folder) as content:
             found.save_to_disk(str(content))
     except Exception as error:  # of the hub, the network, or a damaged file
+        if folder.is_dir():  # another process was faster
+            return
         raise UserError(
             f"{item}: cannot be loaded from the hub ({str(error).partition(chr(10))[0][:200]}); "
             "check the name and the network, or name a folder that `datasets` has saved"

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from jaxlora.data import arrow, delimited, hub, json_lines
 from jaxlora.data.quoting import Quoting
@@ -116,6 +116,7 @@ def open_sheets(
     Raises:
       UserError: if a file cannot be read, or is not a table.
     """
+    paths = {name: Path(hub.find(str(path))) for name, path in paths.items()}
     by_opener: dict[Open, dict[str, tuple[Path, Path]]] = defaultdict(dict)
     for name, path in paths.items():
         by_opener[find(path).open][name] = path, copies.get(name, path)
@@ -165,4 +166,4 @@ def _packing(raw: IO[bytes], path: Path) -> AbstractContextManager[IO[bytes]]:
     if not is_packed(path):
         return contextlib.nullcontext(raw)
     # Without a name and a time inside, the same answers are the same bytes.
-    return gzip.GzipFile("", "wb", fileobj=raw, mtime=0)  # type: ignore[return-value]
+    return cast(IO[bytes], gzip.GzipFile("", "wb", fileobj=raw, mtime=0))

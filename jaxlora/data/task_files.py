@@ -202,7 +202,7 @@ class TaskFields:
         return Task(
             name, self.kind, len(self.columns) == 2, low, high, self.names,
             self.loss, self.metric, self.title, head=self.head,
-            pair_encoding=self.pair or "separate", thresholds=given * self._outputs,
+            pair_encoding=self.pair or "separate", thresholds=given * max(1, self._outputs),
             tune_thresholds=True if self.threshold == "dev" else None,
             class_weights=self._weights(), label_delimiter=self.mark,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import io
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from jaxlora.data import foreign
 from jaxlora.utils.errors import UserError
@@ -48,7 +48,7 @@ def stream(
 
 
 def _open(file: Path, path: Path) -> IO[bytes]:
-    return gzip.open(file) if is_packed(path) else file.open("rb")  # type: ignore[return-value]
+    return cast(IO[bytes], gzip.open(file)) if is_packed(path) else file.open("rb")
 
 
 def _decode(line: bytes, number: int, path: Path) -> Iterable[str]:

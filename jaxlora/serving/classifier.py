@@ -145,6 +145,8 @@ def _linear(source: Source, of_model: Mapping[str, np.ndarray], module: str) -> 
     return {"kernel": np.ascontiguousarray((weight + change).T), "bias": bias}
 
 
+# Delimiters of labels: the first one that is in no label is taken.
+_MARKS = ("|", ";", "/", " ~ ")
 # What config.json calls a problem, and whether it has one output → our kind of task.
 _KINDS: dict[tuple[str, bool], KindName] = {
     ("single_label_classification", False): "classification",
@@ -179,7 +181,11 @@ def _task(
         _check_names(names, max(2, outputs))
     title = f"{kind}, {source.folder.name}"
     # Their thresholds are 0.5, and no dev set is here to choose others.
-    return Task(name, kind, classes=names, title=title, head=head_kind, tune_thresholds=False)
+    mark = next((mark for mark in _MARKS if not any(mark in one for one in names)), _MARKS[0])
+    return Task(
+        name, kind, classes=names, title=title, head=head_kind, tune_thresholds=False,
+        label_delimiter=mark,
+    )  # fmt: skip
 
 
 def _check_names(names: Sequence[str], count: int) -> None:

@@ -22,6 +22,7 @@ from jaxlora.utils.trees import Tree
 ROWS = 16  # rows of a chunk: enough to keep the device busy, few enough for little padding
 SHORT_ROWS = (32, 64)  # lengths of rows for a few sentences, besides the longest
 FEW_ROWS = (1, 4, 8, ROWS)
+MOST_FREQUENT = 32  # classes of a set that is answered to every example, to compare with
 PART_SIZES = (16, 256, 4096)  # examples that a head takes at a time, padded
 MIN_TOKENS = 2  # [CLS], [SEP]: a word of characters that BERT drops leaves nothing between
 
@@ -242,9 +243,10 @@ def _probabilities(task: Task, outputs: jax.Array) -> jax.Array:
 
 
 def _frequent(labels: np.ndarray) -> list[np.ndarray]:
-    """Return the sets of the most frequent classes, one of each size."""
+    """Return the sets of the most frequent classes, one of each size up to `MOST_FREQUENT`."""
     order = np.argsort(-labels.sum(0), kind="stable")
-    return [np.isin(np.arange(len(order)), order[: n + 1]) for n in range(len(order))]
+    sizes = range(1, min(len(order), MOST_FREQUENT) + 1)
+    return [np.isin(np.arange(len(order)), order[:size]) for size in sizes]
 
 
 # Answers that could be given to all examples, by the form of labels.

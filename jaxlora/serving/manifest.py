@@ -23,7 +23,7 @@ from jaxlora.utils.errors import UserError
 
 NAME = "bank.json"
 ADAPTERS, HEADS = "adapters", "heads"
-FORMAT = 4
+FORMAT = 5
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # tasks joined by +, and a checksum
 _CHANGED = "it was changed by hand or damaged; put back a copy"
 Stamp = tuple[int, int]

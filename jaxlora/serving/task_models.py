@@ -248,7 +248,11 @@ def combine_tasks(
     if rank is not None:
         adapter = lora.truncate(adapter, rank)
     source = trained.models[head]
-    task = dataclasses.replace(source.task, name=name, title=" + ".join(parts))
+    # Thresholds that were chosen for the source's own adapter do not suit the sum.
+    thresholds = () if source.task.tune_thresholds else source.task.thresholds
+    task = dataclasses.replace(
+        source.task, name=name, title=" + ".join(parts), thresholds=thresholds
+    )
     model = TaskModel(
         task, name, source.head, source.pair_features, Facts(combined_from=dict(parts))
     )

@@ -42,7 +42,8 @@ class ScoreRow:
       task: its name; mean for the mean of all.
       metric: what is measured.
       values: of each run; None where there is none.
-      comparable: whether all runs are scored on the same examples.
+      comparable: whether the runs that have one are scored on the same examples.
+      greater: whether greater is better.
     """
 
     split: str
@@ -50,14 +51,16 @@ class ScoreRow:
     metric: str
     values: tuple[float | None, ...]
     comparable: bool
+    greater: bool = True
 
     @property
     def best(self) -> tuple[bool, ...]:
-        """Which runs have the highest score; none if fewer than two can be compared."""
+        """Return which runs have the best score; none if fewer than two can be compared."""
         known = [value for value in self.values if value is not None and math.isfinite(value)]
         if not self.comparable or len(known) < 2:
             return (False,) * len(self.values)
-        return tuple(value == max(known) for value in self.values)
+        best = max(known) if self.greater else min(known)
+        return tuple(value == best for value in self.values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +147,16 @@ def _score_rows(runs: Sequence[RunRecord]) -> Iterator[ScoreRow]:
                 for run in runs
             )
             if any(value is not None for value in values):
-                same = _same([run.inputs.get(input_of(task)) for run in finished])
-                yield ScoreRow(split, task, metric, values, same)
+                with_it = [run for run in finished if _measures(run, task, metric)]
+                same = _same([run.inputs.get(input_of(task)) for run in with_it])
+                greater = task not in with_it[0].result.get("lower_is_better", ())
+                yield ScoreRow(split, task, metric, values, same, greater)
     dev = [dev_of(task) for task, _ in metrics]
     same = _same([[run.inputs.get(name) for name in dev] for run in finished])
     same &= _same([run.result["metrics"] for run in finished])
-    yield ScoreRow("dev", "mean", "", tuple(run.result.get("dev_mean") for run in runs), same)
+    means = tuple(run.result.get("dev_mean") for run in runs)
+    if any(mean is not None for mean in means):
+        yield ScoreRow("dev", "mean", "", means, same)
 
 
 def _measures(run: RunRecord, task: str, metric: str) -> bool:

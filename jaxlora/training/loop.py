@@ -158,12 +158,14 @@ class _Run:
 
     def begin(self, states: dict[str, TrainState]) -> None:
         """Announce the groups, and score them before any training."""
+        fresh = states
+        if self.cohort.start and not all(one.untrained for one in self.progress.values()):
+            fresh = dataclasses.replace(self.cohort, start={}).states  # those of a bank are trained
         for group in self.cohort.groups:
             one = self.progress[group.name]
             self.callback.group(group.name, one.step, group.steps)
             if not one.done and not one.untrained:
-                tree = states[group.name].trainable
-                one.untrained = untrained_scores(self.cohort, group, tree)
+                one.untrained = untrained_scores(self.cohort, group, fresh[group.name].trainable)
 
     def batches(self, start: int) -> Iterator[tuple[int, Batch]]:
         """Yield steps from one on, with their batches and counted from 1.

@@ -80,7 +80,10 @@ def make_columns(task: Task, examples: Examples, found: np.ndarray) -> dict[str,
 def _values(task: Task, values: np.ndarray) -> list[str]:
     """Return numbers of classes, those in sets, or scores."""
     if task.form == "classes":
-        return [show_value(task, tuple(np.flatnonzero(row).tolist())) for row in values]
+        return [
+            "nan" if np.isnan(row).any() else show_value(task, tuple(np.flatnonzero(row).tolist()))
+            for row in values
+        ]
     return [show_value(task, float(one)) for one in values]
 
 

@@ -247,6 +247,7 @@ def summarize_result(
         untrained |= group.pop("untrained")
         del group["nonfinite_since_log"], group["nonfinite_in_a_row"]
         group["steps_per_second"] = group["step"] / group["seconds"]
+    errors = [name for name, task in settings.named.items() if not task.greater_is_better]
     return {
         "variant": settings.variant,
         "preset": settings.preset,
@@ -254,7 +255,9 @@ def summarize_result(
         "base": settings.model.base,
         "metrics": {name: f"{t.title} {t.metric_name}" for name, t in settings.named.items()},
         "dev": dev,
-        "dev_mean": float(np.mean(list(dev.values()))),
+        "lower_is_better": errors,
+        # Errors and shares of right answers have no mean.
+        "dev_mean": None if errors else float(np.mean(list(dev.values()))),
         "test": test,
         "untrained": untrained,
         "parameters": stored._asdict(),

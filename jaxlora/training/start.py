@@ -112,7 +112,8 @@ def _check_head(settings: Settings, task: Task, model: TaskModel) -> None:
             raise ConfigError(
                 "start_from", f"its {model.task.name} has {field} {theirs}, {task.name} has {mine}"
             )
-    if task.pair and model.pair_features != settings.model.pair_features:
+    compares = task.sentences > 1 and task.outputs
+    if compares and model.pair_features != settings.model.pair_features:
         raise ConfigError(
             "pair_features", f"{model.task.name} was trained with {model.pair_features}",
             settings.model.pair_features,

@@ -9,7 +9,7 @@ from jaxlora.training import compare_runs
 from jaxlora.utils.errors import UserError
 
 
-def write_run(folder, scores, *, test=None, inputs=None, metric="accuracy", **settings):
+def write_run(folder, scores, *, test=None, inputs=None, metric="accuracy", errors=(), **settings):
     """Write the files of a run; without scores it is not finished."""
     folder.mkdir()
     tasks = [
@@ -25,7 +25,8 @@ def write_run(folder, scores, *, test=None, inputs=None, metric="accuracy", **se
     if scores is not None:
         result = {
             "metrics": {name: f"{name} {metric}" for name in scores}, "dev": scores,
-            "dev_mean": sum(scores.values()) / len(scores), "test": test or {},
+            "dev_mean": None if errors else sum(scores.values()) / len(scores),
+            "lower_is_better": list(errors), "test": test or {},
             "parameters": {"incremental": 1_500_000}, "train_seconds": 61.0,
         }  # fmt: skip
         (folder / "result.json").write_text(json.dumps(result))
@@ -75,6 +76,26 @@ def test_scores_on_other_data_are_named_and_none_is_best(tmp_path):
     best = {place: best for place, (_, best) in rows(found).items()}
     assert best["dev", "spam"] == best["dev", "mean"] == (False, False)
     assert best["dev", "mood"] == (False, True)
+
+
+def test_the_lowest_error_is_best_and_has_no_mean(tmp_path):
+    kept = {"metric": "mean absolute error", "errors": ["spam"]}
+    found = compare_runs.compare(
+        [write_run(tmp_path / name, {"spam": s}, **kept) for name, s in (("a", 0.2), ("b", 0.9))]
+    )
+    assert rows(found) == {("dev", "spam"): ((0.2, 0.9), (True, False))}
+
+
+def test_a_run_without_a_task_leaves_the_others_comparable(tmp_path):
+    runs = [
+        write_run(tmp_path / name, scores)
+        for name, scores in (("a", {"spam": 0.5}), ("b", {"spam": 0.7}), ("c", {"mood": 0.5}))
+    ]
+    other = json.loads((runs[2] / "config.json").read_text())
+    del other["inputs"]["the dev set of spam"]
+    (runs[2] / "config.json").write_text(json.dumps(other))
+    found = rows(compare_runs.compare(runs))
+    assert found["dev", "spam"] == ((0.5, 0.7, None), (False, True, False))
 
 
 def test_scores_by_other_metrics_stand_in_rows_of_their_own(tmp_path):
