@@ -106,7 +106,9 @@ def expected_class(logits: jax.Array) -> jax.Array:
     [1.0]
     """
     numbers = jnp.arange(logits.shape[-1], dtype=logits.dtype)
-    expected = jnp.sum(jax.nn.softmax(logits) * numbers, -1)  # no matmul: accelerators round those
+    probabilities = jax.nn.softmax(logits)
+    # No matmul, since accelerators round its inputs.
+    expected = jnp.sum(probabilities * numbers.reshape((1,) * (logits.ndim - 1) + (-1,)), -1)
     return _unless_nan(logits, jnp.round(expected))
 
 
