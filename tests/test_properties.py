@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlora.data import cs224n, tables
+from jaxlora.data import cs224n, delimited, tables
 from jaxlora.data.batches import choose_batch_shapes
 from jaxlora.data.order import JointOrder, make_order
 from jaxlora.data.task_files import TaskSpec
@@ -83,7 +83,7 @@ def test_a_failure_is_shrunk_and_can_be_repeated(tmp_path):
 @quick
 @given(
     st.lists(st.tuples(sentences, sentences, st.integers(0, 1)), min_size=1, max_size=4),
-    st.sampled_from(tables.DELIMITERS + "#~ "),
+    st.sampled_from(delimited.DELIMITERS + "#~ "),
     st.sampled_from(("\n", "\r\n")),
     st.sampled_from(("", "\ufeff")),
 )

@@ -81,7 +81,7 @@ class ConsoleCallback:
         self._start = self._bar.add_task("preparing order and packing", note="")
 
     def group(self, name: str, start: int, steps: int) -> None:
-        """A new bar for a group; the first step compiles."""
+        """Add a bar for a group; the first step compiles."""
         if self._start is not None:
             self._bar.remove_task(self._start)
             self._start = None
@@ -115,7 +115,7 @@ class ConsoleCallback:
 
 
 def summary_table(summary: RunSummary) -> Table:
-    """The summary as two columns."""
+    """Return the summary as two columns."""
     s = summary.settings
     title = f"jaxlora: {s.variant}, preset {s.preset}"
     table = Table(title=title, show_header=False, title_justify="left")
@@ -204,7 +204,7 @@ def _of_table(summary: RunSummary, task: str) -> list[str]:
 
 
 def result_table(result: dict[str, Any]) -> Table:
-    """A run; the paper's tasks beside its row for the variant (other data: compare with care)."""
+    """Return a run's scores; the paper's tasks stand beside its row for the variant."""
     stored, named = result["parameters"], result["metrics"]
     errors = result.get("lower_is_better", [])
     columns = {
@@ -239,7 +239,7 @@ def result_table(result: dict[str, Any]) -> Table:
 
 
 def _is_papers(result: dict[str, Any]) -> bool:
-    """Whether the paper's figures may stand beside these: the same tasks, on real data."""
+    """Return whether the paper's figures may stand beside these: the same tasks, on real data."""
     return set(result["metrics"]) == set(NAMES) and result["source"] in REAL
 
 
@@ -257,7 +257,7 @@ def _scores(
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """What must be known to read the table."""
+    """Return what must be known to read the table."""
     lines = _papers_notes(VARIANTS[result["variant"]]) if _is_papers(result) else [UNTRAINED]
     if result["source"] == "demo":
         lines.append(MADE_UP_DATA)
@@ -302,7 +302,7 @@ def _papers_notes(chosen: PaperVariant) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds.
+    """Format seconds as minutes and seconds.
 
     >>> duration(75.4)
     '1m 15s'

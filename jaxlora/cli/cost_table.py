@@ -25,7 +25,7 @@ Cell = str | int | float
 
 
 def find_base(name: str) -> EncoderConfig:
-    """The shape of a base: one of `cost.SIZES`, or a Hugging Face folder's.
+    """Return the shape of a base: one of `cost.SIZES`, or a Hugging Face folder's.
 
     Raises:
       UserError: if it is neither.
@@ -39,7 +39,7 @@ def find_base(name: str) -> EncoderConfig:
 
 
 def find_mesh(text: str) -> dict[str, int]:
-    """The axes' sizes; the devices need not be there.
+    """Return the axes' sizes; the devices need not be there.
 
     Raises:
       UserError: see `mesh.sizes`; for `auto`, since nobody knows how many there will be.
@@ -53,7 +53,7 @@ def find_mesh(text: str) -> dict[str, int]:
 
 
 def cells(base: str, variant: str, found: Estimate) -> tuple[Cell, ...]:
-    """A line of the table, in the order of `HEAD`."""
+    """Return a line of the table, in the order of `HEAD`."""
     work, memory = found.work, found.memory
     split = ",".join(f"{axis}={getattr(work, axis)}" for axis in sharding.AXES)
     weights = memory.frozen + memory.trained + memory.best
@@ -72,7 +72,7 @@ def lines(
     rates: tuple[float, float] | None = None,
     **asked: object,
 ) -> list[tuple[Cell, ...]]:
-    """The table, its header first: every base with every variant (and group) on every mesh.
+    """Return the table, its header first: every base with every variant (and group) on every mesh.
 
     Args:
       bases: see `find_base`.

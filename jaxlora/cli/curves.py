@@ -96,7 +96,7 @@ def _conflict_panel(axes: Any, train: Sequence[Mapping[str, Any]]) -> None:
 
 
 def series(records: Iterable[Mapping[str, Any]], field: str) -> Series:
-    """Steps and values of each key of a dict field.
+    """Return steps and values of each key of a dict field.
 
     >>> series([{"step": 1, "loss": {"sst": 2.0}}, {"step": 2}], "loss")
     {'sst': ([1], [2.0])}

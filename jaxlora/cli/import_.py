@@ -116,7 +116,7 @@ def _check_given(trained: TaskModels, base_sha256: str | None, pooling: str | No
 def _like(
     bank: Path, base: str | None, base_sha256: str | None, pooling: Pooling | None, classifier: bool
 ) -> TaskModels:
-    """What an imported adapter shall fit: the bank, or a new one's base."""
+    """Return what an imported adapter shall fit: the bank, or a new one's base."""
     if manifest.exist(files.local(bank)):
         return banks.load(bank)
     base = base or huggingface.MINILM

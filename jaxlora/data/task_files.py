@@ -245,7 +245,7 @@ class TaskSpec:
 
 
 def paper_specs(sts_loss: str, sts_weight: float) -> tuple[TaskSpec, ...]:
-    """The paper's three tasks.
+    """Return the paper's three tasks.
 
     >>> [d.weight for d in paper_specs("cosine", 25.0)]
     [1.0, 1.0, 25.0]

@@ -40,7 +40,7 @@ class Fingerprint:
     pairs: str | None = None
 
     def differing(self, other: Fingerprint, *, joint: bool = False) -> list[str]:
-        """Names of the parts that both know and that are not the same.
+        """Return names of the parts that both know and that are not the same.
 
         Args:
           other: of another base.
@@ -54,7 +54,7 @@ class Fingerprint:
         return [part for part, (a, b) in both.items() if None not in (a, b) and a != b]
 
     def completed(self, other: Fingerprint) -> Fingerprint:
-        """The same, with what is not known here taken from another.
+        """Return the same, with what is not known here taken from another.
 
         >>> Fingerprint("1").completed(Fingerprint("1", "2", "3"))
         Fingerprint(weights='1', config='2', tokenizer='3', model_type='bert', pairs=None)
@@ -75,7 +75,7 @@ class Fingerprint:
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any]) -> Fingerprint:
-        """The inverse of `to_inputs`.
+        """Return the inverse of `to_inputs`.
 
         Raises:
           ValueError: if an entry is of a wrong type, or the weights' is missing.

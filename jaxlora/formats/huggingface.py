@@ -212,7 +212,7 @@ def _sha256_of(value: dict[str, Any]) -> str:
 
 
 def find(base: str) -> Path:
-    """The local folder of a base model; a hub id is downloaded (or taken from the hub's cache).
+    """Find the local folder of a base model; a hub id is downloaded (or taken from its cache).
 
     Raises:
       UserError: if there is none.
@@ -233,7 +233,7 @@ def find(base: str) -> Path:
 
 
 def split_revision(base: str) -> tuple[str, str | None]:
-    """A base's name, and the revision that it is pinned to; a path is left whole.
+    """Return a base's name, and the revision that it is pinned to; a path is left whole.
 
     >>> split_revision("bert-base-uncased@v1"), split_revision("minilm")
     (('bert-base-uncased', 'v1'), ('minilm', None))
@@ -245,7 +245,7 @@ def split_revision(base: str) -> tuple[str, str | None]:
 
 
 def local_folder(base: str) -> Path | None:
-    """The folder of that name; None if there is none, or nothing can have that name."""
+    """Return the folder of that name; None if there is none, or nothing can have that name."""
     try:
         folder = Path(base).expanduser()
         return folder if folder.is_dir() else None
@@ -373,7 +373,7 @@ def _require(path: Path, field: str, value: Any, known: Iterable[Any]) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files: `model.safetensors` or the shards its index names.
+    """Return the folder's safetensors files: `model.safetensors` or the shards its index names.
 
     Raises:
       UserError: if there are none; a pickle (`pytorch_model.bin`) is not opened.
@@ -393,7 +393,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names; they must stand beside it."""
+    """Return the files that an index names; they must stand beside it."""
     where = read_object(index).get("weight_map")
     names = list(where.values()) if isinstance(where, dict) else []
     if not names or not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in names):
@@ -417,7 +417,7 @@ def checksum(files: list[Path]) -> str:
 
 
 def read_tensors(files: list[Path], family: Family) -> dict[str, np.ndarray]:
-    """The tensors of safetensors files but for heads, under our canonical names, float32.
+    """Return the tensors of safetensors files but for heads, under our canonical names, float32.
 
     Prefixes that others put in front (`bert.`, `module.` …) are dropped and `LayerNorm.gamma/beta`
     become `weight/bias`. The pooler is among them.
@@ -437,7 +437,7 @@ def read_tensors(files: list[Path], family: Family) -> dict[str, np.ndarray]:
 
 
 def head_names(files: list[Path], family: Family) -> tuple[str, ...]:
-    """Names of the heads in safetensors files, which `read_tensors` leaves out."""
+    """Return names of the heads in safetensors files, which `read_tensors` leaves out."""
     head = family.left_out
     found = (head.match(_canonical(key)) for path in files for key in _keys(path))
     return tuple(sorted({match[1] for match in found if match}))
@@ -494,7 +494,7 @@ def read_head(folder: Path, family: Family) -> dict[str, np.ndarray]:
 def read_safetensors(
     path: Path, wanted: Callable[[str], bool] = lambda key: True
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """A file's tensors by key, float32; of all keys, or of those that are wanted.
+    """Return a file's tensors by key, float32; of all keys, or of those that are wanted.
 
     Raises:
       UserError: for a missing or corrupt file.
@@ -516,7 +516,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _canonical(key: str) -> str:
-    """A tensor's name in a bare encoder of transformers, such as `BertModel`.
+    """Return a tensor's name in a bare encoder of transformers, such as `BertModel`.
 
     >>> _canonical("module.bert.embeddings.LayerNorm.gamma")
     'embeddings.LayerNorm.weight'
@@ -563,7 +563,7 @@ def convert(tensors: dict[str, np.ndarray], config: EncoderConfig) -> dict[str, 
 
 
 def export(params: dict[str, Any], config: EncoderConfig) -> dict[str, np.ndarray]:
-    """The inverse of `convert`: the `params` tree → tensors under transformers' names, float32."""
+    """Invert `convert`: the `params` tree → tensors under transformers' names, float32."""
     tensors = {}
     for path, leaf in traverse_util.flatten_dict(params).items():
         whole = np.asarray(leaf, np.float32)

@@ -346,7 +346,7 @@ class Factors(NamedTuple):
 def _read_factors(
     folder: Path, written: PeftConfig, encoder: EncoderConfig
 ) -> tuple[dict[lora.Path, dict[int | None, Factors]], HeadParts]:
-    """The encoder's adapters (our module's path → layer → factors), and what the head has."""
+    """Return an encoder's adapters (our module's path → layer → factors), and what the head has."""
     path, family = folder / TENSORS, families.of(encoder)
     tensors = _read_tensors(path, encoder)
     found: dict[lora.Path, dict[int | None, Factors]] = {}
@@ -429,7 +429,7 @@ def _read_tensors(
 
 
 def _is_ours(match: re.Match[str], tensor: np.ndarray, encoder: EncoderConfig) -> bool:
-    """Whether it is a LoRA factor of a layer, or part of a head."""
+    """Return whether it is a LoRA factor of a layer, or part of a head."""
     family = families.of(encoder)
     module = match["module"].removeprefix(f"{family.prefix}.")
     head = _is_head(module, family)
@@ -456,7 +456,7 @@ def _pairs(
 
 
 def _change(path: Path, written: PeftConfig, factors: Factors) -> np.ndarray:
-    """What LoRA adds to a Linear's weight, `f32[out, in]`."""
+    """Return what LoRA adds to a Linear's weight, `f32[out, in]`."""
     if factors.a.shape[1] != factors.b.shape[0]:
         raise UserError(
             f"{path.with_name(TENSORS)}: {factors.module} has lora_A {factors.a.T.shape} and "
@@ -530,7 +530,7 @@ def _stack(
 def _config(
     written: PeftConfig, modules: Mapping[lora.Path, tuple[int, float]], encoder: EncoderConfig
 ) -> LoraConfig:
-    """The configuration in the words of the file, where they mean the same to us; else in ours."""
+    """Return the configuration in the words of the file, where they mean the same to us."""
     names, ours = written.target_modules, _Names(encoder)
     if isinstance(names, tuple):
         kept = LoraConfig(

@@ -40,7 +40,7 @@ _PROBES = ("", "a", "Ünï [MASK] [CLS]test")
 
 
 def load(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a folder, without truncation and padding.
+    """Return the tokenizer of a folder, without truncation and padding.
 
     Args:
       folder: of the base model; no other place is read.
@@ -63,7 +63,7 @@ def load(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def essence(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides a tokenizer's ids, as JSON.
+    """Return what decides a tokenizer's ids, as JSON.
 
     Left out is what it does with long and short texts (truncation, padding), how ids become text
     again, and in which of several ways [CLS] and [SEP] are put around a sentence. For pairs that

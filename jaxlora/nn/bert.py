@@ -411,7 +411,7 @@ def layer_norm(
 
 @functools.lru_cache(maxsize=8)
 def param_shapes(config: EncoderConfig) -> dict[str, Any]:
-    """The parameter tree as `jax.ShapeDtypeStruct`s, without allocating it; not to be changed.
+    """Return the parameters as `jax.ShapeDtypeStruct`s, unallocated; not to be changed.
 
     >>> sum(x.size for x in jax.tree.leaves(param_shapes(BertConfig())))
     108891648
@@ -446,7 +446,7 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """The layers along one axis again, as the module has them.
+    """Return the layers along one axis again, as the module has them.
 
     In a program that unrolls them this costs nothing: XLA takes a slice of a stack for what was put
     there.

@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def pair_vector(u: jax.Array, v: jax.Array, kind: str) -> jax.Array:
-    """What a pair head sees of two sentence vectors.
+    """Return what a pair head sees of two sentence vectors.
 
     Args:
       u, v: `f32[B, H]`.

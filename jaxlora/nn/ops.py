@@ -59,7 +59,7 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def keep(shape: tuple[int, ...], rate: float, key: jax.Array) -> tuple[jax.Array, float]:
-    """Which elements dropout keeps, and what it multiplies them by, so that the mean stays.
+    """Return which elements dropout keeps, and what it multiplies them by, so that the mean stays.
 
     Random bits are a large part of a step on CPU, so an element gets 8 of them: the rate is rounded
     to a multiple of 1/256 (0.1 is 26/256), and the scale fits the rounded rate.

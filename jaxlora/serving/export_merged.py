@@ -74,7 +74,7 @@ def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -
 
 
 def encoder_params(base: Pretrained, trained: TaskModels, name: str) -> Tree:
-    """The encoder of a task as one `params` tree, its adapter merged into the base's."""
+    """Return the encoder of a task as one `params` tree, its adapter merged into the base's."""
     tree = trained.models[name].tree
     found = trained.trees[tree]
     if "lora" in found:
@@ -83,7 +83,7 @@ def encoder_params(base: Pretrained, trained: TaskModels, name: str) -> Tree:
 
 
 def _sentence_transformers(base: Pretrained, trained: TaskModels) -> dict[str, Any]:
-    """The files that tell sentence-transformers how to pool; file name → content."""
+    """Return the files that tell sentence-transformers how to pool; file name → content."""
     width, kind = base.config.hidden_size, "sentence_transformers.models."
     mode = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
     return {
@@ -98,7 +98,7 @@ def _sentence_transformers(base: Pretrained, trained: TaskModels) -> dict[str, A
 
 
 def _config(base: Pretrained, padding: str) -> dict[str, Any]:
-    """The base's config.json without what is of its heads and its training."""
+    """Return the base's config.json without what is of its heads and its training."""
     family = families.of(base.config)
     path = huggingface.find(base.name) / "config.json"
     kept = {k: v for k, v in read_object(path).items() if k in huggingface.known_fields(family)}
@@ -165,7 +165,7 @@ def special_tokens(base: Pretrained) -> dict[str, str]:
 
 
 def _used(tokenizer: Tokenizer) -> dict[str, str | None]:
-    """The tokens that a tokenizer itself puts around a sentence, and for an unknown word."""
+    """Return the tokens that a tokenizer itself puts around a sentence, and for an unknown word."""
     # By their ids: a template may have another name for what the vocabulary has there.
     first, last = map(tokenizer.id_to_token, tokenizer.encode("").ids)
     model = json.loads(tokenizer.to_str())["model"]
@@ -176,7 +176,7 @@ def _used(tokenizer: Tokenizer) -> dict[str, str | None]:
 
 
 def _declared(folder: Path) -> dict[str, str]:
-    """The special tokens that a base's files name, as strings or as objects with their content."""
+    """Return the special tokens that a base's files name, as strings or as objects."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the last counts
         if (folder / name).is_file():

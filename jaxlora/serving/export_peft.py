@@ -79,12 +79,12 @@ def save(folder: str | Path, trained: TaskModels, name: str) -> None:
 
 
 def described(folder: str | Path) -> bool:
-    """Whether a PEFT folder says itself what its task and its base are."""
+    """Return whether a PEFT folder says itself what its task and its base are."""
     return (Path(folder).expanduser() / ABOUT).exists()
 
 
 def classifies(folder: str | Path) -> bool:
-    """Whether PEFT wrote a folder for a `BertForSequenceClassification`.
+    """Return whether PEFT wrote a folder for a `BertForSequenceClassification`.
 
     Raises:
       UserError: if its `adapter_config.json` cannot be read or honoured.
@@ -179,7 +179,7 @@ def _one(
 
 
 def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: bool) -> TaskModel:
-    """A task without a head; a pooler alone is left out, since nothing reads it."""
+    """Return a task without a head; a pooler alone is left out, since nothing reads it."""
     rest = [module for module in found.head.modules if not module.startswith("pooler")]
     if rest and not encoder_only:
         raise UserError(
@@ -216,7 +216,7 @@ def _check_base(path: Path, written: peft_config.PeftConfig, base: Pretrained) -
 
 
 def _place(base: str) -> str:
-    """A base's one name: a folder's whole path, or a hub id.
+    """Return a base's one name: a folder's whole path, or a hub id.
 
     >>> _place("minilm"), _place("google-bert/bert-base-uncased"), _place("bert-base-uncased@v1")
     ('sentence-transformers/all-MiniLM-L6-v2', 'bert-base-uncased', 'bert-base-uncased')
@@ -231,12 +231,12 @@ def _place(base: str) -> str:
 
 
 def _revision(base: str) -> str | None:
-    """The revision that a base is pinned to; a folder has none."""
+    """Return the revision that a base is pinned to; a folder has none."""
     return huggingface.split_revision(base)[1] if huggingface.local_folder(base) is None else None
 
 
 def _is_same_model(name: str, base: Pretrained) -> bool:
-    """Whether a base that is on this machine under another name holds the same model."""
+    """Return whether a base that is on this machine under another name holds the same model."""
     at_hand = huggingface.MINILM if _place(name) == huggingface.MINILM_HUB else name
     if at_hand != huggingface.MINILM and huggingface.local_folder(name) is None:
         return False

@@ -22,7 +22,7 @@ _PAIR = {"concat": "u, v", "interaction": "u, v, (u - v).abs(), u * v"}
 
 
 def readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
-    """The folder's README: what it holds, and Python code that applies it."""
+    """Return the folder's README: what it holds, and Python code that applies it."""
     task, last = model.task, "\n\n\n"
     base = base_name(trained.base)
     merged = ", its adapter merged into the weights" if "lora" in trained.trees[model.tree] else ""
@@ -80,14 +80,14 @@ def _by_hand(trained: TaskModels, model: TaskModel, family: Family) -> list[str]
 
 
 def base_name(base: str) -> str:
-    """A base as others may know it, between backticks: of a local folder its name alone."""
+    """Return a base as others may know it, between backticks: of a local folder its name alone."""
     if base == huggingface.MINILM:
         return huggingface.MINILM_HUB
     return _code(Path(base).name if Path(base).is_absolute() else base)
 
 
 def plain(text: str) -> str:
-    """Names of others' as one line of Markdown that means only itself.
+    """Return names of others' as one line of Markdown that means only itself.
 
     Sites make links and mentions after Markdown's escapes are gone: a space of no width hinders it.
     """

@@ -43,7 +43,7 @@ def encode(
     max_length: int,
     owner: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Vectors of all sentences of some examples.
+    """Encode all sentences of some examples.
 
     Args:
       encode_rows: from `encode.make_encode`, or with an owner from `encode.make_mixed_encode`.
@@ -185,13 +185,13 @@ def _whole_blocks(length: int, block: int) -> int:
 def outputs(
     task: Task, head: Tree, vectors: np.ndarray, sentences: int, pair_features: str
 ) -> np.ndarray:
-    """What a task's head says of sentence vectors: `f32[E, K]` or `f32[E]`."""
+    """Apply a task's head to sentence vectors: `f32[E, K]` or `f32[E]`."""
     u, v, like = vectors[::sentences], vectors[sentences - 1 :: sentences], form(task)
     return _by_parts(lambda u, v: _apply_head(like, head, u, v, pair_features), u, v)
 
 
 def decode(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """Predictions on the label's scale: class, 0/1 or score `f32[E]`, or a set `f32[E, K]`."""
+    """Decode outputs to the label's scale: class, 0/1 or score `f32[E]`, or a set `f32[E, K]`."""
     like = form(task)
     above = outputs - task.cuts if task.thresholds else outputs
     return _by_parts(lambda x: _decode(like, x), above)
@@ -214,7 +214,7 @@ def form(task: Task) -> Task:
 
 
 def _by_parts(compiled: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
-    """A compiled function of rows, for any number of rows in programs of a few sizes."""
+    """Apply a compiled function of rows to any number of rows, in programs of a few sizes."""
     count = len(arrays[0])
     size = next((n for n in PART_SIZES if n >= count), PART_SIZES[-1])
     parts = []

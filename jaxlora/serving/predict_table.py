@@ -260,7 +260,7 @@ class Requests:
     def _request(
         self, line: int, row: dict[str, str], task: str, columns: tuple[str, ...]
     ) -> Request:
-        """A row's request; a second text that is blank is none where the task takes one text."""
+        """Return a row's request; a blank second text is none where the task takes one text."""
         if missing := [name for name in columns if name not in row]:
             raise UserError(f"{task} needs the column {', '.join(missing)}")
         pair, texts = self.predictor.task(task).pair, {name: row[name] for name in columns}

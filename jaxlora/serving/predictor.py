@@ -141,7 +141,7 @@ class Predictor:
         return [found[number] for number in range(len(checked))]
 
     def predict(self, task: str, examples: Sequence[str | tuple[str, str]]) -> np.ndarray:
-        """Predictions of one task on the label's scale: a class's number, a set, or a score.
+        """Return predictions of one task on the label's scale: a class's number, a set, or a score.
 
         Args:
           task: name of a task.
@@ -159,7 +159,7 @@ class Predictor:
         return parts[0] if parts else np.zeros((0, *chosen.label_shape), np.float32)
 
     def encode(self, task: str, sentences: Sequence[str]) -> np.ndarray:
-        """The vectors of single sentences as a task sees them, be it of pairs or not.
+        """Return the vectors of single sentences as a task sees them, be it of pairs or not.
 
         Returns:
           `f32[len(sentences), H]`.
@@ -199,7 +199,7 @@ class Predictor:
         return found
 
     def _vectors(self, checked: list[tuple[Task, tuple[str, ...]]]) -> np.ndarray:
-        """Vectors of all sentences and joint pairs, each through its own task's tree."""
+        """Return vectors of all sentences and joint pairs, each through its own task's tree."""
         _refuse_forked()
         texts = [(task, text) for task, parts in checked for text in task.encoded(parts)]
         examples = unlabelled(tokenize(self._tokenizer, [text for _, text in texts]))
@@ -360,7 +360,7 @@ class Predictor:
         return shapes
 
     def check(self, request: Any, which: str = "the request") -> tuple[Task, tuple[str, ...]]:
-        """The task of a request, and its sentences.
+        """Return the task of a request, and its sentences.
 
         Raises:
           UserError: if it cannot be answered.
@@ -373,7 +373,7 @@ class Predictor:
         return task, _check(task, which, tuple(request[1:]), task.pair)
 
     def task(self, name: str) -> Task:
-        """A task by its name.
+        """Return a task by its name.
 
         Raises:
           UserError: if there is none of that name.

@@ -136,7 +136,7 @@ class TaskModels(BaseSpec):
         return f"base {self.base}, {tasks}{f' ({each})' if each else ''}"
 
     def find(self, name: str) -> TaskModel:
-        """A task by its name.
+        """Return a task by its name.
 
         Raises:
           UserError: if there is none of that name.
@@ -153,11 +153,11 @@ class TaskModels(BaseSpec):
         return any(one.task.joint for one in self.models.values())
 
     def at(self, base: str | None) -> TaskModels:
-        """The same tasks, with their base in another place; None: where it was."""
+        """Return the same tasks, with their base in another place; None: where it was."""
         return self if base is None else dataclasses.replace(self, base=absolute(base))
 
     def load_base(self) -> Pretrained:
-        """The base model.
+        """Return the base model.
 
         Raises:
           UserError: if it is not available, is another one, or tasks do not fit it.
@@ -227,7 +227,7 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
 def combine_tasks(
     trained: TaskModels, parts: Mapping[str, float], name: str, head: str, rank: int | None = None
 ) -> TaskModels:
-    """A new task whose adapter is a weighted sum of other tasks'.
+    """Return a new task whose adapter is a weighted sum of other tasks'.
 
     Args:
       trained: has those tasks.

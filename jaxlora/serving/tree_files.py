@@ -52,7 +52,7 @@ def plain_path(folder: Path) -> Iterator[Path]:
 
 
 def brief(error: Exception) -> str:
-    """The first line of an error, which Orbax's and TensorStore's may have dozens of."""
+    """Return the first line of an error, which Orbax's and TensorStore's may have dozens of."""
     line = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {line[:200]}"
 

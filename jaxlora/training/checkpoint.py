@@ -101,7 +101,7 @@ class StateCheckpoints:
         write_json(_sums_file(self._folder / str(step)), _sums(self._folder / str(step)))
 
     def restore(self, like: Tree) -> tuple[Tree, dict[str, Any]] | None:
-        """The latest checkpoint as (tree, progress), or None if there is none.
+        """Return the latest checkpoint as (tree, progress), or None if there is none.
 
         Args:
           like: a tree of the same structure, shapes and dtypes, of arrays or of shapes with their

@@ -148,7 +148,7 @@ def refuse_blank(settings: Settings, data: Data) -> None:
 
 
 def notes(splits: Mapping[str, Examples]) -> list[str]:
-    """What must be known of a task's files, a line each."""
+    """Return what must be known of a task's files, a line each."""
     found = []
     for split in SPLITS:
         examples = splits[split]
@@ -164,7 +164,7 @@ def notes(splits: Mapping[str, Examples]) -> list[str]:
 
 
 def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
-    """Checksums of all that a run reads: the base, each task's tokens and labels, their order."""
+    """Return checksums of what a run reads: the base, each task's tokens, labels and order."""
     order = make_order({task: len(splits["train"]) for task, splits in data.items()}, 64, seed)
     prints = base.fingerprint.to_inputs()
     prints[ORDER] = _checksum([order.at(0)])
@@ -196,13 +196,13 @@ def _checksum(arrays: Iterable[np.ndarray]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes a run's numbers."""
+    """Return versions of what computes a run's numbers."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     return {name: importlib.metadata.version(name) for name in names}
 
 
 def count(settings: Settings, base: Pretrained) -> parameter_count.ParameterCount:
-    """The run's numbers of parameters."""
+    """Return the run's numbers of parameters."""
     return parameter_count.count(
         base.config, settings.adaptation, settings.groups, settings.named.values(),
         settings.model.pair_features,

@@ -234,14 +234,14 @@ class _Run:
 
 
 def _copy_of(state: TrainState) -> dict[str, Tree]:
-    """What is kept of a state; a copy, since the step takes the state's own memory."""
+    """Return what is kept of a state; a copy, since the step takes the state's own memory."""
     return jax.tree.map(jnp.copy, {"trainable": state.trainable, "heads": state.heads})
 
 
 def _restore(
     cohort: Cohort, saved: checkpoint.StateCheckpoints
 ) -> tuple[dict[str, TrainState], Best, dict[str, Progress]]:
-    """The latest states, best trees and progress, or those of the start.
+    """Return the latest states, best trees and progress, or those of the start.
 
     Restored arrays come to where they live at once; first states beside them would double it all.
     """
@@ -354,7 +354,7 @@ class Window:
 
 
 def _record(group: TaskGroup, metrics: list[StepMetrics], progress: Progress) -> dict[str, Any]:
-    """The record of a group's steps: averages, and the learning rates of the last one."""
+    """Return the record of a group's steps: averages, and the learning rates of the last one."""
     mean = jax.tree.map(lambda *xs: np.mean(np.stack(xs), axis=0), *metrics)
     names = [task.name for task in group.tasks]
     return {

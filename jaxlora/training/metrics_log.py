@@ -68,7 +68,7 @@ class MetricsLog:
 
 
 def flatten(record: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
-    """The numbers of a record, dotted: `{"loss": {"sst": 1}}` → `loss.sst`."""
+    """Return the numbers of a record, dotted: `{"loss": {"sst": 1}}` → `loss.sst`."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}.{k}", v) for k, v in flatten(value))
@@ -77,7 +77,7 @@ def flatten(record: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`, up to one that is none, as a killed run's last may be."""
+    """Read the records of `metrics.jsonl`, up to one that a killed run left unfinished."""
     if not (out / METRICS).exists():
         return []
     records: list[dict[str, Any]] = []

@@ -97,7 +97,7 @@ def _names(task: Task, values: np.ndarray) -> list[str]:
 def _with_blank(
     columns: Mapping[str, Iterable[str]], examples: Examples
 ) -> Mapping[str, Iterable[str]]:
-    """A line for each row of the test file: a blank one has no prediction, but a reason."""
+    """Return a line for each row of the test file: a blank one has no prediction, but a reason."""
     if not examples.blank:
         return columns
     rows = [[*row, ""] for row in zip(*columns.values(), strict=True)]

@@ -68,7 +68,7 @@ def demo(chosen: Variant) -> Preset:
 
 
 def cs224n(chosen: Variant) -> Preset:
-    """Settings that train well on the CS224N data: see docs/tuning.md."""
+    """Return settings that train well on the CS224N data: see docs/tuning.md."""
     return Preset(
         data=DataConfig("cs224n"),
         model=ModelConfig(encoder_dropout=0.05),
@@ -80,7 +80,7 @@ def cs224n(chosen: Variant) -> Preset:
 
 
 def paper(chosen: Variant) -> Preset:
-    """The paper's settings, as far as it states them; see `PAPER_GUESSES`."""
+    """Return the paper's settings, as far as it states them; see `PAPER_GUESSES`."""
     return Preset(
         data=DataConfig("official"),
         model=ModelConfig("bert-base-uncased", "cls", "concat", encoder_dropout=0.1),

@@ -239,7 +239,7 @@ def summarize_result(
     progress: dict[str, dict[str, Any]],
     test: dict[str, float],
 ) -> dict[str, Any]:
-    """The content of `result.json`."""
+    """Return the content of `result.json`."""
     dev: dict[str, float] = {}
     untrained: dict[str, float] = {}
     for group in progress.values():

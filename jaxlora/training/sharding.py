@@ -82,7 +82,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
-    """The axis of a leaf that is split: the longest one that can be.
+    """Return the axis of a leaf that is split: the longest one that can be.
 
     The layers' axis is not, since one layer is needed at a time.
 

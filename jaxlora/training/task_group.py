@@ -250,7 +250,7 @@ def _make_group_step(
 
 
 def named_key(seed: int, name: str) -> jax.Array:
-    """A PRNG key that depends on the seed and a name alone."""
+    """Return a PRNG key that depends on the seed and a name alone."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
@@ -268,7 +268,7 @@ def live_vectors(encode: Encode, frozen: Tree, data: Data, max_length: int, mesh
 
 
 def evaluate_group(cohort: Cohort, group: TaskGroup, state: TrainState) -> dict[str, Any]:
-    """The dev record of a group: each task's metric and loss, and their mean gain as the score."""
+    """Score a group on dev: each task's metric and loss, and their mean gain as the score."""
     scores, losses = {}, {}
     for task in group.tasks:
         dev = cohort.data[task.name]["dev"]
@@ -298,7 +298,7 @@ def tuned(cohort: Cohort, task: Task, best: dict[str, Tree]) -> Task:
 def outputs(
     cohort: Cohort, task: Task, trainable: Tree, heads: dict[str, Tree], split: str
 ) -> np.ndarray:
-    """What a task's head says of one split, see `inference.outputs`."""
+    """Return what a task's head says of one split, see `inference.outputs`."""
     vectors = cohort.vectors(trainable, task.name, split)
     return inference.outputs(
         task, heads[task.name], vectors, task.sentences, cohort.train_step.pair_features

@@ -28,7 +28,7 @@ class Estimate:
     traffic: Traffic
 
     def seconds(self, flops_per_second: float, bytes_per_second: float = math.inf) -> float:
-        """A step's time when nothing overlaps, and the devices reach the rates they are given.
+        """Compute a step's time without overlap, on devices that reach the rates they are given.
 
         Args:
           flops_per_second: what a device does of this work, half of its peak or less.
