@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,27 +37,37 @@ def compare(
 
 
 def make_table(found: Comparison) -> Table:
-    """Return a table with a row for each run."""
-    table = Table(show_lines=False)
-    for name in ("run", *found.settings, *map(_title, found.scores), "parameters", "time"):
-        table.add_column(escape(name), overflow="fold")
-    for number, run in enumerate(found.runs):
-        cells = [str(run.folder), *(_setting(values[number]) for values in found.settings.values())]
-        cells += [_score(row, number) for row in found.scores]
-        if run.result:
-            cells.append(f"{run.result['parameters']['incremental'] / 1e6:.2f}M")
-            cells.append(duration(run.result["train_seconds"]))
-        table.add_row(*map(escape, cells))
+    """Return a table with a column for each run: settings, then scores."""
+    table = Table("run", *(escape(str(run.folder)) for run in found.runs))
+    for column in table.columns:
+        column.overflow = "fold"
+    for name, values in found.settings.items():
+        table.add_row(*map(escape, (name, *map(_setting, values))))
+    table.add_section()
+    for row in found.scores:
+        scores = (_score(row, number) for number in range(len(found.runs)))
+        table.add_row(*map(escape, (_title(row), *scores)))
+    for name, shown in (("parameters", _parameters), ("time", _time)):
+        table.add_row(name, *(shown(run.result) if run.result else "" for run in found.runs))
     return table
 
 
+def _parameters(result: Mapping[str, Any]) -> str:
+    return f"{result['parameters']['incremental'] / 1e6:.2f}M"
+
+
+def _time(result: Mapping[str, Any]) -> str:
+    return duration(result["train_seconds"])
+
+
 def _title(row: ScoreRow) -> str:
-    return f"{row.split} {row.task}" + (f"\n{row.metric}" if row.metric else "")
+    return f"{row.split} {row.task}" + (f": {row.metric}" if row.metric else "")
 
 
 def _setting(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(_setting, value))
+        nested = any(isinstance(one, list) for one in value)
+        return (" | " if nested else ", ").join(map(_setting, value))
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

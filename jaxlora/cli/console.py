@@ -124,6 +124,7 @@ def summary_table(summary: RunSummary) -> Table:
     rows = {
         "base": summary.base,
         "encoder": s.adaptation.describe(),
+        **({"starts from": s.model.start_from} if s.model.start_from else {}),
         "sharing": " | ".join(",".join(group) for group in s.groups)
         + (
             f"  ({COMBINED.get(s.optimizer.surgery, s.optimizer.surgery)} within a group)"

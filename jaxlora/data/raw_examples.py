@@ -83,9 +83,11 @@ def parse_label(text: str, task: Task, where: str) -> Label:
     found = PARSERS[task.form](text.strip(), task, where)
     if found is None:
         shown = text if len(text) <= 60 else text[:60] + "…"
+        remedy = "correct the label or delete the line."
+        if task.form == "score" and parse_number(text.strip()) is not None:
+            remedy = "correct the label, or train with a wider range (`range` in a task file)."
         raise UserError(
-            f"{where}: label {shown!r} is not {_allowed(task)} ({task.title}); "
-            "correct the label or delete the line."
+            f"{where}: label {shown!r} is not {_allowed(task)} ({task.title}); {remedy}"
         )
     return found
 
@@ -118,8 +120,8 @@ def _parse_classes(written: str, task: Task, where: str) -> Label:
     if unknown := [name for name in names if name not in task.classes]:
         raise UserError(
             f"{where}: {unknown[0][:60]!r} in {written[:60]!r} is not one of "
-            f"{', '.join(task.classes)} ({task.title}); correct it, add it to `classes`, or check "
-            f"the `label_delimiter` {task.label_delimiter!r}"
+            f"{', '.join(task.classes)} ({task.title}); correct it, add it to the classes "
+            f"in training, or check the delimiter of labels, {task.label_delimiter!r}"
         )
     if len(set(names)) != len(names):
         raise UserError(f"{where}: a label is named twice in {written[:60]!r}; delete one")

@@ -134,9 +134,13 @@ def check_written(path: Path) -> Format:
     """
     found = FORMATS.get(suffix_of(path))
     if found is None or found.write is None or (is_packed(path) and not found.packs):
-        known = ", ".join(suffix for suffix, one in FORMATS.items() if one.write)
+        packed = [suffix for suffix, one in FORMATS.items() if one.write and one.packs]
+        others = [suffix for suffix, one in FORMATS.items() if one.write and not one.packs]
         raise ConfigError(
-            "output", f"end the name with one of {known}, or with {GZIP} after it", path
+            "output",
+            f"end the name with {', '.join(others)}, or with one of {', '.join(packed)}, which may "
+            f"have {GZIP} after it",
+            path,
         )
     return found
 

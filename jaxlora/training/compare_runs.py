@@ -13,6 +13,7 @@ from jaxlora.training.inputs import ORDER, data_of, dev_of
 from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 
+_TASKS = "tasks."
 _NEEDED = {"metrics", "dev", "dev_mean", "test", "parameters", "train_seconds"}
 
 
@@ -126,9 +127,23 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def find_differences(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
     """Return the settings that are not the same in all runs, with the value of each."""
-    names = dict.fromkeys(name for run in runs for name in run.settings)
+    tasks = [_tasks(run) for run in runs]
+    names = dict.fromkeys(
+        name
+        for run in runs
+        for name in run.settings
+        if not name.startswith(_TASKS) or all(name.split(".")[1] in there for there in tasks)
+    )
     every = {name: tuple(run.settings.get(name) for run in runs) for name in names}
+    # Of a task that some runs lack nothing else is compared.
+    for task in dict.fromkeys(task for there in tasks for task in there):
+        every[_TASKS + task] = tuple("trained" if task in there else None for there in tasks)
     return {name: values for name, values in every.items() if not _same(values)}
+
+
+def _tasks(run: RunRecord) -> dict[str, None]:
+    """Return the names of a run's tasks, in order."""
+    return dict.fromkeys(name.split(".")[1] for name in run.settings if name.startswith(_TASKS))
 
 
 def _same(values: Sequence[Any]) -> bool:

@@ -148,7 +148,7 @@ def test_sets_are_found_only_where_there_is_no_doubt(cells, kind):
     ("cell", "message"),
     [
         ("bug|wrong", "'wrong' in 'bug|wrong' is not one of bug, billing"),
-        ("bug;login", "check the `label_delimiter` '|'"),
+        ("bug;login", "check the delimiter of labels, '|'"),
         ("bug|login|bug", "a label is named twice in 'bug|login|bug'"),
         ("bug|", "'' in 'bug|' is not one of"),
     ],

@@ -158,7 +158,9 @@ def test_a_table_of_training_without_its_columns_names_them(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["o.xlsx", "o", "o.parquet.gz"])
 def test_a_format_that_cannot_be_written_is_refused_before_anything_is_read(tiny, tmp_path, name):
-    with pytest.raises(UserError, match=r"`output` .*: end the name with one of \.csv"):
+    with pytest.raises(
+        UserError, match=r"`output` .*: end the name with \.parquet, or with one of \.csv"
+    ):
         predict_file(predictor(tiny, {}), tmp_path / "missing.csv", tmp_path / name, "sst")
 
 

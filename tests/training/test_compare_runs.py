@@ -98,6 +98,15 @@ def test_a_run_without_a_task_leaves_the_others_comparable(tmp_path):
     assert found["dev", "spam"] == ((0.5, 0.7, None), (False, True, False))
 
 
+def test_of_a_task_that_only_some_runs_have_one_row_is_shown(tmp_path):
+    one, other = (write_run(tmp_path / name, {"spam": 0.5}) for name in "ab")
+    config = json.loads((other / "config.json").read_text())
+    del config["settings"]["tasks"][1]
+    (other / "config.json").write_text(json.dumps(config))
+    found = compare_runs.compare((one, other))
+    assert found.settings == {"tasks.mood": ("trained", None)}
+
+
 def test_scores_by_other_metrics_stand_in_rows_of_their_own(tmp_path):
     one = write_run(tmp_path / "a", {"spam": 0.5})
     other = write_run(tmp_path / "b", {"spam": 0.75}, metric="macro F1")
