@@ -361,8 +361,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
                 f"{path}: {name!r} stands outside of a task's table; begin with [{name}]"
             )
         for split in fields.keys() & _FILES:
-            if isinstance(fields[split], str) and not fields[split].startswith(hub.PREFIX):
-                fields[split] = str(path.parent / fields[split])
+            file = fields[split]
+            if isinstance(file, str) and file.strip() and not file.startswith(hub.PREFIX):
+                fields[split] = str(path.parent / file)
     return content
 
 
@@ -424,6 +425,10 @@ def _describe(origin: str, name: str, values: dict[str, Any]) -> TaskSpec:
 
 def _table(where: str, fields: TaskFields) -> Table:
     given = {split: getattr(fields, split) for split in _FILES}
+    if blank := [
+        split for split, file in given.items() if isinstance(file, str) and not file.strip()
+    ]:
+        raise UserError(f"{where} {blank[0]}: is empty; name a table")
     files = {
         split: str(Path(hub.find(file)).absolute())
         for split, file in given.items()

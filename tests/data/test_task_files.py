@@ -249,6 +249,8 @@ def test_names_of_classes_stay_as_they_are_written(folder):
         ("tropic.epochs=3", "`tasks`: .tropic.: text: missing"),
         ("../x.epochs=3", "`tasks`: '../x' cannot be a name"),
         ("topic.dev=none.csv", "there is no file .*none.csv"),
+        ("topic.train=", "train: is empty; name a table"),
+        ("topic.test= ", "test: is empty; name a table"),
         ("epochs=3", "`tasks` epochs=3: cannot be read"),
     ],
 )

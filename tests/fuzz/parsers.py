@@ -128,7 +128,7 @@ def _check_tasks(found: Sequence[TaskSpec]) -> None:
         assert 0 < float(one.weight) < float("inf") and one.task.high > one.task.low
         assert one.table is not None and isinstance(one.table.columns, Columns)
         assert isinstance(one.table.columns.id, str | None)
-        assert all(path.is_absolute() and path.is_file() for path in one.table.files.values())
+        assert all(path.is_absolute() and path.exists() for path in one.table.files.values())
         assert repr(one).encode()
 
 
