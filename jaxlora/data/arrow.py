@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -198,7 +199,7 @@ def find_splits(folder: Path) -> dict[str, Path]:
     Raises:
       UserError: if the file that names them is damaged.
     """
-    if not (folder / SPLITS).exists():
+    if not os.path.exists(folder / SPLITS):
         return {}
     names = file_system.read_object(folder / SPLITS).get("splits")
     return {str(name): folder / str(name) for name in names} if isinstance(names, list) else {}
@@ -215,7 +216,7 @@ def find_parts(folder: Path) -> list[Path]:
             f"{folder}: holds the splits {', '.join(splits)}; name one, such as "
             f"{next(iter(splits.values()))}"
         )
-    if not (folder / STATE).exists():
+    if not os.path.exists(folder / STATE):
         raise UserError(
             f"{folder}: is a folder, and no data set that `datasets` has saved to the disk (it has "
             f"no {STATE}); name a file, or such a folder"
@@ -223,7 +224,7 @@ def find_parts(folder: Path) -> list[Path]:
     listed = file_system.read_object(folder / STATE).get("_data_files")
     names = [one.get("filename") for one in listed or () if isinstance(one, dict)]
     parts = [folder / name for name in names if isinstance(name, str) and Path(name).name == name]
-    if not parts or len(parts) != len(listed or ()) or not all(map(Path.is_file, parts)):
+    if not parts or len(parts) != len(listed or ()) or not all(map(os.path.isfile, parts)):
         raise UserError(f"{folder / STATE}: does not name the Arrow files beside it; save it again")
     return parts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -82,7 +83,7 @@ def is_table(path: Path) -> bool:
     >>> is_table(Path("tickets.csv")), is_table(Path("x.tsv.gz")), is_table(Path("topics.toml"))
     (True, True, False)
     """
-    return suffix_of(path) in FORMATS or path.is_dir() or str(path).startswith(hub.PREFIX)
+    return suffix_of(path) in FORMATS or os.path.isdir(path) or str(path).startswith(hub.PREFIX)
 
 
 def find(path: Path) -> Format:
@@ -91,7 +92,7 @@ def find(path: Path) -> Format:
     Raises:
       UserError: for a format that is not compressed by gzip.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for names that no file can have
         return FOLDER
     found = FORMATS.get(suffix_of(path), OTHER)
     if is_packed(path) and not found.packs:

@@ -436,3 +436,10 @@ def test_an_error_while_writing_leaves_nothing(tmp_path):
             writer(ANSWERS)
             writer([{"id": "a"}])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_part_with_a_name_that_no_file_can_have_is_refused(tmp_path):
+    state = {"_data_files": [{"filename": "9" * 5000 + "data.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="does not name the Arrow files beside it"):
+        table_formats.open_sheets({"": tmp_path})
