@@ -46,7 +46,7 @@ def _download(item: str, name: str, revision: str | None, folder: Path) -> None:
         found = datasets.load_dataset(name, revision=revision)
         with files.building(folder) as content:
             found.save_to_disk(str(content))
-    except Exception as error:  # of the hub, the network, or a damaged file
+    except Exception as error:  # httpx, pyarrow and datasets have no error in common
         if folder.is_dir():  # another process was faster
             return
         raise UserError(

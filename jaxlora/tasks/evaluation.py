@@ -131,8 +131,8 @@ class Evaluation:
         """Precision, recall and F1 of each class; of scores none."""
         predicted, true = self._members(self.predictions), self._members(self.labels)
         right, support, found = (x.sum(0) for x in (predicted & true, true, predicted))
-        precision, recall = _share(right, found), _share(right, support)
-        f1 = _share(2 * right, support + found)
+        precision, recall = thresholds.share(right, found), thresholds.share(right, support)
+        f1 = thresholds.share(2 * right, support + found)
         rows = zip(self.task.classes, precision, recall, f1, support, strict=True)
         return [ClassRow(n, float(p), float(r), float(f), int(s)) for n, p, r, f, s in rows]
 
@@ -160,8 +160,8 @@ class Evaluation:
         right = (self.predictions == self.labels).ravel()
         numbers = np.minimum((confidence * bins).astype(int), bins - 1)
         counts = np.bincount(numbers, minlength=bins)
-        mean = _share(np.bincount(numbers, confidence, bins), counts)
-        accuracy = _share(np.bincount(numbers, right, bins), counts)
+        mean = thresholds.share(np.bincount(numbers, confidence, bins), counts)
+        accuracy = thresholds.share(np.bincount(numbers, right, bins), counts)
         error = float(np.sum(counts * np.abs(accuracy - mean)) / max(1, counts.sum()))
         rows = zip(counts.tolist(), mean.tolist(), accuracy.tolist(), strict=True)
         return error, [Bin(*row) for row in rows]
@@ -209,8 +209,3 @@ def bootstrap(
     values = [statistic(rng.integers(rows, size=rows)) for _ in range(resamples)]
     low, high = np.nanquantile(values, [0.025, 0.975])
     return Interval(statistic(np.arange(rows)), float(low), float(high))
-
-
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Divide, with 0 where there is nothing to divide by."""
-    return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)

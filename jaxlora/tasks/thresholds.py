@@ -17,24 +17,25 @@ class Counts(NamedTuple):
     tn: np.ndarray
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return part / np.maximum(whole, 1)
+def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Divide, with 0 where there is nothing to divide by."""
+    return np.divide(part, whole, out=np.zeros(np.shape(part)), where=whole > 0)
 
 
 def _accuracy(c: Counts) -> np.ndarray:
-    return _share(c.tp + c.tn, c.tp + c.fp + c.fn + c.tn)
+    return share(c.tp + c.tn, c.tp + c.fp + c.fn + c.tn)
 
 
 def _balanced_accuracy(c: Counts) -> np.ndarray:
-    return (_share(c.tp, c.tp + c.fn) + _share(c.tn, c.tn + c.fp)) / 2
+    return (share(c.tp, c.tp + c.fn) + share(c.tn, c.tn + c.fp)) / 2
 
 
 def _f1(c: Counts) -> np.ndarray:
-    return _share(2 * c.tp, 2 * c.tp + c.fp + c.fn)
+    return share(2 * c.tp, 2 * c.tp + c.fp + c.fn)
 
 
 def _macro_f1(c: Counts) -> np.ndarray:
-    return (_f1(c) + _share(2 * c.tn, 2 * c.tn + c.fp + c.fn)) / 2
+    return (_f1(c) + share(2 * c.tn, 2 * c.tn + c.fp + c.fn)) / 2
 
 
 # Metrics of two classes that a threshold can be chosen by; of any other, F1 decides.
