@@ -41,8 +41,10 @@ class ArrowSheet:
         with explained():
             import pyarrow as pa
         try:
-            return self.load()
-        except (pa.ArrowException, OSError) as error:
+            schema, load = self.load()
+            _ = schema.names  # decoded now, since a damaged one is not UTF-8
+            return schema, load
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{self.path}: cannot be read, or is damaged ({_first_line(error)}); write it again"
             ) from None

@@ -443,3 +443,15 @@ def test_a_part_with_a_name_that_no_file_can_have_is_refused(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="does not name the Arrow files beside it"):
         table_formats.open_sheets({"": tmp_path})
+
+
+def test_a_column_whose_name_is_not_utf_8_is_refused(tmp_path):
+    path = tmp_path / "x.parquet"
+    content = io.BytesIO()
+    pq.write_table(pa.table({"texq": ["a"], "label": ["sport"]}), content)
+    path.write_bytes(content.getvalue().replace(b"texq", b"\x80exq"))
+    sheet = table_formats.open_sheets({"": path})[""]
+    with pytest.raises(UserError, match=r"x\.parquet: cannot be read, or is damaged"):
+        list(sheet.rows())
+    with pytest.raises(UserError, match=r"x\.parquet: cannot be read, or is damaged"):
+        dict(sheet.unreadable)
