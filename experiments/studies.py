@@ -50,7 +50,9 @@ _ABOUT = {
     "lora4": "one adapter shared, PCGrad, cosine",
 }
 FIXED_ALPHA = 15.0
-RANKS = (1, 4, 15, 64)
+RANKS = (1, 4, 8, 15, 64)
+TOGETHER = ("lora3", "lora4", "baseline3")  # variants whose tasks' gradients meet
+AGGREGATORS = ("gradvac", "upgrad", "cagrad", "nash_mtl", "uw")  # beside the variants' PCGrad
 LORA_RATES = ("1e-5", "1e-4", "1e-3")
 FULL_RATES = ("1e-5", "5e-5", "1e-4")
 
@@ -58,15 +60,15 @@ FULL_RATES = ("1e-5", "5e-5", "1e-4")
 def _table() -> Iterable[tuple[str, str, dict[str, Any], str]]:
     for name in VARIANTS:
         yield name, name, {}, _ABOUT[name]
-    for name in ("lora3", "lora4", "baseline3"):
+    for name in TOGETHER:
         about = f"{name} with its gradients only summed, no PCGrad"
         yield f"{name}-summed", name, {"surgery": "none"}, about
-    yield (
-        "pairs",
-        "lora4",
-        {"groups": "sst|para,sts"},
-        "an adapter for SST, one for both pair tasks",
-    )
+        for method in AGGREGATORS:
+            about = f"{name} with {method} in place of PCGrad"
+            yield f"{name}-{method}", name, {"surgery": method}, about
+    pairs = {"groups": "sst|para,sts"}
+    yield "pairs", "lora4", pairs, "an adapter for SST, one for both pair tasks"
+    yield "joint", "lora3", {"pair_encoding": "joint"}, "lora3 with both sentences read together"
     slow = {"batch_size": 24, "warmup_steps": 200}
     yield "warmup24", "lora3", slow, "lora3 with batch 24 and a warm-up of 200 steps"
     for rank in RANKS:

@@ -16,6 +16,7 @@ from experiments.report import statistics, times
 from experiments.report.collect import Collection
 from experiments.report.scores import MADE_UP, MEAN, TITLES, Scores
 from experiments.report.statistics import Interval
+from experiments.studies import AGGREGATORS, TOGETHER
 from jaxlora.cli.console import MADE_UP_DATA, SAW_QUORA, saw_quora
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.tasks.task import MADE_UP as BUILT_IN
@@ -38,7 +39,7 @@ PARTS = {
     "a": "Cosine loss for similarity",
     "b": "Sharing parameters between tasks",
     "c": "LoRA against full fine-tuning",
-    "d": "PCGrad against summed gradients",
+    "d": "Gradient aggregators against summed gradients",
     "e": "Training time",
 }
 
@@ -404,9 +405,10 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     *(_small(*pair) for pair in _LORA_OR_FULL),
     *(
-        Claim("d", "does PCGrad give a higher mean than summed gradients?",
-              name, f"{name}-summed", MEAN, HIGHER, source="our question")
-        for name in ("baseline3", "lora3", "lora4")
+        Claim("d", f"does {title} give a higher mean than summed gradients?",
+              f"{name}{suffix}", f"{name}-summed", MEAN, HIGHER, source="our question")
+        for title, suffix in (("PCGrad", ""), *((method, f"-{method}") for method in AGGREGATORS))
+        for name in TOGETHER
     ),
     *(
         Claim("e", "a LoRA step takes less time than a full one", *pair, "step", LOWER, PAPER_SPEED)

@@ -25,7 +25,7 @@ SENTENCES = {
     ("b", "sts"): "and {sts} by {range} points.",
     ("c", MEAN): "LoRA's mean score differs from full fine-tuning's by {range} points",
     ("c", "parameters"): "with {plain} of the incremental parameters.",
-    ("d", MEAN): "PCGrad instead of summed gradients changes the mean by {range} points.",
+    ("d", MEAN): "An aggregator instead of summed gradients changes the mean by {range} points.",
     ("e", "step"): "LoRA changes the time of a step by {range} %",
     ("e", "best"): "and the time to the best dev score by {range} %.",
 }

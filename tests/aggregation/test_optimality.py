@@ -26,9 +26,10 @@ def grams(count, num_tasks, condition, seed):
 
 
 def weights_of(method, K):
-    """The weights of many Gram matrices, as float64."""
+    """The weights of many Gram matrices, as float64, from products as `aggregate` has them."""
     run = jax.jit(jax.vmap(lambda K: method.weights(K, None, ())[0]))
-    return np.asarray(run(jnp.asarray(K)), np.float64)
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(run(jnp.asarray(K)), np.float64)
 
 
 def times(K, w):

@@ -23,16 +23,18 @@ from jaxlora.training.presets import make_settings
 from jaxlora.training.run import RunOptions
 from jaxlora.utils.errors import Stopped, UserError
 
+METHODS = ("summed", "gradvac", "upgrad", "cagrad", "nash_mtl", "uw")
 EXTRAS = [
-    "lora3-summed",
-    "lora4-summed",
-    "baseline3-summed",
+    *(f"{name}-{method}" for name in ("lora3", "lora4", "baseline3") for method in METHODS),
     "pairs",
+    "joint",
     "warmup24",
     "rank1",
     "rank1-scaled",
     "rank4",
     "rank4-scaled",
+    "rank8",
+    "rank8-scaled",
     "rank15",
     "rank15-scaled",
     "rank64",
@@ -81,9 +83,11 @@ def test_every_study_resolves_and_its_command_gives_its_flags(preset, name):
     settings = make_settings(**asked)
     assert cli.to_settings(flags, words) == settings
     assert (settings.variant, settings.loop.seed) == (study.variant, 3)
+    pairs = {spec.task.pair_encoding for spec in settings.tasks if spec.task.pair}
+    found = settings.flat() | {"pair_encoding": pairs.pop()}
     for key, value in study.settings.items():
         if key != "groups":
-            assert settings.flat()[key] == value
+            assert found[key] == value
     assert settings.groups == (
         (("sst",), ("para", "sts")) if name == "pairs" else VARIANTS[study.variant].groups
     )
