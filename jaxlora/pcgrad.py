@@ -76,8 +76,8 @@ def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.Grad
     Args:
       num_tasks: T, the size of every leaf's leading axis; 1 makes it the identity.
       seed: seed of the random visiting orders.
-      surgery: False only sums the gradients, to compare with; the state tells what it would have
-        met all the same.
+      surgery: False only sums the gradients, to compare with; the state still has their conflicts
+        and cosines.
 
     Returns:
       An `optax.GradientTransformation` whose state is a `PCGradState`.

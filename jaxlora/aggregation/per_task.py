@@ -26,8 +26,7 @@ def per_task_grads(
     Two ways, by what `loss_fns` is:
 
     * a function for each task, each with a batch of its own: one backward pass each through its own
-      batch, then stacked. `jax.jacrev` of the stacked losses would pull each task's unit vector
-      back through the batches of all.
+      batch, then stacked.
     * one function that returns all losses, `f32[T]`, of a batch they share: one forward pass, and T
       unit vectors pulled back together.
 
@@ -62,6 +61,21 @@ def per_task_grads(
     """
     if callable(loss_fns):
         return _shared_batch(loss_fns, trunk, heads, batches, has_aux)
+    return _own_batches(loss_fns, trunk, heads, batches, has_aux)
+
+
+def _own_batches(
+    loss_fns: Sequence[Loss] | Mapping[Any, Loss],
+    trunk: Tree,
+    heads: Any,
+    batches: Any,
+    has_aux: bool,
+) -> tuple[Any, Tree, Any]:
+    """Differentiate each task's loss by a pass of its own.
+
+    `jax.jacrev` of the stacked losses would pull each task's unit vector back through the batches
+    of all.
+    """
     keys = _keys(loss_fns)
     for name, found in (("heads", heads), ("batches", batches)):
         if found is not None and set(_keys(found)) != set(keys):

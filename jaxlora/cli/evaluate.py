@@ -9,13 +9,14 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
+from jaxlora.cli.flags import choose_task
 from jaxlora.cli.terminal import CONSOLE, Folder, print_json, say
-from jaxlora.data import tables
-from jaxlora.serving import evaluate_table
+from jaxlora.data.raw_examples import TextExample
+from jaxlora.serving import evaluate_table, evaluation_page
 from jaxlora.serving.evaluate_table import Report
-from jaxlora.serving.evaluation_page import page as page_of
 from jaxlora.serving.predictor import Predictor
-from jaxlora.tasks.evaluation import Interval
+from jaxlora.tasks.evaluation import Evaluation, Interval
+from jaxlora.tasks.task import Task
 from jaxlora.utils import cache, files, process
 from jaxlora.utils.errors import ConfigError
 
@@ -56,23 +57,16 @@ def evaluate(
     """
     process.reuse_memory()
     process.keep_programs(cache.cache_dir() / "xla")
-    if page is not None and not page.absolute().parent.is_dir():
-        raise ConfigError("page", f"there is no folder {page.parent}; make it first", page)
+    _check_place(page)
     predictor = Predictor.load(bank, base)
-    name = _choose_task(predictor, task)
-    known = predictor.trained.find(name).facts.columns
-    columns = evaluate_table.choose_columns(known, tables.read_header(input), text, label)
-    labelled = evaluate_table.read_labelled(predictor.task(name), input, columns)
-    other = None
-    if against is not None:
-        rival = Predictor.load(against, base)
-        evaluate_table.check_same(predictor.task(name), rival.task(name))
-        other = str(against), evaluate_table.evaluate(rival, name, labelled.rows)
+    name = choose_task(task, predictor.tasks)
+    model = predictor.trained.find(name)
+    labelled = evaluate_table.read_table(model, input, text, label)
+    other = None if against is None else _other(against, base, model.task, labelled.rows)
     found = evaluate_table.evaluate(predictor, name, labelled.rows)
     report = evaluate_table.report(found, input, labelled, other)
     if page is not None:
-        with files.replacing(files.local(page), "w") as file:
-            file.write(page_of(report, found))
+        files.write_text(files.local(page), evaluation_page.page([(report, found)]))
     if json:
         print_json(evaluate_table.to_json(report))
         return
@@ -81,10 +75,19 @@ def evaluate(
         say(f"{page}: the same as a page")
 
 
-def _choose_task(predictor: Predictor, task: str | None) -> str:
-    if task is None and len(predictor.tasks) > 1:
-        raise ConfigError("task", f"is missing; there are {', '.join(predictor.tasks)}")
-    return task or next(iter(predictor.tasks))
+def _check_place(page: Path | None) -> None:
+    """Refuse a page that could not be written, before the work."""
+    if page is not None and not page.absolute().parent.is_dir():
+        raise ConfigError("page", f"there is no folder {page.parent}; make it first", page)
+
+
+def _other(
+    bank: Path, base: str | None, task: Task, rows: Sequence[TextExample]
+) -> tuple[str, Evaluation]:
+    """Evaluate the task of the same name in another bank."""
+    predictor = Predictor.load(bank, base)
+    evaluate_table.check_same(task, predictor.task(task.name))
+    return str(bank), evaluate_table.evaluate(predictor, task.name, rows)
 
 
 def show(found: Report) -> None:

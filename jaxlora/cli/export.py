@@ -10,13 +10,11 @@ import tyro
 from rich.table import Table
 
 from jaxlora.cli.terminal import CONSOLE, Folder, say
-from jaxlora.data import tables
 from jaxlora.serving import bank as banks
 from jaxlora.serving import evaluate_table, export_merged, export_peft
 from jaxlora.serving.evaluate_table import Labelled
 from jaxlora.serving.predictor import Predictor
 from jaxlora.serving.task_models import TaskModels
-from jaxlora.tasks.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +68,8 @@ def onnx(export: Asked, int8: bool = False, check: Path | None = None) -> None:
     from jaxlora.serving import export_onnx
 
     trained = export.trained
-    task = trained.find(export.task).task
-    labelled = None if check is None else _read(trained, task, check)
+    model = trained.find(export.task)
+    labelled = None if check is None else evaluate_table.read_table(model, check)
     base = trained.load_base()
     export_onnx.save(export.out, base, trained, export.task, int8)
     readme, name = export_merged.README, export.task
@@ -80,12 +78,6 @@ def onnx(export: Asked, int8: bool = False, check: Path | None = None) -> None:
         _show_compared(export.out, Predictor(base, trained), name, labelled)
     elif int8:
         say("what the 8 bits cost is not measured; --check=labelled.csv does")
-
-
-def _read(trained: TaskModels, task: Task, check: Path) -> Labelled:
-    known = trained.find(task.name).facts.columns
-    columns = evaluate_table.choose_columns(known, tables.read_header(check))
-    return evaluate_table.read_labelled(task, check, columns)
 
 
 def _show_compared(folder: Path, predictor: Predictor, name: str, labelled: Labelled) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from jaxlora.utils import process
 from jaxlora.utils.errors import ConfigError
@@ -42,6 +42,20 @@ def bytes_of(name: str, text: str) -> int:
     return int(
         float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1)
     )
+
+
+def choose_task(task: str | None, tasks: Collection[str]) -> str:
+    """Return the task that is named, or the only one.
+
+    Raises:
+      ConfigError: if none is named and there is not exactly one.
+
+    >>> choose_task(None, ["sts"])
+    'sts'
+    """
+    if task is None and len(tasks) != 1:
+        raise ConfigError("task", f"is missing; there are {', '.join(tasks)}")
+    return task or next(iter(tasks))
 
 
 def with_flags(message: str) -> str:

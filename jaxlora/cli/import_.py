@@ -69,10 +69,7 @@ def peft(
         pair=pair,
     )  # fmt: skip
     _check_given(trained, base_sha256, pooling)
-    banks.add(bank, trained, [name], replace=update)
-    say(f"{bank}: {'updated' if update else 'added'} {name}")
-    if left_out := trained.models[name].facts.left_out:
-        say(f"left out, since the vectors do not depend on it: {', '.join(left_out)}")
+    _add(bank, trained, name, update)
 
 
 def model(
@@ -100,8 +97,15 @@ def model(
     check_name(name, "--as")
     like = banks.load(bank) if manifest.exist(files.local(bank)) else None
     trained = import_model.load(model, name, like, classes=classes, pair=pair)
+    _add(bank, trained, name, update)
+
+
+def _add(bank: Path, trained: TaskModels, name: str, update: bool) -> None:
+    """Put what was imported into the bank, and say so."""
     banks.add(bank, trained, [name], replace=update)
     say(f"{bank}: {'updated' if update else 'added'} {name}")
+    if left_out := trained.models[name].facts.left_out:
+        say(f"left out, since the vectors do not depend on it: {', '.join(left_out)}")
 
 
 def _check_given(trained: TaskModels, base_sha256: str | None, pooling: str | None) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from jaxlora.cli.flags import bytes_of
+from jaxlora.cli.flags import bytes_of, choose_task
 from jaxlora.cli.terminal import print_json, say
 from jaxlora.data.quoting import Quoting
 from jaxlora.serving import predict_table
@@ -62,20 +62,39 @@ def predict(
     process.keep_programs(cache.cache_dir() / "xla")
     predictor = Predictor.load(bank, base, bytes_of("memory", memory))
     if input is not None and output is not None:
-        columns, notes = (SpinnerColumn(), TextColumn("{task.completed:,} answered")), list[str]()
-        with Progress(*columns, transient=True) as bar:
-            shown = bar.add_task("")
-            count = predict_table.predict_file(
-                predictor, input, output, task, lambda n: bar.update(shown, completed=n),
-                text=text, quoting=quoting, strict=strict, note=notes.append,
-            )  # fmt: skip
-        say("; ".join([f"{output}: {count:,} answer{'' if count == 1 else 's'}", *notes]))
-        return
-    if task is None:
-        raise UserError(f"--task is missing; there are {', '.join(predictor.tasks)}")
+        _answer_table(predictor, input, output, task, text, quoting, strict)
+    else:
+        _answer_one(predictor, task, texts, json)
+
+
+def _answer_table(
+    predictor: Predictor,
+    input: Path,
+    output: Path,
+    task: str | None,
+    text: str | None,
+    quoting: Quoting | None,
+    strict: bool,
+) -> None:
+    """Predict a table, with a count of the rows so far."""
+    columns, notes = (SpinnerColumn(), TextColumn("{task.completed:,} answered")), list[str]()
+    with Progress(*columns, transient=True) as bar:
+        shown = bar.add_task("")
+        count = predict_table.predict_file(
+            predictor, input, output, task, lambda n: bar.update(shown, completed=n),
+            text=text, quoting=quoting, strict=strict, note=notes.append,
+        )  # fmt: skip
+    say("; ".join([f"{output}: {count:,} answer{'' if count == 1 else 's'}", *notes]))
+
+
+def _answer_one(
+    predictor: Predictor, task: str | None, texts: Sequence[str], as_json: bool
+) -> None:
+    """Print the answer to one example."""
+    task = choose_task(task, predictor.tasks)
     (answer,) = predictor([(task, *texts)])
     record = to_record(predictor.task(task), answer)
-    if json:
+    if as_json:
         print_json(record)
         return
     if answer.probabilities is None:

@@ -18,7 +18,7 @@ from jaxlora.formats.families import Classifier
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.formats.peft import HeadParts
 from jaxlora.nn.heads import HeadName
-from jaxlora.serving.task_models import TaskModel, TaskModels
+from jaxlora.serving.task_models import Facts, TaskModel, TaskModels
 from jaxlora.tasks.kinds import KINDS, KindName
 from jaxlora.tasks.task import Task
 from jaxlora.utils import schema
@@ -84,7 +84,8 @@ def read(
         task = _task(source, name, head, family.classifier.head, classes)
     except ValueError as error:
         raise UserError(f"{source.folder}: {error}; name them with `classes`") from error
-    return TaskModel(as_pair(task) if pair else task, name, head, "concat")
+    facts = Facts(imported_from=str(source.folder))
+    return TaskModel(as_pair(task) if pair else task, name, head, "concat", facts)
 
 
 def refuse_names(folder: Path, classes: Sequence[str], pair: bool) -> None:

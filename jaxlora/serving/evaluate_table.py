@@ -15,6 +15,7 @@ from jaxlora.data.tables import Columns
 from jaxlora.serving.answers import show_labels
 from jaxlora.serving.predict_table import choose_texts
 from jaxlora.serving.predictor import Predictor
+from jaxlora.serving.task_models import TaskModel
 from jaxlora.tasks.evaluation import RESAMPLES, Bin, ClassRow, Evaluation, Interval
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
@@ -24,7 +25,8 @@ class Mistake(NamedTuple):
     """A prediction that is far from right.
 
     Attributes:
-      line: of the table.
+      line: of the table; 0 if the row is from no table.
+      id: of the row.
       texts: the sentence, or the two of a pair.
       label, prediction: names of classes, those in a set, or scores.
       confidence: probability of the predicted class, of a set that of the most confident mistake;
@@ -32,6 +34,7 @@ class Mistake(NamedTuple):
     """
 
     line: int
+    id: str
     texts: tuple[str, ...]
     label: str
     prediction: str
@@ -46,9 +49,10 @@ class Report:
       task: its name.
       title: its title.
       kind: its kind.
-      source: the table.
+      source: the table, or the split of a run.
       rows: examples that were scored.
       unlabelled, blank: rows left out.
+      resamples: of the bootstrap intervals.
       scores: metric → value and 95 % interval.
       classes: a row for each class; of scores none.
       confusion: numbers of examples, by label and by prediction; of sets and scores none.
@@ -68,6 +72,7 @@ class Report:
     rows: int
     unlabelled: int
     blank: int
+    resamples: int
     scores: dict[str, Interval]
     classes: list[ClassRow]
     confusion: list[list[int]]
@@ -88,6 +93,14 @@ class Labelled:
     rows: Sequence[TextExample]
     unlabelled: int
     blank: int
+
+
+def read_table(
+    model: TaskModel, path: Path, text: str | None = None, label: str | None = None
+) -> Labelled:
+    """Read the examples of a table for a task, see `choose_columns` and `read_labelled`."""
+    columns = choose_columns(model.facts.columns, tables.read_header(path), text, label)
+    return read_labelled(model.task, path, columns)
 
 
 def read_labelled(task: Task, path: Path, columns: Columns) -> Labelled:
@@ -161,7 +174,7 @@ def check_same(task: Task, other: Task) -> None:
 
 def report(
     found: Evaluation,
-    source: Path,
+    source: str | Path,
     labelled: Labelled,
     against: tuple[str, Evaluation] | None = None,
     resamples: int = RESAMPLES,
@@ -170,7 +183,7 @@ def report(
 
     Args:
       found: the evaluation of the rows.
-      source: the table that they are from.
+      source: what they are from.
       labelled: the rows.
       against: another model's name and its evaluation of the same rows.
       resamples: of the intervals.
@@ -180,7 +193,7 @@ def report(
     threshold = found.best_threshold() if task.positive is not None else (None, None)
     return Report(
         task.name, task.title, task.kind, str(source), len(labelled.rows),
-        labelled.unlabelled, labelled.blank,
+        labelled.unlabelled, labelled.blank, resamples,
         scores=found.scores(resamples),
         classes=found.classes,
         confusion=found.confusion.tolist(),
@@ -200,13 +213,12 @@ def _mistakes(found: Evaluation, rows: Sequence[TextExample]) -> list[Mistake]:
     labels, predictions = (
         show_labels(found.task, values[worst]) for values in (found.labels, found.predictions)
     )
+    sure = found.badness[worst].tolist() if found.task.classes else [None] * len(worst)
+    read = [rows[n] for n in worst]
     return [
-        Mistake(
-            rows[n].line, tuple(sentences(rows[n], found.task).values()), label, prediction,
-            found.badness[n] if found.task.classes else None,
-        )
-        for n, label, prediction in zip(worst.tolist(), labels, predictions, strict=True)
-    ]  # fmt: skip
+        Mistake(row.line, row.id, tuple(sentences(row, found.task).values()), *told)
+        for row, *told in zip(read, labels, predictions, sure, strict=True)
+    ]
 
 
 def to_json(found: Report) -> dict[str, object]:

@@ -116,8 +116,7 @@ def load(
       base: where the base is now; None: where the folder, or `like`, says.
       any_base: take an adapter whose folder names another base than `like`'s, or none.
       encoder_only: leave out the classifier, and what `save` wrote beside the adapter.
-      classes: names of the classifier's classes; default: the base's `id2label` if it has as many,
-        else their numbers.
+      classes: names of the classifier's classes; default: the base's `id2label`, or numbers.
       pair: whether the classifier was trained on pairs of texts, which it reads together.
 
     Raises:
@@ -133,19 +132,15 @@ def load(
         raise UserError(f"{folder}: has no {ABOUT} to say its base; name one with `base`")
     like = like.at(base)
     there = like.load_base()
-    written = peft_config.read_config(folder)
     if not any_base:
-        _check_base(folder / peft_config.CONFIG, written, there)
+        _check_base(folder / peft_config.CONFIG, peft_config.read_config(folder), there)
     found = peft.read(folder, there.config)
-    facts = Facts(imported_from=str(folder))
-    if written.classifies and not encoder_only:
+    if found.written.classifies and not encoder_only:
         source = Source(folder, there, found.head, huggingface.find(there.name), _ALONE)
         model = classifier.read(source, name, like, classes, pair)
     else:
         classifier.refuse_names(folder, classes, pair)
         model = _similarity(folder, name, found, encoder_only)
-        facts = dataclasses.replace(facts, left_out=found.head.modules)
-    model = dataclasses.replace(model, facts=facts)
     return _one(like, folder, model, found.adapter, found.config)
 
 
@@ -187,7 +182,8 @@ def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: b
             f"{', '.join(rest)}: only heads of task_type 'SEQ_CLS' can be imported; {_ALONE}"
         )
     task = Task(name, "similarity", pair=True, title=f"similarity, {folder.name}")
-    return TaskModel(task, name, {}, "concat")
+    facts = Facts(imported_from=str(folder), left_out=found.head.modules)
+    return TaskModel(task, name, {}, "concat", facts)
 
 
 # ---- the base that an adapter was trained on

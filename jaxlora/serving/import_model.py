@@ -58,11 +58,7 @@ def load(
     base = huggingface.load(model)
     folder = huggingface.find(model)
     modules = read_modules(folder)
-    if (folder / SETFIT).exists():
-        raise UserError(
-            f"{folder / SETFIT}: the head of a SetFit model is a pickle, which can run code, and "
-            f"is not opened; {_REMEDY}"
-        )
+    _refuse_pickle(folder)
     sentences = any(kind == "Pooling" for kind, _ in modules)
     pooling = read_pooling(folder, modules) if sentences else "cls"
     _check_settings(folder)
@@ -85,6 +81,14 @@ def load(
         there, models={name: found}, trees={found.tree: {} if same else {"params": base.params}},
         configs={}, origin=str(folder),
     )  # fmt: skip
+
+
+def _refuse_pickle(folder: Path) -> None:
+    if (folder / SETFIT).exists():
+        raise UserError(
+            f"{folder / SETFIT}: the head of a SetFit model is a pickle, which can run code, and "
+            f"is not opened; {_REMEDY}"
+        )
 
 
 def _classifier(

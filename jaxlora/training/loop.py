@@ -102,8 +102,7 @@ def train_cohort(
     Args:
       cohort: the groups.
       saved: where their checkpoints are.
-      log: of the run.
-      callback: receives the events.
+      log, callback: of the run; both receive each record.
       skip_nonfinite: count steps that are not finite, and refuse `MOST_NONFINITE` in a row only.
 
     Returns:
@@ -133,8 +132,7 @@ def train_cohort(
                 # Not by a name, which would keep this best when there is a better one.
                 best[group.name] = run.evaluate(group, states[group.name]) or best[group.name]
             if due or signal:
-                plain = {name: vars(one) for name, one in progress.items()}
-                saved.save(step, {"states": states, "best": best}, plain)
+                saved.save(step, {"states": states, "best": best}, run.plain_progress)
                 run.window.restart()
             if signal:
                 raise run.stopped(signal)
@@ -155,6 +153,11 @@ class _Run:
     def active(self) -> list[TaskGroup]:
         """The groups that have not ended."""
         return [group for group in self.cohort.groups if not self.progress[group.name].done]
+
+    @property
+    def plain_progress(self) -> dict[str, dict[str, Any]]:
+        """The progress of each group as plain values, for its checkpoint."""
+        return {name: vars(one) for name, one in self.progress.items()}
 
     def begin(self, states: dict[str, TrainState]) -> None:
         """Announce the groups, and score them before any training."""

@@ -21,17 +21,20 @@ MOST_CLASSES = 100  # whose probabilities are written, a column each
 
 def predict_splits(
     out: Path, cohort: Cohort, tasks: Iterable[Task], best: dict[str, Tree], splits: tuple[str, ...]
-) -> dict[str, float]:
-    """Write predictions of a group's tasks; returns the scores of the test sets with labels.
+) -> tuple[dict[str, float], dict[str, Evaluation]]:
+    """Write predictions of a group's tasks.
 
     Args:
       out: folder of the run.
       cohort: of the group.
       tasks: of the group, with the thresholds that they are served with.
       best: the group's trees.
-      splits: to predict.
+      splits: to predict, dev among them.
+
+    Returns:
+      The scores of the test sets with labels, and the evaluation of each dev set.
     """
-    scores = {}
+    scores, dev = {}, {}
     for task in tasks:
         for split in splits:
             examples = cohort.data[task.name][split]
@@ -43,9 +46,16 @@ def predict_splits(
             run_folder.write_table(
                 path, _with_blank(columns, examples) if split == "test" else columns
             )
-            if split == "test" and examples.labelled:
+            if split == "dev":
+                dev[task.name] = _evaluation(task, examples, found)
+            elif examples.labelled:
                 scores[task.name] = task.score(inference.decode(task, found), examples.labels)
-    return scores
+    return scores, dev
+
+
+def _evaluation(task: Task, examples: Examples, found: np.ndarray) -> Evaluation:
+    probabilities = inference.probabilities(task, found) if task.classes else None
+    return Evaluation(task, inference.decode(task, found), examples.labels, probabilities)
 
 
 def make_columns(task: Task, examples: Examples, found: np.ndarray) -> dict[str, Iterable[str]]:

@@ -15,9 +15,18 @@ from jaxlora.data.order import JointOrder
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.serving import bank, finished_run
+from jaxlora.tasks.evaluation import Evaluation
 from jaxlora.tasks.sharing import Groups, group_name
 from jaxlora.tasks.task import Task
-from jaxlora.training import checkpoint, inputs, parameter_count, run_folder, sharding, trained
+from jaxlora.training import (
+    checkpoint,
+    dev_page,
+    inputs,
+    parameter_count,
+    run_folder,
+    sharding,
+    trained,
+)
 from jaxlora.training.config import Settings
 from jaxlora.training.inputs import Data
 from jaxlora.training.loop import Best, Callback, Progress, train_cohort
@@ -27,6 +36,7 @@ from jaxlora.training.start import Start, fingerprints, load_start
 from jaxlora.training.task_group import make_cohort, tuned
 from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import UserError
+from jaxlora.utils.extras import MissingExtraError
 from jaxlora.utils.trees import Tree
 
 
@@ -170,13 +180,24 @@ def _train_cohorts(
     best: Best = {}
     progress: dict[str, dict[str, Any]] = {}
     test: dict[str, float] = {}
-    tasks: dict[str, Task] = {}
+    dev: dict[str, Evaluation] = {}
     for groups, states in saved.items():
         trees, done, scores, own = _train_cohort(context, groups, states, log, callback)
-        best, progress, test, tasks = best | trees, progress | done, test | scores, tasks | own
+        best, progress, test, dev = best | trees, progress | done, test | scores, dev | own
     result = summarize_result(settings, inputs.count(settings, context.base), progress, test)
-    keep_models(context, best, result["dev"], tasks)
+    keep_models(context, best, result["dev"], {name: one.task for name, one in dev.items()})
+    if distributed.is_primary():
+        _write_page(context, dev, callback)
     return result
+
+
+def _write_page(context: RunContext, dev: Mapping[str, Evaluation], callback: Callback) -> None:
+    """Write the page of the dev sets; a run does not need it."""
+    path = context.out / dev_page.PAGE
+    try:
+        dev_page.write(path, context.settings.title, dev, context.data, context.base.tokenizer)
+    except MissingExtraError as error:
+        callback.note(f"{path} is not written: {error}")
 
 
 def keep_models(
@@ -207,14 +228,14 @@ def _train_cohort(
     saved: checkpoint.StateCheckpoints,
     log: MetricsLog,
     callback: Callback,
-) -> tuple[Best, dict[str, dict[str, Any]], dict[str, float], dict[str, Task]]:
+) -> tuple[Best, dict[str, dict[str, Any]], dict[str, float], dict[str, Evaluation]]:
     """Train groups and write their predictions; nothing of them stays on the devices.
 
     The predictions come from the best tree where it is, so of a split one no device has it whole.
 
     Returns:
-      The best trees as NumPy arrays, the progress of each group, the test scores, and the tasks
-      with the thresholds that they are served with.
+      The best trees as NumPy arrays, the progress of each group, the test scores, and the dev
+      sets' evaluations, of the tasks with the thresholds that they are served with.
     """
     cohort = make_cohort(
         context.settings, context.base, context.data, groups, context.mesh, context.start
@@ -222,15 +243,15 @@ def _train_cohort(
     best, done = train_cohort(cohort, saved, log, callback, context.options.skip_nonfinite)
     _refuse_unscored(done)
     test: dict[str, float] = {}
-    tasks: dict[str, Task] = {}
+    dev: dict[str, Evaluation] = {}
     for group in cohort.groups:
-        own = {task.name: tuned(cohort, task, best[group.name]) for task in group.tasks}
-        test |= predict_splits(
-            context.out, cohort, own.values(), best[group.name], context.options.splits
+        tasks = [tuned(cohort, task, best[group.name]) for task in group.tasks]
+        scores, own = predict_splits(
+            context.out, cohort, tasks, best[group.name], context.options.splits
         )
-        tasks |= own
+        test, dev = test | scores, dev | own
     progress = {name: dataclasses.asdict(one) for name, one in done.items()}
-    return distributed.gather(best), progress, test, tasks
+    return distributed.gather(best), progress, test, dev
 
 
 def summarize_result(

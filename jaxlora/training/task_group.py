@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxlora.data import batches as data_batches
 from jaxlora.data.batches import Batch, PackedBatches, VectorBatches
 from jaxlora.data.order import JointOrder, make_order
+from jaxlora.data.tokenized import Examples
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.nn.encode import Encode, PackedTokens, make_encode
 from jaxlora.serving import inference
@@ -148,15 +149,7 @@ def make_cohort(
     with sharding.on_host():
         frozen = train_step.freeze(base.params)
     frozen = sharding.put(frozen, sharding.of_tree(mesh, frozen))
-    orders = tuple(
-        make_order(
-            {name: len(train[name]) for name in group},
-            settings.loop.batch_size,
-            settings.loop.seed,
-        )
-        for group in groups
-    )
-    order = JointOrder(orders, tuple(steps.values()))
+    order = _joint_order(settings, train, groups, steps)
     live = live_vectors(train_step.encode, frozen, data, settings.model.max_length, mesh)
     vectors = train_step.adaptation.vectors(live)
     block = train_step.adaptation.block(len(groups))
@@ -169,7 +162,7 @@ def make_cohort(
 
     made = tuple(
         _make_task_group(settings, names, number, own.steps_per_epoch)
-        for names, number, own in zip(groups, order.counts, orders, strict=True)
+        for names, number, own in zip(groups, order.counts, order.orders, strict=True)
     )
     return Cohort(
         groups=made,
@@ -194,6 +187,15 @@ def _with_weights(settings: Settings, data: Data) -> Settings:
         for spec in settings.tasks
     )  # fmt: skip
     return dataclasses.replace(settings, tasks=specs)
+
+
+def _joint_order(
+    settings: Settings, train: Mapping[str, Examples], groups: Groups, steps: Mapping[str, int]
+) -> JointOrder:
+    """Return which examples each step of the groups takes."""
+    loop, sizes = settings.loop, [{name: len(train[name]) for name in group} for group in groups]
+    orders = tuple(make_order(own, loop.batch_size, loop.seed) for own in sizes)
+    return JointOrder(orders, tuple(steps.values()))
 
 
 def _make_task_group(

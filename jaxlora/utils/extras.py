@@ -9,9 +9,8 @@ from jaxlora.utils.errors import UserError
 
 # Extra → packages by their import names. A test compares it with pyproject.toml.
 EXTRAS = {
-    "serve": ("huggingface_hub", "rich", "tokenizers", "transformers", "tyro"),
+    "serve": ("huggingface_hub", "jinja2", "rich", "tokenizers", "transformers", "tyro"),
     "train": ("grain", "importlib_resources", "matplotlib", "tensorboardX", "tensorflow_datasets"),
-    "report": ("jinja2",),
     "parquet": ("pyarrow",),
     "hub": ("datasets",),
     "onnx": ("onnx", "onnxruntime"),

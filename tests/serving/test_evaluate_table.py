@@ -1,5 +1,6 @@
 """An evaluation of a table: what is read, what is left out, and what the page says."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -7,6 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from jaxlora.data.raw_examples import TextExample
 from jaxlora.data.tables import Columns
 from jaxlora.serving import evaluate_table
 from jaxlora.serving.evaluate_table import Labelled, choose_columns, read_labelled, report, to_json
@@ -85,39 +87,102 @@ def test_tables_that_cannot_be_scored(tmp_path):
 
 
 class Structure(HTMLParser):
-    """Checks that elements are closed in order, and collects the text."""
+    """Checks that elements are closed in order; collects what they hold, and rows of cells."""
+
+    VOID = ("meta", "link", "path", "line", "circle")
 
     def __init__(self):
         super().__init__()
-        self.open, self.told, self.sources = [], [], []
+        self.open, self.told, self.sources, self.tags, self.rows = [], [], [], set(), []
 
     def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
         self.sources += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "path", "line", "circle"):
+        if tag not in self.VOID:
             self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
 
     def handle_endtag(self, tag):
-        assert tag in ("path", "line", "circle") or self.open.pop() == tag
+        assert tag in self.VOID or self.open.pop() == tag
 
     def handle_data(self, data):
         self.told.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def read(text):
+    assert text.startswith("<!doctype html>")
+    seen = Structure()
+    seen.feed(text)
+    assert seen.open == []
+    return seen
 
 
 @pytest.mark.parametrize("task", [TASK, PRICE])
 def test_the_page_needs_nothing_else_and_shows_texts_as_they_are(tmp_path, task):
-    sentences = ["<b>&amp;</b>"] * (1 + task.pair)
-    path = write(tmp_path, "a,b,label", *[f"<b>&amp;</b>,<b>&amp;</b>,{n % 2}" for n in range(6)])
-    columns = Columns(("a", "b")[: len(sentences)], "label")
+    evil = "<script>alert(1)</script>&amp;"
+    path = write(tmp_path, "a,b,label", *[f"{evil},{evil},{n % 2}" for n in range(6)])
+    columns = Columns(("a", "b")[: 1 + task.pair], "label")
     labelled = read_labelled(task, path, columns)
+    task = dataclasses.replace(task, title=evil)
     probabilities = np.tile([0.3, 0.7], (6, 1)) if task.classes else None
     found = Evaluation(task, np.ones(6), np.arange(6.0) % 2, probabilities)
-    text = page(report(found, path, labelled, ("<other>", found), resamples=5), found)
-    seen = Structure()
-    seen.feed(text)
-    assert seen.open == [] and seen.sources == [] and "<script" not in text and "url(" not in text
+    text = page([(report(found, path, labelled, (evil, found), resamples=5), found)])
+    seen = read(text)
+    assert "script" not in seen.tags and set(seen.sources) == {"data:,"} and "url(" not in text
     told = "".join(seen.told)
-    assert " ‖ ".join(sentences) in told and "<other>" in told
+    assert " ‖ ".join([evil] * (1 + task.pair)) in told
+    assert f"minus {evil}" in told and told.count(evil) >= 2 + 3 * (1 + task.pair)
+    assert "<yes>" in told or not task.classes
     assert "NaN" not in text and not re.search(r"\bnan\b", text)
+
+
+def four(values):
+    return [f"{value:.4f}" for value in values]
+
+
+def test_the_numbers_of_the_page_are_those_of_the_json():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=50).astype(float)
+    sure = np.clip(0.5 * labels + 0.5 * rng.random(50), 0, 1)
+    found = Evaluation(TASK, (sure > 0.6).astype(float), labels, np.stack([1 - sure, sure], 1))
+    rows = [TextExample(f"i{n}", f"text {n}", "", label, n + 2) for n, label in enumerate(labels)]
+    told = report(found, "x.csv", Labelled(rows, 0, 0), resamples=20)
+    plain, seen = to_json(told), read(page([(told, found)]))
+    for name, one in plain["scores"].items():
+        value, low, high = four(one.values())
+        assert [name, value, f"{low}\u00a0to\u00a0{high}"] in seen.rows
+    for one, counts in zip(plain["classes"], plain["confusion"], strict=True):
+        name, *shares, support = one.values()
+        assert [name, *four(shares), str(support)] in seen.rows
+        assert [name, *map(str, counts)] in seen.rows
+    for one in plain["mistakes"]:
+        confidence = f"{one['confidence']:.4f}"
+        row = [str(one["line"]), *one["texts"], one["label"], one["prediction"], confidence]
+        assert row in seen.rows
+    assert plain["mistakes"] and f"calibration error {plain['calibration_error']:.4f}" in "".join(
+        seen.told
+    )
+    assert four([plain["best_threshold"], plain["best_f1"]]) in seen.rows
+
+
+def test_a_page_of_several_tasks_has_a_section_for_each():
+    parts = []
+    for task in (TASK, PRICE):
+        probabilities = np.full((3, 2), 0.5) if task.classes else None
+        found = Evaluation(task, np.ones(3), np.zeros(3), probabilities)
+        rows = [TextExample(f"id of {task.name}", "a", "", 0.0)] * 3
+        parts.append((report(found, "the dev set", Labelled(rows, 0, 0), resamples=5), found))
+    seen = read(page(parts, "a run"))
+    assert [one for one in seen.sources if one[0] == "#"] == ["#task-1", "#task-2"]
+    assert ["id", "text", "label", "prediction", "confidence"] in seen.rows
+    assert ["id", "text", "label", "prediction"] in seen.rows  # scores have no confidence
+    assert ["id of t", "a", "no", "<yes>", "0.5000"] in seen.rows
+    assert ["id of p", "a", "0", "1"] in seen.rows
 
 
 def test_labels_of_the_report_are_checked_against_the_other_model():

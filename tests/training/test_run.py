@@ -77,12 +77,17 @@ def test_run_writes_everything(make, tmp_path, variant, groups):
         "config.json",
         "metrics.jsonl",
         "result.json",
+        "dev.html",
         "model",
         "tensorboard",
     ):
         assert (out / name).exists(), name
     assert json.loads((out / "result.json").read_text()) == result
     assert set(result["dev"]) == set(NAMES)
+    page = (out / "dev.html").read_text()
+    for name, score in result["dev"].items():
+        row = f'<td>{settings.named[name].metric_name}</td>\n<td class="number">{score:.4f}</td>'
+        assert row in page, name
     assert result["parameters"] == callback.summaries[0].storage._asdict()
     assert not (out / run_folder.STATES).exists()
     records = metrics_log.read_records(out)
@@ -94,6 +99,18 @@ def test_run_writes_everything(make, tmp_path, variant, groups):
         scores = [r["score"] for r in records if r["kind"] == "eval" and r["group"] == name]
         assert progress["best_score"] == max(scores)
         assert progress["step"] == callback.summaries[0].steps[name]
+
+
+def test_a_run_without_jinja_has_no_page(make, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "jaxlora.serving.evaluation_page", raising=False)
+    monkeypatch.delattr("jaxlora.serving.evaluation_page", raising=False)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    callback = Silent()
+    train.run(make("baseline1", max_steps=1, only=("sst",)), tmp_path / "run", callback)
+    assert (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / "dev.html").exists()
+    (note,) = callback.notes
+    assert "dev.html is not written: jinja2 is not installed" in note and "[serve]" in note
 
 
 def check_rates(settings, steps, records):
