@@ -109,6 +109,7 @@ BLOCKED = """if True:
         ("tyro", "serve", ["bank", "list", "bank"]),
         ("onnx", "onnx", ["export", "onnx", "out", "--bank=bank", "--task=x"]),
         ("onnxruntime", "onnx", ["export", "onnx", "out", "--bank=bank", "--task=x"]),
+        ("jinja2", "serve", ["evaluate", "bank", "--input=x.csv"]),
         ("rich", "serve", ["train", "--variant=lora3"]),
         ("transformers", "serve", ["train", "--variant=lora3"]),
         ("grain", "train", ["train", "--variant=lora3"]),
