@@ -89,6 +89,11 @@ class Family:
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
+    def sequence_classifier(self) -> str:
+        """Name of its class for sequence classification."""
+        return f"{self.model.removesuffix('Model')}ForSequenceClassification"
+
+    @property
     def read_fields(self) -> dict[str, str]:
         """Field of ours → field of its `config.json`, of all that are read."""
         ours = (

@@ -108,10 +108,9 @@ def _head(source: Source, classifier: Classifier) -> Tree:
     family = families.of(source.base.config)
     of_model = huggingface.read_head(source.model, family)
     if odd := set(source.parts.modules) - set(classifier.modules.values()):
-        model = family.model.removesuffix("Model")
         raise UserError(
             f"{source.folder}: has {', '.join(sorted(odd))}, which "
-            f"{model}ForSequenceClassification has not; {source.remedy}"
+            f"{family.sequence_classifier} has not; {source.remedy}"
         )
     head = {ours: _linear(source, of_model, module) for ours, module in classifier.modules.items()}
     first, width = next(iter(classifier.modules)), source.base.config.hidden_size

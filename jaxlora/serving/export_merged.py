@@ -27,7 +27,7 @@ from jaxlora.utils.trees import Tree
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-README = "README.md"
+README, TOKENIZER = "README.md", "tokenizer.json"
 
 
 def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -> None:
@@ -61,10 +61,8 @@ def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -
             _config(base, special["pad_token"])
             | (_labels(model.task, family) if classifies else {}),
         )
-        write_text(temporary / "tokenizer.json", base.tokenizer.to_str())
-        about = tokenizer_config(base, special, trained.max_length if model.task.joint else None)
-        write_json(temporary / "tokenizer_config.json", about)
-        write_json(temporary / "special_tokens_map.json", special)
+        length = trained.max_length if model.task.joint else None
+        write_tokenizer(temporary, base, special, base.tokenizer.to_str(), length)
         if not model.task.joint:  # whose vectors are those of pairs
             for file, value in _sentence_transformers(base, trained).items():
                 write_json(temporary / file, value)
@@ -114,7 +112,7 @@ def _labels(task: Task, family: Family) -> dict[str, Any]:
     whole = task.outputs == len(task.classes)
     names, problem = task.classes if whole else task.classes[1:] or ("score",), task.problem
     found: dict[str, Any] = {
-        "architectures": [f"{family.model.removesuffix('Model')}ForSequenceClassification"],
+        "architectures": [family.sequence_classifier],
         "problem_type": problem,
         "id2label": {str(n): name for n, name in enumerate(names)},
         "label2id": {name: n for n, name in enumerate(names)},
@@ -126,16 +124,19 @@ def _labels(task: Task, family: Family) -> dict[str, Any]:
     return found
 
 
-def tokenizer_config(
-    base: Pretrained, special: dict[str, str], max_length: int | None
-) -> dict[str, Any]:
-    """Return a tokenizer_config.json: the class that takes tokenizer.json as it is."""
+def write_tokenizer(
+    folder: Path, base: Pretrained, special: dict[str, str], tokenizer: str, max_length: int | None
+) -> None:
+    """Write a tokenizer's files; their class takes `tokenizer`, a tokenizer.json, as it is."""
     types = ["token_type_ids"] * families.of(base.config).token_types
     rest = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", *types, "attention_mask"],
     }
-    return rest | special | {"model_max_length": max_length or base.config.max_length}
+    length = {"model_max_length": max_length or base.config.max_length}
+    write_text(folder / TOKENIZER, tokenizer)
+    write_json(folder / "tokenizer_config.json", rest | special | length)
+    write_json(folder / "special_tokens_map.json", special)
 
 
 # ---- special tokens

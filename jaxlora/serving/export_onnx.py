@@ -19,7 +19,7 @@ from jaxlora.serving.export_merged import (
     README,
     encoder_params,
     special_tokens,
-    tokenizer_config,
+    write_tokenizer,
 )
 from jaxlora.serving.export_onnx_readme import readme
 from jaxlora.serving.task_models import TaskModel, TaskModels
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 MODEL, QUANTIZED = "model.onnx", "model_quantized.onnx"
-TOKENIZER, ABOUT = "tokenizer.json", "task.json"
+ABOUT = "task.json"
 # A protobuf file has at most 2 GiB: the weights of larger models are in a file beside it.
 MOST_IN_ONE_FILE = 2**31 - 2**20
 _HEAD = "head."  # begins the names of a head's weights
@@ -67,12 +67,8 @@ def save(
         write(made, temporary / MODEL)
         if int8:
             quantize(temporary / MODEL, temporary / QUANTIZED)
-        write_text(temporary / TOKENIZER, _padding(base, trained, special["pad_token"]))
-        write_json(
-            temporary / "tokenizer_config.json",
-            tokenizer_config(base, special, trained.max_length),
-        )
-        write_json(temporary / "special_tokens_map.json", special)
+        tokenizer = _padding(base, trained, special["pad_token"])
+        write_tokenizer(temporary, base, special, tokenizer, trained.max_length)
         write_json(temporary / ABOUT, _about(made, model.task, trained.max_length))
         write_text(temporary / README, readme(trained, model, token_types(base)))
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxlora.data.raw_examples import TextExample, sentences
 from jaxlora.serving import evaluate_table, inference
-from jaxlora.serving.export_onnx import MODEL, QUANTIZED, TOKENIZER
+from jaxlora.serving.export_merged import TOKENIZER
+from jaxlora.serving.export_onnx import MODEL, QUANTIZED
 from jaxlora.serving.predictor import Predictor
 from jaxlora.tasks.task import Task
 from jaxlora.utils.extras import explained

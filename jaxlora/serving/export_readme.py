@@ -27,7 +27,7 @@ def readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
     base = base_name(trained.base)
     merged = ", its adapter merged into the weights" if "lora" in trained.trees[model.tree] else ""
     if family.classifies(task.head):
-        kind, code = _classifier_of(family), [_classifier_imports(), _classify(trained, task)]
+        kind, code = family.sequence_classifier, [_classifier_imports(), _classify(trained, task)]
     else:
         kind, code = family.model, _by_hand(trained, model, family)
     code.append(f"print(predict([{example(task)}]))\n")
@@ -53,10 +53,6 @@ def describe(task: Task) -> str:
     return f"`predict` takes {takes} and gives {gives}."
 
 
-def _classifier_of(family: Family) -> str:
-    return f"{family.model.removesuffix('Model')}ForSequenceClassification"
-
-
 def _remark(task: Task, family: Family) -> str:
     """Return how the folder is loaded."""
     if family.classifies(task.head):
@@ -66,7 +62,8 @@ def _remark(task: Task, family: Family) -> str:
     if not task.joint:
         return without
     return (
-        f"{without}Its head is not one of a {_classifier_of(family)}: the code below applies it. "
+        f"{without}Its head is not one of a {family.sequence_classifier}: "
+        "the code below applies it. "
     )
 
 
