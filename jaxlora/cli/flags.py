@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection
 
 from jaxlora.utils import process
-from jaxlora.utils.errors import ConfigError
+from jaxlora.utils.errors import ConfigError, UserError
 
 # Flags that are not called as the argument is.
 _NAMES = {"dropout": "lora_dropout"}
@@ -48,13 +48,13 @@ def choose_task(task: str | None, tasks: Collection[str]) -> str:
     """Return the task that is named, or the only one.
 
     Raises:
-      ConfigError: if none is named and there is not exactly one.
+      UserError: if none is named and there is not exactly one.
 
     >>> choose_task(None, ["sts"])
     'sts'
     """
     if task is None and len(tasks) != 1:
-        raise ConfigError("task", f"is missing; there are {', '.join(tasks)}")
+        raise UserError(f"`task` is missing; there are {', '.join(tasks)}")
     return task or next(iter(tasks))
 
 
