@@ -55,7 +55,7 @@ from jaxlora.tasks.task import (
     paper_tasks,
 )
 from jaxlora.utils import schema
-from jaxlora.utils.errors import ConfigError, UserError
+from jaxlora.utils.errors import ConfigError, UserError, suggestion
 
 MOST_LETTERS, MOST_BYTES = 64, 160  # of a name; files are named by it, whose names have 255 bytes
 # Settings of a group that its tasks may bring along.
@@ -227,6 +227,9 @@ class TaskFields:
         return tuple(self.class_weights.get(name, 1.0) for name in names)
 
 
+_FIELDS = frozenset(field.name for field in dataclasses.fields(TaskFields))
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
     """A task, where its examples are, and how it wants to be trained.
@@ -306,6 +309,18 @@ def is_table(item: str) -> bool:
     (True, False, False)
     """
     return table_formats.is_table(Path(item)) and not _VALUE.fullmatch(item)
+
+
+def is_value(item: str) -> bool:
+    """Return whether something is a value of a task's field, also of a misspelt one, and no file.
+
+    >>> is_value("topic.epochs=3"), is_value("runs/topic.epochs=3"), is_value("topics.toml")
+    (True, False, False)
+    """
+    match = _VALUE.fullmatch(item)
+    if match is None or not (match[2] in _FIELDS or suggestion(match[2], _FIELDS)):
+        return False
+    return match[1][:1].isalnum() and all(map(_fits_name, match[1]))
 
 
 def name_of(path: Path) -> str:
