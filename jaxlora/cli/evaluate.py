@@ -12,7 +12,7 @@ from rich.table import Table
 from jaxlora.cli.terminal import CONSOLE, Folder, print_json, say
 from jaxlora.data import tables
 from jaxlora.serving import evaluate_table
-from jaxlora.serving.evaluate_table import Report
+from jaxlora.serving.evaluate_table import Report, show_names
 from jaxlora.serving.evaluation_page import page as page_of
 from jaxlora.serving.predictor import Predictor
 from jaxlora.tasks.evaluation import Interval
@@ -116,7 +116,7 @@ def show(found: Report) -> None:
     for one in found.mistakes[:WORST_SHOWN]:
         sure = "" if one.confidence is None else f" ({one.confidence:.2f})"
         shown = " ‖ ".join(one.texts)
-        label, guess = one.label or NOTHING, one.prediction or NOTHING
+        label, guess = (show_names(x, NOTHING) for x in (one.label, one.prediction))
         say(f"line {one.line}: {label}, predicted {guess}{sure}: {shown[:100]}")
 
 

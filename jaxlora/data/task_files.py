@@ -39,11 +39,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from jaxlora.data import hub, table_formats, tables
-from jaxlora.data.labels import DELIMITER, find_labels
+from jaxlora.data.labels import DELIMITER, WrongLabelError, find_labels, find_set
 from jaxlora.data.quoting import Quoting
 from jaxlora.data.survey import find_roles
 from jaxlora.data.table_formats import stem_of
-from jaxlora.data.tables import Columns, Table
+from jaxlora.data.tables import Columns, Table, WrittenLabels
 from jaxlora.tasks.kinds import KINDS, LOSSES, KindName
 from jaxlora.tasks.task import (
     MADE_UP_TITLES,
@@ -174,21 +174,44 @@ class TaskFields:
             )
         if self.complete:
             return self
-        kind = self.kind or (
-            "multilabel" if self.label_delimiter else
-            "classification" if self.classes else "regression" if self.range else None
-        )  # fmt: skip
-        columns = tables.read_labels(table).values()
+        written = tables.read_labels(table, self.mark)
+        known = dataclasses.replace(self, kind=self.kind or self._kind_of(written))
+        if known.complete:
+            return known
         try:
             found = find_labels(
-                (label for column in columns for label in column), kind, self.label_delimiter
+                written.counts, known.kind, self.label_delimiter, lists=written.lists
             )
         except ValueError as error:
-            raise UserError(f"{table.train}: column {self.label!r}: {error}") from None
+            place = table.train
+            if isinstance(error, WrongLabelError):
+                place = written.find(error.label)
+            raise UserError(f"{place}: column {self.label!r}: {error}") from None
         classes = self.classes or found.classes or None
         return dataclasses.replace(
             self, kind=found.kind, classes=classes, range=self.range or found.range
         )
+
+    def _kind_of(self, written: WrittenLabels) -> KindName | None:
+        """Return the kind that the other fields imply; None if only the labels can tell.
+
+        Raises:
+          UserError: for sets of the given classes whose delimiter must be named.
+        """
+        if written.lists or self.label_delimiter:
+            return "multilabel"
+        if not self.names:
+            return "regression" if self.range else None
+        found = find_set(written.counts, self.names)
+        if found is None:
+            return "classification"
+        cell, mark = found
+        if mark != DELIMITER:
+            raise UserError(
+                f"{written.find(cell)}: column {self.label!r}: {cell[:60]!r} holds several of the "
+                f'classes; write kind = "multilabel" and label_delimiter = "{mark}"'
+            )
+        return "multilabel"
 
     def task(self, name: str) -> Task:
         """Return the task; the fields must be complete.

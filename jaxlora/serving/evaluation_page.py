@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
 
-from jaxlora.serving.evaluate_table import Report
+from jaxlora.serving.evaluate_table import Report, show_names
 from jaxlora.tasks.evaluation import Evaluation, Interval
 
 MOST_CLASSES = 40  # in a confusion matrix that can be read
@@ -68,7 +68,10 @@ def _sections(found: Report, evaluation: Evaluation) -> Iterator[str]:
     if found.best_threshold is not None:
         line = f"{found.best_threshold:.3f} on the positive class gives F1 {found.best_f1:.3f}"
         yield _section("Best threshold", "chosen on these rows", line)
-    rows = [(m.line, " ‖ ".join(m.texts), *m[2:]) for m in found.mistakes]
+    rows = [
+        (m.line, " ‖ ".join(m.texts), show_names(m.label), show_names(m.prediction), m.confidence)
+        for m in found.mistakes
+    ]
     head = ("line", "text", "label", "prediction", "confidence")
     yield _section("Worst mistakes", "", table(head, rows))
 
