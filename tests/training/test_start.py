@@ -55,7 +55,7 @@ def test_a_run_records_its_start_and_is_resumed_with_it_alone(make, trained, tmp
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert len(config["inputs"]["the start of sst"]) == 64
     assert run.run(settings, tmp_path / "run", Silent(), RunOptions(resume=True))
-    with pytest.raises(UserError, match=r"its run has `start_from` True, not False"):
+    with pytest.raises(UserError, match=r"\n  `start_from`: a bank there, nothing here$"):
         run_folder.check(tmp_path / "run", make("lora1", **FLAGS).to_json(), resume=True)
     with pytest.raises(UserError, match="the start of sst changed since"):
         run_folder.check_same_inputs(tmp_path / "run", {"the start of sst": "other"})
