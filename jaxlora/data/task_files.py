@@ -451,9 +451,11 @@ def _describe(origin: str, name: str, values: dict[str, Any]) -> TaskSpec:
     check_name(name, origin)
     fields = schema.parse(TaskFields, values, where)
     table = _table(where, fields)
-    fields = fields.fill(table)
     try:
+        fields = fields.fill(table)
         task = fields.task(name)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{where} {error}") from None
     weight = 1.0 if task.loss != "cosine" else COSINE_WEIGHT

@@ -88,6 +88,7 @@ def test_null_is_a_missing_label(tmp_path, tiny):
         ([["pay"]], (), "in all rows"),
         ("pay", (), "in all rows"),
         ([], ("t.kind=binary", "t.classes=a,b"), "labels of a multilabel task may be lists"),
+        ([], ("t.range=0,1",), r"\[t\] range: goes with regression and similarity"),
         ([], ("t.kind=classification",), "labels of a multilabel task may be lists"),
     ],
 )
