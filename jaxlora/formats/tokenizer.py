@@ -3,17 +3,22 @@
 transformers decides by many files and fields what the ids are (for a `BertTokenizer` it takes the
 vocabulary of tokenizer.json, but lower-casing from tokenizer_config.json), so it is asked. It can
 also run what those files name; all that is let through are its own classes around the `tokenizers`
-library. No code of the folder is run.
+library. No code of the folder is run. Its answer is kept in the cache: importing transformers takes
+longer than all the rest of a start.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.metadata
 import json
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlora.utils import cache, files
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.extras import explained
 from jaxlora.utils.files import read_object
@@ -37,6 +42,7 @@ _ELSEWHERE = ("init_inputs", "vocab", "merges", "merges_file", "tokenizer_object
 _CLASS = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _VERSIONED = re.compile(r"tokenizer\.[A-Za-z0-9.]+\.json")
 _PROBES = ("", "a", "Ünï [MASK] [CLS]test")
+_CHECKS = 1  # of the module; one more for each change, so that what is kept is checked again
 
 
 def load(folder: Path, vocab_size: int) -> Tokenizer:
@@ -50,6 +56,42 @@ def load(folder: Path, vocab_size: int) -> Tokenizer:
       UserError: if there is none, it cannot be had without code of others or the slow classes of
         transformers, or it does not fit the model.
     """
+    kept = cache.cache_dir() / "tokenizers" / f"{_key(folder)}.json"
+    tokenizer = _read_kept(kept)
+    if tokenizer is None:
+        tokenizer = _resolve(folder)
+        with contextlib.suppress(OSError):  # a full disk: the next start takes longer, too
+            files.make(kept.parent)
+            files.write_text(kept, tokenizer.to_str())
+    _check_fit(folder, tokenizer, vocab_size)
+    return tokenizer
+
+
+def _key(folder: Path) -> str:
+    """Return a checksum of all that decides a folder's tokenizer, and whether it is let through."""
+    digest = hashlib.sha256()
+    for package in ("transformers", "tokenizers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            digest.update(f"{package} {importlib.metadata.version(package)} {_CHECKS}\n".encode())
+    found = {path for name in (*FILES, "config.json") for path in folder.glob(name)}
+    for path in sorted(path for path in found if path.is_file()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_kept(path: Path) -> Tokenizer | None:
+    """Return the tokenizer that an earlier call left in the cache, if it did and it is whole."""
+    with explained():
+        from tokenizers import Tokenizer
+    try:
+        return Tokenizer.from_str(path.read_text("utf-8"))
+    except Exception:  # none there, or damaged; tokenizers has no type of its own
+        return None
+
+
+def _resolve(folder: Path) -> Tokenizer:
+    """Have transformers decide, and refuse what its tokenizer does beyond `tokenizers`' own."""
     _check_files(folder)
     wrapped = _from_transformers(folder)
     tokenizer = wrapped.backend_tokenizer
@@ -58,7 +100,6 @@ def load(folder: Path, vocab_size: int) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     _check_words(folder, tokenizer, wrapped.all_special_tokens)
-    _check_fit(folder, tokenizer, vocab_size)
     return tokenizer
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -75,3 +76,10 @@ class Head(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         y = nn.Dense(self.outputs, precision=_EXACT, name="out")(x)
         return y[..., 0] if self.outputs == 1 else y
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def init(head: Head, key: jax.Array, features: int) -> dict[str, Any]:
+    """Initialize a head's parameters for inputs of some features, in one program."""
+    params: dict[str, Any] = head.init(key, jnp.zeros((1, features)))["params"]
+    return params

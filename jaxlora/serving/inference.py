@@ -203,6 +203,12 @@ def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray:
     return _by_parts(lambda x: _probabilities(like, x), outputs)
 
 
+def losses(task: Task, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute the loss of each example, `f32[E]`, see `Task.per_example_loss`."""
+    like = dataclasses.replace(form(task), class_weights=task.class_weights)
+    return _by_parts(lambda x, y: _losses(like, x, y), outputs, labels)
+
+
 @functools.lru_cache(1 << 16)
 def form(task: Task) -> Task:
     """Return a task without its names and thresholds: tasks alike share their programs."""
@@ -232,9 +238,22 @@ def _apply_head(task: Task, head: Tree, u: jax.Array, v: jax.Array, kind: str) -
     return task.apply_head(head, u, v, pair_features=kind)
 
 
+_cosine = jax.jit(heads.cosine)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode_cosine(task: Task, cosines: jax.Array) -> jax.Array:
+    return task.decode_cosine(cosines)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(task: Task, outputs: jax.Array) -> jax.Array:
     return task.decode(outputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(task: Task, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    return task.per_example_loss(outputs, labels)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -268,10 +287,10 @@ def untrained(task: Task, examples: Examples, vectors: np.ndarray) -> float:
     if task.sentences == 1 or task.outputs > 1:
         constants = CONSTANTS[task.form](labels)
         return _best(task, (np.broadcast_to(one, labels.shape) for one in constants), labels)
-    cosines = heads.cosine(jnp.asarray(vectors[::2]), jnp.asarray(vectors[1::2]))
+    scores = _by_parts(_cosine, vectors[::2], vectors[1::2])
     if task.form == "score":
-        return task.score(np.asarray(task.decode_cosine(cosines)), labels)
-    scores = np.asarray(cosines)
+        like = form(task)
+        return task.score(_by_parts(lambda x: _decode_cosine(like, x), scores), labels)
     if np.isnan(scores).any():
         return float("nan")
     # A threshold between negatives only gives away: one at each positive's cosine, and one above.

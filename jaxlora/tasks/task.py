@@ -384,8 +384,8 @@ class Task:
         """
         if not self.outputs:
             return {}
-        x = jnp.zeros((1, self.features(hidden_size, pair_features)))
-        return self.head_module(hidden_size, 0.0).init(key, x)["params"]
+        features = self.features(hidden_size, pair_features)
+        return heads.init(self.head_module(hidden_size, 0.0), key, features)
 
     def apply_head(
         self,

@@ -69,9 +69,9 @@ def schedules(config: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]:
 
 def rates_by_step(config: OptimizerConfig, steps: int) -> dict[str, np.ndarray]:
     """Return the values of `schedules` for all updates of a run, `f32[steps]` each."""
-    updates = jnp.arange(steps)
     found = schedules(config, steps)
-    return {name: np.asarray(rate(updates), np.float32) for name, rate in found.items()}
+    rates = jax.jit(lambda updates: {name: rate(updates) for name, rate in found.items()})
+    return {k: np.asarray(v, np.float32) for k, v in rates(jnp.arange(steps)).items()}
 
 
 class GradNorm(NamedTuple):

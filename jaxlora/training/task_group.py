@@ -275,8 +275,7 @@ def evaluate_group(cohort: Cohort, group: TaskGroup, state: TrainState) -> dict[
         found = outputs(cohort, task, state.trainable, state.heads, "dev")
         tuned = task.tuned(found, dev.labels)
         scores[task.name] = tuned.score(inference.decode(tuned, found), dev.labels)
-        each = task.per_example_loss(jnp.asarray(found), jnp.asarray(dev.labels))
-        losses[task.name] = float(jnp.mean(each))
+        losses[task.name] = float(np.mean(inference.losses(task, found, dev.labels)))
     return {
         "kind": "eval",
         "group": group.name,

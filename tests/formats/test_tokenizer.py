@@ -4,6 +4,8 @@ import itertools
 import json
 import random
 import shutil
+import subprocess
+import sys
 
 import family_bases
 import numpy as np
@@ -199,11 +201,23 @@ def make(folder, files):
     return folder
 
 
+def load_twice(folder, room, monkeypatch):
+    """From transformers, then what is kept of that, which must be the same in all that counts."""
+    first = base_tokenizer.load(folder, room)
+    with monkeypatch.context() as patch:
+        patch.setattr(base_tokenizer, "_resolve", None)
+        kept = base_tokenizer.load(folder, room)
+    assert kept is not first and kept.to_str() == first.to_str()
+    assert base_tokenizer.essence(kept) == base_tokenizer.essence(first)
+    assert base_tokenizer.pair_template(kept) == base_tokenizer.pair_template(first)
+    return kept
+
+
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_the_ids_are_those_of_transformers(kind, tmp_path):
+def test_the_ids_are_those_of_transformers(kind, tmp_path, monkeypatch):
     folder = make(tmp_path, FOLDERS[kind])
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    ours = base_tokenizer.load(folder, ROOM)
+    ours = load_twice(folder, ROOM, monkeypatch)
     texts = [*TEXTS, *random_texts()]
     assert [e.ids for e in ours.encode_batch(texts)] == theirs(texts)["input_ids"]
     for length in (5, 16):
@@ -226,12 +240,12 @@ BLANKS = (
 
 
 @pytest.mark.parametrize("family", family_bases.FAMILIES)
-def test_the_ids_of_each_family_are_those_of_transformers(family, tmp_path):
+def test_the_ids_of_each_family_are_those_of_transformers(family, tmp_path, monkeypatch):
     """Byte-level tokenizers, for one, see blanks at the ends."""
     family_bases.tokenizer(family).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ours = base_tokenizer.load(tmp_path, 500)
+    ours = load_twice(tmp_path, 500, monkeypatch)
     texts = [*BLANKS, *family_bases.TEXTS, *TEXTS, *random_texts()]
     assert [e.ids for e in ours.encode_batch(texts)] == theirs(texts)["input_ids"]
     tokens, offsets, *_ = tokenize(truncating(ours, 5), texts)
@@ -244,8 +258,63 @@ def test_the_ids_of_each_family_are_those_of_transformers(family, tmp_path):
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_the_same_is_refused(kind, tmp_path):
     files, message, room = (*REFUSED[kind], ROOM)[:3]
-    with pytest.raises(UserError, match=message):
-        base_tokenizer.load(make(tmp_path, files), room)
+    folder = make(tmp_path, files)
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            base_tokenizer.load(folder, room)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokenizers"
+
+
+CHANGES = {
+    "vocab.txt": "\n".join([*VOCABULARY, "more"]),
+    "tokenizer_config.json": json.dumps({"do_lower_case": False}),
+    "tokenizer.json": fast(lowercase=False).to_str(),
+    "config.json": json.dumps({"model_type": "bert", "vocab_size": 99}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_kept_is_of_these_very_files(name, tmp_path, own_cache):
+    folder = make(tmp_path, {"vocab.txt": "\n".join(VOCABULARY), "tokenizer_config.json": {}})
+    base_tokenizer.load(folder, ROOM)
+    (folder / name).write_text(CHANGES[name])
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = base_tokenizer.load(folder, ROOM)
+    assert [e.ids for e in ours.encode_batch(list(TEXTS))] == theirs(list(TEXTS))["input_ids"]
+    assert len(list(own_cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "null", "\x00"])
+def test_what_is_kept_and_damaged_is_made_again(content, tmp_path, own_cache):
+    folder = make(tmp_path, FOLDERS["json"])
+    wanted = base_tokenizer.load(folder, ROOM).to_str()
+    (kept,) = own_cache.iterdir()
+    kept.write_text(content)
+    assert base_tokenizer.load(folder, ROOM).to_str() == wanted == kept.read_text()
+
+
+def test_another_release_is_asked_again(tmp_path, own_cache, monkeypatch):
+    folder = make(tmp_path, FOLDERS["json"])
+    base_tokenizer.load(folder, ROOM)
+    monkeypatch.setattr(base_tokenizer.importlib.metadata, "version", lambda name: "99")
+    base_tokenizer.load(folder, ROOM)
+    assert len(list(own_cache.iterdir())) == 2
+
+
+def test_a_later_start_does_without_transformers(tmp_path, own_cache):
+    folder = make(tmp_path, FOLDERS["json"])
+    base_tokenizer.load(folder, ROOM)
+    code = (
+        "import sys, pathlib; from jaxlora.formats import tokenizer; "
+        f"tokenizer.load(pathlib.Path({str(folder)!r}), {ROOM}); "
+        "sys.exit('transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_saved_tokenizer_comes_back(tmp_path):

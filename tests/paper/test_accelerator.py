@@ -1,10 +1,15 @@
 """The accelerator's check: its verdict, and what it says of a base that cannot be had."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import accelerator
 from experiments.accelerator import TOLERANCE
+from jaxlora.tasks.sharing import VARIANTS
 
 NAN = float("nan")
 
@@ -24,6 +29,23 @@ def test_nan_in_any_leaf_is_seen(place):
     assert accelerator.difference(a, b) == 0
     a[place] = np.array([1.0, NAN])
     assert np.isnan(accelerator.difference(a, b))
+
+
+@pytest.mark.parametrize("name", ["lora3", "baseline2"])
+def test_rounding_is_below_the_tolerance_and_half_the_precision_above_it(tiny, name):
+    """What another device may do to weights, and what matmuls in half precision do to them."""
+
+    def gradients(change):
+        base = dataclasses.replace(tiny, params=jax.tree.map(change, tiny.params))
+        return accelerator.two_steps(VARIANTS[name], base, jax.devices("cpu")[0])[0]
+
+    noise = np.random.default_rng(0)
+    exact = gradients(np.asarray)
+    rounded = gradients(lambda x: np.float32(x * (1 + 1e-7 * noise.normal(size=x.shape))))
+    halved = gradients(lambda x: np.asarray(x, jnp.bfloat16).astype(np.float32))
+    assert len(exact) == 2 and all(jax.tree.leaves(tree) for tree in exact)
+    near, far = (list(map(accelerator.difference, got, exact)) for got in (rounded, halved))
+    assert accelerator.agree(near) and not accelerator.agree(far)
 
 
 @pytest.mark.parametrize(("agree", "code"), [(True, 0), (False, 1)])
