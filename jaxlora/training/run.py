@@ -94,7 +94,7 @@ def run(
         data = inputs.load_data(settings, base)
         if options.strict:
             inputs.refuse_blank(settings, data)
-    start = {} if _has_begun(settings, out) else load_start(settings, base)
+    start = load_start(settings, base) if _needs_start(settings, out) else {}
     checksums = inputs.fingerprints(base, data, settings.loop.seed) | fingerprints(start)
     run_folder.check_same_inputs(out, checksums)
     callback.summary(inputs.summarize_run(settings, out, base, data, devices))
@@ -115,11 +115,11 @@ def _states_of(out: Path, groups: Groups) -> Path:
     return out / run_folder.STATES / group_name([group_name(names) for names in groups])
 
 
-def _has_begun(settings: Settings, out: Path) -> bool:
-    """Return whether all groups have a state in the run's folder, so that no start is needed."""
-    if (out / finished_run.RESULT).exists():
-        return True
-    return all(checkpoint.has_state(_states_of(out, groups)) for groups in settings.cohorts)
+def _needs_start(settings: Settings, out: Path) -> bool:
+    """Return whether a start is asked for, and some groups have no state that came from it."""
+    if settings.model.start_from is None or (out / finished_run.RESULT).exists():
+        return False
+    return not all(checkpoint.has_state(_states_of(out, groups)) for groups in settings.cohorts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
