@@ -28,7 +28,7 @@ def adapt(params: Params) -> int:
     return lora.count_params(adapter)
 
 
-def predict(folder: str) -> list[str | None]:
+def predict(folder: str) -> list[str | tuple[str, ...] | None]:
     try:
         predictor: jaxlora.Predictor = jaxlora.load(folder)
     except jaxlora.UserError as error:

@@ -188,9 +188,11 @@ def judge(region: Region, interval: Interval | None) -> Verdict:
 
 
 def examine(context: Context) -> list[Finding]:
-    """Judge every claim."""
-    made_up = context.collection.made_up
-    return [_examine(context, _renamed(claim) if made_up else claim) for claim in CLAIMS]
+    """Judge every claim on the paper's variants, and those on other studies that were asked for."""
+    collection = context.collection
+    asked = {*VARIANTS, *collection.studies, *(run.study for run in collection.missing)}
+    found = [claim for claim in CLAIMS if claim.first in asked]
+    return [_examine(context, _renamed(one) if collection.made_up else one) for one in found]
 
 
 def _examine(context: Context, claim: Claim) -> Finding:
