@@ -1,7 +1,7 @@
 """From a table of support tickets to a bank that answers requests: train, evaluate, store, predict.
 
-Two minutes on two cores. The lines that begin with `# %%` make cells of it in Jupyter (by
-Jupytext), VS Code and PyCharm.
+Two minutes on two cores. There are a script, whose lines that begin with `# %%` make cells of it in
+VS Code and PyCharm, and a notebook.
 """
 
 import csv

@@ -1,10 +1,12 @@
 """The examples run, from an empty folder, and print what they promise."""
 
+import ast
 import re
 import runpy
 from pathlib import Path
 
 import family_bases
+import notebooks
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +42,19 @@ def test_each_is_listed_and_on_the_page():
     for path in EXAMPLES:
         assert f"```{{literalinclude}} ../examples/{path.name}\n" in page
         assert 30 <= len(path.read_text(encoding="utf-8").splitlines()) <= 75
+
+
+@pytest.mark.parametrize("name", notebooks.NAMES)
+def test_a_notebook_has_the_cells_of_its_script_and_no_output(name):
+    """After a change of the script: `python tests/notebooks.py`."""
+    script = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    notebook = (ROOT / "examples" / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert notebook == notebooks.from_script(script)
+    cells = notebooks.code_of(notebook)
+    joined = ast.parse("\n".join(cells)).body
+    _, *body = ast.parse(script).body
+    assert list(map(ast.dump, joined)) == list(map(ast.dump, body)) and len(cells) > 3
+    assert '"outputs": []' in notebook and '"execution_count": null' in notebook
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -11,9 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxlora.cli.console import duration
+from jaxlora.cli.flags import flag
 from jaxlora.cli.terminal import CONSOLE, print_json, say
 from jaxlora.training import compare_runs
 from jaxlora.training.compare_runs import Comparison, ScoreRow
+from jaxlora.training.setting_names import show
 
 BEST = " *"
 
@@ -42,7 +44,7 @@ def make_table(found: Comparison) -> Table:
     for column in table.columns:
         column.overflow = "fold"
     for name, values in found.settings.items():
-        table.add_row(*map(escape, (name, *map(_setting, values))))
+        table.add_row(*map(escape, (_name(name), *map(show, values))))
     table.add_section()
     for row in found.scores:
         scores = (_score(row, number) for number in range(len(found.runs)))
@@ -64,11 +66,9 @@ def _title(row: ScoreRow) -> str:
     return f"{row.split} {row.task}" + (f": {row.metric}" if row.metric else "")
 
 
-def _setting(value: Any) -> str:
-    if isinstance(value, list):
-        nested = any(isinstance(one, list) for one in value)
-        return (" | " if nested else ", ").join(map(_setting, value))
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+def _name(setting: str) -> str:
+    """Return how a setting is typed: a flag, or a field of a task as in `topic.epochs`."""
+    return flag(setting) if setting.isidentifier() else setting
 
 
 def _score(row: ScoreRow, number: int) -> str:

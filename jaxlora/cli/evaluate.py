@@ -13,7 +13,7 @@ from jaxlora.cli.flags import choose_task
 from jaxlora.cli.terminal import CONSOLE, Folder, print_json, say
 from jaxlora.data.raw_examples import TextExample
 from jaxlora.serving import evaluate_table, evaluation_page
-from jaxlora.serving.evaluate_table import Report
+from jaxlora.serving.evaluate_table import Report, show_names
 from jaxlora.serving.predictor import Predictor
 from jaxlora.tasks.evaluation import Evaluation, Interval
 from jaxlora.tasks.task import Task
@@ -119,7 +119,7 @@ def show(found: Report) -> None:
     for one in found.mistakes[:WORST_SHOWN]:
         sure = "" if one.confidence is None else f" ({one.confidence:.2f})"
         shown = " ‖ ".join(one.texts)
-        label, guess = one.label or NOTHING, one.prediction or NOTHING
+        label, guess = (show_names(x, NOTHING) for x in (one.label, one.prediction))
         say(f"line {one.line}: {label}, predicted {guess}{sure}: {shown[:100]}")
 
 

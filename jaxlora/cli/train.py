@@ -13,6 +13,7 @@ from jaxlora.cli import curves
 from jaxlora.cli.console import ConsoleCallback, notes, result_table
 from jaxlora.cli.flags import with_flags
 from jaxlora.cli.terminal import make_console, say
+from jaxlora.data import task_files
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.sharing import variant
 from jaxlora.training import metrics_log
@@ -79,24 +80,32 @@ class Flags(Preset):
     @property
     def folder(self) -> Path:
         """The folder of the run."""
-        name = Path(self.choice.tasks[0]).stem if self.choice.tasks else self.variant
+        named = [item for item in self.choice.tasks if not task_files.is_value(item)]
+        name = Path(named[0]).stem if named else self.variant
         return files.local(self.out or Path("runs") / name)
 
 
 def parse(words: Sequence[str], prog: str = "jaxlora train") -> Flags:
-    """Parse flags, with the preset's values as defaults."""
+    """Parse flags, with the preset's values as defaults.
+
+    Values of tasks, such as `topic.epochs=3`, may stand anywhere; files stand side by side.
+    """
     omit = (tyro.conf.OmitArgPrefixes,)
+    values = tuple(filter(task_files.is_value, words))
+    words = [word for word in words if not task_files.is_value(word)]
     # The first pass finds what decides about the defaults; only the second shows help.
     first, _ = tyro.cli(
         Flags, args=words, prog=prog, config=omit, return_unknown_args=True, add_help=False
     )
-    preset = first.preset or usual_preset(first.variant, bool(first.choice.tasks))
+    preset = first.preset or usual_preset(first.variant, bool(first.choice.tasks or values))
     start = PRESETS[preset](variant(first.variant))
     sections = {field.name: getattr(start, field.name) for field in dataclasses.fields(Preset)}
     sections["lora"] = LoraFlags(**vars(start.lora))
     sections["choice"] = TaskFlags(**{**vars(start.choice), "tasks": ()})
     default = Flags(variant=first.variant, preset=preset, **sections)
-    return tyro.cli(Flags, args=words, prog=prog, default=default, config=omit)
+    found = tyro.cli(Flags, args=words, prog=prog, default=default, config=omit)
+    choice = dataclasses.replace(found.choice, tasks=(*found.choice.tasks, *values))
+    return dataclasses.replace(found, choice=choice)
 
 
 def to_settings(flags: Flags, words: Sequence[str]) -> Settings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,14 +56,20 @@ class ArrowSheet:
         return {field.name: str(field.type) for field in self._loaded[0] if not _is_plain(field)}
 
     @functools.cached_property
+    def lists(self) -> frozenset[str]:
+        """Columns of lists of strings or whole numbers."""
+        return frozenset(field.name for field in self._loaded[0] if _is_list_of_names(field.type))
+
+    @functools.cached_property
     def _classes(self) -> dict[str, list[str]]:
-        """Column → the names of its classes, for the columns that `datasets` calls ClassLabel."""
+        """Column → the names of its classes, where `datasets` says ClassLabel or lists of it."""
         written = (self._loaded[0].metadata or {}).get(_METADATA)
         try:
             features = file_system.loads(written)["info"]["features"] if written else {}
+            inner = {name: _element(feature) for name, feature in features.items()}
             return {
                 name: [str(one) for one in feature["names"]]
-                for name, feature in features.items()
+                for name, feature in inner.items()
                 if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -76,7 +83,11 @@ class ArrowSheet:
         schema, load = self._loaded
         import pyarrow as pa
 
-        places = [place for place, field in enumerate(schema) if _is_plain(field)]
+        places = [
+            place
+            for place, field in enumerate(schema)
+            if _is_plain(field) or field.name in self.lists
+        ]
         header = [schema.names[place] for place in places]
         yield 0, header
         # A name with a dot might mean a part of a nested column.
@@ -100,6 +111,8 @@ class ArrowSheet:
         """Return the values of a column as strings; `before` rows precede them."""
         import pyarrow as pa
 
+        if name in self.lists:
+            return [self._list(name, value, n) for n, value in enumerate(column, before + 1)]
         if name in self._classes:
             return self._class_names(name, column.to_pylist(), before)
         found = column.cast(pa.string()).fill_null("")
@@ -110,6 +123,19 @@ class ArrowSheet:
             raise UserError(f"{self.where(number)}: {name}: not UTF-8 text without NUL; mend it")
         strings: list[str] = found.to_pylist()
         return strings
+
+    def _list(self, name: str, value: Any, number: int) -> str:
+        """Return a list as JSON, in which null is no name; an empty string if it is missing."""
+        try:
+            items = value.as_py()
+        except UnicodeDecodeError:
+            raise UserError(f"{self.where(number)}: {name}: not UTF-8 text; mend it") from None
+        if items is None:
+            return ""
+        if name in self._classes:
+            items = map(dict(enumerate(self._classes[name])).get, items)
+        names = [one if one is None else str(one) for one in items]
+        return json.dumps(names, ensure_ascii=False)
 
     def _class_names(self, name: str, values: list[int | None], before: int) -> list[str]:
         classes = self._classes[name]
@@ -132,6 +158,26 @@ class ArrowSheet:
     def describe(self, tally: Tally) -> list[str]:
         """Return no notes: the file says what its values are."""
         return []
+
+
+def _is_list_of_names(kind: Any) -> bool:
+    """Return whether values of a type are lists of strings or whole numbers."""
+    import pyarrow as pa
+
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    inner = kind.value_type
+    inner = inner.value_type if pa.types.is_dictionary(inner) else inner
+    return bool(
+        pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_integer(inner)
+    )
+
+
+def _element(feature: Any) -> Any:
+    """Return what `datasets` says of the elements of a feature that is a list, else the feature."""
+    if isinstance(feature, dict) and feature.get("_type") in ("Sequence", "List", "LargeList"):
+        return feature.get("feature")
+    return feature[0] if isinstance(feature, list) and len(feature) == 1 else feature
 
 
 def _is_plain(field: Any) -> bool:
@@ -237,7 +283,10 @@ def writing_parquet(file: IO[bytes], columns: Kinds) -> Iterator[Write]:
     with explained():
         import pyarrow as pa
         import pyarrow.parquet as pq
-    types = {str: pa.string(), float: pa.float64(), dict: pa.map_(pa.string(), pa.float64())}
+    types = {
+        str: pa.string(), float: pa.float64(), list: pa.list_(pa.string()),
+        dict: pa.map_(pa.string(), pa.float64()),
+    }  # fmt: skip
     schema = pa.schema({name: types[kind] for name, kind in columns.items()})
 
     with pq.ParquetWriter(file, schema) as writer:

@@ -61,6 +61,11 @@ class DelimitedSheet:
     def _delimiter(self) -> str:
         return DELIMITER_NAMES.get(self.dialect.delimiter, repr(self.dialect.delimiter))
 
+    @property
+    def lists(self) -> frozenset[str]:
+        """No columns: fields are strings."""
+        return frozenset()
+
     def rows(self, tally: Tally | None = None) -> Iterator[tuple[int, list[str]]]:
         """Yield the header and the rows, each with its last physical line."""
         header: list[str] = []
@@ -225,9 +230,9 @@ def _misquoted(path: Path, first: int, last: int, error: csv.Error) -> str:
 
 @contextlib.contextmanager
 def writing(file: IO[bytes], columns: Kinds, delimiter: str) -> Iterator[Write]:
-    """Write a header and the records; columns of kind `dict` are left out."""
+    """Write a header and the records; columns of the kinds `dict` and `list` are left out."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    names = [name for name, kind in columns.items() if kind is not dict]
+    names = [name for name, kind in columns.items() if kind not in (dict, list)]
     writer = file_system.csv_writer(text, delimiter)
     writer.writerow(names)
 

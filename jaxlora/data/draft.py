@@ -56,7 +56,12 @@ def _lines(name: str, found: Survey, folder: Path, max_length: int) -> Iterator[
 def remarks(found: Survey, max_length: int) -> Iterator[str]:
     """Yield what should be known of the data: gaps, duplicates, uneven classes, long texts."""
     counts = found.labels.counts
-    if found.labels.missing:
+    if found.labels.missing and found.lists:
+        yield (
+            f"{found.labels.missing:,} rows have null for a list: write [] where there is no label "
+            "(training refuses null)."
+        )
+    elif found.labels.missing:
         yield f"{found.labels.missing:,} rows have no label and are left out."
     if found.blank:
         yield f"{found.blank:,} rows have a blank text and are left out."
@@ -99,11 +104,14 @@ def _describe_labels(found: Survey) -> Iterator[str]:
 
 def _describe_sets(found: Survey) -> Iterator[str]:
     labels, several = found.labels, not isinstance(found.label, str)
+    if found.lists:
+        yield "# Each label is a list of names."
     yield f"kind = {_text(labels.kind)}  # any number of {len(labels.counts)} classes"
     counts = ", ".join(f"{name} {count:,}" for name, count in labels.counts.items())
     yield _comment(f"Rows of all files: {counts}; without any {labels.empty:,}.")
-    if not several:
+    if not several and not found.lists:
         yield f"label_delimiter = {_text(DELIMITER)}"
+    if not several:
         yield f"classes = {_text(labels.classes)}"
     yield 'threshold = "dev"  # for each class, chosen on the dev set; or a probability'
 

@@ -23,6 +23,19 @@ _NESTED: dict[type, str] = {dict: "an object", list: "a list"}
 _REFUSED = tuple(kind for kind in foreign.KINDS if kind is not foreign.JSON)
 
 
+@dataclasses.dataclass
+class _Column:
+    """What the values of a key are.
+
+    Attributes:
+      nested: a list or an object, and in which line; empty: neither.
+      lists: whether all are lists of strings or numbers.
+    """
+
+    nested: str = ""
+    lists: bool = True
+
+
 @dataclasses.dataclass(frozen=True)
 class JsonLines:
     """A file of JSON lines, see `Sheet`. A key that a line lacks, or null, is a missing value.
@@ -36,24 +49,32 @@ class JsonLines:
     file: Path
 
     @functools.cached_property
-    def _columns(self) -> dict[str, str]:
-        """Column → what it is in a line where it is nested, or an empty string; of all lines."""
-        found: dict[str, str] = {}
+    def _columns(self) -> dict[str, _Column]:
+        """The columns of all lines."""
+        found: dict[str, _Column] = {}
         for line, record in self._records():
             for name, value in record.items():
-                if not found.get(name):
-                    nested = _NESTED.get(type(value))
-                    found[name] = f"{nested} in line {line}" if nested else ""
+                column = found.setdefault(name, _Column())
+                column.lists &= value is None or _is_list_of_names(value)
+                if not column.nested and type(value) in _NESTED:
+                    column.nested = f"{_NESTED[type(value)]} in line {line}"
         return found
 
     @property
     def unreadable(self) -> Mapping[str, str]:
         """Columns that hold lists or objects."""
-        return {name: nested for name, nested in self._columns.items() if nested}
+        return {name: column.nested for name, column in self._columns.items() if column.nested}
+
+    @functools.cached_property
+    def lists(self) -> frozenset[str]:
+        """Columns that hold nothing but lists of strings or numbers."""
+        columns = self._columns.items()
+        return frozenset(name for name, column in columns if column.nested and column.lists)
 
     def rows(self, tally: Tally | None = None) -> Iterator[tuple[int, list[str]]]:
         """Yield the header and the rows, with the numbers of their lines."""
-        header = [name for name, nested in self._columns.items() if not nested]
+        hidden = self.unreadable.keys() - self.lists
+        header = [name for name in self._columns if name not in hidden]
         yield 0, header
         for line, record in self._records():
             yield line, [_show(record.get(name)) for name in header]
@@ -114,16 +135,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _refuse_odd(record: dict[str, Any], where: str) -> None:
     """Refuse what an escape can write and a text file cannot hold."""
     for name, value in record.items():
-        for text in (name, value):
+        for text in (name, *(value if _is_list_of_names(value) else (value,))):
             if isinstance(text, str) and ("\0" in text or not encodable(text)):
                 raise UserError(
                     f"{where}: {name!a}: a NUL character, or half of a surrogate pair; remove it"
                 )
 
 
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
 def _show(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

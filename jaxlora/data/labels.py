@@ -7,12 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 
-from jaxlora.data.raw_examples import YES_OR_NO, is_missing, parse_number, split_names
+from jaxlora.data.raw_examples import (
+    YES_OR_NO,
+    is_missing,
+    is_not_finite,
+    parse_number,
+    split_names,
+)
 from jaxlora.tasks.kinds import KINDS, KindName, LabelForm
 
 MOST_NUMBERED = 20  # classes whose names are whole numbers; with more they are scores
 MOST_CLASSES = 1000
 DELIMITER = "|"  # of the names in a set of classes, unless another is given
+SEPARATORS = (DELIMITER, ",", ";")  # usual ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +46,24 @@ class FoundLabels:
         return tuple(self.counts)
 
 
+class WrongLabelError(ValueError):
+    """A label that is none.
+
+    Attributes:
+      label: as written.
+    """
+
+    def __init__(self, label: str, message: str) -> None:
+        super().__init__(message)
+        self.label = label
+
+
 def find_labels(
-    written: Iterable[str], kind: KindName | None = None, delimiter: str | None = None
+    written: Iterable[str] | Counter[str],
+    kind: KindName | None = None,
+    delimiter: str | None = None,
+    *,
+    lists: bool = False,
 ) -> FoundLabels:
     """Find the kind of a task, and its classes or range, from its labels.
 
@@ -50,16 +73,18 @@ def find_labels(
     number if all are numbers, else by name. Spellings of one number are one class, named by the
     most frequent, without `.0`.
 
-    Labels are sets of classes if a delimiter is given, or if `|` separates names that recur in
-    different sets.
+    Labels are sets of classes if they are lists or a delimiter is given, or if `|` separates names
+    that recur in different sets.
 
     Args:
-      written: the labels as written.
+      written: the labels as written, or how often each is.
       kind: of the task; None: found from the labels.
       delimiter: of the names in a set of classes; None: `|`.
+      lists: whether they come from lists, so that a set need not have two names anywhere.
 
     Raises:
       ValueError: if there is no label, only one value, or the values do not fit the kind.
+      WrongLabelError: if it is due to one label.
 
     >>> find_labels(["yes", "no", "Yes", "yes", ""]).counts
     {'no': 1, 'yes': 3}
@@ -70,12 +95,15 @@ def find_labels(
     >>> find_labels(["a|b", "b", "", "b|c"]).counts
     {'a': 1, 'b': 3, 'c': 1}
     """
-    cells = Counter(label.strip() for label in written)
-    if kind is None and (delimiter or _look_like_sets(cells)):
+    cells = written if isinstance(written, Counter) else Counter(map(str.strip, written))
+    if kind is None and (lists or delimiter or _look_like_sets(cells)):
         kind = "multilabel"
     if kind is None:
         kind = _guess_kind(_without_missing(cells))
-    return FINDERS[KINDS[kind].form](cells, kind, delimiter or DELIMITER)
+    mark = delimiter or DELIMITER
+    if KINDS[kind].form == "classes" and not lists and not any(mark in cell for cell in cells):
+        _refuse_no_sets(cells, mark)
+    return FINDERS[KINDS[kind].form](cells, kind, mark)
 
 
 def _look_like_sets(cells: Mapping[str, int]) -> bool:
@@ -100,6 +128,7 @@ def _find_scores(cells: Mapping[str, int], kind: KindName, delimiter: str) -> Fo
 
 def _find_classes(cells: Mapping[str, int], kind: KindName, delimiter: str) -> FoundLabels:
     there = _without_missing(cells)
+    _check_finite(there)
     merged = _merge_spellings(there, _numbers(there), kind)
     _check_classes(merged, kind)
     if KINDS[kind].ordered and any(parse_number(name) is None for name in merged):
@@ -107,21 +136,54 @@ def _find_classes(cells: Mapping[str, int], kind: KindName, delimiter: str) -> F
     return FoundLabels(kind, merged, None, _count_missing(cells, there))
 
 
+def _check_finite(labels: Iterable[str]) -> None:
+    """Refuse what is no finite number, such as inf, among labels that are numbers otherwise."""
+    numbers = _numbers(labels)
+    wrong = [label for label, number in numbers.items() if number is None]
+    if wrong and len(wrong) < len(numbers) and all(map(is_not_finite, wrong)):
+        raise WrongLabelError(
+            wrong[0],
+            f"label {wrong[0][:60]!r} among numbers is no finite number; correct it, or write "
+            "nothing if it is missing",
+        )
+
+
 def _find_sets(cells: Mapping[str, int], kind: KindName, delimiter: str) -> FoundLabels:
     found = count_sets(cells, delimiter)
     if not found.counts:
         raise ValueError("no row has a label")
-    if not any(delimiter in cell for cell in cells):
-        raise ValueError(
-            f"no row has two labels, {delimiter!r} is nowhere; name the `label_delimiter`, or "
-            "another kind"
-        )
     if "" in found.counts:
         odd = next(cell for cell in cells if cell and "" in split_names(cell, delimiter))
         raise ValueError(f"{odd[:60]!r} has nothing on one side of a {delimiter!r}")
     if len(found.counts) > MOST_CLASSES:
         raise ValueError(f"{len(found.counts):,} different labels; name another column")
     return found
+
+
+def _refuse_no_sets(cells: Mapping[str, int], delimiter: str) -> None:
+    if not _without_missing(cells):
+        raise ValueError("no row has a label")
+    raise ValueError(
+        f"no row has two labels, {delimiter!r} is nowhere; name the `label_delimiter`, or "
+        "another kind"
+    )
+
+
+def find_set(
+    cells: Iterable[str], classes: Sequence[str], separators: Sequence[str] = SEPARATORS
+) -> tuple[str, str] | None:
+    """Return a cell that is no class but holds several of them, and what separates them there.
+
+    >>> find_set(["a", "b, a"], ["a", "b", "c"]), find_set(["a|b"], ["a|b", "a", "b"])
+    (('b, a', ','), None)
+    """
+    known = set(classes)
+    for cell in cells:
+        for mark in separators if cell not in known else ():
+            names = split_names(cell, mark)
+            if len(names) > 1 and known.issuperset(names):
+                return cell, mark
+    return None
 
 
 def count_sets(cells: Mapping[str, int], delimiter: str, names: Sequence[str] = ()) -> FoundLabels:
@@ -188,7 +250,9 @@ def _guess_kind(counts: Mapping[str, int]) -> KindName:
 def _find_range(numbers: Mapping[str, Decimal | None]) -> tuple[float, float]:
     wrong = [label for label, number in numbers.items() if number is None]
     if wrong:
-        raise ValueError(f"label {wrong[0][:60]!r} is not a number, but scores are numbers")
+        raise WrongLabelError(
+            wrong[0], f"label {wrong[0][:60]!r} is not a number, but scores are numbers"
+        )
     values = [float(number) for number in numbers.values() if number is not None]
     if min(values) == max(values):
         raise ValueError(f"every row has the label {values[0]:g}, so there is nothing to learn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
@@ -172,6 +173,36 @@ def join_marks(cells: Sequence[str], names: Sequence[str], delimiter: str, where
     return delimiter.join(name for name, mark in zip(names, marks, strict=True) if mark)
 
 
+def join_names(listed: str, delimiter: str, where: str) -> str:
+    """Return a list of names as one cell.
+
+    Args:
+      listed: the list as JSON; an empty string: it is missing.
+      delimiter: separates the names.
+      where: `file:line`, for the message.
+
+    Raises:
+      UserError: for a name that a cell cannot hold.
+
+    >>> join_names('["a", "c"]', "|", "x:1"), join_names("[]", "|", "x:1")
+    ('a|c', '')
+    """
+    if not listed:
+        return "nan"
+    names: list[str | None] = json.loads(listed)
+    for name in names:
+        if name is None or not name.strip() or "\0" in name:
+            raise UserError(f"{where}: {listed[:60]}: an entry is no name of a label; correct it")
+        if is_missing(name.strip()):
+            raise UserError(f"{where}: the label {name!r} stands for a missing one; rename it")
+        if delimiter in name:
+            raise UserError(
+                f"{where}: the label {name[:60]!r} contains {delimiter!r}, which separates labels "
+                "in answers; choose another `label_delimiter`"
+            )
+    return delimiter.join(filter(None, names))
+
+
 def to_array(
     labels: Sequence[Label], task: Task, dtype: type[np.floating] = np.float32
 ) -> np.ndarray:
@@ -213,6 +244,18 @@ def parse_number(text: str) -> Decimal | None:
     except InvalidOperation:
         return None
     return value if value.is_finite() and "_" not in text else None
+
+
+def is_not_finite(text: str) -> bool:
+    """Return whether text is what programs write for an infinite or undefined number.
+
+    >>> is_not_finite("-inf"), is_not_finite("+NaN"), is_not_finite("1e9"), is_not_finite("info")
+    (True, True, False, False)
+    """
+    try:
+        return not Decimal(text).is_finite()
+    except InvalidOperation:
+        return False
 
 
 def _class_number(value: Decimal, classes: tuple[str, ...]) -> Decimal | None:

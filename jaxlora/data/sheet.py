@@ -12,7 +12,10 @@ from jaxlora.utils.errors import ConfigError
 Write = Callable[[Sequence[Mapping[str, Any]]], None]
 """Writes records of one table: column → value."""
 Kinds = Mapping[str, type]
-"""Column → `str`, `float` (also whole numbers) or `dict` of names and numbers; each may be None."""
+"""Column → `str`, `float` (also whole numbers), `list` of strings, or `dict` of names and numbers.
+
+Each value may be None.
+"""
 
 
 class Sheet(Protocol):
@@ -28,6 +31,13 @@ class Sheet(Protocol):
     @property
     def unreadable(self) -> Mapping[str, str]:
         """Column → why it cannot be read as strings, such as `a list`."""
+
+    @property
+    def lists(self) -> frozenset[str]:
+        """Those of the unreadable columns that hold nothing but lists of strings or whole numbers.
+
+        Their cells are such lists as JSON.
+        """
 
     def rows(self, tally: Tally | None = None) -> Iterator[tuple[int, list[str]]]:
         """Yield the header, and then each row that is not blank, with its number.

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxlora.data import arrow, hub, tables
-from jaxlora.data.labels import DELIMITER, FoundLabels, count_sets, find_labels
+from jaxlora.data.labels import (
+    DELIMITER,
+    FoundLabels,
+    WrongLabelError,
+    count_sets,
+    find_labels,
+)
 from jaxlora.data.raw_examples import is_blank
 from jaxlora.data.sheet import Sheet
 from jaxlora.data.table_formats import open_sheets, stem_of
@@ -36,10 +42,11 @@ PAIRS = (("first", "second"), ("premise", "hypothesis"), ("query", "passage"))
 
 
 class Row(NamedTuple):
-    """A row of a table: its texts and its label, as written."""
+    """A row of a table: its texts and its label, as written, and where it stands."""
 
     texts: tuple[str, ...]
     label: str
+    line: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Survey:
       labels: the kind of the task, its classes or range.
       rows: split → its rows.
       lengths: tokens of each sentence of all rows, `i64[sentences]`.
+      lists: whether the labels are lists of names.
     """
 
     files: Mapping[str, Path]
@@ -63,6 +71,7 @@ class Survey:
     labels: FoundLabels
     rows: Mapping[str, Sequence[Row]]
     lengths: np.ndarray
+    lists: bool = False
 
     @property
     def blank(self) -> int:
@@ -77,7 +86,7 @@ class Survey:
     @property
     def contradicted(self) -> int:
         """Number of texts that have more than one label in the training rows."""
-        pairs = {(row.texts, row.label.strip()) for row in self.rows["train"]}
+        pairs = {(row.texts, row.label) for row in self.rows["train"]}
         return len(pairs) - len({texts for texts, _ in pairs})
 
     def leaked(self, split: str) -> int:
@@ -150,35 +159,50 @@ def survey(
     if not train:
         raise UserError(f"{files['train']} is empty: it has no rows; replace the file")
     named = tables.split_label(label) or guess_label(header, train)
-    chosen = tuple(text.split(",")) if text else guess_text(header, train, named)
+    no_texts = (*((named,) if isinstance(named, str) else named), *sheets["train"].lists)
+    chosen = tuple(text.split(",")) if text else guess_text(header, train, no_texts)
     columns = tables.Columns(chosen, named)
     rows = {split: _rows(sheet, columns, split != "test") for split, sheet in sheets.items()}
-    labels = _find(columns, [row.label for part in rows.values() for row in part], files["train"])
+    lists = any(sheet.lists.intersection(columns.lists) for sheet in sheets.values())
+    labels = _find(columns, sheets, rows, lists)
     sentences = [one for part in rows.values() for row in part for one in row.texts]
     lengths = np.diff(tokenize(tokenizer, sentences)[1])
-    return Survey(files, tuple(header), chosen, columns.label, labels, rows, lengths)
+    return Survey(files, tuple(header), chosen, columns.label, labels, rows, lengths, lists)
 
 
-def _find(columns: tables.Columns, written: Sequence[str], path: Path) -> FoundLabels:
+def _find(
+    columns: tables.Columns,
+    sheets: Mapping[str, Sheet],
+    rows: Mapping[str, Sequence[Row]],
+    lists: bool,
+) -> FoundLabels:
+    written = Counter(row.label for part in rows.values() for row in part)
     if not isinstance(columns.label, str):
-        return count_sets(Counter(written), DELIMITER, columns.label)
+        return count_sets(written, DELIMITER, columns.label)
     try:
-        return find_labels(written)
+        return find_labels(written, lists=lists)
     except ValueError as error:
-        raise UserError(f"{path}: column {columns.label!r}: {error}") from None
+        place = str(sheets["train"].path)
+        if isinstance(error, WrongLabelError):
+            place = next(
+                sheets[split].where(row.line)
+                for split, part in rows.items()
+                for row in part
+                if row.label == error.label
+            )
+        raise UserError(f"{place}: column {columns.label!r}: {error}") from None
 
 
 def _rows(sheet: Sheet, columns: tables.Columns, labelled: bool) -> list[Row]:
     needed = [*columns.text, *columns.labels] if labelled else [*columns.text]
-    header, rows = tables.select(sheet, needed, "The task", columns.labels)
+    header, rows = tables.select(sheet, needed, "The task", columns.labels, lists=columns.lists)
     at = {name: header.index(name) for name in header}
     labelled = set(columns.labels) <= set(header)
     found = []
     for line, fields in rows:
         texts = tuple(fields[at[name]].strip() for name in columns.text)
-        where = sheet.where(line)
-        label = columns.written(fields, at, DELIMITER, where) if labelled else MISSING
-        found.append(Row(texts, label))
+        label = columns.written(fields, at, DELIMITER, sheet, line) if labelled else MISSING
+        found.append(Row(texts, label.strip(), line))
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from jaxlora.data.raw_examples import (
     TextExample,
     is_missing,
     join_marks,
+    join_names,
     parse_label,
 )
 from jaxlora.data.sheet import Sheet
@@ -42,19 +45,28 @@ class Columns:
         """The columns that labels are read from."""
         return (self.label,) if isinstance(self.label, str) else self.label
 
-    def written(self, fields: Sequence[str], at: Mapping[str, int], mark: str, where: str) -> str:
-        """Return the label of a row as written; several columns become the names that are set.
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """The columns that may hold lists: that of labels, if there is only one."""
+        return (self.label,) if isinstance(self.label, str) else ()
+
+    def written(
+        self, fields: Sequence[str], at: Mapping[str, int], mark: str, sheet: Sheet, line: int
+    ) -> str:
+        """Return the label of a row as written; a list and several columns become names in a cell.
 
         Args:
           fields: of the row.
           at: column → its place among the fields.
           mark: separates the names.
-          where: `file:line`, for the message.
+          sheet, line: where the row is.
         """
         cells = [fields[at[name]] for name in self.labels]
-        return (
-            cells[0] if isinstance(self.label, str) else join_marks(cells, self.label, mark, where)
-        )
+        if not isinstance(self.label, str):
+            return join_marks(cells, self.label, mark, sheet.where(line))
+        if self.label in sheet.lists:
+            return join_names(cells[0], mark, sheet.where(line))
+        return cells[0]
 
 
 def split_label(label: str | None) -> str | tuple[str, ...] | None:
@@ -107,6 +119,8 @@ def read_splits(task: Task, table: Table) -> dict[str, list[TextExample]]:
     for split, sheet in table.open().items():
         needed = None if split == "test" else True
         splits[split] = read_sheet(task, sheet, table.columns, labelled=needed)
+        if needed and sheet.lists.intersection(table.columns.lists):
+            _refuse_null(sheet, splits[split])
         labels = {row.label for row in splits[split] if row.labelled}
         column = f"column {', '.join(map(repr, table.columns.labels))}"
         if needed and not labels:
@@ -120,6 +134,20 @@ def read_splits(task: Task, table: Table) -> dict[str, list[TextExample]]:
     if task.form == "classes":
         check_all_occur(task, table.train, splits["train"])
     return splits
+
+
+def _refuse_null(sheet: Sheet, rows: Sequence[TextExample]) -> None:
+    """Refuse rows whose list of labels is missing, which may mean unknown or none.
+
+    Raises:
+      UserError: naming the first.
+    """
+    for row in rows:
+        if not row.labelled:
+            raise UserError(
+                f"{sheet.where(row.line)}: null in the place of a list of labels; write [] where "
+                "there is none, or leave the row out"
+            )
 
 
 def check_all_occur(task: Task, path: str, train: Sequence[TextExample]) -> None:
@@ -145,28 +173,65 @@ def read_header(path: Path) -> list[str]:
     return next(open_sheets({"": path})[""].rows(), (0, []))[1]
 
 
-def read_labels(table: Table, mark: str = "|") -> dict[str, list[str]]:
-    """Return the labels of each split as written; a test file may have none.
+@dataclasses.dataclass(frozen=True)
+class WrittenLabels:
+    """The labels of a table, as written.
+
+    Attributes:
+      sheets: split → its file; a test file without labels is left out.
+      columns: the columns.
+      mark: separates the names of lists and of several columns, see `Columns.written`.
+    """
+
+    sheets: Mapping[str, Sheet]
+    columns: Columns
+    mark: str
+
+    @property
+    def lists(self) -> bool:
+        """Whether they are lists in some file."""
+        return any(sheet.lists.intersection(self.columns.lists) for sheet in self.sheets.values())
+
+    def of(self, split: str) -> Iterator[tuple[int, str]]:
+        """Yield the number of each row and its label, without white space around it."""
+        sheet, names = self.sheets[split], self.columns
+        needed = [*names.text, *names.labels]
+        header, rows = select(sheet, needed, "The task", lists=names.lists)
+        at = {name: header.index(name) for name in names.labels}
+        for line, fields in rows:
+            yield line, names.written(fields, at, self.mark, sheet, line).strip()
+
+    @functools.cached_property
+    def counts(self) -> Counter[str]:
+        """Label → number of rows of all files."""
+        return Counter(label for split in self.sheets for _, label in self.of(split))
+
+    def find(self, wanted: str) -> str:
+        """Return the place of the first row with a label."""
+        places = (
+            sheet.where(line)
+            for split, sheet in self.sheets.items()
+            for line, label in self.of(split)
+            if label == wanted
+        )
+        return next(places)
+
+
+def read_labels(table: Table, mark: str = "|") -> WrittenLabels:
+    """Open the files of a task for their labels; a test file may have none.
 
     Args:
       table: the files.
-      mark: separates the names of several columns of labels, see `Columns.written`.
+      mark: see `WrittenLabels`.
 
     Raises:
-      UserError: if a file is not a table, or train or dev has no column of labels.
+      UserError: if a file is not a table; when labels are read, also if train or dev has no column
+        of them.
     """
-    found: dict[str, list[str]] = {}
-    for split, sheet in table.open().items():
-        _, header = next(sheet.rows(), (0, []))
-        if split == "test" and not set(table.columns.labels) <= set(header):
-            continue
-        needed = [*table.columns.text, *table.columns.labels]
-        header, rows = select(sheet, needed, "The task")
-        at = {name: header.index(name) for name in table.columns.labels}
-        found[split] = [
-            table.columns.written(fields, at, mark, sheet.where(line)) for line, fields in rows
-        ]
-    return found
+    labels, sheets = set(table.columns.labels), table.open()
+    if "test" in sheets and not labels <= set(next(sheets["test"].rows(), (0, []))[1]):
+        del sheets["test"]
+    return WrittenLabels(sheets, table.columns, mark)
 
 
 def count_training_rows(table: Table, task: Task) -> int:
@@ -175,9 +240,9 @@ def count_training_rows(table: Table, task: Task) -> int:
     Raises:
       UserError: see `read_labels`.
     """
-    written = (label.strip() for label in read_labels(table, task.label_delimiter)["train"])
+    written = read_labels(table, task.label_delimiter).of("train")
     empty_counts = task.form == "classes"  # an empty set is a label
-    labelled = sum(not is_missing(one) or (empty_counts and not one) for one in written)
+    labelled = sum(not is_missing(one) or (empty_counts and not one) for _, one in written)
     held_out = table.dev if isinstance(table.dev, float) else 0.0
     return max(1, round(labelled * (1 - held_out)))
 
@@ -237,7 +302,8 @@ def read_sheet(
     needed = [*([columns.id] if columns.id else []), *columns.text]
     needed += columns.labels if labelled else []
     optional = columns.labels if labelled is None else []
-    header, found = select(sheet, needed, task.title, optional)
+    lists = columns.lists if task.form == "classes" else ()
+    header, found = select(sheet, needed, task.title, optional, lists=lists)
     at = {name: header.index(name) for name in header}
     if labelled is not False:
         labelled = set(columns.labels) <= set(header)
@@ -247,7 +313,7 @@ def read_sheet(
         texts = [fields[at[column]].strip() for column in columns.text]
         label: Label = UNLABELLED
         if labelled:
-            written = columns.written(fields, at, task.label_delimiter, sheet.where(line))
+            written = columns.written(fields, at, task.label_delimiter, sheet, line)
             label = parse_label(written, task, sheet.where(line))
         rows.append(TextExample(name, texts[0], "".join(texts[1:]), label, line))
     if not rows:
@@ -263,6 +329,7 @@ def select(
     who: str,
     optional: Sequence[str] = (),
     tally: Tally | None = None,
+    lists: Sequence[str] = (),
 ) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """Return the header of a file, and an iterator over its rows.
 
@@ -272,6 +339,7 @@ def select(
       who: needs them.
       optional: columns that are read if they are there.
       tally: counts the rows.
+      lists: columns that may be lists of strings, see `Sheet.lists`.
 
     Raises:
       UserError: if a needed column is missing, or one is there twice or holds no strings.
@@ -280,8 +348,12 @@ def select(
     number, header = next(rows, (0, []))
     where = sheet.where(number) if number else str(sheet.path)
     for name in (*needed, *optional):
-        if name in sheet.unreadable:
-            raise UserError(f"{where}: column {name} is {sheet.unreadable[name]}, not strings")
+        if name in sheet.unreadable and not (name in lists and name in sheet.lists):
+            is_list = "list" in sheet.unreadable[name]
+            hint = "; labels of a multilabel task may be lists of strings, in all rows" * is_list
+            raise UserError(
+                f"{where}: column {name} is {sheet.unreadable[name]}, not strings{hint}"
+            )
         if header.count(name) > 1:
             raise UserError(f"{where}: the column {name} is there twice; rename one of them.")
     if not any(header):

@@ -39,11 +39,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from jaxlora.data import hub, table_formats, tables
-from jaxlora.data.labels import DELIMITER, find_labels
+from jaxlora.data.labels import DELIMITER, WrongLabelError, find_labels, find_set
 from jaxlora.data.quoting import Quoting
 from jaxlora.data.survey import find_roles
 from jaxlora.data.table_formats import stem_of
-from jaxlora.data.tables import Columns, Table
+from jaxlora.data.tables import Columns, Table, WrittenLabels
 from jaxlora.tasks.kinds import KINDS, LOSSES, KindName
 from jaxlora.tasks.task import (
     MADE_UP_TITLES,
@@ -55,7 +55,7 @@ from jaxlora.tasks.task import (
     paper_tasks,
 )
 from jaxlora.utils import schema
-from jaxlora.utils.errors import ConfigError, UserError
+from jaxlora.utils.errors import ConfigError, UserError, suggestion
 
 MOST_LETTERS, MOST_BYTES = 64, 160  # of a name; files are named by it, whose names have 255 bytes
 # Settings of a group that its tasks may bring along.
@@ -174,21 +174,44 @@ class TaskFields:
             )
         if self.complete:
             return self
-        kind = self.kind or (
-            "multilabel" if self.label_delimiter else
-            "classification" if self.classes else "regression" if self.range else None
-        )  # fmt: skip
-        columns = tables.read_labels(table).values()
+        written = tables.read_labels(table, self.mark)
+        known = dataclasses.replace(self, kind=self.kind or self._kind_of(written))
+        if known.complete:
+            return known
         try:
             found = find_labels(
-                (label for column in columns for label in column), kind, self.label_delimiter
+                written.counts, known.kind, self.label_delimiter, lists=written.lists
             )
         except ValueError as error:
-            raise UserError(f"{table.train}: column {self.label!r}: {error}") from None
+            place = table.train
+            if isinstance(error, WrongLabelError):
+                place = written.find(error.label)
+            raise UserError(f"{place}: column {self.label!r}: {error}") from None
         classes = self.classes or found.classes or None
         return dataclasses.replace(
             self, kind=found.kind, classes=classes, range=self.range or found.range
         )
+
+    def _kind_of(self, written: WrittenLabels) -> KindName | None:
+        """Return the kind that the other fields imply; None if only the labels can tell.
+
+        Raises:
+          UserError: for sets of the given classes whose delimiter must be named.
+        """
+        if written.lists or self.label_delimiter:
+            return "multilabel"
+        if not self.names:
+            return "regression" if self.range else None
+        found = find_set(written.counts, self.names)
+        if found is None:
+            return "classification"
+        cell, mark = found
+        if mark != DELIMITER:
+            raise UserError(
+                f"{written.find(cell)}: column {self.label!r}: {cell[:60]!r} holds several of the "
+                f'classes; write kind = "multilabel" and label_delimiter = "{mark}"'
+            )
+        return "multilabel"
 
     def task(self, name: str) -> Task:
         """Return the task; the fields must be complete.
@@ -225,6 +248,9 @@ class TaskFields:
         if odd := self.class_weights.keys() - set(names):
             raise ValueError(f"class_weights: {min(odd)!r} is not one of {', '.join(names)}")
         return tuple(self.class_weights.get(name, 1.0) for name in names)
+
+
+_FIELDS = frozenset(field.name for field in dataclasses.fields(TaskFields))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,6 +332,18 @@ def is_table(item: str) -> bool:
     (True, False, False)
     """
     return table_formats.is_table(Path(item)) and not _VALUE.fullmatch(item)
+
+
+def is_value(item: str) -> bool:
+    """Return whether something is a value of a task's field, also of a misspelt one, and no file.
+
+    >>> is_value("topic.epochs=3"), is_value("runs/topic.epochs=3"), is_value("topics.toml")
+    (True, False, False)
+    """
+    match = _VALUE.fullmatch(item)
+    if match is None or not (match[2] in _FIELDS or suggestion(match[2], _FIELDS)):
+        return False
+    return match[1][:1].isalnum() and all(map(_fits_name, match[1]))
 
 
 def name_of(path: Path) -> str:
@@ -413,9 +451,11 @@ def _describe(origin: str, name: str, values: dict[str, Any]) -> TaskSpec:
     check_name(name, origin)
     fields = schema.parse(TaskFields, values, where)
     table = _table(where, fields)
-    fields = fields.fill(table)
     try:
+        fields = fields.fill(table)
         task = fields.task(name)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{where} {error}") from None
     weight = 1.0 if task.loss != "cosine" else COSINE_WEIGHT

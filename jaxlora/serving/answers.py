@@ -88,7 +88,8 @@ def to_record(task: Task, answer: Answer) -> dict[str, Any]:
     """Return the values of an answer by their columns, of the same types in every format.
 
     `prediction` is a class's number or a score; a set has none. `label` is the class's name, or the
-    names in a set separated by the task's `label_delimiter`. `probability` is the class's.
+    names in a set separated by the task's `label_delimiter`; `labels` are these names as a list.
+    `probability` is the class's.
 
     >>> to_record(Task("t", "binary"), Answer("t", 1.0, "yes", {"no": 0.25, "yes": 0.75}))["label"]
     'yes'
@@ -101,8 +102,9 @@ def to_record(task: Task, answer: Answer) -> dict[str, Any]:
         prediction = answer.value if label is None else round(answer.value)
         probability = (answer.probabilities or {}).get(label or "")
     return {
-        "task": answer.task, "prediction": prediction, "label": label, "probability": probability,
-        "probabilities": answer.probabilities,
+        "task": answer.task, "prediction": prediction, "label": label,
+        "labels": list(answer.label) if isinstance(answer.label, tuple) else None,
+        "probability": probability, "probabilities": answer.probabilities,
     }  # fmt: skip
 
 
@@ -110,8 +112,19 @@ def _joined(task: Task, parts: Iterable[str]) -> str:
     return task.label_delimiter.join(parts)
 
 
-def show_labels(task: Task, values: np.ndarray) -> list[str]:
+def name_labels(task: Task, values: np.ndarray) -> list[str | tuple[str, ...]]:
     """Return predictions or labels as names: a class, those in a set, or a score.
+
+    >>> name_labels(Task("tags", "multilabel", classes=("a", "b")), np.array([[1, 1], [0, 0]]))
+    [('a', 'b'), ()]
+    """
+    if not task.classes:
+        return [f"{value:.4g}" for value in values]
+    return [VALUES[task.form](task, one)[1] for one in values]
+
+
+def show_labels(task: Task, values: np.ndarray) -> list[str]:
+    """Return predictions or labels as cells of delimited text, see `name_labels`.
 
     Args:
       task: what they are of.
@@ -120,7 +133,5 @@ def show_labels(task: Task, values: np.ndarray) -> list[str]:
     >>> show_labels(Task("tags", "multilabel", classes=("a", "b")), np.array([[1, 1], [0, 0]]))
     ['a|b', '']
     """
-    found = [VALUES[task.form](task, one)[1] for one in values]
-    if not task.classes:
-        return [f"{value:.4g}" for value in values]
+    found = name_labels(task, values)
     return [name if isinstance(name, str) else _joined(task, name) for name in found]

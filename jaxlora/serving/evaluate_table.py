@@ -12,7 +12,7 @@ import numpy as np
 from jaxlora.data import tables
 from jaxlora.data.raw_examples import TextExample, is_blank, sentences, to_array
 from jaxlora.data.tables import Columns
-from jaxlora.serving.answers import show_labels
+from jaxlora.serving.answers import name_labels
 from jaxlora.serving.predict_table import choose_texts
 from jaxlora.serving.predictor import Predictor
 from jaxlora.serving.task_models import TaskModel
@@ -36,8 +36,8 @@ class Mistake(NamedTuple):
     line: int
     id: str
     texts: tuple[str, ...]
-    label: str
-    prediction: str
+    label: str | tuple[str, ...]
+    prediction: str | tuple[str, ...]
     confidence: float | None
 
 
@@ -211,7 +211,7 @@ def report(
 def _mistakes(found: Evaluation, rows: Sequence[TextExample]) -> list[Mistake]:
     worst = found.worst()
     labels, predictions = (
-        show_labels(found.task, values[worst]) for values in (found.labels, found.predictions)
+        name_labels(found.task, values[worst]) for values in (found.labels, found.predictions)
     )
     sure = found.badness[worst].tolist() if found.task.classes else [None] * len(worst)
     read = [rows[n] for n in worst]
@@ -219,6 +219,15 @@ def _mistakes(found: Evaluation, rows: Sequence[TextExample]) -> list[Mistake]:
         Mistake(row.line, row.id, tuple(sentences(row, found.task).values()), *told)
         for row, *told in zip(read, labels, predictions, sure, strict=True)
     ]
+
+
+def show_names(label: str | tuple[str, ...], none: str = "") -> str:
+    """Return a class, or those in a set, for reading.
+
+    >>> show_names("a"), show_names(("a", "b")), show_names((), none="–")
+    ('a', 'a, b', '–')
+    """
+    return (label if isinstance(label, str) else ", ".join(label)) or none
 
 
 def to_json(found: Report) -> dict[str, object]:

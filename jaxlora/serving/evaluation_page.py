@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxlora.serving.evaluate_table import Report
+from jaxlora.serving.evaluate_table import Report, show_names
 from jaxlora.tasks.evaluation import Evaluation
 from jaxlora.utils.extras import explained
 
@@ -59,7 +59,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["show"] = show
+    environment.filters |= {"show": show, "names": show_names}
     return environment.get_template(TEMPLATE)
 
 

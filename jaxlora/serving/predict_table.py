@@ -24,10 +24,10 @@ from jaxlora.utils.errors import ConfigError, UserError
 
 PART = 4096  # requests at a time
 FIRST, SECOND = ("sentence1", "sentence", "text"), "sentence2"
-# Of the answers. Delimited text has no column for the probabilities of all classes.
+# Of the answers. Delimited text has no columns for lists and the probabilities of all classes.
 COLUMNS = {
-    "id": str, "task": str, "prediction": float, "label": str, "probability": float,
-    "probabilities": dict, "reason": str,
+    "id": str, "task": str, "prediction": float, "label": str, "labels": list,
+    "probability": float, "probabilities": dict, "reason": str,
 }  # fmt: skip
 
 

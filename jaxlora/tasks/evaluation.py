@@ -17,7 +17,10 @@ from jaxlora.tasks.metrics import Metric
 from jaxlora.tasks.task import Task
 
 RESAMPLES = 1000
+AT_ONCE = 1_000_000  # numbers of rows of resamples at a time: 8 MB
 BINS = 10
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""The numbers of the rows in each resample, `i64[R, E]` → a value of each, `f64[R]`."""
 
 
 class Interval(NamedTuple):
@@ -84,9 +87,18 @@ class Evaluation:
             for name, metric in self.metrics.items()
         }
 
-    def _on(self, metric: Metric) -> Callable[[np.ndarray], float]:
-        """Return a metric as a function of the numbers of some examples."""
-        return lambda numbers: metric.compute(self.predictions[numbers], self.labels[numbers])
+    def _on(self, metric: Metric) -> Statistic:
+        """Return a metric as a function of resamples of the examples.
+
+        Of sets of classes it is computed from sums over the rows of a resample, which are a matrix
+        product: how often each row is in it, times what each row adds. They are whole numbers, so
+        the product is exact.
+        """
+        x, y, totals = self.predictions, self.labels, metric.totals
+        if x.ndim == 2 and totals is not None and np.isfinite(x).all() and np.isfinite(y).all():
+            by_row = totals.by_row(x, y)
+            return lambda numbers: totals.score(count_rows(numbers) @ by_row, len(y))
+        return lambda numbers: np.array([metric.compute(x[one], y[one]) for one in numbers])
 
     def differences(self, other: Evaluation, resamples: int = RESAMPLES) -> dict[str, Interval]:
         """Compute how much higher each metric is than another model's on the same examples.
@@ -99,7 +111,7 @@ class Evaluation:
         if not np.array_equal(self.labels, other.labels):
             raise ValueError("the labels of two evaluations differ")
 
-        def difference(metric: Metric) -> Callable[[np.ndarray], float]:
+        def difference(metric: Metric) -> Statistic:
             mine, theirs = self._on(metric), other._on(metric)
             return lambda numbers: mine(numbers) - theirs(numbers)
 
@@ -192,20 +204,33 @@ class Evaluation:
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float], rows: int, resamples: int = RESAMPLES, seed: int = 0
+    statistic: Statistic, rows: int, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """Compute a statistic and its 95 % percentile interval by resampling rows with replacement.
 
     Args:
-      statistic: of the rows with the given numbers `i64[rows]`.
+      statistic: see `Statistic`.
       rows: how many there are.
-      resamples: number of resamples.
+      resamples: number of resamples; at most `AT_ONCE` numbers of rows are drawn at a time.
       seed: of the resamples.
 
-    >>> bootstrap(lambda n: 1.0, rows=5)
+    >>> bootstrap(lambda numbers: np.ones(len(numbers)), rows=5)
     Interval(value=1.0, low=1.0, high=1.0)
     """
-    rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(rows, size=rows)) for _ in range(resamples)]
-    low, high = np.nanquantile(values, [0.025, 0.975])
-    return Interval(statistic(np.arange(rows)), float(low), float(high))
+    rng, part = np.random.default_rng(seed), max(1, AT_ONCE // rows)
+    sizes = [min(part, resamples - done) for done in range(0, resamples, part)]
+    values = [statistic(rng.integers(rows, size=(size, rows))) for size in sizes]
+    low, high = np.nanquantile(np.concatenate(values), [0.025, 0.975])
+    return Interval(float(statistic(np.arange(rows)[None])[0]), float(low), float(high))
+
+
+def count_rows(numbers: np.ndarray) -> np.ndarray:
+    """Return how often each row is in each resample, `i64[R, E]` → `f64[R, E]`.
+
+    >>> count_rows(np.array([[0, 2, 2], [1, 1, 1]])).tolist()
+    [[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]
+    """
+    resamples, rows = numbers.shape
+    cells = numbers + rows * np.arange(resamples)[:, None]
+    counts = np.bincount(cells.ravel(), minlength=resamples * rows)
+    return counts.reshape(resamples, rows).astype(np.float64)

@@ -78,7 +78,8 @@ def micro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 def _count(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Count for each class the true positives, and the predictions and labels together."""
     if x.ndim == 2:
-        return np.sum(x * y, 0), np.sum(x + y, 0)
+        found = _count_by_row(x, y).sum(0)
+        return found[: x.shape[1]], found[x.shape[1] :]
     classes = np.union1d(x, y)
     # `classes` is sorted, so `searchsorted` gives each value the index of its class.
     right, predicted, true = (
@@ -172,6 +173,39 @@ def _defined(*arrays: np.ndarray) -> bool:
     return all(x.size > 0 and not np.isnan(x).any() for x in arrays)
 
 
+class Totals(NamedTuple):
+    """A metric of sets of classes as a function of sums over the rows, for resamples of them.
+
+    Attributes:
+      by_row: `(predictions, labels: f64[E, K]) → f64[E, N]`, what each row adds to the sums.
+      score: `(sums: f64[R, N], E) → f64[R]`, the metric of R resamples of E rows each.
+    """
+
+    by_row: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    score: Callable[[np.ndarray, int], np.ndarray]
+
+
+def _count_by_row(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return `f64[E, 2 K]`: true positives, and then predictions and labels together."""
+    return np.concatenate([x * y, x + y], axis=1)
+
+
+def _sum_by_row(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return `f64[E, 2]`: the counts of a row over all classes."""
+    return _count_by_row(x, y).reshape(len(x), 2, -1).sum(-1)
+
+
+def _equal_by_row(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return `f64[E, 1]`: whether a set is right as a whole."""
+    return (x == y).all(-1, keepdims=True).astype(np.float64)
+
+
+def _mean_f1(sums: np.ndarray, rows: int) -> np.ndarray:
+    """Compute the mean over the classes of `2 TP / (2 TP + FP + FN)`, 0 for one in no row."""
+    right, either = np.split(sums, 2, axis=1)
+    return np.asarray(np.mean(2 * right / np.where(either > 0, either, 1), 1))
+
+
 class Metric(NamedTuple):
     """A metric.
 
@@ -179,19 +213,23 @@ class Metric(NamedTuple):
       title: its name in tables and messages.
       compute: `(predictions, labels) → score`.
       greater: whether greater is better.
+      totals: of sets of classes, the same from sums over the rows; None: it fits no sets.
     """
 
     title: str
     compute: Callable[[np.ndarray, np.ndarray], float]
     greater: bool = True
+    totals: Totals | None = None
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric("accuracy", accuracy),
+    "accuracy": Metric(
+        "accuracy", accuracy, totals=Totals(_equal_by_row, lambda sums, rows: sums[:, 0] / rows)
+    ),
     "balanced_accuracy": Metric("balanced accuracy", balanced_accuracy),
     "f1": Metric("F1", f1),
-    "macro_f1": Metric("macro F1", macro_f1),
-    "micro_f1": Metric("micro F1", micro_f1),
+    "macro_f1": Metric("macro F1", macro_f1, totals=Totals(_count_by_row, _mean_f1)),
+    "micro_f1": Metric("micro F1", micro_f1, totals=Totals(_sum_by_row, _mean_f1)),
     "mae": Metric("mean absolute error", mean_absolute_error, greater=False),
     "rmse": Metric("root mean squared error", root_mean_squared_error, greater=False),
     "pearson": Metric("Pearson r", pearson),

@@ -423,6 +423,8 @@ def check_names(names: tuple[str, ...], delimiter: str) -> None:
     """
     if not delimiter or any(c in '"\r\n' for c in delimiter):
         raise ValueError(f"label_delimiter: {delimiter!r} cannot separate names; take one like '|'")
+    if not all(map(str.strip, names)):
+        raise ValueError("classes: a name is blank")
     if odd := [name for name in names if delimiter in name]:
         raise ValueError(
             f"label_delimiter: {delimiter!r} is in the name {odd[0]!r}; choose another"

@@ -144,6 +144,11 @@ def _kinds(tree: Tree) -> list[tuple[tuple[int, ...], str]]:
     return sorted((tuple(x.shape), str(x.dtype)) for x in jax.tree.leaves(tree))
 
 
+def has_state(folder: Path) -> bool:
+    """Return whether there is a sound checkpoint in a folder of `StateCheckpoints`."""
+    return any(path.is_dir() and _fits(path) for path in folder.glob("[0-9]*"))
+
+
 def _prepare(folder: Path) -> list[Path]:
     """Make the folder of the states, or drop the damaged ones in it."""
     files.make(folder.parent.parent)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.serving import finished_run
+from jaxlora.training import setting_names
 from jaxlora.training.inputs import ORDER, data_of, dev_of
+from jaxlora.training.setting_names import NamedSettings
 from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 
-_TASKS = "tasks."
 _NEEDED = {"metrics", "dev", "dev_mean", "test", "parameters", "train_seconds"}
 
 
@@ -23,13 +24,13 @@ class RunRecord:
 
     Attributes:
       folder: the folder.
-      settings: by name; those of tasks as in `tasks.sst.weight`.
+      settings: by the names that one types.
       inputs: name → checksum of what it has read.
       result: the content of `result.json`; empty if the run is not finished.
     """
 
     folder: Path
-    settings: Mapping[str, Any]
+    settings: NamedSettings
     inputs: Mapping[str, str]
     result: Mapping[str, Any]
 
@@ -70,7 +71,7 @@ class Comparison:
 
     Attributes:
       runs: the runs.
-      settings: the settings in which they differ: name → the value of each run, None for none.
+      settings: the settings in which they differ, see `setting_names.find_differences`.
       scores: their scores.
       notes: what must be known to read them.
     """
@@ -90,7 +91,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
     if len(folders) < 2:
         raise UserError("name two runs or more")
     runs = tuple(map(read_run, folders))
-    return Comparison(runs, find_differences(runs), tuple(_score_rows(runs)), tuple(_notes(runs)))
+    differences = setting_names.find_differences([run.settings for run in runs])
+    return Comparison(runs, differences, tuple(_score_rows(runs)), tuple(_notes(runs)))
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -107,43 +109,8 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(
             f"{path}: has no {', '.join(sorted(_NEEDED - result.keys()))}; is it a run's?"
         )
-    return RunRecord(folder, dict(_flatten("", config["settings"])), config["inputs"], result)
-
-
-def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the settings with dotted names; a list of tasks is known by their names.
-
-    >>> dict(_flatten("", {"rank": 4, "tasks": [{"task": {"name": "sst"}, "weight": 1}]}))
-    {'rank': 4, 'tasks.sst.task.name': 'sst', 'tasks.sst.weight': 1}
-    """
-    if isinstance(value, list) and all(isinstance(x, dict) and "task" in x for x in value):
-        value = {spec["task"]["name"]: spec for spec in value}
-    if not isinstance(value, dict):
-        yield prefix, value
-        return
-    for name, part in value.items():
-        yield from _flatten(f"{prefix}.{name}" if prefix else str(name), part)
-
-
-def find_differences(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
-    """Return the settings that are not the same in all runs, with the value of each."""
-    tasks = [_tasks(run) for run in runs]
-    names = dict.fromkeys(
-        name
-        for run in runs
-        for name in run.settings
-        if not name.startswith(_TASKS) or all(name.split(".")[1] in there for there in tasks)
-    )
-    every = {name: tuple(run.settings.get(name) for run in runs) for name in names}
-    # Of a task that some runs lack nothing else is compared.
-    for task in dict.fromkeys(task for there in tasks for task in there):
-        every[_TASKS + task] = tuple("trained" if task in there else None for there in tasks)
-    return {name: values for name, values in every.items() if not _same(values)}
-
-
-def _tasks(run: RunRecord) -> dict[str, None]:
-    """Return the names of a run's tasks, in order."""
-    return dict.fromkeys(name.split(".")[1] for name in run.settings if name.startswith(_TASKS))
+    settings = setting_names.name_settings(setting_names.complete(config["settings"]))
+    return RunRecord(folder, settings, config["inputs"], result)
 
 
 def _same(values: Sequence[Any]) -> bool:

@@ -104,7 +104,7 @@ def run(
         data = inputs.load_data(settings, base)
         if options.strict:
             inputs.refuse_blank(settings, data)
-    start = load_start(settings, base)
+    start = load_start(settings, base) if _needs_start(settings, out) else {}
     checksums = inputs.fingerprints(base, data, settings.loop.seed) | fingerprints(start)
     run_folder.check_same_inputs(out, checksums)
     callback.summary(inputs.summarize_run(settings, out, base, data, devices))
@@ -120,12 +120,25 @@ def run(
         return run_folder.read_json(out / finished_run.RESULT)
 
 
+def _states_of(out: Path, groups: Groups) -> Path:
+    """Return the folder with the states of groups that train in one step."""
+    return out / run_folder.STATES / group_name([group_name(names) for names in groups])
+
+
+def _needs_start(settings: Settings, out: Path) -> bool:
+    """Return whether a start is asked for, and some groups have no state that came from it."""
+    if settings.model.start_from is None or (out / finished_run.RESULT).exists():
+        return False
+    return not all(checkpoint.has_state(_states_of(out, groups)) for groups in settings.cohorts)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RunContext:
     """What a run works on, where and how.
 
     Attributes:
       checksums: of the base, the data and the start.
+      start: what groups begin with; empty if they begin afresh, or go on from their states.
     """
 
     settings: Settings
@@ -155,19 +168,27 @@ def _train_all(context: RunContext, callback: Callback) -> dict[str, Any]:
         saved: dict[Groups, checkpoint.StateCheckpoints] = {}
         steps: dict[str, int] = {}
         for groups in context.settings.cohorts:
-            name = group_name([group_name(names) for names in groups])
-            states = checkpoint.StateCheckpoints(context.out / run_folder.STATES / name)
+            folder = _states_of(context.out, groups)
+            states = checkpoint.StateCheckpoints(folder)
             saved[groups] = stack.enter_context(contextlib.closing(states))
+            _check_start(context, states)
             own = {name: planned[name] for name in map(group_name, groups)}
             taken = JointOrder((), tuple(own.values())).taken(states.latest_step())
             steps |= zip(own, taken, strict=True)
             for path in states.dropped:
                 callback.note(
                     f"{path} was damaged, or not written to its end, and is left out; "
-                    f"{name} goes on from step {states.latest_step()}"
+                    f"{folder.name} goes on from step {states.latest_step()}"
                 )
         log = stack.enter_context(contextlib.closing(MetricsLog(context.out, steps)))
         return _train_cohorts(context, saved, log, callback)
+
+
+def _check_start(context: RunContext, states: checkpoint.StateCheckpoints) -> None:
+    """Refuse to begin afresh where a start was asked for and the state is gone meanwhile."""
+    asked = context.settings.model.start_from
+    if asked is not None and not context.start and not states.latest_step():
+        raise UserError(f"{context.out}: its states have changed just now; go on once more")
 
 
 def _train_cohorts(

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxlora.formats.fingerprint import INPUTS, note_partial
 from jaxlora.serving.finished_run import CONFIG, RESULT, read_config
-from jaxlora.training.config import Settings
+from jaxlora.training import setting_names
 from jaxlora.training.inputs import DEV_SET
 from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import ConfigError, UserError
@@ -63,34 +63,38 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
         raise ConfigError(
             "out", "holds another run; go on with `resume=True`, or name another folder", out
         )
-    old = read_config(out)["settings"]
-    with contextlib.suppress(UserError):  # what cannot be understood is compared as it stands
-        old = Settings.from_json(old).to_json()  # has the fields that earlier versions had not
-    for name in settings:
-        had, has = _compared(name, old.get(name)), _compared(name, settings[name])
-        if had != has:
-            place, had, has = _difference(f"`{name}`", had, has)
-            remedy = "resume it with the same settings, or name another folder"
-            if name in LONGER and (out / RESULT).exists():
-                remedy = f"it is finished; train on in another folder with `start_from={out}`"
-            raise ConfigError("out", f"its run has {place} {had!r}, not {has!r}; {remedy}", out)
+    _check_settings(out, read_config(out)["settings"], settings)
 
 
-def _difference(place: str, old: Any, new: Any) -> tuple[str, Any, Any]:
-    """Find the first part in which two settings differ: where it is, and both values.
+def _check_settings(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse to resume a run with other settings.
 
-    >>> _difference("`tasks`", [{"table": {"id": "a"}}], [{"table": {"id": "b"}}])
-    ('`tasks` 1 table id', 'a', 'b')
+    Raises:
+      ConfigError: naming each setting that differs in a line of its own.
     """
-    parts: list[tuple[Any, Any, Any]] = []
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = [(name, old.get(name), new.get(name)) for name in new | old]
-    elif isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
-        parts = [(number, *pair) for number, pair in enumerate(zip(old, new, strict=True), 1)]
-    for name, a, b in parts:
-        if a != b:
-            return _difference(f"{place} {name}", a, b)
-    return place, old, new
+    old = setting_names.complete(old)
+    had, has = ({name: _compared(name, one.get(name)) for name in new} for one in (old, new))
+    changed = [name for name in new if had[name] != has[name]]
+    if not changed:
+        return
+    remedy = "resume it with the same settings, or name another folder"
+    if set(changed) <= set(LONGER) and (out / RESULT).exists():
+        remedy = f"it is finished; train on in another folder with `start_from={out}`"
+    lines = _list_differences(had, has) or [f"  {name}" for name in changed]
+    raise ConfigError("out", "\n".join([f"its run has other settings; {remedy}:", *lines]), out)
+
+
+def _list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return a line for each setting in which two runs differ, with both values."""
+    both = [setting_names.name_settings(one) for one in (old, new)]
+    return [
+        f"  {f'`{name}`' if name.isidentifier() else name}: {_shown(had)} there, {_shown(has)} here"
+        for name, (had, has) in setting_names.find_differences(both).items()
+    ]
+
+
+def _shown(value: Any) -> str:
+    return setting_names.show(value) or "nothing"
 
 
 def _compared(name: str, value: Any) -> Any:
@@ -102,7 +106,7 @@ def _compared(name: str, value: Any) -> Any:
     if name in ("data_dir", "base"):
         return None
     if name == "start_from":
-        return value is not None
+        return None if value is None else "a bank"
     if name != "tasks" or not isinstance(value, list):
         return value
     return [_untitled(task) if isinstance(task, dict) else task for task in value]

@@ -8,6 +8,7 @@ import pytest
 
 import jaxlora
 from jaxlora.__main__ import main
+from jaxlora.cli import train
 from jaxlora.cli.flags import bytes_of, flag, with_flags
 from jaxlora.utils.errors import ConfigError, UserError
 
@@ -91,3 +92,21 @@ def test_numbers_of_bytes(text, value):
 def test_what_is_no_number_of_bytes(text):
     with pytest.raises(ConfigError, match=r"`memory`.*: give a number above 0 with a unit"):
         bytes_of("memory", text)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_values_of_tasks_may_stand_anywhere(place):
+    words = ["tickets.csv", "--text", "subject", "--label=topic", "--strict"]
+    words.insert(place if place != 2 else 5, "tickets.kind=binary")  # not inside `--text subject`
+    flags = train.parse(["Anfragen.epochs=3", *words, "tickets.epoch=9"])
+    assert flags.choice.tasks[0] == "tickets.csv" and flags.choice.text == "subject"
+    given = {"Anfragen.epochs=3", "tickets.kind=binary", "tickets.epoch=9"}
+    assert set(flags.choice.tasks[1:]) == given  # the misspelt one is refused by its name later
+    assert flags.options.strict and flags.folder.name == "tickets"
+
+
+@pytest.mark.parametrize("out", ["a/x.epochs=3", "--out=x.epochs=3"])
+def test_folders_are_no_values_of_tasks(out):
+    words = ["--out", out] if out.startswith("a/") else [out]
+    flags = train.parse(["tickets.csv", *words])
+    assert (flags.choice.tasks, flags.out.name) == (("tickets.csv",), "x.epochs=3")

@@ -370,13 +370,20 @@ def test_the_error_for_missing_datasets_names_the_extra(tmp_path, monkeypatch):
 
 # --- what is written
 
-KINDS = {"id": str, "prediction": float, "label": str, "probabilities": dict, "reason": str}
+KINDS = {
+    "id": str, "prediction": float, "label": str, "labels": list, "probabilities": dict,
+    "reason": str,
+}  # fmt: skip
 ANSWERS = [
     {"id": 'a, "b"', "prediction": 1, "label": "日本", "probabilities": {"x": 0.25, "日本": 0.75}},
     {"id": "line\nbreak", "prediction": 2.5, "label": None, "probabilities": None},
     {"id": "", "prediction": None, "label": None, "probabilities": None},
 ]
-ANSWERS = [{**one, "reason": "" if one["prediction"] else "blank"} for one in ANSWERS]
+SETS = (["a", "日本"], [], None)
+ANSWERS = [
+    {**one, "labels": labels, "reason": "" if one["prediction"] else "blank"}
+    for one, labels in zip(ANSWERS, SETS, strict=True)
+]
 CELLS = [
     ["id", "prediction", "label", "reason"], ['a, "b"', "1", "日本", ""],
     ["line\nbreak", "2.5000", "", ""], ["", "", "", "blank"],
@@ -409,7 +416,8 @@ def test_answers_in_parquet_have_types(tmp_path):
     write(tmp_path / "o.parquet")
     table = pq.read_table(tmp_path / "o.parquet")
     kinds = [kind for kind in table.schema.types if not pa.types.is_map(kind)]
-    assert kinds == [pa.string(), pa.float64(), pa.string(), pa.string()]
+    names = pa.list_(pa.string())
+    assert kinds == [pa.string(), pa.float64(), pa.string(), names, pa.string()]
     found = [{**row, "probabilities": row["probabilities"] and dict(row["probabilities"])}
              for row in table.to_pylist()]  # fmt: skip
     assert found == ANSWERS

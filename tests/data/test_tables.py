@@ -392,7 +392,8 @@ def test_a_blank_request_has_a_reason_instead_of_an_answer(echo, tmp_path):
     predict_file(echo, path, tmp_path / "o.jsonl", None)
     found = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert found[1] == {
-        "id": "2", "task": "sst", "prediction": None, "label": None, "probability": None,
+        "id": "2", "task": "sst", "prediction": None, "label": None,
+        "labels": None, "probability": None,
         "probabilities": None, "reason": "sentence blank",
     }  # fmt: skip
     (tmp_path / "o.jsonl").unlink()

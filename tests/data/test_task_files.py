@@ -158,7 +158,7 @@ def test_what_a_file_leaves_open_is_found_in_the_data(folder):
     (price,) = read_tasks([write(folder, PRICE.replace("range = [-10, 90.5]", ""))])
     assert (price.task.low, price.task.high) == (-10, 60)
     with pytest.raises(
-        UserError, match=r"topic-train.csv: column 'what': label 'sport' is not a n"
+        UserError, match=r"topic-train.csv:2: column 'what': label 'sport' is not a n"
     ):
         read_tasks([write(folder, kind.replace("classification", "regression"))])
 

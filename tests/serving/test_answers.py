@@ -6,6 +6,7 @@ import json
 import random
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from tiny import Silent
 
@@ -155,7 +156,7 @@ def test_answers_and_tables_of_sets(made, call):
         p = np.array([answer.probabilities[name] for name in task.classes])
         np.testing.assert_array_equal(p > task.thresholds, row > 0)
     (folder / "asked.csv").write_text("\n".join(["text", *asked]) + "\n")
-    for suffix in ("csv", "jsonl"):
+    for suffix in ("csv", "jsonl", "parquet"):
         flags = ("--task", "tags", "--input", folder / "asked.csv")
         code, shown = call("predict", "--bank", folder / "run", *flags,
                            "--output", folder / f"out.{suffix}")  # fmt: skip
@@ -166,6 +167,9 @@ def test_answers_and_tables_of_sets(made, call):
     lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert [line["label"] for line in lines] == [";".join(answer.label) for answer in found]
     assert [line["probabilities"] for line in lines] == [a.probabilities for a in found]
+    columns = pq.read_table(folder / "out.parquet").to_pydict()
+    for labels in ([line["labels"] for line in lines], columns["labels"]):
+        assert labels == [list(answer.label) for answer in found]
 
 
 @pytest.mark.parametrize("name", ["tags", "marks"])
@@ -189,6 +193,8 @@ def test_an_evaluation_of_sets(made, call, name):
     assert found["confusion"] == [] and found["best_threshold"] is None
     assert list(found["thresholds"].values()) == list(predictor.tasks[name].thresholds)
     assert len(found["mistakes"]) == min(20, (truth != guess).any(-1).sum())
+    for one in found["mistakes"]:
+        assert one["label"] == [name for name in WORDS if int(rows[one["line"] - 2][name])]
     code, shown = call("evaluate", folder / "run", *flags[:-1], "--page", folder / "page.html")
     assert code == 0 and "thresholds that it decides with: bug" in shown
     assert "Thresholds" in (folder / "page.html").read_text()

@@ -518,7 +518,7 @@ def test_a_bank_and_a_run_of_the_last_version(runs, three, tmp_path):
     np.testing.assert_array_equal(values(jaxlora.load(run)), values(jaxlora.load(runs / "lora1")))
     now = json.loads((runs / "lora1" / finished_run.CONFIG).read_text())["settings"]
     run_folder.check(run, now, resume=True)
-    with pytest.raises(UserError, match="its run has `seed`"):
+    with pytest.raises(UserError, match=r"other settings.*:\n  `seed`: 0 there, 99 here$"):
         run_folder.check(run, now | {"seed": 99}, resume=True)
 
 

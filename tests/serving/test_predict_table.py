@@ -176,7 +176,8 @@ def test_the_command_prints_one_answer_as_json(tiny, monkeypatch, capsys):
     assert main.main(["predict", "--bank=x", "--task=sts", "ab", "cde", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == {
-        "task": "sts", "prediction": 5.0, "label": None, "probability": None, "probabilities": None,
+        "task": "sts", "prediction": 5.0, "label": None, "labels": None, "probability": None,
+        "probabilities": None,
     }  # fmt: skip
     words = ["predict", "--bank=x", "--input=a.csv", "--output=b.csv", "--json"]
     assert main.main(words) == 2

@@ -1,11 +1,13 @@
 """Evaluations against scikit-learn's definitions, and the promises of bootstrap intervals."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlora.tasks import metrics
+from jaxlora.tasks import evaluation, metrics
 from jaxlora.tasks.evaluation import Evaluation, bootstrap
 from jaxlora.tasks.task import Task
 
@@ -95,7 +97,7 @@ def test_confidence_that_is_as_often_right_as_it_says_is_calibrated():
 
 def test_an_interval_of_a_mean_is_that_of_the_normal_distribution():
     values = np.random.default_rng(1).normal(3, 2, 2000)
-    found = bootstrap(lambda n: values[n].mean(), len(values), 4000)
+    found = bootstrap(lambda n: values[n].mean(-1), len(values), 4000)
     half = 1.96 * values.std() / np.sqrt(len(values))
     assert found.value == values.mean()
     np.testing.assert_allclose(
@@ -169,3 +171,59 @@ def test_the_table_of_sets_is_scikit_learns(seed):
     worst = found.worst(99)
     assert sorted(worst) == np.flatnonzero(wrong).tolist()
     assert (np.diff(found.badness[worst]) <= 0).all()
+
+
+def draw_sets(seed, rows, classes=4):
+    """Sets of classes: the last class occurs nowhere, and some rows have none."""
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((rows, classes)) < np.linspace(0.6, 0, classes)).astype(float)
+    probabilities = np.clip(0.6 * labels + 0.5 * rng.random((rows, classes)), 0, 1)
+    task = Task("t", "multilabel", classes=tuple(map(str, range(classes))))
+    return Evaluation(task, (probabilities > 0.5).astype(float), labels, probabilities)
+
+
+SETS = {
+    "micro F1": lambda y, x: oracle.f1_score(y, x, average="micro", zero_division=0),
+    "macro F1": lambda y, x: oracle.f1_score(y, x, average="macro", zero_division=0),
+    "accuracy": oracle.accuracy_score,
+}
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=SEEDS, rows=st.integers(1, 30), part=st.sampled_from([1, 70, 10**6]))
+def test_resampled_sets_are_a_plain_loop_over_scikit_learn(seed, rows, part):
+    mine, other = draw_sets(seed, rows), draw_sets(seed + 1, rows)
+    other = Evaluation(mine.task, other.predictions, mine.labels, other.probabilities)
+    rng = np.random.default_rng(0)
+    draws = [rng.integers(rows, size=rows) for _ in range(9)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "AT_ONCE", part)
+        scores, apart = mine.scores(9), mine.differences(other, 9)
+    for name, score in SETS.items():
+        a, b = (
+            np.array([score(mine.labels[n], one.predictions[n]) for n in draws])
+            for one in (mine, other)
+        )
+        whole = score(mine.labels, mine.predictions)
+        for found, value, values in (
+            (scores[name], whole, a),
+            (apart[name], whole - score(mine.labels, other.predictions), a - b),
+        ):
+            low, high = np.quantile(values, [0.025, 0.975])
+            np.testing.assert_allclose(found, (value, low, high), atol=1e-12)
+
+
+def test_two_hundred_classes_are_resampled_without_a_loop():
+    """Each resample on its own takes over a minute for these sizes."""
+    found = draw_sets(0, rows=2000, classes=200)
+    begun = time.process_time()
+    scores = found.scores()
+    assert time.process_time() - begun < 10
+    for name, metric in found.metrics.items():
+        assert scores[name].value == metric.compute(found.predictions, found.labels)
+
+
+def test_predictions_that_are_not_numbers_have_no_score():
+    found = draw_sets(0, rows=5)
+    found.predictions[2, 1] = np.nan
+    assert np.isnan(found.scores(9)["micro F1"].value)

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from jaxlora.cli import main
-from jaxlora.training import compare_runs
+from jaxlora.cli.flags import with_flags
+from jaxlora.training import compare_runs, run_folder
+from jaxlora.training.presets import make_settings
 from jaxlora.utils.errors import UserError
 
 
@@ -37,12 +39,12 @@ def rows(found):
     return {(row.split, row.task): (row.values, row.best) for row in found.scores}
 
 
-def test_only_settings_that_differ_are_shown_with_nested_names(tmp_path):
+def test_only_settings_that_differ_are_shown_as_they_are_typed(tmp_path):
     one = write_run(tmp_path / "a", {"spam": 0.5, "mood": 0.25}, rank=8, spam_weight=2.0)
     other = write_run(tmp_path / "b", {"spam": 0.5, "mood": 0.75}, seed=3)
     found = compare_runs.compare((one, other))
     assert found.settings == {
-        "rank": (8, 4), "tasks.spam.weight": (2.0, 1.0), "seed": (None, 3),
+        "rank": (8, 4), "spam.weight": (2.0, 1.0), "seed": (None, 3),
     }  # fmt: skip
     assert found.notes == ()  # the order of examples follows from the seed
     assert rows(found) == {
@@ -104,7 +106,7 @@ def test_of_a_task_that_only_some_runs_have_one_row_is_shown(tmp_path):
     del config["settings"]["tasks"][1]
     (other / "config.json").write_text(json.dumps(config))
     found = compare_runs.compare((one, other))
-    assert found.settings == {"tasks.mood": ("trained", None)}
+    assert found.settings == {"[mood]": ("trained", None)}
 
 
 def test_scores_by_other_metrics_stand_in_rows_of_their_own(tmp_path):
@@ -142,6 +144,7 @@ def test_the_command_prints_whole_columns_and_json(tmp_path, capsys):
     assert main.main(["compare", str(one), str(other)]) == 0
     said = capsys.readouterr().out
     assert str(one) in said and "0.7500 *" in said and "query, value" in said and "1.50M" in said
+    assert "--target-modules" in said
     assert main.main(["compare", str(one), str(other), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["settings"] == {"rank": [16, 4], "target_modules": [["query"], ["query", "value"]]}
@@ -149,3 +152,74 @@ def test_the_command_prints_whole_columns_and_json(tmp_path, capsys):
     assert found["scores"][0]["best"] == [False, True]
     assert main.main(["compare", str(one)]) == 2
     assert "name two runs or more" in capsys.readouterr().err
+
+
+TOML = """
+[spam]
+text = "text"
+label = "label"
+train = "{folder}/t.csv"
+kind = "{kind}"
+classes = ["no", "yes"]
+threshold = {threshold}
+weight = {weight}
+epochs = {epochs}
+"""
+
+
+def settings_of(folder, **fields):
+    fields = {"kind": "binary", "threshold": 0.5, "weight": 1.0, "epochs": 3} | fields
+    own = {name: fields.pop(name) for name in ("rank", "lora_dropout") if name in fields}
+    (folder / "t.csv").write_text("text,label\na,yes\nb,no\n" * 9)
+    (folder / "t.toml").write_text(TOML.format(folder=folder, **fields))
+    return make_settings(tasks=(str(folder / "t.toml"),), **own).to_json()
+
+
+def test_a_run_of_an_earlier_version_differs_only_in_what_was_typed(tmp_path):
+    runs = [write_run(tmp_path / name, {"spam": 0.5}) for name in "ab"]
+    values = settings_of(tmp_path), settings_of(tmp_path, rank=3, threshold='"dev"', epochs=4)
+    for run, settings in zip(runs, values, strict=True):
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | {"settings": settings}))
+    old = json.loads((runs[0] / "config.json").read_text())
+    for name in ("rslora", "lora_dropout", "surgery"):  # which it had not
+        del old["settings"][name]
+    for name in ("pair_encoding", "head", "label_delimiter"):
+        del old["settings"]["tasks"][0]["task"][name]
+    (runs[0] / "config.json").write_text(json.dumps(old))
+    found = compare_runs.compare(runs).settings
+    assert found == {
+        "rank": (8, 3), "alpha": (8.0, 3.0), "spam.threshold": ([0.5], "dev"),
+        "spam.epochs": (3, 4),
+    }  # fmt: skip
+
+
+def test_a_resumed_run_says_what_was_typed_otherwise(tmp_path):
+    run = write_run(tmp_path / "a", None)
+    config = json.loads((run / "config.json").read_text())
+    config["settings"] = settings_of(tmp_path, lora_dropout=0.1)
+    (run / "config.json").write_text(json.dumps(config))
+    run_folder.check(run, config["settings"], resume=True)
+    changed = settings_of(tmp_path, weight=2.0, threshold=0.25, epochs=7)
+    with pytest.raises(UserError) as caught:
+        run_folder.check(run, changed, resume=True)
+    head, *lines = str(caught.value).splitlines()
+    assert "its run has other settings; resume it with the same settings" in head
+    assert sorted(lines) == [
+        "  `lora_dropout`: 0.1 there, 0 here", "  spam.epochs: 3 there, 7 here",
+        "  spam.threshold: 0.5 there, 0.25 here", "  spam.weight: 1 there, 2 here",
+    ]  # fmt: skip
+    assert "\n  --lora-dropout: 0.1 there" in with_flags(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "damage", [{"tasks": 3}, {"tasks": [3, {"task": 4, "own": [5]}]}, {"groups": {"a": 1}}]
+)
+def test_settings_that_are_none_are_compared_as_they_stand(tmp_path, damage):
+    run = write_run(tmp_path / "a", None)
+    config = json.loads((run / "config.json").read_text())
+    config["settings"] = settings_of(tmp_path)
+    (run / "config.json").write_text(json.dumps(config | {"settings": config["settings"] | damage}))
+    with pytest.raises(UserError, match="other settings"):
+        run_folder.check(run, config["settings"], resume=True)
+    assert compare_runs.compare([run, write_run(tmp_path / "b", None)]).settings

@@ -88,5 +88,5 @@ def test_a_run_goes_on_when_only_titles_of_tasks_changed(tmp_path):
     with pytest.raises(UserError, match="`epochs`"):
         run_folder.check(tmp_path, settings | {"epochs": 7}, resume=True)
     other = json.loads(json.dumps(settings).replace('"high": 5.0', '"high": 4.0'))
-    with pytest.raises(UserError, match="`tasks`"):
+    with pytest.raises(UserError, match=r"\n  sts.range: 0, 5 there, 0, 4 here$"):
         run_folder.check(tmp_path, other, resume=True)

@@ -1,10 +1,11 @@
 """Training goes on from the adapters and heads of a bank."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
-from tiny import Silent, leaves_equal
+from tiny import Silent, leaves_equal, trained_trees
 
 from jaxlora.formats import huggingface
 from jaxlora.serving import bank
@@ -54,11 +55,44 @@ def test_a_run_records_its_start_and_is_resumed_with_it_alone(make, trained, tmp
     run.run(settings, tmp_path / "run", Silent())
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert len(config["inputs"]["the start of sst"]) == 64
-    assert run.run(settings, tmp_path / "run", Silent(), RunOptions(resume=True))
-    with pytest.raises(UserError, match=r"its run has `start_from` True, not False"):
+    gone = make("lora1", **FLAGS, start_from=str(tmp_path / "gone"))
+    for one in (settings, gone):  # it is finished
+        assert run.run(one, tmp_path / "run", Silent(), RunOptions(resume=True))
+    with pytest.raises(UserError, match=r"\n  `start_from`: a bank there, nothing here$"):
         run_folder.check(tmp_path / "run", make("lora1", **FLAGS).to_json(), resume=True)
     with pytest.raises(UserError, match="the start of sst changed since"):
         run_folder.check_same_inputs(tmp_path / "run", {"the start of sst": "other"})
+
+
+class EndsAt(Silent):
+    """Ends a run at an evaluation, before its state is saved."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def record(self, record):
+        if (record["kind"], record["step"]) == ("eval", self.step):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_run_that_has_a_state_goes_on_without_its_start(make, trained, tmp_path):
+    start = shutil.copytree(trained, tmp_path / "start")
+    flags = FLAGS | {"max_steps": 6, "eval_every": 2, "start_from": str(start)}
+    settings = make("lora1", **flags)
+    run.run(settings, tmp_path / "whole", Silent())
+    for name, step in (("parts", 4), ("early", 2)):
+        with pytest.raises(KeyboardInterrupt):
+            run.run(settings, tmp_path / name, EndsAt(step))
+    shutil.rmtree(start)
+    went_on = Silent()
+    run.run(settings, tmp_path / "parts", went_on, RunOptions(resume=True))
+    assert went_on.started[:2] == ("sst", 2)
+    leaves_equal(*(trained_trees(tmp_path / name) for name in ("whole", "parts")))
+    run.run(settings, tmp_path / "whole", Silent(), RunOptions(resume=True))  # it is finished
+    with pytest.raises(UserError, match="neither a bank nor a finished run"):
+        run.run(settings, tmp_path / "early", Silent(), RunOptions(resume=True))
 
 
 def test_longer_training_of_a_finished_run_names_the_remedy(make, trained):
