@@ -154,6 +154,13 @@ def copy_rate(size: int = 1 << 28) -> float:
     return 2 * size / interleave({"": lambda: copied(x).block_until_ready()}, 9, 2)[""].low
 
 
+def read_rate(size: int = 1 << 29) -> float:
+    """Measure the bytes per second that are read where nothing is written."""
+    x = jnp.ones(size // 4)
+    summed = jax.jit(jnp.sum)
+    return size / interleave({"": lambda: summed(x).block_until_ready()}, 9, 2)[""].low
+
+
 def against_best(spreads: Mapping[str, Spread]) -> dict[str, Any]:
     """Compare our side, or the best of those whose names begin with `ours`, to the best peer.
 

@@ -68,7 +68,7 @@ def measure(tasks: int, millions: int, rate: float, flags: Flags) -> dict[str, A
     spreads = harness.interleave({"ours": ours, "peer": peer}, flags.rounds, warmups=2)
     ours.close()
     peer.close()
-    floor = 4 * size * (2 * tasks + 1) / rate
+    floor = 4 * size * 2 * tasks / rate
     return {
         "tasks": tasks,
         "M parameters": millions,
@@ -82,7 +82,7 @@ def measure(tasks: int, millions: int, rate: float, flags: Flags) -> dict[str, A
 
 def main(flags: Flags) -> None:
     """Measure all combinations."""
-    rate = harness.copy_rate()
+    rate = harness.read_rate()
     rows = [
         measure(tasks, millions, rate, flags)
         for millions in flags.millions
