@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -32,13 +32,10 @@ from jaxlora.pcgrad import combine, gram, orders, pcgrad, project
 from jaxlora.tasks import task as tasks
 from jaxlora.tasks.sharing import VARIANTS, Adapt, Variant, group_name
 from jaxlora.training.adaptation import EncodeTasks, Frozen, Full, make_adaptation
+from jaxlora.training.config import PaperVariant
 from jaxlora.training.step import GroupStep, make_train_step
 from jaxlora.utils import trees
 
-VariantName = Literal[
-    "baseline1", "baseline2", "baseline3", "baseline4", "lora1", "lora2", "lora3", "lora4"
-]
-PAPERS: tuple[VariantName, ...] = get_args(VariantName)
 TOLERANCE = 1e-4  # relative, of gradients in float32; TF32 would be above it
 RATE = 0.1
 SHAPE, BATCH = packing.Shape(6, 64), 8
@@ -140,7 +137,7 @@ def agree(differences: Sequence[float]) -> bool:
     return all(found <= TOLERANCE for found in differences)
 
 
-def main(base: str = "minilm", variants: tuple[VariantName, ...] = PAPERS) -> bool:
+def main(base: str = "minilm", variants: tuple[PaperVariant, ...] = get_args(PaperVariant)) -> bool:
     """Print the comparison; returns whether both agree.
 
     Args:

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from experiments.report import estimate, facts, results, tables
 from experiments.report.claims import Context, Finding
 from experiments.report.drawing import Drawn
 from experiments.report.facts import Part
 from experiments.report.statistics import Interval, Range, Summary
 from experiments.report.tables import Table
+from jaxlora.utils import pages
 
 TEMPLATE = "report.html.j2"
 MARKS = {"reproduced": "✓", "not reproduced": "✕", "not decidable": "?", "not run": "○"}
@@ -28,13 +27,7 @@ def html(
     command: str,
 ) -> str:
     """Render the page."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = pages.environment(Path(__file__).parent)
     environment.filters |= {"show": tables.show, "sort_key": sort_key, "slug": slug}
     return environment.get_template(TEMPLATE).render(
         about=facts.about(context.collection),

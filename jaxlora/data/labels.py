@@ -47,7 +47,7 @@ class FoundLabels:
 
 
 class WrongLabelError(ValueError):
-    """A label that is none.
+    """Error for one label that cannot be right.
 
     Attributes:
       label: as written.

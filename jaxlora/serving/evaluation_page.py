@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxlora.serving.evaluate_table import Report, show_names
 from jaxlora.tasks.evaluation import Evaluation
-from jaxlora.utils.extras import explained
+from jaxlora.utils import pages
 
-with explained():
+if TYPE_CHECKING:
     import jinja2
 
 TEMPLATE = "evaluation_page.html.j2"
@@ -52,13 +52,7 @@ def page(parts: Sequence[tuple[Report, Evaluation]], title: str = "") -> str:
 
 @functools.cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = pages.environment(Path(__file__).parent)
     environment.filters |= {"show": show, "names": show_names}
     return environment.get_template(TEMPLATE)
 

@@ -27,9 +27,10 @@ from jaxlora.utils.bounds import Bound
 from jaxlora.utils.errors import ConfigError, UserError
 from jaxlora.utils.schema import build
 
-VariantName = Literal[
-    "baseline1", "baseline2", "baseline3", "baseline4", "lora1", "lora2", "lora3", "lora4", "own"
-]  # fmt: skip
+PaperVariant = Literal[
+    "baseline1", "baseline2", "baseline3", "baseline4", "lora1", "lora2", "lora3", "lora4"
+]
+VariantName = Literal[PaperVariant, "own"]
 PresetName = Literal["demo", "cs224n", "paper", "own"]
 Source = Literal["demo", "cs224n", "official", "files"]
 Pooling = Literal["cls", "mean"]
