@@ -102,8 +102,10 @@ def test_run_writes_everything(make, tmp_path, variant, groups):
 
 
 def test_a_run_without_jinja_has_no_page(make, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "jaxlora.serving.evaluation_page", raising=False)
-    monkeypatch.delattr("jaxlora.serving.evaluation_page", raising=False)
+    # What imports Jinja, which an earlier test of this process may have imported.
+    for package, module in (("serving", "evaluation_page"), ("utils", "pages")):
+        monkeypatch.delitem(sys.modules, f"jaxlora.{package}.{module}", raising=False)
+        monkeypatch.delattr(f"jaxlora.{package}.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     callback = Silent()
     train.run(make("baseline1", max_steps=1, only=("sst",)), tmp_path / "run", callback)
