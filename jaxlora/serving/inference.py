@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,23 +14,13 @@ import numpy as np
 from jaxlora.data import packing
 from jaxlora.data.tokenized import Examples
 from jaxlora.nn import heads
-from jaxlora.nn.encode import PackedTokens
+from jaxlora.serving import chunks
 from jaxlora.tasks.kinds import LabelForm
 from jaxlora.tasks.task import Task
 from jaxlora.utils.trees import Tree
 
-ROWS = 16  # rows of a chunk: enough to keep the device busy, few enough for little padding
-SHORT_ROWS = (32, 64)  # lengths of rows for a few sentences, besides the longest
-FEW_ROWS = (1, 4, 8, ROWS)
 MOST_FREQUENT = 32  # classes of a set that is answered to every example, to compare with
 PART_SIZES = (16, 256, 4096)  # examples that a head takes at a time, padded
-MIN_TOKENS = 2  # [CLS], [SEP]: a word of characters that BERT drops leaves nothing between
-
-# Tokens that share an adapter where several are served together, and what an encoder takes then,
-# as a multiple of its time with one: short blocks gather the factors more often, long ones are
-# padded more. Reckoned from the matmuls of a MiniLM layer with four adapters of rank 16 on CPU (of
-# 4 tokens each it would be 1.4).
-BLOCKS = {8: 1.1, 32: 1.01}
 
 EncodeRows = Callable[..., jax.Array]
 
@@ -42,15 +32,17 @@ def encode(
     examples: Examples,
     max_length: int,
     owner: np.ndarray | None = None,
+    few_programs: bool = False,
 ) -> np.ndarray:
     """Encode all sentences of some examples.
 
     Args:
       encode_rows: from `encode.make_encode`, or with an owner from `encode.make_mixed_encode`.
       frozen, trainable: the model's collections.
-      examples: any number of them; a few take a small program, many one program in turn.
-      max_length: row length; no sentence is longer.
+      examples: any number of them.
+      max_length: length of the longest rows; no sentence is longer.
       owner: `i64[sentences]`, which adapter of `trainable` each sentence uses.
+      few_programs: see `chunks.chunks`.
 
     Returns:
       `f32[sentences, H]`, in the order of `examples`' sentences.
@@ -61,89 +53,13 @@ def encode(
     if not len(examples):
         raise ValueError("nothing to encode")
     parts, numbers = [], []
-    for chunk, rows, *owners in chunks(examples, max_length, owner):
+    for chunk, rows, *owners in chunks.chunks(examples, max_length, owner, few_programs):
         parts.append(np.asarray(encode_rows(frozen, trainable, rows, *owners))[: len(chunk)])
         numbers.append(chunk)
     vectors = np.concatenate(parts)
     out = np.empty_like(vectors)
     out[np.concatenate(numbers)] = vectors
     return out
-
-
-def chunks(
-    examples: Examples, max_length: int, owner: np.ndarray | None = None
-) -> Iterator[tuple[Any, ...]]:
-    """Pack sentences into chunks of one shape.
-
-    Yields:
-      Numbers of sentences, their rows, and with an owner `i32[R, S / block]`, that of each block.
-    """
-    shape, where, block = _layout(examples.lengths, max_length, owner)
-    slots = -(-shape.tokens // MIN_TOKENS)
-    order = np.argsort(where.row, kind="stable")
-    starts = np.arange(0, where.rows, shape.rows)
-    parts = np.split(order, np.searchsorted(where.row[order], starts[1:]))
-    for first, numbers in zip(starts, parts, strict=True):
-        sentences = [examples.sentence(n) for n in numbers]
-        mine = packing.Placement(where.row[numbers] - first, where.start[numbers], shape.rows)
-        types = None if examples.types is None else examples.types_of(numbers)
-        rows = packing.fill(sentences, range(len(numbers)), slots, shape, mine, types)
-        yield numbers, rows, *([] if owner is None else [_owners(owner[numbers], rows, block)])
-
-
-def _layout(
-    lengths: np.ndarray, max_length: int, owner: np.ndarray | None
-) -> tuple[packing.Shape, packing.Placement, int]:
-    """Choose the shape of chunks, each sentence's place, and the tokens of a block."""
-    if owner is None or (owner == owner[0]).all():
-        shape = chunk_shape(lengths, max_length)
-        return shape, packing.place(lengths, shape.length), shape.length
-    found = []
-    for block, factor in BLOCKS.items():
-        place = packing.by_owner(owner, block)
-        shape = chunk_shape(lengths, _whole_blocks(max_length, block), place)
-        where = place(lengths, shape.length)
-        cost = factor * shape.cost * -(-where.rows // shape.rows)
-        found.append((cost, shape, where, block))
-    return min(found, key=lambda one: one[0])[1:]
-
-
-def _owners(owner: np.ndarray, rows: PackedTokens, block: int) -> np.ndarray:
-    """Return the owner of each block of packed rows; padding has the first of all."""
-    blocks = rows.segment_ids.reshape(len(rows.segment_ids), -1, block).max(-1)
-    return np.where(blocks > 0, owner[blocks - 1], owner[0]).astype(np.int32)
-
-
-def chunk_shape(
-    lengths: np.ndarray, max_length: int, place: packing.Place = packing.place
-) -> packing.Shape:
-    """Return the cheapest small shape that holds all sentences, or else a full chunk's.
-
-    Small shapes have 1, 4, 8 or 16 rows, so that there are few programs.
-
-    >>> chunk_shape(np.array([12]), 128), chunk_shape(np.array([12] * 1000), 128)
-    (Shape(rows=1, length=32), Shape(rows=16, length=128))
-    """
-    full = packing.Shape(ROWS, max_length)
-    if lengths.sum() > full.tokens:
-        return full
-    needed = {n: place(lengths, n).rows for n in row_lengths(max_length) if lengths.max() <= n}
-    small = [
-        packing.Shape(rows, length)
-        for length, least in needed.items()
-        for rows in FEW_ROWS
-        if rows >= least
-    ]
-    return min(small, key=lambda shape: shape.cost, default=full)
-
-
-def row_lengths(max_length: int) -> list[int]:
-    """Return the lengths that rows may have, the longest last.
-
-    >>> row_lengths(128), row_lengths(48)
-    ([32, 64, 128], [32, 48])
-    """
-    return sorted({n for n in (*SHORT_ROWS, max_length) if n <= max_length})
 
 
 def warm(
@@ -163,23 +79,10 @@ def warm(
     """
     kinds: list[list[Any] | None] = [None, []] if typed else [None]
     for types in kinds:
-        for shape, block in sorted(_shapes(max_length, owners > 1)):
-            slots = -(-shape.tokens // MIN_TOKENS)
-            rows = packing.fill([], [], slots, shape, types=types)
+        for shape, block in sorted(chunks.every_shape(max_length, owners > 1)):
+            rows = packing.fill([], [], chunks.slots(shape), shape, types=types)
             blocks = np.zeros((shape.rows, shape.length // block), np.int32)
             encode_rows(frozen, trainable, rows, *([blocks] if owners else []))
-
-
-def _shapes(max_length: int, mixed: bool) -> set[tuple[packing.Shape, int]]:
-    """Return the shapes that chunks may have, each with the tokens of a block."""
-    lengths = [(n, n) for n in row_lengths(max_length)]  # all sentences have one owner
-    for block in BLOCKS if mixed else ():
-        lengths += [(n, block) for n in row_lengths(_whole_blocks(max_length, block))]
-    return {(packing.Shape(rows, n), block) for n, block in lengths for rows in FEW_ROWS}
-
-
-def _whole_blocks(length: int, block: int) -> int:
-    return -(-length // block) * block
 
 
 def outputs(

@@ -250,11 +250,11 @@ class Predictor:
     def warm(self) -> None:
         """Compile all that a later call can need, so that none waits for it.
 
-        Compiled are the encoder at every shape of packed rows (1, 4, 8 or 16 rows of up to three
-        lengths) for calls to one adapter and to several, for the frozen base and for whole
-        encoders; heads, predictions and probabilities of each form of task that there is, 16, 256
-        and 4,096 examples at a time. Places on the device are made for all adapters, as far as
-        `memory` allows, since programs depend on their number. One tree of each kind is read.
+        Compiled are the encoder at every shape of packed rows (see `serving.chunks`) for calls to
+        one adapter and to several, for the frozen base and for whole encoders; heads, predictions
+        and probabilities of each form of task that there is, 16, 256 and 4,096 examples at a time.
+        Places on the device are made for all adapters, as far as `memory` allows, since programs
+        depend on their number. One tree of each kind is read.
         JAX keeps the programs on the disk if it has a folder for them
         (`jax_compilation_cache_dir`); then the next process is warm in less time.
 

