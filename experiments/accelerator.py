@@ -1,20 +1,22 @@
 """Check an accelerator against the CPU: `python experiments/accelerator.py [--base minilm]`.
 
-Runs PCGrad and two train steps of every variant on JAX's default device and on the CPU, from the
-same numbers, without dropout, and prints how far the gradients of the second step differ and how
-long a step takes. Steps are plain SGD: AdamW's first steps are the signs of gradients, which
-rounding turns around where a gradient is nearly zero. Needs neither data nor TFDS nor Grain. Exits
-1 if a difference is above its tolerance.
+Runs PCGrad, two train steps of every variant and requests to many adapters on JAX's default device
+and on the CPU, from the same numbers, without dropout, and prints how far the gradients of the
+second step and the sentence vectors differ, and how long a step or a call takes. Steps are plain
+SGD: AdamW's first steps are the signs of gradients, which rounding turns around where a gradient is
+nearly zero. Needs neither data nor TFDS nor Grain. Exits 1 if a difference is above its tolerance.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
@@ -25,10 +27,12 @@ from jaxlora import lora
 from jaxlora.cli.flags import exit_code
 from jaxlora.data import packing
 from jaxlora.data.batches import Batch
+from jaxlora.data.tokenized import Examples
 from jaxlora.formats import huggingface
 from jaxlora.nn import bert
-from jaxlora.nn.encode import Encode
+from jaxlora.nn.encode import Encode, encoder, make_mixed_encode
 from jaxlora.pcgrad import combine, gram, orders, pcgrad, project
+from jaxlora.serving import inference
 from jaxlora.tasks import task as tasks
 from jaxlora.tasks.sharing import VARIANTS, Adapt, Variant, group_name
 from jaxlora.training.adaptation import EncodeTasks, Frozen, Full, make_adaptation
@@ -39,6 +43,7 @@ from jaxlora.utils import trees
 TOLERANCE = 1e-4  # relative, of gradients in float32; TF32 would be above it
 RATE = 0.1
 SHAPE, BATCH = packing.Shape(6, 64), 8
+REQUESTS = 256
 
 
 def pcgrad_difference(devices: list[jax.Device], sizes: tuple[int, ...]) -> float:
@@ -132,33 +137,75 @@ def two_steps(
     return grads, float(np.median(seconds))
 
 
+def serve(
+    base: huggingface.Pretrained, adapters: int, device: jax.Device
+) -> tuple[np.ndarray, float]:
+    """The vectors of sentences that use so many adapters in turn, and seconds a call takes."""
+    rng, config = np.random.default_rng(0), lora.LoraConfig()
+    sentences = [rng.integers(1, base.config.vocab_size, n) for n in rng.integers(5, 20, REQUESTS)]
+    examples = Examples(
+        np.arange(REQUESTS).astype(str),
+        np.concatenate(sentences).astype(np.int32),
+        np.cumsum([0, *map(len, sentences)]),
+        np.zeros(REQUESTS, np.float32),
+        1,
+    )
+    like = bert.unstack_layers(lora.init(jax.random.key(0), base.params, config))
+    stack = jax.tree.map(lambda x: 0.05 * rng.standard_normal((adapters, *x.shape), "f4"), like)
+    encode = make_mixed_encode(encoder(base.config, jnp.float32, config, "mean"))
+    with jax.default_device(device):
+        frozen = {"params": bert.matmul_ready(base.params, jnp.float32)}
+        call = functools.partial(
+            inference.encode, encode, frozen, jax.device_put(stack, device), examples,
+            base.config.max_length, np.arange(REQUESTS) % adapters,
+        )  # fmt: skip
+        vectors, seconds = call(), []
+        for _ in range(5):
+            began = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - began)
+    return vectors, float(np.median(seconds))
+
+
 def agree(differences: Sequence[float]) -> bool:
     """Whether none is above the tolerance, and none is NaN."""
     return all(found <= TOLERANCE for found in differences)
 
 
-def main(base: str = "minilm", variants: tuple[PaperVariant, ...] = get_args(PaperVariant)) -> bool:
+def main(
+    base: str = "minilm",
+    variants: tuple[PaperVariant, ...] = get_args(PaperVariant),
+    adapters: tuple[int, ...] = (1, 8, 64, 512),
+) -> bool:
     """Print the comparison; returns whether both agree.
 
     Args:
       base: minilm, a local Hugging Face folder, or a hub id.
       variants: the paper's variants whose steps are compared.
+      adapters: in how many adapters 256 requests are answered.
     """
     loaded = huggingface.load(base)
     device, cpu = jax.devices()[0], jax.devices("cpu")[0]
     table = Table(title=f"{device.device_kind} against cpu")
-    for column in ("", "difference", "ms a step", "ms on cpu"):
+    for column in ("", "difference", "ms", "ms on cpu"):
         table.add_column(column, justify="right")
     sizes = (trees.count(bert.param_shapes(loaded.config)) // 2, 1000, 7)
     differences = [pcgrad_difference([device, cpu], sizes)]
     table.add_row(f"pcgrad, 3 × {sum(sizes):,}", f"{differences[0]:.1e}")
-    for variant in (VARIANTS[name] for name in variants):
-        (there, fast), (here, slow) = (two_steps(variant, loaded, d) for d in (device, cpu))
+    compared: dict[str, Callable[[jax.Device], tuple[Any, float]]] = {
+        f"a step of {name}": functools.partial(two_steps, VARIANTS[name], loaded)
+        for name in variants
+    }
+    compared |= {
+        f"{REQUESTS} requests, {count} adapters": functools.partial(serve, loaded, count)
+        for count in adapters
+    }
+    for name, run in compared.items():
+        (there, fast), (here, slow) = (run(d) for d in (device, cpu))
         differences.append(
             float(np.max([difference(x, y) for x, y in zip(there, here, strict=True)]))
         )
-        times = (f"{1e3 * fast:.1f}", f"{1e3 * slow:.1f}")
-        table.add_row(variant.name, f"{differences[-1]:.1e}", *times)
+        table.add_row(name, f"{differences[-1]:.1e}", f"{1e3 * fast:.1f}", f"{1e3 * slow:.1f}")
     Console().print(table)
     return agree(differences)
 

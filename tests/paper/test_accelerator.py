@@ -53,6 +53,40 @@ def test_rounding_is_below_the_tolerance_and_tf32_above_it(tiny, name):
     assert accelerator.agree(near) and not accelerator.agree(far)
 
 
+@pytest.mark.parametrize("adapters", [1, 8, 40])
+def test_the_vectors_of_every_adapter_are_compared(tiny, adapters):
+    """In float32 they agree with weights that differ by rounding; in TF32 they would not."""
+
+    def vectors(change):
+        base = dataclasses.replace(tiny, params=jax.tree.map(change, tiny.params))
+        return accelerator.serve(base, adapters, jax.devices("cpu")[0])[0]
+
+    exact = vectors(np.asarray)
+    assert exact.shape == (accelerator.REQUESTS, tiny.config.hidden_size)
+    assert len(np.unique(exact, axis=0)) == accelerator.REQUESTS
+    near, far = vectors(lambda x: np.float32(x * (1 + 1e-7))), vectors(round_to_tf32)
+    assert accelerator.agree([accelerator.difference(near, exact)])
+    assert not accelerator.agree([accelerator.difference(far, exact)])
+
+
+def test_what_differs_is_printed_and_makes_the_verdict(monkeypatch, capsys, tiny):
+    """As on a device that computes something else."""
+    monkeypatch.setattr(accelerator.huggingface, "load", lambda _: tiny)
+    chosen = {"variants": ("lora3",), "adapters": (3,)}
+    assert accelerator.main(**chosen)
+    shown = capsys.readouterr().out
+    assert "a step of lora3" in shown and "256 requests, 3 adapters" in shown
+    serve, calls = accelerator.serve, []
+
+    def changed(*args):
+        vectors, seconds = serve(*args)
+        calls.append(args)
+        return vectors * (1 + 1e-3 * len(calls)), seconds
+
+    monkeypatch.setattr(accelerator, "serve", changed)
+    assert not accelerator.main(**chosen)
+
+
 @pytest.mark.parametrize(("agree", "code"), [(True, 0), (False, 1)])
 def test_the_exit_code_is_1_if_the_accelerator_disagrees(monkeypatch, agree, code):
     monkeypatch.setattr(accelerator, "main", lambda: agree)
