@@ -26,6 +26,7 @@ BENCHES = (
     *QUICK,
     ("", "step --variants lora1 baseline2 --batch-sizes 8 --dtypes bfloat16"),
     ("", "step --variants baseline2 --batch-sizes 32 --dtypes float32 --steps 1"),
+    ("families", "families --rounds 5"),
     ("memory", "memory"),
     ("share", "share --dtypes float32 --rounds 3 --steps 5"),
     ("pcgrad", "pcgrad --limit 200"),

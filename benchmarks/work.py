@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxlora.data.batches import Batch
 from jaxlora.data.tokenized import Examples
+from jaxlora.formats import families
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.tasks.task import Task, paper_tasks
 from jaxlora.training import sharding
@@ -161,7 +162,9 @@ class Ours(Steps):
     """Build our side: the groups of a variant."""
 
     def __init__(self, work: Work, base: Pretrained) -> None:
-        data, chosen, mesh = make_data(work, base), work.settings, sharding.make_mesh("data=1")
+        data, mesh = make_data(work, base), sharding.make_mesh("data=1")
+        own = families.localise(work.settings.lora, base.config)
+        chosen = dataclasses.replace(work.settings, lora=own)
         made = [make_cohort(chosen, base, data, groups, mesh) for groups in chosen.cohorts]
         super().__init__([_with_head_dropout(cohort, work.dropout) for cohort in made])
 

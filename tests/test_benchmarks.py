@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import floor, harness, predict, results, step
+from benchmarks import families, floor, harness, predict, results, step
 from benchmarks.work import TASKS, Ours, Work, make_examples, real_tokens
+from jaxlora.nn import bert
 
 # Of the real files (MiniLM's tokenizer): tokens of a sentence at 25, 50, 75, 95 and 99 %, and the
 # mean of the longest one of a batch of 32 examples.
@@ -204,6 +205,25 @@ def test_results_join_the_rows_of_a_title_in_the_order_of_the_readme(tmp_path):
     table = [x for x in (tmp_path / "R.md").read_text().splitlines() if x.startswith("|")]
     assert table[0] == "| variant | batch | dtype | ours ms | flat ms |"
     assert [line.split(" | ")[0] for line in table[2:]] == ["| lora3", "| baseline2"]
+
+
+@pytest.mark.parametrize("family", families.Flags().families)
+def test_families_are_as_large_as_the_base(family, tiny):
+    made = families.make_base(tiny, family)
+    assert made.config.model_type == family
+    for name in families.SIZES:
+        assert getattr(made.config, name) == getattr(tiny.config, name)
+    shapes = jax.tree.map(np.shape, made.params)
+    assert shapes == jax.tree.map(np.shape, bert.param_shapes(made.config))
+
+
+@pytest.mark.slow
+def test_every_family_takes_steps(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(families.huggingface, "load", lambda _: tiny)
+    families.main(families.Flags(rounds=1, out=tmp_path))
+    (rows,) = [json.loads(path.read_text())["rows"] for path in tmp_path.glob("*.json")]
+    assert [row["family"] for row in rows] == list(families.Flags().families)
+    assert rows[0]["× bert"] == 1 and all(row["ms"]["median"] > 0 for row in rows)
 
 
 def test_several_steps_in_one_program_are_several_steps(tiny):
