@@ -154,7 +154,6 @@ def _cover(
     return Chunks(numbers, where, min(covers, key=_cost), length if block == 1 else block)
 
 
-@functools.lru_cache(1 << 12)
 def _cheapest(rows: int, sizes: tuple[int, ...], length: int) -> tuple[Shape, ...]:
     """Cover some rows with chunks of these sizes at the least cost.
 
@@ -162,12 +161,16 @@ def _cheapest(rows: int, sizes: tuple[int, ...], length: int) -> tuple[Shape, ..
     [16, 4, 1]
     """
     whole, rest = divmod(rows, sizes[-1])
-    if whole:
-        return (Shape(sizes[-1], length),) * whole + _cheapest(rest, sizes, length)
+    return (Shape(sizes[-1], length),) * whole + _cheapest_below(rest, sizes, length)
+
+
+@functools.lru_cache(1 << 12)
+def _cheapest_below(rows: int, sizes: tuple[int, ...], length: int) -> tuple[Shape, ...]:
+    """Do the same for fewer rows than the largest chunk's, by trying each size first."""
     if not rows:
         return ()
     covers = [
-        (Shape(size, length), *_cheapest(max(rows - size, 0), sizes, length))
+        (Shape(size, length), *_cheapest_below(max(rows - size, 0), sizes, length))
         for size in reversed(sizes)
     ]
     return min(covers, key=_cost)
