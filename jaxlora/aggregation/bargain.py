@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxlora.aggregation.qp import ridge, solve_definite
 
 _HALVINGS = 24
-_MOST_STEPS = 60
+_MOST_STEPS = 200
 
 
 class _Point(NamedTuple):
@@ -25,8 +25,9 @@ def solve_bargain(C: jax.Array, beta: jax.Array, p: float) -> jax.Array:
 
     It is the minimum of the convex `½ zᵀ C z − Σ β ∫ z^(−1/p)`. With `z = z₀ (1 + η)` the system is
     `(Z C Z + diag(r)/p) η = r − z ∘ C z`, `r = β z^(1 − 1/p)`, whose condition is good however bad
-    that of C is. Of the steps 1, ½, ¼, … the one with the smallest slope is taken; near the
-    minimum, where slopes are rounding errors, the whole step, until steps no longer shrink.
+    that of C is. Of the steps 1, ½, ¼, … the one with the smallest slope is taken, or a longer one
+    whose slope is no more than rounding, which small `z` do not show in; near the minimum the whole
+    step, until steps no longer shrink.
 
     Args:
       C: `f32[T, T]`, positive semidefinite with ones on the diagonal.
@@ -50,10 +51,15 @@ def solve_bargain(C: jax.Array, beta: jax.Array, p: float) -> jax.Array:
         eta = scale * solve_definite(scaled, scale * missing)
         tried = z[None, :] * (1 + shares[:, None] * eta[None, :])
         inside = jnp.where(tried > 0, tried, 1)
-        slopes = (inside @ C - beta[None, :] * inside ** (-1 / p)) @ (z * eta)
-        slopes = jnp.where(jnp.all(tried > 0, 1), jnp.abs(slopes), jnp.inf)
+        gains, wanted = inside @ C, beta[None, :] * inside ** (-1 / p)
+        slopes = jnp.abs((gains - wanted) @ (z * eta))
+        rounding = eps * ((inside @ jnp.abs(C) + wanted) @ jnp.abs(z * eta))
+        usable = jnp.all(tried > 0, 1) & jnp.isfinite(slopes) & jnp.isfinite(rounding)
+        least = jnp.min(jnp.where(usable, slopes, jnp.inf))
+        longest = jnp.argmax(usable & (slopes <= jnp.maximum(least, rounding)))
+        longest = jnp.where(jnp.any(usable), longest, _HALVINGS - 1)
         size = jnp.max(jnp.abs(eta))
-        chosen = tried[jnp.where(size < near, 0, jnp.argmin(slopes))]
+        chosen = tried[jnp.where(size < near, 0, longest)]
         return _Point(chosen, s.step + 1, size, (size < s.size) | (size > eps**0.5))
 
     def unfinished(s: _Point) -> jax.Array:

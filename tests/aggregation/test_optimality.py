@@ -134,13 +134,14 @@ def test_the_optimality_conditions_hold(name, num_tasks):
         check(name, 20, num_tasks, condition)
 
 
-@pytest.mark.parametrize("alpha", [0.1, 5.0])
+@pytest.mark.parametrize("alpha", [0.2, 5.0])
 def test_fairness_at_its_limits(alpha):
-    for condition in CONDITIONS[:2]:
-        _, residuals = of_nash(grams(20, 8, condition, 1), methods.fairgrad(alpha), -1 / alpha)
+    """Of hundreds of matrices, since one in fifty needs many steps."""
+    for condition in CONDITIONS:
+        _, residuals = of_nash(grams(400, 8, condition, 1), methods.fairgrad(alpha), -1 / alpha)
         assert residuals.max() <= 1e-5
-    for beyond in (0.05, 10, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=r"alpha must be between 0\.1 and 5"):
+    for beyond in (0.1, 10, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"alpha must be between 0\.2 and 5"):
             methods.fairgrad(beyond)
 
 

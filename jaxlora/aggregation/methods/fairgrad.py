@@ -34,8 +34,8 @@ def fairgrad(alpha: float = 2.0) -> Method:
     Nash-MTL's bargain with an update of length `√T`, and infinity, the best worst gain.
 
     Args:
-      alpha: degree of fairness, from 0.1 to 5. Beyond, weights leave the range of float32: for the
+      alpha: degree of fairness, from 0.2 to 5. Beyond, weights leave the range of float32: for the
         best worst gain itself take `cagrad`.
     """
-    check_range("alpha", alpha, 0.1, 5)
+    check_range("alpha", alpha, 0.2, 5)
     return of_gram("fairgrad", lambda K: fair_weights(K, alpha))
