@@ -8,6 +8,7 @@ from pathlib import Path
 import family_bases
 import notebooks
 import pytest
+from syntax import parse
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -51,8 +52,8 @@ def test_a_notebook_has_the_cells_of_its_script_and_no_output(name):
     notebook = (ROOT / "examples" / f"{name}.ipynb").read_text(encoding="utf-8")
     assert notebook == notebooks.from_script(script)
     cells = notebooks.code_of(notebook)
-    joined = ast.parse("\n".join(cells)).body
-    _, *body = ast.parse(script).body
+    joined = parse("\n".join(cells)).body
+    _, *body = parse(script).body
     assert list(map(ast.dump, joined)) == list(map(ast.dump, body)) and len(cells) > 3
     assert '"outputs": []' in notebook and '"execution_count": null' in notebook
 

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+from syntax import parse
+
 import jaxlora
 
 PACKAGE = Path(jaxlora.__file__).parent
@@ -13,7 +15,7 @@ PAGES = {"aggregate", "pcgrad"}
 
 def lengths(source):
     """Yield the name, the lines, and the lines of the docstring of each function."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0]
             about = 0 if ast.get_docstring(node) is None else first.end_lineno - first.lineno + 1

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from syntax import parse
 
 import jaxlora
 
@@ -41,7 +42,7 @@ MODULES = sorted(
 
 def imports(path):
     """Yield every module that a file imports, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from syntax import parse
 
 import jaxlora
 from jaxlora.__main__ import main
@@ -26,7 +27,7 @@ def library():
 
 def strings(path):
     """All string literals of a module, docstrings and the constant parts of f-strings included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
 
