@@ -8,7 +8,7 @@ def parse(source):
     """Parse source code while no garbage is collected.
 
     A finalizer that prints a traceback, such as that of a failed asyncio task, parses as well, and
-    CPython before 3.11.9 raises a SystemError then (its issue 106905).
+    CPython 3.11.7 raises a SystemError then: "AST constructor recursion depth mismatch".
     """
     enabled = gc.isenabled()
     gc.disable()
