@@ -170,7 +170,7 @@ def memory(folder):
 TRIED = {
     "Other encoders": other_encoders,
     "Other heads": other_heads,
-    "Every model of others": models_of_others,
+    "Every third-party model": models_of_others,
     "Vectors of joint pairs": vectors_of_joint_pairs,
     "Forward-mode differentiation": lambda folder: None,  # test_named_transformations_raise
     "Verdicts from few runs": verdicts,
