@@ -1,8 +1,8 @@
-"""jaxlora: one frozen BERT, many tasks; LoRA and PCGrad as functions over pytrees.
+"""jaxlora: one frozen BERT for many tasks; LoRA and PCGrad as functions over pytrees.
 
-`aggregate`, `per_task_grads`, `pcgrad`, `sum_tasks` and `lora` need jax, numpy and optax only. What
-needs more (`load`, `Predictor`, `Answer`, `from_pretrained`, `SentenceEncoder`) is imported when it
-is first used.
+`aggregate`, `per_task_grads`, `pcgrad`, `sum_tasks` and `lora` need only jax, NumPy and optax. The
+names with more dependencies (`load`, `Predictor`, `Answer`, `from_pretrained`, `SentenceEncoder`)
+are imported on first use.
 """
 
 from importlib import import_module
@@ -25,7 +25,7 @@ __all__ = [
     "aggregation", "from_pretrained", "load", "lora", "pcgrad", "per_task_grads", "sum_tasks",
 ]  # fmt: skip
 
-# Public name → its module, and its name there.
+# Public name → its module and its name in that module.
 _ON_FIRST_USE = {
     "Answer": ("jaxlora.serving.answers", "Answer"),
     "Predictor": ("jaxlora.serving.predictor", "Predictor"),
@@ -36,7 +36,7 @@ _ON_FIRST_USE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used (PEP 562)."""
+    """Import a public name on first use (PEP 562)."""
     if name not in _ON_FIRST_USE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, found = _ON_FIRST_USE[name]
@@ -45,5 +45,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List the public names, those included that are not imported yet."""
+    """List the public names, including those not imported yet."""
     return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""The command `jaxlora`, also as `python -m jaxlora`."""
+"""The command `jaxlora`, also available as `python -m jaxlora`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from jaxlora.utils.extras import MissingExtraError, explained
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command; the console script calls this.
+    """Run the command; this is the console script's entry point.
 
-    It imports the commands only now, so that a missing package is reported in one line.
+    The commands are imported here, so that a missing package is reported in one line.
 
     Args:
-      args: words after the program's name; default: those of the process.
+      args: the command-line arguments; None takes those of the process.
 
     Returns:
       The exit code: 2 for bad input or a missing package, 130 when interrupted.

@@ -1,16 +1,16 @@
 """PCGrad: gradient surgery for tasks that share parameters, as an optax transform.
 
-Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", algorithm 1. Every task's gradient is
-projected onto the normal plane of each gradient it conflicts with (negative dot product), the
-others visited in a fresh random order for each task; the projected gradients are then summed.
+Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", algorithm 1. Each task's gradient is
+projected onto the normal plane of every gradient it conflicts with (negative dot product). Each
+task visits the others in a new random order. The projected gradients are then summed.
 
-It is one of the family `jaxlora.aggregate`, under a name, and with a state, of its own: dot
-products of the gradients, projections on T×T numbers (`project`), a weighted sum of the gradients.
-These are read twice and never flattened, copied or concatenated. There is no epsilon: the result
-scales exactly with the gradients.
+This is `jaxlora.aggregate` with the method `pcgrad` and a smaller state. It computes the dot
+products of the gradients, the projections as T×T coefficients (`project`), and a weighted sum of
+the gradients. The gradients are read twice and never flattened, copied or concatenated. No epsilon
+is added, so the result scales exactly with the gradients.
 
-`jaxlora.pcgrad` is the function `pcgrad`, and `import jaxlora.pcgrad as name` gives it, too; write
-`from jaxlora.pcgrad import gram` for what else is here.
+`jaxlora.pcgrad` is the function `pcgrad`, even after `import jaxlora.pcgrad as name`. Import the
+module's other names with `from jaxlora.pcgrad import gram`.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ __all__ = [
 
 
 class PCGradState(NamedTuple):
-    """State of `pcgrad`, with what the last update saw.
+    """State of `pcgrad`, with statistics of the last update.
 
     Attributes:
-      key: `u32[2]`, raw data of the PRNG key for the next update's orders. Raw, as in optax, so
-        that the state can be saved by anything that saves arrays (flax, NumPy, pickle, Orbax).
-      conflicts: `i32[]`, pairs of tasks whose raw gradients had a negative dot product.
+      key: `u32[2]`, raw data of the PRNG key for the next update's visiting orders. It is raw, as
+        in optax, so that any library that saves arrays can save the state (flax, NumPy, Orbax).
+      conflicts: `i32[]`, number of task pairs whose raw gradients had a negative dot product.
       cosines: `f32[T, T]`, cosines between the raw gradients.
     """
 
@@ -56,35 +56,35 @@ class PCGradState(NamedTuple):
 
 
 def pcgrad(num_tasks: int, seed: int = 0, *, surgery: bool = True) -> optax.GradientTransformation:
-    """Combine per-task gradients by PCGrad; an optax transform to put first in a chain.
+    """Combine per-task gradients by PCGrad; put this optax transform first in a chain.
 
     `update` takes leaves `[num_tasks, ...]` (one gradient per task, for instance from
-    `jax.vmap(jax.grad(loss))` or `jax.jacrev`) and returns leaves `[...]`: the sum of the
-    projected gradients. It only sees what it is given: keep the parameters that belong to one task
-    (heads) away from it, for instance by `optax.partition` with `sum_tasks` for the heads.
-    Call it inside `jax.jit`, as any optax transform. Dot products are float32: gradient norms
+    `per_task_grads` or `jax.vmap(jax.grad(loss))`) and returns leaves `[...]`, the sum of the
+    projected gradients. Pass it only shared parameters: gradients of parameters that belong to one
+    task (heads) would change the norms. `optax.partition` with `sum_tasks` handles the heads. Call
+    it inside `jax.jit`, as any optax transform. Dot products are float32: gradients with norms
     between about 1e-18 and 1e18 are projected, smaller ones are only summed.
 
-    Optax's wrappers: `inject_hyperparams`, `named_chain`, `partition` and `masked` work around it
-    (what `masked` leaves out keeps its task axis: give that to `sum_tasks`). `MultiSteps` around it
-    accumulates each task's gradients and projects their mean once, if its accumulator is given the
-    task axis (see below). `apply_if_finite`, `conditionally_mask`, `conditionally_transform`,
-    `flatten` and `contrib.sam` cannot be around it, since they take gradients that have the
-    shapes of the parameters; put them behind it, `chain(pcgrad(T), apply_if_finite(adamw(…), 5))`.
-    A gradient that is not finite makes the sum so, too.
+    Optax's `inject_hyperparams`, `named_chain`, `partition` and `masked` can wrap it. Leaves that
+    `masked` leaves out keep their task axis; pass those to `sum_tasks`. `MultiSteps` around it
+    accumulates each task's gradients and projects their mean once, if its accumulator gets the task
+    axis (see below). `apply_if_finite`, `conditionally_mask`, `conditionally_transform`, `flatten`
+    and `contrib.sam` cannot wrap it, since they need gradients with the shapes of the parameters;
+    put them after it, as in `chain(pcgrad(T), apply_if_finite(adamw(…), 5))`. A non-finite gradient
+    makes the sum non-finite.
 
     Args:
-      num_tasks: T, the size of every leaf's leading axis; 1 makes it the identity.
+      num_tasks: T, the size of every leaf's leading axis; with 1 the transform is the identity.
       seed: seed of the random visiting orders.
-      surgery: False only sums the gradients, to compare with; the state still has their conflicts
+      surgery: False only sums the gradients, as a baseline; the state still has their conflicts
         and cosines.
 
     Returns:
       An `optax.GradientTransformation` whose state is a `PCGradState`.
 
     Raises:
-      ValueError: if `num_tasks < 1`, or a leaf is not `[num_tasks, ...]` (with `params` given to
-        `update`, also if the rest is not its parameter's shape) or no real floats.
+      ValueError: if `num_tasks < 1`. From `update`: if a leaf is not `[num_tasks, ...]`, or, given
+        `params`, not `[num_tasks, *parameter.shape]`, or if its dtype is not a real float.
 
     >>> tx = optax.chain(pcgrad(num_tasks=2), optax.sgd(1.0))
     >>> state = tx.init({"w": jnp.zeros(2)})
@@ -130,17 +130,17 @@ def _state(state: AggregateState) -> PCGradState:
 
 
 def sum_tasks(num_tasks: int) -> optax.GradientTransformation:
-    """Sum per-task gradients; the optax transform for heads beside `pcgrad`.
+    """Sum per-task gradients; use this optax transform for heads next to `pcgrad`.
 
-    A head's gradient of every other task is zero, so the sum is the gradient of its own task.
-    Without it, leaves that still have the task axis reach `optax.apply_updates`, which broadcasts
-    the parameter to `[num_tasks, ...]` without an error.
+    A head gets a zero gradient from every other task, so the sum is the gradient of its own task.
+    Without this transform, leaves that still have the task axis reach `optax.apply_updates`, which
+    silently broadcasts the parameter to `[num_tasks, ...]`.
 
     Args:
       num_tasks: T, the size of every leaf's leading axis.
 
     Returns:
-      An `optax.GradientTransformation` without a state: leaves `[T, ...]` → `[...]`.
+      A stateless `optax.GradientTransformation`: leaves `[T, ...]` → `[...]`.
 
     Raises:
       ValueError: see `pcgrad`.

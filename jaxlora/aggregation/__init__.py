@@ -1,7 +1,7 @@
-"""Gradients of T tasks → one: a family of aggregators on the T×T matrix of their dot products.
+"""Gradient aggregators: combine the gradients of T tasks into one, by their T×T Gram matrix.
 
-`aggregate` makes the optax transform of any of them; `MEMBERS` lists them, and each is a function
-here that takes the method's own parameters.
+`aggregate` returns the optax transform of any method. `MEMBERS` lists the methods; each is also a
+function of this package that takes the method's parameters.
 """
 
 from jaxlora.aggregation.accumulate import accumulate

@@ -1,4 +1,4 @@
-"""Gradient accumulation that keeps the tasks apart."""
+"""Gradient accumulation with a task axis."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from jaxlora.aggregation.checks import check_number
 def accumulate(
     tx: optax.GradientTransformation, num_tasks: int, steps: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Average each task's gradients over several steps, then let `tx` aggregate once.
+    """Average each task's gradients over several steps, then apply `tx` to the averages once.
 
-    It is `optax.MultiSteps` whose accumulators have the task axis, which by itself it would give
-    the shapes of the parameters. The other order, `chain(aggregate(…), MultiSteps(adamw(…), 4))`,
-    needs nothing special: it aggregates in each step, and averages the results.
+    This is `optax.MultiSteps` with a task axis in its accumulators, which otherwise have the shapes
+    of the parameters. To aggregate in each step and average the results instead, use
+    `chain(aggregate(…), MultiSteps(adamw(…), 4))`.
 
     Args:
       tx: a transform that begins with `aggregate` or `pcgrad`.
       num_tasks: T.
-      steps: how many.
+      steps: number of steps to accumulate over.
 
     >>> from jaxlora.aggregation import aggregate
     >>> chain = optax.chain(aggregate("sum", num_tasks=2), optax.sgd(1.0))

@@ -16,18 +16,18 @@ _MOST_STEPS = 200
 class _Point(NamedTuple):
     z: jax.Array
     step: jax.Array
-    size: jax.Array  # of the last step, relative
+    size: jax.Array  # relative size of the last step
     shrinks: jax.Array
 
 
 def solve_bargain(C: jax.Array, beta: jax.Array, p: float) -> jax.Array:
-    """Return the `z > 0` with `C z = β z^(−1/p)`, `f32[T]`, by Newton's method.
+    """Solve `C z = β z^(−1/p)` for `z > 0`, `f32[T]`, by Newton's method.
 
-    It is the minimum of the convex `½ zᵀ C z − Σ β ∫ z^(−1/p)`. With `z = z₀ (1 + η)` the system is
-    `(Z C Z + diag(r)/p) η = r − z ∘ C z`, `r = β z^(1 − 1/p)`, whose condition is good however bad
-    that of C is. Of the steps 1, ½, ¼, … the one with the smallest slope is taken, or a longer one
-    whose slope is no more than rounding, which small `z` do not show in; near the minimum the whole
-    step, until steps no longer shrink.
+    The solution minimizes the convex `½ zᵀ C z − Σ β ∫ z^(−1/p)`. With `z = z₀ (1 + η)` each step
+    solves `(Z C Z + diag(r)/p) η = r − z ∘ C z`, `r = β z^(1 − 1/p)`, which is well conditioned
+    even if C is not. Of the step lengths 1, ½, ¼, … the line search takes the one with the smallest
+    slope, or the longest whose slope is within rounding errors. Near the minimum it takes full
+    steps until they no longer shrink.
 
     Args:
       C: `f32[T, T]`, positive semidefinite with ones on the diagonal.
@@ -39,14 +39,14 @@ def solve_bargain(C: jax.Array, beta: jax.Array, p: float) -> jax.Array:
     """
     C = ridge(C)
     eps = jnp.finfo(C.dtype).eps
-    near = 0.5 * p / (p + 1)  # the smaller, the faster z^(−1/p) curves
+    near = 0.5 * p / (p + 1)  # smaller where z^(−1/p) curves faster
     shares = jnp.ldexp(jnp.ones(_HALVINGS, C.dtype), -jnp.arange(_HALVINGS))
 
     def newton(s: _Point) -> _Point:
         z, target = s.z, beta * s.z ** (1 - 1 / p)
         missing = target - z * (C @ z)
         H = z[:, None] * C * z[None, :] + jnp.diag(target / p)
-        scale = jax.lax.rsqrt(jnp.diag(H))  # to ones on the diagonal
+        scale = jax.lax.rsqrt(jnp.diag(H))  # scales the diagonal to ones
         scaled = scale[:, None] * H * scale[None, :]
         eta = scale * solve_definite(scaled, scale * missing)
         tried = z[None, :] * (1 + shares[:, None] * eta[None, :])

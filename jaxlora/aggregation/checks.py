@@ -1,4 +1,4 @@
-"""What is refused of per-task gradients, before anything is computed."""
+"""Validation of per-task gradients, before anything is computed."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from jaxlora.utils.trees import Tree, names
 
 
 def check_number(num_tasks: int) -> None:
-    """Refuse a number of tasks below one.
-
-    Raises:
-      ValueError: if it is.
-    """
+    """Raise a ValueError if the number of tasks is below one."""
     if num_tasks < 1:
         raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
 
 
 def check_task_axis(who: str, num_tasks: int, grads: Tree, params: Tree | None) -> None:
-    """Refuse leaves that are not `[num_tasks, *shape of the parameter]`, as far as it is known.
+    """Check that leaves are real floats of shape `[num_tasks, *shape of the parameter]`.
+
+    Trailing axes are checked only if `params` has the same leaves as `grads`.
 
     Raises:
-      ValueError: names the transform, the leaf and the remedy.
+      ValueError: if not; the message names the transform, the leaf and the remedy.
     """
     stacked = [jnp.shape(x) for x in jax.tree.leaves(grads)]
     shapes = [shape[1:] for shape in stacked]

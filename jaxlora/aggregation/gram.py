@@ -1,4 +1,4 @@
-"""The Gram matrix of per-task gradients, and weighted sums of them.
+"""The Gram matrix and weighted sums of per-task gradients.
 
 Gradients are pytrees with a leading task axis, leaves `[T, ...]`. They are read twice (dot
 products, weighted sum) and never flattened, copied or concatenated.
@@ -15,12 +15,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxlora.utils.trees import Tree
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_CHUNK = 1 << 16  # numbers of each task in a matmul on CPU
-_FEW = 4  # tasks; a matmul of so few rows takes longer than a dot product of each pair
+_CHUNK = 1 << 16  # elements of each task's gradient in one matmul on CPU
+_FEW = 4  # up to so many tasks, a dot product of each pair is faster than a matmul
 
 
 def gram(grads: Tree) -> jax.Array:
-    """Dot products of all pairs of gradients, summed over leaves in float32.
+    """Compute the dot products of all pairs of gradients, summed over leaves in float32.
 
     Args:
       grads: leaves `[T, ...]`, any float dtype; float64 is summed in float64.
@@ -43,10 +43,11 @@ def gram(grads: Tree) -> jax.Array:
 
 
 def _many(g: jax.Array) -> jax.Array:
-    """Dot products of many tasks' gradients, `[T, ...]` → `f32[T, T]`, by matmuls.
+    """Compute the dot products of many tasks' gradients by matmuls: `[T, ...]` → `f32[T, T]`.
 
-    On one CPU XLA's matmul of few long rows is far from the speed of memory; of chunks that fit the
-    cache it is near. Elsewhere flattening would gather leaves whose parts lie on several devices.
+    On one CPU device, XLA's matmul of a few long rows is far below memory bandwidth, and matmuls of
+    chunks that fit into the cache are close to it. With several devices, flattening would gather
+    sharded leaves.
     """
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
     if not alone or _everywhere(g) or g.size < 2 * _CHUNK * len(g):
@@ -63,7 +64,7 @@ def _many(g: jax.Array) -> jax.Array:
 
 
 def _dots(x: jax.Array, y: jax.Array, axes: range) -> jax.Array:
-    # Flattening first would gather leaves whose parts lie on several devices.
+    # Flattening first would gather sharded leaves.
     contract = (tuple(axes), tuple(axes))
     return jax.lax.dot_general(
         x, y, (contract, ((), ())), precision=_HIGHEST, preferred_element_type=_sum_type(x),
@@ -76,15 +77,15 @@ def _sum_type(x: jax.Array) -> jnp.dtype:
 
 
 def _everywhere(x: jax.Array) -> NamedSharding | None:
-    """Return the sharding of what all devices hold; None if shardings are not part of types."""
+    """Return the replicated sharding, or None if shardings are not part of types."""
     mesh = jax.typeof(x).sharding.mesh
     return NamedSharding(mesh, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else None
 
 
 def combine(grads: Tree, weights: jax.Array) -> Tree:
-    """Weighted sum over the task axis: leaves `[T, ...]`, `weights: f32[T]` → leaves `[...]`.
+    """Compute the weighted sum over the task axis: leaves `[T, ...]`, `f32[T]` → leaves `[...]`.
 
-    Summed in float32 and returned in each leaf's own dtype.
+    Sums are float32; each leaf is returned in its own dtype.
 
     >>> combine({"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, jnp.array([1.0, 0.5]))["w"].tolist()
     [2.5, 4.0]
@@ -93,15 +94,15 @@ def combine(grads: Tree, weights: jax.Array) -> Tree:
 
 
 def weighted_sum(g: jax.Array, weights: jax.Array, tasks: Iterable[int]) -> jax.Array:
-    """Weighted sum of some of a leaf's tasks: `[T, ...]`, `f32[T]` → `[...]`."""
+    """Compute the weighted sum of a subset of a leaf's tasks: `[T, ...]`, `f32[T]` → `[...]`."""
     dtype = _sum_type(g)
-    # A chain of sums is one pass over memory; XLA's matmul for so few rows is not on CPU.
+    # A chain of sums is one pass over memory; on CPU, XLA's matmul of so few rows is not.
     parts = [weights[t].astype(dtype) * g[t].astype(dtype) for t in tasks]
     return jnp.asarray(sum(parts[1:], parts[0])).astype(g.dtype)
 
 
 def norms(K: jax.Array) -> jax.Array:
-    """Norms of the gradients, `f32[T]`.
+    """Compute the norms of the gradients, `f32[T]`.
 
     >>> norms(jnp.array([[4.0, -2.0], [-2.0, 9.0]])).tolist()
     [2.0, 3.0]
@@ -110,12 +111,12 @@ def norms(K: jax.Array) -> jax.Array:
 
 
 def inverse_norms(K: jax.Array) -> jax.Array:
-    """One over the norms of the gradients, `f32[T]`; 0 for a zero gradient."""
+    """Compute the inverse norms of the gradients, `f32[T]`; 0 for a zero gradient."""
     return jnp.where(jnp.diag(K) > 0, jax.lax.rsqrt(jnp.diag(K)), 0)
 
 
 def cosines(K: jax.Array) -> jax.Array:
-    """Cosine between every pair of gradients, `f32[T, T]`; 0 where a gradient is zero.
+    """Compute the cosines between all pairs of gradients, `f32[T, T]`; 0 for a zero gradient.
 
     >>> cosines(jnp.array([[4.0, -2.0], [-2.0, 4.0]])).tolist()
     [[1.0, -0.5], [-0.5, 1.0]]

@@ -1,8 +1,8 @@
-"""What a gradient aggregator is, and the registry of them.
+"""The interface of a gradient aggregator, and the registry of aggregators.
 
-A member of the family is a function of its parameters that returns a `Method`. `@member` puts it
-into `MEMBERS` with its source and what it promises; `aggregate`, the tests, the benchmark and the
-table in the documentation read that registry, so a new member is written in one file.
+A member of the registry is a function of the method's parameters that returns a `Method`. `@member`
+adds it to `MEMBERS` with its source and its promises. `aggregate`, the tests, the benchmark and the
+table in the documentation read that registry, so one file defines a new method.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ PROMISES: dict[Promise, str] = {
     "stationary": "where positive weights sum the gradients to zero, the update is zero",
     "unit": "one task alone gets its own gradient",
 }
-"""What a member may promise; a common suite of tests holds each member to it."""
+"""Properties that a member can promise and their meanings; the tests check each promise."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A rule that turns what is known of T gradients into T weights.
+    """A rule that computes T weights from the Gram matrix or the losses of T tasks.
 
     Attributes:
-      name: for messages.
-      init: `(num_tasks, part) → state`, any pytree of arrays; parts of a tree that have weights of
-        their own are numbered, so that random methods differ between them.
-      weights: `(K, losses, state) → (weights, state)`, with `K: f32[T, T]` the Gram matrix,
-        `losses: f32[T]`, or None if they were not given, and `weights: f32[T]`.
+      name: name for messages.
+      init: `(num_tasks, part) → state`, where the state is any pytree of arrays. `part` numbers the
+        parts of a tree that have separate weights, so that random methods differ between them.
+      weights: `(K, losses, state) → (weights, state)`, with the Gram matrix `K: f32[T, T]`,
+        `losses: f32[T]` (None unless `needs_losses`), and `weights: f32[T]`.
       needs_losses: whether `losses` must be given.
-      every_step: whether it must see each step, so that its weights cannot be reused.
+      every_step: whether it must be called in each step, so that its weights cannot be reused.
     """
 
     name: str
@@ -60,8 +60,8 @@ class Member(NamedTuple):
     """An entry of the registry.
 
     Attributes:
-      make: function of the method's parameters.
-      source: paper.
+      make: function of the method's parameters that returns the `Method`.
+      source: the paper that introduced the method.
       promises: keys of `PROMISES`.
     """
 
@@ -77,7 +77,7 @@ MEMBERS: dict[str, Member] = {}
 def member(
     source: str, *promises: Promise
 ) -> Callable[[Callable[Parameters, Method]], Callable[Parameters, Method]]:
-    """Register a function that makes a method under its own name."""
+    """Return a decorator that adds a function returning a `Method` to `MEMBERS` under its name."""
 
     def register(make: Callable[Parameters, Method]) -> Callable[Parameters, Method]:
         MEMBERS[make.__name__] = Member(make, source, frozenset(promises))
@@ -89,10 +89,10 @@ def member(
 def preference_of(
     preference: Sequence[float] | None, num_tasks: int, default: float = 1.0
 ) -> jax.Array:
-    """Return a preference for each task, `f32[T]`; without one, `default` for each.
+    """Return the preference as `f32[T]`; if it is None, `default` for each task.
 
     Raises:
-      ValueError: if it has not T entries.
+      ValueError: if it does not have T entries.
     """
     if preference is None:
         return jnp.full(num_tasks, default, dtype=float)
@@ -102,25 +102,21 @@ def preference_of(
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Refuse a parameter that is not between two numbers.
-
-    Raises:
-      ValueError: names the parameter.
-    """
+    """Raise a ValueError that names the parameter if it is not between `low` and `high`."""
     if not low <= value <= high:
         raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value!r}")
 
 
 def raw_key(seed: int, part: int = 0) -> jax.Array:
-    """Return raw data of a PRNG key, `u32[2]`, so that anything that saves arrays can save it."""
+    """Return the raw data of a PRNG key, `u32[2]`, which can be saved like any other array."""
     key = jax.random.key(seed, impl=RANDOM)
     return jax.random.key_data(jax.random.fold_in(key, part) if part else key)
 
 
 def split_raw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Split raw key data: the raw data for the next step, and a typed key for this one."""
+    """Split raw key data into raw data for the next step and a typed key for this one."""
     after, now = jax.random.split(jax.random.wrap_key_data(key, impl=RANDOM))
     return jax.random.key_data(after), now
 
 
-RANDOM = "threefry2x32"  # fixed, so that raw key data means the same under any JAX setting
+RANDOM = "threefry2x32"  # fixed, so that raw key data does not depend on JAX's settings

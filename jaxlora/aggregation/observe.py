@@ -1,4 +1,4 @@
-"""What an aggregator saw, for a logger."""
+"""Statistics of an aggregator's last update, for logging."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ import jax.numpy as jnp
 def metrics(
     state: Any, tasks: Sequence[str] | None = None, parts: Sequence[str] | None = None
 ) -> dict[str, jax.Array]:
-    """Return what the last update saw as a flat dict of scalars; call it inside or outside of jit.
+    """Return the statistics of the last update as a flat dict of scalars, inside or outside of jit.
 
     Args:
-      state: of `aggregate` or `pcgrad`, or of anything around one of them, such as a chain.
-      tasks: their names; numbers if not given.
-      parts: names of the parts (`part_names`), if each has weights of its own; numbers if not
-        given.
+      state: state of `aggregate` or `pcgrad`, or of a transform that contains one, such as a chain.
+      tasks: names of the tasks; numbers if not given.
+      parts: names of the parts (see `part_names`) if `per` is not `"tree"`; numbers if not given.
 
     Returns:
-      `conflicts`, `weight/TASK`, `norm/TASK` and `cosine/TASK+TASK`, each after `PART/` if there
-      are parts. A state of `pcgrad` has no weights and norms.
+      `conflicts`, `weight/TASK`, `norm/TASK` and `cosine/TASK+TASK`, each prefixed by `PART/` if
+      there are parts. A state of `pcgrad` has no weights and norms.
 
     Raises:
-      ValueError: if there is not exactly one such state.
+      ValueError: if `state` does not contain exactly one aggregator's state.
 
     >>> import optax
     >>> from jaxlora.aggregation import aggregate

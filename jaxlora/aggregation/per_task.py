@@ -1,4 +1,4 @@
-"""The gradient of each task with respect to what all share."""
+"""The gradient of each task with respect to the shared parameters."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ def per_task_grads(
     *,
     has_aux: bool = False,
 ) -> tuple[Any, Tree, Any]:
-    """Compute each task's loss, its gradient of the trunk and its gradient of its own head.
+    """Compute each task's loss and its gradients with respect to the trunk and to its own head.
 
-    Two ways, by what `loss_fns` is:
+    `loss_fns` is one of:
 
-    * a function for each task, each with a batch of its own: one backward pass each through its own
-      batch, then stacked.
-    * one function that returns all losses, `f32[T]`, of a batch they share: one forward pass, and T
-      unit vectors pulled back together.
+    * a function for each task, each with its own batch: one backward pass per task through that
+      task's batch.
+    * one function that returns the losses of all tasks on a shared batch, `f32[T]`: one forward
+      pass, then T unit vectors pulled back together.
 
-    Call it inside `jax.jit`, where it is one program with the update.
+    Call it inside `jax.jit`, so that it compiles into one program with the update.
 
     Args:
-      loss_fns: functions `(trunk, head, batch) → loss`, in a sequence, or by task name; or one
+      loss_fns: a sequence or a dict by task name of functions `(trunk, head, batch) → loss`; or one
         function `(trunk, heads, batch) → losses`.
-      trunk: what tasks share, a pytree of arrays.
-      heads: a pytree for each task, in a sequence, or by the same names; or any pytree for one
-        function. None or `{}` where there are none.
-      batches: a batch for each task, likewise; or the one batch of one function.
-      has_aux: whether losses come with something else, `(loss, aux)`; then the first result is
-        `(losses, aux)`, with a list or dict of aux as `loss_fns` is one.
+      trunk: the shared parameters, a pytree of arrays.
+      heads: a sequence or dict of one pytree per task; any pytree if `loss_fns` is one function.
+        None if there are no heads (with one function, also `{}`).
+      batches: a sequence or dict of one batch per task; one batch if `loss_fns` is one function.
+      has_aux: whether the functions return `(loss, aux)`. The first result is then
+        `(losses, aux)`, where aux is a sequence or dict like `loss_fns`.
 
     Returns:
       The losses, `f32[T]`; the trunk's gradients, leaves `[T, ...]`, for `aggregate`; the gradients
-      of the heads, as `heads`.
+      of the heads, structured like `heads`.
 
     Raises:
-      ValueError: if the names or numbers of functions, heads and batches differ.
+      ValueError: if the tasks of `loss_fns`, `heads` and `batches` differ, or if one function does
+        not return losses `[T]`.
 
     >>> def loss(trunk, head, x):
     ...     return jnp.sum(trunk["w"] * x) * head
@@ -71,10 +72,9 @@ def _own_batches(
     batches: Any,
     has_aux: bool,
 ) -> tuple[Any, Tree, Any]:
-    """Differentiate each task's loss by a pass of its own.
+    """Differentiate each task's loss in a separate backward pass.
 
-    `jax.jacrev` of the stacked losses would pull each task's unit vector back through the batches
-    of all.
+    `jax.jacrev` of the stacked losses would pull each unit vector back through all batches.
     """
     keys = _keys(loss_fns)
     for name, found in (("heads", heads), ("batches", batches)):
@@ -100,7 +100,7 @@ def _keys(tasks: Any) -> list[Any]:
 
 
 def _like(tasks: Any, values: Sequence[Any], keys: Sequence[Any] | None = None) -> Any:
-    """Put values, in the order of keys, into a container like `tasks`."""
+    """Return the values, which are in the order of `keys`, in a container like `tasks`."""
     if isinstance(tasks, Mapping):
         return dict(zip(keys or tasks, values, strict=True))
     return jax.tree.unflatten(jax.tree.structure(tasks, is_leaf=lambda x: x is not tasks), values)
@@ -109,7 +109,7 @@ def _like(tasks: Any, values: Sequence[Any], keys: Sequence[Any] | None = None) 
 def _shared_batch(
     losses_fn: Callable[..., Any], trunk: Tree, heads: Any, batch: Any, has_aux: bool
 ) -> tuple[Any, Tree, Any]:
-    """Differentiate all losses by one forward pass."""
+    """Differentiate all losses after one shared forward pass."""
 
     def losses_of(trunk: Tree, heads: Any) -> Any:
         return losses_fn(trunk, heads, batch)

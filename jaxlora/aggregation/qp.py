@@ -1,4 +1,4 @@
-"""Small quadratic programs inside a compiled step."""
+"""A solver of small quadratic programs for use inside a compiled step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _BLOCK_STEPS = 10
 
 
 def ridge(C: jax.Array) -> jax.Array:
-    """Return `C` with a diagonal a little above its rounding errors, so that it is definite."""
+    """Return `C` plus a multiple of the identity just above its rounding errors: it is definite."""
     T = len(C)
     return C + 2 * T * jnp.finfo(C.dtype).eps * jnp.eye(T, dtype=C.dtype)
 
 
 def solve_definite(A: jax.Array, b: jax.Array) -> jax.Array:
-    """Solve `A x = b` by Cholesky's factors, `f32[T]`; A is positive definite."""
+    """Solve `A x = b` for positive definite A by Cholesky factorization, `f32[T]`."""
     L, x = jnp.linalg.cholesky(A), b[:, None]
     for transposed in (False, True):
         x = jax.lax.linalg.triangular_solve(
@@ -34,12 +34,12 @@ def solve_within(C: jax.Array, inside: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def nonneg_qp(C: jax.Array, q: jax.Array) -> jax.Array:
-    """Return the `y ≥ 0` that minimizes `½ yᵀ C y + qᵀ y`, `f32[T]`.
+    """Minimize `½ yᵀ C y + qᵀ y` over `y ≥ 0`; return the minimizer, `f32[T]`.
 
-    Exact by active sets, in two loops. Block principal pivoting (Kim & Park 2011, "Fast nonnegative
-    matrix factorization", section 4) moves all variables on the wrong side at once, and mostly ends
-    after two to five solves; where it has not ended after ten, Lawson & Hanson's method (1974,
-    chapter 23) moves one variable at a time and ends always.
+    It is exact, by two active-set methods. Block principal pivoting (Kim & Park 2011, "Fast
+    nonnegative matrix factorization", section 4) moves all infeasible variables together and mostly
+    ends after two to five solves. If it has not ended after ten, Lawson & Hanson's method (1974,
+    chapter 23), which moves one variable at a time and always ends, takes over.
 
     Args:
       C: `f32[T, T]`, positive semidefinite with ones (or zeros) on the diagonal.
@@ -54,7 +54,7 @@ def nonneg_qp(C: jax.Array, q: jax.Array) -> jax.Array:
 
 
 def _slopes(C: jax.Array, q: jax.Array, y: jax.Array) -> jax.Array:
-    """Return the objective's gradient at `y`, with what is within rounding errors as zero."""
+    """Return the objective's gradient at `y`; entries within rounding errors are set to zero."""
     slopes = C @ y + q
     noise = len(q) * jnp.finfo(C.dtype).eps * (jnp.abs(C) @ jnp.abs(y) + jnp.abs(q))
     return jnp.where(jnp.abs(slopes) <= noise, 0, slopes)
@@ -68,7 +68,7 @@ class _Block(NamedTuple):
 
 
 def _block_pivoting(C: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the set of positive variables, the point, and whether it is the optimum."""
+    """Return the set of positive variables, the current point, and whether it is the optimum."""
     eps = len(q) * jnp.finfo(C.dtype).eps
 
     def pivot(s: _Block) -> _Block:
@@ -92,7 +92,7 @@ class _Walk(NamedTuple):
 def _lawson_hanson(
     C: jax.Array, q: jax.Array, inside: jax.Array, y: jax.Array, go: jax.Array
 ) -> jax.Array:
-    """Go on from a feasible point, if `go`; each step lowers the objective."""
+    """Continue from a feasible point if `go` is true; each step lowers the objective."""
 
     def walk(s: _Walk) -> _Walk:
         goal = solve_within(C, s.inside, -q)

@@ -1,4 +1,4 @@
-"""Any aggregator as an optax transform: per-task gradients in, one gradient out."""
+"""Gradient aggregators as optax transforms: per-task gradients in, one gradient out."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Per = Literal["tree", "leaf"] | Callable[[str], str]
 
 
 class AggregateState(NamedTuple):
-    """State of `aggregate`, with what the last update saw.
+    """State of `aggregate`, with statistics of the last update.
 
-    With `per` other than `"tree"` all but `updates` have a leading axis of parts, in the order of
-    `part_names`.
+    If `per` is not `"tree"`, all arrays except `updates` have a leading axis of parts, in the order
+    of `part_names`.
 
     Attributes:
-      updates: `i32[]`, updates so far.
-      rules: the method's own state, one for each group.
+      updates: `i32[]`, number of updates so far.
+      rules: the method's state for each group.
       weights: `f32[T]`, the weights of the gradients.
-      conflicts: `i32[]`, pairs of tasks of one group whose gradients had a negative dot product.
+      conflicts: `i32[]`, number of task pairs within a group with a negative dot product.
       cosines: `f32[T, T]`, cosines between the gradients.
       norms: `f32[T]`, norms of the gradients.
     """
@@ -51,30 +51,30 @@ def aggregate(
     every: int = 1,
     ema: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Combine per-task gradients by any method of the family; put it first in an optax chain.
+    """Combine per-task gradients by any registered method; put it first in an optax chain.
 
-    `update` takes leaves `[T, ...]` and returns leaves `[...]`, the weighted sum over tasks; with
-    `groups`, leaves `[K, ...]`, a sum for each group. The weights are computed on the T×T matrix of
-    the gradients' dot products, within the compiled step and on any mesh. No epsilon is added, so
-    the update scales with the gradients. Its kin in optax is
-    `optax.experimental.aggregating.Aggregator`, whose members average. A gradient or loss that is
-    not finite makes the update NaN, and leaves the method's state and the averaged weights as they
-    were.
+    `update` takes leaves `[T, ...]` and returns leaves `[...]`, the weighted sum over tasks. With
+    `groups` it returns leaves `[K, ...]`, a sum for each group. The weights are computed from the
+    T×T matrix of the gradients' dot products, within the compiled step and on any mesh. No epsilon
+    is added to the dot products. The counterpart in optax is
+    `optax.experimental.aggregating.Aggregator`, whose implementations average. A non-finite
+    gradient or loss makes the update NaN and leaves the method's state and the averaged weights
+    unchanged.
 
-    Heads, which belong to one task each, stay away from it: see `sum_tasks` and `per_task_grads`.
+    Do not pass it the gradients of heads, which belong to one task each: see `sum_tasks` and
+    `per_task_grads`.
 
     Args:
-      method: a name in `aggregation.MEMBERS`, or what its function returns, for parameters of its
-        own: `aggregate(aggregation.cagrad(c=0.4), num_tasks=3)`.
+      method: a name in `aggregation.MEMBERS`, or a `Method`, to set the method's parameters:
+        `aggregate(aggregation.cagrad(c=0.4), num_tasks=3)`.
       num_tasks: T, the size of every leaf's leading axis.
-      groups: a partition of the tasks, by number; each group has weights and a sum of its own, as
-        if aggregated alone.
-      per: what has weights of its own: the whole `"tree"`, each `"leaf"`, or each part of the tree,
-        given as a function of a leaf's dotted path to the name of its part.
-      every: compute weights in each n-th update, and reuse them in between, where the gradients are
-        read once instead of twice.
-      ema: how much of the last weights to keep, from 0 to below 1: Zhou et al. 2022, "On the
-        Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond" (CR-MOGM).
+      groups: a partition of the task indices; each group is aggregated separately.
+      per: which parts of the tree have separate weights: the whole `"tree"`, each `"leaf"`, or the
+        parts named by a function from a leaf's dotted path to its part's name.
+      every: compute weights in every n-th update and reuse them in between, which reads the
+        gradients once instead of twice.
+      ema: decay of an exponential moving average of the weights, in [0, 1): Zhou et al. 2022, "On
+        the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond" (CR-MOGM).
 
     Returns:
       An optax transform whose state is an `AggregateState`. Methods that weight by losses take
@@ -82,7 +82,7 @@ def aggregate(
 
     Raises:
       ValueError: for an unknown name or a bad argument; from `update`, if a leaf is not
-        `[T, ...]` or no real float, or if losses are missing.
+        `[T, ...]` or not a real float, or if losses are missing.
 
     >>> tx = optax.chain(aggregate("upgrad", num_tasks=2), optax.sgd(1.0))
     >>> state = tx.init({"w": jnp.zeros(2)})
@@ -99,10 +99,10 @@ def aggregate(
 
 
 def make_method(method: str | Method) -> Method:
-    """Return a method by name, with its defaults.
+    """Return the method of a name, with its default parameters; a `Method` is returned as is.
 
     Raises:
-      ValueError: for an unknown name; lists the known ones.
+      ValueError: for an unknown name; the message lists the known ones.
     """
     if isinstance(method, Method):
         return method
@@ -112,7 +112,7 @@ def make_method(method: str | Method) -> Method:
 
 
 def part_names(tree: Tree, per: Per) -> list[str]:
-    """Return the names of what has weights of its own, in the order of the state's arrays.
+    """Return the names of the parts with separate weights, in the order of the state's arrays.
 
     >>> part_names({"a": {"x": 0, "y": 0}, "b": 0}, lambda path: path.split(".")[0])
     ['a', 'b']
@@ -128,7 +128,7 @@ def _part_of_leaves(tree: Tree, per: Per) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Aggregator:
-    """What `aggregate` was asked for, and the two functions of its transform."""
+    """The arguments of `aggregate`, and the two functions of its transform."""
 
     method: Method
     num_tasks: int
@@ -154,7 +154,7 @@ class _Aggregator:
         return self.groups or (tuple(range(self.num_tasks)),)
 
     def init(self, params: optax.Params) -> AggregateState:
-        """Return the first state; only with parts does it depend on the parameters."""
+        """Return the initial state; it depends on `params` only if there are parts."""
         if self.per == "tree":
             return self._start(0)._replace(updates=jnp.int32(0))
         starts = [self._start(part) for part in range(len(part_names(params, self.per)))]
@@ -179,7 +179,7 @@ class _Aggregator:
         losses: jax.Array | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, AggregateState]:
-        """Return the weighted sums, and the state with what was seen."""
+        """Return the weighted sums and the next state."""
         del extra
         name = f"aggregate({self.method.name!r}, num_tasks={self.num_tasks})"
         check_task_axis(name, self.num_tasks, updates, params)
@@ -216,7 +216,7 @@ class _Aggregator:
             _part_of_leaves(grads, self.per), jax.tree.leaves(grads), strict=True
         ):
             parts.setdefault(part, []).append(leaf)
-        none = jnp.zeros((self.num_tasks, self.num_tasks))  # what a tree without leaves has
+        none = jnp.zeros((self.num_tasks, self.num_tasks))  # the result for a tree without leaves
         if self.per == "tree":
             return none + gram(grads)
         return jnp.stack([none + gram(leaves) for leaves in parts.values()])
@@ -224,7 +224,7 @@ class _Aggregator:
     def _weigh(
         self, K: jax.Array, losses: jax.Array | None, state: AggregateState
     ) -> tuple[jax.Array, AggregateState]:
-        """Return the weights to use and the next state."""
+        """Return the weights of this update and the next state."""
         with jax.default_matmul_precision("highest"):
             if self.per == "tree":
                 return self._weigh_part(K, losses, state)

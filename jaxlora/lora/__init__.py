@@ -1,10 +1,10 @@
-"""LoRA: low-rank adapters as plain pytrees beside frozen parameters.
+"""LoRA: low-rank adapters as plain pytrees, separate from the frozen parameters.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1:
 `W' = W + (alpha / rank) · A B` with `W: [in, out]` (Flax kernels), `A: [in, r]`, `B: [r, out]`.
-An adapter mirrors the parameter tree: where the base has `{"query": {"kernel": W, "bias": b}}`
+An adapter mirrors the parameter tree: where the base has `{"query": {"kernel": W, "bias": b}}`,
 the adapter has `{"query": {"A": A, "B": B}}`. Leading axes (stacked layers) are kept.
-Adapters of several tasks are a dict: task or group → adapter.
+The adapters of several tasks are a dict from task or group to adapter.
 """
 
 from jaxlora.lora.adapter import (

@@ -1,4 +1,4 @@
-"""One adapter: its configuration, its initialization, and merging it into kernels."""
+"""A LoRA adapter: its configuration, initialization, and merging into kernels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class LoraConfig:
         LoRA").
       rank_pattern: `(name, rank)` of modules whose rank differs. If several names match, the
         longest one applies; they are sorted longest first.
-      alpha_pattern: `(name, alpha)`, likewise.
+      alpha_pattern: `(name, alpha)` of modules whose alpha differs, likewise.
       dropout: dropout rate of the adapter's input during training.
 
     Raises:
@@ -134,8 +134,8 @@ def describe(
     """Return the configuration that adapts exactly these modules, with these ranks and alphas.
 
     Args:
-      modules: path → (rank, alpha), not empty. Modules are named by their full paths, so no path
-        may end with another one.
+      modules: path → (rank, alpha), not empty. The configuration names modules by their full
+        paths, so no path may end with another one.
       rslora, dropout: see `LoraConfig`.
 
     >>> config = describe({("self", "query"): (2, 4.0), ("self", "key"): (3, 4.0)})
@@ -157,7 +157,7 @@ def targets(params: Tree, config: LoraConfig) -> dict[Path, jax.Array]:
 
     Args:
       params: a parameter tree, of arrays or of `jax.ShapeDtypeStruct` leaves.
-      config: what to adapt.
+      config: selects the layers.
 
     Raises:
       ConfigError: if a target matches no layer (the message lists the layers), a pattern matches no
@@ -207,12 +207,12 @@ def _check_rank(rank: int, path: Path, kernel: jax.Array) -> None:
 
 
 def init(key: jax.Array, params: Tree, config: LoraConfig) -> Tree:
-    """Initialize an adapter: A uniform in ±1/√in (as in PEFT) and B zero, so nothing changes yet.
+    """Initialize an adapter: A uniform in ±1/√in (as in PEFT), B zero, so it has no effect yet.
 
     Args:
       key: PRNG key.
       params: base parameters, or `jax.ShapeDtypeStruct` leaves; only shapes are read.
-      config: what to adapt, and how.
+      config: configuration of the adapter.
 
     Returns:
       A tree of `f32[..., in, r]` (`A`) and `f32[..., r, out]` (`B`).
@@ -245,10 +245,10 @@ def delta(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
 
 
 def merge(params: Tree, adapter: Tree, config: LoraConfig) -> Tree:
-    """Add an adapter to the kernels: `W + scale · A B`. The result runs without the adapter.
+    """Merge an adapter into the kernels: `W + scale · A B`.
 
     Args:
-      params: base parameters; not changed.
+      params: base parameters; not modified.
       adapter: a tree as `init` returns it.
       config: the adapter's configuration; only ranks and scales are read.
 
@@ -265,7 +265,7 @@ def merge(params: Tree, adapter: Tree, config: LoraConfig) -> Tree:
 
 
 def unmerge(params: Tree, adapter: Tree, config: LoraConfig) -> Tree:
-    """Subtract a merged adapter: `W - scale · A B`, equal to the base up to rounding.
+    """Subtract a merged adapter: `W - scale · A B`, which restores the base up to rounding.
 
     >>> params = {"query": {"kernel": jnp.array([[3.0]])}}
     >>> adapter = {"query": {"A": jnp.array([[2.0]]), "B": jnp.array([[3.0]])}}
@@ -297,7 +297,7 @@ def _fold(
 
 
 def _check_factors(path: Path, a: Any, b: Any, kernel: tuple[int, ...], rank: int) -> None:
-    """Refuse factors that would broadcast, or would be scaled by the wrong rank."""
+    """Reject factors that would broadcast or be scaled by the wrong rank."""
     name = ".".join(path)
     if a is None or b is None:
         raise ValueError(f"the adapter of {name} lacks {'A' if a is None else 'B'}")
@@ -311,10 +311,10 @@ def _check_factors(path: Path, a: Any, b: Any, kernel: tuple[int, ...], rank: in
 
 
 def check_fit(adapter: Tree, config: LoraConfig) -> None:
-    """Refuse an adapter that has a module, or a rank, which its configuration does not say.
+    """Check that an adapter's modules and ranks are those of its configuration.
 
     Raises:
-      ValueError: naming the first such module.
+      ValueError: names the first module that is not.
 
     >>> check_fit({"query": {"A": jnp.zeros((4, 2))}}, LoraConfig(3, target_modules=("query",)))
     Traceback (most recent call last):

@@ -1,9 +1,9 @@
 """Weighted sums of adapters: exact by concatenation, or the nearest adapter of a given rank.
 
-`Σ wᵢ sᵢ Aᵢ Bᵢ = [A₁ … A_T] [w₁ s₁ B₁; …; w_T s_T B_T]`, so the sum of adapters of any ranks, scales
-and layers is one adapter whose rank is the sum of theirs. Its truncated singular value
-decomposition is the nearest adapter of a lower rank (Eckart & Young 1936). PEFT calls the two
-`cat` and `svd`.
+`Σ wᵢ sᵢ Aᵢ Bᵢ = [A₁ … A_T] [w₁ s₁ B₁; …; w_T s_T B_T]`, so the sum of adapters with any ranks,
+scales and layers is one adapter whose rank is the sum of theirs. Its truncated singular value
+decomposition is the nearest adapter of a lower rank (Eckart & Young 1936). In PEFT, these are the
+combination types `cat` and `svd`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
       weights: one weight for each adapter.
 
     Raises:
-      ValueError: if there is no adapter, or not one weight for each.
+      ValueError: if there are no adapters, or the numbers of adapters and weights differ.
 
     >>> from jaxlora.lora import LoraConfig
     >>> a = {"q": {"A": jnp.ones((2, 1)), "B": jnp.ones((1, 2))}}
@@ -55,7 +55,7 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def truncate(adapter: Adapter, rank: int) -> Adapter:
-    """Find the nearest adapter of a given rank: layer by layer, in the Frobenius norm of `s A B`.
+    """Find the nearest adapter of a given rank, for each layer in the Frobenius norm of `s A B`.
 
     Args:
       adapter: tree and configuration.
@@ -93,7 +93,7 @@ def _truncate(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Arr
 
 
 def _exact(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Compute `a @ b` in full float32, also where an accelerator's default is less."""
+    """Compute `a @ b` in full float32, even if the accelerator's default precision is lower."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 

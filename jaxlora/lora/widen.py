@@ -1,7 +1,7 @@
-"""Adapters of different ranks, scales and layers, brought to one shape so that they can be stacked.
+"""Padding of adapters with different ranks, scales and layers to one shape, to stack them.
 
-An adapter of rank r is one of rank R ≥ r whose last rows and columns are zero, and a scale can be
-moved into B: `s · A B = A (s B)`. Neither changes what an adapter computes.
+Zero padding turns an adapter of rank r into one of rank R ≥ r, and a scale can be moved into B:
+`s · A B = A (s B)`. Neither changes what an adapter computes.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from jaxlora.utils.trees import Tree
 
 
 def widen(adapter: Adapter, shapes: Mapping[Path, tuple[int, ...]]) -> Tree:
-    """Bring an adapter to given shapes, and its scale to 1.
+    """Zero-pad an adapter to given shapes and move its scale into B, so that the scale is 1.
 
     Args:
       adapter: tree and configuration.
-      shapes: of each factor, by its path; none smaller than the adapter's own. Factors that the
-        adapter lacks are zero, so that it changes nothing there.
+      shapes: shape of each factor by path, at least as large as the adapter's. Factors that the
+        adapter lacks become zero.
 
     Returns:
-      A tree of NumPy arrays with these shapes.
+      A tree of `f32` NumPy arrays with these shapes.
 
     >>> from jaxlora.lora import LoraConfig
     >>> one = {"q": {"A": np.ones((3, 1)), "B": np.ones((1, 2))}}

@@ -1,4 +1,4 @@
-"""One gradient aggregator a file; importing this registers them all in the order of the table."""
+"""One gradient aggregator per file; importing this package registers them all."""
 
 from jaxlora.aggregation.methods.aligned_mtl import aligned_mtl
 from jaxlora.aggregation.methods.cagrad import cagrad

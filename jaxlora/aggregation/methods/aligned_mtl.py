@@ -12,7 +12,7 @@ from jaxlora.aggregation.spectral import eigen
 
 
 def align(K: jax.Array, preference: jax.Array) -> jax.Array:
-    """Return `√λ_min V Λ^(−1/2) Vᵀ preference`, `f32[T]`, over the eigenvalues above zero."""
+    """Return `√λ_min V Λ^(−1/2) Vᵀ preference`, `f32[T]`, over the nonzero eigenvalues."""
     size = jnp.max(jnp.diag(K))
     values, vectors, kept = eigen(K / jnp.where(size > 0, size, 1))
     least = jnp.min(jnp.where(kept, values, jnp.inf))
@@ -22,11 +22,11 @@ def align(K: jax.Array, preference: jax.Array) -> jax.Array:
 
 @member("Senushkin et al. 2023", "permutation", "homogeneous", "unit")
 def aligned_mtl(preference: Sequence[float] | None = None) -> Method:
-    """Make the gradients orthogonal and equally long, as near as possible, then average them.
+    """Make the gradients as nearly orthogonal and equally long as possible, then average them.
 
     Senushkin et al. 2023, "Independent Component Alignment for Multi-Task Learning", algorithm 1:
-    the singular values of the matrix of gradients are replaced by the smallest that is not zero. In
-    float32 singular values below about 1e-3 of the largest count as zero.
+    all singular values of the matrix of gradients are replaced by the smallest nonzero one. In
+    float32, singular values below about 1e-3 of the largest count as zero.
 
     Args:
       preference: weight of each task; 1/T each if not given.

@@ -1,4 +1,4 @@
-"""CAGrad: the best worst case near the mean gradient."""
+"""CAGrad: the best worst-case gain near the mean gradient."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class _Level(NamedTuple):
 def conflict_averse(K: jax.Array, c: float) -> jax.Array:
     """Return the weights of CAGrad, `f32[T]`.
 
-    The update `d` solves `max_d min_i g_i·d` with `‖d − g₀‖ ≤ c ‖g₀‖`, `g₀` the mean. For a given
-    worst case ν the nearest `d` to `g₀` with `g_i·d ≥ ν` is `g₀ + Σ y_i g_i`, where `y ≥ 0` solves
-    a small quadratic program. Its distance `h(ν)` is convex and grows with ν, with slope `Σ y / h`,
-    so Newton's method from above finds `h(ν) = c ‖g₀‖`.
+    The update `d` solves `max_d min_i g_i·d` with `‖d − g₀‖ ≤ c ‖g₀‖`, where `g₀` is the mean. For
+    a given worst-case gain ν, the `d` nearest to `g₀` with `g_i·d ≥ ν` is `g₀ + Σ y_i g_i`, where
+    `y ≥ 0` solves a small quadratic program. Its distance `h(ν)` is convex and grows with ν, with
+    slope `Σ y / h`, so Newton's method from above finds `h(ν) = c ‖g₀‖`.
     """
     T, C, lengths = len(K), cosines(K), norms(K)
     size = jnp.max(lengths)
@@ -52,14 +52,16 @@ def conflict_averse(K: jax.Array, c: float) -> jax.Array:
 
 @member("Liu et al. 2021a", "permutation", "homogeneous")
 def cagrad(c: float = 0.5) -> Method:
-    """Improve the worst-off task as far as possible within a ball around the mean gradient.
+    """Maximize the gain of the worst-off task within a ball around the mean gradient.
 
-    `g₀ + (c ‖g₀‖ / ‖g_w‖) g_w`, where w minimizes `g_w·g₀ + c ‖g₀‖ ‖g_w‖` over the simplex:
-    Liu et al. 2021, "Conflict-Averse Gradient Descent for Multi-task Learning", algorithm 1. Zero
-    gradients take no part in the worst case. Ends at a minimum of the mean loss if `c < 1`.
+    The update is `g₀ + (c ‖g₀‖ / ‖g_w‖) g_w`, where w minimizes `g_w·g₀ + c ‖g₀‖ ‖g_w‖` over the
+    simplex: Liu et al. 2021, "Conflict-Averse Gradient Descent for Multi-task Learning", algorithm
+    1. Zero gradients are left out of the worst case. Converges to a minimum of the mean loss if
+    `c < 1`.
 
     Args:
-      c: radius of the ball in lengths of the mean; 0 is the mean, from 1 on no update conflicts.
+      c: radius of the ball, relative to the norm of the mean. 0 gives the mean; with 1 or more, the
+        update conflicts with no task.
     """
     check_range("c", c, 0)
     return of_gram("cagrad", lambda K: conflict_averse(K, c))

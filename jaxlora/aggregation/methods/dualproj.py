@@ -14,7 +14,7 @@ from jaxlora.aggregation.qp import nonneg_qp
 def dual_projection(K: jax.Array, preference: jax.Array) -> jax.Array:
     """Return the `v ≥ preference` with the smallest `vᵀ K v`, `f32[T]`.
 
-    With `v = preference + y / norms` it is `argmin ½ yᵀ C y + (C norms preference)·y`, `y ≥ 0`.
+    With `v = preference + y / norms`, y is `argmin ½ yᵀ C y + (C norms preference)·y`, `y ≥ 0`.
     """
     C = cosines(K)
     return preference + nonneg_qp(C, C @ (norms(K) * preference)) * inverse_norms(K)
@@ -27,8 +27,8 @@ def dual_projection(K: jax.Array, preference: jax.Array) -> jax.Array:
 def dualproj(preference: Sequence[float] | None = None) -> Method:
     """Project the mean gradient onto the directions that conflict with no task.
 
-    `argmin vᵀ K v` with `v ≥ 1/T`: Lopez-Paz & Ranzato 2017, "Gradient Episodic Memory for
-    Continual Learning", equation 11, for the mean of all tasks.
+    The weights are `argmin vᵀ K v` with `v ≥ 1/T`: Lopez-Paz & Ranzato 2017, "Gradient Episodic
+    Memory for Continual Learning", equation 11, for the mean of all tasks.
 
     Args:
       preference: weight of each task in the mean; 1/T each if not given.

@@ -1,4 +1,4 @@
-"""Dynamic weight average."""
+"""DWA: dynamic weight average."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jaxlora.aggregation.method import Method, member
 
 
 class DWAState(NamedTuple):
-    """State of `dwa`: `f32[T]` each, and the number of steps.
+    """State of `dwa`; losses are `f32[T]`.
 
     Attributes:
-      total: sum of the losses of this epoch.
-      newer: mean losses of the epoch before.
-      older: mean losses of the one before that.
-      taken: `i32[]`, steps so far.
+      total: sum of the losses of this epoch so far.
+      newer: mean losses of the previous epoch.
+      older: mean losses of the epoch before `newer`.
+      taken: `i32[]`, number of steps so far.
     """
 
     total: jax.Array
@@ -34,8 +34,8 @@ def dwa(temperature: float = 2.0, steps_per_epoch: int = 1) -> Method:
     epochs. Liu et al. 2019, "End-to-End Multi-Task Learning with Attention", equations 7 and 8.
 
     Args:
-      temperature: above 0; the higher, the more equal the weights.
-      steps_per_epoch: how many steps the losses are averaged over.
+      temperature: above 0; higher values make the weights more equal.
+      steps_per_epoch: number of steps over which the losses are averaged.
     """
     if not (temperature > 0 and steps_per_epoch >= 1):
         raise ValueError("dwa takes a temperature above 0 and at least one step an epoch")

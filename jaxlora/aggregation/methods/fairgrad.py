@@ -13,8 +13,8 @@ from jaxlora.aggregation.method import Method, check_range, member, of_gram
 def fair_weights(K: jax.Array, alpha: float) -> jax.Array:
     """Return the `w > 0` with `K w = w^(−1/α)`, `f32[T]`; 0 for zero gradients.
 
-    With `z = w · norms` and `p = α` it is `C z = norms^(1/p − 1) z^(−1/p)`, C the cosines, and a
-    factor s in the norms is one of `s^((1 − p)/(1 + p))` in z.
+    With `z = w · norms`, `p = α` and the cosines C, this is `C z = norms^(1/p − 1) z^(−1/p)`.
+    Scaling the norms by s scales z by `s^((1 − p)/(1 + p))`.
     """
     lengths = norms(K)
     size = jnp.max(lengths)
@@ -29,13 +29,13 @@ def fair_weights(K: jax.Array, alpha: float) -> jax.Array:
 def fairgrad(alpha: float = 2.0) -> Method:
     """Make the tasks' gains α-fair: `K w = w^(−1/α)`.
 
-    Ban & Ji 2024, "Fair Resource Allocation in Multi-Task Learning", equation 6. Gradients times c
-    give the update times `c^((1 − α)/(1 + α))`, as in the paper: between `α = 1`, where it is
-    Nash-MTL's bargain with an update of length `√T`, and infinity, the best worst gain.
+    Ban & Ji 2024, "Fair Resource Allocation in Multi-Task Learning", equation 6. `α = 1` is
+    Nash-MTL, with an update of length `√T`; as α grows, the update approaches the best worst-case
+    gain. Gradients times c give the update times `c^((1 − α)/(1 + α))`, as in the paper.
 
     Args:
-      alpha: degree of fairness, from 0.2 to 5. Beyond, weights leave the range of float32: for the
-        best worst gain itself take `cagrad`.
+      alpha: degree of fairness, from 0.2 to 5; beyond that, weights leave the range of float32. For
+        the best worst-case gain itself, use `cagrad`.
     """
     check_range("alpha", alpha, 0.2, 5)
     return of_gram("fairgrad", lambda K: fair_weights(K, alpha))

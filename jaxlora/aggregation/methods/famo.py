@@ -1,4 +1,4 @@
-"""FAMO: weights that let all losses fall at the same rate, from the losses alone."""
+"""FAMO: weights that make all losses fall at the same rate, computed from the losses alone."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import jax.numpy as jnp
 
 from jaxlora.aggregation.method import Method, check_range, member, preference_of
 
-_LEAST = 1e-8  # added to a loss before its logarithm, as in the authors' program
+_LEAST = 1e-8  # added to a loss before its logarithm, as in the authors' code
 
 
 class FAMOState(NamedTuple):
-    """State of `famo`: `f32[T]` each, and the number of steps.
+    """State of `famo`; all but `taken` are `f32[T]`.
 
     Attributes:
-      logits: of the weights.
-      first: running mean of the logits' gradient (Adam).
-      second: running mean of its square (Adam).
+      logits: logits of the weights.
+      first: Adam's first moment of the logits' gradient.
+      second: Adam's second moment of the logits' gradient.
       before: logarithms of the last step's losses.
-      taken: `i32[]`, steps so far.
+      taken: `i32[]`, number of steps so far.
     """
 
     logits: jax.Array
@@ -37,17 +37,17 @@ def famo(
     weight_decay: float = 1e-3,
     min_losses: Sequence[float] | None = None,
 ) -> Method:
-    """Weight `∇ log L_i` by the softmax of logits that follow how much each loss has fallen.
+    """Weight `∇ log L_i` by the softmax of logits that track how much each loss has fallen.
 
-    `w_i = c z_i / L_i`, `z = softmax(logits)`, `c` such that the weights sum to 1; the logits take
-    Adam's steps along the gradient of `z·(log L(t) − log L(t + 1))`: Liu et al. 2023, "FAMO: Fast
-    Adaptive Multitask Optimization", algorithm 1. As the step after a step is not known inside an
-    optimizer, `L(t + 1)` are the losses of the next call, on its own batch.
+    `w_i = c z_i / L_i`, `z = softmax(logits)`, with `c` such that the weights sum to 1. Adam
+    updates the logits by the gradient of `z·(log L(t) − log L(t + 1))`: Liu et al. 2023, "FAMO:
+    Fast Adaptive Multitask Optimization", algorithm 1. An optimizer cannot evaluate the losses
+    after its own update, so `L(t + 1)` are the losses of the next call, on that call's batch.
 
     Args:
-      learning_rate: Adam's, for the logits.
-      weight_decay: of the logits, added to their gradient.
-      min_losses: the least value of each loss, subtracted from it; 0 if not given.
+      learning_rate: Adam's learning rate for the logits.
+      weight_decay: weight decay of the logits, added to their gradient.
+      min_losses: the minimum of each loss, subtracted from it; 0 if not given.
     """
     check_range("learning_rate", learning_rate, 0)
     check_range("weight_decay", weight_decay, 0)

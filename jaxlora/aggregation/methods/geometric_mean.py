@@ -15,7 +15,7 @@ def geometric_mean() -> Method:
     """Follow the gradient of `(Π L_i)^(1/T)`: weights `(Π L)^(1/T) / (T L_i)`.
 
     Chennupati et al. 2019, "MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss
-    Strategy for Multi-Task Learning", section 3.2. For positive losses; others give NaN.
+    Strategy for Multi-Task Learning", section 3.2. Losses must be positive; others give NaN.
     """
 
     def weights(K: jax.Array, losses: jax.Array, state: Any) -> tuple[jax.Array, Any]:

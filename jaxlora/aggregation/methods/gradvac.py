@@ -1,4 +1,4 @@
-"""GradVac: gradients are turned towards a running target of their cosine."""
+"""GradVac: rotate gradients until their cosines reach running targets."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class GradVacState(NamedTuple):
     """State of `gradvac`.
 
     Attributes:
-      key: `u32[2]`, raw key data of the next orders.
-      targets: `f32[T, T]`, running means of the cosines that were met.
+      key: `u32[2]`, raw key data for the next visiting orders.
+      targets: `f32[T, T]`, running means of the observed cosines.
     """
 
     key: jax.Array
@@ -30,11 +30,11 @@ def _or_zero(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
 def turn(
     K: jax.Array, orders: jax.Array, targets: jax.Array, beta: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Coefficients of the turned gradients, and the next targets, `f32[T, T]` each.
+    """Return the coefficients of the rotated gradients and the next targets, `f32[T, T]` each.
 
-    Task i visits the others as in PCGrad. Where its cosine `φ` with `g_j` is below the target `φ̂`,
+    Task i visits the others as in PCGrad. If its cosine `φ` with `g_j` is below the target `φ̂`,
     it adds `‖g_i‖ (φ̂ √(1 − φ²) − φ √(1 − φ̂²)) / (‖g_j‖ √(1 − φ̂²))` times `g_j`, which makes the
-    cosine `φ̂`; then `φ̂ ← (1 − β) φ̂ + β φ`. Zero gradients, and a target of 1, change nothing.
+    cosine `φ̂`. Then `φ̂ ← (1 − β) φ̂ + β φ`. Zero gradients and a target of 1 change nothing.
     """
 
     def one_task(i: jax.Array, order: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -59,11 +59,11 @@ def turn(
 
 @member("Wang et al. 2021", "homogeneous", "unit")
 def gradvac(beta: float = 0.5, seed: int = 0) -> Method:
-    """Turn each gradient until its cosine with each other one reaches a running target, then sum.
+    """Rotate each gradient until its cosine with each other one reaches a running target, then sum.
 
     Wang et al. 2021, "Gradient Vaccine: Investigating and Improving Multi-task Optimization in
-    Massively Multilingual Models", algorithm 1 and equation 3. Targets start at 0, where it does
-    what PCGrad does.
+    Massively Multilingual Models", algorithm 1 and equation 3. Targets start at 0; with targets of
+    0 it is PCGrad.
 
     Args:
       beta: weight of a new cosine in the running mean, 0 to 1.

@@ -11,9 +11,10 @@ from jaxlora.aggregation.spectral import pinv_times
 
 
 def impartial(K: jax.Array) -> jax.Array:
-    """Return the weights of IMTL-G, `f32[T]`, with sum 1; zeros if they cannot be scaled to that.
+    """Return the weights of IMTL-G, `f32[T]`, with sum 1; zeros if their sum is zero.
 
-    `K w ∝ norms` is `w ∝ (C⁺ 1) / norms` with the cosines C, which is exact for norms of any range.
+    `K w ∝ norms` is solved as `w ∝ (C⁺ 1) / norms` with the cosines C, which stays accurate for
+    norms of any range.
     """
     lengths = norms(K)
     size = jnp.max(lengths)
@@ -29,7 +30,7 @@ def imtl_g() -> Method:
     """Weight the gradients so that the update has the same projection on each unit gradient.
 
     Liu et al. 2021, "Towards Impartial Multi-task Learning", section 3.1: weights with sum 1 and
-    `d·g_i / ‖g_i‖` equal for all i. Where gradients are dependent, the pseudo-inverse of their
-    cosines decides.
+    `d·g_i / ‖g_i‖` equal for all i. For linearly dependent gradients, the pseudo-inverse of their
+    cosines is used.
     """
     return of_gram("imtl_g", impartial)

@@ -11,10 +11,10 @@ from jaxlora.aggregation.qp import nonneg_qp
 
 
 def shortest(K: jax.Array) -> jax.Array:
-    """Return the `α` of the simplex with the smallest `αᵀ K α`, `f32[T]`.
+    """Return the `α` in the simplex with the smallest `αᵀ K α`, `f32[T]`.
 
-    It is `y / Σ y` for the `y ≥ 0` that minimizes `½ yᵀ K y − Σ y`. Solved with cosines, that is
-    for `u = y · norms`, so that tasks of very different norms are no difficulty.
+    It is `y / Σ y` for the `y ≥ 0` that minimizes `½ yᵀ K y − Σ y`. That is solved with cosines,
+    for `u = y · norms`, so that very different norms are no problem.
 
     >>> shortest(jnp.array([[1.0, 0.0], [0.0, 3.0]])).round(4).tolist()
     [0.75, 0.25]
@@ -32,11 +32,11 @@ def shortest(K: jax.Array) -> jax.Array:
     "non-conflicting", "permutation", "homogeneous", "stationary", "unit",
 )  # fmt: skip
 def mgda() -> Method:
-    """Take the shortest vector of the gradients' convex hull.
+    """Take the shortest vector in the convex hull of the gradients.
 
     It is the direction of steepest common descent, `w = argmin αᵀ K α` over the simplex: Désidéri
     2012, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", theorem 2.1;
     Sener & Koltun 2018, "Multi-Task Learning as Multi-Objective Optimization", equation 3. Small
-    gradients dominate; a zero one makes the update zero.
+    gradients dominate; a zero gradient makes the update zero.
     """
     return of_gram("mgda", shortest)

@@ -13,7 +13,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def orders(key: jax.Array, num_tasks: int) -> jax.Array:
-    """For each task its own random order of visits, `i32[T, T]` (its own entry is skipped later).
+    """Draw a random visiting order for each task, `i32[T, T]`; `project` skips a task's own entry.
 
     >>> jnp.sort(orders(jax.random.key(0), 3), axis=-1).tolist()
     [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
@@ -23,14 +23,14 @@ def orders(key: jax.Array, num_tasks: int) -> jax.Array:
 
 
 def project(K: jax.Array, orders: jax.Array) -> jax.Array:
-    """Coefficients of the projected gradients: `projected_i = Σ_j W[i, j] g_j`.
+    """Return the coefficients W of the projected gradients: `projected_i = Σ_j W[i, j] g_j`.
 
     Args:
       K: `f32[T, T]`, Gram matrix.
-      orders: `i32[T, T]`, row i the order in which task i visits the others; `j = i` is skipped.
+      orders: `i32[T, T]`; row i is the order in which task i visits the others; `j = i` is skipped.
 
     Returns:
-      `f32[T, T]`. A zero gradient never conflicts. No conflict gives the identity.
+      `f32[T, T]`; the identity if there is no conflict. A zero gradient never conflicts.
 
     >>> K = jnp.array([[1.0, -1.0], [-1.0, 2.0]])
     >>> project(K, jnp.array([[1, 0], [0, 1]])).tolist()
@@ -55,8 +55,8 @@ def pcgrad(seed: int = 0) -> Method:
     """Project each gradient onto the normal plane of each one it conflicts with, then sum.
 
     Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", algorithm 1, on the Gram matrix:
-    task i starts from `w = e_i`, visits the others in a random order of its own, and for each j
-    with `K[j]·w < 0` subtracts `(K[j]·w) / K[j, j]` from `w[j]`.
+    task i starts from `w = e_i`, visits the others in its own random order, and for each j with
+    `K[j]·w < 0` subtracts `(K[j]·w) / K[j, j]` from `w[j]`.
 
     Args:
       seed: seed of the random visiting orders.

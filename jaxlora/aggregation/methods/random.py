@@ -1,4 +1,4 @@
-"""Random loss weighting."""
+"""RLW: random loss weighting."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jaxlora.aggregation.method import Method, member, raw_key, split_raw
 def random(seed: int = 0) -> Method:
     """Draw new weights in each step: the softmax of standard normal numbers.
 
-    The expected update is that of the mean. Lin et al. 2022, "Reasonable Effectiveness of Random
-    Weighting: A Litmus Test for Multi-Task Learning", section 3: a method that is not better than
-    this one has little to show for itself.
+    The expected update is the mean gradient. Lin et al. 2022, "Reasonable Effectiveness of Random
+    Weighting: A Litmus Test for Multi-Task Learning", section 3, propose it as a baseline that a
+    useful method should beat.
 
     Args:
-      seed: seed of the draws.
+      seed: seed of the random weights.
     """
 
     def weights(K: jax.Array, losses: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:

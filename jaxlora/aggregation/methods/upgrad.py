@@ -13,11 +13,11 @@ from jaxlora.aggregation.qp import nonneg_qp
 
 
 def projections(K: jax.Array) -> jax.Array:
-    """Coefficients of the projected gradients, `f32[T, T]`: `projected_i = Σ_j V[i, j] g_j`.
+    """Return the coefficients V of the projected gradients: `projected_i = Σ_j V[i, j] g_j`.
 
-    Row i is the `v ≥ e_i` with the smallest `vᵀ K v`. Divided by `‖g_i‖`, and with
-    `u = v · norms`, it is `u = e_i + y`, `y = argmin ½ yᵀ C y + C[i]·y` over `y ≥ 0`, C the
-    cosines: that does not depend on the norms at all.
+    Row i of `V: f32[T, T]` is the `v ≥ e_i` with the smallest `vᵀ K v`. It is solved for
+    `u = v · norms / ‖g_i‖ = e_i + y`, where `y ≥ 0` minimizes `½ yᵀ C y + C[i]·y` with the cosines
+    C, which does not depend on the norms.
 
     >>> projections(jnp.array([[1.0, -1.0], [-1.0, 2.0]])).round(4).tolist()
     [[1.0, 0.5], [1.0, 1.0]]
@@ -35,8 +35,8 @@ def upgrad(preference: Sequence[float] | None = None) -> Method:
     """Project each gradient onto the directions that conflict with no task, then average.
 
     Quinton & Rey 2024, "Jacobian Descent for Multi-Objective Optimization", section 3 (UPGrad) and
-    proposition 1: for each i `argmin vᵀ K v` with `v ≥ e_i / T`, then the sum. No conflict gives
-    the mean.
+    proposition 1: for each i `argmin vᵀ K v` with `v ≥ e_i / T`, then the sum. Without conflicts
+    it is the mean.
 
     Args:
       preference: weight of each task's projection; 1/T each if not given.

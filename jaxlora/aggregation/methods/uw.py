@@ -1,4 +1,4 @@
-"""Uncertainty weighting."""
+"""UW: uncertainty weighting."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def uw(learning_rate: float = 0.025) -> Method:
     """Learn a variance for each task: the loss is `Σ ½ e^(−s) L + ½ s`, the weights `½ e^(−s)`.
 
     Kendall et al. 2018, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
-    and Semantics", section 3.3, with `s = log σ²`, which begins at 0. Its gradient
-    `½ (1 − e^(−s) L)` is followed by plain gradient descent within this transform.
+    and Semantics", section 3.3, with `s = log σ²`, initially 0. This transform updates s by plain
+    gradient descent along `½ (1 − e^(−s) L)`.
 
     Args:
-      learning_rate: of the log-variances.
+      learning_rate: learning rate of the log-variances.
     """
     check_range("learning_rate", learning_rate, 0)
 
