@@ -1,1 +1,1 @@
-"""From parameters and tokens to vectors and predictions: encoder, operations, heads."""
+"""The networks: encoders, their operations, and task heads."""

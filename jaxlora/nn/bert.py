@@ -1,10 +1,10 @@
-"""BERT's encoder and those of its family over packed rows, as a Flax module with two collections.
+"""The encoder of BERT and its relatives over packed rows, as a Flax module with two collections.
 
-RoBERTa, DistilBERT, ELECTRA and MPNet compute what BERT does but for a few fields of `BertConfig`.
-`params` holds the pretrained weights (frozen under LoRA) and `lora`, where given, an adapter of
-the same layout. Module names are those of Hugging Face's BertModel, for the whole family. The
-layers are stacked along a leading axis and run under `nn.scan`, unrolled where they are few.
-Devlin et al. 2018, "BERT"; post-LayerNorm, exact GELU, absolute positions.
+RoBERTa, DistilBERT, ELECTRA and MPNet differ from BERT only in a few fields of `BertConfig`.
+The collection `params` holds the pretrained weights (frozen under LoRA). The optional collection
+`lora` holds an adapter of the same layout. Module names are those of Hugging Face's BertModel, for
+the whole family. The layers are stacked along a leading axis and run under `nn.scan`, unrolled if
+there are few. Devlin et al. 2018, "BERT"; post-LayerNorm, exact GELU, absolute positions.
 
 Shapes: R rows, S tokens a row, H hidden size, L layers, N sentences.
 """
@@ -38,17 +38,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 NO_ADAPTER = LoraConfig()
 # Metadata of configuration fields that only some families have.
 OF_SOME = {"of some": True}
-# Layers in a row without a loop: a loop stacks what the backward pass needs (10–20 % of a step on
-# CPU), unrolled layers take longer to compile.
+# Up to this many layers are unrolled. A loop stacks the residuals of the backward pass (10–20 % of
+# a step on CPU); unrolled layers take longer to compile.
 MOST_UNROLLED = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig(abc.ABC):
-    """What all encoders have; the defaults are bert-base-uncased.
+    """Configuration shared by all encoders; the defaults are those of bert-base-uncased.
 
-    Attributes mirror Hugging Face's `config.json`. A field that an architecture calls otherwise has
-    BERT's name here.
+    Attributes mirror Hugging Face's `config.json`. If an architecture names a field differently,
+    BERT's name is used here.
     """
 
     vocab_size: int = 30522
@@ -66,27 +66,30 @@ class EncoderConfig(abc.ABC):
 
     @property
     def max_length(self) -> int:
-        """The most tokens that a sentence may have."""
+        """The maximum number of tokens in a sentence."""
         return self.max_position_embeddings
 
     def with_dropout(self, rate: float) -> Self:
-        """Return the same network with this dropout everywhere."""
+        """Return the configuration with all dropout rates set to `rate`."""
         rates = {f.name: rate for f in dataclasses.fields(self) if "dropout" in f.name}
         return dataclasses.replace(self, **rates)  # type: ignore[arg-type]
 
     @abc.abstractmethod
     def network(self, dtype: Any = jnp.float32, adapter: LoraConfig = NO_ADAPTER) -> nn.Module:
-        """Return the encoder as a Flax module, called as `Encoder` is."""
+        """Return the encoder as a Flax module with the call signature of `Encoder`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig(EncoderConfig):
-    """The shape of a BERT, or of a relative that differs in these fields.
+    """Configuration of a BERT, or of a relative that differs in these fields.
 
     Attributes:
-      padding_idx: positions start behind that of the padding token (RoBERTa, MPNet); -1: at 0.
-      embedding_size: width of the embeddings, projected to the hidden size (ELECTRA); None: that.
-      relative_attention_num_buckets: of the distances that bias attention (MPNet); 0: no bias.
+      padding_idx: id of the padding token; positions start at `padding_idx + 1` (RoBERTa, MPNet).
+        -1: positions start at 0.
+      embedding_size: width of the embeddings, which are projected to the hidden size (ELECTRA);
+        None: the hidden size.
+      relative_attention_num_buckets: number of buckets of the relative attention bias (MPNet); 0:
+        no bias.
     """
 
     padding_idx: int = dataclasses.field(default=-1, metadata=OF_SOME)
@@ -95,7 +98,7 @@ class BertConfig(EncoderConfig):
 
     @property
     def max_length(self) -> int:
-        """The most tokens that a sentence may have."""
+        """The maximum number of tokens in a sentence."""
         return self.max_position_embeddings - self.padding_idx - 1
 
     def network(self, dtype: Any = jnp.float32, adapter: LoraConfig = NO_ADAPTER) -> Encoder:
@@ -104,11 +107,11 @@ class BertConfig(EncoderConfig):
 
 
 class Dense(nn.Module):
-    """`x W + b`, plus `scale · x A B` where the `lora` collection has this layer.
+    """`x W + b`, plus `scale · x A B` if the `lora` collection has this layer.
 
-    Of several adapters (`A: [T, in, r]`, `B: [T, r, out]`) a route says which each token uses. In
-    training the adapter's input has its own dropout. Matmul inputs are `dtype`; products are
-    summed, and returned, in float32.
+    With several adapters (`A: [T, in, r]`, `B: [T, r, out]`), a route selects the adapter of each
+    token. In training the adapter's input has a separate dropout. Matmul inputs have `dtype`; sums
+    and results are float32.
     """
 
     features: int
@@ -118,7 +121,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, route: Route | None = None, train: bool = False) -> jax.Array:
-        """`[..., in]`, and for several adapters a route → `f32[..., features]`."""
+        """Map `[..., in]`, and a route if there are several adapters, to `f32[..., features]`."""
         kernel = self.param(
             "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), jnp.float32
         )
@@ -135,7 +138,7 @@ class Dense(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention in which a token sees only its own sentence."""
+    """Multi-head attention in which a token attends only to its own sentence."""
 
     config: BertConfig
     dtype: Any
@@ -150,7 +153,7 @@ class SelfAttention(nn.Module):
         bias: jax.Array | None,
         train: bool,
     ) -> jax.Array:
-        """`x: [R, S, H]`, `mask: bool[R, 1, S, S]`, `bias: f32[1, heads, S, S]` → `[R, S, H]`."""
+        """Map `x: [R, S, H]`, `mask: bool[R, 1, S, S]`, `bias: f32[1, heads, S, S]` to `[R, S, H]`."""
         c = self.config
         shape = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (
@@ -174,7 +177,7 @@ class Output(nn.Module):
     def __call__(
         self, x: jax.Array, residual: jax.Array, route: Route | None, train: bool
     ) -> jax.Array:
-        """`x: [..., F]`, `residual: [..., H]` → `f32[..., H]`."""
+        """Map `x: [..., F]`, `residual: [..., H]` to `f32[..., H]`."""
         c = self.config
         y = Dense(c.hidden_size, self.dtype, self.lora, name="dense")(x, route, train)
         y = dropout(self, y, c.hidden_dropout_prob, train)
@@ -182,7 +185,7 @@ class Output(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention and its output layer (HF's `attention.self`, `attention.output`)."""
+    """Self-attention and its output layer (Hugging Face's `attention.self`, `attention.output`)."""
 
     config: BertConfig
     dtype: Any
@@ -197,14 +200,14 @@ class Attention(nn.Module):
         bias: jax.Array | None,
         train: bool,
     ) -> jax.Array:
-        """`x: f32[R, S, H]` → the same shape."""
+        """Map `x: f32[R, S, H]` to the same shape."""
         rest = (self.config, self.dtype, self.lora)
         y = SelfAttention(*rest, name="self")(x, mask, route, bias, train)
         return Output(*rest, name="output")(y, x, route, train)
 
 
 class Intermediate(nn.Module):
-    """The feed-forward layer's first half: Dense → activation."""
+    """The first half of the feed-forward layer: Dense → activation."""
 
     config: BertConfig
     dtype: Any
@@ -212,14 +215,14 @@ class Intermediate(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, route: Route | None, train: bool) -> jax.Array:
-        """`[..., H]` → `[..., F]`."""
+        """Map `[..., H]` to `[..., F]`."""
         width = self.config.intermediate_size
         y = Dense(width, self.dtype, self.lora, name="dense")(x, route, train)
         return ACTIVATIONS[self.config.hidden_act](y)
 
 
 class Layer(nn.Module):
-    """One transformer layer, in the form `nn.scan` wants: carry in, (carry, None) out."""
+    """One transformer layer, in the form that `nn.scan` needs: carry in, (carry, None) out."""
 
     config: BertConfig
     dtype: Any
@@ -236,7 +239,7 @@ class Layer(nn.Module):
           x: `f32[R, S, H]`.
           mask: `bool[R, 1, S, S]`.
           route: see `Encoder`.
-          bias: `f32[1, heads, S, S]`, added to the scores of attention; None: nothing.
+          bias: `f32[1, heads, S, S]`, added to the attention scores; None: no bias.
         """
         rest = (self.config, self.dtype, self.lora)
         x = Attention(*rest, name="attention")(x, mask, route, bias, self.train)
@@ -245,7 +248,7 @@ class Layer(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Word + position + token type (if the family has any), normalised."""
+    """Word + position + token type embeddings (if the family has these), normalized."""
 
     config: BertConfig
 
@@ -253,7 +256,7 @@ class Embeddings(nn.Module):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, types: jax.Array | None, train: bool
     ) -> jax.Array:
-        """`tokens, positions, types: i32[R, S]` → `f32[R, S, embedding_size]`."""
+        """Map `tokens, positions, types: i32[R, S]` to `f32[R, S, embedding_size]`."""
         c = self.config
         if c.padding_idx >= 0:
             positions = ops.positions_after(tokens, positions, c.padding_idx)
@@ -299,15 +302,15 @@ class Encoder(nn.Module):
         Args:
           tokens: `i32[R, S]`.
           positions: `i32[R, S]`, counted from 0 within each sentence.
-          segment_ids: `i32[R, S]`, which sentence a token belongs to, 0 for padding; a token
-            attends to the tokens of its row that have its id.
-          train: apply dropout (needs a `dropout` rng).
-          route: which of T adapters each token uses (leaves of `lora` are `[L, T, ...]` then);
-            None for one adapter (`[L, ...]`), or none.
+          segment_ids: `i32[R, S]`, the sentence of each token, 0 for padding; a token attends to
+            the tokens in its row with the same id.
+          train: whether to apply dropout (needs a `dropout` rng).
+          route: selects one of T adapters for each token (leaves of `lora` are then
+            `[L, T, ...]`); None for a single adapter (`[L, ...]`) or no adapter.
           types: `i32[R, S]`, token types; None: all are 0.
 
         Returns:
-          `f32[R, S, H]`, the last layer.
+          `f32[R, S, H]`, the output of the last layer.
         """
         c, rest = self.config, (self.dtype, self.lora)
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
@@ -318,7 +321,7 @@ class Encoder(nn.Module):
         return layers(x, mask, route, self._bias(tokens.shape[-1]))[0]
 
     def _bias(self, length: int) -> jax.Array | None:
-        """Return `f32[1, heads, S, S]`, a number for each head and distance; None: no bias."""
+        """Return the relative attention bias, `f32[1, heads, S, S]`, or None if there is none."""
         c = self.config
         if not c.relative_attention_num_buckets:
             return None
@@ -330,12 +333,13 @@ class Encoder(nn.Module):
 
 
 def scan_layers(layer: type[nn.Module], config: EncoderConfig, in_axes: Any) -> Any:
-    """Return a module that applies a layer again and again, its parameters stacked `[L, ...]`.
+    """Return a module class that applies L copies of a layer, with parameters stacked `[L, ...]`.
 
     Args:
-      layer: from a carry and more inputs to (carry, None).
-      config: says how many layers there are.
-      in_axes: of the other inputs: 0 for one slice a layer, `nn.broadcast` for the same in all.
+      layer: module that maps a carry and further inputs to (carry, None).
+      config: gives the number of layers.
+      in_axes: axes of the further inputs: 0 for one slice per layer, `nn.broadcast` to share an
+        input between all layers.
     """
     return nn.scan(
         layer,
@@ -348,14 +352,14 @@ def scan_layers(layer: type[nn.Module], config: EncoderConfig, in_axes: Any) -> 
 
 
 def pool(hidden: jax.Array, segment_ids: jax.Array, cls_index: jax.Array, kind: str) -> jax.Array:
-    """One vector per sentence.
+    """Pool token vectors into one vector per sentence.
 
     Args:
       hidden: `f32[R, S, H]`.
       segment_ids: `i32[R, S]`; sentence n (of this batch) has id `n + 1`, padding 0.
       cls_index: `i32[N]`, where sentence n starts in the flattened rows.
-      kind: `cls`, the vector of the first token (the paper's), or `mean`, the mean over the
-        sentence's tokens (Reimers & Gurevych 2019, "Sentence-BERT", section 3).
+      kind: `cls` for the vector of the first token (as in the paper), or `mean` for the mean over
+        the sentence's tokens (Reimers & Gurevych 2019, "Sentence-BERT", section 3).
 
     Returns:
       `f32[N, H]`.
@@ -375,20 +379,20 @@ def pool(hidden: jax.Array, segment_ids: jax.Array, cls_index: jax.Array, kind: 
 
 
 def dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
-    """Apply `ops.dropout` with a module's key, in training."""
+    """Apply `ops.dropout` with the module's `dropout` rng if `train`; else return `x`."""
     return ops.dropout(x, rate, module.make_rng("dropout")) if train and rate else x
 
 
 def keep_weights(
     module: nn.Module, shape: tuple[int, ...], rate: float, train: bool
 ) -> tuple[jax.Array | None, float]:
-    """Choose the attention weights that dropout keeps, for `ops.attend`.
+    """Draw the attention weights that dropout keeps, and their scale, for `ops.attend`.
 
     Args:
-      module: has the key.
-      shape: of queries, `[R, S, heads, d]`.
-      rate: of dropout.
-      train: without it, and at a rate of 0, all are kept.
+      module: module whose `dropout` rng is used.
+      shape: shape of the queries, `[R, S, heads, d]`.
+      rate: dropout rate.
+      train: if False, or if the rate is 0, all weights are kept.
     """
     if not (train and rate):
         return None, 1.0
@@ -411,7 +415,7 @@ def layer_norm(
 
 @functools.lru_cache(maxsize=8)
 def param_shapes(config: EncoderConfig) -> dict[str, Any]:
-    """Return the parameters as `jax.ShapeDtypeStruct`s, unallocated; not to be changed.
+    """Return the parameters as `jax.ShapeDtypeStruct`s. The dict is cached: do not modify it.
 
     >>> sum(x.size for x in jax.tree.leaves(param_shapes(BertConfig())))
     108891648
@@ -421,10 +425,9 @@ def param_shapes(config: EncoderConfig) -> dict[str, Any]:
 
 
 def matmul_ready(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """Frozen parameters as the programs want them, so that no step does this again.
+    """Cast and unstack frozen parameters in advance, so that no step has to.
 
-    Dense kernels are in `dtype`; embeddings, biases and LayerNorm stay float32; see
-    `unstack_layers`.
+    Dense kernels get `dtype`; embeddings, biases and LayerNorm stay float32. See `unstack_layers`.
     """
 
     def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
@@ -434,9 +437,9 @@ def matmul_ready(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
 
 
 def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """Give each layer arrays of its own, up to `MOST_UNROLLED` layers, in a list.
+    """Split stacked layers into a list of trees, one per layer, up to `MOST_UNROLLED` layers.
 
-    The programs would copy each layer out of a stack. `stack_layers` is the way back.
+    From a stack, compiled programs would copy each layer. `stack_layers` is the inverse.
     """
     count = len(jax.tree.leaves(params["layers"])[0]) if "layers" in params else 0
     if not 0 < count <= MOST_UNROLLED:
@@ -446,10 +449,10 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """Return the layers along one axis again, as the module has them.
+    """Stack a list of layers along a leading axis, as the module expects them.
 
-    In a program that unrolls them this costs nothing: XLA takes a slice of a stack for what was put
-    there.
+    This costs nothing in a program that unrolls the layers: XLA replaces a slice of the stack by
+    the array that was stacked.
     """
     if not isinstance(params.get("layers"), list):
         return params

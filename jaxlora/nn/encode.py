@@ -18,14 +18,14 @@ from jaxlora.utils.trees import Tree
 
 
 class PackedTokens(NamedTuple):
-    """Packed sentences; a pair that is read together is one of them.
+    """Packed sentences; a jointly encoded pair counts as one sentence.
 
     Attributes:
       tokens: `i32[R, S]`.
       positions: `i32[R, S]`, counted from 0 within each sentence.
       segment_ids: `i32[R, S]`, `n + 1` for the tokens of sentence n, 0 for padding.
       cls_index: `i32[N]`, where sentence n starts in the flattened rows.
-      types: `i32[R, S]`, token types, for families that have any; None: all are 0.
+      types: `i32[R, S]`, token types, for families that have them; None: all are 0.
     """
 
     tokens: Any
@@ -36,7 +36,7 @@ class PackedTokens(NamedTuple):
 
 
 class Encode(Protocol):
-    """A function that encodes rows with one trainable tree, see `encoder`."""
+    """A function that encodes rows with one trainable tree; see `encoder`."""
 
     def __call__(
         self,
@@ -46,18 +46,18 @@ class Encode(Protocol):
         key: jax.Array | None,
         route: Route | None = None,
     ) -> jax.Array:
-        """Sentence vectors `f32[N, H]`; dropout is on when a key is given."""
+        """Return sentence vectors, `f32[N, H]`; dropout is on if a key is given."""
 
 
 def encoder(
     config: bert.EncoderConfig, dtype: Any, adapter: lora.LoraConfig, pooling: str
 ) -> Encode:
-    """Encode packed rows with one trainable tree.
+    """Return a function that encodes packed rows with one trainable tree.
 
     Returns:
-      `(frozen, trainable, tokens, key or None, route=None) -> f32[N, H]`; `{**frozen, **trainable}`
-      are the Flax collections (with `params` as `bert.stack_layers` takes them), so a trainable
-      `params` takes the place of the frozen one; for the route see `bert.Encoder`.
+      `(frozen, trainable, tokens, key or None, route=None) -> f32[N, H]`. `{**frozen, **trainable}`
+      are the Flax collections, with `params` as `bert.stack_layers` takes them; trainable `params`
+      replace the frozen ones. For the route see `bert.Encoder`.
     """
     module = config.network(dtype, adapter)
 
@@ -95,27 +95,27 @@ def encode_tasks(
     block: int,
     key: jax.Array,
 ) -> jax.Array:
-    """Encode rows of all tasks in training, each task with its own copy of its adapter.
+    """Encode the rows of all tasks in training, each task with its own copy of its adapter.
 
     Args:
       encode: from `encoder`.
       frozen: the base's collections.
       stack: `{"lora": leaves [T, L, ...]}`, a copy for each task; `[T, ...]` outside the layers.
-      rows: packed sentences; those of a task have consecutive numbers, as many for each.
+      rows: packed sentences. Each task has the same number of sentences, numbered consecutively.
       adapter_of_task: see `ops.low_rank_per_task`.
-      block: consecutive tokens that belong to one task; 1: sentences lie in any order.
-      key: PRNG key of dropout.
+      block: number of consecutive tokens that belong to one task; 1: sentences are in any order.
+      key: PRNG key for dropout.
 
     Returns:
       `f32[N, H]`.
     """
     count = len(adapter_of_task)
     each = rows.cls_index.shape[0] // count
-    task = (rows.segment_ids - 1) // each  # that of padding, which belongs to none, is -1
+    task = (rows.segment_ids - 1) // each  # -1 for padding, which belongs to no task
     route: Route = ByTask(jax.nn.one_hot(task, count, dtype=bool), adapter_of_task)
     if block > 1:
         of_block = task.reshape(len(task), -1, block).max(-1)
-        route = ByBlock(jnp.maximum(of_block, 0))  # a block of padding alone may have any
+        route = ByBlock(jnp.maximum(of_block, 0))  # any adapter will do for a block of padding
     by_layer = stack | {"lora": _by_layer(stack["lora"])}
     return encode(frozen, by_layer, rows, key, route)
 
@@ -134,9 +134,9 @@ def make_mixed_encode(encode: Encode) -> Callable[[Tree, Tree, PackedTokens, jax
     """Compile evaluation with one of T adapters for each block of tokens.
 
     Returns:
-      `(frozen, adapters, PackedTokens, owner) → f32[N, H]`: T adapters are trees as
-      `bert.unstack_layers` makes them, stacked along a first axis, and `owner: i32[R, S / block]`
-      says which each block of tokens uses.
+      `(frozen, adapters, PackedTokens, owner) → f32[N, H]`, where `adapters` are T trees as
+      returned by `bert.unstack_layers`, stacked along a leading axis, and
+      `owner: i32[R, S / block]` is the index of the adapter of each block of tokens.
     """
 
     def encode_mixed(
@@ -148,7 +148,7 @@ def make_mixed_encode(encode: Encode) -> Callable[[Tree, Tree, PackedTokens, jax
 
 
 def _by_layer(adapters: Tree) -> Tree:
-    """Adapters as the module has them: leaves `[L, T, ...]`, outside the layers `[T, ...]`."""
+    """Return adapters as the module expects them: `[L, T, ...]`; `[T, ...]` outside the layers."""
     if isinstance(adapters.get("layers", []), list):
         return bert.stack_layers(adapters)
     layers = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), adapters["layers"])

@@ -1,4 +1,4 @@
-"""Task heads: from the pooled sentence vectors to one prediction per example."""
+"""Task heads: from pooled sentence vectors to one prediction per example."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def pair_vector(u: jax.Array, v: jax.Array, kind: str) -> jax.Array:
-    """Return what a pair head sees of two sentence vectors.
+    """Return the input of a pair head from two sentence vectors.
 
     Args:
       u, v: `f32[B, H]`.
-      kind: `concat` gives `[u, v]` (`f32[B, 2H]`, the paper's); `interaction` gives
+      kind: `concat` gives `[u, v]` (`f32[B, 2H]`, as in the paper); `interaction` gives
         `[u, v, |u-v|, u·v]` (`f32[B, 4H]`; Conneau et al. 2017, "Supervised Learning of
         Universal Sentence Representations", section 3.1).
 
@@ -38,28 +38,28 @@ def pair_vector(u: jax.Array, v: jax.Array, kind: str) -> jax.Array:
 
 
 def cosine(u: jax.Array, v: jax.Array) -> jax.Array:
-    """Cosine of the angle between vectors `f32[..., H]` → `f32[...]`, safe (0) for zero vectors.
+    """Compute the cosine between vectors, `f32[..., H]` → `f32[...]`; 0 for zero vectors.
 
     >>> cosine(jnp.array([3.0, 4.0]), jnp.array([6.0, 8.0])).item()
     1.0
     """
     squares = jnp.sum(u * u, -1) * jnp.sum(v * v, -1)
-    zero = squares == 0  # not where one holds NaN: so does its cosine
+    zero = squares == 0  # False for NaN, so that the cosine is NaN
     return jnp.where(zero, 0.0, jnp.sum(u * v, -1) * jax.lax.rsqrt(jnp.where(zero, 1.0, squares)))
 
 
 class Head(nn.Module):
     """Linear → activation → Dropout → Linear, in float32.
 
-    With ReLU it is the paper's; with tanh and the name `pooler` it is a BERT's pooler
-    and classifier. Those of other families differ in the activation alone.
+    With ReLU it is the paper's head. With tanh and the name `pooler` it is BERT's pooler and
+    classifier. The classifiers of other families differ only in the activation.
 
     Attributes:
       hidden: width of the hidden layer.
-      outputs: number of outputs; 1 is squeezed away.
-      dropout: probability of zeroing a hidden unit in training.
+      outputs: number of outputs; an output axis of size 1 is squeezed.
+      dropout: dropout rate of the hidden units.
       first: name of the first layer.
-      activation: what follows it, see `ACTIVATIONS`.
+      activation: key of `ACTIVATIONS`.
     """
 
     hidden: int
@@ -70,7 +70,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """`f32[B, F]` → `f32[B, outputs]`, or `f32[B]` for one output."""
+        """Map `f32[B, F]` to `f32[B, outputs]`, or `f32[B]` for one output."""
         x = nn.Dense(self.hidden, precision=_EXACT, name=self.first)(x)
         x = ACTIVATIONS[self.activation](x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
@@ -80,6 +80,6 @@ class Head(nn.Module):
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def init(head: Head, key: jax.Array, features: int) -> dict[str, Any]:
-    """Initialize a head's parameters for inputs of some features, in one program."""
+    """Initialize a head's parameters for inputs with `features` features, in one program."""
     params: dict[str, Any] = head.init(key, jnp.zeros((1, features)))["params"]
     return params

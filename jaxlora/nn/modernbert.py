@@ -1,10 +1,10 @@
 """ModernBERT's encoder over packed rows, with the collections of `bert.Encoder`.
 
 Warner et al. 2024, "Smarter, Better, Faster, Longer": LayerNorm before each half of a layer, rotary
-positions, a gated feed-forward layer, no biases by default, and in most layers attention to near
-tokens only. Module names are Hugging Face's but for `next_norm`: the norm that transformers has
-before a layer's attention stands here at the end of the layer before. So all layers are alike, and
-the last one's is transformers' final norm.
+positions, a gated feed-forward layer, no biases by default, and sliding-window attention in most
+layers. Module names are Hugging Face's except `next_norm`: the norm that transformers applies
+before a layer's attention is here at the end of the previous layer. This makes all layers alike,
+and the last layer's `next_norm` is transformers' final norm.
 
 Shapes: R rows, S tokens a row, H hidden size, d a head's size, L layers, T adapters.
 """
@@ -33,23 +33,23 @@ from jaxlora.nn.bert import (
 from jaxlora.nn.routes import Route
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
-# The inputs of a layer that depend on its kind: mask, cosines and sines.
+# A layer's inputs that depend on its kind (global or local): mask, cosines and sines.
 Sight = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModernBertConfig(EncoderConfig):
-    """The shape of a ModernBERT; field names are BERT's where ModernBERT has others.
+    """Configuration of a ModernBERT; where ModernBERT's field names differ, BERT's are used.
 
     Attributes:
-      layer_types: `full_attention` or `sliding_attention`, of each layer; `()`: each third from the
-        first has `full_attention`.
-      local_attention: width of the window that a token sees in a `sliding_attention` layer, half
-        of it to each side.
+      layer_types: `full_attention` or `sliding_attention` for each layer; `()`: every third layer,
+        starting with the first, has `full_attention`.
+      local_attention: width of the window to which a token attends in a `sliding_attention` layer,
+        half of it on each side.
       global_rope_theta, local_rope_theta: base of the rotary frequencies in each kind of layer.
       attention_bias, mlp_bias, norm_bias: whether those modules have biases.
-      embedding_dropout: of the embeddings; `hidden_dropout_prob` is the feed-forward layer's and
-        `attention_probs_dropout_prob` that of attention's weights and output.
+      embedding_dropout: dropout rate of the embeddings. `hidden_dropout_prob` is the rate of the
+        feed-forward layer, `attention_probs_dropout_prob` of the attention weights and output.
     """
 
     type_vocab_size: int = 0
@@ -80,7 +80,7 @@ class ModernBertConfig(EncoderConfig):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions; one Dense makes query, key and value."""
+    """Multi-head attention with rotary positions; one Dense computes query, key and value."""
 
     config: ModernBertConfig
     dtype: Any
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, sight: Sight, route: Route | None, train: bool) -> jax.Array:
-        """`x: f32[R, S, H]` → the same shape."""
+        """Map `x: f32[R, S, H]` to the same shape."""
         c, rest = self.config, (self.dtype, self.lora, self.config.attention_bias)
         mask, *angles = sight
         shape = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
@@ -110,7 +110,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, route: Route | None, train: bool) -> jax.Array:
-        """`f32[R, S, H]` → the same shape."""
+        """Map `f32[R, S, H]` to the same shape."""
         c, rest = self.config, (self.dtype, self.lora, self.config.mlp_bias)
         made = Dense(2 * c.intermediate_size, *rest, name="Wi")(x, route, train)
         wide, gate = jnp.split(made, 2, -1)
@@ -119,7 +119,7 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer, in the form `nn.scan` wants; the carry is `x` and its norm, which is read next."""
+    """One layer, in the form that `nn.scan` needs; the carry is `x` and its LayerNorm."""
 
     config: ModernBertConfig
     dtype: Any
@@ -134,7 +134,14 @@ class Layer(nn.Module):
         sights: tuple[Sight, Sight],
         route: Route | None,
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        """Take two `f32[R, S, H]`, `bool[]`, what either kind of layer sees, `f32[R, S, T]`."""
+        """Return the next layer's carry.
+
+        Args:
+          carry: `x` and its LayerNorm, `f32[R, S, H]` each.
+          local: `bool[]`, whether the layer has local attention.
+          sights: the inputs of layers with global and with local attention.
+          route: see `bert.Encoder`.
+        """
         (x, normed), c = carry, self.config
         rest = (c, self.dtype, self.lora)
         sight = jax.tree.map(lambda far, near: jnp.where(local, near, far), *sights)
@@ -145,13 +152,13 @@ class Layer(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Word embeddings, normalised."""
+    """Word embeddings, normalized."""
 
     config: ModernBertConfig
 
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool) -> jax.Array:
-        """`i32[R, S]` → `f32[R, S, H]`."""
+        """Map `i32[R, S]` to `f32[R, S, H]`."""
         c = self.config
         shape = (c.vocab_size, c.hidden_size)
         table = self.param("word_embeddings", nn.initializers.normal(0.02), shape, jnp.float32)
@@ -160,7 +167,7 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Packed tokens to contextual vectors; attributes, arguments and result as `bert.Encoder`'s."""
+    """Packed tokens to contextual vectors, with the interface of `bert.Encoder`."""
 
     config: ModernBertConfig
     dtype: Any = jnp.float32
@@ -187,7 +194,7 @@ class Encoder(nn.Module):
         return normed
 
     def _sights(self, positions: jax.Array, segment_ids: jax.Array) -> tuple[Sight, Sight]:
-        """Return what layers with global and with local attention see."""
+        """Return the inputs of layers with global and with local attention."""
         c = self.config
         size = c.hidden_size // c.num_attention_heads
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]

@@ -1,12 +1,12 @@
-"""What a transformer's layers compute: pure functions, most with a derivative of their own.
+"""The operations of a transformer layer: pure functions, most with a custom derivative.
 
-JAX's own would be as right, but keep more for the backward pass, which takes memory everywhere and,
-on CPU, time. Sums are float32; matmul inputs have the dtype that is asked for, and every matmul
-states its precision, so that float32 is float32 on accelerators, too (see `precision_of`).
+JAX's own derivatives would keep more residuals for the backward pass, which costs memory and, on
+CPU, time. Sums are float32. Matmul inputs have the requested dtype, and every matmul states its
+precision, so that float32 is full float32 on accelerators, too (see `precision_of`).
 
-Such a derivative is of reverse mode (`jax.custom_vjp`): `jax.jvp`, `jax.jacfwd` and what rests on
-them (`jax.hessian`, `jax.linearize`) raise a TypeError. Second derivatives take reverse mode twice,
-as in `jax.jacrev(jax.jacrev(f))`.
+The custom derivatives are reverse-mode (`jax.custom_vjp`): `jax.jvp`, `jax.jacfwd` and functions
+based on them (`jax.hessian`, `jax.linearize`) raise a TypeError. For second derivatives use reverse
+mode twice, as in `jax.jacrev(jax.jacrev(f))`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import numpy as np
 
 
 def precision_of(dtype: Any) -> jax.lax.Precision:
-    """Return the precision of matmuls with inputs of a dtype.
+    """Return the precision of matmuls whose inputs have this dtype.
 
     By default GPUs round float32 inputs to TF32 and TPUs to bfloat16 (10 and 7 bits of mantissa
-    instead of 23). Who wants that speed asks for bfloat16.
+    instead of 23). To get that speed, use bfloat16 inputs.
 
     >>> precision_of(jnp.float32).name, precision_of(jnp.bfloat16).name
     ('HIGHEST', 'DEFAULT')
@@ -35,9 +35,9 @@ def precision_of(dtype: Any) -> jax.lax.Precision:
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """`x Φ(x)`, by the error function (Hendrycks & Gimpel 2016); `erfc` costs more on CPU.
+    """Compute `x Φ(x)` by the error function (Hendrycks & Gimpel 2016), `f32[...]` → `f32[...]`.
 
-    `f32[...]` → the same shape.
+    `erfc` would cost more on CPU.
 
     >>> round(gelu(jnp.array(1.0)).item(), 4)
     0.8413
@@ -50,7 +50,7 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 
 
 def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
-    # Φ(x) as 1 − Φ(−x), so that XLA does not keep the forward pass's error function.
+    # 1 − Φ(−x) instead of Φ(x), so that XLA does not keep the forward pass's erf as a residual.
     slope = (1 - _normal_cdf(-x)) + x * jnp.exp(-0.5 * x * x) * jnp.float32((2 * jnp.pi) ** -0.5)
     return (slope * grad,)
 
@@ -59,14 +59,14 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def keep(shape: tuple[int, ...], rate: float, key: jax.Array) -> tuple[jax.Array, float]:
-    """Return which elements dropout keeps, and what it multiplies them by, so that the mean stays.
+    """Return the mask of elements that dropout keeps, and the scale that preserves the mean.
 
-    Random bits are a large part of a step on CPU, so an element gets 8 of them: the rate is rounded
-    to a multiple of 1/256 (0.1 is 26/256), and the scale fits the rounded rate.
+    Random bits are a large part of a step on CPU, so each element gets only 8 bits: the rate is
+    rounded to a multiple of 1/256 (0.1 becomes 26/256), and the scale matches the rounded rate.
 
     Args:
-      shape: of the elements.
-      rate: from 0 (below 1/512 nothing is dropped) to 255/256 (more is taken for that).
+      shape: shape of the mask.
+      rate: dropout rate; below 1/512 nothing is dropped, and rates above 255/256 count as 255/256.
       key: PRNG key.
 
     Returns:
@@ -84,7 +84,7 @@ def keep(shape: tuple[int, ...], rate: float, key: jax.Array) -> tuple[jax.Array
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """Zero elements with probability `rate` and scale up the others; see `keep`.
+    """Zero elements with probability `rate` and scale up the rest; see `keep`.
 
     >>> sorted(set(dropout(jnp.ones(64), 0.5, jax.random.key(0)).tolist()))
     [0.0, 2.0]
@@ -95,10 +95,10 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
-    """`x w` with inputs in `dtype` and sums in float32, in the backward pass too.
+    """Compute `x w` with inputs in `dtype` and sums in float32, also in the backward pass.
 
-    Without its own derivative JAX would multiply the float32 cotangent by the `dtype` kernel, at
-    the float32 rate.
+    JAX's own derivative would multiply the float32 cotangent by the `dtype` kernel, at the speed of
+    float32.
 
     Args:
       x: `[..., in]`.
@@ -117,7 +117,7 @@ def matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _matmul_forward(x: jax.Array, w: jax.Array, dtype: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    # The cast inputs are what the backward pass reads; the empty arrays remember the dtypes.
+    # The backward pass reads the cast inputs; the empty arrays carry the original dtypes.
     kept = (x.astype(dtype), w.astype(dtype), jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
     return matmul(x, w, dtype), kept
 
@@ -138,13 +138,13 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    """`x A B`, with matmul inputs in `dtype`.
+    """Compute `x A B`, with matmul inputs in `dtype`.
 
     Args:
       x: `[..., in]`.
       a: `[in, r]`.
       b: `[r, out]`.
-      dtype: of the matmuls' inputs.
+      dtype: dtype of the matmul inputs.
 
     Returns:
       `f32[..., out]`.
@@ -156,18 +156,18 @@ def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
 def low_rank_by_block(
     x: jax.Array, a: jax.Array, b: jax.Array, owner: jax.Array, dtype: Any
 ) -> jax.Array:
-    """`x A_t B_t` with one of T adapters for each block of tokens; the cost does not depend on T.
+    """Compute `x A_t B_t`, where each block of tokens uses one of T adapters, at a cost without T.
 
     The factors of each block are gathered, and all blocks are multiplied in one batched matmul, as
-    Punica's BGMV does for a token (Chen et al. 2023, "Punica", section 4). An adapter's gradient is
-    the sum of its blocks'.
+    Punica's BGMV does for each token (Chen et al. 2023, "Punica", section 4). An adapter's gradient
+    is summed over its blocks.
 
     Args:
       x: `[R, S, in]`.
       a: `[T, in, r]`.
       b: `[T, r, out]`.
-      owner: `i32[R, S / block]`, the adapter of each block of consecutive tokens.
-      dtype: of the matmuls' inputs.
+      owner: `i32[R, S / block]`, the index of the adapter of each block of consecutive tokens.
+      dtype: dtype of the matmul inputs.
 
     Returns:
       `f32[R, S, out]`.
@@ -214,19 +214,19 @@ def low_rank_per_task(
     adapter_of_task: tuple[int, ...],
     dtype: Any,
 ) -> jax.Array:
-    """`x A_k B_k` with the adapter of each token's task, whose gradient is split by task.
+    """Compute `x A_k B_k` with the adapter of each token's task; gradients are split by task.
 
-    K adapters of rank r are computed side by side, as one of rank K·r of which a token uses its own
-    r columns. Tasks that share an adapter have a copy of it each, and each copy's gradient is that
-    of its task's tokens.
+    The K adapters of rank r are computed side by side, as one adapter of rank K·r of which a token
+    uses r columns. Each task has its own copy of its adapter, even if tasks share one, and the
+    gradient of a copy comes from its task's tokens only.
 
     Args:
       x: `[..., in]`.
-      a: `[T, in, r]`; tasks of one adapter have equal ones.
-      b: `[T, r, out]`, as well.
-      task: `bool[..., T]`, whose each token is; padding is no task's.
-      adapter_of_task: for each of T tasks the number of its adapter, 0 … K - 1, in order.
-      dtype: of the inputs of all matmuls.
+      a: `[T, in, r]`; equal for tasks that share an adapter.
+      b: `[T, r, out]`, likewise.
+      task: `bool[..., T]`, one-hot task of each token; all False for padding.
+      adapter_of_task: index of each task's adapter, from 0 to K - 1 in ascending order.
+      dtype: dtype of the inputs of all matmuls.
 
     Returns:
       `f32[..., out]`.
@@ -252,7 +252,7 @@ def _per_task_forward(
 
 
 def _only_own(side: jax.Array, task: jax.Array, adapter_of_task: tuple[int, ...]) -> jax.Array:
-    """Zero in `[..., K·r]` what is not of the token's own adapter."""
+    """Zero all columns of `[..., K·r]` that do not belong to the token's adapter."""
     count = adapter_of_task[-1] + 1
     if count == 1:
         return side
@@ -271,7 +271,7 @@ def _per_task_backward(
     dinner = _only_own(jnp.matmul(grad, wide_b.T, **exact), task, adapter_of_task).astype(dtype)
 
     def per_task(thin: jax.Array, wide: jax.Array) -> jax.Array:
-        """Return `[T, r, wide]`: the thin side is split by task, so one matmul does for all."""
+        """Return `[T, r, wide]` by one matmul for all tasks, with the thin side split by task."""
         thin = thin.reshape(*thin.shape[:-1], count, -1).sum(-2, dtype=dtype)
         parts = jnp.where(task[..., None], thin[..., None, :], jnp.zeros((), dtype))
         lead = tuple(range(wide.ndim - 1))
@@ -298,13 +298,13 @@ def attend(
     """Compute `dropout(softmax(Q Kᵀ / √d + bias)) V` (Vaswani et al. 2017, section 3.2.1).
 
     Args:
-      query: `[R, S, heads, d]`, and so `key` and `value`; their dtype is that of all matmul inputs.
-      key: see `query`.
-      value: see `query`.
-      mask: `bool[R, 1, S, S]`, which tokens (last axis) a token sees: at least one.
+      query: `[R, S, heads, d]`; its dtype is that of all matmul inputs.
+      key: like `query`.
+      value: like `query`.
+      mask: `bool[R, 1, S, S]`, which tokens (last axis) a token attends to: at least one.
       kept: `bool[R, heads, S, S]`, which weights dropout keeps; None: all.
-      scale: what dropout multiplies those by.
-      bias: `f32[1, heads, S, S]`, added to the scores of every row; None: nothing.
+      scale: factor of the kept weights; see `keep`.
+      bias: `f32[1, heads, S, S]`, added to the scores of every row; None: no bias.
 
     Returns:
       `f32[R, S, heads, d]`.
@@ -353,10 +353,10 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def positions_after(tokens: jax.Array, positions: jax.Array, padding_idx: int) -> jax.Array:
-    """Count positions as RoBERTa does: from `padding_idx + 1`, and a padding token takes none.
+    """Compute positions as RoBERTa does: from `padding_idx + 1`, without counting padding tokens.
 
-    A padding token inside a sentence (its text names it) has the position `padding_idx`, and the
-    tokens after it count on as if it were not there.
+    A padding token inside a sentence (if the text contains it literally) has the position
+    `padding_idx`, and the tokens after it are numbered as if it were not there.
 
     Args:
       tokens: `i32[R, S]`, packed sentences.
@@ -378,18 +378,18 @@ def positions_after(tokens: jax.Array, positions: jax.Array, padding_idx: int) -
 
 
 def relative_buckets(length: int, count: int = 32, furthest: int = 128) -> np.ndarray:
-    """Put the distances between a row's tokens into buckets (Raffel et al. 2020, section 2.1; T5).
+    """Assign the distances between a row's tokens to buckets (T5; Raffel et al. 2020, section 2.1).
 
-    One half of the buckets is for tokens that follow. In each half, short distances have a bucket
-    each; those up to `furthest` share the rest by their logarithm.
+    Half of the buckets are for tokens that follow. In each half, every short distance has its own
+    bucket, and distances up to `furthest` share the other buckets logarithmically.
 
     Args:
       length: S.
       count: number of buckets.
-      furthest: from this distance on all are in one bucket.
+      furthest: all distances from here on share the last bucket.
 
     Returns:
-      `i64[S, S]`: bucket of the distance from the token of the first axis to that of the second.
+      `i64[S, S]`: bucket of the distance from the first axis's token to the second axis's.
 
     >>> relative_buckets(3).tolist()
     [[0, 17, 18], [1, 0, 17], [2, 1, 0]]
@@ -408,11 +408,11 @@ def rotations(positions: jax.Array, size: int, theta: float) -> tuple[jax.Array,
 
     Args:
       positions: `i32[R, S]`.
-      size: d, of a head; even.
+      size: d, the size of a head; even.
       theta: the base of the frequencies `theta^(-2i/d)`.
 
     Returns:
-      Two of `f32[R, S, 1, d]`, for `rotate`.
+      Cosines and sines, `f32[R, S, 1, d]` each, for `rotate`.
 
     >>> rotations(jnp.zeros((2, 3), jnp.int32), 4, 1e4)[0].shape
     (2, 3, 1, 4)
@@ -424,7 +424,7 @@ def rotations(positions: jax.Array, size: int, theta: float) -> tuple[jax.Array,
 
 
 def rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
-    """Rotate each pair `(x[i], x[i + d/2])` of a query or key by its angle; `f32[R, S, heads, d]`.
+    """Rotate each pair `(x[i], x[i + d/2])` of a query or key `[R, S, heads, d]` by its angle.
 
     >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
     >>> [round(v, 2) for v in rotate(x, *rotations(jnp.array([[1]]), 2, 1e4)).ravel().tolist()]
@@ -435,7 +435,7 @@ def rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
 
 
 def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Sums of products in float32, of inputs of one dtype."""
+    """Compute an einsum of two arrays of the same dtype, with float32 sums."""
     return jnp.einsum(
         spec, x, y, precision=precision_of(x.dtype), preferred_element_type=jnp.float32
     )

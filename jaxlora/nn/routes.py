@@ -1,6 +1,6 @@
-"""How a layer chooses among several adapters: a route says which adapter each token uses.
+"""Routes: a route selects the adapter of each token, where a layer has several.
 
-Without a route there is one adapter, for all tokens.
+Without a route, all tokens use the same adapter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxlora.nn import ops
 
 
 class Route(Protocol):
-    """Computes `x A B` with the right one of T adapters."""
+    """Computes `x A B` with one of T adapters for each token."""
 
     def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
         """Return `f32[R, S, out]` for `x: [R, S, in]`, `a: [T, in, r]` and `b: [T, r, out]`."""
@@ -22,13 +22,13 @@ class Route(Protocol):
 
 @struct.dataclass
 class ByTask:
-    """In training: a token uses its task's adapter, and each task has a gradient of its own.
+    """Route for training: a token uses its task's adapter, and each task gets its own gradient.
 
     The cost grows with the number of adapters, which are computed side by side.
 
     Attributes:
-      task: `bool[R, S, T]`, whose each token is.
-      adapter_of_task: the number of each task's adapter, ascending; see `ops.low_rank_per_task`.
+      task: `bool[R, S, T]`, one-hot task of each token.
+      adapter_of_task: index of each task's adapter, ascending; see `ops.low_rank_per_task`.
     """
 
     task: jax.Array
@@ -41,10 +41,10 @@ class ByTask:
 
 @struct.dataclass
 class ByBlock:
-    """Each block of consecutive tokens uses one adapter; the cost does not depend on how many.
+    """Route by blocks of consecutive tokens; the cost does not depend on the number of adapters.
 
     Attributes:
-      owner: `i32[R, S / block]`, the number of each block's adapter.
+      owner: `i32[R, S / block]`, the index of each block's adapter.
     """
 
     owner: jax.Array
