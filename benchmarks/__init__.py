@@ -1,4 +1,4 @@
-"""The benchmarks: the speed of jaxlora compared with a peer and with the machine's limits.
+"""The benchmarks: the speed of jaxlora compared with peers and with the machine's limits.
 
-`python -m benchmarks` runs all that a CPU can; each module runs alone, too.
+`python -m benchmarks` runs all CPU benchmarks; each module can also be run alone.
 """

@@ -1,7 +1,7 @@
-"""Run the benchmarks for CPUs, one after another: `python -m benchmarks`.
+"""Run the CPU benchmarks, one after another: `python -m benchmarks`.
 
-What `runs/bench` holds already, from this machine and with these versions, is kept, so that a run
-that was stopped goes on; delete the folder to measure everything again.
+Results in `runs/bench` from this machine and these versions are kept, so that a stopped run can be
+continued. Delete the folder to measure everything again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tyro
 
 from benchmarks import harness
 
-# Name of the JSON file that says that it is done ("": it looks itself, row by row) → bench.
+# Name of the JSON file whose presence means done ("": the benchmark checks by row), command.
 QUICK = (
     ("", "step --variants lora3 --batch-sizes 8"),
     ("", "step --variants lora3 --batch-sizes 32 --steps 1"),
@@ -38,10 +38,10 @@ BENCHES = (
 
 
 def main(quick: bool = False) -> int:
-    """Run benchmarks, each in its own process, and return how many failed.
+    """Run the benchmarks, each in its own process; return the number of failures.
 
     Args:
-      quick: only train steps and inference, beside the peers.
+      quick: only measure train steps and inference, with the peers.
     """
     settings = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     failed = 0

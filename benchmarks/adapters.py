@@ -1,7 +1,7 @@
-"""Measure an adapter for each of many tasks: `python -m benchmarks.adapters`.
+"""Measure many tasks with separate adapters: `python -m benchmarks.adapters`.
 
-Training: one step for all adapters, beside one shared adapter and beside the adapters one by one.
-Serving: requests to many tasks beside requests to one; a bank that grows.
+Training: one step for all adapters, against one shared adapter and against one adapter at a time.
+Serving: requests to many tasks against requests to one; banks of different sizes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from jaxlora.training.task_group import Cohort, make_cohort
 SIZES = (96, 128, 192, 256, 384, 512, 768, 1024)  # examples of eight tasks
 WORDS = ("a", "the", "film", "was", "very", "good", "bad", "not", "one", "of", "many", "we", "saw")
 
-PART = 100  # tasks that are put into a bank at a time
+PART = 100  # tasks added to a bank per call
 CHILD = """
 import json, sys, time
 from pathlib import Path
@@ -75,10 +75,10 @@ class Flags:
     Attributes:
       base: the base model.
       batch_sizes: examples of each task in a step.
-      tasks: numbers of tasks among which 256 requests are shared.
+      tasks: numbers of tasks among which 256 requests are divided.
       banks: numbers of tasks in a bank.
-      rounds: timed runs.
-      steps: steps of a run.
+      rounds: number of timed runs.
+      steps: steps per run.
       out: folder of the JSON files.
     """
 
@@ -92,7 +92,7 @@ class Flags:
 
 
 def measure_step(size: int, base: Pretrained, flags: Flags) -> dict[str, Any]:
-    """Compare three tasks with an adapter each to the same tasks with a shared one."""
+    """Compare a step of three tasks with separate adapters to one with a shared adapter."""
     sides = {}
     for variant in ("lora3", "lora1"):
         work = Work(variant, size, "float32")
@@ -114,7 +114,7 @@ def measure_step(size: int, base: Pretrained, flags: Flags) -> dict[str, Any]:
 
 
 def eight_tasks(base: Pretrained) -> tuple[Settings, dict[str, Any]]:
-    """Return the settings and data of eight tasks of uneven sizes, for an epoch."""
+    """Return the settings and data for an epoch of eight tasks of different sizes."""
     settings = Work("lora1", 16, "float32").settings.change(epochs=1)
     specs = tuple(
         dataclasses.replace(
@@ -135,7 +135,7 @@ def eight_tasks(base: Pretrained) -> tuple[Settings, dict[str, Any]]:
 
 
 def measure_epoch(base: Pretrained, flags: Flags) -> dict[str, Any]:
-    """Compare an epoch of eight tasks in one step to the tasks one by one; compilation aside."""
+    """Compare an epoch of eight tasks trained together and one by one, without compilation."""
     settings, data = eight_tasks(base)
     mesh = sharding.make_mesh("data=1")
     together = [make_cohort(settings, base, data, settings.groups, mesh)]
@@ -153,7 +153,7 @@ def measure_epoch(base: Pretrained, flags: Flags) -> dict[str, Any]:
 
 
 def epoch(cohorts: list[Cohort]) -> Callable[[], None]:
-    """Return a side that takes all steps of some cohorts."""
+    """Return a function that takes all steps of some cohorts."""
     ours = Steps(cohorts)
     ours.compile()
 
@@ -165,7 +165,7 @@ def epoch(cohorts: list[Cohort]) -> Callable[[], None]:
 
 
 def make_models(base: Pretrained, count: int, first: int = 0) -> TaskModels:
-    """Return so many tasks from a number on, each with an adapter and a head of its own."""
+    """Return `count` tasks, numbered from `first`, each with its own adapter and head."""
     config, models, trees = lora.LoraConfig(), {}, {}
     for n in range(first, first + count):
         task = dataclasses.replace(SST, name=f"task{n}")
@@ -185,7 +185,7 @@ def make_models(base: Pretrained, count: int, first: int = 0) -> TaskModels:
 
 
 def measure_serving(base: Pretrained, flags: Flags) -> list[dict[str, Any]]:
-    """Compare 256 requests to many tasks with as many to one."""
+    """Compare 256 requests to many tasks with 256 requests to one."""
     served = Predictor(base, make_models(base, max(flags.tasks)))
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, rng.integers(4, 30))) for _ in range(256)]
@@ -205,7 +205,7 @@ def measure_serving(base: Pretrained, flags: Flags) -> list[dict[str, Any]]:
 
 
 def measure_bank(count: int, base: Pretrained, folder: Path) -> dict[str, Any]:
-    """Time what is done with a bank of so many tasks, and what a process takes that opens it."""
+    """Time the operations on a bank of `count` tasks, and a process that opens it."""
     place = folder / f"bank{count}"
     for first in range(0, count, PART):
         models = make_models(base, min(PART, count - first), first)
@@ -227,7 +227,7 @@ def measure_bank(count: int, base: Pretrained, folder: Path) -> dict[str, Any]:
 
 
 def open_and_answer(place: Path, programs: Path) -> dict[str, float]:
-    """Return what a new process takes to open a bank and answer a request, programs cached."""
+    """Measure a new process that opens a bank and answers a request, with cached programs."""
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-c", CHILD, str(place), str(programs)],

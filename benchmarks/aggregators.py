@@ -1,4 +1,4 @@
-"""Every aggregator beside torchjd's, and per-task gradients: `python -m benchmarks.aggregators`."""
+"""Compare all aggregators with torchjd's, and time surgery: `python -m benchmarks.aggregators`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks import harness
 from jaxlora.aggregation import MEMBERS, aggregate, per_task_grads
 from jaxlora.aggregation.transform import make_method
 
-# Member → how torchjd makes it; the others have no peer that works on gradients.
+# Member → torchjd's constructor; the other members have no peer that works on gradients.
 PEERS: dict[str, Callable[[Any, int], Any]] = {
     "mgda": lambda m, tasks: m.MGDA(),
     "cagrad": lambda m, tasks: m.CAGrad(c=0.5),
@@ -33,13 +33,13 @@ PEERS: dict[str, Callable[[Any, int], Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """All members on ready gradients, in turn with torchjd's; then per-task gradients.
+    """Time all aggregators on given gradients, in turn with torchjd's; then per-task gradients.
 
     Attributes:
       tasks: number of tasks.
-      millions: parameters, in millions.
-      members: which of them; all if none is given.
-      rounds: timed runs.
+      millions: number of parameters, in millions.
+      members: aggregators to measure; default: all.
+      rounds: number of timed runs.
       device: the peer's device.
       out: folder of the JSON files.
     """
@@ -53,7 +53,7 @@ class Flags:
 
 
 def waiting(run: Callable[..., Any], *args: Any) -> Callable[[], None]:
-    """A side that calls a program and waits for its result."""
+    """Return a function that calls a program and waits for its result."""
 
     def side() -> None:
         jax.block_until_ready(run(*args))
@@ -62,7 +62,7 @@ def waiting(run: Callable[..., Any], *args: Any) -> Callable[[], None]:
 
 
 def make_ours(name: str, tasks: int, size: int) -> Callable[[], None]:
-    """A member's update of one leaf of `size` numbers a task."""
+    """Build a member's update of one leaf with `size` numbers per task."""
     tx, losses = aggregate(name, tasks), jnp.linspace(1.0, 2.0, tasks)
     grads = jax.random.normal(jax.random.key(0), (tasks, size))
     state = tx.init(None)
@@ -71,7 +71,7 @@ def make_ours(name: str, tasks: int, size: int) -> Callable[[], None]:
 
 
 def make_weights(name: str, tasks: int) -> Callable[[], None]:
-    """A member's weights alone, from a ready Gram matrix of conflicting gradients."""
+    """Build the computation of a member's weights alone, from a given Gram matrix."""
     J = jax.random.normal(jax.random.key(0), (tasks, 2 * tasks))
     K, losses, method = J @ J.T, jnp.linspace(1.0, 2.0, tasks), make_method(name)
     state = method.init(tasks, 0)
@@ -80,7 +80,7 @@ def make_weights(name: str, tasks: int) -> Callable[[], None]:
 
 
 def make_peer(name: str, tasks: int, size: int, device: str) -> Callable[[], None]:
-    """The aggregator of torchjd on a ready matrix, which it is not charged for."""
+    """Build torchjd's aggregator, on a matrix whose construction is not timed."""
     import torch
     from torchjd import aggregation
 
@@ -96,7 +96,7 @@ def make_peer(name: str, tasks: int, size: int, device: str) -> Callable[[], Non
 
 
 def make_step(way: str, tasks: int = 3, width: int = 1024) -> Callable[[], None]:
-    """A backward pass of a batch for each task, 4.5M parameters: `"sum"`, or `per_task_grads`."""
+    """Build a backward pass of one batch per task, 4.5M parameters: `"sum"` or `per_task_grads`."""
     sizes = ((768, width), (width, 2 * width), (2 * width, 768))
     keys = jax.random.split(jax.random.key(0), len(sizes) + tasks)
     trunk = [jax.random.normal(k, s) / s[0] ** 0.5 for k, s in zip(keys, sizes, strict=False)]
@@ -120,7 +120,7 @@ def make_step(way: str, tasks: int = 3, width: int = 1024) -> Callable[[], None]
 
 
 def measure(name: str, flags: Flags) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     size = flags.millions * 1_000_000
     sides = {
         "ours": harness.Worker(make_ours, name, flags.tasks, size),

@@ -27,13 +27,13 @@ SIZES = (
 class Flags:
     """Measure a step of one adapter for three tasks with PCGrad, in families of the same size.
 
-    Weights are random, which takes as long as trained ones.
+    Weights are random, which does not change the time.
 
     Attributes:
-      base: whose size and tokenizer all have.
-      families: which of them; ratios are to the first.
+      base: base model that gives the size and the tokenizer.
+      families: families to measure; ratios are relative to the first.
       batch_size: sentences or pairs of each task.
-      rounds: timed runs of each.
+      rounds: number of timed runs of each family.
       out: folder of the JSON file.
     """
 
@@ -47,7 +47,7 @@ class Flags:
 
 
 def make_base(like: Pretrained, family: str) -> Pretrained:
-    """Return a base of a family, as large as another."""
+    """Return a random base of a family, with the size of `like`."""
     form = FAMILIES[family]
     sizes = {name: getattr(like.config, name) for name in SIZES}
     config = form.config(**sizes, model_type=family, **form.defaults, **form.fixed)

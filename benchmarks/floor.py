@@ -1,8 +1,8 @@
-"""The least time that a step's matmuls and element-wise work need on this machine.
+"""The floor of a step: the least time of its matmuls and element-wise work on this machine.
 
-The matmuls are those of the layers' kernels, of the real tokens, each at the rate of its own shape;
-the adapters' thin ones are left out. The element-wise work is the bytes that the fewest passes over
-the activations read and write, at the rate of a copy of such a size.
+The matmuls are those of the layers' kernels on the real tokens, each at the measured rate of its
+shape; the adapters' thin matmuls are left out. The element-wise work is the bytes read and written
+by the fewest passes over the activations, at the rate of a copy of that size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Shape = tuple[int, int, int]
 
 
 def matmuls(config: EncoderConfig, tokens: int, full: bool) -> dict[Shape, int]:
-    """Count a step's matmuls `[m, k] [k, n]`: forward, inputs' gradients, for `full` kernels'."""
+    """Count a step's matmuls `[m, k] [k, n]`: forward, dx, and if `full` also the kernels' dw."""
     width, wide, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     found = {
         (tokens, width, width): 8 * layers,
@@ -41,15 +41,15 @@ def matmuls(config: EncoderConfig, tokens: int, full: bool) -> dict[Shape, int]:
 def activation_bytes(config: EncoderConfig, tokens: float, squares: float, itemsize: int) -> float:
     """Count the bytes of the element-wise passes over a step's activations.
 
-    Forward, GELU reads and writes F numbers a token; each of two LayerNorms reads 2 H (with the
-    residual) and writes H; softmax reads and writes one number a head for each pair of tokens of a
-    sentence. Backward, each reads its gradient as well.
+    In the forward pass, GELU reads and writes F numbers per token; each of two LayerNorms reads 2 H
+    (with the residual) and writes H; softmax reads and writes one number per head for each pair of
+    tokens in a sentence. In the backward pass, each also reads its gradient.
 
     Args:
-      config: the encoder's.
-      tokens: in a step.
-      squares: the sum of the squares of its sentences' lengths.
-      itemsize: bytes of a number.
+      config: configuration of the encoder.
+      tokens: number of tokens in a step.
+      squares: sum of the squared lengths of its sentences.
+      itemsize: bytes per number.
     """
     per_token = 5 * config.intermediate_size + 12 * config.hidden_size
     per_pair = 5 * config.num_attention_heads
@@ -57,7 +57,7 @@ def activation_bytes(config: EncoderConfig, tokens: float, squares: float, items
 
 
 def sum_of_squares(work: Work, base: Pretrained) -> float:
-    """Return the expected sum of the squares of the lengths of a step's sentences."""
+    """Return the expected sum of the squared lengths of a step's sentences."""
     data = make_data(work, base)
     return sum(
         work.batch_size * task.sentences * float((data[name]["train"].lengths ** 2).mean())
@@ -66,7 +66,7 @@ def sum_of_squares(work: Work, base: Pretrained) -> float:
 
 
 def row(work: Work, base: Pretrained, ours: harness.Spread) -> dict[str, Any]:
-    """Compare our time for a step to its floor."""
+    """Compare our time for a step with its floor."""
     config, dtype, full = base.config, jnp.dtype(work.dtype), work.settings.adapt == "full"
     tokens = real_tokens(work, base)
     shapes = matmuls(config, round(tokens), full)

@@ -1,4 +1,4 @@
-"""Compare cached vectors of a frozen encoder with encoding: `python -m benchmarks.frozen`."""
+"""Compare caching a frozen encoder's vectors with encoding: `python -m benchmarks.frozen`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Flags:
 
     Attributes:
       base: the base model.
-      examples: of each task.
-      rounds: timed runs.
+      examples: number of examples of each task.
+      rounds: number of timed runs.
       out: folder of the JSON file.
     """
 
@@ -35,7 +35,7 @@ class Flags:
 
 
 def make_cached(work: Work, base: str) -> Callable[[], float]:
-    """Train all three heads for an epoch; return the seconds that loading and encoding took."""
+    """Build an epoch of all three heads, which returns the seconds of loading and encoding."""
     began = time.perf_counter()
     ours = Ours(work, huggingface.load(base))
     setup = time.perf_counter() - began
@@ -50,7 +50,7 @@ def make_cached(work: Work, base: str) -> Callable[[], float]:
 
 
 def make_encoding(work: Work, base: str) -> Callable[[], None]:
-    """Encode every training sentence once, as each epoch of a run without a cache does."""
+    """Build an encoding of all training sentences, as in every epoch of a run without a cache."""
     loaded = huggingface.load(base)
     settings = work.settings
     encode = make_encode(encoder(loaded.config, work.dtype, settings.lora, settings.model.pooling))
@@ -65,10 +65,10 @@ def make_encoding(work: Work, base: str) -> Callable[[], None]:
 
 
 def main(flags: Flags) -> None:
-    """Measure both; encoding alone is a lower bound of an epoch without a cache."""
+    """Measure both; encoding alone is a lower bound for an epoch without a cache."""
     work = Work("baseline1", 16, "float32", examples=flags.examples)
     cached = harness.Worker(make_cached, work, flags.base)
-    seconds = cached()  # timed inside: alone
+    seconds = cached()  # measured before the other process starts
     encoding = harness.Worker(make_encoding, work, flags.base)
     spreads = harness.interleave({"cached": cached, "encoding": encoding}, flags.rounds)
     row = {

@@ -1,6 +1,6 @@
 """Run the benchmarks on an accelerator, at the size of bert-base: `python -m benchmarks.gpu`.
 
-Weights are random, which takes as long as trained ones; nothing is downloaded.
+Weights are random, which does not change the time, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Flags:
     """Run the benchmarks on a GPU, and write their JSON files to `out`.
 
     Attributes:
-      parts: which benches.
-      layers: of the random BERT; bert-base has 12.
-      batch_sizes: of the training steps.
-      together: steps in one program.
-      rounds: timed runs of each side.
+      parts: benchmarks to run.
+      layers: number of layers of the random BERT; bert-base has 12.
+      batch_sizes: batch sizes of the train steps.
+      together: number of steps in one program.
+      rounds: number of timed runs of each side.
       out: folder of the JSON files.
     """
 

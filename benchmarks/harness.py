@@ -1,4 +1,4 @@
-"""Timing: run both sides in turn, and write a table and a JSON file."""
+"""Timing: run the sides (ours and the peers) in turn, and write a table and a JSON file."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def interleave(
     warmups: int = 1,
     most_seconds: float = math.inf,
 ) -> dict[K, Spread]:
-    """Time calls of the sides in turn, A B A B …; `warmups` rounds are not counted.
+    """Time calls of the sides in turn, A B A B …; the first `warmups` rounds are not counted.
 
-    Each side must wait for its own results, and none may go on working after that. After
-    `most_seconds` no round begins, unless there were fewer than `FEWEST_ROUNDS`.
+    Each side must wait for its own results and leave no work running. After `most_seconds` no
+    further round begins, except to reach `FEWEST_ROUNDS`.
     """
     seconds: dict[K, list[float]] = {name: [] for name in sides}
     start = time.perf_counter()
@@ -81,15 +81,15 @@ def interleave(
 
 
 class Worker:
-    """A side in its own process, without the other's threads and freed memory.
+    """A side in its own process, isolated from other sides' threads and freed memory.
 
-    It gets ready by itself, so that several can at the same time; its first call waits for that,
-    and must not be timed.
+    It starts in the background, so that several can start concurrently. The first call waits until
+    it is ready, and must not be timed.
 
     Args:
-      factory: a module's function that makes the side, itself a function.
-      *args: its arguments.
-      keep_memory: whether the process keeps freed memory, as ours does in training.
+      factory: module-level function that returns the side, a function.
+      *args: arguments of the factory.
+      keep_memory: whether the process keeps freed memory, as jaxlora does in training.
     """
 
     def __init__(
@@ -155,14 +155,14 @@ def copy_rate(size: int = 1 << 28) -> float:
 
 
 def read_rate(size: int = 1 << 29) -> float:
-    """Measure the bytes per second that are read where nothing is written."""
+    """Measure the bytes per second that a read-only pass reads."""
     x = jnp.ones(size // 4)
     summed = jax.jit(jnp.sum)
     return size / interleave({"": lambda: summed(x).block_until_ready()}, 9, 2)[""].low
 
 
 def against_best(spreads: Mapping[str, Spread]) -> dict[str, Any]:
-    """Compare our side, or the best of those whose names begin with `ours`, to the best peer.
+    """Compare our side, or the best one whose name begins with `ours`, with the best peer.
 
     >>> spreads = {"ours": Spread(1, 2, 3), "a": Spread(4, 5, 6), "b": Spread(2, 3, 9)}
     >>> against_best(spreads)["best peer"], against_best(spreads)["× best peer"]
@@ -180,12 +180,12 @@ def against_best(spreads: Mapping[str, Spread]) -> dict[str, Any]:
 
 
 def peer_device() -> str:
-    """Return the device on which the peer must run to have the same hardware as JAX."""
+    """Return the torch device for the peers, on the same hardware as JAX's default backend."""
     return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine and the versions, for the head of a result."""
+    """Describe the machine and the package versions, for the header of a result."""
     found = {}
     for name in PACKAGES:
         try:
@@ -219,7 +219,7 @@ def is_done(name: str, out: Path = OUT) -> bool:
 
 
 def show(name: str, title: str, rows: Sequence[Mapping[str, Any]], out: Path = OUT) -> None:
-    """Print rows as a table, and write them with the machine to `out/name.json`."""
+    """Print rows as a table, and write them and the machine to `out/name.json`."""
     table = Table(title=title, title_justify="left")
     for column in rows[0]:
         table.add_column(column, justify="right")

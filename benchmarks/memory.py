@@ -20,14 +20,14 @@ from jaxlora.training.config import VariantName
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Measure peak memory: each side in a new process, the peers with malloc's own settings.
+    """Measure peak memory, each side in a new process; the peers use malloc's default settings.
 
     Attributes:
       base: the base model.
-      variants: which variants.
+      variants: variants to measure.
       batch_sizes: sentences or pairs of each task.
-      steps: steps of a run.
-      peers: which of them.
+      steps: steps per run.
+      peers: peers to measure.
       device: the peers' device.
       out: folder of the JSON file.
     """
@@ -42,11 +42,11 @@ class Flags:
 
 
 def make_side(name: Any, work: Work, flags: Flags) -> Callable[[], float]:
-    """Run a side's steps in its process; print what they added to its memory, in MB.
+    """Build a side that runs its steps and returns by how many MB its peak memory has grown.
 
-    What is there before the side loads its weights (the libraries, and for a peer the numbers
-    that it starts from) is not counted; compiling is. What a peer's numbers took and left free it
-    may use again uncounted, so its figure is rather too low.
+    Memory in use before the side loads its weights (libraries and, for a peer, the initial values)
+    is not counted; compilation is. A peer can reuse memory that its initial values have freed
+    without it being counted, so its figure tends to be too low.
     """
     if name in PEERS:
         make_numbers(work, flags.base)
@@ -64,7 +64,7 @@ def make_side(name: Any, work: Work, flags: Flags) -> Callable[[], float]:
 
 
 def megabytes(name: str, device: str) -> float:
-    """Return the peak memory so far: of the accelerator if there is one, else resident."""
+    """Return the peak memory so far in MB: the accelerator's if there is one, else resident."""
     if name == "ours" and jax.default_backend() != "cpu":
         return (jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"] / 1e6
     if name != "ours" and device != "cpu":
@@ -76,7 +76,7 @@ def megabytes(name: str, device: str) -> float:
 
 
 def measure(work: Work, flags: Flags) -> dict[str, Any]:
-    """Measure one row of the table; the sides get ready at the same time."""
+    """Measure one row of the table; the sides start concurrently."""
     workers = {
         name: harness.Worker(make_side, name, work, flags, keep_memory=name == "ours")
         for name in ("ours", *able(flags.peers, work))

@@ -1,4 +1,4 @@
-"""Measure PCGrad alone, ours and torchjd's: `python -m benchmarks.pcgrad`."""
+"""Compare PCGrad alone with torchjd's: `python -m benchmarks.pcgrad`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Flags:
 
     Attributes:
       tasks: numbers of tasks.
-      millions: parameters, in millions.
-      limit: leave out cases with more numbers than this, in millions.
-      rounds: timed runs.
+      millions: numbers of parameters, in millions.
+      limit: skip cases in which tasks × parameters exceed this many millions.
+      rounds: number of timed runs.
       device: the peer's device.
       out: folder of the JSON file.
     """

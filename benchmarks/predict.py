@@ -39,7 +39,7 @@ PEERS: Mapping[str, tuple[str, str]] = {
     "ONNX Runtime": ("onnx_runtime", "make"),
     "ONNX Runtime, int8": ("onnx_runtime", "make_int8"),
 }
-APPROXIMATE = frozenset({"ONNX Runtime, int8"})  # beside, but not among the peers that we race
+APPROXIMATE = frozenset({"ONNX Runtime, int8"})  # shown, but not compared as a peer
 ONLY_MIXED = frozenset({"padded, adapter_names"})
 ONLY_CPU = frozenset(name for name in PEERS if "ONNX" in name or "oneDNN" in name)
 
@@ -48,14 +48,14 @@ ONLY_CPU = frozenset(name for name in PEERS if "ONNX" in name or "oneDNN" in nam
 class Flags:
     """Measure requests to three tasks with one adapter each, and to one merged task.
 
-    All sides start from token ids and end with sentence vectors; heads cost nothing beside them.
+    All sides start from token ids and end with sentence vectors; the cost of heads is negligible.
 
     Attributes:
       base: the base model.
       kinds: mixed, merged.
-      batch_sizes: requests (one sentence each, tasks in turn).
-      rounds: timed runs.
-      most_seconds: of a row, after which no further round begins.
+      batch_sizes: numbers of requests (one sentence each, tasks in turn).
+      rounds: number of timed runs.
+      most_seconds: seconds per row after which no further round begins.
       device: the peers' device.
       out: folder of the JSON files.
     """
@@ -70,7 +70,7 @@ class Flags:
 
 
 def make_requests(size: int, base: Pretrained, kind: Kind = "mixed") -> tuple[Examples, np.ndarray]:
-    """Draw sentences of the tasks in turn, and the task of each; `merged`: all of the first."""
+    """Draw sentences of the tasks in turn, and each one's task; `merged`: always the first task."""
     owner = np.arange(size) % len(TASKS)
     parts = [make_examples(task, size, base.config.vocab_size) for task in TASKS]
     tokens = [parts[t].sentence(n) for n, t in enumerate(owner)]
@@ -82,14 +82,14 @@ def make_requests(size: int, base: Pretrained, kind: Kind = "mixed") -> tuple[Ex
 
 
 def make_adapters(base: Pretrained, kind: Kind = "mixed") -> list[Tree]:
-    """Initialize the adapters that are served, with a B that is not zero."""
+    """Initialize the adapters to serve, with nonzero B."""
     keys = jax.random.split(jax.random.key(0), len(TASKS) if kind == "mixed" else 1)
     adapters = [lora.init(key, base.params, WORK.settings.lora) for key in keys]
     return jax.tree.map(lambda x: x + 0.01, adapters)
 
 
 def make_ours(kind: Kind, base: str) -> Side:
-    """Build our side: all requests in one pass, adapters by sentence or merged."""
+    """Build our side: all requests in one call, with an adapter per sentence or a merged one."""
     loaded, chosen = huggingface.load(base), WORK.settings
     encode = encoder(loaded.config, jnp.float32, chosen.lora, chosen.model.pooling)
     adapters, params = make_adapters(loaded, kind), loaded.params
@@ -111,7 +111,7 @@ def make_ours(kind: Kind, base: str) -> Side:
 
 
 def make_peers(names: tuple[str, ...], kind: Kind, base: str, device: str) -> Callable[..., Any]:
-    """Build the peers' side: `(name, requests)` encodes them by one of the peers."""
+    """Build the peers' side: `(name, number of requests)` encodes requests with one peer."""
     from benchmarks.peers.requests import Requests, Served
 
     loaded, chosen = huggingface.load(base), WORK.settings
@@ -128,7 +128,7 @@ def make_peers(names: tuple[str, ...], kind: Kind, base: str, device: str) -> Ca
 
 
 def peer_names(kind: Kind, device: str) -> tuple[str, ...]:
-    """Return the peers that can serve such requests on a device."""
+    """Return the peers that support a kind of requests on a device."""
     excluded = (frozenset() if kind == "mixed" else ONLY_MIXED) | (
         frozenset() if device == "cpu" else ONLY_CPU
     )
@@ -157,7 +157,7 @@ def measure(kind: Kind, size: int, sides: Mapping[str, Side], flags: Flags) -> d
 
 
 def measure_kind(kind: Kind, flags: Flags) -> list[dict[str, Any]]:
-    """Measure all sizes: ours in one process, the peers in another."""
+    """Measure all sizes, with our side in one process and the peers in another."""
     names = peer_names(kind, flags.device)
     ours = harness.Worker(make_ours, kind, flags.base)
     peers = harness.Worker(make_peers, names, kind, flags.base, flags.device)

@@ -43,7 +43,7 @@ def section(title: str, rows: list[dict[str, Any]]) -> str:
 
 
 def in_order(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Sort the rows of a table: variants as in the README, batches and dtypes ascending."""
+    """Return the sort key of a row: variants as in the README, then batch, then float32 first."""
     variants = ("lora3", "lora1", "baseline2")
     variant = row.get("variant")
     number = variants.index(variant) if variant in variants else len(variants)
@@ -51,7 +51,7 @@ def in_order(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def sections(contents: list[dict[str, Any]]) -> list[str]:
-    """Format all benchmarks; files of one title are one table."""
+    """Format all benchmarks; files with the same title become one table."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for content in contents:
         tables.setdefault(content["title"], []).extend(content["rows"])
@@ -59,7 +59,7 @@ def sections(contents: list[dict[str, Any]]) -> list[str]:
 
 
 def main(source: Path = harness.OUT, out: Path = Path(__file__).parent / "RESULTS.md") -> None:
-    """Write all benchmarks that have been run."""
+    """Write the results of all benchmarks that have been run."""
     contents = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(source.glob("*.json"))]
     machine = contents[0]["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())

@@ -51,9 +51,9 @@ class Flags:
 
     Attributes:
       base: the base model.
-      dtype: of the matmuls.
-      axes: what grows.
-      rounds: timed steps.
+      dtype: dtype of the matmuls.
+      axes: the quantities to vary.
+      rounds: number of timed steps.
       out: folder of the JSON file.
     """
 
@@ -65,7 +65,7 @@ class Flags:
 
 
 def make_ours(case: Case, flags: Flags) -> Callable[[], float]:
-    """Repeat a step on one batch; return the peak memory of the process in MB."""
+    """Build a step on one batch that returns the peak memory of its process in MB."""
     base, adapter = huggingface.load(flags.base), lora.LoraConfig()
     layers = jax.tree.map(lambda x: x[: case.layers], base.params["layers"])
     config = dataclasses.replace(base.config, num_hidden_layers=case.layers)
@@ -92,7 +92,7 @@ def make_ours(case: Case, flags: Flags) -> Callable[[], float]:
 
 
 def first_batch(train: Mapping[str, Examples], order: Order, length: int) -> Batch:
-    """Pack the first step's batch into the fewest rows of a length."""
+    """Pack the first step's batch into as few rows of the given length as possible."""
     sentences = [
         e.lengths[data_batches.sentence_numbers(e, numbers)]
         for e, numbers in zip(train.values(), order.at(0), strict=True)
@@ -103,7 +103,7 @@ def first_batch(train: Mapping[str, Examples], order: Order, length: int) -> Bat
 
 
 def measure(axis: str, flags: Flags) -> list[dict[str, Any]]:
-    """Measure the rows of one axis, and the slope in logarithms (1: proportional)."""
+    """Measure the rows of one axis, and the slope on logarithmic axes (1: proportional)."""
     values = AXES[axis]
     spreads, peaks = [], []
     for value in values:

@@ -1,4 +1,4 @@
-"""Measure the share of a LoRA step outside of the network: `python -m benchmarks.share`."""
+"""Measure the fraction of a LoRA step outside the network: `python -m benchmarks.share`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from jaxlora.utils import trees
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Measure PCGrad's share of a step, and of the host's work for it.
+    """Measure the fractions of a step that PCGrad and the host's work take.
 
     Attributes:
       base: the base model.
-      variant: which variant.
+      variant: the variant to train.
       batch_sizes: sentences or pairs of each task.
       dtypes: float32, bfloat16.
-      rounds: timed runs.
-      steps: steps of a run.
+      rounds: number of timed runs.
+      steps: steps per run.
       out: folder of the JSON file.
     """
 
@@ -43,7 +43,7 @@ class Flags:
 
 
 def make_projection(ours: Ours) -> Callable[[], Any]:
-    """Time PCGrad alone on gradients in the shapes of the trained tree."""
+    """Build PCGrad alone, on gradients with the shapes of the trained tree."""
     (cohort,) = ours.cohorts
     count = len(cohort.train_step.tasks)
     tx, tree = pcgrad(count), _trainable(ours)
@@ -65,7 +65,7 @@ def _trainable(ours: Ours) -> Any:
 
 
 def host_seconds(ours: Ours, steps: int) -> float:
-    """Measure the seconds in which the batch of a step is built, without other work."""
+    """Measure the seconds to build the batch of a step, without other load."""
     (cohort,) = ours.cohorts
     began = time.perf_counter()
     for step in range(steps):

@@ -26,8 +26,8 @@ class Flags:
 
     Attributes:
       base: the base model.
-      variants: which variants.
-      rounds: warm starts.
+      variants: variants to measure.
+      rounds: number of warm starts.
       out: folder of the JSON file.
     """
 
@@ -38,7 +38,7 @@ class Flags:
 
 
 def child(variant: VariantName, base: str, cache: str, began: str) -> None:
-    """Import, load, compile and take a step in a new process; print the seconds of each."""
+    """Import, load, compile and take a step in a new process; print its times as JSON."""
     import jax
 
     from benchmarks.work import Ours, Work

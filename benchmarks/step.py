@@ -1,4 +1,4 @@
-"""Measure train steps per second, ours and the peers': `python -m benchmarks.step`."""
+"""Compare train step times with the peers': `python -m benchmarks.step`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxlora.training.task_group import Cohort
 PeerName = Literal[
     "padded-eager", "padded-compile", "padded-graphs", "sorted", "flat", "flat-compile"
 ]
-# Name → module and class of `benchmarks.peers`, and what it is called with.
+# Name → module and class of `benchmarks.peers`, and keyword arguments of the class.
 PEERS: Mapping[PeerName, tuple[str, str, Mapping[str, Any]]] = {
     "padded-eager": ("padded", "Padded", {}),
     "padded-compile": ("padded", "Padded", {"mode": "compile"}),
@@ -38,17 +38,17 @@ class Flags:
 
     Attributes:
       base: the base model.
-      variants: which variants.
+      variants: variants to measure.
       batch_sizes: sentences or pairs of each task.
       dtypes: float32, bfloat16.
-      rounds: timed runs of each side.
-      steps: steps of a run.
-      most_seconds: of a row, after which no further round begins.
-      peers: which of them; those that can train a variant do.
+      rounds: number of timed runs of each side.
+      steps: steps per run.
+      most_seconds: seconds per row after which no further round begins.
+      peers: peers to measure, where they support the variant.
       together: also measure our side with this many steps in one program; 0: do not.
       device: the peers' device.
-      name: of the JSON files, one for each row.
-      out: their folder.
+      name: prefix of the names of the JSON files, one for each row.
+      out: folder of the JSON files.
     """
 
     base: str = "minilm"
@@ -98,7 +98,7 @@ def able(names: tuple[PeerName, ...], work: Work) -> tuple[PeerName, ...]:
 
 
 def make_ours(work: Work, base: str, together: int = 0) -> Callable[[int], Any]:
-    """Compile our side on JAX's default device."""
+    """Build and compile our side on JAX's default device."""
     ours = Ours(work, huggingface.load(base))
     if together:
         return lambda _: ours.run_together(together) and None
@@ -108,7 +108,7 @@ def make_ours(work: Work, base: str, together: int = 0) -> Callable[[int], Any]:
 
 @functools.cache
 def make_numbers(work: Work, base: str) -> tuple[Pretrained, list[Cohort]]:
-    """Load the base, and the groups whose initial parameters the peers copy."""
+    """Load the base, and the cohorts whose initial parameters the peers copy."""
     loaded = huggingface.load(base)
     return loaded, Ours(work, loaded).cohorts
 
@@ -116,13 +116,13 @@ def make_numbers(work: Work, base: str) -> tuple[Pretrained, list[Cohort]]:
 def make_peers(
     names: tuple[PeerName, ...], work: Work, base: str, device: str
 ) -> Callable[[PeerName, int], Any]:
-    """Build some peers: `(name, steps)` takes steps with one of them."""
+    """Build some peers; return `(name, steps)`, which takes steps with one of them."""
     made = {name: make_peer(name, work, base, device) for name in names}
     return lambda name, steps: made[name](steps)
 
 
 def make_peer(name: PeerName, work: Work, base: str, device: str) -> Callable[[int], Any]:
-    """Build a peer: one for each cohort of ours."""
+    """Build a peer, with an instance for each of our cohorts."""
     loaded, cohorts = make_numbers(work, base)
     module, kind, flags = PEERS[name]
     make = getattr(importlib.import_module(f"benchmarks.peers.{module}"), kind)
@@ -131,7 +131,7 @@ def make_peer(name: PeerName, work: Work, base: str, device: str) -> Callable[[i
 
 
 def main(flags: Flags) -> None:
-    """Measure all combinations; a row that is there already, from this machine, is kept."""
+    """Measure all combinations; keep rows that were already measured on this machine."""
     base = huggingface.load(flags.base)
     for variant in flags.variants:
         for size in flags.batch_sizes:

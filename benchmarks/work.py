@@ -1,4 +1,4 @@
-"""The common work of both sides: the same weights, sentences, adapters and heads."""
+"""The workload of all sides: the same weights, sentences, adapters and heads."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from jaxlora.training.task_group import Cohort, make_cohort
 
 LENGTHS = json.loads(Path(__file__).with_name("lengths.json").read_text(encoding="utf-8"))
 TASKS = paper_tasks("mse")
-FIRST_WORD = 1000  # of BERT's vocabulary; what stands before are special and unused tokens
+FIRST_WORD = 1000  # id in BERT's vocabulary; lower ids are mostly special and unused tokens
 Metrics = dict[str, StepMetrics]
-LOOK_AT = 200  # steps, to find the shapes of batches
+LOOK_AT = 200  # number of steps to search for the shapes of batches
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is trained: a variant at a batch size and dtype, on `examples` of each task.
+    """A training workload: a variant at a batch size and dtype, on `examples` of each task.
 
-    All else is as in the preset whose scores are published, `cs224n`; a dropout that is given is
-    that of heads and encoder.
+    Other settings are those of the preset `cs224n`, whose scores are published. `dropout`, if
+    given, applies to heads and encoder.
     """
 
     variant: VariantName
@@ -52,7 +52,7 @@ class Work:
         settings = make_settings(
             self.variant,
             "cs224n",
-            data_dir=".",  # whose files are not read
+            data_dir=".",  # required, but not read
             max_length=128,
             pooling=self.pooling,
             dtype=self.dtype,
@@ -70,7 +70,7 @@ class Work:
 def make_examples(task: Task, count: int, vocabulary: int, seed: int = 0) -> Examples:
     """Draw sentences of random words, with random labels.
 
-    Their lengths have the distribution of the real ones; those of a pair are independent.
+    Lengths have the distribution of the real data; the two lengths of a pair are independent.
     """
     rng = np.random.default_rng([seed, *task.name.encode()])
     found = np.array([*map(int, LENGTHS[task.name])]), np.array([*LENGTHS[task.name].values()])
@@ -83,7 +83,7 @@ def make_examples(task: Task, count: int, vocabulary: int, seed: int = 0) -> Exa
 
 
 def make_data(work: Work, base: Pretrained) -> Data:
-    """Build all splits of all tasks; only `train` is large."""
+    """Build all splits of all tasks; `dev` and `test` are tiny."""
     sizes = {"train": work.examples, "dev": 8, "test": 8}
     return {
         name: {k: make_examples(task, n, base.config.vocab_size) for k, n in sizes.items()}
@@ -92,20 +92,20 @@ def make_data(work: Work, base: Pretrained) -> Data:
 
 
 def real_tokens(work: Work, base: Pretrained) -> float:
-    """Compute the average tokens per step of all tasks' sentences, without padding."""
+    """Compute the average number of tokens per step over all tasks, without padding."""
     data = make_data(work, base)
     means = {name: splits["train"].lengths.mean() for name, splits in data.items()}
     return sum(work.batch_size * t.sentences * means[name] for name, t in work.tasks.items())
 
 
 class Steps:
-    """The steps of some cohorts, each on its own batches in a cycle.
+    """The steps of some cohorts, each cycling through its own batches.
 
     Attributes:
-      cohorts: groups that train in one step.
-      states: of each cohort's groups.
-      stacks: the batches of `run_together`, of each cohort.
-      waited: seconds that steps have waited for their batches so far.
+      cohorts: the cohorts (groups that train in one step).
+      states: for each cohort, the states of its groups.
+      stacks: for each cohort, the batches of `run_together`.
+      waited: seconds that steps have waited for batches so far.
     """
 
     def __init__(self, cohorts: list[Cohort]) -> None:
@@ -124,7 +124,7 @@ class Steps:
         return jax.block_until_ready(metrics)
 
     def run_cohort(self, i: int, steps: int) -> Metrics:
-        """Do the same as `run`, with one cohort."""
+        """Take some steps with one cohort, as `run` does with all."""
         for _ in range(steps):
             metrics = self._step(i)
         return jax.block_until_ready(metrics)
@@ -133,12 +133,12 @@ class Steps:
         """Run a batch of every shape once, so that no timed step compiles."""
         for cohort, train_step in zip(self.cohorts, self._steps, strict=True):
             for batch in one_of_each_shape(cohort.batches, LOOK_AT):
-                # Placed as in a run: elsewhere it would be another program.
+                # Placed as in a run: a different placement would compile a different program.
                 placed = cohort.place(batch)
                 jax.block_until_ready(train_step(cohort.states, cohort.frozen, placed))
 
     def run_together(self, steps: int) -> list[Metrics]:
-        """Do the same as `run` in one program, on batches that are already on the device."""
+        """Take some steps in one program per cohort, on batches that are already on the device."""
         if not self.stacks:
             self.stacks = [_next_of_one_shape(batches, steps) for batches in self._batches]
             self._scans = [_make_scan(train_step) for train_step in self._steps]
@@ -159,7 +159,7 @@ class Steps:
 
 
 class Ours(Steps):
-    """Build our side: the groups of a variant."""
+    """Our side: the cohorts of a variant."""
 
     def __init__(self, work: Work, base: Pretrained) -> None:
         data, mesh = make_data(work, base), sharding.make_mesh("data=1")
@@ -183,7 +183,7 @@ def _over_and_over(cohort: Cohort) -> Iterator[Batch]:
 
 
 def _make_scan(train_step: Any) -> Any:
-    """Run the step over stacked batches; return the last metrics."""
+    """Compile a scan of the step over stacked batches that returns the last metrics."""
 
     def several(states: dict[str, TrainState], frozen: Any, batches: Batch) -> Any:
         states, metrics = jax.lax.scan(lambda s, b: train_step(s, frozen, b), states, batches)

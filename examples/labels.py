@@ -1,7 +1,7 @@
-"""Several labels for one text: train, choose each label's threshold on dev, find what is missed.
+"""Several labels per text: train, choose each label's threshold on dev, count missed labels.
 
-Two minutes on two cores. The lines that begin with `# %%` make cells of it in Jupyter (by
-Jupytext), VS Code and PyCharm.
+Takes two minutes on two cores. Lines that begin with `# %%` divide the script into cells for
+Jupyter (by Jupytext), VS Code and PyCharm.
 """
 
 import csv
@@ -24,7 +24,7 @@ SAYS = {
 }
 
 
-# %% A table whose column of labels has any number of names, separated by bars
+# %% A table whose label column holds any number of names, separated by `|`
 def write_table(path, rows, seed):
     """Write messages about none, one or two of the topics; shipping is rare."""
     rng = random.Random(seed)
@@ -41,19 +41,19 @@ def write_table(path, rows, seed):
 write_table("messages.csv", rows=300, seed=0)
 write_table("later.csv", rows=100, seed=1)
 
-# %% Train; that cells are sets of names is seen in the data
+# %% Train; the multilabel task is inferred from the data
 command = f"train messages.csv --text=message --label=tags --base={BASE} --max-steps={STEPS}"
 if code := main(shlex.split(command + " --out=runs/messages")):
     raise SystemExit(code)
 
-# %% Predict: the names above their thresholds, which were chosen on the held-out dev set
+# %% Predict the names above their thresholds, which were chosen on the held-out dev set
 predictor = jaxlora.load("runs/messages")
 task = predictor.tasks["messages"]
 print({name: round(cut, 2) for name, cut in zip(task.classes, task.thresholds, strict=True)})
 (answer,) = predictor([("messages", "An error appears on save, and I was charged twice.")])
 print(f"{answer.label} of {answer.probabilities}")
 
-# %% Which label is missed on rows that it has not seen?
+# %% Which labels are missed on new rows?
 with open("later.csv", newline="") as file:
     rows = list(csv.DictReader(file))
 found = predictor.predict("messages", [row["message"] for row in rows])

@@ -1,7 +1,7 @@
-"""PCGrad in your own Flax and Optax training: two tasks that pull a shared trunk apart.
+"""PCGrad in your own Flax and Optax training: two tasks with conflicting gradients on one trunk.
 
-Both tasks read the same input. One is measured on a scale ten times as large, so with summed
-gradients it decides wherever the two disagree. Seconds on two cores.
+Both tasks read the same input. The targets of one are ten times as large, so with summed gradients
+it dominates wherever the two disagree. Takes seconds on two cores.
 """
 
 import os
@@ -36,9 +36,9 @@ def loss(trunk_params, head_params, batch):
     return jnp.mean((found - wanted) ** 2)
 
 
-# %% Training: only the first link of the optax chain knows that there are several tasks
+# %% Training: only the first transform of the optax chain sees several tasks
 def train(method):
-    """Train with a gradient aggregator; returns the losses and the share of conflicts."""
+    """Train with a gradient aggregator; return the losses and the fraction of conflicts."""
     tx = optax.chain(jaxlora.aggregate(method, num_tasks=len(TASKS)), optax.adam(1e-2))
     head_tx = optax.adam(1e-2)
     params = trunk.init(keys[3], x)

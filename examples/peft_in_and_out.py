@@ -1,6 +1,6 @@
-"""An adapter from Hugging Face PEFT into a bank, and out again; both sides compute the same.
+"""Import a Hugging Face PEFT adapter into a bank and export it; both sides compute the same.
 
-Needs torch and peft, and a base as a folder or a hub id. A minute on two cores.
+Needs torch, peft, and a base as a folder or a hub id. Takes a minute on two cores.
 """
 
 import os
@@ -19,7 +19,7 @@ TEXTS = ["a film", "the dog runs", "the dog runs, not the film"]
 
 
 def shell(command):
-    """Run a command; in a terminal it is typed as printed."""
+    """Run a command as it would be typed in a terminal."""
     print(f"\n$ {command}")
     if code := main(shlex.split(command)[1:]):
         raise SystemExit(code)
@@ -42,12 +42,12 @@ config = peft.LoraConfig(r=8, target_modules=["query", "value"], init_lora_weigh
 theirs = peft.get_peft_model(transformers.AutoModel.from_pretrained(BASE), config)
 theirs.save_pretrained("from-peft")
 
-# %% In: without a head it is a task that compares two texts by the cosine of their vectors
+# %% Import: without a head, the task compares two texts by the cosine of their vectors
 shell(f"jaxlora import peft from-peft --bank=bank --as=similar --base={BASE}")
 ours = jaxlora.load("bank").encode("similar", TEXTS)
 print(f"largest difference from PEFT's vectors: {np.abs(ours - peft_vectors(theirs)).max():.1e}")
 
-# %% Out: a folder for `PeftModel.from_pretrained`, with the same factors
+# %% Export: a folder for `PeftModel.from_pretrained`, with the same factors
 shell("jaxlora export peft to-peft --bank=bank --task=similar")
 again = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(BASE), "to-peft")
 print(f"largest difference after the round trip: {np.abs(ours - peft_vectors(again)).max():.1e}")

@@ -1,6 +1,6 @@
-"""Search by meaning: sentence vectors of a collection, and the nearest ones to a question.
+"""Semantic search: find the texts of a collection whose vectors are nearest to a question's.
 
-Seconds on two cores.
+Takes seconds on two cores.
 """
 
 import os
@@ -37,7 +37,7 @@ def vectors(texts):
     return found / jnp.linalg.norm(found, axis=1, keepdims=True)
 
 
-# %% Keep the collection's vectors in a file; only questions are encoded later
+# %% Store the collection's vectors in a file; later only questions are encoded
 np.save("articles.npy", vectors(ARTICLES))
 
 # %% Search: one matmul for all questions

@@ -1,7 +1,7 @@
 """From a table of support tickets to a bank that answers requests: train, evaluate, store, predict.
 
-Two minutes on two cores. There are a script, whose lines that begin with `# %%` make cells of it in
-VS Code and PyCharm, and a notebook.
+Takes two minutes on two cores. This example is a script, which lines that begin with `# %%` divide
+into cells for VS Code and PyCharm, and a notebook.
 """
 
 import csv
@@ -17,13 +17,13 @@ STEPS = os.environ.get("STEPS", "120")
 
 
 def shell(command):
-    """Run a command; in a terminal it is typed as printed."""
+    """Run a command as it would be typed in a terminal."""
     print(f"\n$ {command}")
     if code := main(shlex.split(command)[1:]):
         raise SystemExit(code)
 
 
-# %% A table: any CSV with a column of text and a column of labels
+# %% A table: any CSV with a text column and a label column
 SUBJECTS = {
     "billing": ("I was charged twice for {}", "the invoice for {} is wrong", "{} costs too much"),
     "delivery": ("where is my {}", "the parcel with my {} is late", "has {} been sent yet"),
@@ -35,7 +35,7 @@ OPENINGS = ("", "hello, ", "please help: ", "urgent! ", "second try: ")
 
 
 def write_table(path, rows, seed):
-    """Write tickets; their order and wording depend on the seed alone."""
+    """Write tickets; their order and wording depend only on the seed."""
     rng = random.Random(seed)
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
@@ -50,16 +50,16 @@ def write_table(path, rows, seed):
 write_table("tickets.csv", rows=300, seed=0)
 write_table("later.csv", rows=100, seed=1)
 
-# %% Train an adapter and a head; classes and a dev set are found in the table
+# %% Train an adapter and a head; classes are inferred from the table, and a dev set is held out
 shell(
     "jaxlora train tickets.csv --text=subject --label=topic "
     f"--base={BASE} --max-steps={STEPS} --out=runs/tickets"
 )
 
-# %% Score it on rows that it has not seen
+# %% Evaluate it on new rows
 shell("jaxlora evaluate runs/tickets --input=later.csv --page=tickets.html")
 
-# %% Keep it in a bank, where tasks of the same base join it one by one
+# %% Add it to a bank, which stores any number of tasks on one base
 shell("jaxlora bank add bank --run=runs/tickets")
 shell("jaxlora bank list bank")
 

@@ -1,10 +1,10 @@
 """Check an accelerator against the CPU: `python experiments/accelerator.py [--base minilm]`.
 
 Runs PCGrad, two train steps of every variant and requests to many adapters on JAX's default device
-and on the CPU, from the same numbers, without dropout, and prints how far the gradients of the
-second step and the sentence vectors differ, and how long a step or a call takes. Steps are plain
-SGD: AdamW's first steps are the signs of gradients, which rounding turns around where a gradient is
-nearly zero. Needs neither data nor TFDS nor Grain. Exits 1 if a difference is above its tolerance.
+and on the CPU, from the same numbers and without dropout. Prints the differences of the second
+step's gradients and of the sentence vectors, and the time of a step or a call. Steps are plain SGD:
+AdamW's first steps are the signs of the gradients, which rounding flips where a gradient is nearly
+zero. Needs neither data nor TFDS nor Grain. Exits with 1 if a difference exceeds the tolerance.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from jaxlora.training.config import PaperVariant
 from jaxlora.training.step import GroupStep, make_train_step
 from jaxlora.utils import trees
 
-TOLERANCE = 1e-4  # relative, of gradients in float32; TF32 would be above it
+TOLERANCE = 1e-4  # relative, for float32 gradients; TF32 would exceed it
 RATE = 0.1
 SHAPE, BATCH = packing.Shape(6, 64), 8
 REQUESTS = 256
 
 
 def pcgrad_difference(devices: list[jax.Device], sizes: tuple[int, ...]) -> float:
-    """Relative difference of three tasks' combined gradients between two devices."""
+    """Return the relative difference of three tasks' combined gradients between two devices."""
     key = jax.random.key(0)
     grads = {str(n): np.asarray(jax.random.normal(key, (3, n))) for n in sizes}
 
@@ -59,7 +59,7 @@ def pcgrad_difference(devices: list[jax.Device], sizes: tuple[int, ...]) -> floa
 
 
 def difference(a: Any, b: Any) -> float:
-    """`‖a - b‖ / ‖b‖` over all leaves; NaN if there is one anywhere."""
+    """Compute `‖a - b‖ / ‖b‖` over all leaves; NaN if any element is NaN."""
     a, b = (
         np.concatenate([[0.0], *(np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree))])
         for tree in (a, b)
@@ -68,7 +68,7 @@ def difference(a: Any, b: Any) -> float:
 
 
 def random_batch(num_tasks: int, vocabulary: int, adapt: Adapt) -> Batch:
-    """Sentences of 5 to 19 random tokens, all in the same rows or each task in its own."""
+    """Return sentences of 5 to 19 random tokens, in shared rows or, without LoRA, rows per task."""
     rng, slots = np.random.default_rng(0), 2 * BATCH
     count = num_tasks * slots
     sentences = [
@@ -86,7 +86,7 @@ def random_batch(num_tasks: int, vocabulary: int, adapt: Adapt) -> Batch:
 
 
 class EncodedInSteps(Frozen):
-    """A frozen encoder that encodes at every step, so that this is compared, too."""
+    """A frozen encoder that encodes in every step, so that its encoding is compared, too."""
 
     def encode_tasks(self, encode: Encode, sizes: Sequence[int]) -> EncodeTasks:
         """Encode each task's rows."""
@@ -94,7 +94,7 @@ class EncodedInSteps(Frozen):
 
 
 def sgd(num_tasks: int) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """PCGrad and SGD for the encoder, SGD for the heads; the states hold the last gradients."""
+    """Return PCGrad and SGD for the encoder and SGD for the heads; states hold the gradients."""
     heads = optax.chain(optax.trace(0.0), optax.scale(-RATE))
     return optax.chain(pcgrad(num_tasks), heads), heads
 
@@ -102,9 +102,9 @@ def sgd(num_tasks: int) -> tuple[optax.GradientTransformation, optax.GradientTra
 def two_steps(
     variant: Variant, base: huggingface.Pretrained, device: jax.Device
 ) -> tuple[Any, float]:
-    """The gradients of a variant's first groups in their second step, and seconds a step takes.
+    """Return the gradients of a variant's second step, and the seconds per step.
 
-    Adapters of all groups train in one step, whole encoders one after another.
+    The adapters of all groups train in one step. Of several whole encoders only the first trains.
     """
     config = base.config.with_dropout(0.0)
     groups = variant.groups[: 1 if variant.adapt == "full" else None]
@@ -140,7 +140,7 @@ def two_steps(
 def serve(
     base: huggingface.Pretrained, adapters: int, device: jax.Device
 ) -> tuple[np.ndarray, float]:
-    """The vectors of sentences that use so many adapters in turn, and seconds a call takes."""
+    """Return the vectors of sentences that use the adapters in turn, and the seconds per call."""
     rng, config = np.random.default_rng(0), lora.LoraConfig()
     sentences = [rng.integers(1, base.config.vocab_size, n) for n in rng.integers(5, 20, REQUESTS)]
     examples = Examples(
@@ -168,7 +168,7 @@ def serve(
 
 
 def agree(differences: Sequence[float]) -> bool:
-    """Whether none is above the tolerance, and none is NaN."""
+    """Return whether all differences are within the tolerance; NaN is not."""
     return all(found <= TOLERANCE for found in differences)
 
 
@@ -177,12 +177,12 @@ def main(
     variants: tuple[PaperVariant, ...] = get_args(PaperVariant),
     adapters: tuple[int, ...] = (1, 8, 64, 512),
 ) -> bool:
-    """Print the comparison; returns whether both agree.
+    """Print the comparison; return whether both devices agree.
 
     Args:
       base: minilm, a local Hugging Face folder, or a hub id.
       variants: the paper's variants whose steps are compared.
-      adapters: in how many adapters 256 requests are answered.
+      adapters: numbers of adapters among which 256 requests are divided.
     """
     loaded = huggingface.load(base)
     device, cpu = jax.devices()[0], jax.devices("cpu")[0]
@@ -211,7 +211,7 @@ def main(
 
 
 def cli(args: Sequence[str] | None = None) -> int:
-    """Parse flags and compare; returns the exit code, see `host.exit_code`; 1 if they differ."""
+    """Parse flags and compare; return the exit code of `flags.exit_code`, or 1 if they differ."""
     agreed: list[bool] = []
     code = exit_code(lambda: agreed.append(tyro.cli(main, args=args)))
     return code or int(agreed == [False])

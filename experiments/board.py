@@ -1,4 +1,4 @@
-"""What a reproduction shows: a bar over all, one for each running process, lines for what ended."""
+"""Progress display of a reproduction: a total bar, a bar per running process, a line per result."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from jaxlora.tasks.task import MADE_UP
 
 
 class Board:
-    """Watches a fleet of runs (see `fleet.Watcher`).
+    """Displays the progress of a fleet of runs (see `fleet.Watcher`).
 
     Args:
-      runs: all of them, the finished ones, too.
-      at_once: how many run at the same time.
-      console: where to show it.
+      runs: all runs, including finished ones.
+      at_once: number of concurrent runs.
+      console: console to print to.
     """
 
     def __init__(self, runs: Sequence[Run], at_once: int, console: Console) -> None:
         self._runs, self._at_once, self._console = runs, at_once, console
-        self._began: dict[Run, tuple[float, int]] = {}  # when, at which step
+        self._began: dict[Run, tuple[float, int]] = {}  # start time and start step
         self._failed: set[Run] = set()
         self._bars: dict[Run, TaskID] = {}
         self._progress = Progress(
@@ -42,13 +42,13 @@ class Board:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """While this lasts, the bars are on the screen."""
+        """Show the bars within this context."""
         with self._progress:
             self.look()
             yield
 
     def started(self, run: Run) -> None:
-        """A bar for it."""
+        """Add a bar for a run."""
         done = run.done()
         self._began[run] = (time.monotonic(), done)
         self._bars[run] = self._progress.add_task(
@@ -56,7 +56,7 @@ class Board:
         )
 
     def ended(self, run: Run, code: int) -> None:
-        """A line on how it went."""
+        """Remove a run's bar and print its result."""
         self._progress.remove_task(self._bars.pop(run))
         took = duration(time.monotonic() - self._began[run][0])
         if code == 0 and run.finished:
@@ -70,7 +70,7 @@ class Board:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def look(self) -> None:
-        """Move the bars."""
+        """Update the bars."""
         done = {run: run.done() for run in self._runs}
         for run, bar in self._bars.items():
             note = "" if done[run] > self._began[run][1] else "starting …"
@@ -101,7 +101,7 @@ class Board:
 
 
 def _expected(run: Run, rates: dict[Run, float]) -> float:
-    """Seconds a step: its own, its study's, its kind's, or else the slowest that is known."""
+    """Estimate seconds per step: the run's, its study's, its kind's, or else the slowest known."""
     for known in (
         [rates[run]] if run in rates else [],
         [rate for other, rate in rates.items() if other.study == run.study],

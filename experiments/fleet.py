@@ -1,4 +1,4 @@
-"""Many commands, a few at a time: each a process of its own, with a log of its own."""
+"""Run many commands, a few at a time, each in its own process with its own log."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _COLUMNS = "120"  # of the tables in a log
 
 
 class Job(Protocol):
-    """Something to run."""
+    """A command to run."""
 
     @property
     def command(self) -> Sequence[str]:
-        """What to run."""
+        """The command line."""
 
     @property
     def log(self) -> Path:
-        """Where what it says goes, after what is there already."""
+        """The file to which its output is appended."""
 
 
 J = TypeVar("J", bound=Job)
@@ -35,25 +35,25 @@ J_contra = TypeVar("J_contra", bound=Job, contravariant=True)
 
 
 class Watcher(Protocol[J_contra]):
-    """Someone who watches (the screen does)."""
+    """Callbacks that observe a fleet."""
 
     def started(self, job: J_contra) -> None:
-        """A job's process has been started."""
+        """Handle the start of a job's process."""
 
     def ended(self, job: J_contra, code: int) -> None:
-        """It has ended; see `subprocess.Popen.returncode`."""
+        """Handle the end of a job's process; `code` is `subprocess.Popen.returncode`."""
 
     def look(self) -> None:
-        """Called every `LOOK_EVERY` seconds."""
+        """Handle a tick; called every `LOOK_EVERY` seconds."""
 
 
 class Fleet(Generic[J]):
-    """Runs jobs, `at_once` of them at a time.
+    """Runs jobs, up to `at_once` of them concurrently.
 
     Args:
-      jobs: in the order in which they are started.
-      at_once: how many run at the same time.
-      watcher: is told what happens.
+      jobs: the jobs, in the order in which they are started.
+      at_once: number of concurrent jobs.
+      watcher: observer of the fleet.
     """
 
     def __init__(self, jobs: Iterable[J], at_once: int, watcher: Watcher[J]) -> None:
@@ -63,14 +63,14 @@ class Fleet(Generic[J]):
         self._running: list[tuple[J, subprocess.Popen[bytes]]] = []
 
     def run(self) -> list[tuple[J, int]]:
-        """Run them all; one that fails stops no other.
+        """Run all jobs; a job that fails does not stop the others.
 
         Returns:
           Each job with its exit code, in the order in which they ended.
 
         Raises:
-          Stopped: after Ctrl-C or SIGTERM, when the running ones have been told to stop and have
-            ended; after a second signal they are told again, and do not save what they have.
+          Stopped: after Ctrl-C or SIGTERM, once the running jobs have been terminated and have
+            ended. After a second signal they are terminated again, and end without saving.
         """
         codes = []
         with host.stop_signals() as stopped:
@@ -106,7 +106,7 @@ class Fleet(Generic[J]):
                 process.terminate()
             for process in processes:
                 process.wait()
-        finally:  # a second signal came while they saved
+        finally:  # also if a second signal arrives while they save
             for process in processes:
                 if process.poll() is None:
                     process.terminate()
@@ -114,7 +114,7 @@ class Fleet(Generic[J]):
 
 
 def start(job: Job) -> subprocess.Popen[bytes]:
-    """Start a job; its process hears of signals from us alone, not from the terminal."""
+    """Start a job in a new session, so that it gets signals only from us, not the terminal."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         return subprocess.Popen(
@@ -128,7 +128,7 @@ def start(job: Job) -> subprocess.Popen[bytes]:
 
 
 def reason(log: Path, code: int) -> str:
-    """Why a job failed: the signal that ended it, or the last line of its log."""
+    """Return why a job failed: the signal that ended it, or the last line of its log."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")

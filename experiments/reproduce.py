@@ -1,4 +1,4 @@
-"""Do what the paper did, and write the report: `python experiments/reproduce.py`."""
+"""Reproduce the paper and write the report: `python experiments/reproduce.py`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from jaxlora.training import config, run_folder
 from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 
-# Settings that one can choose for all runs, where a study leaves them open.
+# Settings that can be chosen for all runs, unless a study fixes them.
 SHARED = (
     "data_dir", "source", "base", "epochs", "max_steps", "batch_size", "eval_every", "max_length",
     "dtype",
@@ -38,7 +38,7 @@ SHARED = (
 
 
 def _shared_flags() -> type:
-    """Make a dataclass of the settings `SHARED`: None unless given, explained as in `config`."""
+    """Make a dataclass of the settings `SHARED`, None by default, with the help of `config`."""
     fields, sections = [], typing.get_type_hints(config.Sections)
     for name in SHARED:
         section, field = config.flat_names(config.Sections)[name]
@@ -55,25 +55,25 @@ SharedFlags = _shared_flags()
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Run every variant with every seed that is not finished yet, then write the report.
+    """Run every variant with every seed, except finished runs, then write the report.
 
-    Stop it with Ctrl-C at any time: the same command goes on.
+    You can stop it with Ctrl-C at any time; the same command continues.
 
     Attributes:
-      preset: demo: MiniLM and built-in made-up data, for one epoch unless you say otherwise, so
-        that all eight variants take minutes; cs224n: settings that train well on real data, in the
-        folder --data-dir; paper: bert-base-uncased and the paper's settings, as far as it states
-        them; docs/paper.md lists what is guessed.
-      shared: settings for all runs, where a study leaves them open.
-      variants: which; the names of extra studies (see --extras) will do, too.
-      extras: also run what the paper left open: summed gradients, ranks, learning rates, …
-      seeds: a run of each variant with each; a verdict on scores takes two, "reproduced" three.
-      jobs: runs at the same time.
+      preset: demo: MiniLM and built-in synthetic data, for one epoch by default, so that all eight
+        variants take minutes; cs224n: settings that train well on real data, in the folder
+        --data-dir; paper: bert-base-uncased and the settings that the paper states; docs/paper.md
+        lists those that are guessed.
+      shared: settings for all runs, unless a study fixes them.
+      variants: variants to run; names of extra studies (see --extras) are allowed, too.
+      extras: also run questions that the paper left open: summed gradients, ranks, rates, …
+      seeds: seeds of each variant; a verdict on scores needs two, "reproduced" three.
+      jobs: number of concurrent runs.
       out: folder of all runs; default: runs/reproduce/<preset>.
       report: folder of the report.
-      rebuild: only write the report anew, from the runs in this folder.
-      timing: at the end also measure the steps of this call's variants in turn, instead of those
-        measured before: keep the machine idle meanwhile.
+      rebuild: only rewrite the report, from the runs in this folder.
+      timing: finally also time the steps of this call's variants in turn, replacing earlier times;
+        keep the machine otherwise idle.
     """
 
     preset: Literal["demo", "cs224n", "paper"] = "demo"
@@ -101,7 +101,7 @@ class Flags:
 
 
 def chosen(flags: Flags) -> list[str]:
-    """Names of the studies, each once, in the table's order."""
+    """Return the names of the studies to run, without duplicates, in the order of `STUDIES`."""
     wanted = {study(name).name for name in flags.variants}
     if flags.extras:
         given = flags.given()
@@ -111,10 +111,10 @@ def chosen(flags: Flags) -> list[str]:
 
 
 def make_runs(flags: Flags) -> list[Run]:
-    """All runs, resolved and checked; nothing is written.
+    """Resolve and check all runs; nothing is written.
 
     Raises:
-      UserError: see `runs.make_run`.
+      UserError: see `runs.make_run`; also without seeds or variants, or for too few jobs.
     """
     for name, values in (("--seeds", flags.seeds), ("--variants", flags.variants)):
         if not values:
@@ -129,16 +129,16 @@ def make_runs(flags: Flags) -> list[Run]:
             flags.root,
             inputs,
         )
-        for seed in dict.fromkeys(flags.seeds)  # so that all variants have one before any has two
+        for seed in dict.fromkeys(flags.seeds)  # every variant gets a seed before any gets a second
         for name in chosen(flags)
     ]
 
 
 def write_plan(runs: Sequence[Run], flags: Flags) -> None:
-    """`plan.json`: what was asked for, in this call and in earlier ones.
+    """Write `plan.json`: what was requested, in this call and in earlier ones.
 
     Raises:
-      UserError: if the folder holds the runs of another preset.
+      UserError: if the folder has runs of another preset.
     """
     path = flags.root / PLAN
     old = read_plan(path)
@@ -147,20 +147,20 @@ def write_plan(runs: Sequence[Run], flags: Flags) -> None:
     asked = {*old["studies"], *(run.study.name for run in runs)}
     commands = {
         run.study.name: command({**run.asked, "out": run.out})
-        for run in reversed(runs)  # so that each study's first seed stays
+        for run in reversed(runs)  # the first seed of each study is written last and stays
     }
     plan = {
         "preset": flags.preset,
         "studies": [name for name in STUDIES if name in asked],
         "seeds": sorted({*old["seeds"], *flags.seeds}),
-        "commands": old["commands"] | commands,  # flags may be others than before
+        "commands": old["commands"] | commands,  # flags may differ from earlier ones
         "failed": old["failed"],
     }
     run_folder.write_json(path, plan)
 
 
 def write_failures(runs: Sequence[Run], reasons: Mapping[Run, str], root: Path) -> None:
-    """Add to `plan.json` which of a call's runs failed, and why, for the report to say."""
+    """Record in `plan.json` which of a call's runs failed, and why, for the report."""
     plan = read_plan(root / PLAN)
     tried = {_place(run) for run in runs}
     others = {place: why for place, why in plan["failed"].items() if place not in tried}
@@ -173,7 +173,7 @@ def _place(run: Run) -> str:
 
 
 def run_all(runs: Sequence[Run], jobs: int, console: Console) -> list[tuple[Run, int]]:
-    """Run what is not finished; returns the runs that failed, with their exit codes.
+    """Run all unfinished runs; return those that failed, with their exit codes.
 
     Raises:
       Stopped: see `fleet.Fleet.run`.
@@ -181,7 +181,7 @@ def run_all(runs: Sequence[Run], jobs: int, console: Console) -> list[tuple[Run,
     same = twins(runs)
     own = [run for run in runs if run not in same]
     for run in own:
-        if run.out.is_symlink() and not run.out.exists():  # to a run that was deleted
+        if run.out.is_symlink() and not run.out.exists():  # its target was deleted
             run.out.unlink()
     board = Board(own, jobs, console)
     with board.live():
@@ -194,8 +194,8 @@ def run_all(runs: Sequence[Run], jobs: int, console: Console) -> list[tuple[Run,
 
 
 def main(flags: Flags) -> list[tuple[Run, int]]:
-    """Run, measure, report; returns the runs that failed."""
-    # The children need the accelerator's memory; this process only looks at settings and data.
+    """Run, measure and report; return the runs that failed."""
+    # The children need the accelerator's memory; this process only reads settings and data.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     console, failed, runs = Console(), [], []
     reasons: dict[Run, str] = {}
@@ -212,14 +212,14 @@ def main(flags: Flags) -> list[tuple[Run, int]]:
         print(f"failed: {run.name}: {why} ({run.log})", file=sys.stderr)
     say(f"The report: {report.build(root, flags.report)}", console)
     finished = [run for run in runs if run.finished]
-    if flags.timing and finished:  # after a report, so that there is one if this fails
+    if flags.timing and finished:  # after the first report, so that one exists if this fails
         timing.measure(finished, root / timing.FILE)
         say(f"The report with these times: {report.build(root, flags.report)}", console)
     return failed
 
 
 def cli(args: Sequence[str] | None = None) -> int:
-    """Parse flags and run; returns the exit code, see `host.exit_code`; 1 if a run failed."""
+    """Parse flags and run; return the exit code of `flags.exit_code`, or 1 if a run failed."""
     failed: list[tuple[Run, int]] = []
     code = exit_code(lambda: failed.extend(main(tyro.cli(Flags, args=args))))
     return code or int(bool(failed))

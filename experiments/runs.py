@@ -1,4 +1,4 @@
-"""The runs of a reproduction: what each is, whether it may be (gone on) run, how far it is."""
+"""The runs of a reproduction: their settings, whether they can be started or resumed, progress."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jaxlora.utils.errors import UserError
 
 SCRIPT = Path(__file__).with_name("run.py")
 LOGS = "logs"
-_LAST_RECORD = 1 << 14  # bytes; more than a record of metrics.jsonl has
+_LAST_RECORD = 1 << 14  # bytes; more than the longest record of metrics.jsonl
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,11 +33,11 @@ class Run:
     """One study with one seed.
 
     Attributes:
-      study: what is run.
-      asked: what is asked for, by the names of the settings.
-      settings: all its settings.
+      study: the study.
+      asked: the values that are requested, by setting name.
+      settings: all resolved settings.
       root: the folder of the reproduction.
-      steps: group → steps, in the order in which groups are trained.
+      steps: number of steps of each group, in the order in which groups are trained.
     """
 
     study: Study
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name to display."""
         return f"{self.study.name} seed {self.settings.loop.seed}"
 
     @property
@@ -58,27 +58,27 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """Where its process writes what it says."""
+        """The file for its process's output."""
         return self.root / LOGS / f"{self.study.name}-seed{self.settings.loop.seed}.log"
 
     @property
     def command(self) -> Sequence[str]:
-        """What its process runs: it goes on with what is there."""
+        """The command of its process, which resumes the run if it was started before."""
         asked = {**self.asked, "out": self.out, "resume": True}
         return [sys.executable, str(SCRIPT), *arguments(asked)]
 
     @property
     def finished(self) -> bool:
-        """Whether there is a result."""
+        """Whether the run has a result."""
         return (self.out / finished_run.RESULT).exists()
 
     @property
     def total(self) -> int:
-        """Steps of all groups."""
+        """The number of steps of all groups."""
         return sum(self.steps.values())
 
     def done(self) -> int:
-        """Steps taken so far, by the last record of its log."""
+        """Return the number of steps taken so far, by the last record of its log."""
         if self.finished:
             return self.total
         last, done = _last_record(self.out / metrics_log.METRICS), 0
@@ -92,13 +92,13 @@ class Run:
         return done
 
     def result(self) -> dict[str, Any]:
-        """The content of `result.json`."""
+        """Return the content of `result.json`."""
         content: dict[str, Any] = run_folder.read_json(self.out / finished_run.RESULT)
         return content
 
 
 def _last_record(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a file that another process may be writing to."""
+    """Return the last complete line of a file that another process may be writing to."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _LAST_RECORD))
@@ -110,17 +110,17 @@ def _last_record(path: Path) -> dict[str, Any] | None:
 
 
 class Inputs:
-    """Bases and data, loaded once for all runs that read the same."""
+    """Bases and data, each loaded once for all runs that use it."""
 
     def __init__(self) -> None:
         self._base = functools.cache(huggingface.load)
         self._data: dict[tuple[Any, ...], Data] = {}
 
     def of(self, settings: Settings) -> tuple[Pretrained, Data]:
-        """What a run will read.
+        """Return the base and the data of a run.
 
         Raises:
-          UserError: for anything wrong with it.
+          UserError: if they cannot be loaded or do not fit the settings.
         """
         s = settings
         base = self._base(s.model.base)
@@ -135,7 +135,7 @@ def make_run(study: Study, asked: Mapping[str, Any], root: Path, inputs: Inputs)
     """Resolve and check a run; nothing is written.
 
     Raises:
-      UserError: for settings or data that will not do, and for a folder that holds another run.
+      UserError: for invalid settings or data, or if the folder has a different run.
     """
     try:
         settings = make_settings(**asked)
@@ -151,10 +151,10 @@ def make_run(study: Study, asked: Mapping[str, Any], root: Path, inputs: Inputs)
 
 
 def twins(runs: Iterable[Run]) -> dict[Run, Run]:
-    """Runs that would repeat another: each with the one whose results are its own, too.
+    """Return the runs that would repeat another run, each with that run.
 
-    A study may ask for what is a preset's default, say lora4 with rank 15. Of equal runs the one
-    that has begun is kept, else the first.
+    A study may request a preset's default, such as lora4 with rank 15. Of equal runs, one that has
+    begun is kept, else the first.
     """
     first: dict[Settings, Run] = {}
     found = {}
@@ -166,7 +166,7 @@ def twins(runs: Iterable[Run]) -> dict[Run, Run]:
 
 
 def link(run: Run, same: Run) -> None:
-    """Let a run's folder be another's."""
+    """Make a run's folder a symbolic link to another's."""
     run.out.parent.mkdir(parents=True, exist_ok=True)
     run.out.unlink(missing_ok=True)
     run.out.symlink_to(os.path.relpath(same.out, run.out.parent))

@@ -1,4 +1,4 @@
-"""What many tasks weigh on disk: banks that are really written, beside one full model for each.
+"""Measure the disk space of many tasks: banks written to disk, against a full model per task.
 
 python experiments/storage.py --tasks 3 10 100 --out docs
 """
@@ -41,9 +41,9 @@ class Flags:
     """Measure banks of many tasks.
 
     Attributes:
-      tasks: how many.
-      rank: of the adapters.
-      out: folder for storage.md and storage.png; default: only show the table.
+      tasks: numbers of tasks.
+      rank: rank of the adapters.
+      out: folder for storage.md and storage.png; default: only print the table.
     """
 
     tasks: tuple[int, ...] = (3, 10, 100)
@@ -53,7 +53,7 @@ class Flags:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One bank: MB on disk, and MB of what it replaces."""
+    """A bank's size on disk and its base's size, in MB."""
 
     base: str
     tasks: int
@@ -62,17 +62,17 @@ class Row:
 
     @property
     def bundled(self) -> float:
-        """The base and the bank."""
+        """Size of the base and the bank."""
         return self.base_size + self.bank
 
     @property
     def full(self) -> float:
-        """A fine-tuned model and head for each task."""
+        """Size of a fine-tuned model for each task."""
         return self.base_size * self.tasks
 
 
 def measure(base: str, count: int, rank: int, folder: Path) -> Row:
-    """Write a bank of `count` two-class tasks, an adapter and a head each, and weigh it."""
+    """Write a bank of `count` binary tasks, each with an adapter and a head, and measure it."""
     config = BASES[base]
     shapes, width = bert.param_shapes(config), config.hidden_size
     adapter = LoraConfig(rank, float(rank))
@@ -97,7 +97,7 @@ def measure(base: str, count: int, rank: int, folder: Path) -> Row:
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Cells of the table, the header first."""
+    """Return the cells of the table, the header first."""
     head = ["base", "tasks", "bank", "base + bank", "a full model for each", "saved"]
     cells = [
         [
@@ -110,7 +110,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Disk space against the number of tasks, both ways, for each base."""
+    """Plot the disk space of both ways against the number of tasks, for each base."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     bases = list(dict.fromkeys(row.base for row in rows))
@@ -129,7 +129,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def write(rows: Sequence[Row], flags: Flags, out: Path) -> None:
-    """`storage.md` and `storage.png`."""
+    """Write `storage.md` and `storage.png`."""
     out.mkdir(parents=True, exist_ok=True)
     draw(rows, out / "storage.png")
     head, *cells = table(rows)
@@ -147,7 +147,7 @@ def write(rows: Sequence[Row], flags: Flags, out: Path) -> None:
 
 
 def main(flags: Flags) -> None:
-    """Measure, write and show."""
+    """Measure the banks, write the files and print the table."""
     rows = []
     for base in BASES:
         for count in flags.tasks:
@@ -163,7 +163,7 @@ def main(flags: Flags) -> None:
 
 
 def cli(args: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Parse flags, measure and return the exit code."""
     return exit_code(lambda: main(tyro.cli(Flags, args=args)))
 
 

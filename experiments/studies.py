@@ -1,4 +1,4 @@
-"""What is run and compared: the paper's eight variants, and the questions it left open, as data."""
+"""The studies as data: the paper's eight variants, and the questions that it left open."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jaxlora.utils.errors import UserError, suggestion
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A variant, and how it is run.
+    """A variant with fixed settings.
 
     Attributes:
-      name: of its folder.
-      variant: what it is based on.
-      settings: the settings that make it what it is.
-      about: a line for people.
-      real_data: whether it means nothing to the built-in data.
+      name: name of the study and its folder.
+      variant: the variant it is based on.
+      settings: the settings that define it.
+      about: one-line description.
+      real_data: whether it makes no sense with the built-in data.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Study:
     real_data: bool = False
 
     def asked(self, **given: Any) -> dict[str, Any]:
-        """Return what it asks for, with `given` values wherever the study leaves them open.
+        """Return the settings to request: the `given` ones unless the study fixes them.
 
         >>> STUDIES["rank4"].asked(rank=8, seed=1)
         {'variant': 'lora4', 'rank': 4, 'seed': 1, 'alpha': 15.0}
@@ -51,8 +51,8 @@ _ABOUT = {
 }
 FIXED_ALPHA = 15.0
 RANKS = (1, 4, 8, 15, 64)
-TOGETHER = ("lora3", "lora4", "baseline3")  # variants whose tasks' gradients meet
-AGGREGATORS = ("gradvac", "upgrad", "cagrad", "nash_mtl", "uw")  # beside the variants' PCGrad
+TOGETHER = ("lora3", "lora4", "baseline3")  # variants whose tasks' gradients are combined
+AGGREGATORS = ("gradvac", "upgrad", "cagrad", "nash_mtl", "uw")  # besides the variants' PCGrad
 LORA_RATES = ("1e-5", "1e-4", "1e-3")
 FULL_RATES = ("1e-5", "5e-5", "1e-4")
 
@@ -94,10 +94,10 @@ EXTRAS = tuple(name for name in STUDIES if name not in VARIANTS)
 
 
 def study(name: str) -> Study:
-    """Look a study up.
+    """Return the study with this name.
 
     Raises:
-      UserError: for an unknown name, with one like it.
+      UserError: for an unknown name; suggests a similar one.
     """
     if name not in STUDIES:
         hint = suggestion(name, STUDIES)
@@ -106,7 +106,7 @@ def study(name: str) -> Study:
 
 
 def arguments(asked: Mapping[str, Any]) -> list[str]:
-    """Return the flags that ask for these values.
+    """Return the flags for these settings.
 
     >>> arguments({"variant": "lora3", "rank": 4, "only": ("sst", "sts"), "resume": True})
     ['--variant=lora3', '--rank=4', '--only', 'sst', 'sts', '--resume']
@@ -123,7 +123,7 @@ def arguments(asked: Mapping[str, Any]) -> list[str]:
 
 
 def command(asked: Mapping[str, Any]) -> str:
-    """Return what to type for these values.
+    """Return the shell command for these settings.
 
     >>> command({"variant": "lora4", "groups": "sst|para,sts"})
     "python experiments/run.py --variant=lora4 '--groups=sst|para,sts'"

@@ -1,4 +1,4 @@
-"""Step times of variants, measured in turn: a slow minute of the machine harms all alike."""
+"""Step times of variants, measured in turn, so that a slow minute affects all of them alike."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from jaxlora.utils.errors import UserError
 
 FILE = "timing.json"
 ROUNDS = 10
-STEPS = 4  # in a round, of each cohort
+STEPS = 4  # of each cohort per round
 
 
 def timed(runs: Sequence[Run]) -> list[Run]:
-    """The runs whose time is asked about: the variants, with PCGrad and without, once each."""
+    """Return the runs to be timed: one of each variant, with PCGrad and with other surgery."""
     first = {
         run.study.name: run for run in reversed(runs) if set(run.study.settings) <= {"surgery"}
     }
@@ -33,7 +33,7 @@ def timed(runs: Sequence[Run]) -> list[Run]:
 
 
 def make_side(settings: Settings) -> Callable[[int, int], None]:
-    """A study's steps on its own data, compiled: `(number of the cohort, steps)` takes some."""
+    """Compile a study's steps on its data; return `(cohort index, steps) → None` to run some."""
     base = huggingface.load(settings.model.base)
     data, devices = inputs.load_data(settings, base), sharding.make_mesh("auto")
     steps = Steps(
@@ -52,11 +52,11 @@ def measure(
 ) -> dict[str, Any]:
     """Time the steps of each cohort of each study, and write `timing.json`.
 
-    A study's time a step is the mean over its cohorts' steps, as many as each takes in a run. Times
-    of an earlier call are replaced: only what is measured in turn can be compared.
+    A study's time per step is the mean over its cohorts, weighted by their steps in a run. Times
+    of an earlier call are replaced, since only times measured in turn are comparable.
 
     Raises:
-      UserError: if a process that takes steps dies, e.g. for want of memory.
+      UserError: if a process dies while taking steps, for example out of memory.
     """
     runs = timed(runs)
     Console().print(f"timing {len(runs)} variants in turn: they get ready first …")
@@ -94,14 +94,14 @@ def measure(
 
 
 def count_steps(run: Run) -> list[int]:
-    """Return how many steps each cohort takes: as many as its longest group."""
+    """Return the number of steps of each cohort, which is that of its longest group."""
     return [
         max(run.steps[group_name(names)] for names in groups) for groups in run.settings.cohorts
     ]
 
 
 def mean_step(counts: Sequence[int], spreads: Sequence[harness.Spread]) -> dict[str, float]:
-    """Milliseconds a step, of cohorts with so many steps each.
+    """Compute milliseconds per step, averaged over cohorts with weights `counts`.
 
     >>> quick, slow = harness.Spread(0.01, 0.01, 0.02), harness.Spread(0.03, 0.05, 0.06)
     >>> mean_step([3, 1], [quick, slow])

@@ -1,4 +1,4 @@
-"""The figures of docs/tour.md, from numbers that the library computes.
+"""Draw the figures of docs/tour.md from numbers that the library computes.
 
 python experiments/tour.py --out docs
 """
@@ -32,10 +32,10 @@ from jaxlora.tasks.sharing import VARIANTS, Groups, Variant
 from jaxlora.tasks.task import NAMES
 from jaxlora.training import parameter_count
 
-SIZE, RANK = 24, 3  # of the kernel in the first figure, and of its adapter
+SIZE, RANK = 24, 3  # the kernel's size and the adapter's rank in the first figure
 GREY = "#777777"
 GREEN = "#E3F2E1"
-CONFLICT = ((3.0, 1.0), (-1.2, 0.4))  # whose sum makes the second task worse
+CONFLICT = ((3.0, 1.0), (-1.2, 0.4))  # gradients whose sum makes the second task worse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Flags:
 
 
 class Learnt(NamedTuple):
-    """A kernel, the wanted change of it and the learned one, `f32[in, out]`."""
+    """A kernel, the target change and the learned change, `f32[in, out]` each."""
 
     kernel: jax.Array
     wanted: jax.Array
@@ -59,7 +59,7 @@ class Learnt(NamedTuple):
 
 
 def learn(steps: int = 500) -> Learnt:
-    """Train an adapter of rank `RANK` on a change of that rank of a frozen kernel."""
+    """Train an adapter of rank `RANK` to reproduce a change of that rank to a frozen kernel."""
     keys = jax.random.split(jax.random.key(0), 5)
     kernel = jax.random.normal(keys[0], (SIZE, SIZE)) / SIZE**0.5
     left, right = (jax.random.normal(k, (SIZE, RANK)) for k in keys[1:3])
@@ -117,7 +117,7 @@ class Surgery(NamedTuple):
 
 
 def operate(first: Sequence[float], second: Sequence[float]) -> Surgery:
-    """Project two gradients of two numbers with PCGrad."""
+    """Project two gradients in the plane with PCGrad."""
     gradients = jnp.array([first, second])
     weights = project(gram({"w": gradients}), jnp.array([[1, 0], [0, 1]]))
     return Surgery(np.asarray(gradients), np.asarray(weights @ gradients))
@@ -147,7 +147,7 @@ def draw_pcgrad(figure: Any) -> None:
         axes.set(title=title, xlim=(-2.2, 4.6), ylim=(-0.5, 4.4), aspect="equal")
         axes.grid(alpha=0.3)
     for before, after in zip(conflict.gradients, conflict.projected, strict=True):
-        panels[1].plot(*zip(before, after, strict=True), ":", color=GREY)  # what is taken away
+        panels[1].plot(*zip(before, after, strict=True), ":", color=GREY)  # the removed component
 
 
 def directions() -> dict[str, np.ndarray]:

@@ -1,1 +1,1 @@
-"""The peers: PyTorch and ONNX Runtime as their best users would write them, a file each."""
+"""The peers: PyTorch and ONNX Runtime programs as an expert would write them, one per file."""

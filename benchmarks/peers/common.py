@@ -1,6 +1,6 @@
-"""What the peers of the training bench share: heads, losses, draws, PCGrad, optimizers.
+"""Shared parts of the training peers: heads, losses, examples, PCGrad, optimizers.
 
-A peer has our initial parameters, and draws our examples in our order.
+A peer starts from our initial parameters and uses our examples in our order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jaxlora.training.task_group import Cohort
 
 
 class Drawn(NamedTuple):
-    """A task's part of a batch: numbers of its sentences (first ones first), and labels."""
+    """A task's part of a batch: its sentences' numbers (first sentences first), and labels."""
 
     examples: Examples
     numbers: np.ndarray
@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
 
 
 def draw(cohort: Cohort, step: int) -> list[Drawn]:
-    """Return the examples that a step of ours draws, for each task."""
+    """Return the examples of each task that our step with this number uses."""
     batches = cohort.batches
     drawn = batches.order.at(step % batches.order.steps)
     return [
@@ -50,7 +50,7 @@ def draw(cohort: Cohort, step: int) -> list[Drawn]:
 def in_order(
     cohort: Cohort, states: Mapping[str, TrainState] | None
 ) -> list[tuple[str, TrainState]]:
-    """Return the groups' names and states (by default the first ones), in the order of tasks."""
+    """Return the groups' names and states (by default the initial states), in task order."""
     found = states or cohort.states
     return [(name, found[name]) for name in cohort.train_step.groups]
 
@@ -93,11 +93,11 @@ def _linear(params: Mapping[str, Any]) -> torch.nn.Linear:
 
 
 class Group:
-    """A group of tasks: heads, optimizers, and PCGrad over what they share.
+    """A group of tasks: heads, optimizers, and PCGrad over the shared parameters.
 
     Attributes:
-      heads: of its tasks.
-      weights: of their losses.
+      heads: the heads of its tasks.
+      weights: the weights of their losses.
       shared: the parameters that its tasks share.
     """
 
@@ -127,7 +127,7 @@ class Group:
         ]
 
     def take_grads(self) -> torch.Tensor:
-        """Return the shared parameters' gradients as one vector, and forget them."""
+        """Return the shared parameters' gradients as one vector, and clear them."""
         grads = [p.grad.reshape(-1) for p in self.shared if p.grad is not None]
         for p in self.shared:
             p.grad = None
@@ -148,11 +148,11 @@ class Group:
 
 
 class Peer(abc.ABC):
-    """A peer's side of a cohort.
+    """A peer that trains a cohort.
 
     Attributes:
-      cohort: ours.
-      groups: the peer's.
+      cohort: our cohort.
+      groups: the peer's groups.
     """
 
     def __init__(self, cohort: Cohort, device: str) -> None:
@@ -163,7 +163,7 @@ class Peer(abc.ABC):
 
     @abc.abstractmethod
     def gradients(self, step: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return each task's loss, and each group's gradients `[T, n]`, on the batch of a step."""
+        """Return each task's loss and each group's gradients `[T, n]` on the batch of a step."""
 
     def step(self, step: int) -> list[float]:
         """Take one step and return the losses."""
@@ -183,7 +183,7 @@ class Peer(abc.ABC):
 def pad(
     examples: Examples, numbers: np.ndarray, multiple: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad sentences to the longest, or to a multiple; return ids and mask, `i64[N, S]` each."""
+    """Pad sentences to the longest, rounded up; return ids and mask, `i64[N, S]` each."""
     lengths = examples.lengths[numbers]
     width = -(-lengths.max() // multiple) * multiple
     tokens = np.zeros((len(numbers), width), np.int64)
@@ -202,14 +202,14 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def by_length(lengths: np.ndarray, overhead: int) -> list[np.ndarray]:
-    """Cut sentences into sub-batches of similar lengths, so that padding costs least.
+    """Split sentences into sub-batches of similar lengths at the lowest total cost.
 
     Args:
-      lengths: tokens of each sentence.
-      overhead: what one more sub-batch costs, in tokens.
+      lengths: number of tokens of each sentence.
+      overhead: cost of one more sub-batch, in tokens.
 
     Returns:
-      Numbers of sentences, the longest first.
+      Sentence numbers of each sub-batch, the longest first.
 
     >>> [part.tolist() for part in by_length(np.array([9, 30, 10, 29]), 4)]
     [[1, 3], [2, 0]]
@@ -229,7 +229,7 @@ def by_length(lengths: np.ndarray, overhead: int) -> list[np.ndarray]:
 
 
 def make_bert(base: Pretrained, dropout: float) -> Any:
-    """Convert our base to a model of transformers."""
+    """Load our base as a transformers model."""
     return BertModel.from_pretrained(
         huggingface.find(base.name),
         attn_implementation="sdpa",
@@ -249,7 +249,7 @@ def with_adapter(model: Any, config: LoraConfig, name: str) -> Any:
 
 
 def load_adapter(model: Any, adapter: Mapping[str, Any], name: str) -> None:
-    """Copy our values into an adapter of a peft model."""
+    """Copy our adapter's values into an adapter of a peft model."""
     named = dict(model.named_parameters())
     with torch.no_grad():
         for path, stacked in traverse_util.flatten_dict(dict(adapter)).items():

@@ -1,8 +1,8 @@
-"""By hand: the tokens of all tasks as one batch without padding, one forward and one backward pass.
+"""Hand-written: all tasks' tokens as one unpadded batch, one forward and one backward pass.
 
-Frozen kernels are in the dtype of computation, query, key and value in one. The tokens of a task
-are consecutive, so its adapter's gradient is a product of slices. Attention goes by sentences of
-similar lengths. Element-wise functions may be compiled.
+Frozen kernels have the dtype of the computation; query, key and value are one kernel. A task's
+tokens are consecutive, so its adapter's gradient is a product of slices. Attention is computed in
+buckets of sentences with similar lengths. Element-wise functions can be compiled.
 
 Shapes: N tokens, H hidden size, k layers side by side in a site, r rank, P padded tokens.
 """
@@ -26,7 +26,7 @@ from jaxlora.formats.huggingface import Pretrained
 from jaxlora.training.step import TrainState
 from jaxlora.training.task_group import Cohort
 
-# A layer's adapted sites: the paths of the layers that are computed side by side.
+# The adapted sites of a layer: paths of the linear layers that are computed side by side.
 SITES = (
     ("attention.self.query", "attention.self.key", "attention.self.value"),
     ("attention.output.dense",),
@@ -37,7 +37,7 @@ MULTIPLE = 8  # attention pads sentences to a multiple of this
 
 
 class Slices(NamedTuple):
-    """Where the tokens of a group and of its tasks are."""
+    """The token ranges of a group and of its tasks."""
 
     group: slice
     tasks: list[slice]
@@ -45,12 +45,12 @@ class Slices(NamedTuple):
 
 @dataclasses.dataclass
 class Adapter:
-    """A group's adapter at a site, views of its flat parameter, and where its gradients go.
+    """A group's adapter at a site: views of its flat parameter and of its gradients.
 
     Attributes:
       a: `[k r, in]`.
       b: `[k, out, r]`.
-      grad_a, grad_b: the same of each task.
+      grad_a, grad_b: the gradients of `a` and `b` for each task.
     """
 
     a: torch.Tensor
@@ -74,7 +74,7 @@ class AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, tape: torch.Tensor, site: Site, slices: list[Slices]
     ) -> torch.Tensor:
-        """`[N, in]` → `[N, k out]`; `tape` only has autograd record this."""
+        """Map `[N, in]` to `[N, k out]`; `tape` only makes autograd record the call."""
         y, thin = site.frozen.forward(x), []
         for adapter, where in zip(site.adapters, slices, strict=True):
             xa = (x[where.group] @ adapter.a.to(x.dtype).t()).mul_(site.scale)
@@ -145,7 +145,7 @@ class Bucket(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The place of each token among the padded ones, `i64[N]`, and their buckets."""
+    """The index of each token among the padded tokens, `i64[N]`, and the buckets."""
 
     place: torch.Tensor
     padded: int
@@ -153,7 +153,7 @@ class Layout(NamedTuple):
 
 
 def make_layout(lengths: np.ndarray, device: torch.device) -> Layout:
-    """Put sentences into buckets by length, rounded up."""
+    """Put sentences into buckets by length, rounded up to a multiple of `MULTIPLE`."""
     rounded = -(-lengths // MULTIPLE) * MULTIPLE
     starts = np.zeros(len(lengths), np.int64)
     buckets, start = [], 0
@@ -176,7 +176,7 @@ def positions(lengths: np.ndarray) -> np.ndarray:
 
 
 def _spread(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """`[N, width]` → `[P, width]`, 0 at padding."""
+    """Scatter `[N, width]` to `[P, width]`, with 0 at padding."""
     return x.new_zeros(layout.padded, x.shape[1]).index_copy_(0, layout.place, x)
 
 
@@ -246,7 +246,7 @@ class Mean(torch.autograd.Function):
         return (grad / lengths[:, None]).repeat_interleave(lengths, 0), None
 
 
-# Mypy has no types of `apply`.
+# `apply` is untyped.
 adapted_linear: Callable[..., torch.Tensor] = AdaptedLinear.apply
 attention: Callable[..., torch.Tensor] = Attention.apply
 mean: Callable[..., torch.Tensor] = Mean.apply
@@ -294,7 +294,7 @@ class Flat(Peer):
         self._load(base, list(zip(*found, strict=True)), work.settings.lora.scale_of(()))
 
     def _make_group(self, work: Work, name: str, state: TrainState) -> list[Adapter]:
-        """Make a group's flat parameter, and return its adapters by layer and site."""
+        """Create a group's flat parameter; return its adapters by layer and site."""
         layers = state.trainable["lora"]["layers"]
         factors = [
             (np.concatenate([a[i].T for a, _ in parts]), np.stack([b[i].T for _, b in parts]))
@@ -314,7 +314,7 @@ class Flat(Peer):
         ]
 
     def _load(self, base: Pretrained, adapters: list[Any], scale: float) -> None:
-        """Take the frozen weights from a model of transformers."""
+        """Load the frozen weights from a transformers model."""
         model = common.make_bert(base, 0.0).to(self.device).requires_grad_(False)
         e = model.embeddings
         self._words = e.word_embeddings.weight
@@ -353,7 +353,7 @@ class Flat(Peer):
         return [loss.detach() for loss in losses], self._jacobians
 
     def _slices(self, sizes: list[int]) -> list[Slices]:
-        """Return each group's tokens, from the number of tokens of each task."""
+        """Return each group's token ranges, given the number of tokens of each task."""
         ends = np.cumsum([0, *sizes]).tolist()
         tasks = [slice(*pair) for pair in itertools.pairwise(ends)]
         found, first = [], 0

@@ -1,6 +1,6 @@
-"""Linear layers by the faster one of PyTorch's two CPU libraries, MKL and oneDNN.
+"""Linear layers with the faster of PyTorch's two CPU libraries, MKL and oneDNN.
 
-PyTorch takes MKL for float32, which on AMD processors has slower kernels than oneDNN.
+PyTorch uses MKL for float32, whose kernels are slower than oneDNN's on AMD processors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-_PACKED_FOR = 2048  # tokens, for which oneDNN lays frozen weights out
+_PACKED_FOR = 2048  # number of tokens for which oneDNN packs frozen weights
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -22,7 +22,7 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 @functools.cache
 def onednn_is_faster(dtype: torch.dtype, inputs: int, outputs: int) -> bool:
-    """Measure which library is faster at a layer."""
+    """Measure whether oneDNN is faster than MKL for a layer of this size."""
     x, weight = torch.randn(1024, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1024)
     return _least(lambda: _onednn(x, packed, None)) < _least(lambda: functional.linear(x, weight))
@@ -82,7 +82,7 @@ class FrozenLinear(torch.autograd.Function):
 
 
 class TrainedLinear(torch.autograd.Function):
-    """A trained layer, all three products by oneDNN."""
+    """A trained linear layer whose three products use oneDNN."""
 
     @staticmethod
     def forward(
@@ -103,12 +103,12 @@ class TrainedLinear(torch.autograd.Function):
 
 
 def is_frozen(module: torch.nn.Module) -> bool:
-    """Return whether a module is a linear layer that is not trained."""
+    """Return whether a module is a linear layer with frozen weights."""
     return isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
 
 
 def use_fastest(model: torch.nn.Module) -> None:
-    """Make a model's wide linear layers use oneDNN where that is faster."""
+    """Make a model's wide linear layers use oneDNN if it is faster."""
     for module in _wide(model):
         weight = module.weight
         if not onednn_is_faster(weight.dtype, *reversed(weight.shape)):
@@ -120,7 +120,7 @@ def use_fastest(model: torch.nn.Module) -> None:
 
 
 def _wide(model: torch.nn.Module) -> list[Any]:
-    """Return the linear layers that are not an adapter's factors, which have no bias."""
+    """Return the linear layers with a bias, which excludes the adapters' factors."""
     linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
     return [module for module in linear if module.bias is not None]
 

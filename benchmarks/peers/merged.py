@@ -9,12 +9,12 @@ from benchmarks.peers.requests import Served, Side, in_sub_batches, merged
 
 
 def make(served: Served) -> Side:
-    """Merge each adapter into a model of its own."""
+    """Build one model per adapter, with the adapter merged."""
     return _make(served, fastest=False)
 
 
 def make_onednn(served: Served) -> Side:
-    """As `make`, with oneDNN's kernels where they are faster."""
+    """Build the same as `make`, with oneDNN's kernels where they are faster."""
     return _make(served, fastest=served.device == "cpu")
 
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime: each task's merged model, attention and element-wise work fused; also in int8."""
+"""ONNX Runtime: a merged model per task, with fused attention and element-wise work; also int8."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from jaxlora.utils.trees import Tree
 
 
 class Pooled(torch.nn.Module):
-    """A model of transformers from token ids to sentence vectors."""
+    """A transformers model with pooling, from token ids to sentence vectors."""
 
     def __init__(self, model: Any, pooling: str) -> None:
         super().__init__()
         self.model, self.pooling = model, pooling
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`i64[N, S]` twice → `f32[N, H]`."""
+        """Map tokens and mask, `i64[N, S]` each, to `f32[N, H]`."""
         hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
         return common.pool(hidden, mask, self.pooling)
 
 
 def make(served: Served) -> Side:
-    """Make a session for each task."""
+    """Create a session for each task."""
     return _make(served, int8=False)
 
 
 def make_int8(served: Served) -> Side:
-    """As `make`, with weights in int8 and inputs quantized as they come."""
+    """Build the same as `make`, with int8 weights and dynamically quantized inputs."""
     return _make(served, int8=True)
 
 
@@ -52,7 +52,7 @@ def _make(served: Served, *, int8: bool) -> Side:
 
 
 def _fused(served: Served, adapter: Tree, folder: Path, *, int8: bool) -> Path:
-    """Write a task's model as ONNX, and return the file."""
+    """Write a task's model as ONNX; return the file's path."""
     import onnx
     from onnxruntime.quantization import quantize_dynamic
     from onnxruntime.transformers import optimizer
@@ -72,13 +72,13 @@ def _fused(served: Served, adapter: Tree, folder: Path, *, int8: bool) -> Path:
 
 
 def _export(model: Any, pooling: str, path: Path) -> None:
-    """Export with plain attention: the optimizer of ONNX Runtime recognizes that and fuses it."""
+    """Export with eager attention, which ONNX Runtime's optimizer recognizes and fuses."""
     model.set_attn_implementation("eager")
     tokens, mask = torch.randint(5, 50, (2, 16)), torch.ones(2, 16, dtype=torch.int64)
     mask[1, 9:] = 0
     dynamic = {"tokens": {0: "N", 1: "S"}, "mask": {0: "N", 1: "S"}}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter by tracing, whose graphs fuse, is deprecated
+        warnings.simplefilter("ignore")  # the tracing exporter is deprecated, but its graphs fuse
         torch.onnx.export(
             Pooled(model, pooling), (tokens, mask), path, dynamo=False, opset_version=18,
             input_names=["tokens", "mask"], output_names=["vectors"], dynamic_axes=dynamic,

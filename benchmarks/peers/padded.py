@@ -1,7 +1,7 @@
 """transformers' BertModel (sdpa) + peft's LoRA + torchjd's PCGrad, each task's batch padded.
 
-It does what a careful user of PyTorch would: both sentences of a pair in one forward pass, each
-batch padded to its longest sentence, one backward pass for each task, a fused AdamW.
+It is what a careful PyTorch user would write: both sentences of a pair in one forward pass, each
+batch padded to its longest sentence, one backward pass per task, a fused AdamW.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Padded(Peer):
     ) -> None:
         super().__init__(cohort, device)
         self._pooling, self._autocast = work.pooling, work.dtype == "bfloat16"
-        # CUDA graphs replay one shape; so there are few.
+        # CUDA graphs replay fixed shapes, so lengths are rounded up to few shapes.
         self._multiple = 32 if mode == "graphs" else 1
         self._encoders = []
         for name, state in common.in_order(cohort, states):

@@ -1,7 +1,7 @@
-"""What the peers of the inference bench share: merged models, and sub-batches by task and length.
+"""Shared parts of the inference peers: merged models, and sub-batches by task and length.
 
-A peer is a function of requests (sentences, each with its task's number) to vectors
-`f32[sentences, H]`. It starts from token ids; heads cost nothing beside them.
+A peer is a function from requests (sentences, each with its task's number) to vectors
+`f32[sentences, H]`. It starts from token ids; the cost of heads is negligible.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import LoraConfig
 from jaxlora.utils.trees import Tree
 
-OVERHEAD = 20  # tokens that cost as much as one more sub-batch
+OVERHEAD = 20  # cost of one more sub-batch, in tokens
 
 
 class Requests(NamedTuple):
-    """Sentences, and the number of each one's task."""
+    """Sentences, and the task number of each."""
 
     examples: Examples
     owner: np.ndarray
 
 
 class Served(NamedTuple):
-    """What a peer serves: a base with an adapter for each task.
+    """The models that a peer serves: a base with an adapter for each task.
 
     Attributes:
       base: the base.
-      config: of the adapters.
-      adapters: as `lora.init` makes them.
+      config: configuration of the adapters.
+      adapters: trees as returned by `lora.init`.
       pooling: see `bert.pool`.
-      device: the peer's.
+      device: the peer's device.
     """
 
     base: Pretrained
@@ -48,18 +48,18 @@ class Served(NamedTuple):
 
 Side = Callable[[Requests], np.ndarray]
 EncodePart = Callable[[int, torch.Tensor, torch.Tensor], Any]
-"""`(task, tokens, mask) → [sentences, H]`, of one sub-batch."""
+"""`(task, tokens, mask) → [sentences, H]`, for one sub-batch."""
 
 
 def merged(served: Served, adapter: Tree) -> Any:
-    """Return a model of transformers with an adapter merged into it."""
+    """Return a transformers model with an adapter merged into it."""
     model = common.with_adapter(common.make_bert(served.base, 0.0), served.config, "default")
     common.load_adapter(model, adapter, "default")
     return model.merge_and_unload().to(served.device).eval().requires_grad_(False)
 
 
 def in_sub_batches(encode_part: EncodePart) -> Side:
-    """Encode each task's sentences sorted by length, in the sub-batches that cost least."""
+    """Return a side that encodes each task's sentences in sub-batches of similar lengths."""
 
     def encode(requests: Requests) -> np.ndarray:
         examples, owner = requests

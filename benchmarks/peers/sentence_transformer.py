@@ -1,4 +1,4 @@
-"""sentence-transformers: each task's merged model with its pooling, in batches of its own size."""
+"""sentence-transformers: each task's merged model with pooling, at the library's batch size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH = 32  # the default of `SentenceTransformer.encode`, which sorts by length
 
 
 def make(served: Served) -> Side:
-    """Make a SentenceTransformer for each task; its batches are sorted by length and padded."""
+    """Build a SentenceTransformer for each task; its batches are sorted by length and padded."""
     models = [_make_model(served, adapter) for adapter in served.adapters]
 
     @torch.inference_mode()

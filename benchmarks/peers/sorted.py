@@ -1,4 +1,4 @@
-"""As `padded`, in sub-batches of similar lengths; frozen weights cast once; oneDNN's kernels."""
+"""`padded` with sub-batches of similar lengths, frozen weights cast once and oneDNN's kernels."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from benchmarks.work import Work
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.training.step import TrainState
 
-OVERHEAD = 40  # tokens that cost as much as one more sub-batch
+OVERHEAD = 40  # cost of one more sub-batch, in tokens
 
 
 class Sorted(Padded):
-    """The same model for each group; a task's gradient is the sum over its sub-batches."""
+    """`Padded`, but a task's forward pass runs in sub-batches of similar lengths."""
 
     def _make_model(self, work: Work, base: Pretrained, state: TrainState) -> Any:
         model = super()._make_model(work, base, state)
         for module in model.modules():
-            # Autocast does not remember the casts of frozen weights.
+            # Autocast does not cache the casts of frozen weights.
             if self._autocast and kernels.is_frozen(module):
                 module.to(torch.bfloat16)
         if self.device.type == "cpu":
@@ -31,7 +31,7 @@ class Sorted(Padded):
         return model
 
     def vectors(self, encoder: Any, drawn: Drawn) -> torch.Tensor:
-        """Encode a task's sentences, sub-batch by sub-batch."""
+        """Encode a task's sentences in sub-batches."""
         parts = common.by_length(drawn.examples.lengths[drawn.numbers], OVERHEAD)
         found = [
             self._encode(encoder, *common.pad(drawn.examples, drawn.numbers[part]))

@@ -1,3 +1,3 @@
-"""The paper's tables and figures from finished runs: one report, for any root of runs."""
+"""A report of the paper's tables and figures, made from a root folder of finished runs."""
 
 from experiments.report.assemble import build as build

@@ -18,13 +18,13 @@ from jaxlora.cli.terminal import say
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Write the report of finished runs; what is missing is named in it.
+    """Write the report of finished runs; it lists missing ones.
 
     Attributes:
-      root: folder that experiments/reproduce.py wrote: <study>/seed<k>/ runs.
+      root: folder that experiments/reproduce.py wrote, with runs in <study>/seed<k>/.
       out: folder for report.html, results.md, tables/ and figures/.
-      resamples: of the bootstrap.
-      seed: of the bootstrap.
+      resamples: number of bootstrap resamples.
+      seed: seed of the bootstrap.
     """
 
     root: Annotated[Path, tyro.conf.arg(name="from")]
@@ -40,7 +40,7 @@ def main(flags: Flags) -> None:
 
 
 def cli(args: Sequence[str] | None = None) -> int:
-    """Parse flags, build the report and return the exit code, see `process.exit_code`."""
+    """Parse flags, build the report and return the exit code of `flags.exit_code`."""
     return exit_code(lambda: main(tyro.cli(Flags, args=args)))
 
 

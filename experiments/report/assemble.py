@@ -23,18 +23,18 @@ PAGE, MARKDOWN, TABLES, FIGURES = "report.html", "results.md", "tables", "figure
 
 
 def build(root: Path, out: Path, *, resamples: int = statistics.RESAMPLES, seed: int = 0) -> Path:
-    """Write the report of a root; the report names what is missing from it.
+    """Write the report of a root folder; the report lists missing runs.
 
     Args:
-      root: what `experiments/reproduce.py` wrote, see `collect`.
+      root: folder that `experiments/reproduce.py` wrote; see `collect`.
       out: folder for `report.html`, `results.md`, `tables/*.csv` and `figures/*.{png,svg}`.
-      resamples, seed: of the bootstrap.
+      resamples, seed: number of resamples and seed of the bootstrap.
 
     Returns:
       The path of `report.html`.
 
     Raises:
-      UserError: if the root holds no runs, or a file in it is broken.
+      UserError: if the root has no runs, or a file in it is invalid.
     """
     collection = collect(root)
     context = claims.Context(

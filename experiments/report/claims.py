@@ -1,9 +1,9 @@
 """The paper's claims as data, and the verdict of our runs on each.
 
-A claim is a quantity and the region in which the claim holds. The verdict compares that region
-with the interval of the quantity: inside, the claim is reproduced; outside, it is not; otherwise
-the runs cannot decide. They cannot decide either with too few seeds, if a run was capped, failed or
-skipped steps, or if the data is made up.
+A claim is a quantity and the region in which the claim holds. The verdict compares that region with
+the interval of the quantity. If the interval is inside, the claim is reproduced; if it is outside,
+it is not reproduced; otherwise it is not decidable. It is also not decidable with too few seeds, if
+a run was capped, failed or skipped steps, or if the data is synthetic.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Claim:
     """One comparison of two studies.
 
     Attributes:
-      part: its letter, see `PARTS`.
+      part: letter of its part, see `PARTS`.
       text: the statement.
       first, second: the studies.
       measure: the quantity, see `MEASURES`.
       region: values of the quantity for which the claim holds; points for scores, else percent.
-      paper: the quantity according to the paper's figures; None if it has none.
+      paper: the quantity according to the paper; None if the paper has no figure.
       source: whether the paper states it, its Table 2 shows it, or it is our question.
     """
 
@@ -89,10 +89,10 @@ class Evidence:
 
     Attributes:
       interval: interval of the quantity; None if it cannot be measured.
-      seeds: number of seeds of the study with fewer.
+      seeds: smallest number of seeds of the studies involved.
       note: source of the interval, or the reason why there is none.
       deviation: standard deviation of the quantity over seeds; None for fewer than two.
-      third: another study that it depends on.
+      third: a further study on which the quantity depends.
     """
 
     interval: Interval | None
@@ -109,7 +109,7 @@ class Finding:
     Attributes:
       claim, evidence: the claim and its measurement.
       run: whether both studies have a finished run.
-      objection: reason why no result of these runs proves anything; empty if there is none.
+      objection: reason why these runs are no evidence; empty if there is none.
     """
 
     claim: Claim
@@ -188,7 +188,7 @@ def judge(region: Region, interval: Interval | None) -> Verdict:
 
 
 def examine(context: Context) -> list[Finding]:
-    """Judge every claim on the paper's variants, and those on other studies that were asked for."""
+    """Judge all claims about the paper's variants and about other requested studies."""
     collection = context.collection
     asked = {*VARIANTS, *collection.studies, *(run.study for run in collection.missing)}
     found = [claim for claim in CLAIMS if claim.first in asked]
@@ -238,7 +238,7 @@ def _drawn_over(seeds: int) -> str:
 
 
 def _gain(context: Context, claim: Claim) -> Evidence:
-    """Measure which share of the best baseline's gain over frozen heads the first study has."""
+    """Measure the first study's share of the best baseline's gain over frozen heads."""
     scores = context.scores
     best = scores.best([n for n, v in VARIANTS.items() if v.adapt == "full"])
     if best is None:
@@ -326,8 +326,8 @@ def paper_gain(name: str, printed: bool = False) -> float:
     """Compute a variant's share of the best baseline's gain in the paper's Table 2, in percent.
 
     Args:
-      name: of the variant.
-      printed: use the printed means instead of those that follow from the rows.
+      name: name of the variant.
+      printed: whether to use the printed means instead of recomputed ones.
 
     >>> round(paper_gain("lora2"), 1)
     99.9

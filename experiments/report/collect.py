@@ -1,7 +1,7 @@
 """Read the runs that `experiments/reproduce.py` wrote, by study and seed, and find missing ones.
 
 root/<study>/seed<k>/     run folders, see `jaxlora.training.run`
-root/plan.json            what was asked for
+root/plan.json            the requested studies and seeds
 root/timing.json          step times measured on an idle machine; optional
 """
 
@@ -27,7 +27,7 @@ from jaxlora.utils.errors import UserError
 
 PLAN, TIMING = "plan.json", "timing.json"
 NOT_BEGUN = "not begun"
-WHOLE = "whole"  # the state of a study whose runs all did what was asked for
+WHOLE = "whole"  # the state of a study whose runs were all completed as requested
 SEED_FOLDER = re.compile(r"seed(\d+)")
 
 
@@ -100,9 +100,9 @@ class Collection:
 
     Attributes:
       root: the folder.
-      plan, timing: the content of the two files; nothing in it where there are none.
-      runs: the finished ones, by study in the order of the plan, then by seed.
-      missing: the others.
+      plan, timing: the content of `plan.json` and `timing.json`; empty if there is no file.
+      runs: the finished runs, by study in the order of the plan, then by seed.
+      missing: the runs that are not finished.
     """
 
     root: Path
@@ -140,7 +140,7 @@ class Collection:
         return any(run.settings["source"] == "demo" for run in self.runs)
 
     def faults(self, study: str) -> str:
-        """Return why a study's runs prove nothing (capped, failed, …); empty if they can."""
+        """Return why a study's runs are no evidence (capped, failed, …); empty if they are."""
         found = [(run.seed, why) for run in self.studies.get(study, ()) for why in run.faults]
         return _by_seeds(found + [(m.seed, "failed") for m in self._missing(study) if m.failed])
 
@@ -218,7 +218,7 @@ def read_run(folder: Path, study: str, seed: int) -> Run:
     """Read a finished run.
 
     Raises:
-      UserError: for a file that is missing or broken.
+      UserError: for a missing or invalid file.
     """
     settings, versions = files.read_config(folder)
     answers = {
@@ -243,7 +243,7 @@ def read_predictions(path: Path) -> Predictions:
     """Read `id,prediction,label,confidence`; no rows if the file has no labels.
 
     Raises:
-      UserError: for a line that cannot be read, with its number; for what is not UTF-8.
+      UserError: for a line that cannot be read, with its number, or if the file is not UTF-8.
     """
     rows = csv.DictReader(io.StringIO(_text(path), newline=""))
     ids, numbers = [], []
@@ -271,7 +271,7 @@ def _text(path: Path) -> str:
 
 
 def _order(planned: Iterable[str]) -> Any:
-    """Sort studies: the paper's variants, then in the order of the plan, then others."""
+    """Return the sort key of studies: the paper's variants, then the plan's order, then others."""
     names = list(dict.fromkeys([*VARIANTS, *planned]))
     return lambda study: names.index(study) if study in names else len(names)
 
@@ -291,7 +291,7 @@ def _check_same_examples(runs: Iterable[Run]) -> None:
     """Refuse runs with different dev examples, since runs are compared example by example.
 
     Raises:
-      UserError: naming two runs that did not.
+      UserError: names two runs that differ.
     """
     first: dict[str, Run] = {}
     for run in runs:

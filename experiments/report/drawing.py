@@ -1,7 +1,7 @@
-"""Drawing of figures: wide for desktops, narrow for phones, legible on light and dark.
+"""Drawing of figures: wide for desktops, narrow for phones, legible in light and dark mode.
 
-Axes and text are drawn in `INK`, which the page replaces by its own text colour; the colours of
-data stand out on both.
+Axes and text are drawn in `INK`, which the page replaces by its own text colour. The colours of
+data stand out on both backgrounds.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Plan:
     """A figure to be drawn.
 
     Attributes:
-      name: of its files.
-      title: above it.
-      caption: below it; also read out in its place.
-      panels: side by side when wide, one below the other when narrow.
-      height: inches of a panel.
-      columns: panels in a row when wide.
+      name: name of its files.
+      title: heading of the figure.
+      caption: text below it; also its description for screen readers.
+      panels: panels, side by side when wide, one below the other when narrow.
+      height: height of a panel in inches.
+      columns: number of panels per row when wide.
     """
 
     name: str
@@ -97,7 +97,7 @@ def draw(plan: Plan, narrow: bool) -> Figure:
 
 
 def render(plans: Sequence[Plan], folder: Path) -> list[Drawn]:
-    """Write each figure as PNG and SVG, and return those for the page."""
+    """Write each figure as PNG and SVG, and return the figures for the page."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for plan in plans:

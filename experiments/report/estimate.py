@@ -18,7 +18,7 @@ from jaxlora.utils import trees
 
 PRESET = "paper"
 COMMAND = "python experiments/reproduce.py --preset=paper"
-BASE = "minilm"  # whose runs are extrapolated
+BASE = "minilm"  # the base whose runs are extrapolated
 # Training examples: the paper's, and those of --source=official, which that command downloads.
 PAPER_DATA = {"sst": 8_544, "para": 141_000, "sts": 6_040}
 OFFICIAL_DATA = {"sst": 8_544, "para": 363_849, "sts": 5_749}

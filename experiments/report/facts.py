@@ -16,8 +16,8 @@ from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.tasks.task import MADE_UP, NAMES
 
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "not reproduced", "not decidable", "not run")
-# What the measured quantities of a part say, in words; {range} is their lowest to highest, and
-# {sst}, {para} and {sts} what the tasks are called.
+# (part, measure) → a sentence about the measured quantities; {range} is their lowest to highest
+# value, and {sst}, {para} and {sts} are the titles of the tasks.
 SENTENCES = {
     ("a", "sts"): "Cosine instead of squared error changes r × 100 on {sts} by {range}.",
     ("b", "sst"): "Sharing instead of separate parameters changes {sst} by {range}",
@@ -31,12 +31,12 @@ SENTENCES = {
 }
 NOTHING = "Nothing measured yet."
 NOT_WHOLE = "Among these are runs that were capped, failed or left steps out."
-MISSES = (1 - statistics.LEVEL) / 2  # how often an interval is above, or below, the true value
+MISSES = (1 - statistics.LEVEL) / 2  # probability that an interval is above, or below, the truth
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A group of claims with its findings and a sentence that sums them up."""
+    """A group of claims with its findings and a summary sentence."""
 
     letter: str
     title: str
@@ -147,7 +147,7 @@ def missing(collection: Collection) -> list[str]:
 def about(collection: Collection) -> dict[str, str]:
     """Return seeds, versions, machine and time of the runs.
 
-    Only timed runs record their machine; otherwise it is that on which the report was made.
+    Only timed runs record their machine; otherwise it is the one on which the report was made.
     """
     settings = [run.settings for run in collection.runs]
     versions = _distinct(

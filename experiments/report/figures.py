@@ -160,7 +160,7 @@ def _pareto(axes: Any, points: Mapping[str, tuple[float, float, str, str]], titl
     axes.minorticks_off()
 
 
-# Where a name may stand beside its point: alignment, and points to the right and up.
+# Possible places of a name relative to its point: alignment, and offset in points (right, up).
 _PLACES = (("center", 0, 9), ("left", 8, -3), ("right", -8, -3), ("center", 0, -17))
 _SIDES = {"center": 0, "left": 1, "right": -1}
 

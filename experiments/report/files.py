@@ -1,4 +1,4 @@
-"""Readers of the JSON files of a root and its runs; invalid files are refused."""
+"""Readers and validators of the JSON files of a root folder and its runs."""
 
 from __future__ import annotations
 

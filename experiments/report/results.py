@@ -1,4 +1,4 @@
-"""`results.md`: the report's tables as Markdown, with all that is needed to reproduce them."""
+"""`results.md`: the report's tables as Markdown, with everything needed to reproduce them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Written by `{command}`. Scores are of the dev sets; the test predictions of ever
 
 
 def markdown(context: Context, parts: Sequence[Part], found: Sequence[Table], command: str) -> str:
-    """Write the report as Markdown."""
+    """Return the report as Markdown."""
     collection = context.collection
     sections = [
         HEAD.format(command=command).strip(),
@@ -80,7 +80,7 @@ def _commands(context: Context) -> list[str]:
 
 
 def not_run_here(context: Context) -> str:
-    """Describe the cost of the paper's setting; nothing if it was run."""
+    """Describe the cost of the paper's setting; empty if it was run."""
     if any(run.settings["preset"] == estimate.PRESET for run in context.collection.runs):
         return ""
     found = estimate_table(context)

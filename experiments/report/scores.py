@@ -28,7 +28,8 @@ class Scores:
 
     Attributes:
       by_seed: study → score → seed → value.
-      resampled: study → score → `f64[resamples]`, of seeds and examples; lacks what has no labels.
+      resampled: study → score → `f64[resamples]`, over resampled seeds and examples; scores
+        without labels are missing.
     """
 
     by_seed: Mapping[str, Mapping[str, Mapping[int, float]]]
@@ -73,7 +74,7 @@ def score(collection: Collection, resamples: int, seed: int) -> Scores:
 
     Args:
       collection: from `collect.collect`.
-      resamples, seed: of the bootstrap.
+      resamples, seed: number of resamples and seed of the bootstrap.
     """
     by_seed = {
         study: {

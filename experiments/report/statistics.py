@@ -10,8 +10,8 @@ from scipy import stats
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-EXAMPLES, SEEDS = 0, 1  # the two levels, see `stream`
-_CHUNK = 500  # resamples at a time: a few megabytes of counts
+EXAMPLES, SEEDS = 0, 1  # the two levels of the bootstrap, as keys of `stream`
+_CHUNK = 500  # resamples per chunk, which has a few megabytes of counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def stream(seed: int, *key: int) -> np.random.SeedSequence:
 def draws(examples: int, resamples: int = RESAMPLES, seed: Seed = 0) -> Iterator[np.ndarray]:
     """Draw bootstrap resamples as counts of each example, `f64[chunk, examples]`.
 
-    The same arguments give the same draws, which is what makes comparisons paired.
+    The same arguments give the same draws, which makes comparisons paired.
     """
     rng = np.random.default_rng(seed)
     for start in range(0, resamples, _CHUNK):
@@ -97,8 +97,9 @@ def resampled_pearson(
 ) -> np.ndarray:
     """Compute each run's Pearson r on each resample of the examples: `f64[resamples, runs]`.
 
-    A resample's r needs only five weighted means, so all resamples are a matrix product. As in
-    `jaxlora.tasks.metrics.pearson`, r is 0 where a side is constant. Arguments as above.
+    A resample's r needs only five weighted means, so all resamples are one matrix product. As in
+    `jaxlora.tasks.metrics.pearson`, r is 0 if either side is constant. For the arguments see
+    `resampled_accuracy`.
     """
     columns, y = _standard(predictions), _standard(labels)
     features = np.concatenate([columns, columns**2, columns * y, [y, y**2]]).T
@@ -115,14 +116,14 @@ def resampled_pearson(
 def resample_seeds(drawn: np.ndarray, scores: Mapping[int, float], seed: int = 0) -> np.ndarray:
     """Resample the seeds of a study, the second level of the bootstrap.
 
-    A resample's score is the mean over the seeds on its examples, plus what a resample of the seeds
-    moves that mean by. Seeds differ partly since the dev set is small, which the first level has
-    already; the second level only gets the rest of their variance.
+    A resample's score is the mean over the seeds on its examples, plus the shift of that mean by a
+    resample of the seeds. Seeds differ partly because the dev set is small. The first level already
+    accounts for that, so the second level only gets the rest of their variance.
 
     Args:
       drawn: each seed's score on each resample of the examples, `f64[resamples, seeds]`.
       scores: seed → its score on all examples, in the order of `drawn`.
-      seed: of the bootstrap; studies with the same seeds draw the same ones.
+      seed: seed of the bootstrap; studies with the same seeds draw the same resamples.
 
     Returns:
       `f64[resamples]`.
@@ -140,8 +141,8 @@ def resample_seeds(drawn: np.ndarray, scores: Mapping[int, float], seed: int = 0
 def _seed_weights(seeds: tuple[int, ...], resamples: int, seed: int) -> np.ndarray:
     """Compute deviations of resampled seed weights from equal ones: `f64[resamples, seeds]`.
 
-    Of n seeds, a plain resample's mean varies by (n - 1)/n too little, and its tails are a normal
-    distribution's instead of Student's t with n - 1 degrees of freedom; the factor mends both.
+    With n seeds, the variance of a plain resample's mean is too small by (n - 1)/n, and its tails
+    are normal instead of Student's t with n - 1 degrees of freedom. The factor corrects both.
     """
     count = len(seeds)
     rng = np.random.default_rng(stream(seed, SEEDS, *seeds))
@@ -161,7 +162,7 @@ def _standard(values: np.ndarray) -> np.ndarray:
 def _correlation(
     covariance: np.ndarray, x_variance: np.ndarray, y_variance: np.ndarray
 ) -> np.ndarray:
-    tiny = 1e-12  # what rounding leaves of a constant's variance, of scale 1 before
+    tiny = 1e-12  # rounding errors in the variance of a constant, relative to scale 1
     defined = (x_variance > tiny) & (y_variance > tiny)
     scale = np.sqrt(np.where(defined, x_variance * y_variance, 1.0))
     return np.where(defined, np.clip(covariance / scale, -1, 1), 0.0)
@@ -182,8 +183,8 @@ class Calibration:
     """Reliability of a classifier: bins of equal width over the confidence 0 … 1.
 
     Attributes:
-      confidence, accuracy: `f64[bins]`, means within each bin that is not empty.
-      share: `f64[bins]`, the part of all examples in it.
+      confidence, accuracy: `f64[bins]`, means within each nonempty bin.
+      share: `f64[bins]`, the fraction of all examples in each bin.
       error: the expected calibration error, Σ share · |accuracy − confidence| (Guo et al. 2017).
     """
 
@@ -198,8 +199,8 @@ def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> Ca
 
     Args:
       confidence: `f64[E]`, the probability of the predicted class.
-      right: `bool[E]`.
-      bins: how many.
+      right: `bool[E]`, whether the prediction is correct.
+      bins: number of bins.
 
     >>> found = calibration(np.array([0.95, 0.95, 0.55, 0.55]), np.array([1, 1, 1, 0]))
     >>> found.accuracy.tolist(), round(found.error, 6)

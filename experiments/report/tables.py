@@ -50,11 +50,11 @@ class Table:
     """A table.
 
     Attributes:
-      name: of its CSV file.
-      title: above it.
-      about: what must be known to read it.
-      columns: as many as each row has values.
-      rows: the values, None where nothing was measured.
+      name: name of its CSV file.
+      title: heading of the table.
+      about: text that explains the table.
+      columns: the columns.
+      rows: a value for each column, None if nothing was measured.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Table:
 
 
 def show(value: Value, digits: int = 2) -> str:
-    """Format a value for people.
+    """Format a value for display.
 
     >>> show(Summary(50.0, 0.25, 3)), show(Summary(50.0, None, 1)), show(None)
     ('50.00 ± 0.25', '50.00', '–')
@@ -103,7 +103,7 @@ def signed(value: float, digits: int = 2) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """Convert a value to CSV cells: deviations and ends of intervals have own columns."""
+    """Format a table as CSV; deviations and ends of intervals get separate columns."""
     ends = [_ends(row[n] for row in table.rows) for n in range(len(table.columns))]
     text = io.StringIO()
     writer = csv_writer(text)
@@ -142,7 +142,7 @@ STATE = Column("runs", "runs")
 
 
 def make(context: Context, findings: Sequence[Finding]) -> list[Table]:
-    """Build all tables that have rows."""
+    """Build all tables; leave out those without rows."""
     every = [
         verdicts(context, findings), variants(context), scores(context), parameters(context),
         training_time(context), storage_table(context), extras(context), calibrations(context),
@@ -183,7 +183,7 @@ def verdicts(context: Context, findings: Sequence[Finding]) -> Table:
 
 
 def _states(context: Context, *studies: str) -> str:
-    """List the distinct states of studies; states other than whole with the studies' names."""
+    """List the studies whose state is not `WHOLE`, with their states; `WHOLE` if there are none."""
     found = {study: context.collection.state(study) for study in studies}
     return "; ".join(f"{study}: {said}" for study, said in found.items() if said != WHOLE) or WHOLE
 
@@ -221,7 +221,7 @@ def _sharing(groups: Groups) -> str:
 
 
 def scores(context: Context) -> Table:
-    """Build table 2: dev scores in percent, beside the paper's unless the data is made up."""
+    """Build table 2: dev scores in percent, next to the paper's unless the data is synthetic."""
     beside = not context.collection.made_up
     columns = (
         Column("variant", "variant"),
@@ -318,7 +318,7 @@ class Stored:
       base: the pretrained encoder.
       tree: one trainable tree of the encoder; 0 if there is none.
       head: a task's head, on average.
-      apart: whether each further task brings a tree of its own.
+      apart: whether each further task adds its own tree.
       full: whether the trees replace the base.
     """
 
@@ -393,7 +393,7 @@ def storage_table(context: Context) -> Table:
 
 
 def extras(context: Context) -> Table:
-    """Build the table of extensions that the paper proposes, beside their base variants."""
+    """Build the table of extra studies, next to the variants they are based on."""
     columns = (
         Column("study", "study"), Column("variant", "based on"),
         Column("differs", "differs in"),
@@ -483,7 +483,7 @@ def _calibration_error(runs: Sequence[Run], task: str) -> Summary | None:
 
 
 def footnotes() -> list[str]:
-    """Build the table of errors in the paper, printed and recomputed."""
+    """Return a sentence for each error in the paper, with printed and recomputed values."""
     notes = [
         f"The paper prints {name}'s {what} as {printed:.2f}{unit}; its own row gives "
         f"{recomputed:.2f}{unit}."

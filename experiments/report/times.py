@@ -51,7 +51,7 @@ def measure(collection: Collection) -> dict[str, Time]:
 def to_best(run: Run) -> float:
     """Compute the seconds until each group's best dev score, summed over the groups.
 
-    Runs of earlier versions wrote down only the step; the seconds then follow from the run's rate.
+    Runs of earlier versions recorded only the step; the seconds then follow from the run's rate.
     """
     return sum(
         group.get("best_seconds", group["seconds"] * group["best_step"] / max(group["step"], 1))

@@ -85,11 +85,8 @@ class BertConfig(EncoderConfig):
 
     Attributes:
       padding_idx: id of the padding token; positions start at `padding_idx + 1` (RoBERTa, MPNet).
-        -1: positions start at 0.
-      embedding_size: width of the embeddings, which are projected to the hidden size (ELECTRA);
-        None: the hidden size.
-      relative_attention_num_buckets: number of buckets of the relative attention bias (MPNet); 0:
-        no bias.
+      embedding_size: width of the embeddings before projection (ELECTRA); None: the hidden size.
+      relative_attention_num_buckets: number of buckets of the attention bias (MPNet); 0: no bias.
     """
 
     padding_idx: int = dataclasses.field(default=-1, metadata=OF_SOME)
@@ -153,7 +150,7 @@ class SelfAttention(nn.Module):
         bias: jax.Array | None,
         train: bool,
     ) -> jax.Array:
-        """Map `x: [R, S, H]`, `mask: bool[R, 1, S, S]`, `bias: f32[1, heads, S, S]` to `[R, S, H]`."""
+        """Map `x: [R, S, H]` to the same shape; for the other arguments see `Layer`."""
         c = self.config
         shape = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (

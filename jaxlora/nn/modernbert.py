@@ -134,14 +134,7 @@ class Layer(nn.Module):
         sights: tuple[Sight, Sight],
         route: Route | None,
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        """Return the next layer's carry.
-
-        Args:
-          carry: `x` and its LayerNorm, `f32[R, S, H]` each.
-          local: `bool[]`, whether the layer has local attention.
-          sights: the inputs of layers with global and with local attention.
-          route: see `bert.Encoder`.
-        """
+        """Return the next carry; `local: bool[]` selects from the two `sights` (global, local)."""
         (x, normed), c = carry, self.config
         rest = (c, self.dtype, self.lora)
         sight = jax.tree.map(lambda far, near: jnp.where(local, near, far), *sights)
