@@ -32,8 +32,8 @@ API, PROJECT = HERE / "api", HERE / "project"
 PUBLIC = {
     "jaxlora": "What most programs need: load a trained bank, predict, combine gradients.",
     "jaxlora.lora": "Adapters as plain pytrees.",
-    "jaxlora.aggregation": "Gradient aggregators, and what is around them.",
-    "jaxlora.pcgrad": "The functions that `jaxlora.pcgrad` is made of.",
+    "jaxlora.aggregation": "Gradient aggregators and their helpers.",
+    "jaxlora.pcgrad": "The building blocks of `jaxlora.pcgrad`.",
 }
 # Page of the repository → its name in `project/`.
 PAGES = {

@@ -164,7 +164,7 @@ def memory(folder):
     found = [row.get("ours / best peer", row.get("ours / peer")) for row in rows]
     factors = [factor for factor in found if factor is not None]
     low, high = (f"{edge(map(float, factors)):.1f}" for edge in (min, max))
-    assert f"{low} to {high} ×" in section("What it cannot do")
+    assert f"{low} to {high} ×" in section("Limitations")
 
 
 TRIED = {
@@ -178,7 +178,7 @@ TRIED = {
     "Speed on GPUs and TPUs": accelerators,
     "Low memory in full fine-tuning": memory,
 }
-LIMITS = re.findall(r"^- \*\*(.*?)\*\*", section("What it cannot do"), re.MULTILINE)
+LIMITS = re.findall(r"^- \*\*(.*?)\*\*", section("Limitations"), re.MULTILINE)
 
 
 def test_each_limit_is_tried():
@@ -190,7 +190,7 @@ def test_a_limit_is_real(name, tmp_path):
     TRIED[name](tmp_path)
 
 
-@pytest.mark.parametrize("name", re.findall(r"`jax\.(\w+)`", section("What it cannot do")))
+@pytest.mark.parametrize("name", re.findall(r"`jax\.(\w+)`", section("Limitations")))
 def test_named_transformations_raise(name):
     """Each that the README says is not supported, through a layer's own derivative."""
     x = jnp.ones((2, 3))

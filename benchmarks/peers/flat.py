@@ -187,7 +187,7 @@ class Attention(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: torch.Tensor, layout: Layout, heads: int, rate: float
     ) -> torch.Tensor:
-        """`[N, 3 H]` → `[N, H]`."""
+        """Map `[N, 3 H]` to `[N, H]`."""
         wide, kept = _spread(qkv, layout), []
         width = qkv.shape[1] // 3
         size = width // heads
@@ -235,7 +235,7 @@ class Mean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """`[N, H]` → `[sentences, H]`."""
+        """Map `[N, H]` to `[sentences, H]`."""
         ctx.save_for_backward(lengths)
         return torch.segment_reduce(x, "mean", lengths=lengths, unsafe=True)
 

@@ -56,12 +56,12 @@ class Frozen:
             self._weights = (pack(weight, _PACKED_FOR), pack(weight.t().contiguous(), _PACKED_FOR))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in]` → `[..., out]`."""
+        """Map `[..., in]` to `[..., out]`."""
         apply = _onednn if self._onednn else functional.linear
         return apply(x, self._weights[0], self.bias)
 
     def backward(self, grad: torch.Tensor) -> torch.Tensor:
-        """`[..., out]` → `[..., in]`."""
+        """Map `[..., out]` to `[..., in]`."""
         apply = _onednn if self._onednn else functional.linear
         return apply(grad, self._weights[1], None)
 
@@ -71,7 +71,7 @@ class FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, frozen: Frozen) -> torch.Tensor:
-        """`[..., in]` → `[..., out]`."""
+        """Map `[..., in]` to `[..., out]`."""
         ctx.frozen = frozen
         return frozen.forward(x)
 
@@ -88,7 +88,7 @@ class TrainedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
-        """`[..., in]` → `[..., out]`."""
+        """Map `[..., in]` to `[..., out]`."""
         ctx.save_for_backward(x, weight)
         return _onednn(x, weight, bias)
 

@@ -16,7 +16,7 @@ from jaxlora.utils.trees import Tree
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _CHUNK = 1 << 16  # elements of each task's gradient in one matmul on CPU
-_FEW = 4  # up to so many tasks, a dot product of each pair is faster than a matmul
+_FEW = 4  # up to this many tasks, a dot product per pair is faster than a matmul
 
 
 def gram(grads: Tree) -> jax.Array:

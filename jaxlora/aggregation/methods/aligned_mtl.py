@@ -1,4 +1,4 @@
-"""Aligned-MTL: all singular values of the gradients set to the smallest."""
+"""Aligned-MTL: set all singular values of the gradients to the smallest nonzero one."""
 
 from __future__ import annotations
 
