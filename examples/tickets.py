@@ -1,7 +1,7 @@
 """From a table of support tickets to a bank that answers requests: train, evaluate, store, predict.
 
-Takes two minutes on two cores. This example is a script, which lines that begin with `# %%` divide
-into cells for VS Code and PyCharm, and a notebook.
+Takes two minutes on two cores. `tickets.py` is a script whose lines that begin with `# %%` start
+cells in VS Code and PyCharm; `tickets.ipynb` is the same program as a notebook.
 """
 
 import csv
