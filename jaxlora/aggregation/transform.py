@@ -57,9 +57,9 @@ def aggregate(
     `groups` it returns leaves `[K, ...]`, a sum for each group. The weights are computed from the
     T×T matrix of the gradients' dot products, within the compiled step and on any mesh. No epsilon
     is added to the dot products. The counterpart in optax is
-    `optax.experimental.aggregating.Aggregator`, whose implementations average. A non-finite
-    gradient or loss makes the update NaN and leaves the method's state and the averaged weights
-    unchanged.
+    `optax.experimental.aggregating.Aggregator`, whose implementations average. If a gradient or
+    loss is not finite where weights are computed, the updates of all groups are NaN, and the
+    method's state and the averaged weights stay unchanged.
 
     Do not pass it the gradients of heads, which belong to one task each: see `sum_tasks` and
     `per_task_grads`.
