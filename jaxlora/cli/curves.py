@@ -11,7 +11,7 @@ from jaxlora.utils import files
 
 Series = Mapping[str, tuple[list[float], list[float]]]  # label → (x, y)
 
-# A color for each of the paper's tasks, distinguishable by color-blind readers (Okabe & Ito 2008).
+# Colours of the paper's tasks, distinguishable by colour-blind readers (Okabe & Ito 2008).
 COLOURS = {"sst": "#0072B2", "para": "#D55E00", "sts": "#009E73"}
 
 MOST_NAMED = 8  # entries of a legend; more (91 pairs of tasks) would leave no room for the lines
@@ -76,7 +76,7 @@ def _colour(label: str) -> str | None:
 
 
 def _dev_losses(axes: Any, losses: Series) -> None:
-    """Draw dev losses as dots on the training losses, in the color of each task."""
+    """Draw dev losses as dots on the training losses, in the colour of each task."""
     colours = {line.get_label(): line.get_color() for line in axes.get_lines()}
     for task, (x, y) in losses.items():
         axes.plot(x, y, "o", color=colours.get(task), markersize=4)

@@ -99,7 +99,7 @@ def _series(
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the low end, the center and the high end of the interval of a mean, by batch means.
+    """Return the lower end, the mean and the upper end of its interval, by batch means.
 
     >>> [round(x, 3) for x in interval([0.1, 0.3] * 40)]
     [0.2, 0.2, 0.2]

@@ -68,8 +68,8 @@ def keep_programs(folder: Path) -> None:
 def stop_signals() -> Iterator[Callable[[], int]]:
     """Record Ctrl-C and SIGTERM in this context instead of ending the process.
 
-    A second signal ends it at once. Outside of the main thread, where Python handles no signals,
-    this does nothing.
+    A second signal ends it immediately. Outside of the main thread, where Python handles no
+    signals, this does nothing.
 
     Yields:
       A function that returns the number of the signal received, or 0.

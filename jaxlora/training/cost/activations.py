@@ -12,7 +12,7 @@ from jaxlora.training.cost.work import FLOAT, Work, held, kernels
 from jaxlora.utils import trees
 
 # float32 values per layer and token, as multiples of H, of F and of the attention weights.
-NORMS = 6  # two LayerNorms: input, centered input and output
+NORMS = 6  # two LayerNorms: input, centred input and output
 BEFORE_GELU = 1  # the feed-forward layer before its activation
 DROPPED = 2  # with dropout: the attention weights after it, and its mask
 # Query, key and value in the dtype of matmuls, as multiples of H.
