@@ -60,7 +60,7 @@ def _cosines(found: Affinity) -> Table:
 
 
 def _effects(tasks: Sequence[str], ahead: np.ndarray) -> Table:
-    title = "loss that a step on one task takes from each, in percent"
+    title = "decrease of each loss by a step on one task, in percent"
     table = Table("a step on", *tasks, title=title, title_justify="left")
     for task, row in zip(tasks, ahead, strict=True):
         table.add_row(task, *(f"{100 * value:+.2f}" for value in row))

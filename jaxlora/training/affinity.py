@@ -63,11 +63,11 @@ def measure(run: Path) -> Affinity:
     tasks = tuple(settings.named)
     series = _series(read_records(run), settings)
     if not series and any(len(group) > 1 for group in settings.groups):
-        raise UserError(f"{run}: no step of tasks that share is in its log yet; let it train on")
+        raise UserError(f"{run}: its log has no step of tasks in one group yet; train it longer")
     if not series:
         raise UserError(
             f"{run}: no tasks share parameters in this run; train some together for a while, for "
-            "example with `groups` that holds all tasks in one group"
+            "example all of them in one of the `groups`"
         )
     mean, low, high = (np.full((len(tasks),) * 2, np.nan) for _ in range(3))
     for (first, second), values in series.items():

@@ -33,8 +33,8 @@ def check_place(folder: Path) -> None:
     """
     if jax.process_count() > 1 and not PLAIN.fullmatch(str(folder.absolute())):
         raise UserError(
-            f"{folder}: many processes need a path of letters, digits and . _ - + = @ , ~ # % "
-            "alone; take another"
+            f"{folder}: with several processes, a path may contain only letters, digits and "
+            ". _ - + = @ , ~ # %; use another one"
         )
     with plain_path(folder):
         pass
@@ -97,7 +97,7 @@ class StateCheckpoints:
         """Check that all arrays were written, flush them to the disk, and write the checksums."""
         found = self._manager.item_metadata(step).state.tree
         if _kinds(found) != _kinds(tree):
-            raise OSError("what was written is not what is there")
+            raise OSError("arrays are missing in what was written")
         files.settle(self._folder / str(step))
         write_json(_sums_file(self._folder / str(step)), _sums(self._folder / str(step)))
 

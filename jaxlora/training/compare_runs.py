@@ -107,7 +107,7 @@ def read_run(folder: Path) -> RunRecord:
     result = files.read_object(path) if path.exists() else {}
     if result and not result.keys() >= _NEEDED:
         raise UserError(
-            f"{path}: has no {', '.join(sorted(_NEEDED - result.keys()))}; is it a run's?"
+            f"{path}: has no {', '.join(sorted(_NEEDED - result.keys()))}; is it from a run?"
         )
     settings = setting_names.name_settings(setting_names.complete(config["settings"]))
     return RunRecord(folder, settings, config["inputs"], result)

@@ -269,7 +269,7 @@ class Settings(Sections):
                 "quora-train.csv, sts-train.csv, …; without data try `preset='demo'`",
             )
         if (source == "files") != any(spec.table for spec in self.tasks):
-            raise ConfigError("tasks", "goes with `source='files'`, and that with `tasks`")
+            raise ConfigError("tasks", "needs `source='files'`, which in turn needs `tasks`")
         if self.data.synthetic_sts and not (
             source in ("cs224n", "official") and "sts" in self.named
         ):

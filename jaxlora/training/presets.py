@@ -290,8 +290,8 @@ def _reject_unused(asked: Mapping[str, Any], settings: Settings) -> None:
         if only and asked.get(name, False) is not False and settings.adapt not in only.adapts:
             raise ConfigError(
                 name,
-                f"means nothing to {settings.variant}: its encoder is not adapted that way; "
+                f"has no effect on {settings.variant}: its encoder is not adapted that way; "
                 "leave it out",
             )
     if "surgery" in asked and all(len(group) == 1 for group in settings.groups):
-        raise ConfigError("surgery", "means nothing where each task is trained alone; leave it out")
+        raise ConfigError("surgery", "has no effect if each task is trained alone; leave it out")

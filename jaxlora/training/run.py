@@ -187,7 +187,7 @@ def _check_start(context: RunContext, states: checkpoint.StateCheckpoints) -> No
     """Refuse to train from fresh parameters if `start_from` is set and the checkpoint is gone."""
     asked = context.settings.model.start_from
     if asked is not None and not context.start and not states.latest_step():
-        raise UserError(f"{context.out}: its states have changed just now; go on once more")
+        raise UserError(f"{context.out}: its checkpoints were deleted just now; resume it again")
 
 
 def _train_cohorts(

@@ -38,7 +38,7 @@ class Stopped(BaseException):
     """
 
     def __init__(
-        self, signal: int, where: str = "at once; nothing was saved", saved: bool = False
+        self, signal: int, where: str = "immediately; nothing was saved", saved: bool = False
     ) -> None:
         super().__init__(f"stopped {where}")
         self.signal, self.saved = signal, saved
