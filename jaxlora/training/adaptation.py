@@ -127,11 +127,7 @@ class Adaptation(abc.ABC):
         return pack(self.tasks_share_rows)
 
     def block(self, num_groups: int) -> int:
-        """Return the length of the blocks of tokens that belong to one task; 1: no blocks.
-
-        Args:
-          num_groups: K.
-        """
+        """Return the length of the blocks of tokens that belong to one task; 1: no blocks."""
         del num_groups
         return 1
 

@@ -292,13 +292,10 @@ class Window:
         return len(self._metrics) >= LOG_EVERY
 
     def flush(self, progress: dict[str, Progress]) -> list[dict[str, Any]]:
-        """Return a record of these steps for each group, and add their time to its progress.
+        """Return a record of these steps for each group, and add their time to its `progress`.
 
         A group without a finite step gets no record. Its next record counts the skipped steps,
         which its progress keeps until then.
-
-        Args:
-          progress: group → progress, which is updated.
 
         Raises:
           UserError: if a step is not finite, see `train_cohort`.

@@ -56,12 +56,7 @@ def from_config(config: OptimizerConfig, num_tasks: int, steps: int, seed: int) 
 
 
 def schedules(config: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]:
-    """Return the learning rate schedules of the encoder and of the heads.
-
-    Args:
-      config: settings of the optimizers.
-      steps: number of steps of the group.
-    """
+    """Return the learning rate schedules, over `steps` steps, of the encoder and of the heads."""
     peaks = {"encoder": config.learning_rate, "heads": config.head_learning_rate}
     warmup, decay = config.warmup_steps, config.schedule
     return {name: schedule(peak, steps, warmup=warmup, decay=decay) for name, peak in peaks.items()}
@@ -85,11 +80,7 @@ class GradNorm(NamedTuple):
 
 
 def clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """Clip as `optax.clip_by_global_norm` does, and store the norm in the state.
-
-    Args:
-      most: the largest norm.
-    """
+    """Clip to the norm `most` as `optax.clip_by_global_norm`, and store the norm in the state."""
     clip = optax.clip_by_global_norm(most)
 
     def init(params: Tree) -> GradNorm:

@@ -274,10 +274,7 @@ class TrainStep:
     def gradients(
         self, states: Sequence[TrainState], frozen: Tree, batch: Batch
     ) -> tuple[jax.Array, list[Tree], list[dict[str, Tree]]]:
-        """Return the losses `f32[T]`, and the gradients of each group's tree and of its heads.
-
-        The leaves of a tree's gradient are `[tasks of the group, ...]`. See `task_losses`.
-        """
+        """Return the losses `f32[T]`, and by group the gradients `[T, ...]` of its tree, and of heads."""
         encode = self.adaptation.encode_tasks(self.encode, self._sizes)
         weights = jnp.array(
             [w for g in self.groups.values() for w in g.weights or (1.0,) * len(g.tasks)]
