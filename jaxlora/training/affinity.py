@@ -159,7 +159,7 @@ def _joined(groups: list[tuple[int, ...]], gain: np.ndarray) -> Parts:
         groups = [group for group in groups if group not in (a, b)] + [tuple(sorted(a + b))]
 
 
-# ---- the effect of a step on one task on the others
+# ---- how a step on one task affects the others
 
 
 def look_ahead(run: Path, batches: int = 20) -> np.ndarray:

@@ -274,7 +274,7 @@ class TrainStep:
     def gradients(
         self, states: Sequence[TrainState], frozen: Tree, batch: Batch
     ) -> tuple[jax.Array, list[Tree], list[dict[str, Tree]]]:
-        """Return the losses `f32[T]`, and by group the gradients `[T, ...]` of its tree, and of heads."""
+        """Return the losses `f32[T]`, and each group's gradients: of its tree, `[T, ...]`, and heads."""
         encode = self.adaptation.encode_tasks(self.encode, self._sizes)
         weights = jnp.array(
             [w for g in self.groups.values() for w in g.weights or (1.0,) * len(g.tasks)]
