@@ -103,8 +103,7 @@ def train_cohort(
       cohort: the groups.
       saved: their checkpoints.
       log, callback: receive each record.
-      skip_nonfinite: skip and count steps that are not finite; `MOST_NONFINITE` in a row are still
-        an error.
+      skip_nonfinite: skip and count non-finite steps, unless `MOST_NONFINITE` come in a row.
 
     Returns:
       The best trees and the final progress of each group.

@@ -144,7 +144,7 @@ def pace(
 def _pace_group(
     specs: tuple[TaskSpec, ...], group: tuple[str, ...], loop: LoopConfig, asked: Mapping[str, Any]
 ) -> tuple[TaskSpec, ...]:
-    """Set the `pace` of a group's largest table for its tasks, except for explicit settings."""
+    """Set the `pace` for the largest table of a group, except where settings are explicit."""
     mine = [spec for spec in specs if spec.task.name in group]
     tables = [(spec.table, spec.task) for spec in mine if spec.table is not None]
     if len(tables) < len(mine):

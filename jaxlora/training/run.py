@@ -133,7 +133,7 @@ def _needs_start(settings: Settings, out: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RunContext:
-    """Everything that the training of a run needs.
+    """The inputs, folder and options of a run.
 
     Attributes:
       checksums: checksums of the base, the data and the start.

@@ -1,10 +1,9 @@
 """The train step of all variants: K ≥ 1 groups of tasks, T ≥ K tasks in total.
 
 One backward pass computes the gradient of each task with respect to its group's trainable tree.
-These gradients have a leading task axis, over which an optax chain that begins with a gradient
-aggregator (such as PCGrad) combines them. A head belongs to one task, so its gradient goes directly
-to the heads' optimizer. Groups share the pass only: each has its own state, optimizers and number
-of steps.
+These gradients have a leading task axis. An optax chain that begins with a gradient aggregator,
+such as PCGrad, combines them. A head belongs to one task, so its gradient goes directly to the
+heads' optimizer. Groups share only the pass: each has its own state, optimizers and step count.
 
 Shapes: T tasks, R rows, S tokens per row, N sentences and B examples per task, H hidden size.
 """
@@ -108,8 +107,7 @@ class GroupStep:
           losses: `f32[T]`, mean loss of each task.
           grads: gradients of the trainable tree, `[T, ...]`.
           head_grads: gradients of the heads.
-          active: `bool[]`, whether the group has examples in this step; if not, the state stays
-            unchanged.
+          active: `bool[]`, whether the group has examples in this step; if not, nothing changes.
         """
         # Some aggregators need the losses; other transforms ignore them.
         updates, opt_state = optax.with_extra_args_support(self.tx).update(
@@ -274,7 +272,7 @@ class TrainStep:
     def gradients(
         self, states: Sequence[TrainState], frozen: Tree, batch: Batch
     ) -> tuple[jax.Array, list[Tree], list[dict[str, Tree]]]:
-        """Return the losses `f32[T]`, and each group's gradients: of its tree, `[T, ...]`, and heads."""
+        """Return losses `f32[T]`, and by group the gradients of its tree, `[T, ...]`, and heads."""
         encode = self.adaptation.encode_tasks(self.encode, self._sizes)
         weights = jnp.array(
             [w for g in self.groups.values() for w in g.weights or (1.0,) * len(g.tasks)]
