@@ -1,1 +1,1 @@
-"""The commands; the only room that speaks of flags."""
+"""The commands; the only package whose messages name flags."""

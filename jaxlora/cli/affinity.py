@@ -1,4 +1,4 @@
-"""`jaxlora affinity`: which tasks go together, by what a shared run tells of their gradients."""
+"""`jaxlora affinity`: which tasks to train together, judged by their gradients in a shared run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ PICTURE = "affinity.png"
 
 
 def show(run: Folder, /, look_ahead: bool = False, batches: int = 20, json: bool = False) -> None:
-    """Show how alike tasks' gradients were, with 95 % intervals, and propose groups.
+    """Show the cosines of tasks' gradients with 95 % intervals, and propose groups.
 
-    A heat map is written into the folder of the run.
+    A heat map is written to the folder of the run.
 
     Args:
-      run: the --out folder of a run in which tasks share parameters; a short one will do.
-      look_ahead: also measure what a step on each task alone does to every task's loss.
-      batches: over how many batches that is averaged.
+      run: the --out folder of a run in which tasks share parameters; a short one suffices.
+      look_ahead: also measure how a step on each task alone changes the loss of every task.
+      batches: number of batches over which this is averaged.
       json: print JSON.
     """
     folder = files.local(run)
@@ -60,7 +60,7 @@ def _cosines(found: Affinity) -> Table:
 
 
 def _effects(tasks: Sequence[str], ahead: np.ndarray) -> Table:
-    title = "loss that a step on one task takes from each, in percent"
+    title = "decrease of each loss by a step on one task, in percent"
     table = Table("a step on", *tasks, title=title, title_justify="left")
     for task, row in zip(tasks, ahead, strict=True):
         table.add_row(task, *(f"{100 * value:+.2f}" for value in row))
@@ -68,7 +68,7 @@ def _effects(tasks: Sequence[str], ahead: np.ndarray) -> Table:
 
 
 def _plain(found: Affinity, ahead: np.ndarray | None, groups: Any) -> dict[str, Any]:
-    """Return JSON values; what is not finite, as of tasks that shared nothing, is null."""
+    """Return JSON values, with null for pairs of tasks that shared nothing."""
     matrices = {"mean": found.mean, "low": found.low, "high": found.high}
     matrices |= {} if ahead is None else {"look_ahead": ahead}
     return {
@@ -83,7 +83,7 @@ def _number(value: float) -> float | None:
 
 
 def draw(found: Affinity, ahead: np.ndarray | None, path: Path) -> None:
-    """Draw the matrices as heat maps, with their numbers."""
+    """Draw the matrices as heat maps that show their values."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -110,5 +110,5 @@ def draw(found: Affinity, ahead: np.ndarray | None, path: Path) -> None:
 
 
 def main(words: Sequence[str]) -> None:
-    """Parse the words and show it."""
+    """Run `show`."""
     tyro.cli(show, args=words, prog="jaxlora affinity")

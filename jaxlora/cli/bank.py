@@ -1,4 +1,4 @@
-"""`jaxlora bank`: keep the adapters and heads of many tasks of one base."""
+"""`jaxlora bank`: manage the adapters and heads of many tasks with one base."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from jaxlora.utils.errors import UserError
 
 
 def add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
-    """Put the tasks of a finished run into a bank (created if it is missing).
+    """Add the tasks of a finished run to a bank, which is created if it is missing.
 
     Args:
       folder: the bank.
-      run: a run's --out folder.
-      task: which of its tasks; default: all.
+      run: the --out folder of the run.
+      task: tasks to add; default: all.
     """
     source, names = _chosen(run, task)
     banks.add(folder, source, names)
@@ -34,15 +34,15 @@ def add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
 def update(
     folder: Folder, /, run: Path, task: tuple[str, ...] = (), if_better: bool = False
 ) -> None:
-    """Replace tasks of a bank by those of a finished run; the others are not touched.
+    """Replace tasks of a bank by those of a finished run, without changing other tasks.
 
     Earlier versions are kept, see `jaxlora bank history` and `rollback`.
 
     Args:
       folder: the bank.
-      run: a run's --out folder.
-      task: which of its tasks; default: all.
-      if_better: only those whose score is better on the same dev set.
+      run: the --out folder of the run.
+      task: tasks to replace; default: all of the run.
+      if_better: replace a task only if its score on the same dev set is better.
     """
     source, names = _chosen(run, task)
     changes = banks.add(folder, source, names, replace=True, if_better=if_better)
@@ -53,7 +53,7 @@ def update(
 
 
 def _chosen(run: Path, task: tuple[str, ...]) -> tuple[TaskModels, tuple[str, ...]]:
-    """Read a run, and return it with the names of the tasks that are asked for."""
+    """Load a run, and return it with the names of the chosen tasks."""
     source = banks.load(run)
     return source, tuple(dict.fromkeys(task)) or tuple(source.models)
 
@@ -74,11 +74,11 @@ def _score(score: float | None) -> str:
 
 
 def history(folder: Folder, task: Name, /, json: bool = False) -> None:
-    """Show the versions of a task that a bank keeps, the present one last.
+    """Show the versions of a task that a bank keeps, the current one last.
 
     Args:
       folder: the bank.
-      task: its name.
+      task: name of the task.
       json: print JSON.
     """
     versions = banks.history(folder, task)
@@ -98,12 +98,12 @@ def history(folder: Folder, task: Name, /, json: bool = False) -> None:
 
 
 def rollback(folder: Folder, task: Name, /, version: int | None = None) -> None:
-    """Bring back an earlier version of a task; doing it twice undoes it.
+    """Restore an earlier version of a task. A second rollback without --version undoes it.
 
     Args:
       folder: the bank.
-      task: its name.
-      version: its number in `jaxlora bank history`; default: the one before the present one.
+      task: name of the task.
+      version: number of the version in `jaxlora bank history`; default: the previous one.
     """
     banks.rollback(folder, task, version)
     present = banks.history(folder, task)[-1]
@@ -115,18 +115,18 @@ def remove(folder: Folder, task: Name, /) -> None:
 
     Args:
       folder: the bank.
-      task: its name.
+      task: name of the task.
     """
     banks.remove(folder, task)
     say(f"{folder}: removed {task}")
 
 
 def list_tasks(folder: Folder, /, base: str | None = None, json: bool = False) -> None:
-    """Show a bank's tasks: scores, parameters and bytes, beside one full model for each task.
+    """Show the tasks of a bank with scores, parameters and bytes, compared with full models.
 
     Args:
       folder: the bank.
-      base: where its base is now, if it has moved.
+      base: new path of the base, if it has moved.
       json: print JSON.
     """
     rows = banks.contents(folder)
@@ -166,17 +166,17 @@ def show(folder: Folder, task: Name, /) -> None:
 
     Args:
       folder: the bank.
-      task: its name.
+      task: name of the task.
     """
     print(banks.describe(folder, task))
 
 
 def verify(folder: Folder, /, base: str | None = None, json: bool = False) -> None:
-    """Compare every file of a bank with its checksum, and the base with its own.
+    """Verify the checksums of all files of a bank, and of its base.
 
     Args:
       folder: the bank.
-      base: where its base is now, if it has moved.
+      base: new path of the base, if it has moved.
       json: print JSON.
     """
     problems = banks.verify(folder, base)
@@ -202,7 +202,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(words: Sequence[str]) -> None:
     """Run one of `COMMANDS`."""
-    about = "Keep the adapters and heads of many tasks of one base."
+    about = "Manage the adapters and heads of many tasks with one base."
     tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="jaxlora bank", description=about, args=words
     )

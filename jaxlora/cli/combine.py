@@ -1,4 +1,4 @@
-"""`jaxlora combine`: add a task to a bank whose adapter is a weighted sum of others'."""
+"""`jaxlora combine`: add a task whose adapter is a weighted sum of others in the bank."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def combine(
     head: str | None = None,
     rank: int | None = None,
 ) -> None:
-    """Add a task to a bank whose adapter is a weighted sum of others'.
+    """Add a task to a bank, with a weighted sum of the adapters of other tasks in it.
 
     Args:
       bank: the bank.
-      task: whose adapters.
-      name: what to call the new task.
-      weight: one for each; default: equal weights that sum to 1.
-      head: the task whose head and labels it takes over; default: the first.
-      rank: the nearest adapter of this rank, by singular value decomposition; default: the exact
-        sum, whose rank is the sum of ranks.
+      task: tasks whose adapters are summed.
+      name: name of the new task.
+      weight: a weight for each of them; default: equal weights that sum to 1.
+      head: task whose head and labels the new one uses; default: the first.
+      rank: approximate the sum by this rank with a singular value decomposition; default: the
+        exact sum, whose rank is the sum of the ranks.
     """
     check_name(name, "--as")
     if not task:

@@ -1,4 +1,4 @@
-"""`jaxlora compare`: show in what runs differ, and their scores."""
+"""`jaxlora compare`: show the settings in which runs differ, and their scores."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ BEST = " *"
 def compare(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, *, json: bool = False
 ) -> None:
-    """Show the settings in which runs differ, and their scores; the best have a star.
+    """Show the settings in which runs differ, and their scores; a star marks the best.
 
     Args:
-      runs: their --out folders; unfinished ones have no scores yet.
+      runs: the --out folders of the runs; unfinished runs have no scores.
       json: print JSON.
     """
     found = compare_runs.compare(runs)
@@ -67,7 +67,7 @@ def _title(row: ScoreRow) -> str:
 
 
 def _name(setting: str) -> str:
-    """Return how a setting is typed: a flag, or a field of a task as in `topic.epochs`."""
+    """Return a setting as it is typed: a flag, or a field of a task such as `topic.epochs`."""
     return flag(setting) if setting.isidentifier() else setting
 
 

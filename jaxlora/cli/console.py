@@ -1,4 +1,4 @@
-"""What a run shows: its summary, a progress bar, and the final table beside the paper's row."""
+"""Console output of a run: its summary, progress bars, and the final table."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MADE_UP_DATA = (
 
 
 def saw_quora(base: str) -> bool:
-    """Return whether a base is the all-MiniLM that was trained on Quora's duplicates, by its name.
+    """Return whether a base, judged by its name, is all-MiniLM, which was trained on Quora pairs.
 
     >>> saw_quora("minilm"), saw_quora("bert-base-uncased")
     (True, False)
@@ -54,7 +54,7 @@ def saw_quora(base: str) -> bool:
 
 
 class ConsoleCallback:
-    """Shows a run on the console (see `train.Callback`)."""
+    """Shows a run on the console, see `loop.Callback`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -71,12 +71,12 @@ class ConsoleCallback:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """While this lasts, the bars are on the screen."""
+        """Show the progress bars in this context."""
         with self._bar:
             yield
 
     def summary(self, summary: RunSummary) -> None:
-        """Say what the run will do."""
+        """Print the summary of the run."""
         self._console.print(summary_table(summary))
         self._start = self._bar.add_task("preparing order and packing", note="")
 
@@ -89,7 +89,7 @@ class ConsoleCallback:
         self._bars[name] = self._bar.add_task(name, total=steps, completed=start, note=note)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Move the bar; print evaluations above it."""
+        """Update the bar, or print an evaluation above it."""
         if record["kind"] == "train":
             losses = " ".join(f"{v:.3f}" for v in record["loss"].values())
             note = f"{record['steps_per_second']:.2f} steps/s  loss {losses}"
@@ -97,25 +97,25 @@ class ConsoleCallback:
             return
         scores = "  ".join(f"{k} {v:.4f}" for k, v in record["dev"].items())
         values = list(record["dev"].values())
-        # The score is another where a metric is an error, which has no mean with the others.
+        # With a metric that is an error, the score is not the mean of the metrics.
         alike = len(values) > 1 and math.isclose(record["score"], sum(values) / len(values))
         mean = f"  mean {record['score']:.4f}" if alike else ""
         self._console.print(f"{record['group']} step {record['step']}: dev {scores}{mean}")
 
     def done(self, name: str, why: str) -> None:
-        """Tick the group's bar off, and say why it ended."""
+        """Mark the bar of the group as finished, and print why the group ended."""
         bar = self._bars[name]
         self._bar.update(bar, description=f"✓ {name}", note="")
         self._bar.stop_task(bar)
         self._console.print(Text(f"{name} ended: {why}"))
 
     def note(self, text: str) -> None:
-        """Print it above the bars."""
+        """Print a message above the bars."""
         say(text, self._console)
 
 
 def summary_table(summary: RunSummary) -> Table:
-    """Return the summary as two columns."""
+    """Return the summary as a table of names and values."""
     s = summary.settings
     title = f"jaxlora: {s.variant}, preset {s.preset}"
     table = Table(title=title, show_header=False, title_justify="left")
@@ -149,7 +149,7 @@ def summary_table(summary: RunSummary) -> Table:
         "out": str(summary.out),
     }
     for name, value in rows.items():
-        table.add_row(name, Text(value))  # not a str: brackets in names and paths are no markup
+        table.add_row(name, Text(value))  # a str would be parsed as markup, such as [v2] in a path
     return table
 
 
@@ -158,7 +158,7 @@ def _warmup(steps: float) -> str:
 
 
 def _labels(task: Task) -> str:
-    """Say what is predicted, with the positive class of two."""
+    """Describe what a task predicts; for a binary task with its positive class."""
     if task.form == "score":
         return f"scores from {task.low:g} to {task.high:g}"
     if task.positive is not None:
@@ -168,7 +168,7 @@ def _labels(task: Task) -> str:
 
 
 def _joint(settings: Settings) -> str:
-    """Return which tasks read pairs together."""
+    """List the tasks that read pairs jointly."""
     names = [name for name, task in settings.named.items() if task.joint]
     return f"; read together: {', '.join(names)}" if names else ""
 
@@ -194,7 +194,7 @@ def _counts(summary: RunSummary, task: str) -> str:
 
 
 def _of_table(summary: RunSummary, task: str) -> list[str]:
-    """Say of a task of the user's own what it predicts, and where its dev set is from."""
+    """Describe what one of the user's own tasks predicts, and where its dev set comes from."""
     table = next(spec.table for spec in summary.settings.tasks if spec.task.name == task)
     if table is None:
         return []
@@ -205,7 +205,7 @@ def _of_table(summary: RunSummary, task: str) -> list[str]:
 
 
 def result_table(result: dict[str, Any]) -> Table:
-    """Return a run's scores; the paper's tasks stand beside its row for the variant."""
+    """Return a table of a run's scores, with those of the paper if they are comparable."""
     stored, named = result["parameters"], result["metrics"]
     errors = result.get("lower_is_better", [])
     columns = {
@@ -240,7 +240,7 @@ def result_table(result: dict[str, Any]) -> Table:
 
 
 def _is_papers(result: dict[str, Any]) -> bool:
-    """Return whether the paper's figures may stand beside these: the same tasks, on real data."""
+    """Return whether results are comparable with the paper's: the same tasks, on real data."""
     return set(result["metrics"]) == set(NAMES) and result["source"] in REAL
 
 
@@ -251,14 +251,14 @@ def _has_quora(result: dict[str, Any]) -> bool:
 def _scores(
     scores: dict[str, float], names: Iterable[str], errors: Sequence[str] = ()
 ) -> list[str]:
-    """Return the scores, and their mean if none of them is an error."""
+    """Format the scores, and their mean if none of them is an error."""
     values = [scores[name] for name in names]
     mean = "" if errors else f"{sum(values) / len(values):.4f}"
     return [f"{v:.4f}" for v in values] + [mean]
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """Return what must be known to read the table."""
+    """Return remarks that are needed to interpret the table of results."""
     lines = _papers_notes(VARIANTS[result["variant"]]) if _is_papers(result) else [UNTRAINED]
     if result["source"] == "demo":
         lines.append(MADE_UP_DATA)
@@ -271,7 +271,7 @@ def notes(result: dict[str, Any]) -> list[str]:
 
 
 def kept(groups: Mapping[str, Mapping[str, Any]]) -> str:
-    """Say which step of each group is kept.
+    """Describe which step of each group is kept.
 
     >>> kept({"a": {"best_step": 8, "step": 12}, "b": {"best_step": 9, "step": 9}})
     'Kept: a step 8 of 12, b step 9 of 9 (the last is the best: more epochs may be better).'

@@ -1,4 +1,4 @@
-"""`jaxlora cost`: show what a train step will cost."""
+"""`jaxlora cost`: show the cost of a train step."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def cost(
     link: float | None = None,
     json: bool = False,
 ) -> None:
-    """Say what a step will cost, before there are devices: FLOPs, memory, traffic, time.
+    """Show what a step will cost, without the devices: FLOPs, memory, traffic, time.
 
-    All is counted but the column temporary, an estimate that is fitted to XLA's programs for CPU.
+    All columns are counted except temporary, an estimate that is fitted to XLA's programs for CPU.
 
     Args:
-      variant: the paper's variants, one or more.
+      variant: one or more of the paper's variants.
       base: minilm, bert-base, bert-large, 1b, 3b, 10b, or Hugging Face folders.
-      mesh: devices, as `jaxlora train --mesh` takes them.
+      mesh: devices, as in `jaxlora train --mesh`.
       batch_size: examples of each task in a step.
-      sentence_length: tokens of a sentence on the average.
-      row_length: tokens of a row, into which sentences are packed.
-      rank: of the adapters.
-      dtype: of matmul inputs.
-      flops: FLOP/s that a device reaches; adds the time of a step when nothing overlaps.
+      sentence_length: mean number of tokens per sentence.
+      row_length: tokens per row, into which sentences are packed.
+      rank: rank of the adapters.
+      dtype: dtype of matmul inputs.
+      flops: FLOP/s that a device reaches; adds the time of a step without overlap.
       link: bytes/s between devices.
       json: print JSON.
     """

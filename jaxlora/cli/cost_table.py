@@ -1,4 +1,4 @@
-"""What `jaxlora cost` shows: one line for each step that was asked about."""
+"""The table of `jaxlora cost`, with a line for each step."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Cell = str | int | float
 
 
 def find_base(name: str) -> EncoderConfig:
-    """Return the shape of a base: one of `cost.SIZES`, or a Hugging Face folder's.
+    """Return the configuration of a base: one of `cost.SIZES`, or that of a Hugging Face folder.
 
     Raises:
-      UserError: if it is neither.
+      UserError: if the name is neither.
     """
     if name in cost.SIZES:
         return cost.SIZES[name]
@@ -39,10 +39,10 @@ def find_base(name: str) -> EncoderConfig:
 
 
 def find_mesh(text: str) -> dict[str, int]:
-    """Return the axes' sizes; the devices need not be there.
+    """Return the sizes of the mesh's axes, which need not be available here.
 
     Raises:
-      UserError: see `mesh.sizes`; for `auto`, since nobody knows how many there will be.
+      UserError: see `sharding.sizes`; also for `auto`, which gives no number of devices.
 
     >>> find_mesh("data=4,fsdp=2")
     {'data': 4, 'fsdp': 2}
@@ -72,14 +72,14 @@ def lines(
     rates: tuple[float, float] | None = None,
     **asked: object,
 ) -> list[tuple[Cell, ...]]:
-    """Return the table, its header first: every base with every variant (and group) on every mesh.
+    """Return the table, header first: every base with every variant (and group) on every mesh.
 
     Args:
-      bases: see `find_base`.
-      variants: names.
-      texts: see `find_mesh`.
-      rates: FLOP/s and the link's bytes/s; with them a column of seconds is added.
-      asked: the rest of `cost.for_variant`'s arguments.
+      bases: names of bases, see `find_base`.
+      variants: names of variants.
+      texts: meshes, see `find_mesh`.
+      rates: FLOP/s and the link's bytes/s; if given, a column of seconds is added.
+      asked: further arguments of `cost.for_variant`.
 
     Raises:
       UserError: see `find_base`, `find_mesh` and `cost.for_variant`; for a rank that does not fit.
@@ -101,7 +101,7 @@ def lines(
 
 
 def show(row: tuple[Cell, ...]) -> tuple[str, ...]:
-    """Return a line as text; the seconds, after the columns of `HEAD`, have more digits.
+    """Format a line; the seconds, after the columns of `HEAD`, have more digits.
 
     >>> show(("data=1", 12, 1234.567))
     ('data=1', '12', '1,234.57')
@@ -114,10 +114,10 @@ def show(row: tuple[Cell, ...]) -> tuple[str, ...]:
 
 
 def check_rates(flops: float | None, link: float | None) -> tuple[float, float] | None:
-    """Rates as `lines` takes them.
+    """Return the rates for `lines`, checked; None without any.
 
     Raises:
-      UserError: for a rate that is not above 0, or a link alone.
+      UserError: if a rate is not above 0, or only that of the link is given.
     """
     if flops is None and link is None:
         return None

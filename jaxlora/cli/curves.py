@@ -11,22 +11,22 @@ from jaxlora.utils import files
 
 Series = Mapping[str, tuple[list[float], list[float]]]  # label → (x, y)
 
-# Colours that stay apart for colour-blind eyes (Okabe & Ito 2008), one a task.
+# Colours of the paper's tasks, distinguishable by colour-blind readers (Okabe & Ito 2008).
 COLOURS = {"sst": "#0072B2", "para": "#D55E00", "sts": "#009E73"}
 
-MOST_NAMED = 8  # in a legend: that of 91 pairs of tasks would leave no room for their lines
+MOST_NAMED = 8  # entries of a legend; more (91 pairs of tasks) would leave no room for the lines
 
 
 def draw(
     records: Iterable[Mapping[str, Any]], path: Path, title: str, metrics: Mapping[str, str]
 ) -> None:
-    """Draw `metrics.jsonl`'s records.
+    """Draw the records of a run: losses, dev metrics and gradient conflicts.
 
     Args:
-      records: as in `metrics.jsonl`.
+      records: records of `metrics.jsonl`.
       path: the PNG to write.
-      title: above the panels.
-      metrics: task → what its metric is called.
+      title: title above the panels.
+      metrics: task → name of its metric.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def draw(
 
 
 def _scores(records: Sequence[Mapping[str, Any]], metrics: Mapping[str, str]) -> Series:
-    """Dev scores, each named by its metric if there are several."""
+    """Return the dev scores, labelled by their metrics if there are several."""
     several = len(set(metrics.values())) > 1
     return {
         f"{task}: {metrics[task]}" if several and task in metrics else task: points
@@ -76,14 +76,14 @@ def _colour(label: str) -> str | None:
 
 
 def _dev_losses(axes: Any, losses: Series) -> None:
-    """Dots on the training loss, in each task's colour."""
+    """Draw dev losses as dots on the training losses, in the colour of each task."""
     colours = {line.get_label(): line.get_color() for line in axes.get_lines()}
     for task, (x, y) in losses.items():
         axes.plot(x, y, "o", color=colours.get(task), markersize=4)
 
 
 def _conflict_panel(axes: Any, train: Sequence[Mapping[str, Any]]) -> None:
-    """Below 0 two tasks conflict; the dashed line counts the pairs that do."""
+    """Draw the line at 0, below which two tasks conflict, and the number of pairs in conflict."""
     shared = [r for r in train if r["cosine"]]
     if not shared:
         axes.text(0.5, 0.5, "no task shares parameters", ha="center", transform=axes.transAxes)
@@ -96,7 +96,7 @@ def _conflict_panel(axes: Any, train: Sequence[Mapping[str, Any]]) -> None:
 
 
 def series(records: Iterable[Mapping[str, Any]], field: str) -> Series:
-    """Return steps and values of each key of a dict field.
+    """Return the steps and values of each key of a field, which holds a dict.
 
     >>> series([{"step": 1, "loss": {"sst": 2.0}}, {"step": 2}], "loss")
     {'sst': ([1], [2.0])}
@@ -110,7 +110,7 @@ def series(records: Iterable[Mapping[str, Any]], field: str) -> Series:
 
 
 def smooth(values: Sequence[float], keep: float = 0.8) -> list[float]:
-    """Exponential moving average, corrected for its start.
+    """Compute a bias-corrected exponential moving average.
 
     >>> smooth([1.0, 1.0])
     [1.0, 1.0]

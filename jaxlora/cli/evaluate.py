@@ -20,9 +20,9 @@ from jaxlora.tasks.task import Task
 from jaxlora.utils import cache, files, process
 from jaxlora.utils.errors import ConfigError
 
-MOST_SHOWN = 12  # classes whose confusion is printed
+MOST_SHOWN = 12  # number of classes up to which the confusion matrix is printed
 WORST_SHOWN = 5
-NOTHING = "no label"  # an empty set of classes
+NOTHING = "no label"  # shown for an empty set of classes
 
 
 def evaluate(
@@ -40,20 +40,20 @@ def evaluate(
 ) -> None:
     """Score a task on labelled examples: classes, confusion, calibration, worst mistakes.
 
-    Intervals are 95 % bootstrap intervals of 1,000 resamples.
+    Intervals are 95 % bootstrap intervals from 1,000 resamples.
 
     Args:
       bank: a bank, or the folder of a finished run.
       input: a table with texts and labels.
       task: the task; default: the only one.
-      text: the column of text, or two of a pair, separated by a comma; default: as in training,
-        or sentence (or text), or sentence1 and sentence2.
-      label: the column of labels, or several of 0 and 1, separated by commas; default: as in
+      text: the text column, or the two columns of a pair, separated by a comma; default: as in
+        training, or sentence (or text), or sentence1 and sentence2.
+      label: the label column, or several columns of 0 and 1, separated by commas; default: as in
         training, or label.
-      against: another bank or run; its task of the same name is compared on the same rows.
-      page: write everything to this HTML file, too.
+      against: another bank or run, whose task of the same name is compared on the same rows.
+      page: also write everything to this HTML file.
       json: print everything as JSON.
-      base: where the base is now, if it has moved; it must be the same.
+      base: new path of the base, if it has moved; its content must be the same.
     """
     process.reuse_memory()
     process.keep_programs(cache.cache_dir() / "xla")
@@ -76,7 +76,7 @@ def evaluate(
 
 
 def _check_place(page: Path | None) -> None:
-    """Refuse a page that could not be written, before the work."""
+    """Check that the folder of the page exists, before the evaluation."""
     if page is not None and not page.absolute().parent.is_dir():
         raise ConfigError("page", f"there is no folder {page.parent}; make it first", page)
 
@@ -84,7 +84,7 @@ def _check_place(page: Path | None) -> None:
 def _other(
     bank: Path, base: str | None, task: Task, rows: Sequence[TextExample]
 ) -> tuple[str, Evaluation]:
-    """Evaluate the task of the same name in another bank."""
+    """Evaluate the task of the same name in another bank on the same rows."""
     predictor = Predictor.load(bank, base)
     evaluate_table.check_same(task, predictor.task(task.name))
     return str(bank), evaluate_table.evaluate(predictor, task.name, rows)

@@ -1,4 +1,4 @@
-"""`jaxlora export`: write a task for other programs."""
+"""`jaxlora export`: write a task in the format of another program."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from jaxlora.serving.task_models import TaskModels
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What is exported, and where to.
+    """What to export, and where.
 
     Attributes:
       out: a new folder.
       bank: a bank, or the folder of a finished run.
       task: the task.
-      base: where the base is now, if it has moved; it must be the same.
+      base: new path of the base, if it has moved; its content must be the same.
     """
 
     out: Folder
@@ -35,12 +35,12 @@ class Asked:
 
     @property
     def trained(self) -> TaskModels:
-        """What the bank holds."""
+        """The tasks of the bank."""
         return banks.load(self.bank).at(self.base)
 
 
 def merged(export: Asked) -> None:
-    """Write a task as a Hugging Face folder, its adapter merged into the weights."""
+    """Write a task as a Hugging Face folder, with its adapter merged into the weights."""
     trained = export.trained
     export_merged.save(export.out, trained.load_base(), trained, export.task)
     readme = export_merged.README
@@ -51,7 +51,7 @@ def peft(export: Asked) -> None:
     """Write a task's adapter as a PEFT folder, with its head beside it."""
     trained = export.trained
     if export.base is not None:
-        trained.load_base()  # the folder would name it, so it must be the right one
+        trained.load_base()  # checks the base, since the PEFT folder will name it
     export_peft.save(export.out, trained, export.task)
     say(f"{export.out}: {export.task} for PEFT")
 
@@ -60,10 +60,10 @@ def onnx(export: Asked, int8: bool = False, check: Path | None = None) -> None:
     """Write a task for ONNX Runtime: from token ids to probabilities or scores, in one graph.
 
     Args:
-      export: what is exported.
-      int8: write model_quantized.onnx, too, with weights of 8 bits: a quarter of the size.
-      check: a labelled table, as jaxlora evaluate takes it: the models are compared with jaxlora's
-        own predictions on it.
+      export: what to export.
+      int8: also write model_quantized.onnx, with 8-bit weights and a quarter of the size.
+      check: a labelled table, as in jaxlora evaluate; the models are compared with jaxlora's own
+        predictions on it.
     """
     from jaxlora.serving import export_onnx
 
@@ -77,7 +77,7 @@ def onnx(export: Asked, int8: bool = False, check: Path | None = None) -> None:
     if labelled is not None:
         _show_compared(export.out, Predictor(base, trained), name, labelled)
     elif int8:
-        say("what the 8 bits cost is not measured; --check=labelled.csv does")
+        say("the accuracy of the 8-bit model is not checked; --check=labelled.csv does that")
 
 
 def _show_compared(folder: Path, predictor: Predictor, name: str, labelled: Labelled) -> None:
@@ -100,7 +100,7 @@ COMMANDS = {"merged": merged, "peft": peft, "onnx": onnx}
 
 def main(words: Sequence[str]) -> None:
     """Run one of `COMMANDS`."""
-    about = "Write a task for other programs."
+    about = "Write a task in the format of another program."
     tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="jaxlora export",

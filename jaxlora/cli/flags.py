@@ -1,4 +1,4 @@
-"""Fields and arguments of the library as flags of the commands."""
+"""Flags of the commands for fields and arguments of the library."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable, Collection
 from jaxlora.utils import process
 from jaxlora.utils.errors import ConfigError, UserError
 
-# Flags that are not called as the argument is.
+# Argument → name of its flag, where the two differ.
 _NAMES = {"dropout": "lora_dropout"}
-# Arguments that are no flags: they stand alone on the command line.
+# Arguments that are positional on the command line.
 _POSITIONAL = ("tasks",)
 _BYTES = re.compile(r"(\d{1,6}(?:\.\d{1,3})?) ?([KMGT])(i?)B", re.ASCII | re.IGNORECASE)
 _ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
 
 
 def flag(name: str) -> str:
-    """Return the flag of a field or an argument.
+    """Return the flag for a field or an argument.
 
     >>> flag("max_steps"), flag("dropout")
     ('--max-steps', '--lora-dropout')
@@ -28,10 +28,10 @@ def flag(name: str) -> str:
 
 
 def bytes_of(name: str, text: str) -> int:
-    """Return the bytes that an argument says, a number with a unit: at least a kB.
+    """Parse a number of bytes with a unit, from kB to TiB.
 
     Raises:
-      ConfigError: if it is none.
+      ConfigError: if the text is not such a number, or it is 0.
 
     >>> bytes_of("memory", "512MB"), bytes_of("memory", "1.5GiB")
     (512000000, 1610612736)
@@ -45,10 +45,10 @@ def bytes_of(name: str, text: str) -> int:
 
 
 def choose_task(task: str | None, tasks: Collection[str]) -> str:
-    """Return the task that is named, or the only one.
+    """Return the given task, or the only one if none is given.
 
     Raises:
-      UserError: if none is named and there is not exactly one.
+      UserError: if none is given and there is not exactly one.
 
     >>> choose_task(None, ["sts"])
     'sts'
@@ -59,7 +59,7 @@ def choose_task(task: str | None, tasks: Collection[str]) -> str:
 
 
 def with_flags(message: str) -> str:
-    """Write the arguments that a message of the library names as flags.
+    """Replace the names of arguments in a message of the library by flags.
 
     >>> with_flags("`max_length` 600: 512 at most; go on with `resume=True` or `base='minilm'`")
     '--max-length 600: 512 at most; go on with --resume or --base=minilm'

@@ -1,4 +1,4 @@
-"""`jaxlora import`: take over a task from other programs."""
+"""`jaxlora import`: add a task from another program to a bank."""
 
 from __future__ import annotations
 
@@ -36,26 +36,27 @@ def peft(
     encoder_only: bool = False,
     update: bool = False,
 ) -> None:
-    """Put an adapter from a PEFT folder into a bank (created if it is missing).
+    """Add an adapter from a PEFT folder to a bank, which is created if it is missing.
 
-    What PEFT made for a sequence classifier (SEQ_CLS) is imported whole, with its classifier as the
-    task's head. Any other adapter that was not exported from here has no head: it compares two
-    texts by the cosine of their vectors.
+    An adapter of a sequence classifier (SEQ_CLS) is imported with its classifier, which becomes the
+    head of the task. Any other adapter that jaxlora did not export has no head: its task compares
+    two texts by the cosine of their vectors.
 
     Args:
-      folder: adapter_config.json and adapter_model.safetensors, or named folders with those.
+      folder: a folder with adapter_config.json and adapter_model.safetensors, or with named
+        subfolders that contain them.
       bank: the bank.
-      name: what to call its task there.
-      base: of a new bank, for an adapter that was not exported from here (default: minilm); else
-        where the base is now, if it has moved.
-      base_sha256: refuse that base if its weights have another checksum.
-      any_base: import it although its folder names another base, or none.
-      pooling: likewise of a new bank; default: cls for a sequence classifier, else mean.
-      adapter: which of several named adapters in the folder.
-      classes: names of a classifier's classes; default: the base's id2label, or numbers.
-      pair: the classifier was trained on pairs of texts, which it reads together.
+      name: name of the task in the bank.
+      base: base of a new bank, for an adapter that jaxlora did not export (default: minilm); else
+        the new path of the base, if it has moved.
+      base_sha256: refuse the base if its weights have another checksum.
+      any_base: import the adapter even if its folder names another base, or none.
+      pooling: pooling of a new bank; default: cls for a sequence classifier, else mean.
+      adapter: name of the adapter, if the folder has several.
+      classes: names of the classifier's classes; default: the base's id2label, or numbers.
+      pair: the classifier was trained on pairs of texts, which it reads jointly.
       encoder_only: leave out the classifier.
-      update: replace the task of that name.
+      update: replace the task with this name.
     """
     check_name(name, "--as")
     folder = peft_files.find(folder, adapter)
@@ -81,18 +82,18 @@ def model(
     pair: bool = False,
     update: bool = False,
 ) -> None:
-    """Put a whole model of others into a bank: a sequence classifier or a sentence encoder.
+    """Add a complete third-party model to a bank: a sequence classifier or a sentence encoder.
 
-    The base of a new bank is the model itself. In a bank of another base with the same shape and
-    tokenizer the task keeps the model's whole encoder. Cross-encoders read pairs together.
+    The model becomes the base of a new bank. In a bank whose base has the same shape and tokenizer,
+    the task stores the model's complete encoder. Cross-encoders read pairs jointly.
 
     Args:
       model: a folder or hub id of transformers or sentence-transformers.
       bank: the bank.
-      name: what to call its task there.
-      classes: names of a classifier's classes; default: its id2label, or numbers.
-      pair: its classifier reads two texts together.
-      update: replace the task of that name.
+      name: name of the task in the bank.
+      classes: names of the classifier's classes; default: its id2label, or numbers.
+      pair: the classifier reads two texts jointly.
+      update: replace the task with this name.
     """
     check_name(name, "--as")
     like = banks.load(bank) if manifest.exist(files.local(bank)) else None
@@ -101,7 +102,7 @@ def model(
 
 
 def _add(bank: Path, trained: TaskModels, name: str, update: bool) -> None:
-    """Put what was imported into the bank, and say so."""
+    """Add the imported task to the bank, and print what was done."""
     banks.add(bank, trained, [name], replace=update)
     say(f"{bank}: {'updated' if update else 'added'} {name}")
     if left_out := trained.models[name].facts.left_out:
@@ -109,7 +110,7 @@ def _add(bank: Path, trained: TaskModels, name: str, update: bool) -> None:
 
 
 def _check_given(trained: TaskModels, base_sha256: str | None, pooling: str | None) -> None:
-    """Refuse flags that say something else than what was imported."""
+    """Refuse flags that contradict what was imported."""
     if pooling not in (None, trained.pooling):
         raise UserError(f"--pooling={pooling}: it is {trained.pooling} here; leave it out")
     weights = trained.fingerprint.weights
@@ -120,14 +121,14 @@ def _check_given(trained: TaskModels, base_sha256: str | None, pooling: str | No
 def _like(
     bank: Path, base: str | None, base_sha256: str | None, pooling: Pooling | None, classifier: bool
 ) -> TaskModels:
-    """Return what an imported adapter shall fit: the bank, or a new one's base."""
+    """Return the bank that an imported adapter must fit, or an empty one with the chosen base."""
     if manifest.exist(files.local(bank)):
         return banks.load(bank)
     base = base or huggingface.MINILM
     found = huggingface.load(base, base_sha256)
     if found.left_out:
         say(f"{base}{found.without}")
-    # A classifier cuts sentences where transformers would.
+    # Classifiers truncate at the length that transformers would use.
     length = min(512 if classifier else 128, found.config.max_length)
     pooling = pooling or ("cls" if classifier else "mean")
     return TaskModels(
@@ -141,7 +142,7 @@ COMMANDS: dict[str, Callable[..., None]] = {"peft": peft, "model": model}
 
 def main(words: Sequence[str]) -> None:
     """Run one of `COMMANDS`."""
-    about = "Take over a task from other programs."
+    about = "Add a task from another program to a bank."
     tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="jaxlora import", description=about, args=words
     )

@@ -1,4 +1,4 @@
-"""`jaxlora init`: look at tables of data, and write a task file to read and to train from."""
+"""`jaxlora init`: inspect tables of data, and write a task file to review and train from."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def init(
     base: str = huggingface.MINILM,
     max_length: int = ModelConfig().max_length,
 ) -> None:
-    """Look at tables of data, and write a commented task file for `jaxlora train`.
+    """Inspect tables of data, and write a commented task file for `jaxlora train`.
 
-    Kinds, classes with their counts, lengths, duplicates and uneven classes are found in the data.
+    It detects kinds, classes with their counts, lengths, duplicates and imbalanced classes.
 
     Args:
       tables: a table for each task, or its files, such as topic-train.csv and topic-dev.csv.
-      text: the column of text, or two of a pair, separated by a comma; default: guessed.
-      label: the column of labels, or several of 0 and 1, separated by commas; default: guessed.
-      output: the file to write; default: the first table's name with .toml, beside it.
-      base: whose tokenizer counts the tokens.
-      max_length: tokens a sentence will be cut to.
+      text: the text column, or the two columns of a pair, separated by a comma; default: guessed.
+      label: the label column, or several columns of 0 and 1, separated by commas; default: guessed.
+      output: the file to write; default: beside the first table, with its name and .toml.
+      base: model whose tokenizer counts the tokens.
+      max_length: length in tokens at which sentences will be cut.
     """
     if not tables:
         raise UserError("name a table of data, as in `jaxlora init tickets.csv`")

@@ -12,28 +12,26 @@ from jaxlora.utils.errors import UserError, suggestion
 
 
 class Command(NamedTuple):
-    """A word after `jaxlora`."""
+    """A subcommand of `jaxlora`."""
 
-    module: str  # its `main` takes the words that follow; imported only when they are given
+    module: str  # imported only if it is called; its `main` takes the remaining arguments
     about: str
 
 
 COMMANDS = {
-    "init": Command("jaxlora.cli.init", "look at tables of data and write a task file"),
-    "train": Command(
-        "jaxlora.cli.train", "train tasks of your own, or one of the paper's variants"
-    ),
+    "init": Command("jaxlora.cli.init", "inspect tables of data and write a task file"),
+    "train": Command("jaxlora.cli.train", "train your own tasks, or one of the paper's variants"),
     "predict": Command("jaxlora.cli.predict", "predict one example, or a whole table"),
     "evaluate": Command("jaxlora.cli.evaluate", "score a task on a table of labelled examples"),
-    "compare": Command("jaxlora.cli.compare", "show in what runs differ, and their scores"),
+    "compare": Command("jaxlora.cli.compare", "show how the settings and scores of runs differ"),
     "bank": Command(
         "jaxlora.cli.bank", "list, add, update, remove, show, verify, history, rollback"
     ),
     "combine": Command("jaxlora.cli.combine", "add a task whose adapter is a weighted sum"),
     "export": Command("jaxlora.cli.export", "write a task for other programs: merged, peft, onnx"),
-    "import": Command("jaxlora.cli.import_", "take over a task from other programs: peft, model"),
-    "affinity": Command("jaxlora.cli.affinity", "show which tasks of a run go together"),
-    "cost": Command("jaxlora.cli.cost", "show what a train step will cost"),
+    "import": Command("jaxlora.cli.import_", "add a task from other programs: peft, model"),
+    "affinity": Command("jaxlora.cli.affinity", "show which tasks of a run to train together"),
+    "cost": Command("jaxlora.cli.cost", "show the cost of a train step"),
 }
 
 
@@ -44,7 +42,7 @@ def usage() -> str:
 
 
 def run(args: Sequence[str]) -> None:
-    """Find the command and call it.
+    """Run the command that the first argument names.
 
     Raises:
       UserError: for bad input.
@@ -59,5 +57,5 @@ def run(args: Sequence[str]) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the console script; return the exit code (2: bad input, 130: interrupted)."""
+    """Run the console script, and return its exit code (2: bad input, 130: interrupted)."""
     return exit_code(lambda: run(sys.argv[1:] if args is None else args))

@@ -37,21 +37,21 @@ def predict(
     """Predict one example given by its texts, or a whole table.
 
     Args:
-      texts: a sentence, or the two of a pair.
+      texts: a sentence, or the two sentences of a pair.
       bank: a bank, or the folder of a finished run.
-      task: the task; a table may have a column task instead; default: the only one.
-      input: a table: CSV, TSV, JSON lines, Parquet (these but Parquet also as .gz), or a folder of
-        Hugging Face datasets; its texts, and perhaps task and id.
-      output: where its answers go: .csv, .tsv, or with all probabilities .jsonl, .parquet; the
-        first three also as .gz.
-      text: the column of text, or two of a pair, separated by a comma; default: as in training,
-        or sentence (or text), or sentence1 and sentence2.
-      base: where the base is now, if it has moved; it must be the same.
-      memory: what trees of the tasks may take, those used last, such as 512MB or 4GiB: a half for
-        adapters on the device, a quarter for heads there, a quarter for host memory.
-      quoting: of the table: none: a double quote is part of the text; standard: as in any CSV;
-        default: standard, and none for tabs if a field opens a quote and does not close it.
-      strict: refuse a table with blank texts, instead of leaving their answers empty.
+      task: the task; default: the table's column task, or the only task.
+      input: a table: CSV, TSV, JSON lines (also as .gz), Parquet, or a folder of Hugging Face
+        datasets, with texts and optional columns task and id.
+      output: file for the answers: .csv or .tsv, or .jsonl or .parquet with all probabilities; all
+        but Parquet also as .gz.
+      text: the text column, or the two columns of a pair, separated by a comma; default: as in
+        training, or sentence (or text), or sentence1 and sentence2.
+      base: new path of the base, if it has moved; its content must be the same.
+      memory: limit of the cache of recently used tasks, such as 512MB or 4GiB: half for adapters
+        on the device, a quarter for heads on the device, a quarter for host memory.
+      quoting: double quotes in the table: none: they are part of the text; standard: as in any
+        CSV; default: standard, but none for tabs if a field opens a quote and does not close it.
+      strict: refuse a table with blank texts instead of leaving their answers empty.
       json: print the answer to one example as JSON.
     """
     if (input is None) == (not texts) or (input is None) != (output is None):
@@ -76,7 +76,7 @@ def _answer_table(
     quoting: Quoting | None,
     strict: bool,
 ) -> None:
-    """Predict a table, with a count of the rows so far."""
+    """Predict a table, and show the number of rows that are done."""
     columns, notes = (SpinnerColumn(), TextColumn("{task.completed:,} answered")), list[str]()
     with Progress(*columns, transient=True) as bar:
         shown = bar.add_task("")

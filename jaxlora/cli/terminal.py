@@ -1,4 +1,4 @@
-"""What every command prints with, and the types of its arguments that come without a flag."""
+"""Output of all commands, and the types of their positional arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
-# A pipe gets whole lines: nothing there says how wide they may be.
+# Width of lines in a pipe, which has no width of its own.
 PIPE_WIDTH = 1000
 
 
@@ -25,7 +25,7 @@ CONSOLE = make_console()
 
 
 def say(text: str, console: Console = CONSOLE) -> None:
-    """Print a line as it is, without wrapping it, however long its paths are."""
+    """Print a line unchanged: without wrapping, markup or highlighting."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""The command `jaxlora train`: train tasks of your own, or one of the paper's variants."""
+"""`jaxlora train`: train your own tasks, or one of the paper's variants."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from jaxlora.utils import cache, distributed, files, process
 
 @dataclasses.dataclass(frozen=True)
 class LoraFlags(LoraConfig):
-    """The adapters' flags; that of their dropout is not `--dropout`, which heads have, too."""
+    """Flags of the adapters; `--lora-dropout` is distinct from the dropout of encoder and heads."""
 
     dropout: Annotated[float, tyro.conf.arg(name="lora-dropout")] = 0.0
 
     def __post_init__(self) -> None:
-        """Check nothing: `make_settings` does, and its errors name the flag."""
+        """Skip the checks, which `make_settings` does with errors that name the flag."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskFlags(TaskChoice):
-    """The tasks of your own need no flag."""
+    """Flags for the choice of tasks; your own tasks are positional arguments."""
 
     tasks: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags(Preset):
-    """Train tasks of your own, or one of the paper's variants on its tasks, and show dev scores.
+    """Train your own tasks, or one of the paper's variants on its tasks, and show dev scores.
 
     jaxlora train tickets.csv --text subject --label topic
 
@@ -50,21 +50,21 @@ class Flags(Preset):
 
     jaxlora train --variant lora3
 
-    The defaults below are the preset's, and the variant's if they are given, too.
+    The defaults below are those of the given preset and variant.
 
     Attributes:
       variant: own (an adapter for each task), or the paper's baseline1 (frozen BERT), baseline2–4
-        (full fine-tuning), lora1–4 (adapters); who shares what, and the STS loss, stand in the
-        README's table.
-      preset: own: neutral settings for tasks of your own, small ones too, the default for them;
-        demo: MiniLM and built-in made-up data, the default without them; cs224n: settings that
-        train well on real data (needs --data-dir); paper: bert-base-uncased and the paper's
-        settings, as far as it states them (docs/paper.md lists what is guessed).
-      out: folder of the run; default: in runs, named as the first file of your tasks, or as the
-        variant.
-      coordinator: host:port of the first of many processes, where no launcher says it.
-      processes: how many there are.
-      process: which one this is, from 0; default: a pod's number in an Indexed Job, or 0.
+        (full fine-tuning), lora1–4 (adapters). The README has a table of which tasks share
+        parameters, and of the STS losses.
+      preset: own: general settings for your own tasks, including small ones, and their default;
+        demo: MiniLM and built-in made-up data, the default without tasks of your own; cs224n:
+        settings that train well on real data (needs --data-dir); paper: bert-base-uncased and the
+        paper's settings (docs/paper.md lists those that are guessed).
+      out: folder of the run; default: a folder in runs, named after the first file of your tasks,
+        or after the variant.
+      coordinator: host:port of process 0 of several processes; not needed under Slurm or Open MPI.
+      processes: number of processes.
+      process: number of this process, from 0; default: the pod's index in an Indexed Job, or 0.
     """
 
     variant: VariantName = "own"
@@ -88,12 +88,12 @@ class Flags(Preset):
 def parse(words: Sequence[str], prog: str = "jaxlora train") -> Flags:
     """Parse flags, with the preset's values as defaults.
 
-    Values of tasks, such as `topic.epochs=3`, may stand anywhere; files stand side by side.
+    Values of tasks, such as `topic.epochs=3`, may be anywhere; the files must be adjacent.
     """
     omit = (tyro.conf.OmitArgPrefixes,)
     values = tuple(filter(task_files.is_value, words))
     words = [word for word in words if not task_files.is_value(word)]
-    # The first pass finds what decides about the defaults; only the second shows help.
+    # The first pass finds the flags that the defaults depend on. Only the second shows help.
     first, _ = tyro.cli(
         Flags, args=words, prog=prog, config=omit, return_unknown_args=True, add_help=False
     )
@@ -109,11 +109,11 @@ def parse(words: Sequence[str], prog: str = "jaxlora train") -> Flags:
 
 
 def to_settings(flags: Flags, words: Sequence[str]) -> Settings:
-    """Return the settings that flags ask for.
+    """Return the settings for the given flags.
 
     Args:
-      flags: what `parse` found in `words`.
-      words: say which flags are given; the others are defaults.
+      flags: the result of `parse(words)`.
+      words: the command line, which tells given flags from defaults.
 
     Raises:
       ConfigError: see `make_settings`.
@@ -127,7 +127,7 @@ def to_settings(flags: Flags, words: Sequence[str]) -> Settings:
 
 
 def main(words: Sequence[str]) -> None:
-    """Join the other processes, if there are any, and run what the flags ask for."""
+    """Join the other processes, if there are any, and train."""
     flags = parse(words)
     distributed.join(flags.coordinator, flags.processes, flags.process)
     with distributed.together(with_flags):

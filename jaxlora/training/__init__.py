@@ -1,1 +1,1 @@
-"""From settings to a trained run: inputs, step, loop, checkpoints, devices."""
+"""Training, from settings to a finished run: inputs, step, loop, checkpoints, devices."""

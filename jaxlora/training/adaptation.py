@@ -1,6 +1,6 @@
-"""What is trained of an encoder: nothing, an adapter, or all weights. One class for each.
+"""Which part of an encoder is trained: nothing, an adapter or all weights, a class for each.
 
-Shapes: T tasks in K groups, N sentences a task, H hidden size.
+Shapes: T tasks in K groups, N sentences per task, H hidden size.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from jaxlora.tasks.sharing import Adapt, Groups
 from jaxlora.utils import trees
 from jaxlora.utils.trees import Tree
 
-# Adapters that are computed side by side, for sentences in any order; of more, each block of tokens
-# gets its own (measured, see benchmarks/LOG.md).
+# Up to this many adapters are computed side by side for every token, so sentences may be in any
+# order. Beyond it, each block of tokens uses one adapter (measured, see benchmarks/LOG.md).
 MOST_SIDE_BY_SIDE, BLOCK = 4, 16
 
 Vectors = Callable[[Tree, str, str], np.ndarray]
@@ -35,14 +35,14 @@ Vectors = Callable[[Tree, str, str], np.ndarray]
 
 
 class EncodeTasks(Protocol):
-    """Encodes the sentences of all tasks, those of each group with its own trainable tree."""
+    """Encodes the sentences of all tasks, with one trainable tree per group."""
 
     def __call__(
         self, frozen: Tree, trainable: Sequence[Tree], inputs: Any, key: jax.Array
     ) -> tuple[jax.Array, Callable[[jax.Array], list[Tree]]]:
-        """Return vectors `f32[T, N, H]`, and the way from their cotangents to gradients.
+        """Return vectors `f32[T, N, H]`, and the function from their cotangents to gradients.
 
-        A group's gradient has one of each of its tasks, along a first axis.
+        It returns one tree per group. Its leaves are `[tasks, ...]`: a gradient for each task.
         """
 
 
@@ -50,11 +50,11 @@ class Adaptation(abc.ABC):
     """How an encoder is adapted: `Frozen`, `Lora` or `Full`.
 
     Attributes:
-      adapter: configuration of the adapters; not used without any.
-      trains_encoder: whether a step changes anything but heads.
-      keeps_base: whether the trained tasks need the base's own weights.
-      tasks_share_rows: whether sentences of several tasks are packed into one row.
-      groups_share_steps: whether groups train in one step; otherwise one after another.
+      adapter: configuration of the adapters; only `Lora` uses it.
+      trains_encoder: whether anything but the heads is trained.
+      keeps_base: whether trained tasks still need the base's weights.
+      tasks_share_rows: whether a row may hold sentences of several tasks.
+      groups_share_steps: whether all groups train in one step, rather than one after another.
     """
 
     adapter: LoraConfig
@@ -65,17 +65,17 @@ class Adaptation(abc.ABC):
 
     @abc.abstractmethod
     def describe(self) -> str:
-        """Return a few words for people."""
+        """Return a short description for the run's summary."""
 
     def check(self, params: Tree) -> None:  # noqa: B027 - most need no check
-        """Refuse a base that cannot be adapted so.
+        """Check that a base can be adapted in this way.
 
         Raises:
-          ConfigError: naming the setting.
+          ConfigError: if it cannot; the error names the setting.
         """
 
     def freeze(self, params: Tree, dtype: Any) -> Tree:
-        """Return the collections that no step changes, with kernels ready for matmuls in `dtype`.
+        """Return the frozen collections, with kernels ready for matmuls in `dtype`.
 
         Args:
           params: the pretrained `params` collection.
@@ -85,7 +85,7 @@ class Adaptation(abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: jax.Array, params: Tree) -> Tree:
-        """Return the collections that are trained, as they are before the first step.
+        """Return the initial values of the trainable collections.
 
         Raises:
           ConfigError: see `lora.targets`.
@@ -93,15 +93,19 @@ class Adaptation(abc.ABC):
 
     @abc.abstractmethod
     def encode_tasks(self, encode: Encode, sizes: Sequence[int]) -> EncodeTasks:
-        """Return how a step encodes the sentences of all its tasks, from how it encodes one's.
+        """Return the function by which a step encodes the sentences of all its tasks.
 
         Args:
-          encode: from `encode.encoder`.
-          sizes: how many tasks each of K groups has.
+          encode: encodes rows with a single trainable tree, see `encode.encoder`.
+          sizes: number of tasks in each of the K groups.
         """
 
     def vectors(self, live: Vectors) -> Vectors:
-        """Return how a split is encoded for evaluation, from a function that does so each time."""
+        """Return the function that encodes a split for evaluation.
+
+        Args:
+          live: encodes the split at every call.
+        """
         return live
 
     def batches(
@@ -111,54 +115,50 @@ class Adaptation(abc.ABC):
         vectors: Vectors,
         pack: Callable[[bool], PackedBatches],
     ) -> PackedBatches | VectorBatches:
-        """Return the batches of a group.
+        """Return the training batches, indexed by step.
 
         Args:
           train: task → examples.
-          order: which of them each step sees.
-          vectors: see `vectors`.
+          order: the examples that each step draws.
+          vectors: see the method `vectors`.
           pack: packs sentences into rows; tasks share rows if its argument is true.
         """
         del train, order, vectors
         return pack(self.tasks_share_rows)
 
     def block(self, num_groups: int) -> int:
-        """Return how many consecutive tokens of a row belong to one task; 1: any order.
-
-        Args:
-          num_groups: K.
-        """
+        """Return the length of the blocks of tokens that belong to one task; 1: no blocks."""
         del num_groups
         return 1
 
     @abc.abstractmethod
     def row_sets(self, num_tasks: int) -> int:
-        """Return how many sets of rows a step encodes."""
+        """Return the number of sets of rows that a step encodes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen(Adaptation):
-    """The encoder stays as it is, so each sentence is encoded once; only heads are trained."""
+    """Only heads are trained. The encoder is fixed, so each sentence is encoded once."""
 
     adapter: LoraConfig = LoraConfig()
     trains_encoder = False
 
     def describe(self) -> str:
-        """Return a few words for people."""
+        """Return a short description for the run's summary."""
         return "frozen"
 
     def init(self, key: jax.Array, params: Tree) -> Tree:
-        """Return nothing."""
+        """Return an empty tree."""
         del key, params
         return {}
 
     def encode_tasks(self, encode: Encode, sizes: Sequence[int]) -> EncodeTasks:
-        """Take the vectors from the batch."""
+        """Return a function that takes the vectors from the batch."""
         del encode
         return lambda frozen, trainable, inputs, key: (inputs, lambda grad: [{} for _ in sizes])
 
     def vectors(self, live: Vectors) -> Vectors:
-        """Encode a split when it is first needed, and keep it."""
+        """Encode each split at its first use and cache the vectors."""
         table = functools.cache(lambda task, split: live({}, task, split))
         return lambda trainable, task, split: table(task, split)
 
@@ -169,7 +169,7 @@ class Frozen(Adaptation):
         vectors: Vectors,
         pack: Callable[[bool], PackedBatches],
     ) -> VectorBatches:
-        """Look the vectors up."""
+        """Return batches of cached vectors."""
         del pack
         return VectorBatches(train, order, {name: vectors({}, name, "train") for name in train})
 
@@ -187,13 +187,13 @@ class Lora(Adaptation):
     tasks_share_rows = True
 
     def describe(self) -> str:
-        """Return a few words for people."""
+        """Return a short description for the run's summary."""
         config = self.adapter
         modules = ", ".join(config.target_modules)
         return f"frozen, LoRA rank {config.rank}, alpha {config.alpha:g} on {modules}"
 
     def check(self, params: Tree) -> None:
-        """Refuse ranks and modules that do not fit."""
+        """Check that the ranks and modules fit the base."""
         lora.targets(params, self.adapter)
 
     def init(self, key: jax.Array, params: Tree) -> Tree:
@@ -201,9 +201,9 @@ class Lora(Adaptation):
         return {"lora": lora.init(key, params, self.adapter)}
 
     def encode_tasks(self, encode: Encode, sizes: Sequence[int]) -> EncodeTasks:
-        """Apply the frozen kernels once to tightly packed rows, with each task's own adapter.
+        """Apply the frozen kernels once to the packed rows of all tasks.
 
-        Only the adapters' gradients are split by task.
+        Only the adapters get a gradient per task.
         """
         adapter_of_task = tuple(k for k, size in enumerate(sizes) for _ in range(size))
         block = self.block(len(sizes))
@@ -215,7 +215,7 @@ class Lora(Adaptation):
         return _with_copies(encode_rows, sizes)
 
     def block(self, num_groups: int) -> int:
-        """Return `BLOCK` where so many adapters side by side would cost more than it."""
+        """Return `BLOCK` if there are more than `MOST_SIDE_BY_SIDE` groups, else 1."""
         return BLOCK if num_groups > MOST_SIDE_BY_SIDE else 1
 
     def row_sets(self, num_tasks: int) -> int:
@@ -226,9 +226,9 @@ class Lora(Adaptation):
 
 @dataclasses.dataclass(frozen=True)
 class Full(Adaptation):
-    """All weights of one encoder are trained; each task has rows of its own.
+    """All weights of one encoder per group are trained; each task has rows of its own.
 
-    Several whole encoders with their moments would not fit together, so groups take turns.
+    Groups train one after another: several encoders with their optimizer states would not fit.
     """
 
     adapter: LoraConfig = LoraConfig()
@@ -236,11 +236,11 @@ class Full(Adaptation):
     groups_share_steps = False
 
     def describe(self) -> str:
-        """Return a few words for people."""
+        """Return a short description for the run's summary."""
         return "trained"
 
     def freeze(self, params: Tree, dtype: Any) -> Tree:
-        """Return nothing."""
+        """Return an empty tree."""
         del params, dtype
         return {}
 
@@ -250,7 +250,7 @@ class Full(Adaptation):
         return {"params": jax.tree.map(jnp.asarray, params)}
 
     def encode_tasks(self, encode: Encode, sizes: Sequence[int]) -> EncodeTasks:
-        """Encode each task's rows with a copy of the encoder: kernels have a gradient a task."""
+        """Encode each task's rows with its own copy of the encoder, for a gradient per task."""
         encode_each = jax.vmap(encode, in_axes=(None, 0, 0, 0))
 
         def encode_rows(frozen: Tree, stack: Tree, rows: PackedTokens, key: jax.Array) -> jax.Array:
@@ -259,12 +259,12 @@ class Full(Adaptation):
         return _with_copies(encode_rows, sizes)
 
     def row_sets(self, num_tasks: int) -> int:
-        """Return one for each task."""
+        """Return the number of tasks: each has a set of its own."""
         return num_tasks
 
 
 def _with_copies(encode_rows: Callable[..., jax.Array], sizes: Sequence[int]) -> EncodeTasks:
-    """Give each task a copy of its group's tree: the copies' gradients are the tasks'."""
+    """Give each task a copy of its group's tree; the gradient of a copy is that of its task."""
 
     def encode(
         frozen: Tree, trainable: Sequence[Tree], inputs: Any, key: jax.Array
@@ -278,7 +278,7 @@ def _with_copies(encode_rows: Callable[..., jax.Array], sizes: Sequence[int]) ->
 
 
 def cohorts(groups: Groups, adaptation: Adaptation) -> tuple[Groups, ...]:
-    """Return which groups train in one step: all, or each by itself.
+    """Return the sets of groups that train in one step: all together, or each by itself.
 
     >>> cohorts((("sst",), ("sts",)), Full())
     ((('sst',),), (('sts',),))
@@ -287,11 +287,11 @@ def cohorts(groups: Groups, adaptation: Adaptation) -> tuple[Groups, ...]:
 
 
 def make_adaptation(adapt: Adapt, adapter: LoraConfig) -> Adaptation:
-    """Return the adaptation of this name.
+    """Return the adaptation with this name.
 
     Args:
       adapt: `frozen`, `lora` or `full`.
-      adapter: configuration of `lora`'s adapters.
+      adapter: configuration of the adapters of `lora`.
 
     >>> make_adaptation("full", LoraConfig()).row_sets(3)
     3

@@ -1,4 +1,4 @@
-"""Which tasks go together: what a run that shares parameters tells of their gradients.
+"""Which tasks to train together, judged by their gradients in a run that shares parameters.
 
 Shapes: T tasks.
 """
@@ -29,19 +29,19 @@ from jaxlora.training.task_group import make_cohort
 from jaxlora.utils.errors import ConfigError, UserError
 from jaxlora.utils.trees import Tree
 
-BLOCKS = 20  # consecutive parts of a run, whose means are taken for independent
+BLOCKS = 20  # consecutive parts of a run; their means are assumed to be independent
 LEVEL = 0.95
-MOST_ENUMERATED = 8  # tasks whose partitions are all looked at: 4,140
+MOST_ENUMERATED = 8  # number of tasks up to which all partitions (4,140) are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class Affinity:
-    """How alike the gradients of tasks were that trained together.
+    """Cosine similarities between the gradients of tasks that were trained together.
 
     Attributes:
-      tasks: their names.
+      tasks: names of the tasks.
       mean: `f64[T, T]`, mean cosines over the steps of a run; NaN for tasks that shared nothing.
-      low, high: their 95 % interval.
+      low, high: `f64[T, T]`, ends of the 95 % intervals of the means.
     """
 
     tasks: tuple[str, ...]
@@ -51,23 +51,23 @@ class Affinity:
 
 
 def measure(run: Path) -> Affinity:
-    """Measure the cosines between the tasks' gradients from a run's log.
+    """Read the cosines between the tasks' gradients from the log of a run.
 
-    Steps that follow each other are alike, so the interval is that of the means of `BLOCKS`
-    consecutive parts of the run (batch means; Student's t).
+    Successive steps are correlated, so the intervals come from the means of `BLOCKS` consecutive
+    parts of the run (batch means with Student's t).
 
     Raises:
-      UserError: if no tasks share parameters in this run, or it has too few records.
+      UserError: if no tasks share parameters in this run, or its log is too short.
     """
     settings = read_settings(run)
     tasks = tuple(settings.named)
     series = _series(read_records(run), settings)
     if not series and any(len(group) > 1 for group in settings.groups):
-        raise UserError(f"{run}: no step of tasks that share is in its log yet; let it train on")
+        raise UserError(f"{run}: its log has no step of tasks in one group yet; train it longer")
     if not series:
         raise UserError(
             f"{run}: no tasks share parameters in this run; train some together for a while, for "
-            "example with `groups` that holds all tasks in one group"
+            "example all of them in one of the `groups`"
         )
     mean, low, high = (np.full((len(tasks),) * 2, np.nan) for _ in range(3))
     for (first, second), values in series.items():
@@ -84,7 +84,7 @@ def measure(run: Path) -> Affinity:
 def _series(
     records: Sequence[Mapping[str, Any]], settings: Settings
 ) -> dict[tuple[str, str], list[float]]:
-    """Return each pair's cosine of every step; a record has the mean of those since the last."""
+    """Return the cosine of each pair at every step; a record holds the mean since the last one."""
     groups = {group_name(names): names for names in settings.groups}
     series: dict[tuple[str, str], list[float]] = {}
     last = dict.fromkeys(groups, 0)
@@ -99,7 +99,7 @@ def _series(
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the low end, the mean and the high end of a mean's interval, by batch means.
+    """Return the lower end, the mean and the upper end of its interval, by batch means.
 
     >>> [round(x, 3) for x in interval([0.1, 0.3] * 40)]
     [0.2, 0.2, 0.2]
@@ -112,8 +112,9 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 def propose_groups(tasks: Sequence[str], mean: np.ndarray) -> Groups:
     """Return the partition of the tasks with the largest sum of cosines within groups.
 
-    Up to `MOST_ENUMERATED` tasks all partitions are compared; of more, the two groups that gain the
-    most are joined until none do. Pairs that shared nothing count as 0.
+    For up to `MOST_ENUMERATED` tasks, all partitions are compared. For more, the search is greedy:
+    the two groups with the largest positive sum are merged until none is left. Pairs that shared
+    nothing count as 0.
 
     >>> cosines = np.array([[1.0, 0.3, -0.2], [0.3, 1.0, 0.1], [-0.2, 0.1, 1.0]])
     >>> propose_groups(("a", "b", "c"), cosines)
@@ -136,7 +137,7 @@ def _within(groups: Parts, gain: np.ndarray) -> float:
 
 
 def _partitions(numbers: tuple[int, ...]) -> Iterator[Parts]:
-    """Yield all partitions; single tasks first, so that they win a tie."""
+    """Yield all partitions; all singletons come first, so that they win a tie."""
     if not numbers:
         yield []
         return
@@ -158,23 +159,23 @@ def _joined(groups: list[tuple[int, ...]], gain: np.ndarray) -> Parts:
         groups = [group for group in groups if group not in (a, b)] + [tuple(sorted(a + b))]
 
 
-# ---- what a step on one task does to the others
+# ---- how a step on one task affects the others
 
 
 def look_ahead(run: Path, batches: int = 20) -> np.ndarray:
-    """Measure what a step on each task alone does to the loss of every task.
+    """Measure how a step on each task alone changes the loss of every task.
 
-    From the run's best parameters, on its training batches, a step along task i's gradient, as long
-    as the run's steps were on average, changes task j's loss from `L_j` to `L_j'`. The lookahead is
-    `1 − L_j' / L_j`: above 0, task i helps task j (Fifty et al. 2021, "Efficiently Identifying Task
-    Groupings for Multi-Task Learning", equation 1).
+    A step against the gradient of task i, from the run's best parameters, changes the loss of task
+    j on the same batch from `L_j` to `L_j'`. The step is as long as the mean step of the run. The
+    result is `1 − L_j' / L_j`; if it is positive, task i helps task j (Fifty et al. 2021,
+    "Efficiently Identifying Task Groupings for Multi-Task Learning", equation 1).
 
     Args:
-      run: a finished run, all of whose tasks share one tree.
-      batches: how many it is averaged over.
+      run: folder of a finished run whose tasks all share one tree.
+      batches: number of training batches to average over.
 
     Returns:
-      `f64[T, T]`: row i, column j, in the order of the settings' tasks.
+      `f64[T, T]`: row i, column j, in the order of the tasks in the settings.
 
     Raises:
       UserError: if the tasks do not share one tree, or the run is not finished.
@@ -210,7 +211,7 @@ def _effect(
 
     def after(grad: Tree) -> jax.Array:
         norm = optax.tree.norm(grad)
-        scale = jnp.where(norm > 0, -length / norm, 0)  # a gradient of 0 is no step
+        scale = jnp.where(norm > 0, -length / norm, 0)  # no step for a gradient of 0
         moved = jax.tree.map(lambda x, g: x + scale * g, state.trainable, grad)
         return step.task_losses([dataclasses.replace(state, trainable=moved)], frozen, batch)
 
@@ -221,6 +222,6 @@ def read_settings(run: Path) -> Settings:
     """Read the settings of a run.
 
     Raises:
-      UserError: if it is none.
+      UserError: if the folder holds no run, or its settings cannot be read.
     """
     return Settings.from_json(finished_run.read_config(run)["settings"])

@@ -1,7 +1,7 @@
-"""The states of running groups, as Orbax checkpoints with checksums beside them.
+"""Checkpoints of groups in training: Orbax checkpoints with checksums.
 
-They are written to a temporary place and renamed when complete. A state never takes another's
-place, so a killed run leaves the earlier ones.
+A checkpoint is written under a temporary name and renamed when it is complete. It never overwrites
+an earlier one, so a run that is killed keeps its earlier checkpoints.
 """
 
 from __future__ import annotations
@@ -22,35 +22,36 @@ from jaxlora.utils.errors import UserError
 from jaxlora.utils.files import read_json, write_json
 from jaxlora.utils.trees import Tree
 
-KEPT = 2  # the newest may be damaged
+KEPT = 2  # the newest may turn out to be damaged
 
 
 def check_place(folder: Path) -> None:
-    """Refuse a folder that this run's checkpoints could not be written to.
+    """Check that Orbax can write checkpoints to a folder with this path.
 
     Raises:
-      UserError: saying why.
+      UserError: if it cannot; the error says why.
     """
     if jax.process_count() > 1 and not PLAIN.fullmatch(str(folder.absolute())):
         raise UserError(
-            f"{folder}: many processes need a path of letters, digits and . _ - + = @ , ~ # % "
-            "alone; take another"
+            f"{folder}: with several processes, a path may contain only letters, digits and "
+            ". _ - + = @ , ~ # %; use another one"
         )
     with plain_path(folder):
         pass
 
 
 class StateCheckpoints:
-    """The latest states of groups that train in one step, with their progress.
+    """The latest checkpoints of groups that train in one step: their states and progress.
 
-    Beside a checkpoint's folder stands a file with the checksums of what is in it. One that does
-    not fit them, or has none since the process was killed, is dropped when the folder is opened.
+    A file beside each checkpoint's folder holds the checksums of its content. When this object is
+    created, checkpoints whose checksums do not match, or are missing because the process was
+    killed, are deleted.
 
     Args:
-      folder: where they are kept; created if it is missing.
+      folder: the folder of the checkpoints; created if it is missing.
 
     Attributes:
-      dropped: the folders of the damaged ones.
+      dropped: folders of the damaged checkpoints that were deleted.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,12 +64,12 @@ class StateCheckpoints:
         self._manager = ocp.CheckpointManager(place, options=options)
 
     def save(self, step: int, tree: Tree, progress: dict[str, Any]) -> None:
-        """Add a checkpoint: a pytree of arrays (PRNG keys too) and plain JSON values.
+        """Write a checkpoint: a pytree of arrays (PRNG keys too) and plain JSON values.
 
-        Earlier ones, but for the last, are deleted when it has been read back.
+        Once it is complete, all but the newest `KEPT` checkpoints are deleted.
 
         Raises:
-          UserError: if it cannot be written; the earlier ones stay.
+          UserError: if it cannot be written; the earlier checkpoints are kept.
         """
         tree = _keys_to_data(tree)
         try:
@@ -86,17 +87,17 @@ class StateCheckpoints:
                 self._manager.delete(old)
             if distributed.is_primary():
                 _drop_lone_sums(self._folder)
-        except Exception as error:  # whatever a full disk makes Orbax and TensorStore raise
+        except Exception as error:  # on a full disk, Orbax and TensorStore raise various types
             raise UserError(
                 f"{self._folder / str(step)}: the checkpoint cannot be written ({brief(error)}); "
                 "make room, then go on with `resume=True`"
             ) from error
 
     def _complete(self, step: int, tree: Tree) -> None:
-        """Look whether all arrays are there, flush them to the disk, and write their checksums."""
+        """Check that all arrays were written, flush them to the disk, and write the checksums."""
         found = self._manager.item_metadata(step).state.tree
         if _kinds(found) != _kinds(tree):
-            raise OSError("what was written is not what is there")
+            raise OSError("arrays are missing in what was written")
         files.settle(self._folder / str(step))
         write_json(_sums_file(self._folder / str(step)), _sums(self._folder / str(step)))
 
@@ -104,9 +105,9 @@ class StateCheckpoints:
         """Return the latest checkpoint as (tree, progress), or None if there is none.
 
         Args:
-          like: a tree of the same structure, shapes and dtypes, of arrays or of shapes with their
-            shardings; the arrays come to where its own are, wherever they were when they were
-            saved. Shapes alone cost no memory beside what is restored.
+          like: a tree with the structure, shapes, dtypes and shardings to restore, which may
+            differ from the shardings that were saved. Its leaves are arrays, or
+            `jax.ShapeDtypeStruct`s, which take no memory.
 
         Raises:
           UserError: if it cannot be read.
@@ -122,7 +123,7 @@ class StateCheckpoints:
                     state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
                 ),
             )
-        except Exception as error:  # whatever is wrong with it
+        except Exception as error:  # damage makes Orbax raise errors of many types
             raise UserError(
                 f"{self._folder / str(step)}: the checkpoint cannot be read ({brief(error)}); "
                 "delete this folder to go on from an earlier one, or from the start"
@@ -130,30 +131,30 @@ class StateCheckpoints:
         return _data_to_keys(found.state, like), found.progress
 
     def latest_step(self) -> int:
-        """Step of the latest checkpoint, 0 if there is none."""
+        """Return the step of the latest checkpoint, or 0 if there is none."""
         return self._manager.latest_step() or 0
 
     def close(self) -> None:
-        """Release the manager's threads."""
+        """Close Orbax's checkpoint manager."""
         self._manager.close()
         self._link.close()
 
 
 def _kinds(tree: Tree) -> list[tuple[tuple[int, ...], str]]:
-    """Shapes and dtypes of a tree's arrays, in no order that containers decide."""
+    """Return the sorted shapes and dtypes of a tree's arrays, independent of its containers."""
     return sorted((tuple(x.shape), str(x.dtype)) for x in jax.tree.leaves(tree))
 
 
 def has_state(folder: Path) -> bool:
-    """Return whether there is a sound checkpoint in a folder of `StateCheckpoints`."""
+    """Return whether a folder of `StateCheckpoints` holds an undamaged checkpoint."""
     return any(path.is_dir() and _fits(path) for path in folder.glob("[0-9]*"))
 
 
 def _prepare(folder: Path) -> list[Path]:
-    """Make the folder of the states, or drop the damaged ones in it."""
+    """Create the folder if it is missing; delete damaged checkpoints and return their folders."""
     files.make(folder.parent.parent)
     for path in (folder.parent, folder):
-        path.mkdir(0o700, exist_ok=True)  # Orbax writes there with modes of its own
+        path.mkdir(0o700, exist_ok=True)  # private, since Orbax chooses the modes of its files
     damaged = []
     for path in sorted(folder.glob("[0-9]*")):
         if path.is_dir() and not _fits(path):
@@ -164,7 +165,7 @@ def _prepare(folder: Path) -> list[Path]:
 
 
 def _drop_lone_sums(folder: Path) -> None:
-    """Of checkpoints that are there no more."""
+    """Delete the checksums of checkpoints that no longer exist."""
     for path in folder.glob("*.sha256.json"):
         if not (folder / path.name.split(".")[0]).is_dir():
             path.unlink()
@@ -182,7 +183,7 @@ def _sums_file(path: Path) -> Path:
 
 
 def _sums(path: Path) -> dict[str, str]:
-    """sha256 of each file below a folder."""
+    """Return the sha256 of each file below a folder."""
     sums = {}
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         with file.open("rb") as content:
@@ -191,7 +192,7 @@ def _sums(path: Path) -> dict[str, str]:
 
 
 def remove_states(folder: Path) -> None:
-    """Delete the running groups' states once the bank is written."""
+    """Delete all checkpoints of a run; they are not needed once the bank is written."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -200,7 +201,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    """Say what is restored for a leaf, and where to; for a PRNG key its data."""
+    """Return the shape, dtype and sharding to restore for a leaf; for a PRNG key, of its data."""
     data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
 

@@ -1,4 +1,4 @@
-"""Runs side by side: the settings in which they differ, and their scores."""
+"""Compare runs: the settings in which they differ, and their scores."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _NEEDED = {"metrics", "dev", "dev_mean", "test", "parameters", "train_seconds"}
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What the folder of a run says.
+    """Settings, inputs and result of a run, as read from its folder.
 
     Attributes:
       folder: the folder.
-      settings: by the names that one types.
-      inputs: name → checksum of what it has read.
+      settings: the settings by the names used on the command line.
+      inputs: name → checksum of each input of the run.
       result: the content of `result.json`; empty if the run is not finished.
     """
 
@@ -37,14 +37,14 @@ class RunRecord:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreRow:
-    """A score of all runs.
+    """One score in all runs.
 
     Attributes:
-      split: dev or test.
-      task: its name; mean for the mean of all.
-      metric: what is measured.
-      values: of each run; None where there is none.
-      comparable: whether the runs that have one are scored on the same examples.
+      split: `dev` or `test`.
+      task: name of the task, or `mean` for the mean over all tasks.
+      metric: name of the metric; empty for the mean.
+      values: the score of each run; None for runs without it.
+      comparable: whether all runs with this score were scored on the same examples.
       greater: whether greater is better.
     """
 
@@ -57,7 +57,7 @@ class ScoreRow:
 
     @property
     def best(self) -> tuple[bool, ...]:
-        """Return which runs have the best score; none if fewer than two can be compared."""
+        """Whether each run has the best score; all False if fewer than two can be compared."""
         known = [value for value in self.values if value is not None and math.isfinite(value)]
         if not self.comparable or len(known) < 2:
             return (False,) * len(self.values)
@@ -67,13 +67,13 @@ class ScoreRow:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Runs side by side.
+    """A comparison of runs.
 
     Attributes:
       runs: the runs.
       settings: the settings in which they differ, see `setting_names.find_differences`.
       scores: their scores.
-      notes: what must be known to read them.
+      notes: remarks, such as unfinished runs or inputs that differ.
     """
 
     runs: tuple[RunRecord, ...]
@@ -86,7 +86,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     """Compare runs, finished or not.
 
     Raises:
-      UserError: for fewer than two folders, or one that is not a run's.
+      UserError: if there are fewer than two folders, or one is not that of a run.
     """
     if len(folders) < 2:
         raise UserError("name two runs or more")
@@ -107,7 +107,7 @@ def read_run(folder: Path) -> RunRecord:
     result = files.read_object(path) if path.exists() else {}
     if result and not result.keys() >= _NEEDED:
         raise UserError(
-            f"{path}: has no {', '.join(sorted(_NEEDED - result.keys()))}; is it a run's?"
+            f"{path}: has no {', '.join(sorted(_NEEDED - result.keys()))}; is it from a run?"
         )
     settings = setting_names.name_settings(setting_names.complete(config["settings"]))
     return RunRecord(folder, settings, config["inputs"], result)
@@ -159,7 +159,7 @@ def _notes(runs: Sequence[RunRecord]) -> Iterator[str]:
 
 
 def to_json(found: Comparison) -> dict[str, Any]:
-    """Return a comparison as JSON values."""
+    """Return a comparison as plain JSON values."""
     return {
         "runs": [{"folder": str(run.folder), "finished": bool(run.result)} for run in found.runs],
         "settings": {name: list(values) for name, values in found.settings.items()},

@@ -1,6 +1,6 @@
-"""The settings of a run: small dataclasses, each field with its meaning, its bounds, its default.
+"""The settings of a run: small dataclasses with the meaning, bounds and default of each field.
 
-A new setting is one line and one sentence here: `jaxlora train` makes its flag from them.
+A new setting is a field and its description here; `jaxlora train` makes the flag from them.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ Dtype = Literal["float32", "bfloat16"]
 S = TypeVar("S", bound="Sections")
 
 
-# Settings that have another name than the field of their section.
+# Field of a section → name of the setting, where the two differ.
 RENAMED = {"dropout": "lora_dropout"}
 
 
 class OnlyFor(NamedTuple):
-    """The adaptations to which a setting means something."""
+    """Annotation: the adaptations that a setting applies to."""
 
     adapts: tuple[Adapt, ...]
 
@@ -64,18 +64,18 @@ class TaskChoice:
     """Which tasks are trained, and which of them together.
 
     Attributes:
-      tasks: tasks of your own instead of the paper's: TOML files or tables of data, and values
-        such as topic.epochs=3.
-      text: the column of text in those tables, or two of a pair, separated by a comma.
-      label: the column of labels in those tables, or several of 0 and 1, separated by commas.
-      only: train these of the tasks and leave the others out.
+      tasks: your own tasks instead of the paper's: TOML files or tables of data, and values such
+        as topic.epochs=3.
+      text: the text column of these tables, or the two columns of a pair, separated by a comma.
+      label: the label column of these tables, or several columns of 0 and 1, separated by commas.
+      only: train only these tasks.
       groups: which tasks share a trainable encoder tree, e.g. "sst|para,sts"; default: the
         variant's.
-      pair_encoding: how pairs of the paper's tasks are encoded: separate, a vector for each
-        sentence, or joint, one for both, read together as in [CLS] a [SEP] b [SEP]. A task of your
-        own has `pair` for it.
-      sts_weight: factor of the STS loss beside the other tasks'; the cosine loss is between 0 and
-        1, so 25 brings it to the scale of the labels.
+      pair_encoding: how pairs of the paper's tasks are encoded: separate, with a vector for each
+        sentence, or joint, with one for both, as in [CLS] a [SEP] b [SEP]. Your own tasks set
+        `pair` instead.
+      sts_weight: factor of the STS loss relative to the other tasks; the cosine loss is between 0
+        and 1, so 25 brings it to the scale of the labels.
     """
 
     tasks: tuple[str, ...] | None = None
@@ -92,10 +92,10 @@ class DataConfig:
     """Where the examples come from.
 
     Attributes:
-      source: where the data comes from; default: cs224n if data_dir is given, files if tasks is,
-        else the preset's.
+      source: where the data comes from; default: cs224n if data_dir is given, files if tasks are
+        given, else the preset's.
       data_dir: folder with the tab-separated files of the CS224N default project.
-      synthetic_sts: train STS on the demo grammar's pairs, too.
+      synthetic_sts: also train STS on the pairs of the demo grammar.
     """
 
     source: Source = "demo"
@@ -105,19 +105,19 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """From sentences to vectors and to a head's features.
+    """From sentences to vectors, and to the features of a head.
 
     Attributes:
       base: minilm, a local Hugging Face folder, or a hub id, best pinned to a revision, as in
         bert-base-uncased@COMMIT.
-      pooling: sentence vector: the [CLS] token's (the paper's) or the mean over the tokens.
-      pair_features: what a pair's head sees: u, v (the paper's) or u, v, |u-v|, u·v.
-      encoder_dropout: dropout inside the encoder while it is adapted (the heads have 0.1).
-      max_length: tokens a sentence is cut to, and the longest row.
-      start_from: a bank or a finished run whose adapters and heads of the same tasks training goes
-        on from; for one task of another name BANK:TASK.
-      dtype: of matmul inputs; default: bfloat16 on accelerators, float32 on CPU. float32 is
-        computed as such, not as TF32.
+      pooling: sentence vector: that of the [CLS] token (as in the paper) or the mean over tokens.
+      pair_features: input of the head for pairs: u, v (as in the paper) or u, v, |u-v|, u·v.
+      encoder_dropout: dropout inside the encoder during training (the heads have 0.1).
+      max_length: length in tokens at which sentences are cut, and the largest length of a row.
+      start_from: a bank or a finished run with adapters and heads for the same tasks, from which
+        training starts; BANK:TASK for one task with another name.
+      dtype: dtype of matmul inputs; default: bfloat16 on accelerators, float32 on CPU. float32
+        means full precision, not TF32.
     """
 
     base: str = MINILM
@@ -134,15 +134,15 @@ class OptimizerConfig:
     """How gradients become updates.
 
     Attributes:
-      learning_rate: of the encoder's adapter or weights.
-      head_learning_rate: of the heads.
-      lora_plus_ratio: learning rate of the adapters' B over that of A (LoRA+).
-      warmup_steps: steps over which the learning rates rise from 0; below 1: that share of all.
-      schedule: of the learning rates after the warm-up.
-      weight_decay: AdamW's.
+      learning_rate: peak learning rate of the encoder's adapter or weights.
+      head_learning_rate: peak learning rate of the heads.
+      lora_plus_ratio: learning rate of the adapters' B divided by that of A (LoRA+).
+      warmup_steps: steps over which the learning rates rise from 0; below 1: a share of all steps.
+      schedule: learning rates after the warm-up: constant, or falling linearly to 0.
+      weight_decay: weight decay of AdamW.
       clip: largest norm of a group's combined gradient; larger ones are scaled down.
-      surgery: how the gradients of tasks that share are combined: by a gradient aggregator of
-        jaxlora.aggregation with its defaults; none: summed, and their conflicts recorded.
+      surgery: how gradients of tasks that share parameters are combined: an aggregator of
+        jaxlora.aggregation with its defaults, or none: they are summed and conflicts recorded.
     """
 
     learning_rate: Annotated[float, Bound(0, open=True), TRAINED] = 1e-3
@@ -162,10 +162,10 @@ class LoopConfig:
     Attributes:
       batch_size: examples of each task in a step.
       epochs: passes over the group's largest training set.
-      max_steps: train a group for at most this many steps; the schedule ends there, too.
+      max_steps: train a group for at most this many steps; the schedule also ends there.
       eval_every: steps between evaluations and checkpoints; default: four times an epoch.
       patience: stop a group after this many evaluations without a better score; 0: never.
-      seed: of everything random.
+      seed: seed of all random numbers.
     """
 
     batch_size: Annotated[int, Bound(1)] = 16
@@ -178,12 +178,12 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sections:
-    """Settings in sections; each name is unique, so that a flag needs no section's name.
+    """Settings in sections. Their names are unique, so flags need no prefix for the section.
 
     Attributes:
       data: where the examples come from.
       model: from sentences to vectors.
-      lora: the adapters; where only their rank is asked for, alpha is the rank.
+      lora: the adapters; if only the rank is given, alpha equals it.
       optimizer: how gradients become updates.
       loop: how long, on what batches.
     """
@@ -195,10 +195,10 @@ class Sections:
     loop: LoopConfig = LoopConfig()
 
     def change(self: S, **fields: Any) -> S:
-        """Return the same with other values of some settings.
+        """Return a copy in which some settings have other values.
 
         Raises:
-          ConfigError: if there is no such setting, or a value is out of bounds.
+          ConfigError: if a setting does not exist, or a value is out of bounds.
 
         >>> Sections().change(rank=4, epochs=2).lora.rank
         4
@@ -213,13 +213,13 @@ class Sections:
         return dataclasses.replace(self, **sections)
 
     def flat(self) -> dict[str, Any]:
-        """Return all settings in the sections by name."""
+        """Return the settings of all sections by name."""
         places = flat_names(type(self))
         return {name: getattr(getattr(self, s), field) for name, (s, field) in places.items()}
 
 
 def flat_names(cls: type[Sections]) -> dict[str, tuple[str, str]]:
-    """Return where each setting is: its name → its section, and the field there."""
+    """Return the section and the field of each setting, by the name of the setting."""
     kinds = {name: kind for name, kind in typing.get_type_hints(cls).items() if _is_section(kind)}
     return {
         RENAMED.get(field.name, field.name): (section, field.name)
@@ -234,12 +234,12 @@ def _is_section(kind: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Sections):
-    """The settings of a run, with nothing left open; `config.json` holds them.
+    """The complete settings of a run, as stored in `config.json`.
 
     Attributes:
       variant: one of the paper's, or own.
-      preset: where settings come from that nobody asked for.
-      tasks: what is trained.
+      preset: the preset that gave all settings that were not chosen explicitly.
+      tasks: the tasks to train.
       groups: which tasks share a trainable encoder tree.
     """
 
@@ -269,7 +269,7 @@ class Settings(Sections):
                 "quora-train.csv, sts-train.csv, …; without data try `preset='demo'`",
             )
         if (source == "files") != any(spec.table for spec in self.tasks):
-            raise ConfigError("tasks", "goes with `source='files'`, and that with `tasks`")
+            raise ConfigError("tasks", "needs `source='files'`, which in turn needs `tasks`")
         if self.data.synthetic_sts and not (
             source in ("cs224n", "official") and "sts" in self.named
         ):
@@ -288,7 +288,7 @@ class Settings(Sections):
         """Dtype of matmul inputs.
 
         Raises:
-          ConfigError: if it was left open; `presets.make_settings` chooses one for the device.
+          ConfigError: if none is set; `presets.make_settings` chooses one for the device.
         """
         if self.model.dtype is None:
             raise ConfigError("dtype", "is left open; name float32 or bfloat16")
@@ -296,7 +296,7 @@ class Settings(Sections):
 
     @property
     def adapt(self) -> Adapt:
-        """What is trained of the encoder."""
+        """Which part of the encoder is trained."""
         return sharing.variant(self.variant).adapt
 
     @property
@@ -311,7 +311,7 @@ class Settings(Sections):
 
     @property
     def title(self) -> str:
-        """What to call the run above a plot; made-up data is named."""
+        """Title of plots; it says if the data is made up."""
         return f"{self.variant}, {MADE_UP}" if self.data.source == "demo" else self.variant
 
     @property
@@ -320,16 +320,16 @@ class Settings(Sections):
         return {spec.task.name: spec.task for spec in self.tasks}
 
     def place(self, task: str) -> Location:
-        """Return where a task's source finds its rows."""
+        """Return where the data source finds the rows of a task."""
         if self.data.source == "files":
             return next(spec.table for spec in self.tasks if spec.task.name == task)
         return None if self.data.data_dir is None else Path(self.data.data_dir)
 
     def of_group(self, names: tuple[str, ...]) -> Settings:
-        """Return the settings of a group: what its tasks bring along comes first.
+        """Return the settings of a group, in which its tasks' own settings take precedence.
 
         Raises:
-          ConfigError: if two tasks of the group want different values.
+          ConfigError: if two tasks of the group set different values.
         """
         own: dict[str, Any] = {}
         for spec in self.tasks:
@@ -343,7 +343,7 @@ class Settings(Sections):
         return self.change(**own)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values, without sections."""
+        """Return the settings as plain JSON values, without sections."""
         top = {name: getattr(self, name) for name in _TOP}
         specs = [dataclasses.asdict(spec) for spec in self.tasks]
         values = {**top, "adapt": self.adapt, "tasks": specs, **self.flat()}
@@ -352,10 +352,10 @@ class Settings(Sections):
 
     @classmethod
     def from_json(cls, plain: Any) -> Settings:
-        """Read what `to_json` gives.
+        """Build settings from JSON values, the inverse of `to_json`.
 
         Raises:
-          UserError: if the fields are not ours, or a value cannot be.
+          UserError: if a field is unknown, or a value is invalid.
         """
         try:
             values = dict(_with_quoting(plain))
@@ -379,7 +379,7 @@ _TOP = ("variant", "preset", "tasks", "groups")
 
 
 def _with_quoting(plain: Any) -> Any:
-    """Return settings as they are now: tables of earlier runs do not say what their quotes mean."""
+    """Add the field `quoting` to tables that were written by versions without it."""
     if not isinstance(plain, Mapping) or not isinstance(plain.get("tasks"), list):
         return plain
     tasks = [

@@ -1,4 +1,4 @@
-"""The page of a run: how each of its tasks does on its dev set."""
+"""The HTML page of a run, with the evaluation of each task on its dev set."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PAGE = "dev.html"
-RESAMPLES = 200  # of the intervals; `jaxlora evaluate` takes 1,000
+RESAMPLES = 200  # bootstrap resamples of the intervals; `jaxlora evaluate` takes 1,000
 
 
 def write(
     path: Path, title: str, found: Mapping[str, Evaluation], data: Data, tokenizer: Tokenizer
 ) -> None:
-    """Write the page of a run; a task whose predictions are not all finite is left out.
+    """Write the page of a run, without tasks whose predictions are not all finite.
 
     Args:
-      path: of the page.
-      title: of the run.
-      found: the evaluation of each task's dev set.
-      data: of the tasks.
-      tokenizer: of the base, to show what it read.
+      path: the file to write.
+      title: title of the page.
+      found: task → evaluation on its dev set.
+      data: examples of the tasks.
+      tokenizer: the base's; the page shows texts as it reads them.
 
     Raises:
-      MissingExtraError: without Jinja.
+      MissingExtraError: if Jinja is not installed.
     """
     from jaxlora.serving import evaluation_page
 
@@ -50,7 +50,7 @@ def write(
 
 
 def decode(examples: Examples, tokenizer: Tokenizer) -> list[TextExample]:
-    """Return examples as the encoder reads them, cut at its length; a joint pair is one text."""
+    """Return examples as the encoder reads them: truncated, and joint pairs as one text."""
     numbers = range(len(examples.lengths))
     texts = tokenizer.decode_batch([examples.sentence(n).tolist() for n in numbers])
     first, second = texts[:: examples.sentences], texts[1::2]

@@ -1,4 +1,4 @@
-"""Before a run: load what it reads, check that it fits, and say what will happen."""
+"""The inputs of a run: load them, check that they fit together, and summarize the run."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ from jaxlora.training.config import Settings
 from jaxlora.utils import cache
 from jaxlora.utils.errors import ConfigError, UserError
 
-DEV_SET = "the dev set of "  # begins the names of dev sets among the inputs of a run
-ORDER = "the order of examples"  # among the inputs of a run
+# Names of inputs: the prefix for dev sets, and the order of examples.
+DEV_SET = "the dev set of "
+ORDER = "the order of examples"
 Data = dict[str, dict[str, Examples]]  # task → split → examples
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
-    """What a run will do, for the eyes of its user.
+    """What a run will do, to be shown before it starts.
 
     Attributes:
       settings: all settings.
       out: the run's folder.
-      base: one line on the base model.
+      base: a line about the base model.
       examples: task → split → number of examples.
-      truncated: task → sentences cut to the length limit.
-      unlabelled: task → examples left out for want of a label.
-      notes: task → what must be known of its files: rows left out, what quotes were taken for.
+      truncated: task → number of sentences cut to the length limit.
+      unlabelled: task → number of examples left out because they have no label.
+      notes: task → remarks about its files, such as rows left out or how quotes were read.
       storage: numbers of parameters.
-      steps: group → steps.
-      device: what it runs on.
+      steps: group → number of steps.
+      device: number and kind of the devices, and the dtype of matmuls.
     """
 
     settings: Settings
@@ -59,11 +60,11 @@ class RunSummary:
 
 
 def fit_to_base(settings: Settings) -> Settings:
-    """Return the settings with the adapter's modules and the classifier heads of the base's family.
+    """Set the adapter's modules and the classifier heads to those of the base's model family.
 
     Raises:
-      UserError: if the base cannot be found, or its config not be read; if a classifier head does
-        not go with the base or the pooling.
+      UserError: if the base cannot be found or its config cannot be read, or if a classifier head
+        does not fit the base or the pooling.
     """
     classify = any(task.head == "classifier" for task in settings.named.values())
     if settings.adapt != "lora" and not classify:
@@ -82,7 +83,7 @@ def fit_to_base(settings: Settings) -> Settings:
 
 
 def _with_head(spec: TaskSpec, family: Family) -> TaskSpec:
-    """Return a task whose head `classifier` is the family's."""
+    """Replace the head `classifier` of a task by that of the model family."""
     if spec.task.head != "classifier":
         return spec
     if family.classifier is None:
@@ -96,10 +97,10 @@ def _with_head(spec: TaskSpec, family: Family) -> TaskSpec:
 
 
 def check_base(settings: Settings, base: Pretrained) -> None:
-    """Refuse settings that do not fit the base model.
+    """Check that settings fit the base model.
 
     Raises:
-      ConfigError: naming the setting.
+      ConfigError: if one does not; the error names it.
     """
     limit = base.config.max_length
     if settings.model.max_length > limit:
@@ -112,10 +113,10 @@ def check_base(settings: Settings, base: Pretrained) -> None:
 
 
 def load_data(settings: Settings, base: Pretrained) -> Data:
-    """All tasks' splits, tokenised for the base.
+    """Load all splits of all tasks, tokenized for the base.
 
     Raises:
-      UserError: for bad data, naming the file and the line.
+      UserError: if the data is invalid; the error names the file and the line.
     """
 
     def load(name: str, source: str, place: Location) -> dict[str, Examples]:
@@ -134,7 +135,7 @@ def refuse_blank(settings: Settings, data: Data) -> None:
     """Refuse data with blank texts.
 
     Raises:
-      UserError: naming the file and the lines.
+      UserError: if there are any; the error names the file and the lines.
     """
     for name, splits in data.items():
         for split in SPLITS:
@@ -148,7 +149,7 @@ def refuse_blank(settings: Settings, data: Data) -> None:
 
 
 def notes(splits: Mapping[str, Examples]) -> list[str]:
-    """Return what must be known of a task's files, a line each."""
+    """Return remarks about the files of a task, one per line."""
     found = []
     for split in SPLITS:
         examples = splits[split]
@@ -164,7 +165,7 @@ def notes(splits: Mapping[str, Examples]) -> list[str]:
 
 
 def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
-    """Return checksums of what a run reads: the base, each task's tokens, labels and order."""
+    """Return checksums of the inputs of a run: the base, the tasks' data, and their order."""
     order = make_order({task: len(splits["train"]) for task, splits in data.items()}, 64, seed)
     prints = base.fingerprint.to_inputs()
     prints[ORDER] = _checksum([order.at(0)])
@@ -179,12 +180,12 @@ def fingerprints(base: Pretrained, data: Data, seed: int) -> dict[str, str]:
 
 
 def data_of(task: str) -> str:
-    """Return the name of a task's data among the inputs of a run."""
+    """Return the name of a task's data in the inputs of a run."""
     return f"the data of {task}"
 
 
 def dev_of(task: str) -> str:
-    """Return the name of a task's dev set among the inputs of a run."""
+    """Return the name of a task's dev set in the inputs of a run."""
     return f"{DEV_SET}{task}"
 
 
@@ -196,13 +197,13 @@ def _checksum(arrays: Iterable[np.ndarray]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return versions of what computes a run's numbers."""
+    """Return the versions of the packages that affect the numbers of a run."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     return {name: importlib.metadata.version(name) for name in names}
 
 
 def count(settings: Settings, base: Pretrained) -> parameter_count.ParameterCount:
-    """Return the run's numbers of parameters."""
+    """Count the parameters of a run."""
     return parameter_count.count(
         base.config, settings.adaptation, settings.groups, settings.named.values(),
         settings.model.pair_features,
@@ -212,7 +213,7 @@ def count(settings: Settings, base: Pretrained) -> parameter_count.ParameterCoun
 def summarize_run(
     settings: Settings, out: Path, base: Pretrained, data: Data, mesh: Mesh
 ) -> RunSummary:
-    """Say what the run will do."""
+    """Return a summary of what the run will do."""
     shape = base.config
     return RunSummary(
         settings=settings,
@@ -231,12 +232,12 @@ def summarize_run(
 
 
 def count_steps(settings: Settings, data: Data, groups: Groups | None = None) -> dict[str, int]:
-    """Return how many steps each group takes, by its name.
+    """Return the number of steps of each group, by name.
 
     Args:
-      settings: of the run.
+      settings: settings of the run.
       data: examples of all tasks.
-      groups: some of the run's groups; None: all.
+      groups: a subset of the run's groups; None: all.
     """
     return {
         group_name(names): make_steps(
@@ -247,7 +248,7 @@ def count_steps(settings: Settings, data: Data, groups: Groups | None = None) ->
 
 
 def make_steps(settings: Settings, train: Mapping[str, Examples]) -> int:
-    """How many steps a group takes: epochs over its largest set, at most `max_steps`."""
+    """Return the steps of a group: its epochs over its largest set, at most `max_steps`."""
     per_epoch = -(-max(map(len, train.values())) // settings.loop.batch_size)
     return min(
         settings.loop.epochs * per_epoch,

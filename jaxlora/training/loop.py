@@ -1,4 +1,4 @@
-"""The training loop: the only place that takes steps, evaluates and saves."""
+"""The training loop: the only place that takes steps, evaluates and writes checkpoints."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from jaxlora.utils.errors import Stopped, UserError
 from jaxlora.utils.trees import Tree
 
 LOG_EVERY = 10
-MOST_NONFINITE = 10  # steps in a row that are not finite: more data will not mend that
+MOST_NONFINITE = 10  # non-finite steps in a row that end a run even if such steps are skipped
 
 
 class Callback(Protocol):
-    """Callbacks during a run, such as the console's."""
+    """Callbacks during a run, for example to show it on a console."""
 
     def summary(self, summary: inputs.RunSummary) -> None:
         """Called before training."""
@@ -33,30 +33,30 @@ class Callback(Protocol):
         """Called when a group begins, at step `start` of `steps`."""
 
     def record(self, record: dict[str, Any]) -> None:
-        """Called with each line of `metrics.jsonl`."""
+        """Called with each record of `metrics.jsonl`."""
 
     def done(self, name: str, why: str) -> None:
         """Called when a group ends, with the reason."""
 
     def note(self, text: str) -> None:
-        """Called with what the user should know."""
+        """Called with a message for the user."""
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a group has come (plain values; kept in its checkpoint).
+    """Progress of a group, as plain values that its checkpoint stores.
 
     Attributes:
-      step: steps that the group has taken.
+      step: number of steps taken.
       seconds: time spent training; groups that take a step together share it equally.
-      best_step, best_score, best_scores: the best evaluation.
-      best_seconds: time spent training until then.
-      stale: evaluations since then.
-      untrained: dev scores that need no training (see `inference.untrained`).
-      skipped: steps left out since a loss was not finite.
-      nonfinite_since_log: those of them that no record counts yet.
-      nonfinite_in_a_row: those of them since the last step that was taken.
-      done: nothing is left to do.
+      best_step, best_score, best_scores: step, score and dev scores of the best evaluation.
+      best_seconds: time spent training up to the best evaluation.
+      stale: number of evaluations since the best one.
+      untrained: dev scores that need no training, see `inference.untrained`.
+      skipped: number of steps skipped because they were not finite.
+      nonfinite_since_log: number of those since the last record that counted them.
+      nonfinite_in_a_row: number of those since the last finite step.
+      done: whether the group has ended.
     """
 
     step: int = 0
@@ -73,7 +73,7 @@ class Progress:
     done: bool = False
 
     def note(self, score: float, scores: dict[str, float], patience: int) -> bool:
-        """Take an evaluation in; returns whether it is the best so far (NaN never is)."""
+        """Register an evaluation, and return whether it is the best so far (NaN never is)."""
         if score > self.best_score:
             self.best_step, self.best_score, self.best_scores = self.step, score, scores
             self.best_seconds, self.stale = self.seconds, 0
@@ -94,23 +94,23 @@ def train_cohort(
     callback: Callback,
     skip_nonfinite: bool = False,
 ) -> tuple[Best, dict[str, Progress]]:
-    """Train groups from their checkpoint, or the start, to the end of each.
+    """Train groups to their end, from their latest checkpoint if there is one.
 
-    A checkpoint is written after each evaluation of any of them, so a killed run repeats at most
-    the steps since the last one, and ends with the same parameters.
+    A checkpoint is written after every evaluation, so a run that was killed repeats at most the
+    steps since the last evaluation, and ends with the same parameters.
 
     Args:
       cohort: the groups.
-      saved: where their checkpoints are.
-      log, callback: of the run; both receive each record.
-      skip_nonfinite: count steps that are not finite, and refuse `MOST_NONFINITE` in a row only.
+      saved: their checkpoints.
+      log, callback: receive each record.
+      skip_nonfinite: skip and count non-finite steps, unless `MOST_NONFINITE` come in a row.
 
     Returns:
-      The best trees, and the final progress of each group.
+      The best trees and the final progress of each group.
 
     Raises:
-      UserError: for a loss that is not finite; no state that it has touched is kept.
-      Stopped: after a signal; the states have been saved.
+      UserError: if a step is not finite; its state is not saved.
+      Stopped: after a signal, once the states have been saved.
     """
     with process.stop_signals() as stopped:
         states, best, progress = _restore(cohort, saved)
@@ -129,7 +129,7 @@ def train_cohort(
             if due or signal or run.window.full:
                 run.flush()
             for group in due:
-                # Not by a name, which would keep this best when there is a better one.
+                # Bind no name to the best tree: it would keep the memory of one that is replaced.
                 best[group.name] = run.evaluate(group, states[group.name]) or best[group.name]
             if due or signal:
                 saved.save(step, {"states": states, "best": best}, run.plain_progress)
@@ -141,7 +141,7 @@ def train_cohort(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Run:
-    """What happens to the groups of a cohort beside their steps."""
+    """Bookkeeping of a cohort: progress, records and evaluations of its groups."""
 
     cohort: Cohort
     progress: dict[str, Progress]
@@ -160,10 +160,11 @@ class _Run:
         return {name: vars(one) for name, one in self.progress.items()}
 
     def begin(self, states: dict[str, TrainState]) -> None:
-        """Announce the groups, and score them before any training."""
+        """Announce the groups, and compute their scores before training."""
         fresh = states
         if self.cohort.start and not all(one.untrained for one in self.progress.values()):
-            fresh = dataclasses.replace(self.cohort, start={}).states  # those of a bank are trained
+            # The states to start from are trained already.
+            fresh = dataclasses.replace(self.cohort, start={}).states
         for group in self.cohort.groups:
             one = self.progress[group.name]
             self.callback.group(group.name, one.step, group.steps)
@@ -171,9 +172,9 @@ class _Run:
                 one.untrained = untrained_scores(self.cohort, group, fresh[group.name].trainable)
 
     def batches(self, start: int) -> Iterator[tuple[int, Batch]]:
-        """Yield steps from one on, with their batches and counted from 1.
+        """Yield `(step, batch)`, with steps counted from 1, of which `start` are taken already.
 
-        Batches to come have no example of a group that has ended early.
+        Once a group has ended early, batches contain no examples of it.
         """
         while active := self.active:
             progress = [self.progress[group.name] for group in self.cohort.groups]
@@ -189,7 +190,7 @@ class _Run:
                     break
 
     def take(self, step: int, metrics: dict[str, StepMetrics]) -> list[TaskGroup]:
-        """Count a step, and return the groups that took part."""
+        """Register a step, and return the groups that took part in it."""
         taken = self.cohort.batches.order.takes_part(step - 1)
         groups = [g for g, there in zip(self.cohort.groups, taken, strict=True) if there]
         groups = [group for group in groups if group in self.active]
@@ -199,16 +200,16 @@ class _Run:
         return groups
 
     def is_due(self, group: TaskGroup) -> bool:
-        """Return whether a group that has just taken a step is to be evaluated."""
+        """Return whether to evaluate a group that has just taken a step."""
         return group.evaluates_at(self.progress[group.name].step)
 
     def flush(self) -> None:
-        """Record the steps since the last record."""
+        """Write a record of the steps since the last one."""
         for record in self.window.flush(self.progress):
             self._tell(record)
 
     def evaluate(self, group: TaskGroup, state: TrainState) -> dict[str, Tree] | None:
-        """Evaluate and note the scores; return what is kept of the state if it is the best yet."""
+        """Evaluate a group, and return a copy of its parameters if the score is the best so far."""
         record, one = evaluate_group(self.cohort, group, state), self.progress[group.name]
         self._tell(record)
         is_best = one.note(record["score"], record["dev"], group.patience)
@@ -237,16 +238,16 @@ class _Run:
 
 
 def _copy_of(state: TrainState) -> dict[str, Tree]:
-    """Return what is kept of a state; a copy, since the step takes the state's own memory."""
+    """Copy the parameters of a state, whose own memory is donated to the next step."""
     return jax.tree.map(jnp.copy, {"trainable": state.trainable, "heads": state.heads})
 
 
 def _restore(
     cohort: Cohort, saved: checkpoint.StateCheckpoints
 ) -> tuple[dict[str, TrainState], Best, dict[str, Progress]]:
-    """Return the latest states, best trees and progress, or those of the start.
+    """Return the latest states, best trees and progress, or initial ones without a checkpoint.
 
-    Restored arrays come to where they live at once; first states beside them would double it all.
+    Arrays are restored from shapes: initial states beside them would double the memory.
     """
     shapes = cohort.state_shapes
     best = {n: {"trainable": s.trainable, "heads": s.heads} for n, s in shapes.items()}
@@ -261,13 +262,13 @@ def _restore(
 
 
 class Window:
-    """The steps since the last record: their metrics, fetched together, and their time.
+    """Metrics and time of the steps since the last record.
 
-    Fetching waits for the device, so it is done once for `LOG_EVERY` steps.
+    Fetching metrics waits for the device, so it is done once for `LOG_EVERY` steps.
 
     Args:
-      cohort: whose steps.
-      skip_nonfinite: count steps that are not finite, and refuse `MOST_NONFINITE` in a row only.
+      cohort: the groups that take the steps.
+      skip_nonfinite: see `train_cohort`.
     """
 
     def __init__(self, cohort: Cohort, skip_nonfinite: bool = False) -> None:
@@ -277,11 +278,11 @@ class Window:
         self.restart()
 
     def restart(self) -> None:
-        """Start the clock (again)."""
+        """Restart the clock."""
         self._began = time.perf_counter()
 
     def add(self, metrics: dict[str, StepMetrics]) -> None:
-        """Remember the metrics of a step's groups, still on the device."""
+        """Add the metrics of a step, without fetching them from the device."""
         self._metrics.append(metrics)
 
     @property
@@ -290,16 +291,13 @@ class Window:
         return len(self._metrics) >= LOG_EVERY
 
     def flush(self, progress: dict[str, Progress]) -> list[dict[str, Any]]:
-        """Return the groups' records of these steps, and add their time to the progress.
+        """Return a record of these steps for each group, and add their time to its `progress`.
 
-        A group of whose steps none was finite has no record; its next one counts them (and its
-        progress, which a checkpoint keeps, until then).
-
-        Args:
-          progress: of each group.
+        A group without a finite step gets no record. Its next record counts the skipped steps,
+        which its progress keeps until then.
 
         Raises:
-          UserError: if a loss is not finite.
+          UserError: if a step is not finite, see `train_cohort`.
         """
         metrics = jax.device_get(self._metrics)
         seconds = time.perf_counter() - self._began
@@ -320,7 +318,7 @@ class Window:
     def _count(
         self, group: TaskGroup, steps: list[dict[str, StepMetrics]], progress: Progress
     ) -> None:
-        """Count the steps of a group that were left out, or refuse them."""
+        """Count the steps of a group that are not finite, or raise an error about them."""
         for number, step in enumerate(steps, progress.step - len(steps)):
             if step[group.name].finite:
                 progress.nonfinite_in_a_row = 0
@@ -332,7 +330,7 @@ class Window:
             progress.nonfinite_since_log += 1
 
     def _refuse(self, group: TaskGroup, number: int, step: dict[str, StepMetrics]) -> NoReturn:
-        """Say which step (of the group, from 0), which task and which examples."""
+        """Raise an error with the step (the group's own, from 0), the tasks and the examples."""
         metrics = step[group.name]
         others = [name for name, one in step.items() if not one.finite and name != group.name]
         batches, names = self._cohort.batches, [task.name for task in group.tasks]
@@ -357,7 +355,7 @@ class Window:
 
 
 def _record(group: TaskGroup, metrics: list[StepMetrics], progress: Progress) -> dict[str, Any]:
-    """Return the record of a group's steps: averages, and the learning rates of the last one."""
+    """Return the record of a group's steps: mean metrics, and the last learning rates."""
     mean = jax.tree.map(lambda *xs: np.mean(np.stack(xs), axis=0), *metrics)
     names = [task.name for task in group.tasks]
     return {

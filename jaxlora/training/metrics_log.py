@@ -16,19 +16,19 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events, one record at a time.
+    """Writes records to `metrics.jsonl` and as TensorBoard events.
 
     Args:
       out: the run's folder.
-      keep: group → step up to which earlier records are kept. A resumed run drops what came after
-        its checkpoint, and rewrites the events, so that no record is there twice.
+      keep: group → step up to which earlier records are kept. A resumed run drops records from
+        after its checkpoint and rewrites the events, so that none appears twice.
     """
 
     def __init__(self, out: Path, keep: Mapping[str, int]) -> None:
         from tensorboardX import SummaryWriter
 
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        if not distributed.is_primary():  # so that the first one alone writes
+        if not distributed.is_primary():  # only the primary process writes to the run's folder
             self._scratch = tempfile.TemporaryDirectory()
             out = Path(self._scratch.name)
         self.records = [r for r in read_records(out) if r["step"] <= keep.get(r["group"], 0)]
@@ -46,7 +46,7 @@ class MetricsLog:
         self.records.append(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if record["kind"] == "eval":  # a checkpoint follows, which counts on the records
+        if record["kind"] == "eval":  # the checkpoint that follows relies on the records
             os.fsync(self._file.fileno())
         self._show(record)
 
@@ -56,19 +56,19 @@ class MetricsLog:
             self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close both files."""
         writer = self._board.file_writer.event_writer
         self._file.close()
         try:
             self._board.close()
         finally:
-            writer.close = lambda: None  # a full disk would be told again, at the process's end
+            writer.close = lambda: None  # or it reports a full disk again when the process exits
             if self._scratch:
                 self._scratch.cleanup()
 
 
 def flatten(record: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
-    """Return the numbers of a record, dotted: `{"loss": {"sst": 1}}` → `loss.sst`."""
+    """Yield the numbers of a record by dotted name: `{"loss": {"sst": 1}}` → `loss.sst`."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}.{k}", v) for k, v in flatten(value))
@@ -77,7 +77,7 @@ def flatten(record: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
-    """Read the records of `metrics.jsonl`, up to one that a killed run left unfinished."""
+    """Read the records of `metrics.jsonl`, up to the first that is incomplete or invalid."""
     if not (out / METRICS).exists():
         return []
     records: list[dict[str, Any]] = []

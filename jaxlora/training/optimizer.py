@@ -1,4 +1,4 @@
-"""The optimizers of a group, and their learning rates by step."""
+"""The optimizers of a group, and their learning rate schedules."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
 
 
 def aggregator(name: Surgery, num_tasks: int, seed: int) -> optax.GradientTransformation:
-    """Return what takes the task axis of the gradients away.
+    """Return the transform that combines gradients `[T, ...]` over their task axis.
 
     Args:
-      name: of a member of the family, `none` for a sum that records conflicts as PCGrad does.
+      name: name of an aggregator in `MEMBERS`, or `none` for a sum that records conflicts.
       num_tasks: T.
-      seed: of methods that draw.
+      seed: seed of methods that use random numbers, such as PCGrad's orders of tasks.
     """
     if name in ("pcgrad", "none"):
         return pcgrad(num_tasks, seed, surgery=name == "pcgrad")
@@ -34,13 +34,13 @@ def aggregator(name: Surgery, num_tasks: int, seed: int) -> optax.GradientTransf
 
 
 def from_config(config: OptimizerConfig, num_tasks: int, steps: int, seed: int) -> Optimizers:
-    """Return the encoder's chain and the heads', see `optimizers`.
+    """Return the optimizers of the encoder and of the heads, see `optimizers`.
 
     Args:
-      config: what the settings say.
+      config: settings of the optimizers.
       num_tasks: T.
-      steps: of the whole run, for the learning rates.
-      seed: of methods that draw, such as PCGrad's orders.
+      steps: number of steps of the group, for the schedules.
+      seed: seed of the aggregator.
     """
     rates = schedules(config, steps)
     return optimizers(
@@ -56,19 +56,14 @@ def from_config(config: OptimizerConfig, num_tasks: int, steps: int, seed: int) 
 
 
 def schedules(config: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]:
-    """Return the learning rates of the encoder and of the heads.
-
-    Args:
-      config: what the settings say.
-      steps: of the whole run.
-    """
+    """Return the learning rate schedules, over `steps` steps, of the encoder and of the heads."""
     peaks = {"encoder": config.learning_rate, "heads": config.head_learning_rate}
     warmup, decay = config.warmup_steps, config.schedule
     return {name: schedule(peak, steps, warmup=warmup, decay=decay) for name, peak in peaks.items()}
 
 
 def rates_by_step(config: OptimizerConfig, steps: int) -> dict[str, np.ndarray]:
-    """Return the values of `schedules` for all updates of a run, `f32[steps]` each."""
+    """Return the values of `schedules` for all updates of a group, `f32[steps]` each."""
     found = schedules(config, steps)
     rates = jax.jit(lambda updates: {name: rate(updates) for name, rate in found.items()})
     return {k: np.asarray(v, np.float32) for k, v in rates(jnp.arange(steps)).items()}
@@ -78,18 +73,14 @@ class GradNorm(NamedTuple):
     """State of `clip_by_global_norm`.
 
     Attributes:
-      grad_norm: `f32[]`, of the last gradient before it was clipped.
+      grad_norm: `f32[]`, norm of the last gradient before clipping.
     """
 
     grad_norm: jax.Array
 
 
 def clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """Clip as `optax.clip_by_global_norm` does, and keep the norm, which it needs anyway.
-
-    Args:
-      most: the largest norm.
-    """
+    """Clip to the norm `most` as `optax.clip_by_global_norm`, and store the norm in the state."""
     clip = optax.clip_by_global_norm(most)
 
     def init(params: Tree) -> GradNorm:
@@ -113,11 +104,11 @@ def optimizers(
     lora_plus_ratio: float = 1.0,
     surgery: Surgery = "pcgrad",
 ) -> Optimizers:
-    """Return the encoder's chain (aggregator → clip → AdamW) and the heads' (AdamW).
+    """Return the optimizers of the encoder (aggregator → clip → AdamW) and of the heads (AdamW).
 
-    Clipping comes after aggregation, on the combined gradient, and sees no head. Biases and
-    LayerNorm are not decayed. With a `lora_plus_ratio` the adapters' B has that many times the
-    learning rate of A (Hayou et al. 2024, "LoRA+", section 4).
+    Clipping applies to the combined gradient of the encoder, not to the heads. Biases and LayerNorm
+    are not decayed. The learning rate of the adapters' B is that of A times `lora_plus_ratio`
+    (Hayou et al. 2024, "LoRA+", section 4).
     """
     steps = [
         aggregator(surgery, num_tasks, seed),
@@ -140,14 +131,14 @@ def _is_b(tree: Tree) -> Tree:
 
 
 def schedule(peak: float, steps: int, *, warmup: float, decay: Schedule) -> optax.Schedule:
-    """Return the learning rate by step: a linear warm-up, then what `decay` says.
+    """Return a schedule with a linear warm-up, followed by `decay`.
 
-    The first step has `peak / warmup` and the last of the warm-up `peak`: none is wasted.
+    The warm-up begins at `peak / warmup` and its last step has `peak`, so no step has rate 0.
 
     Args:
       peak: the largest rate.
-      steps: of the whole run.
-      warmup: steps over which the rate rises; below 1: that share of all steps.
+      steps: total number of steps.
+      warmup: steps over which the rate rises; below 1: a share of all steps.
       decay: `constant`, or `linear` down to 0.
 
     >>> rate = schedule(1.0, steps=4, warmup=2, decay="linear")

@@ -1,4 +1,4 @@
-"""What a run stores: parameters of the base, of each group's tree and of the heads (Table 3)."""
+"""Numbers of parameters of a run: the base, the groups' trees and the heads (Table 3)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class ParameterCount(NamedTuple):
     """Numbers of parameters.
 
     Attributes:
-      base: the pretrained encoder, without the pooler, which nothing here uses.
-      encoder: what is trained in the encoder, over all groups.
+      base: the pretrained encoder without its unused pooler.
+      encoder: trained parameters of the encoder, summed over groups.
       heads: all heads.
-      incremental: what a run adds to a disk that holds the base: encoder + heads.
-      bundled: what it takes to run all tasks: incremental, and the base where it is still used.
+      incremental: stored in addition to the base: encoder + heads.
+      bundled: needed to run all tasks: incremental, plus the base if it is still used.
     """
 
     base: int
@@ -40,7 +40,7 @@ def count(
     tasks: Iterable[Task],
     pair_features: str = "concat",
 ) -> ParameterCount:
-    """Count by shapes alone; nothing is allocated.
+    """Count the parameters of a run from shapes, without allocating arrays.
 
     >>> from jaxlora.training.adaptation import Full
     >>> count(BertConfig(), Full(), (("sst", "sts"),), []).incremental
@@ -62,7 +62,7 @@ def count(
 
 
 def of_variant(variant: Variant) -> ParameterCount:
-    """Count a variant's with bert-base, the paper's adapters and its heads.
+    """Count the parameters of a variant with bert-base and the paper's adapters and heads.
 
     >>> from jaxlora.tasks.sharing import VARIANTS
     >>> of_variant(VARIANTS["lora3"]).incremental

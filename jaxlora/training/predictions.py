@@ -1,4 +1,4 @@
-"""The predictions of a trained group, as tables."""
+"""Tables with the predictions of a trained group."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from jaxlora.training import run_folder
 from jaxlora.training.task_group import Cohort, outputs
 from jaxlora.utils.trees import Tree
 
-MOST_CLASSES = 100  # whose probabilities are written, a column each
+MOST_CLASSES = 100  # number of classes up to which each has a column of probabilities
 
 
 def predict_splits(
     out: Path, cohort: Cohort, tasks: Iterable[Task], best: dict[str, Tree], splits: tuple[str, ...]
 ) -> tuple[dict[str, float], dict[str, Evaluation]]:
-    """Write predictions of a group's tasks.
+    """Write predictions for the tasks of a group.
 
     Args:
       out: folder of the run.
-      cohort: of the group.
-      tasks: of the group, with the thresholds that they are served with.
-      best: the group's trees.
-      splits: to predict, dev among them.
+      cohort: the cohort of the group.
+      tasks: the group's tasks, with their final thresholds.
+      best: the group's best `{"trainable", "heads"}`.
+      splits: splits to predict, including `dev`.
 
     Returns:
-      The scores of the test sets with labels, and the evaluation of each dev set.
+      The scores on labelled test sets, and the evaluation on each dev set.
     """
     scores, dev = {}, {}
     for task in tasks:
@@ -63,8 +63,8 @@ def make_columns(task: Task, examples: Examples, found: np.ndarray) -> dict[str,
 
     Args:
       task: the task.
-      examples: what was predicted; `label` is a column if all have one.
-      found: outputs of the head.
+      examples: the examples; the column `label` is added if all have a label.
+      found: outputs of the head for them.
     """
     predictions, labels = inference.decode(task, found), examples.labels
     columns: dict[str, Iterable[str]] = {"id": examples.ids}
@@ -78,7 +78,7 @@ def make_columns(task: Task, examples: Examples, found: np.ndarray) -> dict[str,
     columns["predicted_class"] = _names(task, predictions)
     if examples.labelled:
         columns["label_class"] = _names(task, labels)
-    # Of a set, that of its least certain class.
+    # The confidence of a set of classes is that of its least certain class.
     sure = Evaluation(task, np.nan_to_num(predictions), labels, probabilities).confidence
     columns["confidence"] = [f"{p:.4f}" for p in sure.reshape(len(sure), -1).min(-1)]
     if len(task.classes) <= MOST_CLASSES:
@@ -88,7 +88,7 @@ def make_columns(task: Task, examples: Examples, found: np.ndarray) -> dict[str,
 
 
 def _values(task: Task, values: np.ndarray) -> list[str]:
-    """Return numbers of classes, those in sets, or scores."""
+    """Format values: the number of a class, the numbers in a set of classes, or a score."""
     if task.form == "classes":
         return [
             "nan" if np.isnan(row).any() else show_value(task, tuple(np.flatnonzero(row).tolist()))
@@ -98,7 +98,7 @@ def _values(task: Task, values: np.ndarray) -> list[str]:
 
 
 def _names(task: Task, values: np.ndarray) -> list[str]:
-    """Return the names of classes; what is not finite has none."""
+    """Return the names of classes, empty where a value is not finite."""
     finite = np.isfinite(values).reshape(len(values), -1).all(-1)
     shown = show_labels(task, np.nan_to_num(values))
     return [name if known else "" for name, known in zip(shown, finite, strict=True)]
@@ -107,7 +107,7 @@ def _names(task: Task, values: np.ndarray) -> list[str]:
 def _with_blank(
     columns: Mapping[str, Iterable[str]], examples: Examples
 ) -> Mapping[str, Iterable[str]]:
-    """Return a line for each row of the test file: a blank one has no prediction, but a reason."""
+    """Insert the rows with blank text, with a `reason` in place of a prediction."""
     if not examples.blank:
         return columns
     rows = [[*row, ""] for row in zip(*columns.values(), strict=True)]

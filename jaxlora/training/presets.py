@@ -1,4 +1,4 @@
-"""Presets, and the settings of a run from a preset and what is asked for."""
+"""Presets, and how explicit settings and a preset become the settings of a run."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ PAPER_GUESSES = (
     "source", "encoder_dropout", "warmup_steps", "schedule", "weight_decay", "sts_weight",
     "epochs", "eval_every", "patience", "clip", "max_length", "dtype",
 )  # fmt: skip
-"""What the preset `paper` had to guess, since the paper does not state it, as far as we read it.
+"""Settings of the preset `paper` that are guesses, because we found no statement in the paper.
 
 All of GLUE's Quora pairs; dropout 0.1 in the encoder (the heads have 0.1 as well); no warm-up, a
-constant rate, no weight decay, the STS loss not weighted; 10 epochs, evaluated four times in each,
-without early stopping; the encoder's gradient clipped at norm 1.0; 128 tokens; bfloat16 matmuls on
-accelerators. No flag, but guesses too: of each group the checkpoint that was best on dev is kept,
-and baseline1's frozen encoder has no dropout. docs/paper.md explains each.
+constant learning rate, no weight decay, no weight on the STS loss; 10 epochs with four evaluations
+each, without early stopping; the encoder's gradient clipped at norm 1.0; 128 tokens; bfloat16
+matmuls on accelerators. Two guesses are not settings: each group keeps the checkpoint that was
+best on dev, and the frozen encoder of baseline1 has no dropout. docs/paper.md explains each.
 """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset(Sections):
-    """Settings of a run before anything is asked for.
+    """Default settings of a run, which explicit settings override.
 
     Attributes:
-      choice: which tasks.
+      choice: the tasks.
     """
 
     choice: TaskChoice = TaskChoice()
 
 
 def demo(chosen: Variant) -> Preset:
-    """MiniLM and built-in made-up data."""
+    """Return settings for MiniLM on built-in, made-up data."""
     return Preset(
         data=DataConfig("demo"),
         model=ModelConfig(max_length=64),
@@ -68,7 +68,7 @@ def demo(chosen: Variant) -> Preset:
 
 
 def cs224n(chosen: Variant) -> Preset:
-    """Return settings that train well on the CS224N data: see docs/tuning.md."""
+    """Return settings that train well on the CS224N data, see docs/tuning.md."""
     return Preset(
         data=DataConfig("cs224n"),
         model=ModelConfig(encoder_dropout=0.05),
@@ -80,7 +80,7 @@ def cs224n(chosen: Variant) -> Preset:
 
 
 def paper(chosen: Variant) -> Preset:
-    """Return the paper's settings, as far as it states them; see `PAPER_GUESSES`."""
+    """Return the paper's settings; those that it does not state are in `PAPER_GUESSES`."""
     return Preset(
         data=DataConfig("official"),
         model=ModelConfig("bert-base-uncased", "cls", "concat", encoder_dropout=0.1),
@@ -96,9 +96,9 @@ def paper(chosen: Variant) -> Preset:
 
 
 def own(chosen: Variant) -> Preset:
-    """Neutral settings for tables of your own, small ones too: see docs/own-tasks.md.
+    """Return general settings for your own tables, including small ones, see docs/own-tasks.md.
 
-    How many passes, and how often it is evaluated, depends on a task's rows: see `pace`.
+    The numbers of epochs and of evaluations depend on the number of rows, see `pace`.
     """
     return Preset(
         data=DataConfig("files"),
@@ -122,14 +122,15 @@ FEWEST_STEPS, FEWEST_EPOCHS, EVALUATIONS = 300, 4, 24
 def pace(
     rows: int, batch_size: int, epochs: int | None = None, max_steps: int | None = None
 ) -> dict[str, int]:
-    """Return how long to train on some rows, and how often to evaluate.
+    """Return `epochs` and `eval_every` for a number of training rows.
 
-    At least `FEWEST_EPOCHS` passes and `FEWEST_STEPS` steps, with `EVALUATIONS` evaluations.
+    The result gives at least `FEWEST_EPOCHS` epochs, at least `FEWEST_STEPS` steps, and
+    `EVALUATIONS` evaluations.
 
     Args:
-      rows: to train on.
-      batch_size: of them in a step.
-      epochs, max_steps: what is settled already.
+      rows: number of training rows.
+      batch_size: rows per step.
+      epochs, max_steps: values that are given already, if any.
 
     >>> pace(80, 16), pace(4_000, 16)
     ({'epochs': 60, 'eval_every': 13}, {'epochs': 4, 'eval_every': 42})
@@ -143,7 +144,7 @@ def pace(
 def _pace_group(
     specs: tuple[TaskSpec, ...], group: tuple[str, ...], loop: LoopConfig, asked: Mapping[str, Any]
 ) -> tuple[TaskSpec, ...]:
-    """Give a group's tasks the pace of its largest table, as far as nothing else is asked for."""
+    """Set the `pace` for the largest table of a group, except where settings are explicit."""
     mine = [spec for spec in specs if spec.task.name in group]
     tables = [(spec.table, spec.task) for spec in mine if spec.table is not None]
     if len(tables) < len(mine):
@@ -168,15 +169,15 @@ def _tuned_weights(chosen: Variant) -> TaskChoice:
 def make_settings(
     variant: VariantName = "own", preset: PresetName | None = None, **asked: Any
 ) -> Settings:
-    """Return the settings of a run, checked.
+    """Return the checked settings of a run.
 
     Args:
       variant: one of the paper's, or own: an adapter for each task.
-      preset: where settings come from that are not asked for; None: see `usual_preset`.
-      asked: any settings, by the names of the fields in `config`; None is as if left out.
+      preset: gives all settings that are not in `asked`; None: see `usual_preset`.
+      asked: explicit settings, by the names of the fields in `config`; None means not given.
 
     Raises:
-      ConfigError: for a value out of bounds, or settings that do not fit each other.
+      ConfigError: if a value is out of bounds, or settings contradict each other.
 
     >>> make_settings("lora3", rank=4, epochs=1).lora.alpha
     4.0
@@ -209,12 +210,12 @@ def make_settings(
 
 
 def usual_preset(variant: str, own_tasks: bool) -> PresetName:
-    """Return the preset where none is asked for: own for tasks of your own, else demo."""
+    """Return the default preset: own for your own tasks, else demo."""
     return "own" if own_tasks or variant == "own" else "demo"
 
 
 def _implied(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what follows from what is asked for, unless it is asked for itself."""
+    """Return settings that follow from explicit ones, unless they are explicit themselves."""
     implied: dict[str, Any] = {}
     if "data_dir" in asked:
         implied["source"] = "cs224n"
@@ -226,7 +227,7 @@ def _implied(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _located(start: Sections) -> dict[str, Any]:
-    """Return the settings that depend on where this process runs."""
+    """Resolve the settings that depend on this process: relative paths and the default dtype."""
     folder, default = start.data.data_dir, jax.default_backend() == "cpu"
     return {
         "data_dir": None if folder is None else str(Path(folder).absolute()),
@@ -251,7 +252,7 @@ def _choose_tasks(
 
 
 def _read_jointly(spec: TaskSpec) -> TaskSpec:
-    """Return one of the paper's tasks with pairs that are read together."""
+    """Make one of the paper's tasks read its pairs jointly, if it is a task of pairs."""
     if not spec.task.pair:
         return spec
     try:
@@ -281,7 +282,7 @@ def _known_tasks(
 
 
 def _reject_unused(asked: Mapping[str, Any], settings: Settings) -> None:
-    """Refuse what was asked for and means nothing to the variant."""
+    """Refuse explicit settings that have no effect on the variant."""
     whole = bounds.metadata(Settings, OnlyFor)
     for name, (section, field) in flat_names(Settings).items():
         parts = bounds.metadata(type(getattr(settings, section)), OnlyFor)
@@ -289,8 +290,8 @@ def _reject_unused(asked: Mapping[str, Any], settings: Settings) -> None:
         if only and asked.get(name, False) is not False and settings.adapt not in only.adapts:
             raise ConfigError(
                 name,
-                f"means nothing to {settings.variant}: its encoder is not adapted that way; "
+                f"has no effect on {settings.variant}: its encoder is not adapted that way; "
                 "leave it out",
             )
     if "surgery" in asked and all(len(group) == 1 for group in settings.groups):
-        raise ConfigError("surgery", "means nothing where each task is trained alone; leave it out")
+        raise ConfigError("surgery", "has no effect if each task is trained alone; leave it out")

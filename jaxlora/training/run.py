@@ -1,4 +1,4 @@
-"""A run: what it reads, the training of its groups, and the files that it leaves."""
+"""A run: read the inputs, train the groups, write the results."""
 
 from __future__ import annotations
 
@@ -42,18 +42,17 @@ from jaxlora.utils.trees import Tree
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """How a run is run; what it computes is in its `Settings`.
+    """How to execute a run; its `Settings` say what it computes.
 
     Attributes:
       resume: continue the run in the folder, if there is one.
-      predict_test: write predictions for the test sets, too.
-      strict: refuse tables with blank texts, instead of leaving those rows out.
+      predict_test: also write predictions for the test sets.
+      strict: refuse tables with blank texts instead of leaving those rows out.
       mesh: devices: "data=4,fsdp=2" splits rows over all eight and the encoder's trees in two;
-        auto splits rows over all there are. A run may go on with others than it began with.
-      skip_nonfinite: leave steps out whose loss is not finite, and count them; many in a row
-        still end the run.
-      base_sha256: refuse the base if its weights have another checksum; the config.json of a run
-        says which they have.
+        auto splits rows over all devices. A run can be resumed on another mesh.
+      skip_nonfinite: skip and count steps whose loss is not finite; ten in a row still end the run.
+      base_sha256: refuse the base if its weights have another checksum than this; the config.json
+        of a run contains it.
     """
 
     resume: bool = False
@@ -75,23 +74,23 @@ def run(
     callback: Callback,
     options: RunOptions = RunOptions(),
 ) -> dict[str, Any]:
-    """Train all groups of a run, keep each one's best, and write everything to `out`.
+    """Train all groups of a run, keep the best parameters of each, and write everything to `out`.
 
-    One of many processes calls this inside `distributed.together`, so that no other process waits
-    for it if it fails.
+    With several processes, call this inside `distributed.together`, so that the others do not wait
+    for one that fails.
 
     Args:
       settings: from `presets.make_settings`.
       out: folder of the run.
       callback: receives the events of the run.
-      options: how it is run.
+      options: how to run it.
 
     Returns:
       The content of `result.json`.
 
     Raises:
       UserError: for bad input, before anything is written; for a loss that is not finite.
-      Stopped: after Ctrl-C or SIGTERM, when the state has been saved.
+      Stopped: after Ctrl-C or SIGTERM, once the state has been saved.
     """
     devices = sharding.make_mesh(options.mesh)
     out = files.local(out)
@@ -111,7 +110,7 @@ def run(
     with run_folder.only_run(out):
         run_folder.check(
             out, settings.to_json(), options.resume
-        )  # another may have come in between
+        )  # another run may have written there since the first check
         distributed.wait("nothing is written before all have looked")
         if not (out / finished_run.RESULT).exists():
             context = RunContext(settings, base, data, checksums, out, devices, options, start)
@@ -121,12 +120,12 @@ def run(
 
 
 def _states_of(out: Path, groups: Groups) -> Path:
-    """Return the folder with the states of groups that train in one step."""
+    """Return the folder with the checkpoints of groups that train in one step."""
     return out / run_folder.STATES / group_name([group_name(names) for names in groups])
 
 
 def _needs_start(settings: Settings, out: Path) -> bool:
-    """Return whether a start is asked for, and some groups have no state that came from it."""
+    """Return whether `start_from` is set and some groups have no checkpoint yet."""
     if settings.model.start_from is None or (out / finished_run.RESULT).exists():
         return False
     return not all(checkpoint.has_state(_states_of(out, groups)) for groups in settings.cohorts)
@@ -134,11 +133,11 @@ def _needs_start(settings: Settings, out: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RunContext:
-    """What a run works on, where and how.
+    """The inputs, folder and options of a run.
 
     Attributes:
-      checksums: of the base, the data and the start.
-      start: what groups begin with; empty if they begin afresh, or go on from their states.
+      checksums: checksums of the base, the data and the start.
+      start: initial parameters of the groups; empty if they are fresh or come from checkpoints.
     """
 
     settings: Settings
@@ -152,7 +151,7 @@ class RunContext:
 
 
 def _train(context: RunContext, callback: Callback) -> None:
-    """Write down what is run, train, and write the result."""
+    """Write `config.json`, train, and write `result.json`."""
     out, settings, versions = context.out, context.settings.to_json(), inputs.versions()
     config = {"settings": settings, "inputs": context.checksums, "versions": versions}
     if not finished_run.exists(out):
@@ -162,7 +161,7 @@ def _train(context: RunContext, callback: Callback) -> None:
 
 
 def _train_all(context: RunContext, callback: Callback) -> dict[str, Any]:
-    """Train all groups, with their checkpoints and the log open as long as it takes."""
+    """Open the checkpoints and the log, and train all groups."""
     planned = inputs.count_steps(context.settings, context.data)
     with contextlib.ExitStack() as stack:
         saved: dict[Groups, checkpoint.StateCheckpoints] = {}
@@ -185,10 +184,10 @@ def _train_all(context: RunContext, callback: Callback) -> dict[str, Any]:
 
 
 def _check_start(context: RunContext, states: checkpoint.StateCheckpoints) -> None:
-    """Refuse to begin afresh where a start was asked for and the state is gone meanwhile."""
+    """Refuse to train from fresh parameters if `start_from` is set and the checkpoint is gone."""
     asked = context.settings.model.start_from
     if asked is not None and not context.start and not states.latest_step():
-        raise UserError(f"{context.out}: its states have changed just now; go on once more")
+        raise UserError(f"{context.out}: its checkpoints were deleted just now; resume it again")
 
 
 def _train_cohorts(
@@ -213,7 +212,7 @@ def _train_cohorts(
 
 
 def _write_page(context: RunContext, dev: Mapping[str, Evaluation], callback: Callback) -> None:
-    """Write the page of the dev sets; a run does not need it."""
+    """Write the page of the dev sets, or a note if Jinja is not installed."""
     path = context.out / dev_page.PAGE
     try:
         dev_page.write(path, context.settings.title, dev, context.data, context.base.tokenizer)
@@ -227,14 +226,14 @@ def keep_models(
     dev: Mapping[str, float],
     tasks: Mapping[str, Task],
 ) -> None:
-    """Write what was trained as a bank into the run's folder; of many processes the first does."""
+    """Write the trained tasks as a bank into the run's folder, in the primary process only."""
     models = trained.task_models(context.settings, context.checksums, best, dev, tasks)
     if distributed.is_primary():
         bank.write(context.out / finished_run.MODEL, models)
 
 
 def _refuse_unscored(progress: Mapping[str, Progress]) -> None:
-    """Raise UserError where no evaluation had a score, since there is no best then."""
+    """Raise an error for a group without any finite score, which has no best parameters."""
     for name, one in progress.items():
         if not one.best_scores:
             raise UserError(
@@ -252,11 +251,11 @@ def _train_cohort(
 ) -> tuple[Best, dict[str, dict[str, Any]], dict[str, float], dict[str, Evaluation]]:
     """Train groups and write their predictions; nothing of them stays on the devices.
 
-    The predictions come from the best tree where it is, so of a split one no device has it whole.
+    Predictions use the best tree as it is sharded, so no device has to hold all of it.
 
     Returns:
-      The best trees as NumPy arrays, the progress of each group, the test scores, and the dev
-      sets' evaluations, of the tasks with the thresholds that they are served with.
+      The best trees as NumPy arrays, the progress of each group, the test scores, and the
+      evaluations of the dev sets, whose tasks have their final thresholds.
     """
     cohort = make_cohort(
         context.settings, context.base, context.data, groups, context.mesh, context.start
@@ -298,7 +297,7 @@ def summarize_result(
         "metrics": {name: f"{t.title} {t.metric_name}" for name, t in settings.named.items()},
         "dev": dev,
         "lower_is_better": errors,
-        # Errors and shares of right answers have no mean.
+        # A mean of errors and of scores such as accuracy would be meaningless.
         "dev_mean": None if errors else float(np.mean(list(dev.values()))),
         "test": test,
         "untrained": untrained,

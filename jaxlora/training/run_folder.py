@@ -1,4 +1,4 @@
-"""The folder of a run: who may write there, and the files that are written whole or not at all."""
+"""The folder of a run: checks before writing to it, and atomic writes of its files."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import ConfigError, UserError
 
 STATES = "states"
-LONGER = ("epochs", "max_steps")  # settings that say how long a run is
+LONGER = ("epochs", "max_steps")  # settings for the length of a run
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON into the run's folder; of many processes the first does."""
+    """Write JSON into the run's folder, in the primary process only."""
     if distributed.is_primary():
         files.write_json(path, value)
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
+    """Read JSON from the run's folder.
 
     Raises:
-      UserError: if the file is missing or broken.
+      UserError: if the file is missing or not valid JSON.
     """
     if not path.exists():
         raise UserError(f"{path}: missing; is {path.parent} the folder of a run?")
@@ -38,7 +38,7 @@ def read_json(path: Path) -> Any:
 
 
 def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    """Refuse an `out` that a run with these settings may not write to; touches nothing.
+    """Check that a run with these settings may write to `out`, without changing anything.
 
     Raises:
       UserError: if `out` is a file, holds something else, holds a run and `resume` is off, or
@@ -54,7 +54,7 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
     if not out.is_dir():
         raise ConfigError("out", "is a file; name a folder", out)
     if not (out / CONFIG).exists():
-        ours = (files.LOCK, files.TEMPORARY)  # a first write that was killed leaves them
+        ours = (files.LOCK, files.TEMPORARY)  # left by a run that was killed at its first write
         if not all(path.name.startswith(ours) for path in out.iterdir()):
             raise ConfigError("out", "is not empty and holds no run; name another folder", out)
         return
@@ -70,7 +70,7 @@ def _check_settings(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -
     """Refuse to resume a run with other settings.
 
     Raises:
-      ConfigError: naming each setting that differs in a line of its own.
+      ConfigError: if settings differ; the error has a line for each of them.
     """
     old = setting_names.complete(old)
     had, has = ({name: _compared(name, one.get(name)) for name in new} for one in (old, new))
@@ -98,10 +98,10 @@ def _shown(value: Any) -> str:
 
 
 def _compared(name: str, value: Any) -> Any:
-    """Return of a setting what a resumed run must share.
+    """Return the part of a setting that must be equal in a resumed run.
 
-    Not what tasks are called, which changes no number, nor where something is: `check_same_inputs`
-    compares what that holds.
+    Titles of tasks may change, since they affect no number, and so may paths:
+    `check_same_inputs` compares the content of the files.
     """
     if name in ("data_dir", "base"):
         return None
@@ -120,21 +120,21 @@ def _untitled(spec: dict[str, Any]) -> dict[str, Any]:
         return spec
     files = ("train", "dev", "test")
     told = {k: v for k, v in table.items() if k not in files and v is not None}
-    return spec | {"table": told}  # what is None was not asked for, or not yet known
+    return spec | {"table": told}  # None: not given, or unknown to the version that wrote it
 
 
 def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
-    """A resumed run must see the base and the data it began with.
+    """Check that a resumed run reads the base and the data that it began with.
 
     Raises:
-      UserError: naming what changed.
+      UserError: if an input changed; the error names it.
     """
     if (out / CONFIG).exists():
         old = read_config(out)["inputs"]
         unknown = {INPUTS["config"], INPUTS["tokenizer"]} - old.keys()  # in a run of format 1
-        # Earlier versions did not tell dev sets apart from the rest of the data.
+        # Earlier versions had no checksums of the dev sets alone.
         later = {name for name in inputs if name.startswith(DEV_SET)} - old.keys()
-        later.add(INPUTS["pairs"])  # the data of joint pairs have what it decides
+        later.add(INPUTS["pairs"])  # its effect is in the checksum of the data of joint pairs
         for name, value in inputs.items():
             if name not in unknown | later and old.get(name) != value:
                 raise ConfigError(
@@ -145,7 +145,7 @@ def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
 
 
 def write_table(path: Path, columns: Mapping[str, Iterable[str]]) -> None:
-    """Write a CSV with a header into the run's folder; of many processes the first does."""
+    """Write a CSV file with a header into the run's folder, in the primary process only."""
     text = io.StringIO()
     writer = files.csv_writer(text)
     writer.writerow(columns)
@@ -156,10 +156,10 @@ def write_table(path: Path, columns: Mapping[str, Iterable[str]]) -> None:
 
 @contextlib.contextmanager
 def only_run(out: Path) -> Iterator[None]:
-    """While this lasts, no other run may use the folder.
+    """Lock the folder against other runs in this context.
 
     Raises:
-      UserError: if one does.
+      UserError: if another run is writing to it.
     """
     if not distributed.is_primary():
         yield

@@ -1,4 +1,4 @@
-"""Settings by the names that one types, to say in what runs differ."""
+"""Settings by the names used on the command line, to show how runs differ."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from jaxlora.tasks.task import NAMES
 from jaxlora.training.config import Settings
 from jaxlora.utils.errors import UserError
 
-_TYPED = {"pair_encoding": "pair"}  # fields of a task that are typed by another name
-# Fields that follow from others, or that others show.
+_TYPED = {"pair_encoding": "pair"}  # field of a task → its name in a task file
+# Fields that are left out, since they follow from other fields or are shown under other names.
 _SHOWN = ("name", "pair", "low", "high", "thresholds", "tune_thresholds")
 
 
 class NamedSettings(NamedTuple):
-    """Settings by the names that one types.
+    """Settings by the names used on the command line.
 
     Attributes:
-      run: name → value, such as `learning_rate`.
-      tasks: task → field → value, such as `epochs` for what is typed as `topic.epochs`.
+      run: name → value, with names such as `learning_rate`.
+      tasks: task → field → value; the field `epochs` of `topic` is typed as `topic.epochs`.
     """
 
     run: dict[str, Any]
@@ -28,9 +28,9 @@ class NamedSettings(NamedTuple):
 
 
 def complete(plain: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings of a run with the fields that earlier versions had not.
+    """Add fields that earlier versions did not have to the settings of a run.
 
-    Those that cannot be understood stay as they are.
+    Settings that cannot be parsed are returned unchanged.
     """
     with contextlib.suppress(UserError):
         return Settings.from_json(plain).to_json()
@@ -38,7 +38,7 @@ def complete(plain: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def name_settings(plain: Mapping[str, Any]) -> NamedSettings:
-    """Return settings, as `Settings.to_json` gives them, by the names that one types.
+    """Convert the output of `Settings.to_json` to the names used on the command line.
 
     >>> task = {"task": {"name": "topic", "kind": "binary"}, "own": [["epochs", 3]]}
     >>> found = name_settings({"rank": 4, "adapt": "lora", "groups": [["topic"]], "tasks": [task]})
@@ -52,7 +52,7 @@ def name_settings(plain: Mapping[str, Any]) -> NamedSettings:
     for spec in map(_mapping, _items(plain.get("tasks"))):
         task, fields = _mapping(spec.get("task")), _fields(spec)
         name = str(task.get("name"))
-        if spec.get("table") is None and name in NAMES:  # the paper's have flags for these
+        if spec.get("table") is None and name in NAMES:  # flags set these for the paper's tasks
             joint, weight = fields.pop("pair", None), fields.pop("weight", None)
             run |= {"pair_encoding": joint} if task.get("pair") else {}
             run |= {"sts_weight": weight} if name == "sts" else {}
@@ -61,7 +61,7 @@ def name_settings(plain: Mapping[str, Any]) -> NamedSettings:
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    """Return an object of a file as it is, and nothing for another value."""
+    """Return a JSON object unchanged, and an empty one for any other value."""
     return value if isinstance(value, dict) else {}
 
 
@@ -84,10 +84,10 @@ def _fields(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_differences(runs: Sequence[NamedSettings]) -> dict[str, tuple[Any, ...]]:
-    """Return the settings that are not the same in all runs, with the value of each.
+    """Return the settings that differ between runs, with the value in each run.
 
-    A setting that a run lacks is None there. Of a task that only some runs have nothing but that is
-    said, under `[task]`.
+    The value is None for a run without the setting. A task that only some runs have gets a single
+    entry, `[task]`.
 
     >>> one = NamedSettings({"rank": 4, "seed": 0}, {"topic": {"epochs": 3}})
     >>> find_differences([one, NamedSettings({"rank": 8, "seed": 0}, {"topic": {}})])
@@ -111,7 +111,7 @@ def _side_by_side(parts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ..
 
 
 def show(value: Any) -> str:
-    """Return the value of a setting for reading; nothing for None.
+    """Format the value of a setting; None becomes an empty string.
 
     >>> show(["query", "value"]), show([["query", 8]]), show(1e-05), show({"spam": 2.0})
     ('query, value', 'query 8', '1e-05', 'spam 2')

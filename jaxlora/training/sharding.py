@@ -1,9 +1,8 @@
-"""Many devices: where the arrays of a run live. One device is a mesh of one.
+"""The mesh of devices, and the sharding of the arrays of a run. One device is a mesh of size one.
 
-A mesh has two axes. A batch's rows are split over both. The encoder's trees, frozen and trained,
-and the optimizer's moments are split over `fsdp`; heads, labels and metrics are replicated.
-Nothing else in the library knows of devices: how the parts meet is XLA's affair (Xu et al. 2021,
-"GSPMD").
+A mesh has two axes. The rows of a batch are split over both. The encoder's frozen and trained trees
+and its optimizer state are split over `fsdp`. Heads, labels and metrics are replicated. The step
+itself does not depend on the devices: XLA inserts the communication (Xu et al. 2021, "GSPMD").
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from jaxlora.utils.errors import ConfigError
 from jaxlora.utils.trees import Tree
 
 AXES = ("data", "fsdp")
-# Smaller leaves (biases, LayerNorm) are replicated: fetching their parts would cost more.
+# Leaves with fewer elements (biases, LayerNorm) are replicated: gathering them would cost more.
 LEAST_SPLIT = 2**13
 
 
@@ -36,7 +35,7 @@ def make_mesh(text: str) -> Mesh:
       text: see `sizes`.
 
     Raises:
-      UserError: see `sizes`; or if many processes leave devices out.
+      UserError: see `sizes`; also if several processes would not use all devices.
     """
     shape = tuple(sizes(text, jax.device_count()).values())
     if jax.process_count() > 1 and np.prod(shape) < jax.device_count():
@@ -46,14 +45,14 @@ def make_mesh(text: str) -> Mesh:
 
 
 def sizes(text: str, count: int) -> dict[str, int]:
-    """How many devices each axis has.
+    """Parse the number of devices along each axis of a mesh.
 
     Args:
-      text: `data=4,fsdp=2`, either part alone, or `auto`: all devices, rows only.
-      count: devices there are.
+      text: `data=4,fsdp=2`, either part alone, or `auto`, which puts all devices on `data`.
+      count: number of available devices.
 
     Raises:
-      UserError: if it is not of that form, or there are fewer devices.
+      UserError: if the text has another form, or asks for more devices.
 
     >>> sizes("fsdp=2", 8)
     {'data': 1, 'fsdp': 2}
@@ -77,14 +76,15 @@ def _parse(text: str) -> dict[str, int]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """On every device."""
+    """Return the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
-    """Return the axis of a leaf that is split: the longest one that can be.
+    """Return the axis along which a leaf is split, or None if it is replicated.
 
-    The layers' axis is not, since one layer is needed at a time.
+    It is the longest axis that `parts` divides. The leading axis of stacked layers is never split,
+    since one layer is needed at a time.
 
     >>> split_axis((6, 384, 1536), 8), split_axis((384,), 8)
     (2, None)
@@ -97,7 +97,7 @@ def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
 
 
 def split(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Where a leaf of an encoder's tree lives."""
+    """Return the sharding of a leaf of an encoder's tree."""
     axis = split_axis(shape, mesh.shape["fsdp"])
     if axis is None:
         return replicated(mesh)
@@ -105,12 +105,12 @@ def split(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def of_tree(mesh: Mesh, tree: Tree) -> Tree:
-    """Where an encoder's tree, or its optimizer's state, lives."""
+    """Return the shardings of an encoder's tree, or of its optimizer state."""
     return jax.tree.map(lambda x: split(mesh, x.shape), tree)
 
 
 def of_state(mesh: Mesh, state: TrainState) -> TrainState:
-    """Where a train state lives."""
+    """Return the shardings of a train state."""
     shardings: TrainState = jax.tree.map(lambda _: replicated(mesh), state)
     return dataclasses.replace(
         shardings,
@@ -120,7 +120,7 @@ def of_state(mesh: Mesh, state: TrainState) -> TrainState:
 
 
 def of_rows(mesh: Mesh, rows: PackedTokens) -> PackedTokens:
-    """Return the sharding of packed rows; rows too few for all devices are replicated."""
+    """Return the shardings of packed rows, replicated if they cannot be split evenly."""
     *lead, count, _ = rows.tokens.shape
     part = replicated(mesh)
     if count % mesh.size == 0:
@@ -130,7 +130,7 @@ def of_rows(mesh: Mesh, rows: PackedTokens) -> PackedTokens:
 
 
 def of_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Where a batch lives."""
+    """Return the shardings of a batch."""
     mixed = isinstance(batch.inputs, PackedTokens)
     return Batch(
         of_rows(mesh, batch.inputs) if mixed else replicated(mesh),
@@ -140,16 +140,16 @@ def of_batch(mesh: Mesh, batch: Batch) -> Batch:
 
 
 def shapes_at(shapes: Tree, shardings: Tree) -> Tree:
-    """Return the shapes of arrays that live there; nothing is allocated."""
+    """Add shardings to a tree of shapes and dtypes."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
 
 
 def on_host() -> contextlib.AbstractContextManager[Any]:
-    """While this lasts, what is computed lives in the host's memory, if JAX may use its CPU.
+    """Return a context that computes in host memory, if JAX has a CPU backend.
 
-    What `put` splits must not be whole on a device before: it may not fit there.
+    It is for arrays that `put` will split, since a complete one may not fit on a device.
     """
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
@@ -158,7 +158,7 @@ def on_host() -> contextlib.AbstractContextManager[Any]:
 
 
 def put(tree: Tree, shardings: Tree) -> Tree:
-    """Arrays that every process has, each device with its part of them."""
+    """Place arrays, which every process has completely, on devices by their shardings."""
     return jax.tree.map(_put, tree, shardings)
 
 

@@ -1,4 +1,4 @@
-"""What groups begin with instead of fresh parameters: the adapters and heads of a bank."""
+"""Initial parameters from the adapters and heads of a bank, in place of fresh ones."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from jaxlora.utils import trees
 from jaxlora.utils.errors import ConfigError
 from jaxlora.utils.trees import Tree
 
-START = "the start of "  # begins the names of first parameters among the inputs of a run
-# What decides about a head's outputs and their meaning.
+START = "the start of "  # prefix of the names of initial parameters in the inputs of a run
+# Fields that determine the outputs of a head and their meaning.
 _OF_HEAD = ("kind", "pair", "classes", "low", "high", "loss", "head", "pair_encoding")
 _OF_ADAPTER = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern")
 Start = Mapping[str, Mapping[str, Tree]]
-"""Group → its first `{"trainable", "heads"}`."""
+"""Group → its initial `{"trainable", "heads"}`."""
 
 
 def load_start(settings: Settings, base: Pretrained) -> Start:
-    """Read what `start_from` names; nothing if the groups begin afresh.
+    """Load the initial parameters that `start_from` names; empty if it is not set.
 
     Args:
-      settings: of the run, with the modules of the base's family.
+      settings: settings of the run, after `inputs.fit_to_base`.
       base: the base.
 
     Raises:
-      UserError: if there is no such bank or task.
-      ConfigError: if what was trained there does not fit the settings or the base.
+      UserError: if the bank or the task does not exist.
+      ConfigError: if the parameters do not fit the settings or the base.
     """
     asked = settings.model.start_from
     if asked is None:
@@ -56,7 +56,7 @@ def load_start(settings: Settings, base: Pretrained) -> Start:
 
 
 def _parse(asked: str) -> tuple[str, str]:
-    """Return the folder and the task that are asked for; no task is an empty string.
+    """Split `FOLDER:TASK` into its parts; the task is empty if none is named.
 
     >>> _parse("bank:topics"), _parse("bank")
     (('bank', 'topics'), ('bank', ''))
@@ -121,15 +121,15 @@ def _check_head(settings: Settings, task: Task, model: TaskModel) -> None:
 
 
 def fingerprints(start: Start) -> dict[str, str]:
-    """Return checksums of first parameters, as inputs of a run."""
+    """Return checksums of initial parameters, as inputs of a run."""
     return {f"{START}{name}": trees.checksum(dict(found)) for name, found in start.items()}
 
 
 def begin(states: Mapping[str, TrainState], start: Start) -> dict[str, TrainState]:
-    """Return first states with the parameters of a start in the place of fresh ones.
+    """Replace the fresh parameters in initial states by those of a start.
 
     Raises:
-      ConfigError: if a tree has other shapes.
+      ConfigError: if their shapes differ.
     """
     return {name: _replace(name, state, start.get(name)) for name, state in states.items()}
 

@@ -1,11 +1,11 @@
-"""The one train step, for every variant: K ≥ 1 groups of tasks, T ≥ K tasks in all.
+"""The train step of all variants: K ≥ 1 groups of tasks, T ≥ K tasks in total.
 
-One backward pass gives each task's own gradient of its group's trainable tree, along a task axis;
-an optax chain that begins with PCGrad brings that axis down again. Heads belong to one task each:
-their gradients go straight to their own optimizer. Groups share the pass and nothing else: each
-has its own state, number of steps and optimizers.
+One backward pass computes the gradient of each task with respect to its group's trainable tree.
+These gradients have a leading task axis. An optax chain that begins with a gradient aggregator,
+such as PCGrad, combines them. A head belongs to one task, so its gradient goes directly to the
+heads' optimizer. Groups share only the pass: each has its own state, optimizers and step count.
 
-Shapes: T tasks, R rows, S tokens a row, N sentences and B examples a task, H hidden size.
+Shapes: T tasks, R rows, S tokens per row, N sentences and B examples per task, H hidden size.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ CompiledStep = Callable[
 
 @struct.dataclass
 class TrainState:
-    """All that changes when a group trains; a checkpoint needs no more, besides the frozen base.
+    """The complete training state of a group; with the frozen base, it suffices to resume.
 
     Attributes:
-      step: `i32[]`, steps taken.
+      step: `i32[]`, number of steps taken.
       trainable: the group's encoder tree: `{}`, `{"lora": …}` or `{"params": …}`.
       heads: head parameters by task.
-      opt_state: state of the encoder's optimizer chain (PCGrad first).
+      opt_state: state of the encoder's optimizer chain, the aggregator's first.
       head_opt_state: state of the heads' optimizer.
-      key: PRNG key; step k uses `fold_in(key, k)`, so a resumed run repeats nothing.
+      key: PRNG key; step k uses `fold_in(key, k)`, so it draws the same numbers after a resume.
     """
 
     step: jax.Array
@@ -57,17 +57,17 @@ class TrainState:
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports of a group.
+    """Metrics of a step for one group, in which T is the number of its tasks.
 
     Attributes:
       losses: `f32[T]`, mean loss of each task.
-      grad_norm: `f32[]`, norm of the encoder's combined gradient before it is clipped; NaN if the
-        optimizer does not keep it, see `optimizer.clip_by_global_norm`.
+      grad_norm: `f32[]`, norm of the encoder's combined gradient before clipping; NaN if the
+        optimizer does not store it, see `optimizer.clip_by_global_norm`.
       head_grad_norm: `f32[]`, norm of the heads' gradients.
       update_norm: `f32[]`, norm of the encoder's update.
-      conflicts: `i32[]`, pairs of tasks in conflict.
-      cosines: `f32[T, T]`, between the tasks' gradients.
-      finite: `bool[]`; if not, the step changed nothing.
+      conflicts: `i32[]`, number of pairs of tasks whose gradients conflict.
+      cosines: `f32[T, T]`, cosines between the tasks' gradients.
+      finite: `bool[]`; if False, the step changed no parameters.
     """
 
     losses: jax.Array
@@ -81,13 +81,13 @@ class StepMetrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GroupStep:
-    """What a group brings to a step.
+    """The tasks and optimizers of a group.
 
     Attributes:
       tasks: the group's tasks, in the order of the task axis.
-      tx: the encoder's optimizer, which takes the task axis away.
+      tx: the encoder's optimizer, which maps gradients `[T, ...]` to updates `[...]`.
       head_tx: the heads' optimizer.
-      weights: factor of each task's loss; `()` for 1.
+      weights: factor of each task's loss; `()`: all are 1.
     """
 
     tasks: tuple[Task, ...]
@@ -98,19 +98,18 @@ class GroupStep:
     def update(
         self, state: TrainState, losses: jax.Array, grads: Tree, head_grads: Tree, active: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
-        """Return the next state.
+        """Return the next state and the metrics.
 
-        A loss or an update that is not finite changes nothing but the step's number.
+        If a loss or an update is not finite, only the step number changes.
 
         Args:
-          state: the group's.
-          losses: `f32[T]`, of its tasks.
-          grads: of its tree, `[T, ...]`.
-          head_grads: of its heads.
-          active: `bool[]`; if not, the group has no examples in this step, which leaves it as it
-            is.
+          state: state of the group.
+          losses: `f32[T]`, mean loss of each task.
+          grads: gradients of the trainable tree, `[T, ...]`.
+          head_grads: gradients of the heads.
+          active: `bool[]`, whether the group has examples in this step; if not, nothing changes.
         """
-        # Aggregators that weight by losses read them; other transforms ignore them.
+        # Some aggregators need the losses; other transforms ignore them.
         updates, opt_state = optax.with_extra_args_support(self.tx).update(
             grads, state.opt_state, state.trainable, losses=losses
         )
@@ -143,16 +142,16 @@ class GroupStep:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainStep:
-    """The train step of some groups, and what it begins with; see `make_train_step`.
+    """The train step of several groups and their initial states, see `make_train_step`.
 
     Attributes:
-      groups: by name.
-      adaptation: what is trained of the encoder.
-      encode: from `encoder`.
+      groups: the groups by name.
+      adaptation: which part of the encoder is trained.
+      encode: encodes rows, see `encode.encoder`.
       hidden_size: H.
       dtype: dtype of matmul inputs.
       pair_features: see `heads.pair_vector`.
-      dropout: dropout in the heads.
+      dropout: dropout rate in the heads.
     """
 
     groups: Mapping[str, GroupStep]
@@ -173,14 +172,14 @@ class TrainStep:
         return [len(group.tasks) for group in self.groups.values()]
 
     def freeze(self, params: Tree) -> Tree:
-        """Return the collections that no step changes, from the pretrained parameters."""
+        """Return the frozen collections, from the pretrained parameters."""
         return self.adaptation.freeze(params, self.dtype)
 
     def init(self, keys: Mapping[str, jax.Array], params: Tree) -> dict[str, TrainState]:
-        """Return the groups' states before the first step.
+        """Return the initial state of each group.
 
         Args:
-          keys: a PRNG key for each group; a task's head depends on it and the task's name alone.
+          keys: a PRNG key for each group; a task's head depends only on it and the task's name.
           params: the pretrained parameters.
 
         Raises:
@@ -216,9 +215,9 @@ class TrainStep:
         """Return the mean loss of every task, `f32[T]`.
 
         Args:
-          heads: of each group, by task.
-          vectors: `f32[T, N, H]`, of the batch's sentences.
-          batch: see `Batch`; its inputs are not read.
+          heads: task → head parameters, for each group.
+          vectors: `f32[T, N, H]`, vectors of the batch's sentences.
+          batch: the labels and weights; its inputs are not read.
           keys: PRNG keys `[T]` for dropout in the heads.
         """
         size = batch.labels.shape[1]
@@ -238,9 +237,9 @@ class TrainStep:
     def __call__(
         self, states: dict[str, TrainState], frozen: Tree, batch: Batch
     ) -> tuple[dict[str, TrainState], dict[str, StepMetrics]]:
-        """Take one step; jit it with `compile`.
+        """Take one step, uncompiled; see `compile`.
 
-        See `GroupStep.update` for groups without examples, and for what is not finite.
+        See `GroupStep.update` for groups without examples, and for steps that are not finite.
         """
         in_order = [states[name] for name in self.groups]  # jit sorts the names of a dict
         per_task, grads, head_grads = self.gradients(in_order, frozen, batch)
@@ -257,11 +256,11 @@ class TrainStep:
         return new, metrics
 
     def task_losses(self, states: Sequence[TrainState], frozen: Tree, batch: Batch) -> jax.Array:
-        """Return the mean loss of every task, `f32[T]`, with the dropout that a step would have.
+        """Return the mean loss of every task, `f32[T]`, with the same dropout as a step.
 
         Args:
-          states: of the groups, in order.
-          frozen: see `freeze`.
+          states: states of the groups, in order.
+          frozen: frozen collections, see `freeze`.
           batch: see `Batch`.
         """
         encode = self.adaptation.encode_tasks(self.encode, self._sizes)
@@ -273,7 +272,7 @@ class TrainStep:
     def gradients(
         self, states: Sequence[TrainState], frozen: Tree, batch: Batch
     ) -> tuple[jax.Array, list[Tree], list[dict[str, Tree]]]:
-        """Return the losses `f32[T]`, and each group's gradients: its tree's `[T, ...]`, heads'."""
+        """Return losses `f32[T]`, and by group the gradients of its tree, `[T, ...]`, and heads."""
         encode = self.adaptation.encode_tasks(self.encode, self._sizes)
         weights = jnp.array(
             [w for g in self.groups.values() for w in g.weights or (1.0,) * len(g.tasks)]
@@ -287,31 +286,31 @@ class TrainStep:
             return jnp.sum(per_task * weights), per_task
 
         grads, per_task = jax.grad(total, (0, 1), has_aux=True)(vectors, heads)
-        # What is not finite would reach other groups' gradients, as 0 · NaN.
+        # A NaN would spread to the gradients of other groups in the shared pass, as 0 · NaN.
         finite = jnp.isfinite(per_task)[:, None, None]
         return per_task, pull(jnp.where(finite, grads[0], 0)), grads[1]
 
     def _keys(self, states: Sequence[TrainState]) -> tuple[jax.Array, jax.Array]:
-        """Return the keys of dropout at a step: one for the encoder, one for each task's head.
+        """Return the PRNG keys of dropout at a step: one for the encoder, one for each head.
 
-        The heads' are those of each group alone.
+        A head's key depends on its own group only.
         """
         keys = [
             jax.random.split(jax.random.fold_in(state.key, state.step), 1 + size)
             for state, size in zip(states, self._sizes, strict=True)
         ]
         encoder_key = keys[0][0]
-        for state in states[1:]:  # which go on where the first has ended
+        for state in states[1:]:  # their step numbers still change once the first group has ended
             encoder_key = jax.random.fold_in(encoder_key, state.step)
         return encoder_key, jnp.concatenate([own[1:] for own in keys])
 
     def compile(self, shardings: Any = None) -> CompiledStep:
-        """Return the compiled step: `(states, frozen, batch) → (states, metrics)`, by group.
+        """Return the jitted step: `(states, frozen, batch) → (states, metrics)`, by group.
 
-        The old states' memory is given to the new ones, so do not use the old states again.
+        It donates the buffers of the old states, so do not use them again.
 
         Args:
-          shardings: where the new states and the metrics live; None: XLA decides.
+          shardings: shardings of the new states and the metrics; None: XLA decides.
         """
         return jax.jit(self.__call__, donate_argnums=0, out_shardings=shardings)
 
@@ -325,12 +324,12 @@ def make_train_step(
     pooling: str = "mean",
     **rest: Any,
 ) -> TrainStep:
-    """Return the train step of some groups.
+    """Build the train step of several groups.
 
     Args:
-      groups: by name.
-      config: the encoder's, with the dropout that it has in training.
-      adaptation: what is trained of it.
+      groups: the groups by name.
+      config: configuration of the encoder, with its dropout in training.
+      adaptation: which part of the encoder is trained.
       dtype: dtype of matmul inputs.
       pooling: see `bert.pool`.
       rest: `pair_features` and `dropout` of `TrainStep`.

@@ -1,4 +1,4 @@
-"""Groups of tasks, assembled and ready to train in one step, to be evaluated and to predict."""
+"""Groups of tasks that train in one step, with all that training and evaluation need."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from jaxlora.training.start import Start, begin
 from jaxlora.training.step import CompiledStep, GroupStep, TrainState, TrainStep, make_train_step
 from jaxlora.utils.trees import Tree
 
-# Compiled train programs in a run (where groups take turns one for each, if there are more; a long
-# run may have one more, see `batches.choose_batch_shapes`).
+# Number of compiled train steps in a run. Groups that train one after another share this number,
+# with at least one for each. A long run may add one, see `batches.choose_batch_shapes`.
 MOST_PROGRAMS = 3
 
 
@@ -42,11 +42,11 @@ class TaskGroup:
 
     Attributes:
       name: see `sharing.group_name`.
-      tasks: its tasks.
-      steps: how many it takes.
-      eval_every: of its own steps, between evaluations.
-      patience: evaluations without a better score after which it ends; 0: never.
-      rates: the learning rates, `encoder` (if it is trained) and `heads`, of each update.
+      tasks: the tasks, in the order of the task axis.
+      steps: number of steps that the group takes.
+      eval_every: number of these steps between evaluations.
+      patience: evaluations without a better score after which the group ends; 0: never.
+      rates: learning rate of each update, for `encoder` (if it is trained) and `heads`.
     """
 
     name: str
@@ -57,29 +57,29 @@ class TaskGroup:
     rates: Mapping[str, np.ndarray] = dataclasses.field(compare=False)
 
     def rates_at(self, updates: int) -> dict[str, float]:
-        """Return the learning rates of the last of so many updates."""
+        """Return the learning rates of the last of `updates` updates."""
         return {name: float(rates[max(0, updates - 1)]) for name, rates in self.rates.items()}
 
     def evaluates_at(self, step: int) -> bool:
-        """Return whether it is evaluated after so many steps."""
+        """Return whether the group is evaluated after `step` steps."""
         return step == self.steps or step % self.eval_every == 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Cohort:
-    """Groups that train in one step, and all that they need.
+    """Groups that train in one step, with all that training and evaluation need.
 
     Attributes:
-      groups: in the order of the step's.
-      train_step: their step.
-      frozen: the frozen collections.
-      keys: PRNG keys of their first states.
-      params: the base's parameters.
-      batches: indexable by step.
-      vectors: `(trainable, task, split) → f32[sentences, H]`.
-      data: their tasks' examples.
-      mesh: the devices it runs on.
-      start: what groups begin with instead of fresh parameters.
+      groups: the groups, in the order of `train_step.groups`.
+      train_step: their train step.
+      frozen: the frozen collections, on the devices.
+      keys: group → PRNG key of its initial state.
+      params: pretrained parameters of the base.
+      batches: training batches, indexed by step.
+      vectors: encodes a split: `(trainable, task, split) → f32[sentences, H]`.
+      data: task → split → examples.
+      mesh: the devices.
+      start: initial parameters of groups that do not start from fresh ones.
     """
 
     groups: tuple[TaskGroup, ...]
@@ -95,14 +95,14 @@ class Cohort:
 
     @property
     def states(self) -> dict[str, TrainState]:
-        """The first states, made at each call, so that only the caller holds them."""
+        """The initial states, created at each access, so that only the caller holds them."""
         with sharding.on_host():
             states = begin(self.train_step.init(self.keys, self.params), self.start)
         return sharding.put(states, self._shardings(states))
 
     @functools.cached_property
     def state_shapes(self) -> dict[str, TrainState]:
-        """The shapes of the states, and where they live."""
+        """The shapes, dtypes and shardings of the states."""
         shapes = jax.eval_shape(self.train_step.init, self.keys, self.params)
         placed: dict[str, TrainState] = sharding.shapes_at(shapes, self._shardings(shapes))
         return placed
@@ -116,15 +116,15 @@ class Cohort:
         return self.train_step.compile((states, sharding.replicated(self.mesh)))
 
     def place(self, batch: Batch) -> Batch:
-        """Put a batch on its devices."""
+        """Put a batch on the devices."""
         return sharding.put(batch, sharding.of_batch(self.mesh, batch))
 
     def prefetch(self, start: int, stops: tuple[int, ...] = ()) -> Iterator[tuple[int, Batch]]:
-        """Yield the steps from one on with their batches, on their devices.
+        """Yield `(step, batch)` from a step on, with batches on the devices.
 
         Args:
           start: the first step.
-          stops: after how many of its own steps each group ends, if earlier than planned.
+          stops: number of its own steps after which each group ends; empty: as planned.
         """
         order = dataclasses.replace(self.batches.order, stops=stops)
         return data_batches.prefetch(
@@ -140,7 +140,7 @@ def make_cohort(
     mesh: Mesh,
     start: Start = MappingProxyType({}),
 ) -> Cohort:
-    """Assemble groups: their step, their parameters, their order and their packing."""
+    """Build a cohort: train step, frozen parameters, order of examples, and packing."""
     data = {name: data[name] for group in groups for name in group}
     settings = _with_weights(settings, data)
     train = {name: splits["train"] for name, splits in data.items()}
@@ -179,7 +179,7 @@ def make_cohort(
 
 
 def _with_weights(settings: Settings, data: Data) -> Settings:
-    """Return the settings with the tasks' class weights as numbers, see `Task.weighted`."""
+    """Compute the class weights of all tasks from their labels, see `Task.weighted`."""
     specs = tuple(
         dataclasses.replace(
             spec, task=spec.task.weighted(data[spec.task.name]["train"].labels)
@@ -192,7 +192,7 @@ def _with_weights(settings: Settings, data: Data) -> Settings:
 def _joint_order(
     settings: Settings, train: Mapping[str, Examples], groups: Groups, steps: Mapping[str, int]
 ) -> JointOrder:
-    """Return which examples each step of the groups takes."""
+    """Return the order in which the groups draw their examples."""
     loop, sizes = settings.loop, [{name: len(train[name]) for name in group} for group in groups]
     orders = tuple(make_order(own, loop.batch_size, loop.seed) for own in sizes)
     return JointOrder(orders, tuple(steps.values()))
@@ -218,13 +218,13 @@ def _make_task_group(
 def make_cohort_step(
     settings: Settings, base: Pretrained, steps: dict[str, int], groups: Groups
 ) -> TrainStep:
-    """Return the train step of some groups.
+    """Build the train step of several groups.
 
     Args:
-      settings: the run's.
+      settings: settings of the run.
       base: the base.
-      steps: how many each group takes, by its name, for the learning rates.
-      groups: each one's tasks.
+      steps: group → number of steps, for the learning rate schedules.
+      groups: names of the tasks of each group.
     """
     return make_train_step(
         {group_name(names): _make_group_step(settings, names, steps) for names in groups},
@@ -252,12 +252,12 @@ def _make_group_step(
 
 
 def named_key(seed: int, name: str) -> jax.Array:
-    """Return a PRNG key that depends on the seed and a name alone."""
+    """Return a PRNG key that depends only on a seed and a name."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def live_vectors(encode: Encode, frozen: Tree, data: Data, max_length: int, mesh: Mesh) -> Vectors:
-    """Return a function that encodes a split each time it is called."""
+    """Return a function that encodes a split at every call."""
     compiled = make_encode(encode, sharding.replicated(mesh))
 
     def encode_rows(frozen: Tree, trainable: Tree, rows: PackedTokens) -> jax.Array:
@@ -272,7 +272,7 @@ def live_vectors(encode: Encode, frozen: Tree, data: Data, max_length: int, mesh
 
 
 def evaluate_group(cohort: Cohort, group: TaskGroup, state: TrainState) -> dict[str, Any]:
-    """Score a group on dev: each task's metric and loss, and their mean gain as the score."""
+    """Evaluate a group on dev: metric and loss of each task, and the mean `Task.gain` as score."""
     scores, losses = {}, {}
     for task in group.tasks:
         dev = cohort.data[task.name]["dev"]
@@ -291,7 +291,7 @@ def evaluate_group(cohort: Cohort, group: TaskGroup, state: TrainState) -> dict[
 
 
 def tuned(cohort: Cohort, task: Task, best: dict[str, Tree]) -> Task:
-    """Return a task with thresholds chosen on its dev set, if it wants that, see `Task.tuned`."""
+    """Choose the thresholds of a task on its dev set, if it tunes them, see `Task.tuned`."""
     if not task.tune_thresholds:
         return task
     found = outputs(cohort, task, best["trainable"], best["heads"], "dev")
@@ -301,7 +301,7 @@ def tuned(cohort: Cohort, task: Task, best: dict[str, Tree]) -> Task:
 def outputs(
     cohort: Cohort, task: Task, trainable: Tree, heads: dict[str, Tree], split: str
 ) -> np.ndarray:
-    """Return what a task's head says of one split, see `inference.outputs`."""
+    """Return the outputs of a task's head for a split, see `inference.outputs`."""
     vectors = cohort.vectors(trainable, task.name, split)
     return inference.outputs(
         task, heads[task.name], vectors, task.sentences, cohort.train_step.pair_features
@@ -309,7 +309,7 @@ def outputs(
 
 
 def untrained_scores(cohort: Cohort, group: TaskGroup, trainable: Tree) -> dict[str, float]:
-    """Dev scores that need no training, from the group's first tree (the base's own vectors)."""
+    """Return dev scores without training, from the group's initial tree (the base's vectors)."""
     return {
         task.name: inference.untrained(
             task, cohort.data[task.name]["dev"], cohort.vectors(trainable, task.name, "dev")

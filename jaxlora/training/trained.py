@@ -1,4 +1,4 @@
-"""What a run has trained, as the task models that prediction reads."""
+"""The trained tasks of a run as `TaskModels`, from which predictions are made."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def task_models(
     """Return the tasks of a run with their trees, heads and facts.
 
     Args:
-      settings: of the run.
-      checksums: of its base and data, see `inputs.fingerprints`.
+      settings: settings of the run.
+      checksums: checksums of the base and the data, see `inputs.fingerprints`.
       best: group → `{"trainable", "heads"}`, NumPy arrays.
       dev: task → score on its dev set.
-      tasks: by name, with the thresholds that they are served with.
+      tasks: the tasks by name, with their final thresholds.
     """
     versions, tables = inputs.versions(), {spec.task.name: spec.table for spec in settings.tasks}
     models = {}

@@ -1,1 +1,1 @@
-"""General utilities: errors, files, schemas, trees and processes."""
+"""General utilities: errors, files, schemas, pytrees and processes."""

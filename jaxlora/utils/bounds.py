@@ -1,4 +1,4 @@
-"""What a field of a dataclass may be, written beside it: `rank: Annotated[int, Bound(1)]`."""
+"""Bounds of dataclass fields, written as annotations: `rank: Annotated[int, Bound(1)]`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jaxlora.utils.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """From `low` to below `high`.
+    """The interval from `low` to below `high`.
 
     Attributes:
-      low: the smallest value.
-      high: what all values are below.
-      open: whether `low` itself is left out.
+      low: lower bound.
+      high: upper bound, excluded.
+      open: whether `low` is excluded, too.
     """
 
     low: float
@@ -25,19 +25,19 @@ class Bound:
     open: bool = False
 
     def holds(self, value: float) -> bool:
-        """Return whether a value keeps it; NaN does not."""
+        """Return whether a value is within the bounds; NaN is not."""
         return self.low <= value < self.high and not (self.open and value == self.low)
 
     @property
     def rule(self) -> str:
-        """What a value must be."""
+        """The bounds in words, for error messages."""
         if self.high < math.inf:
             return f"must be from {self.low} to below {self.high}"
         return f"must be {'above' if self.open else 'at least'} {self.low}"
 
 
 def metadata(cls: type, kind: type) -> dict[str, Any]:
-    """Return the annotations of a kind that the fields of a dataclass have, by field.
+    """Return the annotations of type `kind` on the fields of a dataclass, by field.
 
     >>> @dataclasses.dataclass
     ... class Size:
@@ -56,10 +56,10 @@ def metadata(cls: type, kind: type) -> dict[str, Any]:
 
 
 def check(instance: Any) -> None:
-    """Check the bounds of a dataclass's fields; None keeps any.
+    """Check the bounds of a dataclass's fields; None is within any bounds.
 
     Raises:
-      ConfigError: naming the first field that does not keep its own.
+      ConfigError: if a field is out of bounds; the error names the first one.
     """
     for name, bound in metadata(type(instance), Bound).items():
         value = getattr(instance, name)

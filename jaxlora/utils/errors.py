@@ -30,26 +30,26 @@ class ConfigError(UserError):
 
 
 class Stopped(BaseException):
-    """A signal ended the run; like `KeyboardInterrupt`, no handler of errors should catch it.
+    """A signal ended the run. Like `KeyboardInterrupt`, it is not an `Exception`.
 
     Attributes:
-      signal: its number; scripts exit with 128 + this.
-      saved: whether all processes have stopped at the same step, and saved their state.
+      signal: number of the signal; scripts exit with 128 + this.
+      saved: whether all processes stopped at the same step and saved their state.
     """
 
     def __init__(
-        self, signal: int, where: str = "at once; nothing was saved", saved: bool = False
+        self, signal: int, where: str = "immediately; nothing was saved", saved: bool = False
     ) -> None:
         super().__init__(f"stopped {where}")
         self.signal, self.saved = signal, saved
 
 
 class Note(UserWarning):
-    """Warning about something that is done nevertheless; commands print it as one line."""
+    """Warning that does not prevent the operation; commands print it as one line."""
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the known name that is most like a wrong one; empty if none is.
+    """Return a hint at the known name closest to a wrong one, or an empty string.
 
     >>> suggestion("querry", ["query", "key"]), suggestion("x", ["query"])
     ('; did you mean query?', '')

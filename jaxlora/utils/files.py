@@ -130,7 +130,7 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
     Args:
       path: the file; its folder is created if it is missing.
-      mode: `wb`, or `w` for UTF-8 text without conversion of line ends.
+      mode: `wb`, or `w` for UTF-8 text without conversion of line endings.
     """
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     make(path.parent)
@@ -242,7 +242,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 class _UnixLines:
-    """A text file that is given rows ending in CR LF, and ends them in LF."""
+    """A text file that converts the CR LF at the end of each row it receives to LF."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
@@ -252,10 +252,10 @@ class _UnixLines:
 
 
 def csv_writer(file: IO[str], delimiter: str = ",") -> Any:
-    r"""Make a `csv.writer` whose rows end in LF and whose fields may hold any line break.
+    r"""Return a `csv.writer` whose rows end in LF and whose fields may contain any line break.
 
-    The module quotes a carriage return only where it ends rows, too; readers would take one that is
-    not quoted for the end of a row.
+    The `csv` module quotes a carriage return only if rows end in one. Readers would take an
+    unquoted one for the end of a row.
 
     >>> import io
     >>> text = io.StringIO()

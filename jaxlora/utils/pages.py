@@ -11,7 +11,7 @@ with explained():
 
 
 def environment(folder: Path) -> jinja2.Environment:
-    """Return where a folder's templates are found; values are escaped, and missing ones refused."""
+    """Return a Jinja environment for a folder, with autoescaping and strict undefined values."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         autoescape=True,

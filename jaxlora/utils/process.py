@@ -68,8 +68,8 @@ def keep_programs(folder: Path) -> None:
 def stop_signals() -> Iterator[Callable[[], int]]:
     """Record Ctrl-C and SIGTERM in this context instead of ending the process.
 
-    A second signal ends it at once. Outside of the main thread, where Python handles no signals,
-    this does nothing.
+    A second signal ends it immediately. Outside of the main thread, where Python handles no
+    signals, this does nothing.
 
     Yields:
       A function that returns the number of the signal received, or 0.
@@ -136,7 +136,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
         case UserError():
             return 2, f"error: {error}"
         case BrokenPipeError():  # as when `head` has read enough
-            return 128 + signal.SIGPIPE, "what reads the output has ended"
+            return 128 + signal.SIGPIPE, "the reader of the output has exited"
         case OSError():
             return 2, f"error: {error}; is there room on the disk, and permission to write?"
         case Stopped():
@@ -188,7 +188,7 @@ def exit_code(main: Callable[[], object], shown: Callable[[str], str] = str) -> 
 
     Returns:
       0 for success, 2 for bad input or a file system error, 130 after Ctrl-C, 143 after SIGTERM,
-      141 if what reads the output has ended.
+      141 if the reader of the output has exited.
     """
     # Orbax's threads log the traceback of errors that are raised and reported here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -1,9 +1,8 @@
-"""The boundary that data of others passes: plain values become typed objects, or are refused.
+"""Validation of untrusted data: plain values become typed objects, or raise an error.
 
-Types are dataclasses (or any other hint), validated by Pydantic as strictly as JSON allows: exact
-types, finite numbers, no unknown field, strings of bounded length. A dataclass needs nothing of
-Pydantic for that, so the pure rooms do not import it; what its `__post_init__` refuses with a
-ValueError is refused here, too.
+Types are dataclasses (or any other type hints), validated by Pydantic in strict mode: exact types,
+finite numbers, no unknown fields, strings of bounded length. The dataclasses themselves do not
+depend on Pydantic. A ValueError from their `__post_init__` is a validation error, too.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pydantic_core import ErrorDetails
 from jaxlora.utils.errors import UserError, suggestion
 
 T = TypeVar("T")
-LONGEST_STRING = 10_000  # a path has 4,096 bytes at most
+LONGEST_STRING = 10_000  # a path has at most 4,096 bytes
 _STRICT = ConfigDict(
     strict=True, extra="forbid", allow_inf_nan=False, str_max_length=LONGEST_STRING
 )
@@ -36,20 +35,20 @@ _PLAINER = {
     "a valid": "a",
     "Tuple should": "must",
     "String should": "must",
-}  # Pydantic's words → JSON's
+}  # Pydantic's wording → JSON's
 _MUST = "must be "
 _UNKNOWN = "unexpected_keyword_argument"
 
 
 def build(kind: type[T], value: Any) -> T:
-    """Return a plain value as a typed one: the inverse of `dataclasses.asdict`, also through JSON.
+    """Build a typed value from a plain one, the inverse of `dataclasses.asdict`, even through JSON.
 
     Args:
       kind: a dataclass, or any type hint: `tuple[str, ...]`, a `Literal`, an `Annotated` type.
-      value: JSON-like; fields that have a default may be missing.
+      value: JSON-like; fields with a default may be missing.
 
     Raises:
-      ValueError: one line that names the field that is wrong.
+      ValueError: if the value is invalid; the message is one line that names the field.
 
     >>> @dataclasses.dataclass
     ... class Point:
@@ -68,7 +67,8 @@ def build(kind: type[T], value: Any) -> T:
     """
     try:
         content = json.dumps([value], default=_refuse, ensure_ascii=False)
-        if "\\u0000" in content or not encodable(content):  # maybe: strings may have these letters
+        # The first test may also match a literal "\\u0000", which `_check_strings` accepts.
+        if "\\u0000" in content or not encodable(content):
             _check_strings(value)
         found: T = _adapter(kind).validate_json(content)[0]  # type: ignore[arg-type]
         return found
@@ -79,7 +79,7 @@ def build(kind: type[T], value: Any) -> T:
 
 
 def plain(kind: Any, value: Any) -> Any:
-    """Return a typed value as a plain one, the inverse of `build`: `dataclasses.asdict`, faster.
+    """Convert a typed value to a plain one, the inverse of `build`; faster than `asdict`.
 
     >>> @dataclasses.dataclass
     ... class Point:
@@ -91,15 +91,15 @@ def plain(kind: Any, value: Any) -> Any:
 
 
 def parse(kind: type[T], value: Any, where: str | Path, remedy: str = "") -> T:
-    """Build a typed value from what a file holds.
+    """Build a typed value from the content of a file.
 
     Args:
       kind, value: see `build`.
-      where: the file, and the part of it.
-      remedy: what to do, where what the field must be does not say that.
+      where: the file, and the part of it, for error messages.
+      remedy: what the user can do about an error, if its reason does not say so.
 
     Raises:
-      UserError: one line with the place, the field and the remedy.
+      UserError: if the value is invalid; one line with the place, the field and the remedy.
     """
     try:
         return build(kind, value)
@@ -108,7 +108,7 @@ def parse(kind: type[T], value: Any, where: str | Path, remedy: str = "") -> T:
 
 
 def encodable(string: str) -> bool:
-    r"""Return whether UTF-8 has all characters of a string; it lacks halves of surrogate pairs.
+    r"""Return whether a string can be encoded as UTF-8, that is, has no lone surrogates.
 
     >>> encodable("né"), encodable("\ud800")
     (True, False)
@@ -121,7 +121,7 @@ def encodable(string: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return a value's repr in printable ASCII, cut to 60 characters."""
+    """Return the repr of a value in printable ASCII, truncated to 60 characters."""
     try:
         text = ascii(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, or deep nesting
@@ -131,7 +131,7 @@ def shown(value: Any) -> str:
 
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[tuple[Any]]:
-    # In a tuple, because Pydantic takes no configuration for a dataclass that is not its own.
+    # In a tuple, because Pydantic accepts no config for a standard-library dataclass alone.
     return TypeAdapter(tuple[kind], config=_STRICT)
 
 
@@ -140,14 +140,14 @@ def _refuse(value: Any) -> Any:
 
 
 def _check_strings(value: Any) -> None:
-    """Refuse strings that no text holds."""
+    """Refuse strings with null characters or lone surrogates."""
     for where, string in _strings(value):
         if "\0" in string or not encodable(string):
             raise ValueError(f"{_joined(where)}{shown(string)} is not text")
 
 
 def _strings(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Yield every string in a plain value, keys included, and where it is."""
+    """Yield the location and content of every string in a plain value, including keys."""
     if isinstance(value, str):
         yield where, value
     elif isinstance(value, Mapping):
@@ -160,12 +160,12 @@ def _strings(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[An
 
 
 def _line(error: ValidationError, kind: Any, value: Any) -> str:
-    """Return the error that says most, in one line."""
+    """Return the most informative error as one line."""
     found = [
         (tuple(_inside(value, one["loc"][1:])), one)
         for one in error.errors(include_url=False, include_context=False)
     ]
-    # Of a field that may be of several types, the innermost error is of the type that was meant.
+    # For a field with several possible types, the innermost error is from the intended type.
     where, first = max(found, key=lambda pair: (pair[1]["type"] == _UNKNOWN, len(pair[0])))
     if first["type"] == _UNKNOWN:
         known = _fields(kind)
@@ -193,7 +193,7 @@ def _reason(error: ErrorDetails) -> str:
 
 
 def _inside(value: Any, where: tuple[Any, ...]) -> Iterator[Any]:
-    """Yield the parts of a place that are keys and numbers; Pydantic adds names of types."""
+    """Yield the keys and indices in a Pydantic location, without the names of types."""
     for part in where:
         with contextlib.suppress(KeyError, IndexError, TypeError):
             value = value[part]
@@ -207,7 +207,7 @@ def _joined(where: Iterable[Any]) -> str:
 
 @functools.cache
 def _fields(kind: Any) -> frozenset[str]:
-    """Return the names of all fields of a type and of the types in it."""
+    """Return the names of all fields of a type, and of the types nested in it."""
     names: set[str] = set()
     if dataclasses.is_dataclass(kind):
         names |= {field.name for field in dataclasses.fields(kind)}

@@ -29,7 +29,7 @@ def broadcast(tree: Tree, count: int) -> Tree:
 
 
 def split(tree: Tree, sizes: Sequence[int]) -> list[Tree]:
-    """Split every leaf along its first axis into parts of these sizes, a tree each.
+    """Split every leaf along its first axis into parts of these sizes, one tree per part.
 
     >>> [part["a"].tolist() for part in split({"a": jnp.arange(3)}, (1, 2))]
     [[0], [1, 2]]
@@ -59,7 +59,7 @@ def names(tree: Tree) -> list[str]:
 
 
 def flatten(tree: Mapping[str, Any], keep_empty: bool = False) -> dict[Path, Any]:
-    """Return the leaves of nested dicts by their paths.
+    """Flatten nested dicts to a dict of leaves by path.
 
     Flax's `traverse_util` does the same but takes longer to import than optax.
 

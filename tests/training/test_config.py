@@ -106,7 +106,7 @@ def test_adapter_flags_reach_the_adapter():
 )
 def test_adapter_flags_mean_nothing_without_adapters(values):
     for name in ("baseline1", "baseline3"):
-        with pytest.raises(ConfigError, match=f"`{next(iter(values))}`: means nothing to {name}"):
+        with pytest.raises(ConfigError, match=f"`{next(iter(values))}`: has no effect on {name}"):
             make_settings(name, **values)
 
 
@@ -138,7 +138,7 @@ def test_surgery_is_for_tasks_that_share():
     assert make_settings("baseline2", surgery="none").optimizer.surgery == "none"
     assert make_settings("lora1", surgery="none", groups="sst|para,sts").optimizer.surgery == "none"
     for variant, more in (("lora1", {}), ("baseline1", {}), ("lora3", {"only": ("sst",)})):
-        with pytest.raises(UserError, match="`surgery`: means nothing"):
+        with pytest.raises(UserError, match="`surgery`: has no effect"):
             make_settings(variant, surgery="none", **more)
 
 

@@ -95,7 +95,7 @@ def test_outside_the_main_thread_a_run_trains_all_the_same(make, tmp_path):
         (KeyboardInterrupt(), 130, "interrupted"),
         (UserError("--rank is wrong"), 2, "error: --rank is wrong"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "is there room"),
-        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, "what reads the output has ended"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, "the reader of the output has exited"),
         (None, 0, ""),
     ],
 )

@@ -78,7 +78,7 @@ def test_only_where_it_is_due_processes_ask_one_another(
 
 def test_sigterm_ends_what_is_not_trained():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match="at once") as stopped, host.ended_by_sigterm():
+    with pytest.raises(Stopped, match="immediately") as stopped, host.ended_by_sigterm():
         os.kill(os.getpid(), signal.SIGTERM)
     assert stopped.value.signal == signal.SIGTERM and not stopped.value.saved
     assert signal.getsignal(signal.SIGTERM) == before

@@ -212,7 +212,7 @@ def test_home_folders_are_expanded_and_a_missing_one_is_named(runs, tmp_path, mo
 def test_many_processes_refuse_an_odd_folder_before_training(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     checkpoint.check_place(tmp_path / "plain")
-    with pytest.raises(UserError, match="many processes need a path of"):
+    with pytest.raises(UserError, match="with several processes, a path may"):
         checkpoint.check_place(tmp_path / "[v2]")
 
 

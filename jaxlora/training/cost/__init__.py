@@ -1,8 +1,8 @@
-"""What a step will cost: FLOPs, bytes and traffic from shapes alone; nothing is allocated.
+"""The cost of a train step: FLOPs, memory and traffic, from shapes alone.
 
-FLOPs, traffic and what a device keeps are counted, by closed formulas. What the backward pass needs
-besides is an estimate, see `activations`. `docs/scaling.md` compares all this with XLA's own
-analyses.
+FLOPs, traffic and the arrays that a device keeps between steps are counted by closed formulas. The
+memory of the backward pass is estimated, see `activations`. `docs/scaling.md` compares both with
+XLA's own analyses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["SIZES", "Estimate", "Flops", "Memory", "Traffic", "Work", "estimate"
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a step costs; see the parts."""
+    """The cost of a step."""
 
     work: Work
     flops: Flops
@@ -28,18 +28,18 @@ class Estimate:
     traffic: Traffic
 
     def seconds(self, flops_per_second: float, bytes_per_second: float = math.inf) -> float:
-        """Compute a step's time without overlap, on devices that reach the rates they are given.
+        """Compute the time of a step, without overlap of computation and communication.
 
         Args:
-          flops_per_second: what a device does of this work, half of its peak or less.
-          bytes_per_second: of the link between devices.
+          flops_per_second: rate that a device reaches, typically at most half of its peak.
+          bytes_per_second: bandwidth of the link between devices.
         """
         work, devices = self.flops.total, self.work.devices
         return work / devices / flops_per_second + self.traffic.wire(devices) / bytes_per_second
 
 
 def estimate(work: Work) -> Estimate:
-    """Return what a step costs.
+    """Compute the cost of a step.
 
     >>> from jaxlora.tasks.task import paper_tasks
     >>> work = Work(SIZES["bert-base"], "lora", paper_tasks("mse"), batch_size=8, rows=16)

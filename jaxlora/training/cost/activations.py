@@ -1,7 +1,7 @@
-"""Bytes that a step holds when the backward pass begins: an estimate, fitted to XLA on CPU.
+"""An estimate of the bytes that a step holds when the backward pass begins, fitted to XLA on CPU.
 
-Other backends fuse and schedule differently. The tests compare it with XLA's analysis of steps that
-are compiled on CPU.
+Other backends fuse and schedule differently. The tests compare the estimate with XLA's analysis of
+steps compiled for CPU.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from jaxlora.nn import bert
 from jaxlora.training.cost.work import FLOAT, Work, held, kernels
 from jaxlora.utils import trees
 
-# Numbers of float32 of each layer and token, as multiples of H, of F and of the attention weights.
+# float32 values per layer and token, as multiples of H, of F and of the attention weights.
 NORMS = 6  # two LayerNorms: input, centred input and output
 BEFORE_GELU = 1  # the feed-forward layer before its activation
-DROPPED = 2  # with dropout: the attention weights that it leaves, and its mask
-# In the dtype of matmuls: query, key and value, as multiples of H.
+DROPPED = 2  # with dropout: the attention weights after it, and its mask
+# Query, key and value in the dtype of matmuls, as multiples of H.
 HEADS = 3
-# Of the layer at hand alone, by trial.
+# Workspace of the current layer, fitted to measurements.
 WORKSPACE_WEIGHTS, WORKSPACE_WIDE = 2, 1.6
 
 
 def bytes_held(work: Work) -> float:
-    """Estimate what a device holds: residuals of all layers, kernels, and the layer at hand."""
+    """Estimate the bytes on a device: residuals of all layers, kernels, and the current layer."""
     here = work.tokens / work.devices
     wide = WORKSPACE_WIDE * work.config.intermediate_size
     at_hand = here * FLOAT * (WORKSPACE_WEIGHTS * _attention_weights(work) + wide)
@@ -31,13 +31,13 @@ def bytes_held(work: Work) -> float:
 
 
 def _layers(work: Work) -> int:
-    """Count the layers whose residuals are held: a loop holds those of its last pass twice."""
+    """Count the layers whose residuals are held; a loop holds those of its last iteration twice."""
     layers = work.config.num_hidden_layers
     return layers if layers <= bert.MOST_UNROLLED else layers + bert.MOST_UNROLLED
 
 
 def _layer(work: Work) -> float:
-    """Estimate the bytes that a layer leaves to the backward pass, of each token."""
+    """Estimate the bytes per token that a layer keeps for the backward pass."""
     c, weights = work.config, _attention_weights(work)
     plain = NORMS * c.hidden_size + BEFORE_GELU * c.intermediate_size
     if c.attention_probs_dropout_prob:
@@ -46,12 +46,12 @@ def _layer(work: Work) -> float:
 
 
 def _attention_weights(work: Work) -> int:
-    """Count a token's attention weights in a layer."""
+    """Count the attention weights of a token in a layer."""
     return work.config.num_attention_heads * work.row_length
 
 
 def _matmul_inputs(work: Work) -> int:
-    """Count a token's inputs of trained matmuls in a layer; query, key and value share one."""
+    """Count a token's inputs to trained matmuls in a layer; query, key and value share one."""
     if work.adapt == "frozen":
         return 0
     if work.adapt == "full":
@@ -63,11 +63,11 @@ def _matmul_inputs(work: Work) -> int:
 
 
 def _cut_kernels(work: Work) -> float:
-    """Estimate the bytes of kernels cut out of their stack; they are whole wherever they are used.
+    """Estimate the bytes of kernels that are sliced from their stack, or gathered over `fsdp`.
 
-    A loop cuts out those of its pass alone; few frozen layers are unstacked from the start, and are
-    only brought together from `fsdp`. But a loop takes and gives stacks: whole encoders' kernels
-    are laid out for it once for each task, and so are their gradients.
+    A loop slices only the kernels of its current iteration. Without a loop, frozen layers are
+    unstacked before training, so they are only gathered. In full fine-tuning, a loop also copies
+    the stacked kernels once for each task, and likewise their gradients.
     """
     layers, stacked = work.config.num_hidden_layers, kernels(work.params)
     looped = layers > bert.MOST_UNROLLED
@@ -75,6 +75,6 @@ def _cut_kernels(work: Work) -> float:
     if work.adapt != "full":
         return cut * (work.adapt == "lora" and (work.fsdp > 1 or looped))
     stacks = 2 * FLOAT * held(stacked, work.fsdp) * looped
-    # The gradient of looking words up starts as zeros for the whole table.
+    # The gradient of the embedding lookup starts as zeros for the whole table.
     table = FLOAT * held(work.params["embeddings"]["word_embeddings"], work.fsdp)
     return len(work.tasks) * (cut + stacks + table)

@@ -1,4 +1,4 @@
-"""Bytes on each device: counted, but for the estimate of what the backward pass needs."""
+"""Bytes on each device: counted, except for the estimate of the backward pass."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Memory(NamedTuple):
 
     Attributes:
       frozen: parameters that are not trained.
-      trained: parameters that are, heads included.
-      moments: AdamW's two for each of them.
-      best: a copy of what is trained, as it was at the best evaluation. It stays on the devices,
-        split as they split it: in host memory, every process would have to hold all of it.
+      trained: trained parameters, including heads.
+      moments: AdamW's two moments of each trained parameter.
+      best: copy of the trained parameters at the best evaluation. It stays sharded on the devices:
+        in host memory, every process would have to hold all of it.
       batch: tokens, positions, segments, labels.
       activations: held when the backward pass begins; an estimate, see `activations`.
-      gradients: of each task, `[T, ...]`, and of the heads.
-      update: the new parameters and moments, until it is known that they are finite.
+      gradients: gradients of each task, `[T, ...]`, and of the heads.
+      update: the new parameters and moments, held until they are known to be finite.
     """
 
     frozen: float
@@ -35,17 +35,17 @@ class Memory(NamedTuple):
 
     @property
     def arguments(self) -> float:
-        """What a step is given."""
+        """Arguments of a step."""
         return self.frozen + self.trained + self.moments + self.batch
 
     @property
     def temporary(self) -> float:
-        """What it holds besides at the fullest moment: before the backward pass, or the update."""
+        """Peak of the other memory of a step: before the backward pass, or during the update."""
         return max(self.activations, self.gradients + self.update)
 
     @property
     def total(self) -> float:
-        """What a device needs."""
+        """Memory that a device needs."""
         return self.arguments + self.best + self.temporary
 
 
@@ -69,7 +69,7 @@ def count_memory(work: Work) -> Memory:
 
 
 def _frozen(work: Work) -> float:
-    """Count the bytes of the parameters that no step changes; kernels have the matmuls' dtype."""
+    """Count the bytes of the frozen parameters, whose kernels have the dtype of matmuls."""
     if not work.adaptation.keeps_base:
         return 0.0
     in_matmuls = held(kernels(work.frozen), work.fsdp)

@@ -1,7 +1,7 @@
-"""A step whose cost is asked for, and the shapes of its parameters.
+"""The description of a step whose cost is computed, and the shapes of its parameters.
 
-Shapes: T tasks, R rows, S tokens a row, B examples a task, H hidden size, F the feed-forward
-layer's width, L layers, r rank.
+Shapes: T tasks, R rows, S tokens per row, B examples per task, H hidden size, F width of the
+feed-forward layer, L layers, r rank.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ SIZES = {
     ),
 }
 
-FLOAT = 4  # bytes of float32, in which all is kept but the matmuls' inputs
-PACKED = 0.9  # of a row's tokens are real where tasks share rows
+FLOAT = 4  # bytes of float32, the dtype of everything but the inputs of matmuls
+PACKED = 0.9  # share of tokens in packed rows that are not padding
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A step of one group, or of several that train in one.
+    """A step of one group, or of several groups that train in one step.
 
     Attributes:
-      config: the network.
-      adapt: what of it is trained.
-      tasks: the groups' T tasks.
+      config: configuration of the encoder.
+      adapt: which part of it is trained.
+      tasks: the T tasks of all groups.
       batch_size: B.
-      rows: R; for adapters of all tasks together, for whole encoders of each task.
+      rows: R; of each task in full fine-tuning, else of all tasks together.
       row_length: S.
-      adapter: used by `lora`.
-      dtype: of matmul inputs.
+      adapter: configuration of the adapters; only `lora` uses it.
+      dtype: dtype of matmul inputs.
       pair_features: see `heads.pair_vector`.
-      groups: K, how many groups the tasks are in, each with a tree of its own.
-      data, fsdp: the mesh.
+      groups: K, the number of groups, each with its own trainable tree.
+      data, fsdp: sizes of the mesh's axes.
     """
 
     config: EncoderConfig
@@ -85,17 +85,17 @@ class Work:
 
     @property
     def devices(self) -> int:
-        """Of the mesh."""
+        """Number of devices in the mesh."""
         return self.data * self.fsdp
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step on all devices, padding included."""
+        """Tokens of a step on all devices, including padding."""
         return self.adaptation.row_sets(len(self.tasks)) * self.rows * self.row_length
 
     @property
     def width(self) -> int:
-        """Bytes of a matmul's input."""
+        """Bytes per element of matmul inputs."""
         return int(jnp.dtype(self.dtype).itemsize)
 
     @functools.cached_property
@@ -105,12 +105,12 @@ class Work:
 
     @functools.cached_property
     def frozen(self) -> Tree:
-        """Shapes of the frozen parameters as a step takes them: few layers are unstacked."""
+        """Shapes of the frozen parameters as a step takes them, see `bert.matmul_ready`."""
         return jax.eval_shape(lambda p: bert.matmul_ready(p, jnp.float32), self.params)
 
     @functools.cached_property
     def trained(self) -> list[Tree]:
-        """Shapes of what is trained of the encoder, by group."""
+        """Shapes of the trainable tree of each group."""
         one = jax.eval_shape(self.adaptation.init, jax.random.key(0), self.params)
         return [one] * self.groups
 
@@ -122,13 +122,13 @@ class Work:
 
 
 def kernels(params: Tree) -> list[Any]:
-    """Return the layers' kernels, `[L, in, out]` or L times `[in, out]`."""
+    """Return the kernels of the layers, either stacked, `[L, in, out]`, or L times `[in, out]`."""
     paths = jax.tree_util.tree_leaves_with_path(params["layers"])
     return [leaf for path, leaf in paths if path[-1].key == "kernel"]
 
 
 def split(tree: Tree, parts: int) -> int:
-    """Count the numbers in leaves that are split into `parts`."""
+    """Count the elements of the leaves that are split into `parts`."""
     leaves = jax.tree.leaves(tree)
     return sum(
         x.size for x in leaves if parts > 1 and sharding.split_axis(x.shape, parts) is not None
@@ -136,7 +136,7 @@ def split(tree: Tree, parts: int) -> int:
 
 
 def held(tree: Tree, parts: int) -> float:
-    """Count the numbers of a tree that one of the devices holds."""
+    """Count the elements of a tree that each device holds if leaves are split into `parts`."""
     return trees.count(tree) - split(tree, parts) * (1 - 1 / parts)
 
 
@@ -148,20 +148,20 @@ def for_variant(
     row_length: int = 64,
     **rest: Any,
 ) -> dict[str, Work]:
-    """Return a variant's steps with as many rows as packing needs, by the names of their groups.
+    """Return the steps of a variant by the names of their groups, with the rows that packing needs.
 
-    All groups train in one step; only whole encoders take turns.
+    All groups train in one step, except in full fine-tuning, where each has a step of its own.
 
     Args:
       name: see `sharing.VARIANTS`.
-      config: the network.
+      config: configuration of the encoder.
       batch_size: B.
-      sentence_length: tokens of a sentence on the average.
+      sentence_length: mean number of tokens per sentence.
       row_length: S.
       rest: other fields of `Work`.
 
     Raises:
-      UserError: for an unknown variant, and for lengths that cannot be, naming them.
+      UserError: if the variant is unknown, or a length is invalid; the error names it.
 
     >>> [(n, w.groups, w.rows) for n, w in for_variant("lora1", SIZES["minilm"], 16).items()]
     [('sst+para+sts', 3, 28)]
