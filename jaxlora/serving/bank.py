@@ -48,7 +48,7 @@ PARTS = (ADAPTERS, HEADS)
 MEMORY = 2**29  # bytes of trees cached in host memory
 MOST_VERSIONS = 5  # earlier versions that are kept of each task
 MOST_CHANGES = 100  # attempts to read a bank that other processes change
-_REPAIR = "restore a copy, or repair the task with bank update, or delete it with bank remove"
+_REPAIR = "restore a backup, or repair the task with bank update, or delete it with bank remove"
 
 
 # ---- reading
@@ -191,13 +191,13 @@ def _load_tree(folder: Path, part: str, stored: str) -> Tree:
 def _check_kind(path: Path, name: str, tree: Tree, config: LoraConfig | None) -> None:
     """Refuse a tree whose kind or ranks differ from the manifest."""
     if not isinstance(tree, dict) or list(tree) != ["params" if config is None else "lora"]:
-        raise UserError(f"{path}: {name} is not the kind of tree that it says; restore a copy")
+        raise UserError(f"{path}: {name} is not the kind of tree that it says; restore a backup")
     try:
         if config is not None:
             lora.check_fit(tree["lora"], config)
     except ValueError as error:
         raise UserError(
-            f"{path}: was changed by hand or damaged (adapter {name}: {error}); restore a copy"
+            f"{path}: was changed by hand or damaged (adapter {name}: {error}); restore a backup"
         ) from error
 
 

@@ -193,7 +193,7 @@ def test_verify_says_that_the_base_is_missing_and_what_else_is_wrong(three, base
     shutil.rmtree(next((three / "heads").iterdir()))
     assert cli.main(["bank", "verify", str(three)]) == 2
     shown = capsys.readouterr().err
-    assert "missing; put back a copy" in shown and f"{base}: no such folder" in shown
+    assert "missing; restore a backup" in shown and f"{base}: no such folder" in shown
 
 
 # --- banks and runs of format 1, which know the weights alone
