@@ -276,8 +276,8 @@ def load(
     rest = [name for name in found.head.modules if not name.startswith("pooler")]
     if rest and not encoder_only:
         raise UserError(
-            f"{Path(folder) / TENSORS}: also trains {', '.join(rest)}; exchange.load imports the "
-            "whole task, encoder_only=True takes the encoder's adapter alone"
+            f"{Path(folder) / TENSORS}: also trains {', '.join(rest)}; import the whole task with "
+            "export_peft.load, or only the encoder's adapter with encoder_only=True"
         )
     return found.adapter, found.config
 
@@ -376,7 +376,7 @@ def _check_saved(folder: Path, written: PeftConfig, saved: Iterable[str], family
     # PEFT lists `classifier` and `score` for any classifier; a model has only one of them.
     if missing := wanted - there - {"score"}:
         raise UserError(
-            f"{folder / CONFIG}: modules_to_save names {_some(missing)}, which {TENSORS} has not; "
+            f"{folder / CONFIG}: modules_to_save names {_some(missing)}, which {TENSORS} lacks; "
             "the two files do not belong together"
         )
 
@@ -421,7 +421,7 @@ def _read_tensors(
     if unknown:
         raise UserError(
             f"{path}: these tensors are no LoRA factors of a {model}'s layers: {_some(unknown)}; "
-            "an adapter that trains or changes anything else but a head cannot be read; if it "
+            "an adapter that trains or changes anything but these and a head cannot be read; if it "
             f"is of such a model, {MERGE}"
         )
     return found
@@ -459,7 +459,7 @@ def _change(path: Path, written: PeftConfig, factors: Factors) -> np.ndarray:
     if factors.a.shape[1] != factors.b.shape[0]:
         raise UserError(
             f"{path.with_name(TENSORS)}: {factors.module} has lora_A {factors.a.T.shape} and "
-            f"lora_B {factors.b.T.shape}, which have not the same rank"
+            f"lora_B {factors.b.T.shape}, whose ranks differ"
         )
     scale = written.scale(*_checked_values(path, written, factors))
     with np.errstate(all="ignore"):  # a bank refuses non-finite parameters

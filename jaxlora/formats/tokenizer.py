@@ -161,8 +161,8 @@ def _check_class(path: Path, about: dict[str, Any]) -> None:
         return
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerFast)):
         raise UserError(
-            f"{path}: tokenizer_class {name!r} is no fast tokenizer (one of the tokenizers "
-            "library), and only such can be used"
+            f"{path}: tokenizer_class {name!r} is no fast tokenizer (of the tokenizers "
+            "library); only fast tokenizers are supported"
         )
 
 
@@ -187,8 +187,8 @@ def _from_transformers(folder: Path) -> Any:
         raise UserError(f"{folder}: transformers cannot load its tokenizer ({reason})") from error
     if not isinstance(found, transformers.PreTrainedTokenizerFast):
         raise UserError(
-            f"{folder}: its tokenizer is a {type(found).__name__}, which is no fast tokenizer (one "
-            "of the tokenizers library); only such can be used"
+            f"{folder}: its tokenizer is a {type(found).__name__}, which is no fast tokenizer (of "
+            "the tokenizers library); only fast tokenizers are supported"
         )
     return found
 
@@ -213,8 +213,8 @@ def _check_alone(folder: Path, wrapped: Any, tokenizer: Tokenizer) -> None:
         raise UserError(f"{folder}: its tokenizer cannot be applied ({error})") from error
     if wanted != [encoding.ids for encoding in found]:
         raise UserError(
-            f"{folder}: its {type(wrapped).__name__} does more than its fast tokenizer, which "
-            "alone can be used"
+            f"{folder}: its {type(wrapped).__name__} does more than its fast tokenizer, and "
+            "only that can be used"
         )
     if any(any(encoding.type_ids) for encoding in found):
         raise UserError(f"{folder}: its tokenizer gives token types other than 0 to a sentence")

@@ -412,8 +412,8 @@ def add(
 
     Raises:
       UserError: if a task exists already, or with `replace` does not; if it is fully fine-tuned or
-        not finite; if base, pooling, maximum length or dtype differ from the bank's; if `if_better`
-        would compare scores of different dev sets.
+        has non-finite parameters; if base, pooling, maximum length or dtype differ from the bank's;
+        if `if_better` would compare scores of different dev sets.
     """
     folder = files.local(folder)
     for name in names:

@@ -109,7 +109,7 @@ def _head(source: Source, classifier: Classifier) -> Tree:
     if odd := set(source.parts.modules) - set(classifier.modules.values()):
         raise UserError(
             f"{source.folder}: has {', '.join(sorted(odd))}, which "
-            f"{family.sequence_classifier} has not; {source.remedy}"
+            f"{family.sequence_classifier} lacks; {source.remedy}"
         )
     head = {ours: _linear(source, of_model, module) for ours, module in classifier.modules.items()}
     first, width = next(iter(classifier.modules)), source.base.config.hidden_size
@@ -132,7 +132,7 @@ def _linear(source: Source, of_model: Mapping[str, np.ndarray], module: str) -> 
         )
     tensors = parts.saved if any(saved) else of_model
     if not all(name in tensors for name in names):
-        too = "" if source.model == folder else ", which is missing in the base, too"
+        too = "" if source.model == folder else ", and neither has the base"
         raise UserError(f"{folder}: has no {module}{too}; {source.remedy}")
     weight, bias = (tensors[name] for name in names)
     change = parts.changes.get(module, np.zeros_like(weight))

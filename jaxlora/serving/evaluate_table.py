@@ -59,7 +59,7 @@ class Report:
       best_threshold, best_f1: see `Evaluation.best_threshold`; None unless the task is binary.
       thresholds: class → decision threshold; empty: 0.5, or the most probable class.
       mistakes: the worst mistakes.
-      against: the bank to compare with.
+      against: the bank it is compared with, if any.
       differences: metric → difference to that bank's score, with a 95 % interval.
     """
 

@@ -150,7 +150,7 @@ def special_tokens(base: Pretrained) -> dict[str, str]:
     """Find the special tokens of a base.
 
     A token is taken from the tokenizer, else from the declarations in its files, else by its usual
-    name. Without a padding token, the unknown token pads; the attention mask hides it.
+    name. Without a padding token, the unknown token (or `[SEP]`) pads; the mask hides it.
 
     Returns:
       Field of transformers' files, e.g. `pad_token`, → token; at least `pad_token`, `cls_token` and

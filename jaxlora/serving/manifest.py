@@ -128,7 +128,7 @@ def stamp(folder: Path) -> Stamp:
     try:
         found = (folder / NAME).stat()
     except OSError:
-        raise UserError(f"{folder}: is no bank, it has no {NAME}; make one with bank add") from None
+        raise UserError(f"{folder}: not a bank, it has no {NAME}; make one with bank add") from None
     return found.st_ino, found.st_mtime_ns
 
 

@@ -108,7 +108,7 @@ class Predictor:
 
         Raises:
           UserError: if the folder is neither, its manifest is damaged, or the base is missing or
-            another one; in a process that was forked from one with a predictor.
+            has other checksums; in a process that was forked from one with a predictor.
         """
         _refuse_forked()
         trained = bank.load(Path(folder), memory // HOST_SHARE).at(base)

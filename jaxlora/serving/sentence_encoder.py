@@ -72,7 +72,7 @@ class SentenceEncoder:
           texts: N strings, or pairs (tuples) that are read together as `[CLS] a [SEP] b [SEP]`;
             truncated to `max_length` tokens.
           rows: number of rows R; None: as many as needed. Fix it to compile a single program.
-          length: row length S; None: the longest text, rounded up to a power of two.
+          length: row length S; None: that of the longest text, rounded up to a power of two.
 
         Returns:
           Packed NumPy arrays for `encode`.

@@ -214,7 +214,7 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
 def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     """Upgrade plain values that an earlier jaxlora wrote.
 
-    Format 1 stored only the checksum of the base's weights, and names of facts had spaces.
+    Format 1 stored only the checksum of the base's weights, and had spaces in names of facts.
     """
     known = {name: value for name, value in values.items() if name != "sha256"}
     if "sha256" in values:

@@ -289,7 +289,7 @@ def test_what_does_not_belong_is_refused(runs, three, tmp_path):
     (tmp_path / "full" / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="is not empty and holds no bank"):
         bank.add(tmp_path / "full", source, ["sts"])
-    with pytest.raises(UserError, match="is no bank"):
+    with pytest.raises(UserError, match="not a bank"):
         bank.remove(tmp_path / "none", "sts")
     assert not (tmp_path / "none").exists()
 
