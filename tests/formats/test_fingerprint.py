@@ -139,7 +139,7 @@ def test_a_base_that_moved_can_be_pointed_to(three, run, base, tmp_path, capsys)
     before = [answer.value for answer in jaxlora.load(three)(requests)]
     moved = Path(shutil.move(base, tmp_path / "moved"))
     for folder in (three, run):
-        with pytest.raises(UserError, match=rf"{base}.*no such folder.*where with `base`"):
+        with pytest.raises(UserError, match=rf"{base}.*no such folder.*location as `base`"):
             jaxlora.load(folder)
         found = jaxlora.Predictor.load(folder, base=str(moved))
         assert [answer.value for answer in found(requests)] == pytest.approx(before, abs=1e-6)
