@@ -135,11 +135,11 @@ def write(rows: Sequence[Row], flags: Flags, out: Path) -> None:
     head, *cells = table(rows)
     lines = ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *cells]]
     (out / "storage.md").write_text(
-        "# What many tasks weigh\n\n"
-        f"Banks written to disk by `python experiments/storage.py`: each task has an adapter of "
-        f"rank {flags.rank} on the attention's four layers and a head of its own, in float32. "
-        "Tasks that share an adapter store it once, so their banks are smaller. In memory a bank "
-        "takes what its `--memory` allows, however many tasks it has: see "
+        "# Disk space of many tasks\n\n"
+        "Sizes of banks written by `python experiments/storage.py`: each task has its own adapter "
+        f"of rank {flags.rank} on the attention's four layers and its own head, in float32. Banks "
+        "whose tasks share an adapter are smaller, since it is stored once. Memory use is limited "
+        "by `--memory`, independently of the number of tasks: see "
         "[serving.md](serving.md#memory).\n\n"
         + "\n".join(lines)
         + "\n\n![MB on disk against the number of tasks](storage.png)\n"

@@ -1,1 +1,1 @@
-"""Files of others, one format a module: Hugging Face bases, PEFT adapters, heads."""
+"""Third-party file formats: Hugging Face bases and tokenizers, PEFT adapters, ONNX."""

@@ -1,8 +1,8 @@
-"""What differs between the encoders of transformers, as one table: to add a family, add an entry.
+"""A table of the differences between encoder families of transformers.
 
-A family's entry says which fields its `config.json` has for those of our configuration, under which
-names its tensors are stored, and what stands around its encoder. Names of modules are BERT's in our
-trees (`layers.attention.self.query`; ModernBERT has its own).
+A family's entry maps the fields of `config.json` to our configuration, gives the names of stored
+tensors, and describes the modules around the encoder. Our parameter trees name modules as BERT does
+(`layers.attention.self.query`); ModernBERT has its own names.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Classifier(NamedTuple):
     """A family's sequence classifier: a head with one hidden layer on the first token's vector.
 
     Attributes:
-      head: the head's kind.
-      modules: its layers → the classifier's modules.
+      head: kind of the head.
+      modules: layer of our head → module of the classifier.
     """
 
     head: HeadName
@@ -43,29 +43,31 @@ _LEAVES = {"kernel": "weight", "scale": "weight"}
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture of transformers, by its `model_type`.
+    """One architecture of transformers, identified by its `model_type`.
+
+    "Our" fields are those of `config`, "its" fields those of the family's `config.json`.
 
     Attributes:
-      model: name of its class for the encoder alone.
-      prefix: what that class is called inside of others.
-      config: our configuration.
-      fields: field of ours → field of its `config.json`, where they differ.
-      more: fields of ours that its `config.json` has, and BERT's has not.
-      fixed: fields of ours that its `config.json` has not, and BERT's has, with their value.
-      defaults: fields of ours with what its class takes where its `config.json` has none.
-      old_fields: fields that other versions of its `config.json` have for some of these.
-      upgrade: brings the forms that its `config.json` may have to one; ValueError if it cannot.
-      only: more fields of its `config.json`, and the values that can be honoured.
-      harmless: more of them that do not change what its encoder computes.
-      layer: what stands before the modules of layer `{}`.
-      modules: module of ours → module of its, where they differ. A layer's are named without
-        `layers.`; `{next}` is the number of the layer that follows.
-      last: likewise, for the last layer alone.
-      heads: modules around its encoder, besides those that any may have.
-      pooler: whether its class has a pooling layer, unless told otherwise.
+      model: class name of the bare encoder.
+      prefix: attribute name of the encoder inside models with a head, such as `bert`.
+      config: class of our configuration.
+      fields: our field → its field, where the names differ.
+      more: our fields that this family has and BERT lacks.
+      fixed: our fields that this family lacks and BERT has, with their fixed values.
+      defaults: our fields with the values to use if its `config.json` omits them.
+      old_fields: its fields from other versions of transformers, which `upgrade` converts.
+      upgrade: converts all versions of its `config.json` to one; raises ValueError if it cannot.
+      only: its fields with a restricted set of supported values.
+      harmless: its fields that do not change what the encoder computes.
+      layer: prefix of the modules of layer `{}`.
+      modules: our module → its module, where they differ. Modules of layers are named without
+        `layers.`; `{next}` is the number of the following layer.
+      last: the same, for the last layer only.
+      heads: modules around its encoder, besides those in `_HEADS`.
+      pooler: whether its class has a pooling layer by default.
       token_types: whether its class takes token types.
-      classifier: what its sequence classifier puts on the encoder; None: no such head.
-      roles: BERT's modules → its own, so that `LoraConfig`'s defaults mean something.
+      classifier: its sequence classifier; None: not supported.
+      roles: BERT's module → its module, so that default `target_modules` apply to this family.
     """
 
     model: str
@@ -90,12 +92,12 @@ class Family:
 
     @property
     def sequence_classifier(self) -> str:
-        """Name of its class for sequence classification."""
+        """Class name for sequence classification."""
         return f"{self.model.removesuffix('Model')}ForSequenceClassification"
 
     @property
     def read_fields(self) -> dict[str, str]:
-        """Field of ours → field of its `config.json`, of all that are read."""
+        """All fields that are read: our field → its field."""
         ours = (
             f.name
             for f in dataclasses.fields(self.config)
@@ -105,7 +107,7 @@ class Family:
 
     @property
     def values(self) -> dict[str, tuple[Any, ...]]:
-        """Fields of its `config.json` that may only have these values."""
+        """Its fields with a restricted set of values → the supported values."""
         return {
             self.fields.get("hidden_act", "hidden_act"): tuple(ACTIVATIONS),
             **{field: v for field, v in ONLY.items() if field not in self.read_fields},
@@ -113,12 +115,12 @@ class Family:
         }
 
     def classifies(self, head: str) -> bool:
-        """Return whether a kind of head is that of its sequence classifier."""
+        """Return whether a kind of head is that of the family's sequence classifier."""
         return self.classifier is not None and self.classifier.head == head
 
     @property
     def left_out(self) -> re.Pattern[str]:
-        """Matches names of tensors that belong to a head; the first group is its name."""
+        """Pattern for names of head tensors; the first group is the head's name."""
         return re.compile(rf"({'|'.join((*_HEADS, *self.heads))})\.")
 
 
@@ -134,19 +136,19 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "layer_types": (None,),
 }
-"""Fields of any `config.json`, and the values that can be honoured."""
+"""Fields of any `config.json` → the supported values."""
 
-# Heads of transformers' Bert classes, and of others around them.
+# Heads of transformers' Bert classes and of common third-party models.
 _HEADS = ("cls", "classifier", "pre_classifier", "score", "qa_outputs", "lm_head", "crf")
 _POOLER = Classifier("pooler", {"pooler": "pooler.dense", "out": "classifier"})
 _CLASSIFIER = Classifier("pooler", {"pooler": "classifier.dense", "out": "classifier.out_proj"})
 
 
 def _upgrade_modernbert(raw: Raw) -> Raw:
-    """Bring ModernBERT's fields of transformers 4 and 5 to plain ones.
+    """Convert ModernBERT's fields of transformers 4 and 5 to a common form.
 
-    Of version 4 are `global_attn_every_n_layers`, `global_rope_theta` and `local_rope_theta`, of
-    version 5 `layer_types` and `rope_parameters`; where both stand, 5's count.
+    Version 4 has `global_attn_every_n_layers`, `global_rope_theta` and `local_rope_theta`; version
+    5 has `layer_types` and `rope_parameters`, which take precedence.
     """
     raw = dict(raw)
     every, count = raw.pop("global_attn_every_n_layers", 3), raw.get("num_hidden_layers")
@@ -213,7 +215,7 @@ FAMILIES: dict[str, Family] = {
             "hidden_dropout_prob": "dropout", "attention_probs_dropout_prob": "attention_dropout",
         },
         fixed={"type_vocab_size": 0, "layer_norm_eps": 1e-12},
-        # Its table of positions is among the weights, so how it was made does not matter.
+        # The position embeddings are stored, so it does not matter how they were initialized.
         harmless=frozenset(
             {"sinusoidal_pos_embds", "qa_dropout", "seq_classif_dropout", "tie_weights_"}
         ),
@@ -234,8 +236,7 @@ FAMILIES: dict[str, Family] = {
     "mpnet": Family(
         "MPNetModel",
         "mpnet",
-        # transformers has 1 for the padding token's position here, and 32 buckets, whatever the
-        # config says.
+        # transformers ignores the config here: padding_idx is always 1, with 32 buckets.
         more=("relative_attention_num_buckets",),
         fixed={"padding_idx": 1, "type_vocab_size": 0},
         defaults={"relative_attention_num_buckets": 32},
@@ -293,27 +294,27 @@ def of(config: EncoderConfig) -> Family:
 
 
 def tensor_names(path: lora.Path, config: EncoderConfig) -> list[str]:
-    """Return the names of the tensors that a leaf of the parameters is made of.
+    """Return the names of the stored tensors of a parameter leaf.
 
     Args:
-      path: of the leaf.
-      config: says the family, and how many layers there are.
+      path: path of the leaf.
+      config: configuration with the family and the number of layers.
 
     Returns:
-      One name, or one for each layer.
+      One name per layer for a leaf of `layers`, else a single name.
 
     >>> tensor_names(("layers", "output", "dense", "kernel"), BertConfig(num_hidden_layers=2))
     ['encoder.layer.0.output.dense.weight', 'encoder.layer.1.output.dense.weight']
     """
     *module, leaf = path
-    if leaf.endswith(("_embeddings", "_bias")):  # a table, whose module has no other leaf
+    if leaf.endswith(("_embeddings", "_bias")):  # an embedding table: a module with one leaf
         module, leaf = [*module, leaf], "weight"
     leaf = _LEAVES.get(leaf, leaf)
     return [f"{name}.{leaf}" for name in module_names(tuple(module), config)]
 
 
 def module_names(module: lora.Path, config: EncoderConfig) -> list[str]:
-    """Return transformers' names of a module: one, or one for each layer.
+    """Return transformers' names of a module: one per layer for a module of `layers`, else one.
 
     >>> config = BertConfig(model_type="distilbert")
     >>> module_names(("layers", "attention", "self", "query"), config)[1]
@@ -333,11 +334,11 @@ def module_names(module: lora.Path, config: EncoderConfig) -> list[str]:
 
 
 class Place(NamedTuple):
-    """Where a Linear of transformers is in our parameters.
+    """The place of a Linear of transformers in our parameters.
 
     Attributes:
-      path: of the Dense layer.
-      layer: its number; None: it is in none.
+      path: path of our Dense layer.
+      layer: index of the encoder layer; None: outside the layers.
     """
 
     path: lora.Path
@@ -346,7 +347,7 @@ class Place(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def linears(config: EncoderConfig) -> dict[str, Place]:
-    """Return the Linears of transformers' encoder by their names; not to be changed."""
+    """Return name → place of all Linears of transformers' encoder; do not modify the result."""
     found: dict[str, Place] = {}
     for path in dense_layers(config):
         names = module_names(path, config)
@@ -356,13 +357,13 @@ def linears(config: EncoderConfig) -> dict[str, Place]:
 
 
 def dense_layers(config: EncoderConfig) -> list[lora.Path]:
-    """Return the paths of the Dense layers."""
+    """Return the paths of all Dense layers."""
     flat = trees.flatten(param_shapes(config))
     return [path[:-1] for path in flat if path[-1] == "kernel"]
 
 
 def renames_layers(config: EncoderConfig) -> bool:
-    """Return whether the family's Dense layers have other names than ours."""
+    """Return whether the family names Dense layers differently from our parameters."""
     names = (module_names(path, config)[0] for path in dense_layers(config))
     own = (".".join(path) for path in dense_layers(config))
     first = of(config).layer.format(0)
@@ -372,10 +373,10 @@ def renames_layers(config: EncoderConfig) -> bool:
 
 
 def config_like(model_type: str, adapter: trees.Tree) -> EncoderConfig:
-    """Return a configuration that has the modules of an adapter's base; its sizes are others.
+    """Return a configuration with the modules of an adapter's base, but with default sizes.
 
     Raises:
-      UserError: for a family that is not known.
+      UserError: if the family is unknown.
     """
     if model_type not in FAMILIES:
         raise UserError(
@@ -388,10 +389,10 @@ def config_like(model_type: str, adapter: trees.Tree) -> EncoderConfig:
 
 
 def localise(adapter: LoraConfig, config: EncoderConfig) -> LoraConfig:
-    """Name the modules of an adapter's configuration as the encoder's parameters do.
+    """Translate the module names of an adapter's configuration to those of our parameters.
 
-    A name may be ours, the family's own as PEFT has it, or BERT's for the layer that does the same.
-    A name that means nothing stays, for `lora.targets` to refuse.
+    A name may be ours, the family's own (as in PEFT), or BERT's name for the corresponding layer.
+    Unknown names are kept, so that `lora.targets` refuses them.
 
     >>> localise(LoraConfig(8, 8.0, ("q_lin", "ffn.lin2")), BertConfig(model_type="distilbert"))
     ... # doctest: +ELLIPSIS
@@ -412,7 +413,7 @@ def localise(adapter: LoraConfig, config: EncoderConfig) -> LoraConfig:
 
 
 def _own_names(name: str, config: EncoderConfig) -> list[str]:
-    """Return our names for the modules that a name means."""
+    """Return our names for the modules that a name refers to."""
     if any(lora.matches(name, path) for path in dense_layers(config)):
         return [name]
     meant = {

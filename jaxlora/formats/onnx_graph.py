@@ -1,10 +1,9 @@
-"""An encoder as an ONNX graph: what `nn.bert` and `nn.modernbert` compute, for one row a sentence.
+"""Build ONNX graphs of encoders: `nn.bert` and `nn.modernbert`, with one sentence per row.
 
-The graph is built of ONNX's own operators (opset 23), in which attention, normalisation, GELU and
-rotary positions are one node each, so a runtime needs no pass that finds them again. Batch and
-length are dynamic.
+The graph consists of standard operators of opset 23, where attention, layer normalization, GELU and
+rotary embedding are single nodes, so a runtime need not fuse them. Batch and length are dynamic.
 
-Shapes: N sentences, S tokens of the longest, H hidden size, L layers.
+Shapes: N sentences, S padded length, H hidden size, L layers.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 OPSET = 23  # the first with Attention and RotaryEmbedding
-IR_VERSION = 11  # of the same release of ONNX; newer ones are refused by runtimes of that time
+IR_VERSION = 11  # of the same ONNX release; runtimes of that time refuse newer versions
 FLOAT, INT = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 
 Value = str
@@ -39,7 +38,7 @@ Value = str
 
 
 class Inputs(NamedTuple):
-    """Padded token ids, one row a sentence: `i64[N, S]` each.
+    """Padded token ids, one sentence per row, `i64[N, S]` each.
 
     Attributes:
       tokens: token ids.
@@ -53,7 +52,7 @@ class Inputs(NamedTuple):
 
 
 class Graph:
-    """A graph in the making: its nodes in the order in which they are computed.
+    """A builder for an ONNX graph; nodes are added in the order of computation.
 
     >>> graph = Graph()
     >>> x = graph.input("x", FLOAT, ("batch",))
@@ -75,9 +74,9 @@ class Graph:
         """Add a node with one output.
 
         Args:
-          op: an operator of ONNX.
-          inputs: names; arrays and numbers become constants, an int one of `i64[]`.
-          attributes: of the operator.
+          op: name of an ONNX operator.
+          inputs: names of tensors; arrays and numbers become constants, an int one of `i64[]`.
+          attributes: attributes of the operator.
 
         Returns:
           The name of the output.
@@ -104,22 +103,22 @@ class Graph:
         return found
 
     def constant(self, value: np.ndarray, name: str) -> Value:
-        """Add a constant."""
+        """Add a named constant."""
         self._constants.append(numpy_helper.from_array(value, name))
         return name
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> Value:
-        """Declare an input; a size that is a string is dynamic."""
+        """Declare an input; string sizes are dynamic."""
         self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
     def output(self, name: str, value: Value, shape: Sequence[int | str]) -> None:
-        """Declare an output of float32, and give it its name."""
+        """Declare a float32 output with this name."""
         self._nodes.append(helper.make_node("Identity", [value], [name], name=name))
         self._outputs.append(helper.make_tensor_value_info(name, FLOAT, shape))
 
     def model(self, name: str) -> ModelProto:
-        """Return the model that the graph is."""
+        """Return the graph as an ONNX model."""
         graph = helper.make_graph(
             self._nodes, name, self._inputs, self._outputs, initializer=self._constants
         )
@@ -130,10 +129,10 @@ class Graph:
 
 
 def weights(graph: Graph, params: Tree, prefix: str = "") -> Tree:
-    """Add parameters as constants of float32.
+    """Add parameters as float32 constants.
 
     Returns:
-      The same tree with names for leaves, each its path behind the prefix.
+      The same tree with names as leaves: the prefix and the leaf's path.
     """
 
     def add(path: tuple[Any, ...], leaf: Any) -> Value:
@@ -144,7 +143,7 @@ def weights(graph: Graph, params: Tree, prefix: str = "") -> Tree:
 
 
 def unstack(params: Tree) -> Tree:
-    """Return an encoder's parameters with `layers` as a list, one entry for each."""
+    """Return an encoder's parameters with the stacked `layers` as a list of trees."""
     count = len(jax.tree.leaves(params["layers"])[0])
     layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(count)]
     return dict(params) | {"layers": layers}
@@ -154,13 +153,13 @@ def encode(graph: Graph, config: EncoderConfig, params: Tree, inputs: Inputs) ->
     """Add an encoder.
 
     Args:
-      graph: takes its nodes.
-      config: the encoder's.
-      params: `weights` of what `unstack` returns; several calls may share them.
+      graph: the graph to add nodes to.
+      config: configuration of the encoder.
+      params: the result of `weights` for unstacked parameters; several calls may share it.
       inputs: the sentences.
 
     Returns:
-      `f32[N, S, H]`, the last layer.
+      Output of the last layer, `f32[N, S, H]`.
     """
     return _NETWORKS[type(config)](graph, config, params, inputs)
 
@@ -182,7 +181,7 @@ def dense(graph: Graph, params: Tree, x: Value) -> Value:
 
 
 def activate(graph: Graph, kind: str, x: Value) -> Value:
-    """Add an activation, by its name in a `config.json` or in a head."""
+    """Add an activation, named as in `config.json` or in a head."""
     if kind in ("silu", "swish"):
         return graph("Mul", x, graph("Sigmoid", x))
     op, attributes = _ACTIVATIONS[kind]
@@ -218,20 +217,20 @@ def _places(graph: Graph, inputs: Inputs) -> Value:
 
 
 def _first(graph: Graph, table: Value, length: Value) -> Value:
-    """Return a table's first rows, one for each position: `f32[S, ...]`."""
+    """Return the first S rows of a table, `f32[S, ...]`."""
     return graph("Slice", table, _axes(0), length, _axes(0))
 
 
 def _attend(graph: Graph, config: EncoderConfig, parts: Sequence[Value], mask: Value) -> Value:
-    """Add attention to query, key and value, `f32[N, S, H]`, with a mask of `Attention`."""
+    """Add attention over query, key and value, each `f32[N, S, H]`, with a mask or bias."""
     heads = config.num_attention_heads
     return graph("Attention", *parts, mask, q_num_heads=heads, kv_num_heads=heads)
 
 
 def _seen(graph: Graph, mask: Value) -> Value:
-    """Return which tokens (last axis) a token sees: `bool[N, 1, S, S]`.
+    """Return the attention mask, `bool[N, 1, queries S, keys S]`.
 
-    As in `bert.Encoder` padding sees padding, so every token sees some.
+    As in `bert.Encoder`, padding attends to padding, so that no row is fully masked.
     """
     queries, keys = (graph("Unsqueeze", mask, _axes(1, axis)) for axis in (3, 2))
     return graph("Equal", queries, keys)
@@ -276,7 +275,7 @@ def _embed(graph: Graph, config: BertConfig, params: Tree, inputs: Inputs) -> Va
 
 
 def _positions(graph: Graph, config: BertConfig, table: Value, inputs: Inputs) -> Value:
-    """Return the embeddings of positions; for those of RoBERTa see `ops.positions_after`."""
+    """Return the position embeddings; see `ops.positions_after` for RoBERTa's."""
     if config.padding_idx < 0:
         return _first(graph, table, _length(graph, inputs))
     padding = np.int64(config.padding_idx)
@@ -286,14 +285,14 @@ def _positions(graph: Graph, config: BertConfig, table: Value, inputs: Inputs) -
 
 
 def _biased(graph: Graph, config: BertConfig, params: Tree, inputs: Inputs, seen: Value) -> Value:
-    """Return what is added to the scores of attention (MPNet): `f32[N, heads, S, S]`.
+    """Return MPNet's masked bias of the attention scores, `f32[N, heads, S, S]`.
 
-    The bias depends on the distance alone, so its buckets are a row of `ops.relative_buckets`.
+    The bucket depends only on the distance, so a vector of buckets by distance is enough.
     """
     most, count = config.max_length, config.relative_attention_num_buckets
     of_distance = np.concatenate(
         [ops.relative_buckets(most, count)[-1, :-1], ops.relative_buckets(most, count)[0]]
-    )  # from most - 1 tokens back to most - 1 ahead
+    )  # distances from -(most - 1) to most - 1
     buckets = graph("Gather", of_distance, _distances(graph, inputs, most - 1))
     bias = graph("Gather", params["relative_attention_bias"], buckets)  # [S, S, heads]
     bias = graph("Unsqueeze", graph("Transpose", bias, perm=[2, 0, 1]), _axes(0))
@@ -301,7 +300,7 @@ def _biased(graph: Graph, config: BertConfig, params: Tree, inputs: Inputs, seen
 
 
 def _distances(graph: Graph, inputs: Inputs, offset: int) -> Value:
-    """Return how far each token (second axis) is ahead of each, plus an offset: `i64[S, S]`."""
+    """Return key position - query position + offset, `i64[queries S, keys S]`."""
     places = _places(graph, inputs)
     return graph("Sub", graph("Add", places, offset), graph("Unsqueeze", places, _axes(1)))
 
@@ -345,7 +344,7 @@ def _rotary_attention(
 def _rotations(
     graph: Graph, config: ModernBertConfig, inputs: Inputs, theta: float
 ) -> tuple[np.ndarray, np.ndarray, Value]:
-    """Return the cosines and sines of all positions, `f32[most, d / 2]`, and which are meant."""
+    """Return cosines and sines, `f32[max_length, d / 2]`, and positions, `i64[N, S]`."""
     size = config.hidden_size // config.num_attention_heads
     every = jnp.arange(config.max_length)[None]
     cosines, sines = (

@@ -1,9 +1,9 @@
-"""Adapters as Hugging Face PEFT's folders: written so that it reads them, read as it would.
+"""Read and write adapters in the format of Hugging Face PEFT, without PEFT or torch.
 
-Neither PEFT nor torch is needed. Both directions keep the function exactly; what we cannot keep is
-refused by name. PEFT has a Linear in each layer, `encoder.layer.3.attention.self.query`, with
-`lora_A: [r, in]` and `lora_B: [out, r]`; ours are stacked, `layers.attention.self.query` with
-`A: [L, in, r]` and `B: [L, r, out]`. The names of other families are in `families`.
+The conversion preserves the adapter's function exactly in both directions; unsupported features are
+refused by name. PEFT stores factors per layer: `encoder.layer.3.attention.self.query` has
+`lora_A: [r, in]` and `lora_B: [out, r]`. Ours are stacked: `layers.attention.self.query` has
+`A: [L, in, r]` and `B: [L, r, out]`. See `families` for the names in other families.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+?)"
     r"\.(?:lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight|(?P<leaf>weight|bias))"
 )
-# Some versions of PEFT, and state dicts that others saved, keep its wrappers' names in the keys.
+# Some versions of PEFT, and third-party state dicts, keep the names of PEFT's wrappers in keys.
 _WRAPPER = re.compile(
     r"\.modules_to_save(?:\.(?!(?:dense\.)?(?:weight|bias)$)[^.]+)?|\.default(?=\.)"
 )
-_REPLACED = ".original_module."  # what the tensors under modules_to_save stand for
-# What follows any encoder in transformers: whatever it is, the vectors are the same.
+_REPLACED = ".original_module."  # tensors that those under modules_to_save replace
+# Modules after the encoder in any model of transformers; sentence vectors do not depend on them.
 _HEADS = ("pooler", "classifier", "pre_classifier", "score", "qa_outputs", "cls")
 _POOLER = ("pooler", "dense")
 
@@ -54,13 +54,13 @@ def save(
 
     Args:
       folder: new or empty; written atomically.
-      adapter: from `lora.init`, trained.
-      config: the adapter's configuration.
-      base_name: hub id or folder of the base model, as PEFT shall find it.
-      encoder: the base model's configuration.
+      adapter: an adapter with the structure of `lora.init`.
+      config: configuration of the adapter.
+      base_name: hub id or folder under which PEFT finds the base model.
+      encoder: configuration of the base model.
 
     Raises:
-      UserError: if the folder is not empty, or adapter and configuration do not belong together.
+      UserError: if the folder is not empty, or the adapter does not match its configuration.
     """
     with atomic_dir(folder) as temporary:
         write(temporary, adapter, config, base_name, encoder)
@@ -74,11 +74,11 @@ def write(
     encoder: EncoderConfig,
     head: Tree | None = None,
 ) -> None:
-    """Write as `save` does, into a folder that is there already.
+    """Write as `save` does, into an existing folder.
 
     Args:
-      head: of the kind of the family's sequence classifier, e.g. `{"pooler": …, "out": …}`; PEFT
-        then reads it with the adapter.
+      head: a head of the kind of the family's sequence classifier, e.g. `{"pooler": …, "out": …}`,
+        for PEFT to load with the adapter; None: no head.
     """
     factors = traverse_util.flatten_dict(adapter)
     _check_fit(factors, config, encoder)
@@ -98,7 +98,7 @@ def write(
 
 
 def _by_layer(path: lora.Path, stacked: Any) -> np.ndarray:
-    """Return a leaf's factor of each layer, or the only one, `f32[L or 1, ...]`."""
+    """Return the factors of a leaf by layer, `f32[L, ...]`; outside the layers `f32[1, ...]`."""
     factors = np.asarray(stacked, np.float32)
     return factors if path[0] == "layers" else factors[None]
 
@@ -106,7 +106,7 @@ def _by_layer(path: lora.Path, stacked: Any) -> np.ndarray:
 def _with_head(
     tensors: Mapping[str, np.ndarray], head: Tree, family: Family
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return the tensors as a sequence classifier names them, with its head, and its modules."""
+    """Return the tensors of a sequence classifier with this head, and the head's module names."""
     inside = f"model.model.{family.prefix}."
     found = {key.replace("model.model.", inside, 1): x for key, x in tensors.items()}
     tensors_of_head = heads.classifier_tensors(head, family)
@@ -132,7 +132,7 @@ def _check_fit(
 
 def _to_peft(config: LoraConfig, base_name: str, encoder: EncoderConfig) -> dict[str, Any]:
     names = _Names(encoder)
-    # A name that would also mean the pooler, which our encoder has not.
+    # Names that would also match the pooler, which our encoder lacks.
     pooler = families.of(encoder).pooler and any(
         lora.matches(name, _POOLER) for name in config.target_modules
     )
@@ -162,16 +162,16 @@ def _to_peft(config: LoraConfig, base_name: str, encoder: EncoderConfig) -> dict
 
 
 class _Names:
-    """PEFT's names of a family's modules, and ours.
+    """Translates between our module names and those that PEFT uses for a family.
 
-    They are the same but for what stands before a layer's, if the family's Dense layers have BERT's
-    names or our tree has the family's. Else ours stand for as many of the family's as they mean.
+    Usually only the prefix of layers differs. If the family names its Dense layers differently, one
+    of our names may translate to several of the family's.
     """
 
     def __init__(self, encoder: EncoderConfig) -> None:
         self.encoder, self.family = encoder, families.of(encoder)
         self.renamed = families.renames_layers(encoder)
-        # In a pattern, which PEFT takes for a regular expression.
+        # For patterns, which are regular expressions in PEFT.
         self._any_layer = rf"{self.family.layer.split('.')[-3]}\.\d+\."
         before = re.escape(self.family.layer).replace(r"\{\}", r"\d+")
         self._layer = re.compile(rf"(?:{self.family.prefix}\.)?{before}")
@@ -187,12 +187,12 @@ class _Names:
         if not self.renamed:
             return {_swapped(name, "layers.", self._any_layer): value for name, value in items}
         found: dict[str, Any] = {}
-        for name, value in items:  # the first counts
+        for name, value in items:  # the first match wins
             found = dict.fromkeys(self._meant(name), value) | found
         return found
 
     def _meant(self, name: str) -> list[str]:
-        """Return the family's names of all modules that one of ours means, without the layer."""
+        """Return the family's names of all modules that our name matches, without layer prefix."""
         return [
             self._layer.sub("", families.module_names(path, self.encoder)[0], count=1)
             for path in families.dense_layers(self.encoder)
@@ -205,16 +205,16 @@ class _Names:
         return families.module_names(tuple(name.split(".")), self.encoder)
 
     def from_target(self, name: str) -> str:
-        """Return our name of a module that is named by its whole path; others are the same."""
+        """Return our name for a full module path; return other names unchanged."""
         return self._layer.sub("layers.", name, count=1)
 
     def from_pattern(self, name: str) -> str:
-        """Return our name in a pattern that `to_patterns` wrote; others are the same."""
+        """Return our name for a pattern that `to_patterns` wrote; return others unchanged."""
         return _swapped(name, self._any_layer, "layers.")
 
 
 def _swapped(name: str, old: str, new: str) -> str:
-    """Return a name with another beginning, if it has that one."""
+    """Replace the prefix `old` by `new`, if the name has it."""
     return new + name.removeprefix(old) if name.startswith(old) else name
 
 
@@ -222,11 +222,11 @@ def _swapped(name: str, old: str, new: str) -> str:
 
 
 class HeadParts(NamedTuple):
-    """What a folder trains beside the encoder, under torch's names without the family's prefix.
+    """The trained parameters of a PEFT folder outside the encoder, by canonical torch names.
 
     Attributes:
-      saved: whole tensors (PEFT's `modules_to_save`), e.g. `classifier.weight: [out, in]`.
-      changes: what LoRA adds to a module's weight, scale included, e.g. `pooler.dense: [out, in]`.
+      saved: full tensors (PEFT's `modules_to_save`), e.g. `classifier.weight: [out, in]`.
+      changes: scaled LoRA updates of module weights, e.g. `pooler.dense: [out, in]`.
     """
 
     saved: dict[str, np.ndarray]
@@ -234,18 +234,18 @@ class HeadParts(NamedTuple):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of the modules, in alphabetical order."""
+        """Names of the modules, sorted."""
         return tuple(sorted({name.rpartition(".")[0] for name in self.saved} | self.changes.keys()))
 
 
 class PeftFolder(NamedTuple):
-    """What a PEFT folder holds.
+    """The content of a PEFT folder.
 
     Attributes:
-      adapter: the encoder's.
-      config: its configuration.
-      head: what else is trained.
-      written: what `adapter_config.json` says.
+      adapter: adapter of the encoder.
+      config: configuration of the adapter.
+      head: trained parameters outside the encoder.
+      written: the content of `adapter_config.json`.
     """
 
     adapter: Tree
@@ -257,39 +257,37 @@ class PeftFolder(NamedTuple):
 def load(
     folder: str | Path, encoder: EncoderConfig, *, encoder_only: bool = False
 ) -> tuple[Tree, LoraConfig]:
-    """Read the encoder's adapter from a PEFT folder, of any model class.
+    """Read the encoder's adapter from a PEFT folder of any model class.
 
-    Factors of the pooler are left out: the encoder has none.
+    Factors of the pooler are ignored, since the encoder has none.
 
     Args:
-      folder: with `adapter_config.json` and `adapter_model.safetensors`.
-      encoder: the base model's configuration.
-      encoder_only: leave out a classifier that was trained with it, too.
+      folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+      encoder: configuration of the base model.
+      encoder_only: ignore a classifier that was trained with the adapter, instead of refusing it.
 
     Returns:
-      The adapter and its configuration; what `save` wrote comes back bit for bit.
+      The adapter and its configuration; bit for bit what `save` wrote.
 
     Raises:
-      UserError: naming the file and what is missing, broken, or cannot be honoured.
+      UserError: naming the file and what is missing, broken or unsupported.
     """
     found = read(folder, encoder)
     rest = [name for name in found.head.modules if not name.startswith("pooler")]
     if rest and not encoder_only:
         raise UserError(
-            f"{Path(folder) / TENSORS}: also trains {', '.join(rest)}; exchange.load imports the "
-            "whole task, encoder_only=True takes the encoder's adapter alone"
+            f"{Path(folder) / TENSORS}: also trains {', '.join(rest)}; import the whole task with "
+            "export_peft.load, or only the encoder's adapter with encoder_only=True"
         )
     return found.adapter, found.config
 
 
 def read(folder: str | Path, encoder: EncoderConfig) -> PeftFolder:
-    """Read a PEFT folder.
+    """Read a PEFT folder; see `load` for arguments and errors.
 
-    Modules and ranks are the tensors'. Where ranks or scales differ between layers, the factors are
-    padded with zeros to the largest rank and B takes the ratio of the scales; a layer without an
-    adapter gets zeros. The function stays the same, and padding stays zero in training.
-
-    Args, Raises: see `load`.
+    Modules and ranks are those of the tensors. Where ranks or scales differ between layers, factors
+    are zero-padded to the largest rank, and B is multiplied by the ratio of the scales; layers
+    without an adapter are zero. This preserves the function, and padding stays zero in training.
     """
     folder = Path(folder).expanduser()
     written = read_config(folder)
@@ -306,14 +304,15 @@ def read(folder: str | Path, encoder: EncoderConfig) -> PeftFolder:
 
 
 def find(place: Path, name: str | None = None) -> Path:
-    """Find the folder of one adapter; PEFT saves several as named sub-folders of one folder.
+    """Return the folder of one adapter; PEFT saves several adapters as subfolders.
 
     Args:
-      place: an adapter's folder, or one with sub-folders of adapters.
-      name: the adapter's; PEFT's `default` stands in the folder itself.
+      place: the folder of an adapter, or one with subfolders of adapters.
+      name: name of the adapter; PEFT's `default` is in the folder itself. None: the default or only
+        one.
 
     Raises:
-      UserError: if there is none of that name, or no name says which of several; lists the names.
+      UserError: if no adapter has that name, or there are several and no name; lists the names.
     """
     folder = local_folder(str(place))
     if folder is None:
@@ -333,7 +332,7 @@ class Factors(NamedTuple):
     """One Linear's adapter.
 
     Attributes:
-      module: the Linear's whole name.
+      module: full name of the Linear.
       a: `f32[in, r]`.
       b: `f32[r, out]`.
     """
@@ -346,7 +345,7 @@ class Factors(NamedTuple):
 def _read_factors(
     folder: Path, written: PeftConfig, encoder: EncoderConfig
 ) -> tuple[dict[lora.Path, dict[int | None, Factors]], HeadParts]:
-    """Return an encoder's adapters (our module's path → layer → factors), and what the head has."""
+    """Return the encoder's factors (our path → layer → factors), and the parts of the head."""
     path, family = folder / TENSORS, families.of(encoder)
     tensors = _read_tensors(path, encoder)
     found: dict[lora.Path, dict[int | None, Factors]] = {}
@@ -366,24 +365,24 @@ def _read_factors(
 
 
 def _is_head(module: str, family: Family) -> bool:
-    """Return whether a module follows the encoder."""
+    """Return whether a module comes after the encoder."""
     return module.partition(".")[0] in (*_HEADS, *family.heads)
 
 
 def _check_saved(folder: Path, written: PeftConfig, saved: Iterable[str], family: Family) -> None:
-    """Refuse tensors that lack a module which the configuration says was saved."""
+    """Refuse a folder whose tensors lack a module of `modules_to_save`."""
     there = {part for name in saved for part in _endings(name.rpartition(".")[0])}
     wanted = {name.removeprefix(f"{family.prefix}.") for name in written.modules_to_save}
-    # PEFT names both for any classifier; a model has but one of them.
+    # PEFT lists `classifier` and `score` for any classifier; a model has only one of them.
     if missing := wanted - there - {"score"}:
         raise UserError(
-            f"{folder / CONFIG}: modules_to_save names {_some(missing)}, which {TENSORS} has not; "
+            f"{folder / CONFIG}: modules_to_save names {_some(missing)}, which {TENSORS} lacks; "
             "the two files do not belong together"
         )
 
 
 def _endings(module: str) -> Iterator[str]:
-    """Every name by which PEFT may mean a module or one that it is in.
+    """Yield every name by which PEFT may refer to a module or to a parent of it.
 
     >>> sorted(_endings("pooler.dense"))
     ['dense', 'pooler', 'pooler.dense']
@@ -397,7 +396,7 @@ def _endings(module: str) -> Iterator[str]:
 def _read_tensors(
     path: Path, encoder: EncoderConfig
 ) -> dict[tuple[str, str], tuple[str, np.ndarray]]:
-    """Read the tensors: (module without prefix, `A`, `B`, `weight` or `bias`) → (module, x)."""
+    """Return (canonical module; `A`, `B`, `weight` or `bias`) → (module, tensor)."""
     prefix, model = f"{families.of(encoder).prefix}.", families.of(encoder).model
     pickle = path.with_suffix(".bin")
     if pickle.exists() and not path.exists():
@@ -422,14 +421,14 @@ def _read_tensors(
     if unknown:
         raise UserError(
             f"{path}: these tensors are no LoRA factors of a {model}'s layers: {_some(unknown)}; "
-            "an adapter that trains or changes anything else but a head cannot be read; if it "
+            "an adapter that trains or changes anything but these and a head cannot be read; if it "
             f"is of such a model, {MERGE}"
         )
     return found
 
 
 def _is_ours(match: re.Match[str], tensor: np.ndarray, encoder: EncoderConfig) -> bool:
-    """Return whether it is a LoRA factor of a layer, or part of a head."""
+    """Return whether a tensor is a LoRA factor of the encoder, or part of a head."""
     family = families.of(encoder)
     module = match["module"].removeprefix(f"{family.prefix}.")
     head = _is_head(module, family)
@@ -443,7 +442,7 @@ def _is_ours(match: re.Match[str], tensor: np.ndarray, encoder: EncoderConfig) -
 def _pairs(
     path: Path, tensors: Mapping[tuple[str, str], tuple[str, np.ndarray]]
 ) -> dict[str, Factors]:
-    """Both factors of each Linear, by its name without the family's prefix."""
+    """Return canonical module → both factors, for each Linear."""
     found = {}
     for (module, which), (name, _) in tensors.items():
         if which not in ("A", "B"):
@@ -456,19 +455,19 @@ def _pairs(
 
 
 def _change(path: Path, written: PeftConfig, factors: Factors) -> np.ndarray:
-    """Return what LoRA adds to a Linear's weight, `f32[out, in]`."""
+    """Return the scaled LoRA update of a Linear's weight, `f32[out, in]`."""
     if factors.a.shape[1] != factors.b.shape[0]:
         raise UserError(
             f"{path.with_name(TENSORS)}: {factors.module} has lora_A {factors.a.T.shape} and "
-            f"lora_B {factors.b.T.shape}, which have not the same rank"
+            f"lora_B {factors.b.T.shape}, whose ranks differ"
         )
     scale = written.scale(*_checked_values(path, written, factors))
-    with np.errstate(all="ignore"):  # a bank refuses numbers that are not finite
+    with np.errstate(all="ignore"):  # a bank refuses non-finite parameters
         return np.asarray(scale * (factors.a @ factors.b).T, np.float32)
 
 
 def _checked_values(path: Path, written: PeftConfig, factors: Factors) -> tuple[int, float]:
-    """Rank and alpha of a Linear, where the tensors have that rank."""
+    """Return rank and alpha of a Linear, after comparing the rank with the tensors."""
     rank, alpha = written.values_of(factors.module)
     if factors.a.shape[1] != rank:
         raise UserError(
@@ -507,9 +506,9 @@ def _check_layers(
 def _stack(
     by_layer: Mapping[int | None, Factors], written: PeftConfig, layers: int, path: Path
 ) -> tuple[tuple[int, float], Any, Any]:
-    """All layers of a module as one: (rank, alpha), `A: [L, in, r]`, `B: [L, r, out]`.
+    """Stack the layers of a module: return (rank, alpha), `A: [L, in, r]`, `B: [L, r, out]`.
 
-    A module outside the layers has no such axis.
+    A module outside the layers has no L axis.
     """
     values = {layer: _checked_values(path, written, f) for layer, f in by_layer.items()}
     rank, alpha = max(values.values(), key=lambda v: v[0])
@@ -522,7 +521,7 @@ def _stack(
         own = written.scale(*values[layer])
         at = () if layer is None else (layer,)
         a[*at, :, : factors.a.shape[1]] = factors.a
-        # Without a needless factor of 1 the numbers stay the very same.
+        # Equal scales give exactly 1, so that factors stay bit for bit the same.
         b[*at, : factors.b.shape[0]] = factors.b * (1.0 if own == scale else own / scale)
     return (rank, alpha), jnp.asarray(a), jnp.asarray(b)
 
@@ -530,7 +529,7 @@ def _stack(
 def _config(
     written: PeftConfig, modules: Mapping[lora.Path, tuple[int, float]], encoder: EncoderConfig
 ) -> LoraConfig:
-    """Return the configuration in the words of the file, where they mean the same to us."""
+    """Return the configuration, with the file's own targets and patterns if they match exactly."""
     names, ours = written.target_modules, _Names(encoder)
     if isinstance(names, tuple):
         kept = LoraConfig(

@@ -1,4 +1,4 @@
-"""`adapter_config.json` of a Hugging Face PEFT folder: its type, and what of it can be honoured."""
+"""The `adapter_config.json` of a Hugging Face PEFT folder: its type and its supported values."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from jaxlora.utils.files import read_object
 
 CONFIG = "adapter_config.json"
 SEQUENCE_CLASSIFIER = "SEQ_CLS"
-_CLASSIFIER_CLASS = "ForSequenceClassification"  # how such models' classes end
+_CLASSIFIER_CLASS = "ForSequenceClassification"  # suffix of such class names
 MERGE = (
     "merge it with PEFT (merge_and_unload, then save_pretrained, with the base's tokenizer "
     "saved beside it) and use that folder as `base`"
 )
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(gt=0)]
-# Fields that must have one of these values, and fields that change nothing for us; any other field
-# that is set is refused, so that an adapter of a kind we do not know is never half read. (Weights
-# that started by PiSSA and the like belong to a changed base model.)
+# Fields with their supported values, and (below) fields that can be ignored. Any other field that
+# is set is refused, so that an unknown kind of adapter is never read incompletely. (PiSSA and
+# similar initializations change the weights of the base.)
 _ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -37,9 +37,9 @@ _DEFAULTS = {"bias": "none", "init_lora_weights": True}
 _NO_MATTER = {
     "peft_version", "inference_mode", "exclude_modules", "layers_pattern", "megatron_core",
     "qalora_group_size", "eva_config", "runtime_config",
-    "fan_in_fan_out",  # PEFT sets it to false for each torch.nn.Linear, and a BERT has no others
+    "fan_in_fan_out",  # PEFT sets it to false for torch.nn.Linear, the only kind here
 }  # fmt: skip
-# Kinds of adapters that are no change of weights, so that there is nothing to merge.
+# Kinds of adapters that do not change weights, so that they cannot be merged.
 _PROMPTS = (
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT",
     "CPT", "XLORA",
@@ -48,10 +48,10 @@ _PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """What an `adapter_config.json` says, as far as it matters; names and defaults are PEFT's.
+    """The relevant fields of an `adapter_config.json`, with PEFT's names and defaults.
 
     Raises:
-      ValueError: for a pattern that is no regular expression.
+      ValueError: for a pattern that is not a regular expression.
     """
 
     r: Rank = 8
@@ -74,21 +74,18 @@ class PeftConfig:
 
     @property
     def layers(self) -> frozenset[int]:
-        """The layers that it is limited to; empty for all."""
+        """The layers that the adapter is limited to; empty: all."""
         named = self.layers_to_transform
         return frozenset([named] if isinstance(named, int) else named)
 
     @property
     def classifies(self) -> bool:
-        """Whether it was trained in a model such as `BertForSequenceClassification`."""
+        """Whether the adapter was trained in a sequence classifier."""
         model = self.task_type or self.auto_mapping.get("base_model_class")
         return model == SEQUENCE_CLASSIFIER or str(model).endswith(_CLASSIFIER_CLASS)
 
     def values_of(self, module: str) -> tuple[int, float]:
-        """Return rank and alpha of a Linear by its whole name; the first pattern that fits counts.
-
-        PEFT chooses so, too.
-        """
+        """Return rank and alpha of a Linear by its full name; as in PEFT, the first match wins."""
         rank, alpha = (
             next((p[key] for key in p if re.match(rf"(.*\.)?({key})$", module)), default)
             for p, default in ((self.rank_pattern, self.r), (self.alpha_pattern, self.lora_alpha))
@@ -103,7 +100,7 @@ class PeftConfig:
 def _check_patterns(field: str, patterns: Iterable[str]) -> None:
     for key in patterns:
         try:
-            with warnings.catch_warnings(action="ignore"):  # of what a later Python may refuse
+            with warnings.catch_warnings(action="ignore"):  # such as FutureWarning
                 re.compile(rf"(.*\.)?({key})$")
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
@@ -112,10 +109,10 @@ def _check_patterns(field: str, patterns: Iterable[str]) -> None:
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """Read a folder's `adapter_config.json`.
+    """Read the `adapter_config.json` of a folder.
 
     Raises:
-      UserError: naming the field that cannot be honoured.
+      UserError: naming the unsupported field.
     """
     path = folder / CONFIG
     raw = _DEFAULTS | read_object(path)
@@ -126,7 +123,7 @@ def read_config(folder: Path) -> PeftConfig:
     for name in raw.keys() - _ONLY.keys() - _NO_MATTER - known:
         if raw[name]:
             raise UserError(_unsupported(path, raw, name))
-    # PEFT writes null for what is not set.
+    # PEFT writes null for fields that are not set.
     optional = known - {"r", "lora_alpha"}
     fields = {name: raw[name] for name in raw.keys() & known}
     given = {k: v for k, v in fields.items() if k not in optional or v not in (None, "")}

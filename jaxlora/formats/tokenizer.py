@@ -1,10 +1,10 @@
-"""The tokenizer of a base model: the one that transformers' `AutoTokenizer` gives, or a refusal.
+"""Load the tokenizer of a base model exactly as transformers' `AutoTokenizer` does, or refuse it.
 
-transformers decides by many files and fields what the ids are (for a `BertTokenizer` it takes the
-vocabulary of tokenizer.json, but lower-casing from tokenizer_config.json), so it is asked. It can
-also run what those files name; all that is let through are its own classes around the `tokenizers`
-library. No code of the folder is run. Its answer is kept in the cache: importing transformers takes
-longer than all the rest of a start.
+transformers combines many files and fields (for a `BertTokenizer`, the vocabulary is from
+tokenizer.json, but lower-casing from tokenizer_config.json), so it does the loading. Since it can
+also run code that these files name, only its own fast tokenizer classes are accepted, and no code
+of the folder is run. The result is cached, since importing transformers takes longer than the rest
+of the start-up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CONFIG = "tokenizer_config.json"
-# Files that transformers' tokenizers read; none is a pickle, and the hub is asked for these alone.
+# Files that transformers' tokenizers read. None is a pickle; only these are downloaded.
 _VOCABULARIES = (
     "tokenizer.json", "tokenizer.*.json", "vocab.txt", "vocab.json", "tokenizer.model",
     "sentencepiece.model", "sentencepiece.bpe.model", "spiece.model", "spm.model",
@@ -37,30 +37,30 @@ FILES = (
     "normalizer.json", "entity_vocab.json",
 )  # fmt: skip
 _JSON = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
-# Arguments of a tokenizer that a saved one never has: they stand for other files.
+# Arguments that saved tokenizers never have: they would refer to other files.
 _ELSEWHERE = ("init_inputs", "vocab", "merges", "merges_file", "tokenizer_object", "gguf_file")
 _CLASS = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _VERSIONED = re.compile(r"tokenizer\.[A-Za-z0-9.]+\.json")
 _PROBES = ("", "a", "Ünï [MASK] [CLS]test")
-_CHECKS = 1  # of the module; one more for each change, so that what is kept is checked again
+_CHECKS = 1  # version of the checks; increment it to invalidate cached tokenizers
 
 
 def load(folder: Path, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer of a folder, without truncation and padding.
+    """Return the tokenizer of a folder, without truncation or padding.
 
     Args:
-      folder: of the base model; no other place is read.
-      vocab_size: how many ids the model has embeddings for.
+      folder: folder of the base model; nothing else is read, except the cache.
+      vocab_size: number of token embeddings of the model.
 
     Raises:
-      UserError: if there is none, it cannot be had without code of others or the slow classes of
-        transformers, or it does not fit the model.
+      UserError: if there is no tokenizer, it needs third-party code or a slow tokenizer class, or
+        it does not fit the model.
     """
     kept = cache.cache_dir() / "tokenizers" / f"{_key(folder)}.json"
     tokenizer = _read_kept(kept)
     if tokenizer is None:
         tokenizer = _resolve(folder)
-        with contextlib.suppress(OSError):  # a full disk: the next start takes longer, too
+        with contextlib.suppress(OSError):  # a full disk: the next start is slow again
             files.make(kept.parent)
             files.write_text(kept, tokenizer.to_str())
     _check_fit(folder, tokenizer, vocab_size)
@@ -68,7 +68,7 @@ def load(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def _key(folder: Path) -> str:
-    """Return a checksum of all that decides a folder's tokenizer, and whether it is let through."""
+    """Return a checksum of all that determines a folder's tokenizer and whether it is accepted."""
     digest = hashlib.sha256()
     for package in ("transformers", "tokenizers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -81,17 +81,17 @@ def _key(folder: Path) -> str:
 
 
 def _read_kept(path: Path) -> Tokenizer | None:
-    """Return the tokenizer that an earlier call left in the cache, if it did and it is whole."""
+    """Return the cached tokenizer; None if it is missing or damaged."""
     with explained():
         from tokenizers import Tokenizer
     try:
         return Tokenizer.from_str(path.read_text("utf-8"))
-    except Exception:  # none there, or damaged; tokenizers has no type of its own
+    except Exception:  # missing or damaged; tokenizers raises no specific type
         return None
 
 
 def _resolve(folder: Path) -> Tokenizer:
-    """Have transformers decide, and refuse what its tokenizer does beyond `tokenizers`' own."""
+    """Load the tokenizer with transformers; refuse one that does more than its backend."""
     _check_files(folder)
     wrapped = _from_transformers(folder)
     tokenizer = wrapped.backend_tokenizer
@@ -104,11 +104,10 @@ def _resolve(folder: Path) -> Tokenizer:
 
 
 def essence(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what decides a tokenizer's ids, as JSON.
+    """Return all that determines a tokenizer's ids for single texts, as JSON values.
 
-    Left out is what it does with long and short texts (truncation, padding), how ids become text
-    again, and in which of several ways [CLS] and [SEP] are put around a sentence. For pairs that
-    are read together see `pair_template`.
+    This omits truncation, padding, decoding, and which of the equivalent post-processors adds [CLS]
+    and [SEP]. For pairs that are read together, see `pair_template`.
     """
     about = json.loads(tokenizer.to_str())
     parts = ("normalizer", "pre_tokenizer", "model", "added_tokens")
@@ -117,13 +116,13 @@ def essence(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def pair_template(tokenizer: Tokenizer) -> list[list[int]]:
-    """Return what shows how two texts become one sequence: ids and types of a short pair."""
+    """Return ids and types of a short pair, which show how the tokenizer joins two texts."""
     pair = tokenizer.encode("a", "b")
     return [pair.ids, pair.type_ids]
 
 
 def _import_transformers() -> Any:
-    """transformers, which would say at each start that torch is missing."""
+    """Import transformers without its warning that torch is missing."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with explained():
         import transformers
@@ -132,7 +131,7 @@ def _import_transformers() -> Any:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse files that are no JSON, or that name what must not be loaded."""
+    """Refuse files that are not valid JSON, or that name what must not be loaded."""
     if not any(path.is_file() for name in _VOCABULARIES for path in folder.glob(name)):
         raise UserError(f"{folder}: no tokenizer.json or vocab.txt; `base` needs a tokenizer")
     for name in _JSON:
@@ -147,7 +146,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_class(path: Path, about: dict[str, Any]) -> None:
-    """Refuse a tokenizer_class that is not one of transformers' around the `tokenizers` library."""
+    """Refuse a tokenizer_class that is not one of transformers' fast tokenizers."""
     transformers = _import_transformers()
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
@@ -157,18 +156,18 @@ def _check_class(path: Path, about: dict[str, Any]) -> None:
     if not isinstance(name, str) or not _CLASS.fullmatch(name):
         raise UserError(f"{path}: tokenizer_class {name!r} is not the name of a class")
     found = tokenizer_class_from_name(name)
-    # For a name that it does not know, and for the bare slow class, it takes the bare fast one.
+    # For unknown names and the slow base class, transformers uses the fast base class.
     if found is None or found is transformers.PreTrainedTokenizer:
         return
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerFast)):
         raise UserError(
-            f"{path}: tokenizer_class {name!r} is no fast tokenizer (one of the tokenizers "
-            "library), and only such can be used"
+            f"{path}: tokenizer_class {name!r} is no fast tokenizer (of the tokenizers "
+            "library); only fast tokenizers are supported"
         )
 
 
 def _check_own(path: Path, about: dict[str, Any]) -> None:
-    """Refuse fields of tokenizer_config.json that name other places."""
+    """Refuse fields of tokenizer_config.json that refer to files elsewhere."""
     if odd := [name for name in _ELSEWHERE if about.get(name)]:
         raise UserError(f"{path}: {odd[0]} is not supported; save the tokenizer again without it")
     versions = about.get("fast_tokenizer_files") or []
@@ -183,19 +182,19 @@ def _from_transformers(folder: Path) -> Any:
         found = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # transformers, tokenizers and what they call have no common type
+    except Exception as error:  # there is no common exception type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{folder}: transformers cannot load its tokenizer ({reason})") from error
     if not isinstance(found, transformers.PreTrainedTokenizerFast):
         raise UserError(
-            f"{folder}: its tokenizer is a {type(found).__name__}, which is no fast tokenizer (one "
-            "of the tokenizers library); only such can be used"
+            f"{folder}: its tokenizer is a {type(found).__name__}, which is no fast tokenizer (of "
+            "the tokenizers library); only fast tokenizers are supported"
         )
     return found
 
 
 def _check_settings(folder: Path, wrapped: Any) -> None:
-    """Refuse settings that are kept beside the tokenizer, where copies of it would lose them."""
+    """Refuse settings outside the `tokenizers` backend, which copies of it would lose."""
     if wrapped.truncation_side != "right":
         raise UserError(
             f"{folder}: its tokenizer cuts long sentences on the left (truncation_side), which is "
@@ -206,23 +205,23 @@ def _check_settings(folder: Path, wrapped: Any) -> None:
 
 
 def _check_alone(folder: Path, wrapped: Any, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer that does more than its backend, or marks a single sentence's parts."""
+    """Refuse a tokenizer that does more than its backend, or gives a sentence nonzero types."""
     try:
         wanted = wrapped(list(_PROBES))["input_ids"]
         found = tokenizer.encode_batch(list(_PROBES))
-    except Exception as error:  # such as a missing [UNK]; tokenizers has no type of its own
+    except Exception as error:  # such as a missing [UNK]; there is no specific type
         raise UserError(f"{folder}: its tokenizer cannot be applied ({error})") from error
     if wanted != [encoding.ids for encoding in found]:
         raise UserError(
-            f"{folder}: its {type(wrapped).__name__} does more than its fast tokenizer, which "
-            "alone can be used"
+            f"{folder}: its {type(wrapped).__name__} does more than its fast tokenizer, and "
+            "only that can be used"
         )
     if any(any(encoding.type_ids) for encoding in found):
         raise UserError(f"{folder}: its tokenizer gives token types other than 0 to a sentence")
 
 
 def _check_words(folder: Path, tokenizer: Tokenizer, special: list[str]) -> None:
-    """Refuse a tokenizer without a vocabulary, as transformers makes where its file is missing."""
+    """Refuse an empty vocabulary, which transformers creates if the file is missing."""
     if not tokenizer.get_vocab(with_added_tokens=False).keys() - set(special):
         raise UserError(
             f"{folder}: the tokenizer has no words; is its vocabulary (tokenizer.json, vocab.txt) "
@@ -231,7 +230,7 @@ def _check_words(folder: Path, tokenizer: Tokenizer, special: list[str]) -> None
 
 
 def _check_fit(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse ids without an embedding, which JAX would silently take for the last one."""
+    """Refuse ids without an embedding, since JAX silently clamps out-of-range indices."""
     words = tokenizer.get_vocab(with_added_tokens=True)
     word = max(words, key=words.__getitem__, default="")
     if words.get(word, 0) >= vocab_size:

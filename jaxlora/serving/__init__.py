@@ -1,1 +1,1 @@
-"""Trained task models: the bank that keeps them, prediction, export."""
+"""Trained task models: banks that store them, prediction, import and export."""

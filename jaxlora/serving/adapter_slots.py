@@ -1,7 +1,7 @@
-"""Adapters on the device: as many as fit a budget, those used last.
+"""A least-recently-used cache of adapters in device memory.
 
-Slots are rows of arrays that all adapters of one width share, so a call needs no copy of an adapter
-that is there already, and programs depend on the number of slots alone.
+All adapters of one width are stored in shared arrays, one row ("slot") per adapter. A call copies
+only adapters that are not cached, and a program's shapes depend only on the number of slots.
 """
 
 from __future__ import annotations
@@ -25,52 +25,51 @@ GROWTH = 4
 
 
 class AdapterSlots:
-    """Adapters of one width, each put into a slot when it is first asked for.
-
-    Not for several threads at once.
+    """Adapters of one width, each loaded into a slot on first use. Not thread-safe.
 
     Attributes:
-      most: the number of slots that the budget allows, and so of adapters in one call.
+      most: the number of slots that the budget allows, which limits the adapters per call.
     """
 
     def __init__(
         self, load: Callable[[str], Adapter], shapes: Mapping[Path, tuple[int, ...]], budget: int
     ) -> None:
-        """Make the first slots, empty.
+        """Allocate the first slots.
 
         Args:
           load: reads an adapter by its name.
-          shapes: of each factor of an adapter, see `lora.widen`.
-          budget: bytes that all slots may take; there are at least `FIRST_SLOTS`.
+          shapes: the shape of each factor of an adapter, see `lora.widen`.
+          budget: bytes for all slots; there are at least `FIRST_SLOTS`.
         """
         self._load, self._shapes = load, shapes
         size = 4 * sum(math.prod(shape) for shape in shapes.values())
         self.most = max(FIRST_SLOTS, budget // size)
-        self._slot: dict[str, int] = {}  # by name, the one used last at the end
+        self._slot: dict[str, int] = {}  # by name, the most recently used last
         like = bert.unstack_layers(trees.unflatten({p: np.zeros(s) for p, s in shapes.items()}))
         self._slots = jax.tree.map(lambda x: jnp.zeros((FIRST_SLOTS, *x.shape)), like)
 
     def __call__(self, names: Sequence[str]) -> tuple[Tree, np.ndarray]:
-        """Put adapters into slots, as far as they are not there yet.
+        """Load the adapters that are not in slots yet.
 
         Args:
-          names: different ones, at most `most`.
+          names: distinct names, at most `most`.
 
         Returns:
           All slots, leaves `[slots, ...]` as `encode.make_mixed_encode` takes them, and the slot of
-          each name, `i64[len(names)]`. Both hold until the next call.
+          each name, `i64[len(names)]`. Both are valid until the next call.
         """
         self._slot |= {name: self._slot.pop(name) for name in names if name in self._slot}
         for name in names:
             if name not in self._slot:
-                adapter = lora.widen(self._load(name), self._shapes)  # first: it may fail
+                # Loading may fail, so it comes before a slot is taken.
+                adapter = lora.widen(self._load(name), self._shapes)
                 slot = self._free_slot()
                 self._slots = _put(self._slots, bert.unstack_layers(adapter), slot)
                 self._slot[name] = slot
         return self._slots, np.array([self._slot[name] for name in names])
 
     def reserve(self, adapters: int) -> None:
-        """Make at once all slots that so many adapters can take."""
+        """Allocate slots for a number of adapters, at most `most`."""
         self._resize(min(self.most, adapters))
 
     @property
@@ -82,7 +81,7 @@ class AdapterSlots:
             self._slots = _grow(self._slots, count - self._count)
 
     def _free_slot(self) -> int:
-        """Return an unused slot, or else a new one, or else that of the adapter used first."""
+        """Return a free slot; else grow the arrays, or evict the least recently used adapter."""
         if len(self._slot) == self._count:
             self._resize(min(GROWTH * self._count, self.most))
         if len(self._slot) < self._count:

@@ -1,4 +1,4 @@
-"""Answers: what a task says of a request, as values and as cells of a table."""
+"""Answers to requests, as Python values and as table cells."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ class Answer(NamedTuple):
 
     Attributes:
       task: its name.
-      value: on the label's scale: a class's number, or a score; of a set the numbers of its
-        classes.
-      label: the class's name, or the names in a set; None for a score.
-      probabilities: of each class, by name; None for a score.
+      value: a class index or a score; for a multilabel task, the indices of its classes.
+      label: the class name, or a tuple of names for a multilabel task; None for a score.
+      probabilities: class name → probability; None for a score.
     """
 
     task: str
@@ -43,7 +42,7 @@ def _score(task: Task, found: np.ndarray) -> tuple[float, None]:
     return float(found), None
 
 
-# A prediction of each form → value and label of an answer.
+# Form of labels → function that returns the value and label of an answer.
 VALUES: dict[LabelForm, Callable[[Task, np.ndarray], tuple[Any, Any]]] = {
     "class": _class,
     "classes": _classes,
@@ -52,16 +51,16 @@ VALUES: dict[LabelForm, Callable[[Task, np.ndarray], tuple[Any, Any]]] = {
 
 
 def answers(task: Task, outputs: np.ndarray) -> list[Answer]:
-    """Return the answers that a head's outputs mean.
+    """Decode a head's outputs, `f32[E]` or `f32[E, K]`, to answers.
 
     Raises:
-      UserError: if any is NaN.
+      UserError: if any output is NaN.
     """
     values = inference.decode(task, outputs)
     if bad := int(np.isnan(values).reshape(len(values), -1).any(-1).sum()):
         raise UserError(
             f"{task.name}: {bad} of {len(values)} answers are not numbers "
-            "(NaN); the weights of its adapter, its head or the base hold such or are too large"
+            "(NaN); the weights of its adapter, its head or the base are NaN or too large"
         )
     to_value = VALUES[task.form]
     if not task.classes:
@@ -73,7 +72,7 @@ def answers(task: Task, outputs: np.ndarray) -> list[Answer]:
 
 
 def show_value(task: Task, value: float | tuple[int, ...] | np.ndarray) -> str:
-    """Return a prediction as a cell: a class's number, those in a set, or a score.
+    """Format a prediction as a table cell: a class index, a set of them, or a score.
 
     >>> tags = Task("tags", "multilabel", classes=("a", "b", "c"))
     >>> show_value(tags, (0, 2)), show_value(Task("t", "binary"), 1.0)
@@ -85,11 +84,11 @@ def show_value(task: Task, value: float | tuple[int, ...] | np.ndarray) -> str:
 
 
 def to_record(task: Task, answer: Answer) -> dict[str, Any]:
-    """Return the values of an answer by their columns, of the same types in every format.
+    """Return an answer as column → value, with the same types in every table format.
 
-    `prediction` is a class's number or a score; a set has none. `label` is the class's name, or the
-    names in a set separated by the task's `label_delimiter`; `labels` are these names as a list.
-    `probability` is the class's.
+    `prediction` is a class index or a score; None for a multilabel task. `label` is the class name;
+    for a multilabel task, the names joined by its `label_delimiter`, and `labels` lists them.
+    `probability` is that of the predicted class.
 
     >>> to_record(Task("t", "binary"), Answer("t", 1.0, "yes", {"no": 0.25, "yes": 0.75}))["label"]
     'yes'
@@ -113,7 +112,7 @@ def _joined(task: Task, parts: Iterable[str]) -> str:
 
 
 def name_labels(task: Task, values: np.ndarray) -> list[str | tuple[str, ...]]:
-    """Return predictions or labels as names: a class, those in a set, or a score.
+    """Return predictions or labels by name: a class, a tuple of classes, or a formatted score.
 
     >>> name_labels(Task("tags", "multilabel", classes=("a", "b")), np.array([[1, 1], [0, 0]]))
     [('a', 'b'), ()]
@@ -127,8 +126,8 @@ def show_labels(task: Task, values: np.ndarray) -> list[str]:
     """Return predictions or labels as cells of delimited text, see `name_labels`.
 
     Args:
-      task: what they are of.
-      values: `f[E]`, or `f[E, K]` of sets.
+      task: their task.
+      values: `f[E]`, or `f[E, K]` for a multilabel task.
 
     >>> show_labels(Task("tags", "multilabel", classes=("a", "b")), np.array([[1, 1], [0, 0]]))
     ['a|b', '']

@@ -1,16 +1,16 @@
-"""A bank: a folder that keeps the adapters and heads of many tasks of one base model.
+"""A bank: a folder with the adapters and heads of many tasks for one base model.
 
-    bank.json                 the manifest: the base by name and checksums; for each task what it
-                              is, which adapter and head it uses, its scores, data and versions
-    adapters/<name>-<hash>/   an Orbax tree; tasks that were trained together share one
-    heads/<task>-<hash>/      an Orbax tree (a task judged by the cosine has none)
+    bank.json                 the manifest: name and checksums of the base; the definition, adapter,
+                              head, scores, data and versions of each task
+    adapters/<name>-<hash>/   an Orbax checkpoint, shared by tasks that were trained together
+    heads/<task>-<hash>/      an Orbax checkpoint (a task with the cosine loss has none)
 
-Folders bear the checksum of what they hold and are never written again. A change writes new folders
-first, then the manifest in one rename, then removes what no task uses any more: killed at any
-moment, the bank holds the old state or the new one.
+Each folder is named by the checksum of its content and never modified. A change writes new folders,
+then replaces the manifest by a rename, then deletes folders that are no longer used. If it is
+killed at any moment, the bank is in the old state or the new one.
 
-A finished run keeps what it trained as a bank, too, in its folder `model`; only there a trained
-encoder may be a whole one. An imported encoder may be whole in any bank.
+A finished run also stores its trained parameters as a bank, in its folder `model`. Fully fine-tuned
+encoders are allowed only there; imported full encoders are allowed in any bank.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ from jaxlora.utils.trees import Tree
 
 T = TypeVar("T")
 PARTS = (ADAPTERS, HEADS)
-MEMORY = 2**29  # bytes of trees that are kept when they have been read
-MOST_VERSIONS = 5  # of a task, besides the present one
-MOST_CHANGES = 100  # while a bank is read
-_REPAIR = "put back a copy, or bring the task back with bank update, or take it out: bank remove"
+MEMORY = 2**29  # bytes of trees cached in host memory
+MOST_VERSIONS = 5  # earlier versions that are kept of each task
+MOST_CHANGES = 100  # attempts to read a bank that other processes change
+_REPAIR = "restore a backup, or repair the task with bank update, or delete it with bank remove"
 
 
 # ---- reading
 
 
 def load(folder: Path, memory: int = MEMORY) -> TaskModels:
-    """Open a bank, or a finished run, by its manifest.
+    """Open a bank or a finished run.
 
-    A tree is read, compared with its checksum and checked when it is first asked for; a
-    `UserError` then names what is missing or damaged.
+    Only the manifest is read now. Each tree is read and compared with its checksum on first use,
+    which raises a `UserError` if it is missing or damaged. (A run of an older jaxlora is read
+    completely.)
 
     Args:
       folder: the bank or the run.
-      memory: bytes that the trees kept in host memory may take, those used last.
+      memory: bytes of trees to cache in host memory; the most recently used are kept.
 
     Raises:
-      UserError: if the manifest cannot be read; of a run of an older jaxlora also what is missing
-        or damaged among its trees.
+      UserError: if the manifest, or a run of an older jaxlora, is missing or damaged.
     """
     named = files.local(folder)
     if old_run.exists(named):
@@ -79,7 +79,7 @@ def load(folder: Path, memory: int = MEMORY) -> TaskModels:
 
 
 def load_base_spec(folder: Path) -> TaskModels:
-    """Read of a bank what it says of its base; the result has no tasks.
+    """Read only the description of a bank's base; the result has no tasks.
 
     Raises:
       UserError: if the manifest cannot be read.
@@ -93,28 +93,28 @@ def _without_tasks(folder: Path, manifest: Manifest) -> TaskModels:
 
 
 def _at_one_moment(folder: Path, read: Callable[[Manifest], T]) -> T:
-    """Read what a manifest names; once more if another process has changed the bank meanwhile.
+    """Call `read` with the manifest, again if another process changed the bank meanwhile.
 
     Raises:
-      UserError: if something is wrong with the bank, or it never stays as it is.
+      UserError: if the bank is damaged, or changed during each of `MOST_CHANGES` attempts.
     """
     for _ in range(MOST_CHANGES):
         stamp = manifests.stamp(folder)
         manifest = manifests.read(folder)
         try:
             return read(manifest)
-        except (UserError, OSError):  # a folder may go at any time
+        except (UserError, OSError):  # another process may delete a folder at any time
             if manifests.stamp(folder) == stamp:
                 raise
-    raise UserError(f"{folder}: other processes change it all the time; try again")
+    raise UserError(f"{folder}: other processes keep changing it; try again")
 
 
 def _open(folder: Path, manifest: Manifest, read: TreeCache[tuple[str, str]]) -> TaskModels:
-    """Return the tasks of a manifest; their trees are read when they are asked for."""
+    """Return the tasks of a manifest; their trees are read on first use."""
     models = {
         name: TaskModel(
             entry.task,
-            entry.adapter or "",  # the frozen base itself
+            entry.adapter or "",  # "": the frozen base
             functools.partial(read, (HEADS, entry.head)) if entry.head else {},
             entry.pair_features,
             entry.facts,
@@ -132,11 +132,11 @@ def _open(folder: Path, manifest: Manifest, read: TreeCache[tuple[str, str]]) ->
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Reads the trees that a manifest names, also when another process has changed the bank since.
+    """Reads the trees of a manifest; the bank may have changed since it was opened.
 
     Attributes:
       folder: the bank.
-      stamp: of its manifest when it was opened.
+      stamp: the stamp of its manifest when the bank was opened.
       adapters: see `Manifest`.
     """
 
@@ -145,10 +145,10 @@ class _Reader:
     adapters: Mapping[str, LoraConfig | None]
 
     def __call__(self, which: tuple[str, str]) -> Tree:
-        """Read and check a tree, given by its part and name.
+        """Read and check a tree, given as `(part, name)`.
 
         Raises:
-          UserError: if it is missing, damaged, or not what the manifest says.
+          UserError: if it is missing or damaged, or contradicts the manifest.
         """
         part, name = which
         if not name:
@@ -159,7 +159,7 @@ class _Reader:
             if self._gone(part, name):
                 raise UserError(
                     f"{self.folder / part / name}: the bank was changed since it was opened, and "
-                    "keeps this no longer; open it again"
+                    "no longer has this; open it again"
                 ) from error
             raise
         if part == ADAPTERS:
@@ -167,7 +167,7 @@ class _Reader:
         return tree
 
     def _gone(self, part: str, name: str) -> bool:
-        """Return whether another process has changed the bank, which names a tree no longer."""
+        """Return whether another process has removed a tree from the bank."""
         if not manifests.exist(self.folder):
             return True
         if manifests.stamp(self.folder) == self.stamp:
@@ -184,29 +184,29 @@ def _load_tree(folder: Path, part: str, stored: str) -> Tree:
     except UserError as error:
         raise UserError(f"{error}; {_REPAIR}") from error
     if not stored.endswith(trees.checksum(tree)[:16]):
-        raise UserError(f"{path}: damaged, its content has another checksum; {_REPAIR}")
+        raise UserError(f"{path}: damaged, its checksum does not match; {_REPAIR}")
     return tree
 
 
 def _check_kind(path: Path, name: str, tree: Tree, config: LoraConfig | None) -> None:
-    """Refuse a tree that is not of the kind, or has not the ranks, that the manifest says."""
+    """Refuse a tree whose kind or ranks differ from the manifest."""
     if not isinstance(tree, dict) or list(tree) != ["params" if config is None else "lora"]:
-        raise UserError(f"{path}: {name} is a tree of another kind than it says; put back a copy")
+        raise UserError(f"{path}: {name} is not the kind of tree that it says; restore a backup")
     try:
         if config is not None:
             lora.check_fit(tree["lora"], config)
     except ValueError as error:
         raise UserError(
-            f"{path}: was changed by hand or damaged (adapter {name}: {error}); put back a copy"
+            f"{path}: was changed by hand or damaged (adapter {name}: {error}); restore a backup"
         ) from error
 
 
 def verify(folder: Path, base: str | None = None) -> list[str]:
-    """Return what is wrong with a bank's files and its base, one line each; `[]` if nothing is.
+    """Check all files of a bank and its base; return one line per problem, `[]` if there are none.
 
     Args:
       folder: the bank, or a finished run.
-      base: where its base is now; None: where it was.
+      base: the base's new location, if it has moved.
 
     Raises:
       UserError: if the manifest itself cannot be read.
@@ -236,7 +236,7 @@ def verify(folder: Path, base: str | None = None) -> list[str]:
 
 
 def _problems(checks: Iterable[Callable[[], object]]) -> list[str]:
-    """Return what checks raise."""
+    """Run the checks and return the messages of their errors."""
     found = []
     for check in checks:
         try:
@@ -246,19 +246,19 @@ def _problems(checks: Iterable[Callable[[], object]]) -> list[str]:
     return found
 
 
-# ---- what it holds
+# ---- contents
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What a task keeps in a bank: numbers of parameters, and bytes on disk.
+    """A task in a bank, with its parameter counts and its size on disk.
 
     Attributes:
       task: its name.
-      title, metric, score: what it is, and how it did on dev.
-      adapter: name of its adapter.
-      adapter_parameters, head_parameters: numbers of each.
-      bytes: on disk, a shared adapter's divided among its tasks.
+      title, metric, score: its title, its metric and its dev score; None: unknown.
+      adapter: the folder of its adapter, or `none`.
+      adapter_parameters, head_parameters: parameter counts.
+      bytes: size on disk; that of a shared adapter is divided among its tasks.
     """
 
     task: str
@@ -272,7 +272,7 @@ class Stored:
 
 
 def contents(folder: Path) -> list[Stored]:
-    """Return what a bank holds, task by task, as its manifest says; no tree is read.
+    """Return the tasks of a bank from its manifest; trees are read only if it lacks their sizes.
 
     Raises:
       UserError: if the manifest is damaged or not understood.
@@ -303,7 +303,7 @@ def _contents(folder: Path, manifest: Manifest) -> list[Stored]:
 
 
 def _sizes(folder: Path, manifest: Manifest) -> dict[str, Size]:
-    """Return the sizes of all trees; those that the manifest does not say are measured."""
+    """Return the sizes of all trees; measure those that the manifest lacks."""
     return {
         f"{part}/{name}": manifest.sizes.get(f"{part}/{name}") or _measure(folder, part, name)
         for part, name in manifest.folders()
@@ -320,10 +320,10 @@ def _size(stored: Path, tree: Tree) -> Size:
 
 
 def history(folder: Path, name: str) -> list[TaskEntry]:
-    """Return the versions of a task that a bank keeps, the oldest first, the present one last.
+    """Return all versions of a task in a bank: the oldest first, the current one last.
 
     Raises:
-      UserError: if there is none of that name.
+      UserError: if no task has that name.
     """
     folder = find_bank(files.local(folder))
     manifest = manifests.read(folder)
@@ -331,10 +331,10 @@ def history(folder: Path, name: str) -> list[TaskEntry]:
 
 
 def describe(folder: Path, name: str) -> str:
-    """Return a task's manifest entry as JSON.
+    """Return a task's manifest entry as JSON, with its base and LoRA configuration.
 
     Raises:
-      UserError: if there is none of that name.
+      UserError: if no task has that name.
     """
     folder = find_bank(files.local(folder))
     manifest = manifests.read(folder)
@@ -352,9 +352,9 @@ def describe(folder: Path, name: str) -> str:
 
 
 def write(folder: Path, source: TaskModels) -> None:
-    """Write all tasks of a source as a new bank, whole encoders too, in the place of what is there.
+    """Write all tasks of a source as a new bank that replaces `folder`; allow full encoders.
 
-    A process that is killed in the last moment leaves no bank, and must write it again.
+    A process that is killed during the final swap may leave no bank.
     """
     with files.building(folder.absolute(), replace=True) as content:
         manifest = manifests.empty(source)
@@ -362,13 +362,13 @@ def write(folder: Path, source: TaskModels) -> None:
 
 
 class Change(NamedTuple):
-    """What an update does to a task.
+    """The effect of an update on one task.
 
     Attributes:
       task: its name.
-      metric: of the scores.
-      before, after: dev scores; None where one is not known.
-      same_dev: whether both are known to be of one dev set.
+      metric: the metric of the scores.
+      before, after: dev scores; None if unknown.
+      same_dev: whether both are known to be of the same dev set and metric.
       made: whether the task was replaced.
       greater: whether a greater score is better.
     """
@@ -383,7 +383,7 @@ class Change(NamedTuple):
 
     @property
     def better(self) -> bool:
-        """Whether the score became better."""
+        """Whether the score improved; False if either score is unknown."""
         if self.before is None or self.after is None:
             return False
         return self.after > self.before if self.greater else self.after < self.before
@@ -397,22 +397,23 @@ def add(
     replace: bool = False,
     if_better: bool = False,
 ) -> list[Change]:
-    """Put trained tasks into a bank, which is created if it is missing; no other file is touched.
+    """Add new tasks to a bank, or replace existing ones; files of other tasks stay untouched.
 
     Args:
-      folder: the bank.
-      source: where the tasks come from, see `load`.
-      names: which of its tasks.
-      replace: the tasks must be there already and are replaced; else they must be new. The last
-        `MOST_VERSIONS` versions of a task are kept, see `rollback`.
-      if_better: replace only tasks whose score on the same dev set is better.
+      folder: the bank; created if it is missing and tasks are added.
+      source: the trained tasks, see `load`.
+      names: the tasks to take from it.
+      replace: replace existing tasks; their last `MOST_VERSIONS` versions are kept for `rollback`.
+        Otherwise all tasks must be new.
+      if_better: replace only tasks whose score on the same dev set improves.
 
     Returns:
-      What happened to each task that was there.
+      With `replace` the effect on each task, else `[]`.
 
     Raises:
-      UserError: if a task is (not) there already, or the base, the pooling or the dtype differ; if
-        scores shall be compared and are not of one dev set.
+      UserError: if a task exists already, or with `replace` does not; if it is fully fine-tuned or
+        has non-finite parameters; if base, pooling, maximum length or dtype differ from the bank's;
+        if `if_better` would compare scores of different dev sets.
     """
     folder = files.local(folder)
     for name in names:
@@ -439,7 +440,7 @@ def add(
 def _compare(
     folder: Path, manifest: Manifest, source: TaskModels, name: str, if_better: bool
 ) -> Change:
-    """Compare the scores of a task's present and next version, and decide about the update."""
+    """Compare a task's current and new dev scores, and decide whether to update it."""
     there, model = manifest.tasks[name], source.models[name]
     metric, old, new = model.task.metric, there.facts, model.facts
     same = old.dev_data == new.dev_data is not None and metric == there.task.metric
@@ -457,12 +458,12 @@ def _compare(
 
 
 def rollback(folder: Path, name: str, version: int | None = None) -> None:
-    """Bring back an earlier version of a task; the present one becomes the last of its history.
+    """Restore an earlier version of a task; the current one becomes the latest in its history.
 
     Args:
       folder: the bank.
       name: the task.
-      version: its place in `history`, from 1; None: the last before the present one.
+      version: its position in `history`, from 1; None: the latest.
 
     Raises:
       UserError: if there is no such task or version.
@@ -483,10 +484,10 @@ def rollback(folder: Path, name: str, version: int | None = None) -> None:
 
 
 def remove(folder: Path, name: str) -> None:
-    """Remove a task.
+    """Remove a task and all its versions.
 
     Raises:
-      UserError: if there is none of that name.
+      UserError: if no task has that name.
     """
     folder = files.local(folder)
     with _locked(folder, make=False):
@@ -498,7 +499,7 @@ def remove(folder: Path, name: str) -> None:
 
 
 def _store(folder: Path, manifest: Manifest, source: TaskModels, names: Sequence[str]) -> Manifest:
-    """Write the trees of tasks, as far as they are not there; returns the manifest with them."""
+    """Write the trees that are not stored yet; return the manifest with the tasks added."""
     tasks, adapters = dict(manifest.tasks), dict(manifest.adapters)
     earlier, sizes = dict(manifest.history), dict(manifest.sizes)
 
@@ -523,7 +524,7 @@ def _store(folder: Path, manifest: Manifest, source: TaskModels, names: Sequence
 
 
 def _is_whole(folder: Path, entry: TaskEntry) -> bool:
-    """Return whether the trees of a version can be read; only such a version is worth keeping."""
+    """Return whether the trees of a version can be read; a damaged version is not kept."""
     parts = [(ADAPTERS, entry.adapter), (HEADS, entry.head)]
     read = functools.partial(_load_tree, folder)
     return not _problems(functools.partial(read, *which) for which in parts if which[1])
@@ -531,20 +532,20 @@ def _is_whole(folder: Path, entry: TaskEntry) -> bool:
 
 def _save_tree(folder: Path, part: str, name: str, tree: Tree) -> str:
     ending = f"-{trees.checksum(tree)[:16]}"
-    # Another bank's name has its checksum already.
+    # The name of a tree from another bank already ends with the checksum.
     stored = manifests.folder_name(name.removesuffix(ending)) + ending
     manifests.check_folder(stored)
     try:
         whole = (folder / part / stored).is_dir() and bool(_load_tree(folder, part, stored))
     except UserError:
         whole = False
-    if not whole:  # a damaged one is replaced, too
+    if not whole:  # missing or damaged
         tree_files.save(folder / part / stored, tree)
     return stored
 
 
 def _commit(folder: Path, manifest: Manifest) -> None:
-    """Put the manifest in the old one's place, then remove the folders that no task uses."""
+    """Replace the manifest, then delete the folders that no version of a task uses."""
     used = {entry.adapter for _, entry in manifest.versions()}
     adapters = {name: config for name, config in manifest.adapters.items() if name in used}
     manifest = dataclasses.replace(manifest, adapters=adapters)
@@ -563,7 +564,7 @@ def _check_tree(source: TaskModels, name: str) -> None:
     if "params" in tree and one.facts.imported_from is None:
         raise UserError(f"{source.origin}: {name} is a fully fine-tuned BERT; banks keep adapters")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((tree, one.head))):
-        raise UserError(f"{source.origin}: {name} has numbers that are not finite; nothing is kept")
+        raise UserError(f"{source.origin}: {name} has parameters that are not finite; not stored")
 
 
 def _check_names(folder: Path, manifest: Manifest, names: Sequence[str], replace: bool) -> None:
@@ -581,7 +582,7 @@ def _check_fits(folder: Path, manifest: Manifest, source: TaskModels) -> None:
     whole = {name for name, config in manifest.adapters.items() if config is None}
     entries = manifest.tasks.values()
     if any(one.adapter in whole and one.facts.imported_from is None for one in entries):
-        raise UserError(f"{folder}: keeps the whole encoders of a run; name another bank")
+        raise UserError(f"{folder}: holds the full encoders of a run; name another bank")
     joint = source.reads_jointly or any(one.task.joint for one in manifest.tasks.values())
     if other := manifest.fingerprint.differing(source.fingerprint, joint=joint):
         raise UserError(
@@ -598,7 +599,7 @@ def _check_fits(folder: Path, manifest: Manifest, source: TaskModels) -> None:
 
 
 def _complete_fingerprint(folder: Path, manifest: Manifest, source: TaskModels) -> Manifest:
-    """Take from new tasks what a bank of format 1 does not know of its base."""
+    """Add the checksums of the base that a bank of format 1 lacks, from the new tasks."""
     if manifest.tasks:
         manifest.fingerprint.note_if_partial(str(folder))
     source.fingerprint.note_if_partial(source.origin)
@@ -607,7 +608,7 @@ def _complete_fingerprint(folder: Path, manifest: Manifest, source: TaskModels) 
 
 
 def _check_empty(folder: Path) -> None:
-    ours = (LOCK, ADAPTERS, HEADS, manifests.NAME)  # the folders, if the first change was killed
+    ours = (LOCK, ADAPTERS, HEADS, manifests.NAME)  # all but the manifest remain if killed
     names = [path.name for path in folder.iterdir()]
     if not all(name in ours or name.startswith(TEMPORARY) for name in names):
         raise UserError(f"{folder}: is not empty and holds no bank; name another folder")
@@ -615,10 +616,10 @@ def _check_empty(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, make: bool = True) -> Iterator[None]:
-    """One writer at a time.
+    """Hold the bank's write lock; with `make`, create the folder.
 
     Raises:
-      UserError: if another process is writing, or the folder cannot be made.
+      UserError: if another process holds the lock, or the bank is missing or cannot be created.
     """
     if make:
         try:
@@ -627,6 +628,6 @@ def _locked(folder: Path, *, make: bool = True) -> Iterator[None]:
             raise UserError(f"{folder}: cannot be a bank ({error.strerror})") from None
     else:
         manifests.stamp(folder)
-    unfinished = (f"{TEMPORARY}*", f"*/{TEMPORARY}*")  # not below: a bank has thousands of folders
+    unfinished = (f"{TEMPORARY}*", f"*/{TEMPORARY}*")  # no deeper: a bank has many folders
     with files.locked(folder, f"{folder}: another process is changing it; try again", unfinished):
         yield

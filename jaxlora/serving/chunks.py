@@ -1,7 +1,7 @@
-"""Sentences cut into chunks of packed rows, whose few shapes are compiled once.
+"""Split sentences into chunks of packed rows with few distinct shapes, to compile few programs.
 
-A set of sentences is packed at one or several row lengths, short ones in short rows where that
-pays, and its rows are covered with chunks of 1, 4, 8, 16 or 64 rows.
+Sentences are packed at one or several row lengths, short ones into short rows where that is faster.
+The rows are then covered with chunks of 1, 4, 8, 16 or 64 rows.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from jaxlora.data.tokenized import Examples
 from jaxlora.nn.encode import PackedTokens
 
 ROWS = (1, 4, 8, 16, 64)
-TOKENS = 2048  # of the largest chunks; on CPU larger ones need more time for a token, not less
-SHORTEST = 64  # length of rows, but for
-TINY = (16, 32)  # those of a single row for a few words
-MIN_TOKENS = 2  # [CLS], [SEP]: a word of characters that BERT drops leaves nothing between
+TOKENS = 2048  # tokens of the largest chunks; on CPU larger ones take more time per token
+SHORTEST = 64  # shortest row length, except for chunks of a single row:
+TINY = (16, 32)
+MIN_TOKENS = 2  # [CLS] and [SEP]; BERT's tokenizer may drop all characters between them
 
-# MiniLM on two cores of an AMD EPYC: a chunk takes 4.5 ms and 0.11 ms a token; at this row length
-# attention would take as much as all the rest.
-START = 40  # tokens that take the time of a chunk without any
-ATTENTION = 640
-PROGRAM = 10_000  # tokens that take the time of compiling a shape
+# The cost model, in tokens; measured with MiniLM on two cores of an AMD EPYC: 4.5 ms per chunk and
+# 0.11 ms per token.
+START = 40  # fixed cost of a chunk
+ATTENTION = 640  # row length at which attention takes as much time as everything else
+PROGRAM = 10_000  # cost of compiling a shape
 
-# Tokens that share an adapter where several are served together, and the time of a token then, as a
-# multiple of that with one: short blocks gather the factors more often, long ones are padded more.
-# Measured as above, with 3 to 150 adapters of rank 8 (blocks of 16 tokens: 1.2).
+# With several adapters: block length → time per token relative to one adapter. Short blocks gather
+# the factors more often, long blocks have more padding. Measured as above, with 3 to 150 adapters
+# of rank 8 (blocks of 16 tokens: 1.2).
 BLOCKS = {8: 1.4, 32: 1.12}
 
 
 class Chunks(NamedTuple):
-    """Sentences in rows of one length, and the chunks that take those rows.
+    """Sentences packed into rows of one length, and the chunks that cover these rows.
 
     Attributes:
-      numbers: `i64[n]`, which sentences.
-      where: their places.
-      shapes: of the chunks, which together have at least as many rows.
-      block: tokens that have one owner.
+      numbers: `i64[n]`, indices of the sentences.
+      where: their positions in the rows.
+      shapes: shapes of the chunks, which together have at least as many rows.
+      block: number of consecutive tokens that share one owner.
     """
 
     numbers: np.ndarray
@@ -52,7 +52,7 @@ class Chunks(NamedTuple):
 
 
 def _cost(shapes: Sequence[Shape]) -> float:
-    """Return the time that chunks take, in tokens."""
+    """Return the estimated time of chunks, in tokens."""
     return sum(START + shape.tokens * (1 + shape.length / ATTENTION) for shape in shapes)
 
 
@@ -65,13 +65,14 @@ def chunks(
     """Pack sentences into chunks.
 
     Args:
-      examples: with at least one sentence.
+      examples: at least one sentence.
       max_length: length of the longest rows; no sentence is longer.
-      owner: `i64[sentences]`, which adapter each sentence uses; None: there is one.
-      few_programs: take chunks of one shape for each row length.
+      owner: `i64[sentences]`, the adapter of each sentence; None: a single adapter or none.
+      few_programs: use only one chunk shape per row length.
 
     Yields:
-      Numbers of sentences, their rows, and with an owner `i32[R, S / block]`, that of each block.
+      Indices of sentences, their packed rows, and if `owner` is given, the owner of each block,
+      `i32[R, S / block]`.
     """
     for part in plan(examples.lengths, max_length, owner, few_programs):
         order = np.argsort(part.where.row, kind="stable")
@@ -90,12 +91,12 @@ def chunks(
 
 
 def slots(shape: Shape) -> int:
-    """Return the most sentences that a chunk can hold."""
+    """Return the maximum number of sentences in a chunk."""
     return -(-shape.tokens // MIN_TOKENS)
 
 
 def _owners(owner: np.ndarray, rows: PackedTokens, block: int) -> np.ndarray:
-    """Return the owner of each block of packed rows; padding has the first of all."""
+    """Return the owner of each block of packed rows; blocks of padding get `owner[0]`."""
     blocks = rows.segment_ids.reshape(len(rows.segment_ids), -1, block).max(-1)
     return np.where(blocks > 0, owner[blocks - 1], owner[0]).astype(np.int32)
 
@@ -106,7 +107,7 @@ def plan(
     owner: np.ndarray | None = None,
     few_programs: bool = False,
 ) -> list[Chunks]:
-    """Choose the chunks that cost least; see `chunks` for the arguments.
+    """Choose the chunks with the lowest cost; see `chunks` for the arguments.
 
     >>> [one.shapes for one in plan(np.array([12]), 128)]
     [(Shape(rows=1, length=16),)]
@@ -131,7 +132,7 @@ def plan(
 def _by_length(
     lengths: np.ndarray, owner: np.ndarray | None, usable: Sequence[int], block: int
 ) -> Iterator[tuple[np.ndarray, Placement, int]]:
-    """Place each sentence in the shortest rows that hold it."""
+    """Yield the sentences of each row length, with each in the shortest row that fits it."""
     chosen = np.searchsorted(usable, lengths)
     for k in np.unique(chosen).tolist():
         numbers = np.flatnonzero(chosen == k)
@@ -147,7 +148,7 @@ def _cover(
     block: int,
     few_programs: bool,
 ) -> Chunks:
-    """Choose the chunks for placed rows; a block of one token stands for a whole row."""
+    """Choose the chunks that cover packed rows; a `block` of 1 means a whole row."""
     sizes = row_counts(length, longest)
     tables = [(rows,) for rows in sizes] if few_programs else [sizes]
     covers = [_cheapest(where.rows, table, length) for table in tables]
@@ -155,7 +156,7 @@ def _cover(
 
 
 def _cheapest(rows: int, sizes: tuple[int, ...], length: int) -> tuple[Shape, ...]:
-    """Cover some rows with chunks of these sizes at the least cost.
+    """Cover `rows` rows with chunks of the given sizes (row counts) at the lowest cost.
 
     >>> [shape.rows for shape in _cheapest(21, (1, 4, 8, 16), 64)]
     [16, 4, 1]
@@ -166,7 +167,7 @@ def _cheapest(rows: int, sizes: tuple[int, ...], length: int) -> tuple[Shape, ..
 
 @functools.lru_cache(1 << 12)
 def _cheapest_below(rows: int, sizes: tuple[int, ...], length: int) -> tuple[Shape, ...]:
-    """Do the same for fewer rows than the largest chunk's, by trying each size first."""
+    """Do the same for fewer rows than the largest size, by trying each size first."""
     if not rows:
         return ()
     covers = [
@@ -177,7 +178,7 @@ def _cheapest_below(rows: int, sizes: tuple[int, ...], length: int) -> tuple[Sha
 
 
 def row_counts(length: int, longest: int) -> tuple[int, ...]:
-    """Return the numbers of rows that chunks of a row length may have.
+    """Return the possible row counts of chunks with rows of one length.
 
     >>> row_counts(64, 128), row_counts(128, 128), row_counts(16, 128)
     ((1, 4, 8, 16), (1, 4, 8, 16), (1,))
@@ -188,7 +189,7 @@ def row_counts(length: int, longest: int) -> tuple[int, ...]:
 
 
 def row_lengths(max_length: int, block: int = 1) -> list[int]:
-    """Return the lengths that rows may have, the longest last: multiples of a block.
+    """Return the possible row lengths in ascending order, multiples of `block`.
 
     >>> row_lengths(128), row_lengths(48), row_lengths(512)
     ([16, 32, 64, 128], [16, 32, 48], [16, 32, 64, 128, 256, 512])
@@ -199,11 +200,11 @@ def row_lengths(max_length: int, block: int = 1) -> list[int]:
 
 
 def every_shape(max_length: int, mixed: bool) -> set[tuple[Shape, int]]:
-    """Return the shapes that chunks may have, each with the tokens of a block.
+    """Return all `(shape, block)` that chunks may have.
 
     Args:
       max_length: see `chunks`.
-      mixed: whether there may be several owners.
+      mixed: whether a chunk may have several owners.
     """
     found = set()
     for block in (1, *BLOCKS) if mixed else (1,):

@@ -1,7 +1,7 @@
-"""The head of a sequence classifier of others, as a task of ours.
+"""Import the head of a transformers sequence classifier as a task.
 
-It stands in a whole model (`BertForSequenceClassification`, a cross-encoder), or is what PEFT
-trained of one.
+The head is read from a full model (`BertForSequenceClassification`, a cross-encoder) or from a PEFT
+folder.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from jaxlora.utils.trees import Tree
 
 
 class Source(NamedTuple):
-    """Where a classifier is read from.
+    """The files of a classifier.
 
     Attributes:
-      folder: the model's, or PEFT's.
+      folder: the folder of the model or of PEFT, for error messages.
       base: the base model.
-      parts: what was trained of the head beside it; nothing for a whole model.
-      model: the folder whose weights have the rest of the head, and whose config.json has the
-        names of classes.
-      remedy: what can be done if it cannot be read.
-      problem: its `problem_type`; None: as config.json says.
+      parts: the head's parameters in the PEFT folder; empty for a full model.
+      model: the folder with the rest of the head's weights, and the config.json with class names.
+      remedy: advice for error messages.
+      problem: its `problem_type`; None: read from config.json.
     """
 
     folder: Path
@@ -49,24 +48,24 @@ class Source(NamedTuple):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What config.json says."""
+        """The content of config.json."""
         return read_object(self.model / "config.json")
 
 
 def read(
     source: Source, name: str, like: TaskModels, classes: Sequence[str], pair: bool
 ) -> TaskModel:
-    """Read a task whose head is that of the family's sequence classifier.
+    """Read a sequence classifier as a task.
 
     Args:
-      source: where it is.
-      name: what to call the task.
-      like: says the pooling.
-      classes: their names; `()`: those of config.json's `id2label` if it has as many, else numbers.
-      pair: whether it reads two texts together.
+      source: the files.
+      name: the name of the task.
+      like: task models whose pooling must be `cls`.
+      classes: class names; `()`: from `id2label` in config.json if their number fits, else indices.
+      pair: whether the classifier reads two texts together.
 
     Raises:
-      UserError: naming the file and what cannot be honoured.
+      UserError: naming the file and what is unsupported.
     """
     if like.pooling != "cls":
         raise UserError(
@@ -89,18 +88,18 @@ def read(
 
 
 def refuse_names(folder: Path, classes: Sequence[str], pair: bool) -> None:
-    """Refuse what is said of a classifier where there is none.
+    """Refuse options that apply only to a classifier.
 
     Raises:
-      UserError: if anything is.
+      UserError: if one is set.
     """
     if classes or pair:
         named = "classes" if classes else "pair"
-        raise UserError(f"{folder}: `{named}` goes with a classifier that others trained")
+        raise UserError(f"{folder}: `{named}` goes with a classifier from another library")
 
 
 def as_pair(task: Task) -> Task:
-    """Return a task of one text as one of two that are read together."""
+    """Return a single-text task as a task of joint pairs."""
     return dataclasses.replace(task, pair=True, pair_encoding="joint")
 
 
@@ -110,7 +109,7 @@ def _head(source: Source, classifier: Classifier) -> Tree:
     if odd := set(source.parts.modules) - set(classifier.modules.values()):
         raise UserError(
             f"{source.folder}: has {', '.join(sorted(odd))}, which "
-            f"{family.sequence_classifier} has not; {source.remedy}"
+            f"{family.sequence_classifier} lacks; {source.remedy}"
         )
     head = {ours: _linear(source, of_model, module) for ours, module in classifier.modules.items()}
     first, width = next(iter(classifier.modules)), source.base.config.hidden_size
@@ -123,7 +122,7 @@ def _head(source: Source, classifier: Classifier) -> Tree:
 
 
 def _linear(source: Source, of_model: Mapping[str, np.ndarray], module: str) -> Tree:
-    """One Linear: what was saved, else the model's, and what LoRA adds to it."""
+    """Return a Linear layer: the saved tensors or else the model's, plus the LoRA update."""
     folder, parts, width = source.folder, source.parts, source.base.config.hidden_size
     names = [f"{module}.weight", f"{module}.bias"]
     saved = [name in parts.saved for name in names]
@@ -133,7 +132,7 @@ def _linear(source: Source, of_model: Mapping[str, np.ndarray], module: str) -> 
         )
     tensors = parts.saved if any(saved) else of_model
     if not all(name in tensors for name in names):
-        too = "" if source.model == folder else ", which is missing in the base, too"
+        too = "" if source.model == folder else ", and neither has the base"
         raise UserError(f"{folder}: has no {module}{too}; {source.remedy}")
     weight, bias = (tensors[name] for name in names)
     change = parts.changes.get(module, np.zeros_like(weight))
@@ -145,12 +144,12 @@ def _linear(source: Source, of_model: Mapping[str, np.ndarray], module: str) -> 
     return {"kernel": np.ascontiguousarray((weight + change).T), "bias": bias}
 
 
-# Delimiters of labels: the first one that is in no label is taken.
+# Label delimiters; the first that occurs in no label is used.
 _MARKS = ("|", ";", "/", " ~ ")
-# What config.json calls a problem, and whether it has one output → our kind of task.
+# (`problem_type`, whether there is a single output) → task kind.
 _KINDS: dict[tuple[str, bool], KindName] = {
     ("single_label_classification", False): "classification",
-    ("multi_label_classification", True): "binary",  # of one label: yes or no
+    ("multi_label_classification", True): "binary",  # a single label: yes or no
     ("multi_label_classification", False): "multilabel",
     ("regression", True): "regression",
 }
@@ -159,10 +158,10 @@ _KINDS: dict[tuple[str, bool], KindName] = {
 def _task(
     source: Source, name: str, head: Tree, head_kind: HeadName, classes: Sequence[str]
 ) -> Task:
-    """Return what a classifier does, as transformers would guess it.
+    """Return the task of a classifier, inferred as transformers does.
 
     Raises:
-      ValueError: if the classes' names are not as many as they must be, or not different.
+      ValueError: if the number of class names is wrong, or they are blank or not distinct.
     """
     outputs, about = head["out"]["bias"].size, source.about
     usual = "regression" if outputs == 1 else "single_label_classification"
@@ -180,7 +179,7 @@ def _task(
         names = tuple(classes) or _labels(about.get("id2label"), max(2, outputs))
         _check_names(names, max(2, outputs))
     title = f"{kind}, {source.folder.name}"
-    # Their thresholds are 0.5, and no dev set is here to choose others.
+    # transformers decides at 0.5, and there is no dev set to tune other thresholds on.
     mark = next((mark for mark in _MARKS if not any(mark in one for one in names)), _MARKS[0])
     return Task(
         name, kind, classes=names, title=title, head=head_kind, tune_thresholds=False,
@@ -196,7 +195,7 @@ def _check_names(names: Sequence[str], count: int) -> None:
 
 
 def _labels(id2label: Any, count: int) -> tuple[str, ...]:
-    """Return the model's names of this many classes; their numbers if it has others."""
+    """Return the class names in `id2label`, or indices if it does not have exactly `count`."""
     numbers = tuple(map(str, range(count)))
     if not isinstance(id2label, dict) or id2label.keys() != set(numbers):
         return numbers

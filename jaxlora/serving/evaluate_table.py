@@ -22,15 +22,15 @@ from jaxlora.utils.errors import UserError
 
 
 class Mistake(NamedTuple):
-    """A prediction that is far from right.
+    """A wrong prediction, or a score with a large error.
 
     Attributes:
-      line: of the table; 0 if the row is from no table.
-      id: of the row.
-      texts: the sentence, or the two of a pair.
-      label, prediction: names of classes, those in a set, or scores.
-      confidence: probability of the predicted class, of a set that of the most confident mistake;
-        None for scores.
+      line: line in the table; 0 if the example is not from a table.
+      id: id of the example.
+      texts: one sentence, or the two of a pair.
+      label, prediction: a class name, a tuple of names (multilabel), or a formatted score.
+      confidence: probability of the predicted class; for a multilabel task, that of its most
+        confident mistake; None for scores.
     """
 
     line: int
@@ -46,23 +46,21 @@ class Report:
     """An evaluation as plain values.
 
     Attributes:
-      task: its name.
-      title: its title.
-      kind: its kind.
+      task, title, kind: name, title and kind of the task.
       source: the table, or the split of a run.
-      rows: examples that were scored.
-      unlabelled, blank: rows left out.
-      resamples: of the bootstrap intervals.
+      rows: number of examples that were scored.
+      unlabelled, blank: numbers of rows left out.
+      resamples: number of bootstrap resamples of the intervals.
       scores: metric → value and 95 % interval.
-      classes: a row for each class; of scores none.
-      confusion: numbers of examples, by label and by prediction; of sets and scores none.
+      classes: one row per class; empty for scores.
+      confusion: counts of examples by label and prediction; empty for multilabel tasks and scores.
       calibration_error: see `Evaluation.calibration`; None for scores.
       calibration: its bins.
       best_threshold, best_f1: see `Evaluation.best_threshold`; None unless the task is binary.
-      thresholds: those that the task decides with; none: 0.5, or the most probable class.
-      mistakes: the worst.
-      against: the bank that it is compared with.
-      differences: metric → how much higher than that bank's, with a 95 % interval.
+      thresholds: class → decision threshold; empty: 0.5, or the most probable class.
+      mistakes: the worst mistakes.
+      against: the bank it is compared with, if any.
+      differences: metric → difference to that bank's score, with a 95 % interval.
     """
 
     task: str
@@ -88,7 +86,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """The rows of a table that can be scored, and the numbers of the others."""
+    """The rows of a table that can be scored, and the numbers of rows left out."""
 
     rows: Sequence[TextExample]
     unlabelled: int
@@ -98,16 +96,16 @@ class Labelled:
 def read_table(
     model: TaskModel, path: Path, text: str | None = None, label: str | None = None
 ) -> Labelled:
-    """Read the examples of a table for a task, see `choose_columns` and `read_labelled`."""
+    """Read labelled examples for a task, see `choose_columns` and `read_labelled`."""
     columns = choose_columns(model.facts.columns, tables.read_header(path), text, label)
     return read_labelled(model.task, path, columns)
 
 
 def read_labelled(task: Task, path: Path, columns: Columns) -> Labelled:
-    """Read the examples of a table with labels.
+    """Read the labelled examples of a table.
 
     Raises:
-      UserError: for a table that cannot be read, or has no example to score.
+      UserError: if the table cannot be read, or has no example to score.
     """
     wanted = "two texts: name their columns" if task.pair else "one text: name its column"
     if len(columns.text) != 1 + task.pair:
@@ -125,16 +123,15 @@ def read_labelled(task: Task, path: Path, columns: Columns) -> Labelled:
 def choose_columns(
     known: Columns | None, header: Sequence[str], text: str | None = None, label: str | None = None
 ) -> Columns:
-    """Return the columns that are asked for, or else those that the task was trained on.
+    """Return the requested columns, or by default those of the training tables.
 
-    A table without those has its texts where tables of requests have them, see `choose_texts`, and
-    its labels in `label`.
+    If the table lacks those, the texts are chosen by `choose_texts` and the labels are in `label`.
 
     Args:
-      known: of the training tables; None: they are not known.
+      known: the columns of the training tables; None: unknown.
       header: the columns of the table.
-      text, label: what is asked for; two columns of text, and columns of 0 and 1 that are the
-        labels, are separated by commas.
+      text, label: the requested columns, separated by commas: two columns of text for pairs, and
+        several columns of 0 and 1 for multilabel tasks.
     """
     texts = choose_texts(known, header, text)
     usual = known.label if known and set(known.labels) <= set(header) else "label"
@@ -142,10 +139,10 @@ def choose_columns(
 
 
 def evaluate(predictor: Predictor, task: str, rows: Sequence[TextExample]) -> Evaluation:
-    """Predict labelled examples.
+    """Predict labelled examples with a task and return the evaluation.
 
     Raises:
-      UserError: if there is no task of that name.
+      UserError: if no task has that name.
     """
     chosen = predictor.task(task)
     answers = predictor([(task, *sentences(row, chosen).values()) for row in rows])
@@ -179,14 +176,14 @@ def report(
     against: tuple[str, Evaluation] | None = None,
     resamples: int = RESAMPLES,
 ) -> Report:
-    """Collect what an evaluation says.
+    """Build the report of an evaluation.
 
     Args:
       found: the evaluation of the rows.
-      source: what they are from.
+      source: the table or split of the rows.
       labelled: the rows.
       against: another model's name and its evaluation of the same rows.
-      resamples: of the intervals.
+      resamples: number of bootstrap resamples.
     """
     task = found.task
     error, bins = found.calibration() if task.classes else (None, [])
@@ -222,7 +219,7 @@ def _mistakes(found: Evaluation, rows: Sequence[TextExample]) -> list[Mistake]:
 
 
 def show_names(label: str | tuple[str, ...], none: str = "") -> str:
-    """Return a class, or those in a set, for reading.
+    """Format a class name, or a tuple of them, for display.
 
     >>> show_names("a"), show_names(("a", "b")), show_names((), none="–")
     ('a', 'a, b', '–')
@@ -231,7 +228,7 @@ def show_names(label: str | tuple[str, ...], none: str = "") -> str:
 
 
 def to_json(found: Report) -> dict[str, object]:
-    """Return a report as JSON values; each interval is an object with value, low and high."""
+    """Return a report as JSON values; an interval is an object with `value`, `low` and `high`."""
     plain = dataclasses.asdict(found)
     for part in ("scores", "differences"):
         named: Mapping[str, Interval] = getattr(found, part)

@@ -1,4 +1,4 @@
-"""The page of an evaluation, or of a run's dev sets: one HTML file that needs no other."""
+"""Render evaluations, such as those of a run's dev sets, as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     import jinja2
 
 TEMPLATE = "evaluation_page.html.j2"
-MOST_CLASSES = 40  # in a confusion matrix that can be read
+MOST_CLASSES = 40  # in a readable confusion matrix
 MOST_POINTS = 2000  # in a plot of scores
-LARGEST, SMALLEST = 12.0, 3.0  # radius of a mark; the side of a plot is 250
+LARGEST, SMALLEST = 12.0, 3.0  # radius of a mark, in a plot of 250 × 250
 
 
 class Plot(NamedTuple):
-    """Points in a square with its diagonal.
+    """A square scatter plot with its diagonal.
 
     Attributes:
-      x, y: titles of the axes.
-      low, high: the ends of both axes.
-      marks: x and y as shares of the axes, 0 … 1, and the radius of each point.
+      x, y: axis labels.
+      low, high: limits of both axes.
+      marks: x, y (scaled to 0 … 1) and radius of each point.
     """
 
     x: str
@@ -37,11 +37,11 @@ class Plot(NamedTuple):
 
 
 def page(parts: Sequence[tuple[Report, Evaluation]], title: str = "") -> str:
-    """Return the page of some reports.
+    """Return the HTML page of reports.
 
     Args:
-      parts: each task's report, and the evaluation that it was made from.
-      title: of the page; default: the only task's.
+      parts: the report of each task and the evaluation it was made from.
+      title: title of the page; default: that of the first task.
     """
     return _template().render(
         title=title or parts[0][0].title,
@@ -58,7 +58,7 @@ def _template() -> jinja2.Template:
 
 
 def show(value: str | float | None) -> str:
-    """Format the content of a cell; None is an empty one.
+    """Format a cell; None becomes an empty string.
 
     >>> show(1200), show(0.25), show("a"), show(None)
     ('1,200', '0.2500', 'a', '')
@@ -69,13 +69,13 @@ def show(value: str | float | None) -> str:
 
 
 def _plot(report: Report, evaluation: Evaluation) -> Plot:
-    """Plot calibration: marks whose area is their share of the rows; of scores the predictions."""
+    """Plot calibration, with mark areas by rows per bin; for scores, predictions by labels."""
     if report.calibration_error is None:
         low, high = evaluation.task.low, evaluation.task.high
         shown = evaluation.labels[:MOST_POINTS], evaluation.predictions[:MOST_POINTS]
         points = [(float(x), float(y), 0.0) for x, y in zip(*shown, strict=True)]
         return Plot("label", "prediction", low, high, _marks(points, low, high))
-    total = sum(one.rows for one in report.calibration)  # of a set, a decision for each class
+    total = sum(one.rows for one in report.calibration)  # multilabel: one decision per class
     bins = [(b.confidence, b.accuracy, b.rows / total) for b in report.calibration if b.rows]
     return Plot("confidence", "share that is right", 0, 1, _marks(bins, 0, 1))
 

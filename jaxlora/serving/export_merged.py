@@ -1,8 +1,8 @@
-"""A task as a Hugging Face folder: its merged encoder, its head, and the code that applies both.
+"""Export a task as a Hugging Face folder: merged encoder, head, and code that applies both.
 
-Who gets the folder needs transformers and torch, or sentence-transformers, and nothing of ours. A
-head of the kind that the base's family has itself makes a sequence classifier of it, which is a
-cross-encoder if the task reads pairs together.
+Using the folder needs only transformers and torch, or sentence-transformers. A task whose head is
+that of the base family's sequence classifier is exported as one, which is also a cross-encoder if
+the task reads pairs together.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ README, TOKENIZER = "README.md", "tokenizer.json"
 def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -> None:
     """Write a task for transformers and sentence-transformers.
 
-    With the family's own kind of head it is for `AutoModelForSequenceClassification`, else for
-    `AutoModel`. sentence-transformers reads it as a `SentenceTransformer`, or, if the task reads
-    pairs together, as a `CrossEncoder` with such a head and not at all without.
+    With the head of the family's sequence classifier, the folder is for
+    `AutoModelForSequenceClassification` (and, if the task reads pairs together, for
+    sentence-transformers' `CrossEncoder`), else for `AutoModel`. Any task that does not read pairs
+    together can be loaded as a `SentenceTransformer`.
 
     Args:
       folder: new or empty; written atomically.
       base: the base model, see `TaskModels.load_base`.
-      trained: where the task comes from.
-      name: the task.
+      trained: the task models with the task.
+      name: the name of the task.
 
     Raises:
       UserError: if the folder is not empty.
@@ -63,7 +64,7 @@ def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -
         )
         length = trained.max_length if model.task.joint else None
         write_tokenizer(temporary, base, special, base.tokenizer.to_str(), length)
-        if not model.task.joint:  # whose vectors are those of pairs
+        if not model.task.joint:  # a joint task has vectors of pairs, not of sentences
             for file, value in _sentence_transformers(base, trained).items():
                 write_json(temporary / file, value)
         if not classifies:
@@ -72,7 +73,7 @@ def save(folder: str | Path, base: Pretrained, trained: TaskModels, name: str) -
 
 
 def encoder_params(base: Pretrained, trained: TaskModels, name: str) -> Tree:
-    """Return the encoder of a task as one `params` tree, its adapter merged into the base's."""
+    """Return the `params` tree of a task's encoder, with its adapter merged into the base."""
     tree = trained.models[name].tree
     found = trained.trees[tree]
     if "lora" in found:
@@ -81,7 +82,7 @@ def encoder_params(base: Pretrained, trained: TaskModels, name: str) -> Tree:
 
 
 def _sentence_transformers(base: Pretrained, trained: TaskModels) -> dict[str, Any]:
-    """Return the files that tell sentence-transformers how to pool; file name → content."""
+    """Return sentence-transformers' configuration files: file name → content."""
     width, kind = base.config.hidden_size, "sentence_transformers.models."
     mode = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
     return {
@@ -96,19 +97,19 @@ def _sentence_transformers(base: Pretrained, trained: TaskModels) -> dict[str, A
 
 
 def _config(base: Pretrained, padding: str) -> dict[str, Any]:
-    """Return the base's config.json without what is of its heads and its training."""
+    """Return the base's config.json without the fields of heads and training."""
     family = families.of(base.config)
     path = huggingface.find(base.name) / "config.json"
     kept = {k: v for k, v in read_object(path).items() if k in huggingface.known_fields(family)}
     about = {"architectures": [family.model], "model_type": base.config.model_type}
     padded = {"pad_token_id": base.tokenizer.token_to_id(padding)}
     if isinstance(base.config, BertConfig) and base.config.padding_idx >= 0:
-        padded = {"pad_token_id": base.config.padding_idx}  # positions count from its id
+        padded = {"pad_token_id": base.config.padding_idx}  # RoBERTa counts positions from this id
     return about | {"dtype": "float32"} | kept | padded
 
 
 def _labels(task: Task, family: Family) -> dict[str, Any]:
-    """Return what a sequence classifier's config.json says of its outputs."""
+    """Return the fields of a sequence classifier's config.json that describe its outputs."""
     whole = task.outputs == len(task.classes)
     names, problem = task.classes if whole else task.classes[1:] or ("score",), task.problem
     found: dict[str, Any] = {
@@ -117,7 +118,7 @@ def _labels(task: Task, family: Family) -> dict[str, Any]:
         "id2label": {str(n): name for n, name in enumerate(names)},
         "label2id": {name: n for n, name in enumerate(names)},
     }
-    if task.joint:  # what a CrossEncoder applies to the outputs
+    if task.joint:  # the activation that a CrossEncoder applies
         each = problem == "multi_label_classification"
         applied = "activation.Sigmoid" if each else "linear.Identity"
         found["sentence_transformers"] = {"activation_fn": f"torch.nn.modules.{applied}"}
@@ -127,7 +128,7 @@ def _labels(task: Task, family: Family) -> dict[str, Any]:
 def write_tokenizer(
     folder: Path, base: Pretrained, special: dict[str, str], tokenizer: str, max_length: int | None
 ) -> None:
-    """Write a tokenizer's files; their class takes `tokenizer`, a tokenizer.json, as it is."""
+    """Write a tokenizer's files; `tokenizer` is the content of tokenizer.json."""
     types = ["token_type_ids"] * families.of(base.config).token_types
     rest = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -146,14 +147,14 @@ _USUAL = {"pad": ("[PAD]", "<pad>"), "mask": ("[MASK]", "<mask>")}
 
 
 def special_tokens(base: Pretrained) -> dict[str, str]:
-    """Find a base's special tokens.
+    """Find the special tokens of a base.
 
-    They are those that its tokenizer uses, or its files declare, or by their usual names. Without
-    any for padding, the one for unknown words pads: the attention mask hides it.
+    A token is taken from the tokenizer, else from the declarations in its files, else by its usual
+    name. Without a padding token, the unknown token (or `[SEP]`) pads; the mask hides it.
 
     Returns:
-      Tokens by the fields of transformers' files, e.g. `pad_token`; always with `pad_token`,
-      `cls_token` and `sep_token`.
+      Field of transformers' files, e.g. `pad_token`, → token; at least `pad_token`, `cls_token` and
+      `sep_token`.
     """
     used, declared = _used(base.tokenizer), _declared(huggingface.find(base.name))
     found = {}
@@ -166,20 +167,20 @@ def special_tokens(base: Pretrained) -> dict[str, str]:
 
 
 def _used(tokenizer: Tokenizer) -> dict[str, str | None]:
-    """Return the tokens that a tokenizer itself puts around a sentence, and for an unknown word."""
-    # By their ids: a template may have another name for what the vocabulary has there.
+    """Return the tokens that a tokenizer puts around a sentence, and its unknown token."""
+    # Looked up by id, since a template may name tokens differently from the vocabulary.
     first, last = map(tokenizer.id_to_token, tokenizer.encode("").ids)
     model = json.loads(tokenizer.to_str())["model"]
     unknown = model.get("unk_token")
-    if model.get("unk_id") is not None:  # Unigram: a number
+    if model.get("unk_id") is not None:  # Unigram stores an id
         unknown = tokenizer.id_to_token(model["unk_id"])
     return {"cls": first, "sep": last, "unk": unknown}
 
 
 def _declared(folder: Path) -> dict[str, str]:
-    """Return the special tokens that a base's files name, as strings or as objects."""
+    """Return the special tokens declared in a base's files, field → token."""
     found: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the last counts
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later file wins
         if (folder / name).is_file():
             for field, value in read_object(folder / name).items():
                 token = value.get("content") if isinstance(value, dict) else value

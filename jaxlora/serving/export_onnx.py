@@ -1,6 +1,6 @@
-"""A task as an ONNX folder: tokens → vector → the head's answer in one graph, its adapter merged.
+"""Export a task as an ONNX folder: merged encoder, pooling and head in a single graph.
 
-Who gets the folder needs ONNX Runtime and the tokenizers library, and nothing of ours.
+Using the folder needs only ONNX Runtime and the tokenizers library.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 MODEL, QUANTIZED = "model.onnx", "model_quantized.onnx"
 ABOUT = "task.json"
-# A protobuf file has at most 2 GiB: the weights of larger models are in a file beside it.
+# Protobuf files are limited to 2 GiB; larger models store their weights in a second file.
 MOST_IN_ONE_FILE = 2**31 - 2**20
-_HEAD = "head."  # begins the names of a head's weights
+_HEAD = "head."  # prefix of the names of head weights
 
 
 def save(
@@ -48,18 +48,18 @@ def save(
 ) -> None:
     """Write a task for ONNX Runtime.
 
-    The folder has `model.onnx`, a `tokenizer.json` that cuts and pads as the model wants it,
-    `task.json` with the names of inputs, outputs and classes, and a README with code.
+    The folder has `model.onnx`, a `tokenizer.json` that truncates and pads, `task.json` with the
+    names of inputs, outputs and classes, and a README with code.
 
     Args:
       folder: new or empty; written atomically.
       base: the base model, see `TaskModels.load_base`.
-      trained: where the task comes from.
-      name: the task.
-      int8: write `model_quantized.onnx`, too: weights of 8 bits, see `quantize`.
+      trained: the task models with the task.
+      name: the name of the task.
+      int8: also write `model_quantized.onnx` with 8-bit weights, see `quantize`.
 
     Raises:
-      UserError: if there is no such task, or the folder is not empty.
+      UserError: if no task has that name, or the folder is not empty.
     """
     model, special = trained.find(name), special_tokens(base)
     made = build(base, trained, name)
@@ -100,7 +100,7 @@ def _about(made: ModelProto, task: Task, max_length: int) -> dict[str, Any]:
 
 
 def write(model: ModelProto, path: Path) -> None:
-    """Write a model; of a large one the weights are in a file beside it, `model.onnx.data`."""
+    """Write a model; the weights of a large one go to a second file, `model.onnx.data`."""
     beside = model.ByteSize() > MOST_IN_ONE_FILE
     onnx.save_model(
         model, path, save_as_external_data=beside, location=f"{path.name}.data" if beside else None
@@ -110,12 +110,12 @@ def write(model: ModelProto, path: Path) -> None:
 def quantize(model: Path, quantized: Path) -> None:
     """Quantize a model's weights to 8 bits by ONNX Runtime's dynamic quantization.
 
-    Matmuls (with a scale for each output channel) and embeddings are quantized, activations at
-    each call by their own range. Norms, softmax and the head, which is small, stay float32.
+    The weights of matmuls (one scale per output channel) and embeddings are quantized; activations
+    are quantized at each call by their range. Norms, softmax and the small head stay float32.
     """
     loaded = onnx.load(model)
     names = [n.name for n in loaded.graph.node if any(i.startswith(_HEAD) for i in n.input)]
-    # It asks for a pass that fuses operators, which are fused, and says so on stderr otherwise.
+    # Marks the model as pre-processed, which silences a warning: our operators are fused already.
     onnx.helper.set_model_props(loaded, {"onnx.quant.pre_process": "onnxruntime.quant"})
     quantize_dynamic(
         loaded, quantized, op_types_to_quantize=["MatMul", "Gather"], nodes_to_exclude=names,
@@ -130,11 +130,11 @@ def quantize(model: Path, quantized: Path) -> None:
 def build(base: Pretrained, trained: TaskModels, name: str) -> ModelProto:
     """Build the model of a task.
 
-    Inputs are `input_ids`, `attention_mask` and, for families that have any, `token_type_ids`:
-    `i64[batch, length]`. Two sentences that the task encodes separately have inputs of their own,
-    those of the second end in `_2`; each may have its own length. Outputs are `vector`,
-    `f32[batch, H]` (and `vector_2`), and `probabilities`, `f32[batch, classes]`, or `score`,
-    `f32[batch]`, on the labels' scale.
+    Inputs are `input_ids`, `attention_mask` and, if the family has token types, `token_type_ids`,
+    each `i64[batch, length]`. If the task encodes the sentences of a pair separately, the inputs of
+    the second end in `_2`, with their own length. Outputs are `vector`, `f32[batch, H]` (and
+    `vector_2`), and `probabilities`, `f32[batch, classes]`, or `score`, `f32[batch]`, on the
+    labels' scale.
     """
     model, graph = trained.find(name), Graph()
     tree = onnx_graph.unstack(encoder_params(base, trained, name))
@@ -156,7 +156,7 @@ def _inputs(graph: Graph, end: str, types: bool) -> Inputs:
 
 
 def _apply_head(graph: Graph, model: TaskModel, head: Tree, vectors: list[Value]) -> Value:
-    """Add `Task.apply_head`: `f32[batch, outputs]`, without a head the cosine, `f32[batch, 1]`."""
+    """Add `Task.apply_head`, `f32[batch, outputs]`; without a head the cosine, `f32[batch, 1]`."""
     if not model.task.outputs:
         return _cosine(graph, *vectors)
     params = onnx_graph.weights(graph, head, _HEAD)

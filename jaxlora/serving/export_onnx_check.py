@@ -1,4 +1,4 @@
-"""Compare the models of an ONNX folder with ours, on labelled examples."""
+"""Compare the models of an ONNX folder with the predictor, on labelled examples."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _BATCH = 32
 
 
 class Compared(NamedTuple):
-    """A model beside ours.
+    """An ONNX model compared with the predictor.
 
     Attributes:
-      file: of the folder.
-      score: by the task's metric.
-      difference: the largest from our probabilities, or from our scores.
-      size: bytes of its files.
+      file: name of the model file.
+      score: its score by the task's metric.
+      difference: largest absolute difference of a probability, or of a score.
+      size: size of its files in bytes.
     """
 
     file: str
@@ -42,16 +42,16 @@ class Compared(NamedTuple):
 def compare(
     folder: Path, predictor: Predictor, name: str, rows: Sequence[TextExample]
 ) -> tuple[float, list[Compared]]:
-    """Compare each model of a folder with the predictor that it was exported from.
+    """Compare each model of an ONNX folder with the predictor.
 
     Args:
-      folder: from `export_onnx.save`.
-      predictor: has the task.
-      name: the task.
+      folder: written by `export_onnx.save`.
+      predictor: a predictor that serves the task.
+      name: the name of the task.
       rows: labelled examples.
 
     Returns:
-      Our own score, and a row for each model.
+      The predictor's score, and one row per model.
     """
     ours = evaluate_table.evaluate(predictor, name, rows)
     expected = ours.predictions if ours.probabilities is None else ours.probabilities
@@ -69,8 +69,8 @@ def compare(
 
 
 def decide(task: Task, probabilities: np.ndarray) -> np.ndarray:
-    """Return the predictions that follow from probabilities `f32[E, classes]`."""
-    with np.errstate(divide="ignore"):  # a probability of 0 or 1 is a logit without end
+    """Decode probabilities `f32[E, classes]` to predictions, as `inference.decode` does."""
+    with np.errstate(divide="ignore"):  # probabilities of 0 and 1 have infinite logits
         logits = np.log(probabilities)
         if task.thresholded:
             positive = probabilities[:, -task.outputs :]
@@ -79,10 +79,10 @@ def decide(task: Task, probabilities: np.ndarray) -> np.ndarray:
 
 
 def run(folder: Path, file: str, task: Task, examples: Sequence[tuple[str, ...]]) -> np.ndarray:
-    """Apply a model of a folder with ONNX Runtime.
+    """Run a model of the folder with ONNX Runtime.
 
     Returns:
-      `f32[E, classes]`, probabilities, or `f32[E]`, scores.
+      Probabilities, `f32[E, classes]`, or scores, `f32[E]`.
     """
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     session = InferenceSession(str(folder / file))

@@ -1,4 +1,4 @@
-"""The README of an ONNX folder: what it holds, and Python code that applies it."""
+"""The README of an ONNX folder: a description, and Python code that runs the model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 folder = "."  # this one
-tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")  # cuts and pads
+tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")  # truncates and pads
 session = onnxruntime.InferenceSession(f"{folder}/model.onnx")"""
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
 def readme(trained: TaskModels, model: TaskModel, token_types: bool) -> str:
-    """Return the folder's README.
+    """Return the README of an ONNX folder.
 
     Args:
-      trained: where the task comes from.
+      trained: the task models with the task.
       model: the task.
       token_types: whether the model takes token types.
     """
@@ -43,7 +43,7 @@ def _outputs(task: Task) -> str:
         of = "pair" if task.joint else "sentence"
         return f"It computes the `vector` of each {of} and {answer}. "
     return (
-        "Both sentences have inputs of their own; names of the second's end in `_2`. It computes "
+        "Each sentence of a pair has its own inputs; those of the second end in `_2`. It computes "
         f"`vector` and `vector_2` of the sentences and {answer}. "
     )
 
@@ -56,7 +56,7 @@ def _inputs(token_types: bool) -> str:
 
 
 def _decode(task: Task) -> str:
-    """`Task.decode` of probabilities in NumPy."""
+    """Return NumPy code that decodes probabilities as `Task.decode` does."""
     shown = LOSSES[task.loss].numpy or "score"
     if not task.thresholds:
         return shown

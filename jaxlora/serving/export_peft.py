@@ -1,7 +1,7 @@
-"""A task as a PEFT folder: the adapter for everybody, its head and what it is beside it.
+"""Export a task as a PEFT folder, and import PEFT folders as tasks.
 
-PEFT reads `adapter_config.json` and `adapter_model.safetensors` and nothing else; we also read
-`jaxlora.json` and `head.safetensors`, so a task that was exported comes back bit for bit.
+PEFT reads only `adapter_config.json` and `adapter_model.safetensors`. jaxlora also writes and reads
+`jaxlora.json` and `head.safetensors`, so that an exported task can be restored bit for bit.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _ALONE = "take the encoder's adapter alone with `encoder_only=True`"
 
 @dataclasses.dataclass(frozen=True)
 class About(BaseSpec):
-    """What `jaxlora.json` says of a task; the fields are those of `TaskModel`.
+    """The content of `jaxlora.json`; see `TaskModel` for the fields.
 
     Raises:
-      ValueError: if its head needs another pooling.
+      ValueError: if the head needs another pooling.
     """
 
     task: Task
@@ -52,12 +52,12 @@ class About(BaseSpec):
 
 
 def save(folder: str | Path, trained: TaskModels, name: str) -> None:
-    """Write a task for `PeftModel.from_pretrained`, and for `load`.
+    """Write a task as a folder for `PeftModel.from_pretrained` and `load`.
 
     Args:
       folder: new or empty; written atomically.
-      trained: where the task comes from.
-      name: the task.
+      trained: the task models with the task.
+      name: the name of the task.
 
     Raises:
       UserError: if the task has no adapter, or the folder is not empty.
@@ -79,15 +79,15 @@ def save(folder: str | Path, trained: TaskModels, name: str) -> None:
 
 
 def described(folder: str | Path) -> bool:
-    """Return whether a PEFT folder says itself what its task and its base are."""
+    """Return whether a folder has the `jaxlora.json` that `save` writes."""
     return (Path(folder).expanduser() / ABOUT).exists()
 
 
 def classifies(folder: str | Path) -> bool:
-    """Return whether PEFT wrote a folder for a `BertForSequenceClassification`.
+    """Return whether a PEFT folder is for a sequence classifier.
 
     Raises:
-      UserError: if its `adapter_config.json` cannot be read or honoured.
+      UserError: if its `adapter_config.json` cannot be read or is unsupported.
     """
     return peft_config.read_config(Path(folder).expanduser()).classifies
 
@@ -105,22 +105,22 @@ def load(
 ) -> TaskModels:
     """Read a task from a PEFT folder.
 
-    From a folder that others wrote for `BertForSequenceClassification` (`task_type` SEQ_CLS) the
-    classifier, and the pooler before it, become the task's head. Without one, the task compares two
-    texts by the cosine of their vectors (0 to 1), which needs no head.
+    If PEFT trained a sequence classifier (`task_type` SEQ_CLS), the classifier and its pooler
+    become the head of the task. Without a classifier, the task is the similarity of two texts: the
+    cosine of their vectors (0 to 1), which needs no head.
 
     Args:
-      folder: `save` or PEFT wrote it.
-      name: what to call the task.
-      like: says the base and the pooling where the folder does not.
-      base: where the base is now; None: where the folder, or `like`, says.
-      any_base: take an adapter whose folder names another base than `like`'s, or none.
-      encoder_only: leave out the classifier, and what `save` wrote beside the adapter.
-      classes: names of the classifier's classes; default: the base's `id2label`, or numbers.
-      pair: whether the classifier was trained on pairs of texts, which it reads together.
+      folder: written by `save` or by PEFT.
+      name: the name of the task.
+      like: task models that define the base and pooling, unless `save` wrote the folder.
+      base: the base's new location; None: as recorded in the folder or `like`.
+      any_base: accept an adapter whose folder names no base, or another one than `like`.
+      encoder_only: ignore the classifier, and the task and head that `save` wrote.
+      classes: class names of the classifier; default: the base's `id2label`, else indices.
+      pair: whether the classifier reads pairs of texts together.
 
     Raises:
-      UserError: naming the file and what is missing, broken, or cannot be honoured.
+      UserError: naming the file and what is missing, broken or unsupported.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -174,7 +174,7 @@ def _one(
 
 
 def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: bool) -> TaskModel:
-    """Return a task without a head; a pooler alone is left out, since nothing reads it."""
+    """Return a similarity task, which has no head; factors of the unused pooler are left out."""
     rest = [module for module in found.head.modules if not module.startswith("pooler")]
     if rest and not encoder_only:
         raise UserError(
@@ -186,13 +186,13 @@ def _similarity(folder: Path, name: str, found: peft.PeftFolder, encoder_only: b
     return TaskModel(task, name, {}, "concat", facts)
 
 
-# ---- the base that an adapter was trained on
+# ---- the base of an adapter
 
 
 def _check_base(path: Path, written: peft_config.PeftConfig, base: Pretrained) -> None:
-    """Refuse an adapter that was trained on another base, or does not say on which.
+    """Refuse an adapter that was trained on another base, or does not name its base.
 
-    A revision counts where the adapter's folder says one: PEFT leaves it out as a rule.
+    Revisions are compared only if the folder has one; PEFT usually omits it.
     """
     name = written.base_model_name_or_path
     if name is None:
@@ -201,7 +201,7 @@ def _check_base(path: Path, written: peft_config.PeftConfig, base: Pretrained) -
             f"trained on {base.name}; if it was, use `any_base=True`"
         )
     revision = written.revision or _revision(name)
-    there = _revision(base.name) or "main"  # the hub's default
+    there = _revision(base.name) or "main"  # the default of the hub
     same = _place(name) == _place(base.name) and revision in (None, there)
     if not same and not (revision is None and _is_same_model(name, base)):
         at = f"@{revision}" if revision else ""
@@ -212,7 +212,7 @@ def _check_base(path: Path, written: peft_config.PeftConfig, base: Pretrained) -
 
 
 def _place(base: str) -> str:
-    """Return a base's one name: a folder's whole path, or a hub id.
+    """Return a canonical name of a base: the absolute path of a folder, or a hub id.
 
     >>> _place("minilm"), _place("google-bert/bert-base-uncased"), _place("bert-base-uncased@v1")
     ('sentence-transformers/all-MiniLM-L6-v2', 'bert-base-uncased', 'bert-base-uncased')
@@ -222,17 +222,17 @@ def _place(base: str) -> str:
     folder = huggingface.local_folder(base)
     if folder is not None:
         return str(folder.resolve())
-    # The hub's oldest model had no owner; google-bert has got the BERTs among them.
+    # The oldest models of the hub had no owner; the BERTs among them moved to google-bert.
     return huggingface.split_revision(base)[0].rstrip("/").removeprefix("google-bert/")
 
 
 def _revision(base: str) -> str | None:
-    """Return the revision that a base is pinned to; a folder has none."""
+    """Return the revision that a base is pinned to; None for a folder."""
     return huggingface.split_revision(base)[1] if huggingface.local_folder(base) is None else None
 
 
 def _is_same_model(name: str, base: Pretrained) -> bool:
-    """Return whether a base that is on this machine under another name holds the same model."""
+    """Return whether a base that is available locally under another name is the same model."""
     at_hand = huggingface.MINILM if _place(name) == huggingface.MINILM_HUB else name
     if at_hand != huggingface.MINILM and huggingface.local_folder(name) is None:
         return False

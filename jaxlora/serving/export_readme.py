@@ -1,4 +1,4 @@
-"""The README of a merged folder: what it holds, and Python code that applies it."""
+"""The README of a merged folder: a description, and Python code that runs the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PAIR = {"concat": "u, v", "interaction": "u, v, (u - v).abs(), u * v"}
 
 
 def readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
-    """Return the folder's README: what it holds, and Python code that applies it."""
+    """Return the README of a merged folder."""
     task, last = model.task, "\n\n\n"
     base = base_name(trained.base)
     merged = ", its adapter merged into the weights" if "lora" in trained.trees[model.tree] else ""
@@ -39,12 +39,12 @@ def readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
 
 
 def example(task: Task) -> str:
-    """Return an example of a task, as Python."""
+    """Return an example input of a task as Python source."""
     return '("A dog runs.", "A dog is running.")' if task.pair else '"A lovely film."'
 
 
 def describe(task: Task) -> str:
-    """Say what a README's `predict` takes and gives."""
+    """Describe the inputs and outputs of the README's `predict`."""
     takes = "pairs of sentences" if task.pair else "sentences"
     classes = ", ".join(f"{n}: {plain(name)}" for n, name in enumerate(task.classes))
     span = f", {task.low:g} to {task.high:g}" if HEADS[task.head].scaled else ""
@@ -54,7 +54,7 @@ def describe(task: Task) -> str:
 
 
 def _remark(task: Task, family: Family) -> str:
-    """Return how the folder is loaded."""
+    """Return the instructions for loading the folder."""
     if family.classifies(task.head):
         joint = " or with sentence-transformers' `CrossEncoder`" * task.joint
         return f"Load it with `AutoModelForSequenceClassification`{joint}. "
@@ -68,7 +68,7 @@ def _remark(task: Task, family: Family) -> str:
 
 
 def _by_hand(trained: TaskModels, model: TaskModel, family: Family) -> list[str]:
-    """Return code that applies an encoder and a head of ours."""
+    """Return code that applies the encoder and a jaxlora head."""
     return [
         _imports(bool(model.task.outputs), family),
         _encode(trained, model.task),
@@ -77,23 +77,23 @@ def _by_hand(trained: TaskModels, model: TaskModel, family: Family) -> list[str]
 
 
 def base_name(base: str) -> str:
-    """Return a base as others may know it, between backticks: of a local folder its name alone."""
+    """Return a base's public name for Markdown code; a local folder without its path."""
     if base == huggingface.MINILM:
         return huggingface.MINILM_HUB
     return _code(Path(base).name if Path(base).is_absolute() else base)
 
 
 def plain(text: str) -> str:
-    """Return names of others' as one line of Markdown that means only itself.
+    """Escape third-party text as one line of plain Markdown.
 
-    Sites make links and mentions after Markdown's escapes are gone: a space of no width hinders it.
+    Sites create links and mentions after unescaping; a zero-width space prevents it.
     """
     escaped = re.sub(r"([\\`*_\[\]<>#~&])", r"\\\1", text)
     return " ".join(re.sub(r"(?i)@|:(?=//)|www(?=\.)", "\\g<0>\u200b", escaped).split())
 
 
 def _code(text: str) -> str:
-    """Likewise, between backticks."""
+    """Return third-party text as one line that is safe between backticks."""
     return " ".join(text.replace("`", "'").split())
 
 
@@ -167,7 +167,7 @@ def _predict(model: TaskModel) -> str:
 
 
 def _decode(task: Task) -> str:
-    """`Task.decode` in torch."""
+    """Return torch code for `Task.decode`."""
     shown = LOSSES[task.loss].torch
     if task.thresholds:
         shown = shown.replace("> 0", f"> {_cuts(task)}")
@@ -178,7 +178,7 @@ def _decode(task: Task) -> str:
 
 
 def _cuts(task: Task) -> str:
-    """Return the logits of the thresholds in torch."""
+    """Return the logits of the thresholds as torch code."""
     cuts = task.cuts.tolist()
     return str(cuts) if task.outputs == 1 else f"torch.tensor({cuts})"
 

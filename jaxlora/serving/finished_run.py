@@ -1,4 +1,4 @@
-"""The folder of a run, as far as prediction knows it: a run keeps what it trained as a bank."""
+"""The parts of a run folder that serving needs: its config and the bank in `model`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 
 CONFIG, RESULT, MODEL = "config.json", "result.json", "model"
-PARTS = ("settings", "inputs")  # of the config
+PARTS = ("settings", "inputs")  # required parts of the config
 
 
 def exists(folder: Path) -> bool:
-    """Return whether a folder is a run's, finished or not."""
+    """Return whether a folder is that of a run, finished or not."""
     return (folder / CONFIG).exists()
 
 
 def find_bank(folder: Path) -> Path:
-    """Return the bank in a folder: the folder itself, or a finished run's `model`.
+    """Return the folder of the bank: `folder` itself, or the `model` of a finished run.
 
     Raises:
-      UserError: if there is none.
+      UserError: if there is no bank.
     """
     if manifest.exist(folder):
         return folder

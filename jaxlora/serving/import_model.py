@@ -1,7 +1,7 @@
-"""Whole models of others as tasks: sequence classifiers, cross-encoders, sentence-transformers.
+"""Import full models as tasks: sequence classifiers, cross-encoders, sentence-transformers.
 
-In a new bank the model is the base and its task needs no adapter. A bank of another base with the
-same shape and tokenizer keeps the model's whole encoder for its task.
+In a new bank, the model becomes the base and its task needs no adapter. A bank of another base with
+the same shape and tokenizer stores the model's full encoder for the task.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OF_TRANSFORMER, _OF_TOKENIZER = "sentence_bert_config.json", "tokenizer_config.
 MOST_TOKENS = 512
 _REMEDY = "take the folder as `base` and train a head of your own"
 _CLASSIFIER = "ForSequenceClassification"
-# What a cross-encoder applies to its outputs → the problem that it solves; None: see config.json.
+# Activation of a cross-encoder → its `problem_type`; None: see config.json.
 _PROBLEMS = {"Sigmoid": "multi_label_classification", "Identity": None}
 
 
@@ -41,18 +41,18 @@ def load(
 ) -> TaskModels:
     """Read a model of transformers or sentence-transformers as one task.
 
-    A sequence classifier keeps its head; one that is a cross-encoder reads pairs together. A
-    `SentenceTransformer` compares two texts by the cosine of their vectors.
+    A sequence classifier keeps its head; a cross-encoder also reads pairs together. A
+    `SentenceTransformer` becomes a similarity task: the cosine of two texts' vectors.
 
     Args:
       model: its folder or hub id.
-      name: what to call the task.
-      like: the bank that it shall fit; None: it becomes the base of a new one.
-      classes: names of a classifier's classes; default: its `id2label`, or numbers.
+      name: the name of the task.
+      like: the bank to import into; None: the model becomes the base of a new one.
+      classes: class names of a classifier; default: its `id2label`, else indices.
       pair: whether a classifier reads two texts together; a cross-encoder always does.
 
     Raises:
-      UserError: naming the file, and the module or field that cannot be honoured.
+      UserError: naming the file, and the unsupported module or field.
     """
     model = huggingface.absolute(model)
     base = huggingface.load(model)
@@ -104,7 +104,7 @@ def _classifier(
 
 
 def _check_architecture(folder: Path) -> None:
-    """Refuse a model whose config.json says that it is no sequence classifier."""
+    """Refuse a model whose config.json names another architecture than a sequence classifier."""
     named = read_object(folder / "config.json").get("architectures") or []
     if named and not any(str(one).endswith(_CLASSIFIER) for one in named):
         shown = ", ".join(map(str, named))
@@ -115,7 +115,7 @@ def _check_architecture(folder: Path) -> None:
 
 
 def _activation(folder: Path) -> str | None:
-    """Return what a cross-encoder applies to its outputs; None for any other classifier."""
+    """Return a cross-encoder's output activation; None for any other classifier."""
     about = read_object(folder / "config.json")
     named = about.get("sentence_transformers")
     found = named.get("activation_fn") if isinstance(named, dict) else None
@@ -128,10 +128,10 @@ def _activation(folder: Path) -> str | None:
 
 
 def read_modules(folder: Path) -> list[tuple[str, str]]:
-    """Return the modules of a sentence-transformers folder: class and folder; `[]` for any other.
+    """Return the modules of a sentence-transformers folder as (class, path); else `[]`.
 
     Raises:
-      UserError: for one that does more than pooling and normalising.
+      UserError: for a module other than Transformer, Pooling and Normalize.
     """
     path = folder / MODULES
     if not path.exists():
@@ -149,10 +149,10 @@ def read_modules(folder: Path) -> list[tuple[str, str]]:
 
 
 def read_pooling(folder: Path, modules: Sequence[tuple[str, str]]) -> Pooling:
-    """Return how the module Pooling makes a vector of a text.
+    """Return the pooling of a sentence-transformers folder.
 
     Raises:
-      UserError: for a pooling that is neither cls nor mean.
+      UserError: if it is neither cls nor mean.
     """
     place = next(path for kind, path in modules if kind == "Pooling")
     if Path(place).name != place:
@@ -174,14 +174,14 @@ def read_pooling(folder: Path, modules: Sequence[tuple[str, str]]) -> Pooling:
 
 
 def _check_settings(folder: Path) -> None:
-    """Refuse settings of sentence-transformers that change the texts before they are tokenized."""
+    """Refuse sentence-transformers settings that change texts before tokenization."""
     for file, field in ((_OF_TRANSFORMER, "do_lower_case"), (OF_SENTENCES, "default_prompt_name")):
         if (folder / file).exists() and read_object(folder / file).get(field):
             raise UserError(f"{folder / file}: {field} is not supported; {_REMEDY}")
 
 
 def _max_length(folder: Path, base: Pretrained) -> int:
-    """Return where the model's own library cuts texts, 512 tokens at most."""
+    """Return the number of tokens at which the model's library truncates, at most 512."""
     lengths = [MOST_TOKENS, base.config.max_length]
     for file, field in ((_OF_TRANSFORMER, "max_seq_length"), (_OF_TOKENIZER, "model_max_length")):
         value = read_object(folder / file).get(field) if (folder / file).exists() else None
@@ -190,7 +190,7 @@ def _max_length(folder: Path, base: Pretrained) -> int:
 
 
 def _new(base: Pretrained, model: str, pooling: Pooling, folder: Path) -> TaskModels:
-    """Return a bank's beginning whose base is the model."""
+    """Return task models, still without tasks, whose base is the model."""
     return TaskModels(
         base=model, fingerprint=base.fingerprint, pooling=pooling,
         max_length=_max_length(folder, base), dtype="float32",
@@ -201,7 +201,7 @@ def _new(base: Pretrained, model: str, pooling: Pooling, folder: Path) -> TaskMo
 def _fitting(
     like: TaskModels, base: Pretrained, pooling: Pooling, folder: Path, *, joint: bool
 ) -> TaskModels:
-    """Return the bank, if the model can be a task of it."""
+    """Return `like` after checking that the model can be a task of it."""
     parts = like.fingerprint.differing(base.fingerprint, joint=joint)
     if other := [part for part in parts if part != "weights"]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Encode any number of sentences, decode the heads' outputs, and score a split."""
+"""Encode sentences, apply heads, decode their outputs, and score untrained baselines."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from jaxlora.tasks.kinds import LabelForm
 from jaxlora.tasks.task import Task
 from jaxlora.utils.trees import Tree
 
-MOST_FREQUENT = 32  # classes of a set that is answered to every example, to compare with
-PART_SIZES = (16, 256, 4096)  # examples that a head takes at a time, padded
+MOST_FREQUENT = 32  # most classes in a constant multilabel answer, see `untrained`
+PART_SIZES = (16, 256, 4096)  # batch sizes of heads; smaller batches are padded
 
 EncodeRows = Callable[..., jax.Array]
 
@@ -34,14 +34,14 @@ def encode(
     owner: np.ndarray | None = None,
     few_programs: bool = False,
 ) -> np.ndarray:
-    """Encode all sentences of some examples.
+    """Encode all sentences of the examples.
 
     Args:
-      encode_rows: from `encode.make_encode`, or with an owner from `encode.make_mixed_encode`.
-      frozen, trainable: the model's collections.
-      examples: any number of them.
+      encode_rows: from `encode.make_encode`, or with `owner` from `encode.make_mixed_encode`.
+      frozen, trainable: the model's variable collections.
+      examples: at least one example.
       max_length: length of the longest rows; no sentence is longer.
-      owner: `i64[sentences]`, which adapter of `trainable` each sentence uses.
+      owner: `i64[sentences]`, the index of each sentence's adapter in `trainable`.
       few_programs: see `chunks.chunks`.
 
     Returns:
@@ -70,12 +70,12 @@ def warm(
     typed: bool,
     owners: int,
 ) -> None:
-    """Compile an encoder for all chunks that `encode` may give it.
+    """Compile an encoder for all shapes of chunks that `encode` may pass to it.
 
     Args:
       encode_rows, frozen, trainable, max_length: see `encode`.
-      typed: whether some examples have token types.
-      owners: how many adapters sentences may have; 0: none.
+      typed: whether to compile for examples with token types, too.
+      owners: number of adapters; 0: `encode_rows` takes no owners.
     """
     kinds: list[list[Any] | None] = [None, []] if typed else [None]
     for types in kinds:
@@ -88,20 +88,20 @@ def warm(
 def outputs(
     task: Task, head: Tree, vectors: np.ndarray, sentences: int, pair_features: str
 ) -> np.ndarray:
-    """Apply a task's head to sentence vectors: `f32[E, K]` or `f32[E]`."""
+    """Apply a task's head to vectors `f32[E * sentences, H]`; return `f32[E, K]` or `f32[E]`."""
     u, v, like = vectors[::sentences], vectors[sentences - 1 :: sentences], form(task)
     return _by_parts(lambda u, v: _apply_head(like, head, u, v, pair_features), u, v)
 
 
 def decode(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """Decode outputs to the label's scale: class, 0/1 or score `f32[E]`, or a set `f32[E, K]`."""
+    """Decode outputs to class indices or scores, `f32[E]`, or to sets of 0 and 1, `f32[E, K]`."""
     like = form(task)
     above = outputs - task.cuts if task.thresholds else outputs
     return _by_parts(lambda x: _decode(like, x), above)
 
 
 def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """Those of a task with classes: `f32[E, classes]`."""
+    """Compute the class probabilities, `f32[E, classes]`, of a task with classes."""
     like = form(task)
     return _by_parts(lambda x: _probabilities(like, x), outputs)
 
@@ -114,7 +114,7 @@ def losses(task: Task, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(1 << 16)
 def form(task: Task) -> Task:
-    """Return a task without its names and thresholds: tasks alike share their programs."""
+    """Return a task without names, weights and thresholds, so that similar tasks share programs."""
     numbers = tuple(map(str, range(len(task.classes))))
     return dataclasses.replace(
         task, name="", title="", classes=numbers, metric="", thresholds=(), class_weights=(),
@@ -123,7 +123,7 @@ def form(task: Task) -> Task:
 
 
 def _by_parts(compiled: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
-    """Apply a compiled function of rows to any number of rows, in programs of a few sizes."""
+    """Apply a jitted function along the first axis in padded batches of a few sizes."""
     count = len(arrays[0])
     size = next((n for n in PART_SIZES if n >= count), PART_SIZES[-1])
     parts = []
@@ -165,13 +165,13 @@ def _probabilities(task: Task, outputs: jax.Array) -> jax.Array:
 
 
 def _frequent(labels: np.ndarray) -> list[np.ndarray]:
-    """Return the sets of the most frequent classes, one of each size up to `MOST_FREQUENT`."""
+    """Return the sets of the n most frequent classes, `bool[K]`, for n up to `MOST_FREQUENT`."""
     order = np.argsort(-labels.sum(0), kind="stable")
     sizes = range(1, min(len(order), MOST_FREQUENT) + 1)
     return [np.isin(np.arange(len(order)), order[:size]) for size in sizes]
 
 
-# Answers that could be given to all examples, by the form of labels.
+# Form of labels → candidates for a constant answer to all examples.
 CONSTANTS: dict[LabelForm, Callable[[np.ndarray], Iterable[Any]]] = {
     "class": np.unique,
     "classes": _frequent,
@@ -180,11 +180,11 @@ CONSTANTS: dict[LabelForm, Callable[[np.ndarray], Iterable[Any]]] = {
 
 
 def untrained(task: Task, examples: Examples, vectors: np.ndarray) -> float:
-    """Score what needs no training, which a trained model must beat, by the task's own metric.
+    """Score a baseline that needs no training, by the task's metric.
 
-    Separate pairs of a binary task: the best threshold on the cosine of the untrained vectors
-    (chosen on these very examples, so it is generous; equal cosines are on one side). Separate
-    pairs with a score: that cosine, on the label's scale. Else the best constant answer.
+    For separate pairs of a binary task: the best threshold on the cosine of the untrained vectors,
+    chosen on these same examples and so optimistic. For separate pairs with a score: the cosine, on
+    the label's scale. Otherwise: the best constant answer.
     """
     labels = examples.labels
     if task.sentences == 1 or task.outputs > 1:
@@ -196,7 +196,7 @@ def untrained(task: Task, examples: Examples, vectors: np.ndarray) -> float:
         return task.score(_by_parts(lambda x: _decode_cosine(like, x), scores), labels)
     if np.isnan(scores).any():
         return float("nan")
-    # A threshold between negatives only gives away: one at each positive's cosine, and one above.
+    # The best threshold is the cosine of a positive, or above all cosines.
     cuts = [*np.unique(scores[labels == 1]), np.inf]
     return _best(task, (scores >= cut for cut in cuts), labels)
 

@@ -1,7 +1,7 @@
-"""A bank's manifest, `bank.json`: its types, and reading and writing it.
+"""A bank's manifest, `bank.json`: its types, reader and writer.
 
-Beside the fields of `Manifest` the file has `format`, a whole number (a newer jaxlora's is refused,
-an older one's is upgraded when it is read), and `checksum`, the sha256 of all the rest.
+Besides the fields of `Manifest`, the file has `format`, an integer (newer formats are refused,
+older ones are upgraded on reading), and `checksum`, the sha256 of everything else.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from jaxlora.utils.errors import UserError
 NAME = "bank.json"
 ADAPTERS, HEADS = "adapters", "heads"
 FORMAT = 5
-_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # tasks joined by +, and a checksum
-_CHANGED = "it was changed by hand or damaged; put back a copy"
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # task names joined by +, and a checksum
+_CHANGED = "it was changed by hand or damaged; restore a backup"
 Stamp = tuple[int, int]
 
 
@@ -34,11 +34,11 @@ class TaskEntry:
     """A task in a bank.
 
     Attributes:
-      task: what it is.
+      task: its definition.
       adapter: folder of its encoder tree; None: the frozen base.
-      head: folder of its head; None: it needs none.
+      head: folder of its head; None: the task has none.
       pair_features: see `heads.pair_vector`.
-      facts: where it comes from.
+      facts: its origin and scores.
     """
 
     task: Task
@@ -50,7 +50,7 @@ class TaskEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What a stored tree takes: its number of parameters, and bytes on disk."""
+    """The size of a stored tree: number of parameters, and bytes on disk."""
 
     parameters: int
     bytes: int
@@ -58,16 +58,16 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest(BaseSpec):
-    """What a bank holds.
+    """The contents of a bank.
 
     Attributes:
-      tasks: by name.
-      adapters: folder of an encoder tree → its configuration; None: a whole fine-tuned encoder.
-      history: task → its earlier versions, the oldest first.
-      sizes: folder of a tree, such as `heads/sst-…` → its size; a bank of format 2 has none.
+      tasks: task name → entry.
+      adapters: folder of an encoder tree → its LoRA configuration; None: a full encoder.
+      history: task name → its earlier versions, the oldest first.
+      sizes: folder of a tree, such as `heads/sst-…` → its size; empty in format 2 and older.
 
     Raises:
-      ValueError: for a name that cannot be one, or a task without the trees that it needs.
+      ValueError: for an invalid name, or a task without the trees that it needs.
     """
 
     tasks: dict[str, TaskEntry]
@@ -87,18 +87,18 @@ class Manifest(BaseSpec):
                 raise ValueError(f"{name} needs a head and has none")
 
     def versions(self) -> Iterator[tuple[str, TaskEntry]]:
-        """Yield all versions of all tasks, the present ones first."""
+        """Yield the name and entry of all versions of all tasks, the current ones first."""
         yield from self.tasks.items()
         for name, earlier in self.history.items():
             yield from ((name, entry) for entry in earlier)
 
     @property
     def used(self) -> set[str]:
-        """The adapters that the present versions need."""
+        """The adapters of the current versions."""
         return {one.adapter for one in self.tasks.values() if one.adapter is not None}
 
     def folders(self) -> Iterator[tuple[str, str]]:
-        """Yield the folders that it names, as (part, name), each once."""
+        """Yield each folder of the bank once, as (part, name)."""
         heads = {one.head: None for _, one in self.versions() if one.head is not None}
         yield from ((ADAPTERS, name) for name in self.adapters)
         yield from ((HEADS, name) for name in heads)
@@ -107,7 +107,7 @@ class Manifest(BaseSpec):
         """Return a task's entry.
 
         Raises:
-          UserError: if there is none of that name.
+          UserError: if no task has that name.
         """
         if name not in self.tasks:
             raise UserError(f"{folder}: no task {name!r}; it has {', '.join(self.tasks)}")
@@ -115,25 +115,25 @@ class Manifest(BaseSpec):
 
 
 def exist(folder: Path) -> bool:
-    """Return whether a folder has a manifest, sound or not."""
+    """Return whether a folder has a manifest, valid or not."""
     return (folder / NAME).exists()
 
 
 def stamp(folder: Path) -> Stamp:
-    """Return what differs between any two manifests that a bank has had.
+    """Return the inode and mtime of a bank's manifest, which change with every write.
 
     Raises:
-      UserError: if it has none.
+      UserError: if there is no manifest.
     """
     try:
         found = (folder / NAME).stat()
     except OSError:
-        raise UserError(f"{folder}: is no bank, it has no {NAME}; make one with bank add") from None
+        raise UserError(f"{folder}: not a bank, it has no {NAME}; make one with bank add") from None
     return found.st_ino, found.st_mtime_ns
 
 
 def empty(source: TaskModels) -> Manifest:
-    """Return the manifest of a new bank, for tasks that were trained on a base."""
+    """Return the manifest of a new bank for the base of `source`, without tasks."""
     return Manifest(**source.base_spec(), tasks={}, adapters={})
 
 
@@ -141,13 +141,13 @@ def read(folder: Path) -> Manifest:
     """Read and check a manifest.
 
     Raises:
-      UserError: naming what is wrong with it.
+      UserError: if it is missing, damaged or of a newer format.
     """
     stamp(folder)
     path = folder / NAME
     values = files.read_json(path)
     if not isinstance(values, dict) or type(values.get("format")) is not int:
-        raise UserError(f"{path}: not a bank's manifest; put back a copy")
+        raise UserError(f"{path}: not a bank's manifest; restore a backup")
     if values["format"] > FORMAT:
         raise UserError(
             f"{path}: format {values['format']} is newer than this jaxlora's {FORMAT}; update it"
@@ -157,12 +157,12 @@ def read(folder: Path) -> Manifest:
     except RecursionError:
         sound = False
     if not sound:
-        raise UserError(f"{path}: has another checksum than it says; {_CHANGED}")
+        raise UserError(f"{path}: does not match its own checksum; {_CHANGED}")
     return schema.parse(Manifest, _upgrade(values), path, _CHANGED)
 
 
 def _upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a manifest, of this format or an older one."""
+    """Return the fields of a manifest, upgraded from older formats."""
     fields = {key: value for key, value in values.items() if key not in ("format", "checksum")}
     if values["format"] == FORMAT:
         return fields
@@ -173,7 +173,7 @@ def _upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def folder_name(name: str) -> str:
-    """Return how the folder of a tree begins: the tree's name in ASCII, cut; a checksum follows.
+    """Return the folder name of a tree before its checksum: ASCII, at most 40 characters.
 
     >>> folder_name("sst+sts"), folder_name("тема-2")
     ('sst+sts', 'x-2')
@@ -182,22 +182,22 @@ def folder_name(name: str) -> str:
 
 
 def check_folder(name: str) -> None:
-    """Refuse what is not the name of a folder, and of nothing above or below it.
+    """Refuse what is not a plain folder name, such as a path.
 
     Raises:
-      UserError: if it is not.
+      UserError: if it is not one.
     """
     if not _FOLDER.fullmatch(name):
         raise UserError(f"{schema.shown(name)} is not the name of a folder in the bank")
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Put a signed manifest in the old one's place, at once."""
+    """Replace the manifest atomically, with its checksum."""
     files.write_json(folder / NAME, signed({"format": FORMAT, **schema.plain(Manifest, manifest)}))
 
 
 def signed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest's plain values with the checksum of the rest of them."""
+    """Return the plain values of a manifest with their checksum."""
     rest = {key: value for key, value in values.items() if key != "checksum"}
     text = json.dumps(rest, sort_keys=True, ensure_ascii=False)
     return rest | {"checksum": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()}

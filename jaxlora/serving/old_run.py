@@ -1,4 +1,4 @@
-"""Runs that an earlier jaxlora finished: one Orbax tree in `model/`, described by the settings.
+"""Finished runs of an earlier jaxlora: one Orbax checkpoint, described by the settings.
 
 config.json   settings (flat), inputs (checksums of the base and the data), versions
 result.json   dev scores, and `model`, the checksum of the tree
@@ -23,21 +23,21 @@ from jaxlora.tasks.task import Task
 from jaxlora.utils import files, schema, trees
 from jaxlora.utils.errors import UserError
 
-_CHANGED = "it was changed, or a jaxlora of another version wrote it"
-# Setting → the field of `LoraConfig`; others have the same name.
+_CHANGED = "it was changed, or written by another version of jaxlora"
+# Setting → field of `LoraConfig`, where the names differ.
 _LORA = {"lora_dropout": "dropout"}
 
 
 @dataclasses.dataclass(frozen=True)
 class OldSettings(BaseSpec):
-    """What is read of such a run's settings and inputs.
+    """The settings and inputs that are read from such a run.
 
     Attributes:
-      variant: for the facts of its tasks.
+      variant: the variant, for the facts of the tasks.
       adapt, groups: what was trained, and which tasks share it.
       pair_features: see `heads.pair_vector`.
-      tasks: in order.
-      lora: of all adapters.
+      tasks: the tasks, in order.
+      lora: the configuration of all adapters.
 
     Raises:
       ValueError: if the groups are not a partition of the tasks.
@@ -58,20 +58,20 @@ class OldSettings(BaseSpec):
 
 
 def exists(folder: Path) -> bool:
-    """Return whether a folder holds a finished run whose `model` is no bank."""
+    """Return whether a folder is a finished run whose `model` is not a bank."""
     there = all((folder / name).exists() for name in (CONFIG, RESULT, MODEL))
     return there and not manifest.exist(folder / MODEL)
 
 
 def load(folder: Path) -> TaskModels:
-    """Read a finished run's tasks.
+    """Read the tasks of a finished run.
 
     Raises:
-      UserError: naming what is damaged or not understood.
+      UserError: naming what is damaged or unknown.
     """
     result = files.read_object(folder / RESULT)
     if "model" not in result:
-        raise UserError(f"{folder / MODEL}: has lost its {manifest.NAME}; put back a copy")
+        raise UserError(f"{folder / MODEL}: has lost its {manifest.NAME}; restore a backup")
     config = read_config(folder)
     settings = schema.parse(OldSettings, _nested(config), folder / CONFIG, _CHANGED)
     tree = tree_files.load(folder / MODEL)
@@ -85,7 +85,7 @@ def load(folder: Path) -> TaskModels:
             "variant": settings.variant,
             "versions": config.get("versions", {}),
         }
-        # Orbax does not keep empty trees.
+        # Orbax does not store empty trees.
         head = (tree.get("heads") or {}).get(task.name) or {}
         found = schema.parse(Facts, facts, folder / CONFIG, _CHANGED)
         models[task.name] = TaskModel(task, owners[task.name], head, settings.pair_features, found)
@@ -100,13 +100,13 @@ def load(folder: Path) -> TaskModels:
 
 
 def _nested(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of `OldSettings`, as far as the flat settings have them."""
+    """Return the fields of `OldSettings` that the flat settings have."""
     settings, inputs = config["settings"], config["inputs"]
     found = {name: settings[name] for name in _names(OldSettings) if name in settings}
     specs = settings.get("tasks") if isinstance(settings.get("tasks"), list) else []
     adapter = {_LORA.get(name, name): value for name, value in settings.items()}
     lora = {name: adapter[name] for name in _names(LoraConfig) if name in adapter}
-    # None of a LoraConfig's defaults may stand for a setting that is missing.
+    # A missing setting must not be replaced by a default of `LoraConfig`.
     found |= {"lora": lora} if lora.keys() == set(_names(LoraConfig)) else {}
     return found | {
         "fingerprint": {part: inputs.get(name) for part, name in INPUTS.items()},
@@ -121,9 +121,9 @@ def _names(kind: type) -> list[str]:
 def _scores(
     folder: Path, settings: OldSettings, result: Mapping[str, Any], model: str
 ) -> dict[str, float]:
-    """Return the scores of a finished run whose trained tree has this checksum."""
+    """Return the dev scores of a run, after comparing the tree's checksum with its result."""
     if result["model"] != model:
-        raise UserError(f"{folder / MODEL}: damaged, its content has another checksum")
+        raise UserError(f"{folder / MODEL}: damaged, its checksum does not match")
     scores = schema.parse(dict[str, float], result.get("dev"), f"{folder / RESULT}: dev", _CHANGED)
     if lost := [task.name for task in settings.tasks if task.name not in scores]:
         raise UserError(f"{folder / RESULT}: lacks the scores of {', '.join(lost)}; {_CHANGED}")

@@ -1,4 +1,4 @@
-"""Predict a table of requests, a part at a time, so that memory does not grow with the file."""
+"""Predict a table of requests in batches, so that memory does not grow with the file."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from jaxlora.serving.predictor import Predictor
 from jaxlora.utils import files
 from jaxlora.utils.errors import ConfigError, UserError
 
-PART = 4096  # requests at a time
+PART = 4096  # requests per batch
 FIRST, SECOND = ("sentence1", "sentence", "text"), "sentence2"
-# Of the answers. Delimited text has no columns for lists and the probabilities of all classes.
+# Columns of the answers. Delimited text omits those for lists and for all probabilities.
 COLUMNS = {
     "id": str, "task": str, "prediction": float, "label": str, "labels": list,
     "probability": float, "probabilities": dict, "reason": str,
@@ -35,10 +35,10 @@ class Request(NamedTuple):
     """A row of a table of requests.
 
     Attributes:
-      line: where it stands, from 1.
-      id: its name.
-      asked: what the predictor is asked: the task and the texts.
-      reason: why there is no answer; empty: there is one.
+      line: line number in the file, from 1.
+      id: id of the row.
+      asked: the request for the predictor: the task and its texts.
+      reason: why it cannot be answered; empty if it can.
     """
 
     line: int
@@ -50,14 +50,14 @@ class Request(NamedTuple):
 def choose_texts(
     known: Columns | None, header: Sequence[str], text: str | None = None
 ) -> tuple[str, ...]:
-    """Return the columns of text that are asked for, or else those of the training tables.
+    """Return the requested text columns, or by default those of the training tables.
 
-    A table without those has its texts in `sentence1` (or `sentence`, or `text`) and `sentence2`.
+    If the table lacks those: `sentence1` (or `sentence`, or `text`), and `sentence2` if it exists.
 
     Args:
-      known: of the training tables; None: they are not known.
+      known: the columns of the training tables; None: unknown.
       header: the columns of the table.
-      text: what is asked for; two columns are separated by a comma.
+      text: the requested column, or two separated by a comma.
     """
     if text:
         return tuple(text.split(","))
@@ -80,29 +80,29 @@ def predict_file(
     strict: bool = False,
     note: Callable[[str], Any] = lambda _: None,
 ) -> int:
-    """Answer the requests of a table in order, when all of it has been read and found in order.
+    """Answer the requests of a table, in its order, after a first pass has validated all rows.
 
     Args:
-      predictor: who answers.
-      source: a table of any format in `table_formats`, or a pipe with delimited text. Its columns
-        of text are chosen by `choose_texts`. `task` is needed if none is given and there are
-        several; `id` is optional, else ids are those of the training tables, or the rows' numbers.
-      target: the answers, in the format that the suffix says, with the columns `COLUMNS`; see
-        `answers.to_record`. A row with a blank text has no prediction, but a reason. It is written
-        under another name and renamed when complete.
-      task: the task of all requests; None: the column says it, or there is only one.
-      progress: is told how many are done.
-      text: the column of text, or two, separated by a comma; None: see `choose_texts`.
-      quoting: what double quotes mean in delimited text; None: detected, see
+      predictor: answers the requests.
+      source: a table of any format in `table_formats`, or a pipe with delimited text. The column
+        `task` is required if `task` is None and there are several tasks. The column `id` is
+        optional; by default ids are in the id column of the training table, or row numbers.
+      target: the file for the answers, replaced atomically. Its suffix sets the format; its columns
+        are `COLUMNS`, see `answers.to_record`. Rows with a blank text have a reason instead of a
+        prediction.
+      task: the task of all requests; None: from the column `task`, or the only task there is.
+      progress: called with the number of answered rows.
+      text: the text column, or two separated by a comma; None: see `choose_texts`.
+      quoting: meaning of double quotes in delimited text; None: detected, see
         `delimited.open_sheets`.
       strict: refuse blank texts.
-      note: is told what must be known of how the table was read.
+      note: called with remarks for the user on how the table was read.
 
     Returns:
-      How many rows there were.
+      The number of rows.
 
     Raises:
-      UserError: naming the line; then `target` is left as it was.
+      UserError: naming the line of an invalid request; `target` is then unchanged.
     """
     if task is not None:
         predictor.task(task)
@@ -120,7 +120,7 @@ def predict_file(
 
 
 def _check_target(source: Path, target: Path) -> None:
-    """Refuse before anything is answered what could not be written at the end."""
+    """Refuse a target that cannot be written, before any work is done."""
     if target.exists() and source.exists() and target.samefile(source):
         raise ConfigError("output", "is the `input`; name another file", target)
     if target.is_dir():
@@ -134,7 +134,7 @@ def _check_target(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _rereadable(source: Path) -> Iterator[Path]:
-    """Give the file itself, or what comes out of a pipe in a temporary one."""
+    """Yield the file itself, or a temporary copy of a pipe's content."""
     if source.is_file() or source.is_dir() or not source.exists():
         yield source
         return
@@ -152,13 +152,13 @@ def _rereadable(source: Path) -> Iterator[Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """The requests of a table; each reading begins at its first line.
+    """The requests of a table, which can be read several times.
 
     Attributes:
-      predictor: who answers.
+      predictor: answers the requests.
       sheet: the table.
-      task: the task of all requests; None: the column says it, or there is only one.
-      text: its columns of text; None: see `choose_texts`.
+      task: the task of all requests; None: from the column `task`, or the only task there is.
+      text: the text columns; None: see `choose_texts`.
     """
 
     predictor: Predictor
@@ -167,14 +167,13 @@ class Requests:
     text: str | None = None
 
     def survey(self, strict: bool, note: Callable[[str], Any]) -> int:
-        """Read the whole table, and say what must be known of it.
+        """Read and check the whole table, and pass remarks on it to `note`.
 
         Returns:
-          How many rows there are.
+          The number of rows.
 
         Raises:
-          UserError: naming the line of a request that cannot be answered; if `strict`, of blank
-            ones.
+          UserError: naming the line of an invalid request, or if `strict`, of blank texts.
         """
         tally, blank, count = Tally(), list[Blank](), 0
         for request in self.read(tally):
@@ -193,7 +192,7 @@ class Requests:
         return count
 
     def answer(self, write: Write, progress: Callable[[int], None]) -> int:
-        """Answer them part by part; returns how many rows there were."""
+        """Answer all requests in batches; return the number of rows."""
         done, requests = 0, self.read(Tally())
         while part := list(itertools.islice(requests, PART)):
             sound = [n for n, request in enumerate(part) if not request.reason]
@@ -205,10 +204,10 @@ class Requests:
         return done
 
     def read(self, tally: Tally) -> Iterator[Request]:
-        """Yield the requests; `tally` counts the rows, the header among them.
+        """Yield the requests; `tally` counts the rows, including the header.
 
         Raises:
-          UserError: naming the line of one that cannot be answered.
+          UserError: naming the line of an invalid request.
         """
         _, header = next(self.sheet.rows(), (0, []))
         task = self.task or self._only_task(header)
@@ -235,14 +234,15 @@ class Requests:
                 raise UserError(f"{self.sheet.where(line)}: {error}") from None
 
     def _only_task(self, header: Sequence[str]) -> str | None:
-        """Return the task of a table that names none, if there is only one."""
+        """Return the predictor's only task if the table has no column `task`; else None."""
         names = list(self.predictor.tasks)
         return names[0] if len(names) == 1 and "task" not in header else None
 
     def _usual(self, header: Sequence[str]) -> tuple[str, ...]:
-        """Return columns of text that a table for several tasks needs: none if some task has its.
+        """Return the text columns that a table for several tasks needs.
 
-        Which of them a row needs is known when its task is.
+        None are required if the table has the training columns of some task: the columns of each
+        row then depend on its task.
         """
         own = (model.facts.columns for model in self.predictor.trained.models.values())
         if not self.text and any(known and set(known.text) <= set(header) for known in own):
@@ -253,14 +253,14 @@ class Requests:
         return choose_texts(self.predictor.trained.find(task).facts.columns, header, self.text)
 
     def _id_of(self, task: str) -> str:
-        """Return the column of ids in a table without a column `id`."""
+        """Return the id column of a task's training tables, else `id`."""
         known = self.predictor.trained.find(task).facts.columns
         return (known and known.id) or "id"
 
     def _request(
         self, line: int, row: dict[str, str], task: str, columns: tuple[str, ...]
     ) -> Request:
-        """Return a row's request; a blank second text is none where the task takes one text."""
+        """Return a row's request; a single-text task ignores a blank `sentence2`."""
         if missing := [name for name in columns if name not in row]:
             raise UserError(f"{task} needs the column {', '.join(missing)}")
         pair, texts = self.predictor.task(task).pair, {name: row[name] for name in columns}
@@ -274,7 +274,7 @@ class Requests:
         return Request(line, row["id"], asked, "")
 
     def _record(self, request: Request, answer: Answer | None) -> dict[str, Any]:
-        """Return the values of `COLUMNS`."""
+        """Return the answer to a request as column → value, for `COLUMNS`."""
         task = request.asked[0]
         found = {"task": task}
         if answer is not None:

@@ -1,4 +1,4 @@
-"""Predict with what was trained: one base, and for each task its adapter and its head."""
+"""Predict with one base model and the adapters and heads of many tasks."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from jaxlora.utils.trees import Tree
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Whole encoders that a predictor keeps on the device, those used last, beside its `memory`.
+# Most recently used full encoders on the device; they do not count towards `memory`.
 MOST_ON_DEVICE = 4
 MEMORY = 2**31
-ADAPTER_SHARE, HEAD_SHARE, HOST_SHARE = 2, 4, 4  # parts of `memory`: a half and two quarters
+ADAPTER_SHARE, HEAD_SHARE, HOST_SHARE = 2, 4, 4  # divisors of `memory`: 1/2, 1/4, 1/4
 WANTED = "(task, sentence) or (task, first sentence, second sentence)"
 
 
-# What encodes, and its collections: frozen and trained.
+# An encode function and its variable collections: frozen and trainable.
 Model = tuple[inference.EncodeRows, Tree, Tree]
 
 
@@ -49,16 +49,16 @@ Model = tuple[inference.EncodeRows, Tree, Tree]
 class Predictor:
     """A base model with the adapters and heads of any number of tasks.
 
-    It can be pickled at any time (compiled programs and trees of a bank are left out), so that
-    `multiprocessing.get_context("spawn")` can send it to workers. A forked process cannot use
-    one: JAX's threads are not there and it would wait for ever, so it is refused. Several threads
-    may use one; they take turns on the device, and each call has the answers that it has alone.
+    A predictor is thread-safe; threads take turns on the device. It can be pickled (without
+    compiled programs and cached trees), so it can be sent to workers that were started with
+    `multiprocessing.get_context("spawn")`. Forked processes are refused: they lack JAX's threads
+    and would deadlock.
 
     Attributes:
       base: the base model.
-      trained: the tasks, their trees and their heads.
-      memory: bytes that trees may take, those used last: a half for adapters on the device (16 at
-        least), a quarter for heads there, a quarter for trees of a bank in host memory.
+      trained: the tasks with their encoder trees and heads.
+      memory: budget in bytes for cached trees: half for adapters on the device (at least 16 per
+        width), a quarter for heads on the device, a quarter for a bank's trees in host memory.
 
     Raises:
       UserError: in a process that was forked from one with a predictor.
@@ -73,12 +73,12 @@ class Predictor:
         _refuse_forked()
         if self.memory < 0:
             raise ConfigError("memory", "must be at least 0 bytes", self.memory)
-        # One pass at a time: the next may give a slot to another adapter. Made here, since two
-        # threads might each make one when it is first used.
+        # Serializes passes, since the next pass may reuse a slot for another adapter. Created
+        # eagerly, since two threads could each create a lazy one.
         object.__setattr__(self, "_lock", threading.Lock())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Made of its fields alone: what is cached belongs to this process.
+        # Only the fields: caches belong to this process.
         return type(self), tuple(
             getattr(self, field.name) for field in dataclasses.fields(self) if field.init
         )
@@ -93,22 +93,22 @@ class Predictor:
     def load(
         folder: str | Path, base: str | None = None, memory: int = MEMORY, *, warm: bool = False
     ) -> Predictor:
-        """Open a finished run, or a bank: the base by name and checksums, tasks by the manifest.
+        """Open a bank or a finished run for prediction.
 
-        Trees are read and compared with their checksums when a request first needs them. The
-        answers are those of the bank as it was opened: a task that another process updates is
-        answered as before, and one whose trees it removes is refused, until the bank is opened
-        again. Load it in each worker process, or send it there, see `Predictor`; not before a fork.
+        The manifest and the base are read now and checked against their checksums; trees are read
+        and checked when a request first needs them. The predictor serves the bank as it was opened:
+        if another process updates a task, the old version is still served; if its trees are
+        deleted, requests to it are refused.
 
         Args:
-          folder: the run or the bank.
-          base: where its base is now, if it has moved; it must be the same.
+          folder: the bank or run.
+          base: the base's new location, if it has moved; its checksums must be the same.
           memory: see `Predictor`.
-          warm: compile now what requests will need, see `warm`.
+          warm: compile all programs now, see `warm`.
 
         Raises:
-          UserError: if it is neither, its manifest is damaged, or the base is not the one it was
-            trained on; in a process that was forked from one with a predictor.
+          UserError: if the folder is neither, its manifest is damaged, or the base is missing or
+            has other checksums; in a process that was forked from one with a predictor.
         """
         _refuse_forked()
         trained = bank.load(Path(folder), memory // HOST_SHARE).at(base)
@@ -119,20 +119,20 @@ class Predictor:
 
     @property
     def tasks(self) -> dict[str, Task]:
-        """The tasks it can do, by name."""
+        """The tasks by name."""
         return {name: model.task for name, model in self.trained.models.items()}
 
     def __call__(self, requests: Sequence[tuple[str, ...]]) -> list[Answer]:
         """Answer requests to any mix of tasks, in order.
 
-        All sentences share packed rows, each uses its own task's adapter, and each task's head
-        sees its own. (Whole BERTs of different tasks need a pass each.)
+        Sentences of all tasks are packed into the same rows, and each uses the adapter and the head
+        of its task. (Fully fine-tuned tasks need a forward pass each.)
 
         Args:
           requests: `(task, sentence)` or `(task, first sentence, second sentence)`.
 
         Raises:
-          UserError: for an unknown task, or the wrong number of sentences for one.
+          UserError: for an unknown task, a wrong number of sentences, or a blank one.
         """
         checked = [self.check(request, f"request {n}") for n, request in enumerate(requests)]
         found: dict[int, Answer] = {}
@@ -141,17 +141,18 @@ class Predictor:
         return [found[number] for number in range(len(checked))]
 
     def predict(self, task: str, examples: Sequence[str | tuple[str, str]]) -> np.ndarray:
-        """Return predictions of one task on the label's scale: a class's number, a set, or a score.
+        """Predict examples of one task, as numbers.
 
         Args:
-          task: name of a task.
+          task: the name of the task.
           examples: sentences, or pairs for a pair task.
 
         Returns:
-          `f32[len(examples)]`, of sets of K classes `f32[len(examples), K]`, 0 or 1 for each.
+          Class indices or scores, `f32[len(examples)]`; for a multilabel task with K classes,
+          0 or 1 for each, `f32[len(examples), K]`.
 
         Raises:
-          UserError: for an unknown task, or sentences where pairs are needed.
+          UserError: for an unknown task, a wrong number of sentences, or a blank one.
         """
         chosen = self.task(task)
         checked = _check_all(chosen, examples, chosen.pair)
@@ -159,13 +160,13 @@ class Predictor:
         return parts[0] if parts else np.zeros((0, *chosen.label_shape), np.float32)
 
     def encode(self, task: str, sentences: Sequence[str]) -> np.ndarray:
-        """Return the vectors of single sentences as a task sees them, be it of pairs or not.
+        """Compute the vectors of single sentences with a task's adapter, also for a pair task.
 
         Returns:
           `f32[len(sentences), H]`.
 
         Raises:
-          UserError: for an unknown task, one that reads pairs together, or what is no sentence.
+          UserError: for an unknown task, one that reads pairs together, or an invalid sentence.
         """
         chosen = self.task(task)
         if chosen.joint:
@@ -181,7 +182,7 @@ class Predictor:
     def _outputs(
         self, checked: list[tuple[Task, tuple[str, ...]]]
     ) -> list[tuple[Task, np.ndarray, np.ndarray]]:
-        """Each task that occurs, which requests are its own, and what its head says of them."""
+        """Return for each task that occurs: the task, the indices of its requests, its outputs."""
         if not checked:
             return []
         sentences = np.array([task.sentences for task, _ in checked])
@@ -199,7 +200,7 @@ class Predictor:
         return found
 
     def _vectors(self, checked: list[tuple[Task, tuple[str, ...]]]) -> np.ndarray:
-        """Return vectors of all sentences and joint pairs, each through its own task's tree."""
+        """Return the vectors of all sentences and joint pairs, each encoded by its task's tree."""
         _refuse_forked()
         texts = [(task, text) for task, parts in checked for text in task.encoded(parts)]
         examples = unlabelled(tokenize(self._tokenizer, [text for _, text in texts]))
@@ -213,13 +214,12 @@ class Predictor:
         return out
 
     def _passes(self, used: list[str]) -> Iterator[tuple[np.ndarray, Model, np.ndarray | None]]:
-        """Give the passes of a call: which sentences, what encodes them, and the adapter of each.
+        """Yield forward passes: indices of sentences, the model, and each sentence's adapter.
 
-        Adapters of one width share a pass, as many as there are slots; a whole BERT needs one of
-        its own.
+        Adapters of one width share a pass, up to the number of slots; a full encoder needs its own.
 
         Args:
-          used: the tree of each sentence.
+          used: name of the tree of each sentence.
         """
         names, owner = np.unique(used, return_inverse=True)
         groups: dict[Any, list[int]] = {}
@@ -235,11 +235,11 @@ class Predictor:
                 yield mine, model, places
 
     def _pass_of(self, name: str) -> int | str:
-        """Return an adapter's width, or the name of a tree that is none."""
+        """Return the key of a tree's pass: the width of an adapter, the name of any other tree."""
         return _width(self.trained.configs[name]) if name in self.trained.configs else name
 
     def _model(self, key: int | str, names: list[str]) -> tuple[Model, np.ndarray | None]:
-        """Return what encodes with some trees of a pass; where it takes several, each's place."""
+        """Return the model for the trees of a pass, and the slots of adapters among its arrays."""
         if isinstance(key, int):
             slots, places = self._slots[key](names)
             return (self._mixed(key), self._frozen, slots), places
@@ -248,21 +248,20 @@ class Predictor:
         return (self._plain, self._frozen, {}), None
 
     def warm(self) -> None:
-        """Compile all that a later call can need, so that none waits for it.
+        """Compile everything that later calls can need.
 
-        Compiled are the encoder at every shape of packed rows (see `serving.chunks`) for calls to
-        one adapter and to several, for the frozen base and for whole encoders; heads, predictions
-        and probabilities of each form of task that there is, 16, 256 and 4,096 examples at a time.
-        Places on the device are made for all adapters, as far as `memory` allows, since programs
-        depend on their number. One tree of each kind is read.
-        JAX keeps the programs on the disk if it has a folder for them
-        (`jax_compilation_cache_dir`); then the next process is warm in less time.
+        This compiles the encoder at every shape of packed rows (see `serving.chunks`), for one and
+        for several adapters, the frozen base and full encoders; and the head, predictions and
+        probabilities of each form of task, for batches of 16, 256 and 4,096 examples. Since
+        programs depend on the number of adapter slots, all slots that `memory` allows are
+        allocated. One tree of each kind is read. With JAX's persistent compilation cache
+        (`jax_compilation_cache_dir`), the next process compiles faster.
 
         Raises:
-          UserError: if one of those trees is missing or damaged.
+          UserError: if one of these trees is missing or damaged.
         """
         models = self.trained.models.values()
-        found: dict[int | str, str] = {}  # of each kind a tree
+        found: dict[int | str, str] = {}  # kind → one of its trees
         for one in models:
             key = self._pass_of(one.tree)
             found.setdefault(key if isinstance(key, int) or not key else "whole", one.tree)
@@ -297,7 +296,7 @@ class Predictor:
 
     @functools.cached_property
     def _heads(self) -> TreeCache[str]:
-        """The heads by task, on the device."""
+        """The cache of heads on the device, by task."""
         return TreeCache(
             lambda name: jax.device_put(self.trained.head(name, self.base)),
             self.memory // HEAD_SHARE,
@@ -305,7 +304,7 @@ class Predictor:
 
     @functools.cached_property
     def _on_device(self) -> Callable[[str], Tree]:
-        """Whole encoders by name, each sent to the device when first used, as programs want it."""
+        """The cache of full encoders on the device, by tree name."""
 
         def send(name: str) -> Tree:
             return {"params": bert.matmul_ready(self.trained.trees[name]["params"], self._dtype)}
@@ -324,7 +323,7 @@ class Predictor:
 
     @functools.cached_property
     def _mixed(self) -> Callable[[int], inference.EncodeRows]:
-        """The encoders for mixed adapters, by width; their scales are 1."""
+        """The encode functions for mixed adapters, by width; `lora.widen` made their scale 1."""
 
         def make(width: int) -> inference.EncodeRows:
             config = LoraConfig(width, float(width))
@@ -336,7 +335,7 @@ class Predictor:
 
     @functools.cached_property
     def _slots(self) -> Mapping[int, AdapterSlots]:
-        """The adapters on the device, by width."""
+        """The cached adapters on the device, by width."""
         by_width: dict[int, set[LoraConfig]] = {}
         for config in self.trained.configs.values():
             by_width.setdefault(_width(config), set()).add(config)
@@ -350,7 +349,7 @@ class Predictor:
         return self.trained.trees[name]["lora"], self.trained.configs[name]
 
     def _shapes(self, width: int, configs: Iterable[LoraConfig]) -> dict[lora.Path, Any]:
-        """Return the shapes of an adapter of a width at all layers that any has."""
+        """Return the factor shapes of an adapter of this width at all layers that any has."""
         shapes = {}
         for config in configs:
             for path, kernel in lora.targets(self.base.params, config).items():
@@ -360,10 +359,10 @@ class Predictor:
         return shapes
 
     def check(self, request: Any, which: str = "the request") -> tuple[Task, tuple[str, ...]]:
-        """Return the task of a request, and its sentences.
+        """Check a request; return its task and sentences.
 
         Raises:
-          UserError: if it cannot be answered.
+          UserError: if the request is invalid.
         """
         if not isinstance(request, tuple | list) or not all(isinstance(s, str) for s in request):
             raise UserError(f"{which} is {request!r}; give {WANTED}")
@@ -376,20 +375,20 @@ class Predictor:
         """Return a task by its name.
 
         Raises:
-          UserError: if there is none of that name.
+          UserError: if no task has that name.
         """
         return self.trained.find(name).task
 
 
 def _width(config: LoraConfig) -> int:
-    """Return the power of two that holds an adapter's ranks, so that there are few widths."""
+    """Return an adapter's largest rank, rounded up to a power of two for fewer programs."""
     widest = max([config.rank, *(rank for _, rank in config.rank_pattern)])
     return 1 << (widest - 1).bit_length()
 
 
 @functools.cache
 def _first_process() -> int:
-    """Return the id of the process that had the first predictor; a fork inherits it."""
+    """Return the id of the process that made the first predictor; forks inherit the value."""
     return os.getpid()
 
 
@@ -397,7 +396,7 @@ def _refuse_forked() -> None:
     if os.getpid() != _first_process():
         raise UserError(
             "a predictor cannot be used in a process that was forked from one with a predictor, "
-            "since JAX would wait there for ever; start workers with "
+            "since JAX would deadlock there; start workers with "
             'multiprocessing.get_context("spawn") and send it to them, or load it there'
         )
 

@@ -1,4 +1,4 @@
-"""A pretrained encoder as a function: parameters and texts, or packed tokens, to vectors."""
+"""A pretrained encoder as a pure function of parameters and texts or packed tokens."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 POOLINGS = ("mean", "cls")
-LEAST_LENGTH = 32  # of rows; longer ones have a power of two, so that there are few programs
+LEAST_LENGTH = 32  # shortest row length; others are powers of two, to compile few programs
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SentenceEncoder:
-    """A pretrained encoder, its tokenizer, and how the tokens' vectors become a sentence's.
+    """A pretrained encoder with its tokenizer and pooling.
 
     Attributes:
-      base: what `from_pretrained` read, with its fingerprint.
-      pooling: `mean` of a sentence's tokens, or `cls`, the first token.
-      max_length: the most tokens of a sentence; longer ones are cut.
-      dtype: of matmul inputs; sums, and vectors, are float32.
+      base: the base model, with its fingerprint.
+      pooling: `mean`, the mean of the token vectors, or `cls`, the vector of the first token.
+      max_length: maximum number of tokens of a text; longer texts are truncated.
+      dtype: dtype of matmul inputs; sums and sentence vectors are float32.
     """
 
     base: Pretrained
@@ -47,17 +47,17 @@ class SentenceEncoder:
 
     @property
     def config(self) -> EncoderConfig:
-        """The shape of the network."""
+        """The configuration of the network."""
         return self.base.config
 
     @property
     def params(self) -> Tree:
-        """The pretrained parameters: nested dicts of float32 NumPy arrays, layers stacked."""
+        """The pretrained parameters: nested dicts of float32 NumPy arrays, with stacked layers."""
         return self.base.params
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, without truncation and padding."""
+        """The tokenizer, without truncation or padding."""
         return self.base.tokenizer
 
     def pack(
@@ -66,19 +66,19 @@ class SentenceEncoder:
         rows: int | None = None,
         length: int | None = None,
     ) -> PackedTokens:
-        """Tokenise texts and pack them into rows, several to a row.
+        """Tokenize texts and pack them into rows, several to a row.
 
         Args:
-          texts: N strings, or tuples of two that are read together, as in `[CLS] a [SEP] b [SEP]`;
-            one with more tokens than `max_length` is cut.
-          rows: R; None: as many as are needed. A fixed shape is compiled once.
-          length: S; None: a power of two.
+          texts: N strings, or pairs (tuples) that are read together as `[CLS] a [SEP] b [SEP]`;
+            truncated to `max_length` tokens.
+          rows: number of rows R; None: as many as needed. Fix it to compile a single program.
+          length: row length S; None: that of the longest text, rounded up to a power of two.
 
         Returns:
-          NumPy arrays, which `encode` takes.
+          Packed NumPy arrays for `encode`.
 
         Raises:
-          UserError: for what is no list of strings, or more than the rows can hold.
+          UserError: if `texts` is not a list of strings or pairs, or does not fit into the rows.
         """
         examples = self._examples(texts)
         numbers = range(len(texts))
@@ -100,22 +100,22 @@ class SentenceEncoder:
         adapter: Adapter | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Compute sentence vectors: a pure function of its arguments.
+        """Compute sentence vectors, as a pure function.
 
-        With packed tokens it can be differentiated, compiled and mapped like any other. Texts are
-        tokenised first, and encoded by compiled programs of a few shapes.
+        With packed tokens it can be transformed by `jax.grad`, `jax.jit` and `jax.vmap`. Texts are
+        tokenized first and encoded by jitted programs of a few shapes.
 
         Args:
-          params: as `params`, trained or not.
-          inputs: N texts, or pairs of them, or what `pack` made of them.
-          adapter: an adapter and its configuration, applied beside the parameters; None: none.
-          key: PRNG key of dropout; None: no dropout. Only with packed tokens.
+          params: parameters with the structure of `self.params`, trained or not.
+          inputs: N texts or pairs of texts, or the result of `pack`.
+          adapter: `(adapter, LoraConfig)` to apply without merging; None: no adapter.
+          key: PRNG key for dropout, only with packed tokens; None: no dropout.
 
         Returns:
           `f32[N, H]`.
 
         Raises:
-          UserError: for what is no list of strings, or a key with texts.
+          UserError: if `inputs` is not a list of strings or pairs, or if texts come with a key.
         """
         tree, config = adapter or ({}, NO_ADAPTER)
         trainable = {"lora": tree} if tree else {}
@@ -155,7 +155,7 @@ class SentenceEncoder:
 
 
 def _is_text(text: Any) -> bool:
-    """Return whether it is a string, or a tuple of two."""
+    """Return whether `text` is a string or a tuple of two strings."""
     pair = isinstance(text, tuple) and len(text) == 2
     return isinstance(text, str) or (pair and all(isinstance(part, str) for part in text))
 
@@ -171,19 +171,18 @@ def from_pretrained(
     """Load a pretrained encoder: BERT, RoBERTa, DistilBERT, ELECTRA, MPNet, ModernBERT and others.
 
     Args:
-      base: `minilm`, a local Hugging Face folder, or a hub id such as `bert-base-uncased`, which
-        `@` and a revision (a commit, a tag, a branch) may follow.
+      base: `minilm`, a local Hugging Face folder, or a hub id such as `bert-base-uncased`,
+        optionally with a revision (commit, tag or branch) as in `name@revision`.
       pooling: `mean` or `cls`.
-      max_length: where sentences are cut; None: 512 tokens, or as many as the model can take.
-      dtype: of matmul inputs, `float32` or `bfloat16`.
-      sha256: the checksum that its weights must have; None: any.
+      max_length: number of tokens to truncate texts to; None: 512, or the model's limit if lower.
+      dtype: dtype of matmul inputs, `float32` or `bfloat16`.
+      sha256: the required checksum of the weights; None: any.
 
     Returns:
-      Its configuration, parameters, tokenizer, and a pure `encode`.
+      The encoder: configuration, parameters, tokenizer and a pure `encode`.
 
     Raises:
-      UserError: if it cannot be found, is of a kind that cannot be run exactly, or does not take
-        such values.
+      UserError: if the base cannot be found or is not supported, or an argument is invalid.
     """
     if pooling not in POOLINGS:
         raise UserError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")

@@ -1,4 +1,4 @@
-"""Trained tasks with their heads and encoder trees, and the base that they need."""
+"""Trained task models: their heads and encoder trees, and the base they need."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ PairFeatures = Literal["concat", "interaction"]
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Where a trained task comes from.
+    """The provenance of a trained task.
 
     Attributes:
-      dev: its metric → the score of its dev set.
+      dev: metric → score on its dev set.
       data: checksum of its examples.
-      dev_data: checksum of those of its dev set; None: not known.
-      variant: of the run.
-      versions: package → version, of what computed it.
-      imported_from: the folder or model that others wrote.
-      left_out: what was trained beside it and has no effect here.
-      combined_from: task → weight, of the adapters that were added up.
-      columns: of the tables that it was trained on; None: they were not the user's.
+      dev_data: checksum of the examples of its dev set; None: unknown.
+      variant: variant of the run.
+      versions: package → version used for training.
+      imported_from: the third-party folder or model it was imported from.
+      left_out: modules that were trained with it and ignored by the import.
+      combined_from: task → weight, of the adapters that were summed.
+      columns: columns of its training tables; None: it was not trained on the user's tables.
     """
 
     dev: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -53,14 +53,14 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class TaskModel:
-    """A task as it is served.
+    """A trained task.
 
     Attributes:
-      task: what it is.
+      task: its definition.
       tree: name of its encoder tree.
-      stored_head: `head`, or a function that reads it.
+      stored_head: the head's parameters, or a function that reads them.
       pair_features: see `heads.pair_vector`.
-      facts: where it comes from.
+      facts: its provenance.
     """
 
     task: Task
@@ -71,15 +71,15 @@ class TaskModel:
 
     @property
     def head(self) -> Tree:
-        """Its head's parameters, `{}` for a task without a head.
+        """The parameters of its head, `{}` for a task without a head.
 
         Raises:
-          UserError: if they are read now, and are missing or damaged.
+          UserError: if they have to be read and are missing or damaged.
         """
         return self.stored_head() if callable(self.stored_head) else self.stored_head
 
     def head_shapes(self, hidden_size: int) -> Tree:
-        """Return a tree of the head's shapes, `{}` for none."""
+        """Return the head's tree of `ShapeDtypeStruct`s, `{}` for a task without a head."""
         return jax.eval_shape(
             lambda: self.task.init_head(jax.random.key(0), hidden_size, self.pair_features)
         )
@@ -87,14 +87,14 @@ class TaskModel:
 
 @dataclasses.dataclass(frozen=True)
 class BaseSpec:
-    """The base model that tasks were trained on, and how its outputs become sentence vectors.
+    """The base model of tasks, and how it computes sentence vectors.
 
     Attributes:
       base: its name or folder.
-      fingerprint: what decides its vectors.
-      pooling: of a sentence's tokens.
-      max_length: tokens a sentence is cut to.
-      dtype: of matmul inputs.
+      fingerprint: checksums of all that determines its vectors.
+      pooling: how token vectors become a sentence vector.
+      max_length: number of tokens that sentences are truncated to.
+      dtype: dtype of matmul inputs.
     """
 
     base: str
@@ -104,7 +104,7 @@ class BaseSpec:
     dtype: Literal["float32", "bfloat16"]
 
     def base_spec(self) -> dict[str, Any]:
-        """Return these fields, also of a subclass, as arguments of another."""
+        """Return only the fields of `BaseSpec`, as keyword arguments for a subclass."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(BaseSpec)}
 
 
@@ -114,9 +114,9 @@ class TaskModels(BaseSpec):
 
     Attributes:
       models: the tasks by name.
-      trees: encoder trees by name: `{}` (frozen), `{"lora": …}` or `{"params": …}` (a whole BERT).
-      configs: the configuration of each adapter among the trees, by the tree's name.
-      origin: the folder they come from.
+      trees: encoder trees by name: `{}` (frozen), `{"lora": …}`, or `{"params": …}` (full encoder).
+      configs: name of each tree that is an adapter → its LoRA configuration.
+      origin: the folder they were read from, for error messages.
     """
 
     models: Mapping[str, TaskModel]
@@ -129,7 +129,7 @@ class TaskModels(BaseSpec):
 
     @property
     def summary(self) -> str:
-        """The base, and how many tasks of each kind there are."""
+        """The base and the number of tasks of each kind, as text."""
         kinds = collections.Counter(one.task.kind for one in self.models.values())
         each = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
         tasks = f"{len(self.models):,} task{'' if len(self.models) == 1 else 's'}"
@@ -139,7 +139,7 @@ class TaskModels(BaseSpec):
         """Return a task by its name.
 
         Raises:
-          UserError: if there is none of that name.
+          UserError: if no task has that name.
         """
         if name not in self.models:
             there = ", ".join(self.models) or "none"
@@ -153,20 +153,20 @@ class TaskModels(BaseSpec):
         return any(one.task.joint for one in self.models.values())
 
     def at(self, base: str | None) -> TaskModels:
-        """Return the same tasks, with their base in another place; None: where it was."""
+        """Return the same tasks with a new location of their base; None leaves it unchanged."""
         return self if base is None else dataclasses.replace(self, base=absolute(base))
 
     def load_base(self) -> Pretrained:
-        """Return the base model.
+        """Load the base model and check that it is the one the tasks were trained on.
 
         Raises:
-          UserError: if it is not available, is another one, or tasks do not fit it.
+          UserError: if it is missing, has other checksums, or does not fit the tasks.
         """
         try:
             base = huggingface.load(self.base)
         except huggingface.MissingBaseError as error:
             raise UserError(
-                f"{error}; {self.origin} needs it: if it has moved, say where with `base`"
+                f"{error}; {self.origin} needs it: if it has moved, give its location as `base`"
             ) from error
         self._check_same(base)
         if self.reads_jointly:
@@ -180,22 +180,22 @@ class TaskModels(BaseSpec):
         return base
 
     def head(self, name: str, base: Pretrained) -> Tree:
-        """Return the head of a task, `{}` for none.
+        """Return the parameters of a task's head, `{}` for a task without a head.
 
         Raises:
-          UserError: if it is missing or damaged, or has not the shapes of such a task's head.
+          UserError: if it is missing or damaged, or has wrong shapes.
         """
         one = self.find(name)
         found = one.head
         if _shapes(found) != _shapes(one.head_shapes(base.config.hidden_size)):
             raise UserError(
-                f"{self.origin}: the head of {name} is not one of such a task; put back a copy, or "
+                f"{self.origin}: the head of {name} does not fit its task; restore a backup, or "
                 "train it again"
             )
         return found
 
     def _check_same(self, base: Pretrained) -> None:
-        """Refuse a base that would give other vectors than the one that was trained on."""
+        """Refuse a base whose vectors would differ from those of the original base."""
         if other := self.fingerprint.differing(base.fingerprint, joint=self.reads_jointly):
             part = other[0]
             found, wanted = (getattr(f, part)[:12] for f in (base.fingerprint, self.fingerprint))
@@ -212,9 +212,9 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
 
 
 def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring plain values of an earlier jaxlora to the present form.
+    """Upgrade plain values that an earlier jaxlora wrote.
 
-    Format 1 knew the base by the checksum of its weights alone, and names of facts had spaces.
+    Format 1 stored only the checksum of the base's weights, and had spaces in names of facts.
     """
     known = {name: value for name, value in values.items() if name != "sha256"}
     if "sha256" in values:
@@ -227,28 +227,29 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
 def combine_tasks(
     trained: TaskModels, parts: Mapping[str, float], name: str, head: str, rank: int | None = None
 ) -> TaskModels:
-    """Return a new task whose adapter is a weighted sum of other tasks'.
+    """Return a new task whose adapter is a weighted sum of the adapters of other tasks.
 
     Args:
-      trained: has those tasks.
+      trained: the task models with those tasks.
       parts: task → weight.
-      name: of the new task.
-      head: the task whose head and labels it takes over.
-      rank: None: exact, of the summed rank (`lora.add`); else the nearest (`lora.truncate`).
+      name: the name of the new task.
+      head: the task whose head and labels to use.
+      rank: rank of the best approximation (`lora.truncate`); None: the exact sum, whose rank is the
+        sum of the ranks (`lora.add`).
 
     Raises:
-      UserError: if a task has no adapter to add up.
+      UserError: if a task has no adapter.
     """
     trees = {part: trained.models[part].tree for part in parts}
     for part, tree in trees.items():
         if "lora" not in trained.trees[tree]:
-            raise UserError(f"{trained.origin}: {part} has no adapter that could be added up")
+            raise UserError(f"{trained.origin}: {part} has no adapter to sum")
     adapters = [(trained.trees[tree]["lora"], trained.configs[tree]) for tree in trees.values()]
     adapter = lora.add(adapters, list(parts.values()))
     if rank is not None:
         adapter = lora.truncate(adapter, rank)
     source = trained.models[head]
-    # Thresholds that were chosen for the source's own adapter do not suit the sum.
+    # Thresholds that were tuned for the source's own adapter do not fit the sum.
     thresholds = () if source.task.tune_thresholds else source.task.thresholds
     task = dataclasses.replace(
         source.task, name=name, title=" + ".join(parts), thresholds=thresholds

@@ -1,4 +1,4 @@
-"""Trees that are read when they are asked for, the last ones kept in memory."""
+"""Lazily read pytrees with a least-recently-used cache."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class TreeCache(Generic[Key]):
-    """A function that returns trees; those asked for last are kept as far as a budget allows.
+    """A function that returns trees and caches the most recently used within a memory budget.
 
-    Several threads may call it. A copy that is pickled takes none of the kept trees with it.
+    It is thread-safe. Pickling it leaves out the cached trees.
 
     >>> import numpy as np
     >>> asked = []
@@ -27,21 +27,21 @@ class TreeCache(Generic[Key]):
     """
 
     def __init__(self, read: Callable[[Key], Tree], memory: int) -> None:
-        """Keep nothing yet.
+        """Create an empty cache.
 
         Args:
-          read: returns a tree; what it raises is raised, and nothing is kept.
-          memory: bytes of all kept trees; the last one is kept whatever its size.
+          read: returns the tree of a key; its exceptions are passed on, and nothing is cached.
+          memory: bytes for all cached trees; the most recent tree is kept regardless of its size.
         """
         self._read, self._memory, self._bytes = read, memory, 0
-        self._kept: dict[Key, Tree] = {}  # the one used last at the end
+        self._kept: dict[Key, Tree] = {}  # the most recently used last
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._read, self._memory)
 
     def __call__(self, key: Key) -> Tree:
-        """Return the tree of a key, read now unless it is kept."""
+        """Return the tree of a key, from the cache if possible."""
         with self._lock:
             if key in self._kept:
                 self._kept[key] = self._kept.pop(key)
@@ -61,14 +61,14 @@ def _size(tree: Tree) -> int:
 
 
 class StoredTrees(Mapping[str, Tree]):
-    """Trees by name, each of which is read when it is asked for."""
+    """A mapping from names to trees, which reads a tree on each access."""
 
     def __init__(self, keys: Mapping[str, Key], read: Callable[[Key], Tree]) -> None:
-        """Read nothing yet.
+        """Create the mapping without reading a tree.
 
         Args:
-          keys: by name, what `read` takes.
-          read: returns a tree.
+          keys: name → the key that is passed to `read`.
+          read: returns the tree of a key.
         """
         self._keys, self._read = keys, read
 

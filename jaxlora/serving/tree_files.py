@@ -1,8 +1,7 @@
-"""Trees of trained arrays as Orbax folders: complete or not there, and read back when written.
+"""Save and load pytrees as Orbax checkpoints, atomically and verified.
 
-Orbax looks for patterns and addresses in the paths that it is given, and where it finds none of its
-files it loses what it wrote and only logs that. So it is given plain paths alone, and what it wrote
-is read back.
+Orbax interprets glob patterns and URLs in paths; it can then lose what it wrote and only log that.
+So it gets only plain paths, and every checkpoint is read back after writing.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import Tree, checksum
 
-# No pattern, no backslash, and none of the roots that etils takes for addresses.
+# No glob pattern, no backslash, and none of the roots that etils maps to cloud storage.
 PLAIN = re.compile(r"/(?!(?:gs|s3|az|hf)(?:/|$))[\w./ +=@,~#%-]*")
-# The process that calls is the only one that writes or reads, however many there are.
+# Only the calling process reads or writes, also when JAX runs on several.
 _ALONE = ocp.options.MultiprocessingOptions(
     primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
 )
@@ -31,10 +30,10 @@ _ALONE = ocp.options.MultiprocessingOptions(
 
 @contextlib.contextmanager
 def plain_path(folder: Path) -> Iterator[Path]:
-    """Give a path to a folder in which Orbax finds nothing to interpret; a link, if need be.
+    """Yield a path that Orbax does not interpret: `folder` itself, or a symlink to it.
 
     Raises:
-      UserError: if there is no place for the link.
+      UserError: if a link is needed and cannot be created.
     """
     if PLAIN.fullmatch(str(folder.absolute())):
         yield folder.absolute()
@@ -52,41 +51,41 @@ def plain_path(folder: Path) -> Iterator[Path]:
 
 
 def brief(error: Exception) -> str:
-    """Return the first line of an error, which Orbax's and TensorStore's may have dozens of."""
+    """Return the first line of an error; those of Orbax and TensorStore can have dozens."""
     line = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {line[:200]}"
 
 
 def save(folder: Path, tree: Tree) -> None:
-    """Write a tree of trained arrays, and read it back.
+    """Write a tree of arrays to `folder`, replacing it, and verify it by reading it back.
 
-    Host arrays are written, so that what one kind of device trained can be read on any other. What
-    `folder` held makes room in the last moment: a process that is killed then leaves no tree, and
-    must write it again (a resumed run does, a bank with the next change).
+    Host arrays are written, so that a tree trained on one kind of device can be read on any other.
+    A process that is killed during the final swap may leave no tree; a resumed run, or the next
+    change of a bank, then writes it again.
 
     Raises:
-      UserError: if what is read is not what was written; then `folder` is as it was.
+      UserError: if the tree that is read back differs; `folder` is then unchanged.
     """
     with files.building(folder.absolute(), replace=True) as content:
         _write(content, jax.tree.map(np.asarray, tree), folder)
 
 
 def _write(content: Path, tree: Tree, folder: Path) -> None:
-    content.rmdir()  # Orbax makes it
+    content.rmdir()  # Orbax creates it
     with (
         plain_path(content.parent) as place,
         ocp.StandardCheckpointer(multiprocessing_options=_ALONE) as checkpointer,
     ):
         checkpointer.save(place / content.name, tree)
     if not content.is_dir() or checksum(_read(content, folder)) != checksum(tree):
-        raise UserError(f"{folder}: what was written there is not what is read; is the disk sound?")
+        raise UserError(f"{folder}: does not read back as it was written; is the disk healthy?")
 
 
 def load(folder: Path) -> Tree:
-    """Read what `save` wrote.
+    """Read a tree that `save` wrote.
 
     Raises:
-      UserError: if there is none, or it is damaged.
+      UserError: if it is missing or damaged.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no trained model here; is the run finished?")
@@ -94,12 +93,12 @@ def load(folder: Path) -> Tree:
 
 
 def _read(folder: Path, named: Path) -> Tree:
-    """Read a tree; errors name it as `named`."""
+    """Read a tree; error messages call it `named`."""
     try:
         with (
             plain_path(folder) as place,
             ocp.StandardCheckpointer(multiprocessing_options=_ALONE) as checkpointer,
         ):
             return checkpointer.restore(place)
-    except Exception as error:  # whatever a damaged file makes Orbax raise
+    except Exception as error:  # Orbax raises many types for damaged files
         raise UserError(f"{named}: damaged ({brief(error)})") from error

@@ -139,7 +139,7 @@ def test_a_base_that_moved_can_be_pointed_to(three, run, base, tmp_path, capsys)
     before = [answer.value for answer in jaxlora.load(three)(requests)]
     moved = Path(shutil.move(base, tmp_path / "moved"))
     for folder in (three, run):
-        with pytest.raises(UserError, match=rf"{base}.*no such folder.*where with `base`"):
+        with pytest.raises(UserError, match=rf"{base}.*no such folder.*location as `base`"):
             jaxlora.load(folder)
         found = jaxlora.Predictor.load(folder, base=str(moved))
         assert [answer.value for answer in found(requests)] == pytest.approx(before, abs=1e-6)
@@ -193,7 +193,7 @@ def test_verify_says_that_the_base_is_missing_and_what_else_is_wrong(three, base
     shutil.rmtree(next((three / "heads").iterdir()))
     assert cli.main(["bank", "verify", str(three)]) == 2
     shown = capsys.readouterr().err
-    assert "missing; put back a copy" in shown and f"{base}: no such folder" in shown
+    assert "missing; restore a backup" in shown and f"{base}: no such folder" in shown
 
 
 # --- banks and runs of format 1, which know the weights alone

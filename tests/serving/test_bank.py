@@ -289,7 +289,7 @@ def test_what_does_not_belong_is_refused(runs, three, tmp_path):
     (tmp_path / "full" / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="is not empty and holds no bank"):
         bank.add(tmp_path / "full", source, ["sts"])
-    with pytest.raises(UserError, match="is no bank"):
+    with pytest.raises(UserError, match="not a bank"):
         bank.remove(tmp_path / "none", "sts")
     assert not (tmp_path / "none").exists()
 
@@ -574,8 +574,8 @@ def test_any_change_of_the_manifest_is_found(three):
             "para.* has rank 4, its configuration says 3",
         ),
         (lambda e, a: a.update(target_modules=["query"]), "none of its configuration's target"),
-        (lambda e, a: e.update(pair_features="concat"), "the head of para is not one of such"),
-        (lambda e, a: e["task"].update(pair=False), "the head of para is not one of such"),
+        (lambda e, a: e.update(pair_features="concat"), "the head of para does not fit its task"),
+        (lambda e, a: e["task"].update(pair=False), "the head of para does not fit its task"),
     ],
 )
 def test_a_manifest_that_does_not_fit_its_numbers(three, edit, message):

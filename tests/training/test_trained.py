@@ -73,7 +73,7 @@ def test_whole_encoders_stay_in_the_bank_of_their_run(tiny, tmp_path):
     with pytest.raises(UserError, match="sst is a fully fine-tuned BERT; banks keep adapters"):
         bank.add(tmp_path / "bank", bank.load(tmp_path / "run"), ["sst"])
     bank.remove(tmp_path / "run", "sst")
-    with pytest.raises(UserError, match="keeps the whole encoders of a run"):
+    with pytest.raises(UserError, match="holds the full encoders of a run"):
         bank.add(tmp_path / "run", adapters, ["sst"])
     assert list(bank.load(tmp_path / "run").models) == ["para", "sts"]
 

@@ -134,7 +134,7 @@ def test_a_tree_that_is_read_differently_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tree_files, "_read", lambda *args: jax.tree.map(lambda x: x + 1, real(*args))
     )
-    with pytest.raises(UserError, match="is not what is read"):
+    with pytest.raises(UserError, match="does not read back"):
         tree_files.save(tmp_path / "model", jax.tree.map(lambda x: x * 2, TREE))
     monkeypatch.undo()
     leaves_equal(tree_files.load(tmp_path / "model"), TREE)
