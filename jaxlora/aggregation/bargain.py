@@ -20,7 +20,7 @@ class _Point(NamedTuple):
     shrinks: jax.Array
 
 
-def solve_bargain(C: jax.Array, beta: jax.Array, p: float) -> jax.Array:
+def solve_bargain(C: jax.Array, alone: jax.Array, p: float) -> jax.Array:
     """Solve `C z = β z^(−1/p)` for `z > 0`, `f32[T]`, by Newton's method.
 
     The solution minimizes the convex `½ zᵀ C z − Σ β ∫ z^(−1/p)`. With `z = z₀ (1 + η)` each step
@@ -31,10 +31,11 @@ def solve_bargain(C: jax.Array, beta: jax.Array, p: float) -> jax.Array:
 
     Args:
       C: `f32[T, T]`, positive semidefinite with ones on the diagonal.
-      beta: `f32[T]`, positive.
+      alone: `f32[T]`, positive, the solution for orthogonal tasks, `β^(p/(p + 1))`; β itself may
+        be beyond the range of float32.
       p: positive.
 
-    >>> solve_bargain(jnp.eye(2), jnp.array([1.0, 4.0]), 1.0).round(4).tolist()
+    >>> solve_bargain(jnp.eye(2), jnp.array([1.0, 2.0]), 1.0).round(4).tolist()
     [1.0, 2.0]
     """
     C = ridge(C)
@@ -43,28 +44,31 @@ def solve_bargain(C: jax.Array, beta: jax.Array, p: float) -> jax.Array:
     shares = jnp.ldexp(jnp.ones(_HALVINGS, C.dtype), -jnp.arange(_HALVINGS))
 
     def newton(s: _Point) -> _Point:
-        z, target = s.z, beta * s.z ** (1 - 1 / p)
+        z, target = s.z, alone**2 * (s.z / alone) ** (1 - 1 / p)
         missing = target - z * (C @ z)
         H = z[:, None] * C * z[None, :] + jnp.diag(target / p)
         scale = jax.lax.rsqrt(jnp.diag(H))  # scales the diagonal to ones
         scaled = scale[:, None] * H * scale[None, :]
         eta = scale * solve_definite(scaled, scale * missing)
+        # A long step ends before the first z that would be negative.
+        size = jnp.max(jnp.abs(eta))
+        eta *= jnp.minimum(1, 0.99 / jnp.max(-eta, initial=0.99))
         tried = z[None, :] * (1 + shares[:, None] * eta[None, :])
         inside = jnp.where(tried > 0, tried, 1)
-        gains, wanted = inside @ C, beta[None, :] * inside ** (-1 / p)
+        gains, wanted = inside @ C, alone[None, :] * (inside / alone[None, :]) ** (-1 / p)
         slopes = jnp.abs((gains - wanted) @ (z * eta))
         rounding = eps * ((inside @ jnp.abs(C) + wanted) @ jnp.abs(z * eta))
         usable = jnp.all(tried > 0, 1) & jnp.isfinite(slopes) & jnp.isfinite(rounding)
         least = jnp.min(jnp.where(usable, slopes, jnp.inf))
         longest = jnp.argmax(usable & (slopes <= jnp.maximum(least, rounding)))
         longest = jnp.where(jnp.any(usable), longest, _HALVINGS - 1)
-        size = jnp.max(jnp.abs(eta))
         chosen = tried[jnp.where(size < near, 0, longest)]
+        chosen = jnp.maximum(chosen, jnp.finfo(C.dtype).tiny)  # smaller numbers are rounded to 0
         return _Point(chosen, s.step + 1, size, (size < s.size) | (size > eps**0.5))
 
     def unfinished(s: _Point) -> jax.Array:
         return (s.step < _MOST_STEPS) & (s.size > 4 * eps) & s.shrinks
 
     far = jnp.asarray(jnp.inf, C.dtype)
-    start = _Point(beta ** (p / (p + 1)), jnp.int32(0), far, jnp.bool_(True))
+    start = _Point(alone, jnp.int32(0), far, jnp.bool_(True))
     return jax.lax.while_loop(unfinished, newton, start).z

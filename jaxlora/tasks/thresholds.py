@@ -52,8 +52,8 @@ def choose(
 ) -> tuple[float, float]:
     """Choose the threshold above which a probability counts as positive.
 
-    Candidates are halfway between probabilities that follow each other, and beyond the lowest and
-    the highest. Of those with the best score the one nearest to 0.5 is chosen; without a positive
+    Candidates are halfway between neighbouring probabilities, and below the lowest and above the
+    highest unless these are 0 and 1. Of those with the best score the one nearest to 0.5 is chosen; without a positive
     or without a negative example it is 0.5. It is chosen on these examples, so that the score is
     higher than on others.
 
@@ -79,6 +79,9 @@ def choose(
     cuts = np.clip((edges[1:] + edges[:-1]) / 2, np.finfo(np.float32).tiny, 1 - 2.0**-53)
     usual = int(np.searchsorted(values, 0.5, side="right"))
     cuts[usual] = 0.5  # decides as any other threshold of this gap
+    # No threshold between 0 and 1 has 0 above it, or 1 below it.
+    apart = (np.append(-np.inf, values) <= cuts) & (cuts < np.append(values, np.inf))
+    score = np.where(apart, score, -np.inf)
     best = np.flatnonzero(score == score.max())
     chosen = best[np.argmin(np.abs(cuts[best] - 0.5))]
     if true.sum() in (0, total.sum()):

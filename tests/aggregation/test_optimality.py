@@ -145,6 +145,20 @@ def test_fairness_at_its_limits(alpha):
             methods.fairgrad(beyond)
 
 
+@pytest.mark.parametrize("alpha", [0.2, 0.3, 1.0, 2.0, 5.0])
+def test_fairness_of_a_gradient_that_has_nearly_vanished(alpha):
+    """A task that has converged has a small gradient, here down to where its square becomes zero."""
+    sizes, angles = np.meshgrid(10.0 ** -np.arange(0, 19), [-0.9, 0.0, 0.3, 0.99])
+    sizes, angles = sizes.ravel(), angles.ravel()
+    K = np.stack([np.ones_like(sizes), angles * sizes, angles * sizes, sizes**2], -1)
+    w, residuals = of_nash(
+        K.reshape(-1, 2, 2).astype(np.float32), methods.fairgrad(alpha), -1 / alpha
+    )
+    assert np.isfinite(w).all() and (w > 0).all()
+    # Below that float32 cannot hold the smaller weight at alpha 5.
+    assert residuals[sizes >= 1e-9].max() <= 1e-5
+
+
 def test_near_the_solution_whole_steps_are_taken():
     """Slopes are rounding errors there: chosen by them, steps shrank and the end was 1.3e-5 off."""
     check("fairgrad", 556, 3, 1e8, seed=1)

@@ -32,10 +32,9 @@ def test_no_other_threshold_has_a_better_score(measure, pairs):
     if y.min() == y.max():
         assert threshold == 0.5
         return
-    best = max(ORACLES[measure](y, p > cut) for cut in [-1, *p])
-    assert score == pytest.approx(best)
-    if p.min() > 0 and p.max() < 1:  # a threshold is strictly between 0 and 1
-        assert ORACLES[measure](y, p > threshold) == pytest.approx(score)
+    cuts = [*p[p < 1], *([-1] if p.min() > 0 else [])]  # a threshold is between 0 and 1
+    assert score == pytest.approx(max(ORACLES[measure](y, p > cut) for cut in cuts))
+    assert ORACLES[measure](y, p > threshold) == pytest.approx(score)
 
 
 def test_of_equally_good_thresholds_the_one_nearest_to_one_half_is_chosen():

@@ -9,6 +9,8 @@ from jaxlora.aggregation.bargain import solve_bargain
 from jaxlora.aggregation.gram import cosines, inverse_norms, norms
 from jaxlora.aggregation.method import Method, check_range, member, of_gram
 
+_LEAST = 1e-19
+
 
 def fair_weights(K: jax.Array, alpha: float) -> jax.Array:
     """Return the `w > 0` with `K w = w^(−1/α)`, `f32[T]`; 0 for zero gradients.
@@ -16,13 +18,14 @@ def fair_weights(K: jax.Array, alpha: float) -> jax.Array:
     With `z = w · norms`, `p = α` and the cosines C, this is `C z = norms^(1/p − 1) z^(−1/p)`.
     Scaling the norms by s scales z by `s^((1 − p)/(1 + p))`.
     """
+    power = (1 - alpha) / (1 + alpha)
     lengths = norms(K)
     size = jnp.max(lengths)
     some = jnp.where(size > 0, size, 1)
-    relative = jnp.where(lengths > 0, lengths / some, 1)
+    # Where a norm is below the root of the smallest number, its square is zero.
+    relative = jnp.where(lengths > 0, jnp.maximum(lengths / some, _LEAST), 1)
     C = jnp.where(jnp.eye(len(K), dtype=bool), 1, cosines(K))  # also for zero gradients
-    z = solve_bargain(C, relative ** (1 / alpha - 1), alpha)
-    return some ** ((1 - alpha) / (1 + alpha)) * inverse_norms(K) * z
+    return some**power * inverse_norms(K) * solve_bargain(C, relative**power, alpha)
 
 
 @member("Ban & Ji 2024", "non-conflicting", "permutation", "stationary")
