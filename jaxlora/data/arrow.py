@@ -120,7 +120,7 @@ class ArrowSheet:
             with contextlib.suppress(UnicodeDecodeError):
                 if "\0" not in value.as_py():
                     continue
-            raise UserError(f"{self.where(number)}: {name}: not UTF-8 text without NUL; mend it")
+            raise UserError(f"{self.where(number)}: {name}: not UTF-8 text without NUL; fix it")
         strings: list[str] = found.to_pylist()
         return strings
 
@@ -129,7 +129,7 @@ class ArrowSheet:
         try:
             items = value.as_py()
         except UnicodeDecodeError:
-            raise UserError(f"{self.where(number)}: {name}: not UTF-8 text; mend it") from None
+            raise UserError(f"{self.where(number)}: {name}: not UTF-8 text; fix it") from None
         if items is None:
             return ""
         if name in self._classes:

@@ -121,7 +121,7 @@ def _describe_lengths(found: Survey, max_length: int) -> str:
         return "no text"
     middle, longest = np.median(found.lengths), found.lengths.max()
     return (
-        f"{middle:.0f} tokens in the middle, {longest:,} at most; "
+        f"{middle:.0f} tokens (median), {longest:,} at most; "
         f"{found.cut(max_length):.1%} are longer than {max_length}"
     )
 

@@ -17,10 +17,9 @@ def hold_out(rows: Sequence[TextExample], share: float, task: Task) -> tuple[Row
     """Split rows into training rows and a dev set, stratified by class.
 
     Each class contributes the same share of its texts: at least one, but never all of them. Scores
-    form a single class, and a label set counts as its rarest class. The texts of a class are
-    ordered by their SHA-256, and the first ones are held out. The split therefore needs no seed and
-    does not depend on row order or machine. Equal texts are never on both sides, and appending rows
-    to a table moves few of the others.
+    form a single class, and a label set counts as its rarest class. The texts with the lowest
+    SHA-256 are held out, so the split needs no seed and does not depend on row order or machine.
+    Equal texts are never on both sides, and appending rows to a table moves few of the others.
 
     Args:
       rows: all rows; unlabelled rows stay in the training set.

@@ -73,15 +73,14 @@ def find_labels(
     ordered by value if all are numbers, else by name. Different spellings of a number are one
     class, named by the most frequent spelling without `.0`.
 
-    The task is multilabel if the labels are lists, if a delimiter is given, or if `|` separates
-    names that recur in different cells.
+    The task is multilabel if the labels are lists, a delimiter is given, or `|` separates names
+    that recur in different cells.
 
     Args:
       written: the labels as written, or a counter of them.
       kind: kind of the task; None: inferred.
       delimiter: separates the names in a label set; None: `|`.
-      lists: whether the labels come from lists. A multilabel column of plain cells must contain the
-        delimiter at least once.
+      lists: whether labels come from lists; if not, sets of classes need the delimiter somewhere.
 
     Raises:
       ValueError: if there is no label, only one value, or the values do not fit the kind.
@@ -110,8 +109,7 @@ def find_labels(
 def _look_like_sets(cells: Mapping[str, int]) -> bool:
     """Return whether cells contain `DELIMITER` and no more distinct names than distinct cells.
 
-    Some name then occurs in several cells, since otherwise a cell with two names would make the
-    names outnumber the cells.
+    Some name then recurs, since a cell with two names adds more names than cells.
     """
     there = _without_missing(cells)
     names = {name for cell in there for name in split_names(cell, DELIMITER)}
@@ -145,7 +143,7 @@ def _check_finite(labels: Iterable[str]) -> None:
     if wrong and len(wrong) < len(numbers) and all(map(is_not_finite, wrong)):
         raise WrongLabelError(
             wrong[0],
-            f"label {wrong[0][:60]!r} among numbers is no finite number; correct it, or write "
+            f"label {wrong[0][:60]!r} among numbers is not finite; correct it, or write "
             "nothing if it is missing",
         )
 
@@ -166,7 +164,7 @@ def _refuse_no_sets(cells: Mapping[str, int], delimiter: str) -> None:
     if not _without_missing(cells):
         raise ValueError("no row has a label")
     raise ValueError(
-        f"no row has two labels, {delimiter!r} is nowhere; name the `label_delimiter`, or "
+        f"no row has two labels, {delimiter!r} never occurs; name the `label_delimiter`, or "
         "another kind"
     )
 
@@ -194,8 +192,7 @@ def count_sets(cells: Mapping[str, int], delimiter: str, names: Sequence[str] = 
     Args:
       cells: cell → number of rows.
       delimiter: separates the names.
-      names: the classes to count, in order; `()`: all that occur, ordered by value if all are
-        numbers, else by name.
+      names: the classes to count, in order; `()`: all that occur, by value or name.
 
     >>> count_sets({"a|b": 2, "b": 1, "": 4}, "|").counts
     {'a': 2, 'b': 3}

@@ -49,12 +49,11 @@ class Order:
 class JointOrder:
     """The order in which the tasks of several groups draw; all groups start and end together.
 
-    A run has N steps, the number of the longest group. A group with n steps takes part in n of
-    them, chosen so that the number of groups per step varies by at most one. To this end the groups
-    are laid end to end on a line, each n long, and a comb with teeth N apart selects the groups
-    that it hits. The N steps use the offsets 0 … N-1 of the comb once each, in the order of a
-    golden-ratio sequence (systematic sampling, Madow 1949, "On the Theory of Systematic Sampling,
-    II").
+    A run has N steps, as many as its longest group. A group with n steps takes part in n of them,
+    chosen so that the number of groups per step varies by at most one. The groups are laid end to
+    end on a line, each n long, and a comb with teeth N apart selects the groups that it hits. The
+    steps use the offsets 0 … N-1 of the comb once each, in the order of a golden-ratio sequence
+    (systematic sampling, Madow 1949, "On the Theory of Systematic Sampling, II").
 
     Attributes:
       orders: the order of each group.

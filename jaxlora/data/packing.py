@@ -148,7 +148,7 @@ def fill(
       num_slots: number of slots; the `cls_index` of a slot without a sentence is 0.
       shape: shape of the rows; must be large enough for the placement.
       where: placement of the sentences; None: from `place`.
-      types: for each sentence, its token types or a single type; None: no token types.
+      types: for each sentence, its token types or a single type; None: all are 0.
 
     Returns:
       `PackedTokens` of NumPy arrays.

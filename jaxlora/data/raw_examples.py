@@ -27,7 +27,7 @@ class TextExample(NamedTuple):
       sentence1: the sentence, or the first of a pair.
       sentence2: the second sentence of a pair; empty for single-sentence tasks.
       label: class index, score, or class indices of a label set; NaN if unlabelled.
-      line: row number in the file, from 1; 0 if it does not come from a file.
+      line: line or row in the file, from 1; 0 if it does not come from a file.
     """
 
     id: str
@@ -192,9 +192,9 @@ def join_names(listed: str, delimiter: str, where: str) -> str:
     names: list[str | None] = json.loads(listed)
     for name in names:
         if name is None or not name.strip() or "\0" in name:
-            raise UserError(f"{where}: {listed[:60]}: an entry is no name of a label; correct it")
+            raise UserError(f"{where}: {listed[:60]}: an entry is not a label name; correct it")
         if is_missing(name.strip()):
-            raise UserError(f"{where}: the label {name!r} stands for a missing one; rename it")
+            raise UserError(f"{where}: the label {name!r} denotes a missing value; rename it")
         if delimiter in name:
             raise UserError(
                 f"{where}: the label {name[:60]!r} contains {delimiter!r}, which separates labels "
@@ -261,8 +261,8 @@ def is_not_finite(text: str) -> bool:
 def _class_number(value: Decimal, classes: tuple[str, ...]) -> Decimal | None:
     """Return the index of the class that a number denotes; None if there is none.
 
-    It is matched with class names if any of them is a number, else it is an index. It is ambiguous
-    if names only contain numbers: with "1 star" and "2 stars", 1 may be a name or an index.
+    It is an index unless a name is a number or contains a number other than its own index. Then it
+    must equal exactly one name: with "1 star" and "2 stars", 1 would be ambiguous.
 
     >>> _class_number(Decimal("2.0"), ("1", "2", "unknown"))
     Decimal('1')

@@ -90,9 +90,8 @@ class Evaluation:
     def _on(self, metric: Metric) -> Statistic:
         """Return a metric as a function of resamples of the examples.
 
-        Multilabel metrics are computed from sums over the rows of each resample. One matrix
-        product gives these sums: the count of each row in each resample times the contribution of
-        each row. All factors are integers, so the product is exact.
+        Multilabel metrics are computed from sums over the rows of each resample. These are a matrix
+        product of row counts and per-row contributions, which is exact since both are integers.
         """
         x, y, totals = self.predictions, self.labels, metric.totals
         if x.ndim == 2 and totals is not None and np.isfinite(x).all() and np.isfinite(y).all():
@@ -103,8 +102,7 @@ class Evaluation:
     def differences(self, other: Evaluation, resamples: int = RESAMPLES) -> dict[str, Interval]:
         """Compute the difference of each metric to another model's on the same examples.
 
-        Both models are scored on the same resamples, so the interval is that of the paired
-        difference.
+        Both are scored on the same resamples, so the interval is that of the paired difference.
 
         Raises:
           ValueError: if the labels differ.
@@ -191,10 +189,9 @@ class Evaluation:
 
     @functools.cached_property
     def badness(self) -> np.ndarray:
-        """Severity of each mistake, `f64[E]`; 0 for correct predictions.
+        """Confidence of each wrong prediction, or absolute error of each score, `f64[E]`; else 0.
 
-        It is the confidence of a wrong class, or the absolute error of a score. For multilabel
-        tasks it is that of the most confident wrong decision.
+        For multilabel tasks it is that of the most confident wrong decision.
         """
         if self.probabilities is None:
             return np.abs(self.predictions - self.labels)

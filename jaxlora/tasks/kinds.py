@@ -74,8 +74,7 @@ class Loss(NamedTuple):
         `SPAN`. A NaN output gives a NaN prediction.
       probabilities: outputs → `f32[B, classes]`; None for scores.
       problem: the `problem_type` in transformers.
-      torch: torch expression that decodes `x: f32[B, outputs]`; 0 is a placeholder for the logit
-        of the threshold.
+      torch: torch expression that decodes `x: f32[B, outputs]`; 0 stands for a threshold's logit.
       numpy: NumPy expression that decodes `probabilities`; 0.5 is a placeholder for the threshold.
     """
 

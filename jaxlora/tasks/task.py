@@ -65,8 +65,7 @@ class Task:
       title: name for tables and messages; default: `name`.
       head: see `HEADS`.
       thresholds: for each output, the probability above which it is positive; `()`: 0.5.
-      tune_thresholds: whether thresholds are chosen on the dev set; default: as the kind says,
-        and no if `thresholds` are given.
+      tune_thresholds: whether to choose thresholds on the dev set; default: see `Kind.tuned`.
       class_weights: factor of the loss for each class; `balanced`: derived from the class counts
         of the training set, see `weighted`; `()`: 1.
       label_delimiter: separates the class names of a label set.
@@ -161,7 +160,7 @@ class Task:
         if not all(0 < one < 1 for one in self.thresholds):
             raise ValueError(f"threshold: must be above 0 and below 1, not {self.thresholds}")
         if self.class_weights and self.form != "class":
-            raise ValueError(f"class_weights: {self.kind} has one class for no example")
+            raise ValueError(f"class_weights: {self.kind} has no single class per example")
         if isinstance(self.class_weights, tuple) and self.class_weights:
             if len(self.class_weights) != len(self.classes):
                 raise ValueError(f"class_weights: give one for each of {', '.join(self.classes)}")
@@ -284,9 +283,8 @@ class Task:
     def tuned(self, outputs: np.ndarray, labels: np.ndarray) -> Task:
         """Return the task with thresholds chosen on labelled examples if `tune_thresholds` is set.
 
-        The threshold of a binary task maximizes the task's metric, or F1 if the metric is not in
-        `thresholds.MEASURES`. Those of a multilabel task maximize the F1 score of each class. The
-        task is returned unchanged if any output is NaN.
+        The threshold of a binary task maximizes its metric (F1 if not in `thresholds.MEASURES`),
+        those of a multilabel task the F1 score of each class. NaN outputs leave the task unchanged.
 
         Args:
           outputs: outputs of the head.
@@ -403,8 +401,7 @@ class Task:
 
         Args:
           params: the head's parameters, `{}` without a head.
-          u, v: vectors of the first and second sentence of each example; for joint pairs, `u` is
-            the vector of the pair.
+          u, v: vectors of the first and second sentence; for joint pairs, `u` is that of the pair.
           pair_features: see `heads.pair_vector`.
           dropout: dropout rate of the head, applied if `key` is given.
           key: PRNG key for training; None: evaluation without dropout.

@@ -157,7 +157,7 @@ BAD = {
     "json key twice": (
         "x.jsonl",
         b'{"text": "a", "text": "b"}\n',
-        r":1: .*key 'text' is there twice",
+        r":1: .*key 'text' occurs twice",
     ),
     "json surrogate": ("x.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', r":2: 'text': a NUL"),
     "json NUL": ("x.jsonl", b'{"text": "\\u0000"}', r"x\.jsonl:1: 'text': a NUL"),

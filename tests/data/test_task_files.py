@@ -262,7 +262,7 @@ def test_mistakes_in_flags(folder, value, message):
 
 def test_a_task_is_described_once(folder):
     path = write(folder, TOPIC)
-    with pytest.raises(UserError, match=r"\[topic\] is in .*tasks.toml, too"):
+    with pytest.raises(UserError, match=r"\[topic\] is defined in .*tasks.toml as well"):
         read_tasks([path, path])
 
 
@@ -350,7 +350,7 @@ def test_a_label_column_that_is_there_twice(tmp_path):
     columns = tables.Columns(("a",), "label")
     task = Task("topic", "classification", classes=("0", "1"))
     for labelled in (True, None):
-        with pytest.raises(UserError, match=r"label is there twice"):
+        with pytest.raises(UserError, match=r"label occurs twice"):
             tables.read(task, path, columns, labelled=labelled)
     tables.read(task, path, columns, labelled=False)
 

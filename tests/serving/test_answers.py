@@ -237,7 +237,7 @@ def test_an_update_of_an_error_is_better_if_it_is_less(made, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('label_delimiter = ";"', 'label_delimiter = "+"', "'+' is nowhere; name the"),
+        ('label_delimiter = ";"', 'label_delimiter = "+"', "'+' never occurs; name the"),
         ('label_delimiter = ";"', 'label_delimiter = ""', "cannot separate names"),
         ('label_delimiter = ";"', 'label_delimiter = ";"\nclasses = ["bug", "pay"]',
          "'login' in "),

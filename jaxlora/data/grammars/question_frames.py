@@ -37,8 +37,7 @@ class Frame(NamedTuple):
       ways: templates that have the same meaning if their slots have the same entries.
       slots: vocabulary of each slot.
       swap: whether the entries of `a` and `b` may be swapped to change the meaning.
-      replace: slots whose entry may be replaced to change the meaning; a repeated slot is drawn
-        more often.
+      replace: slots whose entry may be replaced to change the meaning; repeats raise the odds.
     """
 
     ways: tuple[str, ...]
