@@ -81,7 +81,7 @@ def test_null_is_a_missing_label(tmp_path, tiny):
     [
         (["a|b"], (), r"t\.jsonl:25: the label 'a\|b' contains '\|'.*choose another `label_del"),
         (["none"], (), r"t\.jsonl:25: the label 'none' denotes a missing value"),
-        ([" "], (), r"t\.jsonl:25: .*an entry is no name"),
+        ([" "], (), r"t\.jsonl:25: .*an entry is not a label name"),
         (["pay", "pay "], (), r"t\.jsonl:25: a label is named twice"),
         (["pay", "x"], ("t.classes=bug,login,pay",), r"t\.jsonl:25: 'x' in 'pay\|x' is not one of"),
         ([None], (), "column labels is a list in line 1, not strings; labels of a multilabel"),

@@ -111,7 +111,7 @@ def test_the_papers_tasks_are_three_such_descriptions():
         (TOPIC.replace("[topic]", '[".."]'), ["'..' cannot be a name"]),
         (TOPIC.replace("[topic]", '["a\\u0007"]'), ["cannot be a name"]),
         (TOPIC.replace("[topic]", f"[{'x' * 300}]"), ["cannot be a name", "xxx…"]),
-        (TOPIC.replace("[topic]", ""), ["outside of a task's table"]),
+        (TOPIC.replace("[topic]", ""), ["outside a task's table"]),
         (TOPIC + "epochs = 0", ["epochs: must be greater than or equal to 1, not 0"]),
         (TOPIC + "epochs = 1.5", ["epochs: must be a whole number, not 1.5"]),
         (TOPIC + "learning_rate = -1", ["learning_rate: must be greater than 0, not -1"]),
