@@ -1,1 +1,1 @@
-"""From files to batches: sources, TFDS builders, tokenization, packing and batch order."""
+"""Data pipeline: sources, TFDS builders, tokenization, packing and batch order."""

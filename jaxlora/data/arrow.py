@@ -1,4 +1,4 @@
-"""Tables with types, read and written by pyarrow: Parquet files, and folders of `datasets`."""
+"""Typed tables, read and written with pyarrow: Parquet files and folders saved by `datasets`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from jaxlora.utils.errors import UserError
 from jaxlora.utils.extras import explained
 
 PARQUET, FOLDER = "Parquet", "a folder of `datasets`"
-# What `datasets` writes: the files of a split, and beside folders of splits their names.
+# Files that `datasets` writes: the state of one split, and the names of several splits.
 STATE, SPLITS = "state.json", "dataset_dict.json"
-_METADATA = b"huggingface"  # of a schema: the features, among them the names of classes
-_UNLABELLED = -1  # what `datasets` has for the class of a row that has none
+_METADATA = b"huggingface"  # key of the schema metadata with the features and class names
+_UNLABELLED = -1  # the class of a row without a label in `datasets`
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrowSheet:
-    """Rows with types, see `Sheet`. Its rows are counted from 1.
+    """A `Sheet` of typed rows, numbered from 1.
 
     Attributes:
-      path: its path, for messages.
-      load: returns the schema, and a function that yields the record batches of the columns that
-        it is given (of all for None).
+      path: path for messages.
+      load: returns the schema and a function from column names to record batches of these columns
+        (None: all columns).
     """
 
     path: Path
@@ -43,7 +43,7 @@ class ArrowSheet:
             import pyarrow as pa
         try:
             schema, load = self.load()
-            _ = schema.names  # decoded now, since a damaged one is not UTF-8
+            _ = schema.names  # decode the names here, since damaged ones are not UTF-8
             return schema, load
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(
@@ -57,12 +57,12 @@ class ArrowSheet:
 
     @functools.cached_property
     def lists(self) -> frozenset[str]:
-        """Columns of lists of strings or whole numbers."""
+        """Columns of lists of strings or integers."""
         return frozenset(field.name for field in self._loaded[0] if _is_list_of_names(field.type))
 
     @functools.cached_property
     def _classes(self) -> dict[str, list[str]]:
-        """Column → the names of its classes, where `datasets` says ClassLabel or lists of it."""
+        """Column → class names, for columns that `datasets` declares as (lists of) ClassLabel."""
         written = (self._loaded[0].metadata or {}).get(_METADATA)
         try:
             features = file_system.loads(written)["info"]["features"] if written else {}
@@ -79,7 +79,7 @@ class ArrowSheet:
             ) from None
 
     def rows(self, tally: Tally | None = None) -> Iterator[tuple[int, list[str]]]:
-        """Yield the header and the rows, with their numbers."""
+        """Yield the header and the rows with their numbers, see `Sheet.rows`."""
         schema, load = self._loaded
         import pyarrow as pa
 
@@ -90,7 +90,7 @@ class ArrowSheet:
         ]
         header = [schema.names[place] for place in places]
         yield 0, header
-        # A name with a dot might mean a part of a nested column.
+        # pyarrow may read a name with a dot as a field of a nested column.
         apart = len(set(schema.names)) == len(schema) and not any("." in n for n in schema.names)
         number = 0
         try:
@@ -120,16 +120,16 @@ class ArrowSheet:
             with contextlib.suppress(UnicodeDecodeError):
                 if "\0" not in value.as_py():
                     continue
-            raise UserError(f"{self.where(number)}: {name}: not UTF-8 text without NUL; mend it")
+            raise UserError(f"{self.where(number)}: {name}: not UTF-8 text without NUL; fix it")
         strings: list[str] = found.to_pylist()
         return strings
 
     def _list(self, name: str, value: Any, number: int) -> str:
-        """Return a list as JSON, in which null is no name; an empty string if it is missing."""
+        """Return a list as JSON, with null for unknown classes; an empty string if missing."""
         try:
             items = value.as_py()
         except UnicodeDecodeError:
-            raise UserError(f"{self.where(number)}: {name}: not UTF-8 text; mend it") from None
+            raise UserError(f"{self.where(number)}: {name}: not UTF-8 text; fix it") from None
         if items is None:
             return ""
         if name in self._classes:
@@ -152,16 +152,16 @@ class ArrowSheet:
         return f"{self.path}: row {number}"
 
     def layout(self, columns: Sequence[str]) -> str:
-        """Return which columns it must have."""
+        """Return the required columns as text for messages."""
         return f"columns of strings or numbers named {', '.join(columns)}"
 
     def describe(self, tally: Tally) -> list[str]:
-        """Return no notes: the file says what its values are."""
+        """Return no notes, since nothing about a typed file is guessed."""
         return []
 
 
 def _is_list_of_names(kind: Any) -> bool:
-    """Return whether values of a type are lists of strings or whole numbers."""
+    """Return whether a type is a list of strings or integers."""
     import pyarrow as pa
 
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
@@ -174,14 +174,14 @@ def _is_list_of_names(kind: Any) -> bool:
 
 
 def _element(feature: Any) -> Any:
-    """Return what `datasets` says of the elements of a feature that is a list, else the feature."""
+    """Return the element feature of a `datasets` list feature; any other feature unchanged."""
     if isinstance(feature, dict) and feature.get("_type") in ("Sequence", "List", "LargeList"):
         return feature.get("feature")
     return feature[0] if isinstance(feature, list) and len(feature) == 1 else feature
 
 
 def _is_plain(field: Any) -> bool:
-    """Return whether the values of a column can be written as strings."""
+    """Return whether the values of a column can be cast to strings."""
     import pyarrow as pa
 
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
@@ -201,7 +201,7 @@ def _first_line(error: Exception) -> str:
 def open_parquet(
     files: Mapping[str, tuple[Path, Path]], delimiter: str | None, quoting: Quoting | None
 ) -> dict[str, Sheet]:
-    """Return the files of a table; each is a path for messages, and the file to read."""
+    """Open Parquet files; `files` maps names to a path for messages and the file to read."""
     refuse_options(PARQUET, delimiter, quoting)
     return {
         name: ArrowSheet(path, functools.partial(_load_parquet, file))
@@ -219,7 +219,7 @@ def _load_parquet(file: Path) -> tuple[Any, Callable[[list[str] | None], Iterato
 def open_folders(
     files: Mapping[str, tuple[Path, Path]], delimiter: str | None, quoting: Quoting | None
 ) -> dict[str, Sheet]:
-    """Return the folders of a table, each a split that `datasets` has saved to the disk."""
+    """Open folders saved by `datasets`, one per split; see `open_parquet` for `files`."""
     refuse_options(FOLDER, delimiter, quoting)
     return {
         name: ArrowSheet(path, functools.partial(_load_arrow, find_parts(file)))
@@ -234,7 +234,7 @@ def _load_arrow(parts: list[Path]) -> tuple[Any, Callable[[list[str] | None], It
         for part in parts:
             with pa.memory_map(str(part)) as file:
                 for batch in pa.ipc.open_stream(file):
-                    batch.validate(full=True)  # else offsets that point outside end the process
+                    batch.validate(full=True)  # out-of-range offsets would crash the process
                     yield batch if columns is None else batch.select(columns)
 
     with pa.memory_map(str(parts[0])) as file:
@@ -242,10 +242,10 @@ def _load_arrow(parts: list[Path]) -> tuple[Any, Callable[[list[str] | None], It
 
 
 def find_splits(folder: Path) -> dict[str, Path]:
-    """Return the splits in a folder of `datasets`: their names and folders; none for one split.
+    """Return the splits in a folder saved by `datasets`, name → folder; empty for a single split.
 
     Raises:
-      UserError: if the file that names them is damaged.
+      UserError: if the file with the split names is damaged.
     """
     if not os.path.exists(folder / SPLITS):
         return {}
@@ -254,10 +254,10 @@ def find_splits(folder: Path) -> dict[str, Path]:
 
 
 def find_parts(folder: Path) -> list[Path]:
-    """Return the Arrow files of a split that `datasets` has saved to the disk.
+    """Return the Arrow files of a split saved by `datasets`.
 
     Raises:
-      UserError: if it is no such folder, holds several splits, or is damaged.
+      UserError: if the folder was not saved by `datasets`, holds several splits, or is damaged.
     """
     if splits := find_splits(folder):
         raise UserError(
@@ -266,8 +266,8 @@ def find_parts(folder: Path) -> list[Path]:
         )
     if not os.path.exists(folder / STATE):
         raise UserError(
-            f"{folder}: is a folder, and no data set that `datasets` has saved to the disk (it has "
-            f"no {STATE}); name a file, or such a folder"
+            f"{folder}: is a folder, but not a dataset saved by `datasets` (it has no {STATE}); "
+            "name a file, or such a folder"
         )
     listed = file_system.read_object(folder / STATE).get("_data_files")
     names = [one.get("filename") for one in listed or () if isinstance(one, dict)]
@@ -279,7 +279,7 @@ def find_parts(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def writing_parquet(file: IO[bytes], columns: Kinds) -> Iterator[Write]:
-    """Write the records that come together as a row group; names and numbers are a map."""
+    """Write each batch of records as a row group; `dict` columns become maps."""
     with explained():
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -13,20 +13,20 @@ from jaxlora.data import packing
 from jaxlora.data.order import JointOrder, import_grain
 from jaxlora.data.tokenized import Examples
 
-MAX_SAMPLED = 2048  # batches from which a run's shapes are chosen; this takes about a second
+MAX_SAMPLED = 2048  # batches inspected to choose the shapes of a run; takes about a second
 
 
 class Batch(NamedTuple):
-    """The examples of one step for all T tasks of the groups that take it.
+    """The examples of one step for all T tasks.
 
     Attributes:
-      inputs: for adapters, `PackedTokens` of T·N sentences, where sentence n of task t has number
-        `t N + n`; for full fine-tuning, `PackedTokens` with a leading axis `[T]`; for a frozen
-        encoder, vectors `f32[T, N, H]`. The first sentence of example b is sentence b of its task,
-        the second one is sentence `B + b`.
-      labels: `f32[L, B]`, a row for each task, or K for a task whose labels are sets of K classes.
-      weights: `f32[T, B]`, 1 for a real example, 0 for padding; a task whose group takes no
-        part has padding alone.
+      inputs: for adapters, `PackedTokens` of T·N slots, where slot n of task t has index `t N + n`;
+        for full fine-tuning, `PackedTokens` with a leading axis `[T]`; for a frozen encoder,
+        sentence vectors `f32[T, N, H]`. The first sentence of example b is in slot b of its task,
+        the second one in slot `B + b`.
+      labels: `f32[L, B]`, one row per task, or K rows for a multilabel task with K classes.
+      weights: `f32[T, B]`, 1 for a real example, 0 for padding; all padding for a task whose group
+        takes no part in the step.
     """
 
     inputs: Any
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 
 class _Sentences(NamedTuple):
-    """The sentences of a batch: tokens, token types, and the slot of each."""
+    """The sentences of a batch: their tokens, token types and slots."""
 
     tokens: list[np.ndarray]
     types: list[Any]
@@ -52,7 +52,7 @@ def _sentences(examples: Examples, drawn: np.ndarray, batch_size: int) -> _Sente
 
 
 def _together(parts: Sequence[_Sentences], slots: int) -> _Sentences:
-    """Join the sentences of all tasks, each of which has so many slots."""
+    """Concatenate the sentences of all tasks, with `slots` slots per task."""
     return _Sentences(
         list(itertools.chain.from_iterable(part.tokens for part in parts)),
         list(itertools.chain.from_iterable(part.types for part in parts)),
@@ -62,15 +62,15 @@ def _together(parts: Sequence[_Sentences], slots: int) -> _Sentences:
 
 @dataclasses.dataclass(frozen=True)
 class PackedBatches:
-    """Batches of packed rows; indexing with k gives the batch of step k.
+    """Batches of packed rows; `batches[k]` is the batch of step k.
 
     Attributes:
       examples: training examples by task, in the order of the task axis.
       order: which examples each step draws.
       shapes: shapes of the packed rows, from `choose_batch_shapes`.
-      mixed: whether sentences of different tasks share rows, or each task has rows of its own.
-      block: consecutive tokens of a mixed row that belong to one task; 1: sentences are in any
-        order.
+      mixed: whether sentences of different tasks share rows; otherwise each task has its own rows.
+      block: number of consecutive tokens of a mixed row that belong to one task, see
+        `packing.place_by_owner`; 1: no constraint.
     """
 
     examples: Mapping[str, Examples]
@@ -110,7 +110,7 @@ class VectorBatches:
     Attributes:
       examples: training examples by task.
       order: which examples each step draws.
-      vectors: task → `f32[sentences, H]`, one vector for each sentence of its examples.
+      vectors: task → `f32[sentences, H]`, one vector per sentence of its examples.
     """
 
     examples: Mapping[str, Examples]
@@ -131,22 +131,22 @@ class VectorBatches:
 
 
 def slot_count(examples: Mapping[str, Examples], batch_size: int) -> int:
-    """Return N, the maximum number of sentences of a task in a batch."""
+    """Return N, the number of sentence slots per task in a batch."""
     return batch_size * max(e.sentences for e in examples.values())
 
 
 def sentence_numbers(examples: Examples, numbers: np.ndarray) -> np.ndarray:
-    """Return the sentence numbers of some examples: all first sentences, then all second ones."""
+    """Return the sentence indices of examples: all first sentences, then all second ones."""
     return np.concatenate([numbers * examples.sentences + k for k in range(examples.sentences)])
 
 
 def slot_numbers(examples: Examples, count: int, batch_size: int) -> np.ndarray:
-    """Return the slots of these sentences: example b of the batch has slots b and `B + b`."""
+    """Return the slots of the sentences of `count` examples: example b has slots b and `B + b`."""
     return np.concatenate([np.arange(count) + k * batch_size for k in range(examples.sentences)])
 
 
 def owners(examples: Mapping[str, Examples], chosen: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the number of each sentence's task, for the sentences of a batch, task by task."""
+    """Return the task index of each sentence in a batch, in the order of the tasks."""
     counts = [e.sentences * len(n) for e, n in zip(examples.values(), chosen, strict=True)]
     return np.repeat(np.arange(len(counts)), counts)
 
@@ -176,20 +176,20 @@ def choose_batch_shapes(
 ) -> PackedBatches:
     """Choose the shapes of packed rows for the batches of a run.
 
-    For runs of up to `MAX_SAMPLED` steps every batch is considered. For longer runs, where that
-    would take minutes, only `MAX_SAMPLED` evenly spaced batches are. Their shapes then also hold a
-    batch somewhat larger than all of these (`packing.larger`), and a last shape holds any batch; it
+    For runs of up to `MAX_SAMPLED` steps, every batch is inspected. For longer runs, where that
+    would take minutes, only `MAX_SAMPLED` evenly spaced batches are. The shapes then also fit a
+    batch somewhat larger than all of these (`packing.larger`), and a last shape fits any batch. It
     is compiled only if a batch needs it.
 
     Args:
       examples: training examples by task.
       order: which examples each step draws.
-      max_length: length of the longest row, and of the longest sentence.
+      max_length: maximum length of a row and of a sentence, in tokens.
       most: maximum number of shapes, that is, of compiled programs. A run of more than
-        `MAX_SAMPLED` steps has up to `max(2, most)` and the one for any batch.
+        `MAX_SAMPLED` steps has up to `max(2, most)` shapes plus the one that fits any batch.
       mixed: whether sentences of different tasks share rows.
-      multiple: the number of rows is a multiple of this; used for the number of devices.
-      block: see `PackedBatches`; rows are a multiple of it.
+      multiple: the number of rows is a multiple of this, usually the number of devices.
+      block: see `PackedBatches`; `max_length` is rounded up to a multiple of it.
     """
     max_length = _round_up(max_length, block)
     lengths, steps = packing.row_lengths(max_length), order.steps
@@ -230,7 +230,7 @@ def _needs(
 
 
 def _round_up(rows: Any, multiple: int) -> Any:
-    """Round one or many numbers of rows up to a multiple."""
+    """Round numbers up to the next multiple."""
     return -(-rows // multiple) * multiple
 
 
@@ -239,12 +239,12 @@ def prefetch(
     start: int,
     put: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Iterator[tuple[int, Batch]]:
-    """Iterate over steps from `start` to the end and their batches, built in another thread.
+    """Iterate over `(step, batch)` from `start` to the end; a thread builds batches ahead.
 
     Args:
       batches: batches, indexed by step.
       start: the first step.
-      put: puts a batch on the devices.
+      put: transfers a batch to the devices.
     """
     grain = import_grain()
     steps = batches.order.steps_from(start)

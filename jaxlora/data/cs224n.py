@@ -16,7 +16,7 @@ from jaxlora.utils.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The names of a task's files and their columns."""
+    """File name stem and columns of a task."""
 
     stem: str
     columns: Columns
@@ -57,7 +57,7 @@ def files(task: Task, folder: Path | None) -> dict[str, Path]:
 
 
 def sheets(task: Task, folder: Path | None) -> dict[str, Sheet]:
-    """Open a task's files by split, with one meaning of quotes for all of them.
+    """Open a task's files by split; quotes have the same meaning in all of them.
 
     Raises:
       UserError: see `files`; also if a file cannot be read.
@@ -69,7 +69,7 @@ def read_splits(task: Task, folder: Path | None) -> dict[str, list[TextExample]]
     """Read all splits of a task.
 
     Raises:
-      UserError: if a file is invalid; the message names the line and the remedy.
+      UserError: if a file is invalid; the message states the line and a fix.
     """
     columns = LAYOUTS[task.name].columns
     return {
@@ -87,6 +87,6 @@ def read(task: Task, path: Path, *, labelled: bool = True) -> list[TextExample]:
       labelled: whether to read labels; otherwise every label is NaN.
 
     Raises:
-      UserError: if the file is invalid; the message names the line and the remedy.
+      UserError: if the file is invalid; the message states the line and a fix.
     """
     return tables.read(task, path, LAYOUTS[task.name].columns, "\t", labelled=labelled)

@@ -1,4 +1,4 @@
-"""Delimited text as tables: CSV, TSV and similar, with a header."""
+"""Tables of delimited text with a header: CSV, TSV and similar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxlora.utils.errors import UserError
 
 DELIMITERS = "\t,;|"
 DELIMITER_NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
-# A line before the header in which Excel may state the delimiter.
+# Excel may write the delimiter in a line before the header.
 _HINT = re.compile(r"""sep=([^"\r\n])|"sep=([^"\r\n])"[^"\r\n]*""", re.IGNORECASE)
 
 
@@ -27,9 +27,9 @@ class Dialect(NamedTuple):
     """How the fields of a file are separated and quoted.
 
     Attributes:
-      delimiter: delimiter of fields.
+      delimiter: field delimiter.
       quoting: meaning of double quotes.
-      found: the quotes from which it was detected; None if it was given, or follows from the
+      found: the quotes from which `quoting` was detected; None if it was given or follows from the
         delimiter.
     """
 
@@ -40,10 +40,10 @@ class Dialect(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DelimitedSheet:
-    """A file of delimited text, see `Sheet`. A row has the number of its last line, from 1.
+    """A `Sheet` of delimited text. The number of a row is that of its last line, from 1.
 
     Attributes:
-      path: its path, for messages.
+      path: path for messages.
       file: the file to read.
       dialect: delimiter and quoting.
     """
@@ -54,7 +54,7 @@ class DelimitedSheet:
 
     @property
     def unreadable(self) -> Mapping[str, str]:
-        """No column: all is text."""
+        """No columns: all fields are text."""
         return {}
 
     @property
@@ -63,11 +63,11 @@ class DelimitedSheet:
 
     @property
     def lists(self) -> frozenset[str]:
-        """No columns: fields are strings."""
+        """No columns: no field is a list."""
         return frozenset()
 
     def rows(self, tally: Tally | None = None) -> Iterator[tuple[int, list[str]]]:
-        """Yield the header and the rows, each with its last physical line."""
+        """Yield the header and the rows, each with the number of its last physical line."""
         header: list[str] = []
         lines = stream(self.file, self.path)
         for line, fields in read_lines(lines, self.path, self.dialect, tally or Tally()):
@@ -94,11 +94,11 @@ class DelimitedSheet:
         return f"{self.path}:{number}"
 
     def layout(self, columns: Sequence[str]) -> str:
-        """Return what the header must be."""
+        """Return the required header as text for messages."""
         return f"a {self._delimiter}-separated header with {', '.join(columns)}"
 
     def describe(self, tally: Tally) -> list[str]:
-        """Describe what quotes were detected to mean, and what quoted fields contain."""
+        """Describe the detected meaning of quotes, and what quoted fields contain."""
         quotes, notes = self.dialect.found, []
         if quotes and quotes.open:
             notes.append(f"double quotes are part of the text (line {quotes.open} opens one only)")
@@ -117,19 +117,18 @@ def open_sheets(
 ) -> dict[str, Sheet]:
     """Detect the delimiter and quoting of the files of a table.
 
-    Quotes have one meaning in all files. Unless it is given, fields separated by commas,
-    semicolons or bars are quoted as in standard CSV. Many programs write tab-separated files
-    without quoting, where a sentence may begin with a quote. Fields separated by tabs therefore
-    count as quoted only if every field that begins with a double quote also ends with one on the
-    same line, and doubles the quotes inside.
+    By default, fields separated by commas, semicolons or bars are quoted as in standard CSV. Many
+    programs write tab-separated files without quoting, where a sentence may begin with a quote.
+    Tab-separated files therefore count as quoted only if, in all of them, every field that begins
+    with a double quote also ends with one on the same line and doubles the quotes inside.
 
     Args:
-      files: name → path for messages, and the file to read.
-      delimiter: delimiter of fields; None: detected from each header.
-      quoting: none or standard; None: detected.
+      files: name → path for messages and file to read.
+      delimiter: field delimiter; None: detected from each header.
+      quoting: `none` or `standard`; None: detected.
 
     Raises:
-      UserError: if the delimiter cannot be detected from a header, or a file not be read.
+      UserError: if the delimiter cannot be detected from a header, or a file cannot be read.
     """
     headers = {name: _first_line(stream(file, path)) for name, (path, file) in files.items()}
     delimiters = {n: delimiter or sniff(headers[n], path) for n, (path, _) in files.items()}
@@ -149,7 +148,7 @@ def open_sheets(
 
 
 def _may_be_unquoted(header: str, delimiter: str, path: Path) -> bool:
-    """Return whether tabs separate the fields; a .csv file with one column counts as commas."""
+    """Return whether tabs separate the fields; a one-column .csv file counts as comma-separated."""
     return delimiter == "\t" and ("\t" in header or ".csv" not in map(str.lower, path.suffixes))
 
 
@@ -158,7 +157,7 @@ def _first_line(lines: Iterable[str]) -> str:
 
 
 def sniff(text: str, path: Path) -> str:
-    r"""Detect the delimiter: the most frequent one in the header, or a tab if there is none.
+    r"""Detect the delimiter: the most frequent one in the header, or a tab if it has none.
 
     >>> sniff("id,text,label\\n1,a;b,0", Path("x.csv")), sniff("sep=;\\na,b;c", Path("x.csv"))
     (',', ';')
@@ -178,18 +177,18 @@ def sniff(text: str, path: Path) -> str:
 def read_lines(
     lines: Iterable[str], path: Path, dialect: Dialect, tally: Tally
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows that are not blank, each with the number of its last physical line.
+    """Yield the non-blank rows, each with the number of its last physical line.
 
     Args:
       lines: physical lines.
       path: path of the file, for messages.
       dialect: delimiter and quoting.
-      tally: counts the rows.
+      tally: updated with the counts of the rows.
 
     Raises:
       UserError: if quotes are misplaced, or a field is longer than the csv module allows.
     """
-    # Strict: a misplaced quote is an error; otherwise its field would swallow the next lines.
+    # Without `strict`, a field with a misplaced quote would swallow the next lines.
     reader = csv.reader(
         _without_hint(lines),
         delimiter=dialect.delimiter,
@@ -210,13 +209,13 @@ def read_lines(
 
 
 def _without_hint(lines: Iterable[str]) -> Iterator[str]:
-    """Blank out the line in which Excel states the delimiter, so that line numbers stay right."""
+    """Blank out Excel's delimiter line, which keeps line numbers correct."""
     for number, line in enumerate(lines):
         yield "\n" if number == 0 and _HINT.fullmatch(line.rstrip("\r\n")) else line
 
 
 def _misquoted(path: Path, first: int, last: int, error: csv.Error) -> str:
-    # An open quote extends to the next one, so the mistake is at the start of the row.
+    # An open quote extends to the next quote, so the mistake is at the start of the row.
     what = str(error).replace("\t", "a tab")
     message = f"{path}:{first}: {what} (reached line {last}); "
     if "field larger than" in what and first == last:
@@ -230,7 +229,7 @@ def _misquoted(path: Path, first: int, last: int, error: csv.Error) -> str:
 
 @contextlib.contextmanager
 def writing(file: IO[bytes], columns: Kinds, delimiter: str) -> Iterator[Write]:
-    """Write a header and the records; columns of the kinds `dict` and `list` are left out."""
+    """Write a header and the records, without `dict` and `list` columns."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     names = [name for name, kind in columns.items() if kind not in (dict, list)]
     writer = file_system.csv_writer(text, delimiter)

@@ -1,4 +1,4 @@
-"""A draft of a task file: what a survey found, as commented TOML."""
+"""Draft of a task file: the findings of a survey as commented TOML."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ PAIR = (
     'a vector for each text, if the base was trained for sentence vectors; "joint" reads both '
     "together, if it was not, or for how two texts relate"
 )
-UNEVEN = 3  # times as many rows of the largest class as of the smallest
-FEW = 10  # rows of a class from which little can be learned
+UNEVEN = 3  # ratio of the largest to the smallest class from which a remark is made
+FEW = 10  # classes with fewer rows than this get a remark
 
 
 def draft(found: Mapping[str, Survey], folder: Path, max_length: int) -> str:
     """Return the text of a task file.
 
     Args:
-      found: task → what its tables hold.
-      folder: of the file; paths are seen from there.
-      max_length: tokens a sentence will be cut to.
+      found: task name → survey of its tables.
+      folder: folder of the task file; paths in it are relative to this.
+      max_length: maximum number of tokens of a sentence in training.
     """
     tasks = ("\n".join(_lines(name, one, folder, max_length)) for name, one in found.items())
     return "\n\n".join((HEAD, *tasks)) + "\n"
@@ -54,7 +54,7 @@ def _lines(name: str, found: Survey, folder: Path, max_length: int) -> Iterator[
 
 
 def remarks(found: Survey, max_length: int) -> Iterator[str]:
-    """Yield what should be known of the data: gaps, duplicates, uneven classes, long texts."""
+    """Yield remarks on the data: gaps, duplicates, uneven classes, long texts."""
     counts = found.labels.counts
     if found.labels.missing and found.lists:
         yield (
@@ -121,16 +121,16 @@ def _describe_lengths(found: Survey, max_length: int) -> str:
         return "no text"
     middle, longest = np.median(found.lengths), found.lengths.max()
     return (
-        f"{middle:.0f} tokens in the middle, {longest:,} at most; "
+        f"{middle:.0f} tokens (median), {longest:,} at most; "
         f"{found.cut(max_length):.1%} are longer than {max_length}"
     )
 
 
 def _comment(text: str) -> str:
-    """Return a comment in one line; TOML allows no control characters there."""
+    """Return a one-line comment; TOML does not allow control characters in comments."""
     return "# " + "".join(c if c.isprintable() else " " for c in text)
 
 
 def _text(value: str | tuple[str, ...]) -> str:
-    """Return a string or a list of strings as TOML, which agrees with JSON here."""
+    """Return a string or a list of strings as TOML, whose syntax is the same as JSON's here."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

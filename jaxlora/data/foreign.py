@@ -1,4 +1,4 @@
-"""Recognition of files that are not text tables, with advice on how to convert them."""
+"""Detection of files that are not text tables, with advice on how to convert them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from jaxlora.utils.errors import UserError
 
-HEAD = 4096  # number of bytes from which a kind is recognized
+HEAD = 4096  # number of leading bytes to inspect
 
 
 class Kind(NamedTuple):
-    """A kind of file: the pattern of its first bytes, its name, and the remedy."""
+    """A kind of file: a pattern for its first bytes, its name, and the advice to the user."""
 
     start: str
     name: str
@@ -66,10 +66,10 @@ KINDS = (
 
 
 def refuse(head: bytes, path: Path, kinds: tuple[Kind, ...] = KINDS) -> None:
-    """Refuse a file whose first `HEAD` bytes are those of a kind that is not such a table.
+    """Raise an error if the first bytes of a file match one of `kinds`.
 
     Raises:
-      UserError: naming the kind of file and the remedy.
+      UserError: if a kind matches; the message states the kind and a fix.
     """
     text = head.removeprefix(b"\xef\xbb\xbf").decode("latin-1")
     for start, name, remedy in kinds:

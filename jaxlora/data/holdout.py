@@ -1,4 +1,4 @@
-"""A dev set taken out of a training table: by class, and the same at every reading."""
+"""Stratified, deterministic split of a training table into training and dev rows."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Rows = list[TextExample]
 
 
 def hold_out(rows: Sequence[TextExample], share: float, task: Task) -> tuple[Rows, Rows]:
-    """Split rows into those to train on and a dev set.
+    """Split rows into training rows and a dev set, stratified by class.
 
-    Each class gives its share (at least one text, and not all of them); scores are one class, and
-    of a set of classes the rarest counts. The texts of a class are ordered by their sha256 and the
-    first are taken. So the split depends on no order, no seed and no machine, equal texts never end
-    on both sides, and when rows are appended to a table, few of the others change sides.
+    Each class contributes the same share of its texts: at least one, but never all of them. Scores
+    form a single class, and a label set counts as its rarest class. The texts with the lowest
+    SHA-256 are held out, so the split needs no seed and does not depend on row order or machine.
+    Equal texts are never on both sides, and appending rows to a table moves few of the others.
 
     Args:
-      rows: all rows; those without a label stay with the training rows.
-      share: of each class's texts, above 0 and below 1.
-      task: says what labels are.
+      rows: all rows; unlabelled rows stay in the training set.
+      share: fraction of each class's texts to hold out, above 0 and below 1.
+      task: determines the form of the labels.
 
     Returns:
       The training rows and the dev rows, each in the order of `rows`.
@@ -40,7 +40,7 @@ def hold_out(rows: Sequence[TextExample], share: float, task: Task) -> tuple[Row
     taken_by: dict[str, Hashable] = {}
     for row in rows:
         if row.labelled:
-            # A text with two labels belongs to the first, so that it is on one side.
+            # A text with two labels counts for the first one only, so it is on one side.
             stratum = taken_by.setdefault(_key(row), stratum_of(row))
             strata[stratum].add(_key(row))
     held = {key for keys in strata.values() for key in sorted(keys)[: _count(len(keys), share)]}
@@ -50,7 +50,7 @@ def hold_out(rows: Sequence[TextExample], share: float, task: Task) -> tuple[Row
 
 
 def _by_rarest(rows: Sequence[TextExample]) -> Callable[[TextExample], Hashable]:
-    """Return a function from a row to the rarest class of its set; None for an empty set."""
+    """Return a function from a row to its rarest class, or to None for an empty label set."""
     sets = [row.label for row in rows if isinstance(row.label, tuple)]
     counts = Counter(number for one in sets for number in one)
 
@@ -61,7 +61,7 @@ def _by_rarest(rows: Sequence[TextExample]) -> Callable[[TextExample], Hashable]
     return rarest
 
 
-# What rows that give the same share have in common, by the form of their labels.
+# Label form → all rows → function from a row to its stratum.
 STRATA: dict[LabelForm, Callable[[Sequence[TextExample]], Callable[[TextExample], Hashable]]] = {
     "class": lambda _: lambda row: row.label,
     "classes": _by_rarest,

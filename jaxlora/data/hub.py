@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, downloaded once as folders in the cache."""
+"""Datasets from the Hugging Face Hub, downloaded once into the cache."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _ADDRESS = re.compile(
 
 
 def find(item: str) -> str:
-    """Return the folder of a data set of the hub; any other path is returned as it is.
+    """Return the local folder of a Hub dataset, downloading it if needed; other paths unchanged.
 
     Args:
-      item: a path, or `hub:owner/name`, perhaps with `@revision` and `:split`.
+      item: a path, or `hub:owner/name`, optionally with `@revision` and `:split`.
 
     Raises:
-      UserError: if it cannot be loaded, or `datasets` is not installed.
+      UserError: if the dataset cannot be loaded, or `datasets` is not installed.
 
     >>> find("tickets.csv")
     'tickets.csv'
@@ -46,8 +46,8 @@ def _download(item: str, name: str, revision: str | None, folder: Path) -> None:
         found = datasets.load_dataset(name, revision=revision)
         with files.building(folder) as content:
             found.save_to_disk(str(content))
-    except Exception as error:  # httpx, pyarrow and datasets have no error in common
-        if folder.is_dir():  # another process was faster
+    except Exception as error:  # httpx, pyarrow and datasets have no common base error
+        if folder.is_dir():  # another process finished first
             return
         raise UserError(
             f"{item}: cannot be loaded from the hub ({str(error).partition(chr(10))[0][:200]}); "

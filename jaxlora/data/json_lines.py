@@ -1,4 +1,4 @@
-"""JSON lines as tables: an object on each line, whose keys are the columns."""
+"""Tables in JSON Lines: one object per line, whose keys are the columns."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _REFUSED = tuple(kind for kind in foreign.KINDS if kind is not foreign.JSON)
 
 @dataclasses.dataclass
 class _Column:
-    """What the values of a key are.
+    """The types of the values of one key.
 
     Attributes:
-      nested: a list or an object, and in which line; empty: neither.
-      lists: whether all are lists of strings or numbers.
+      nested: describes the first value that is a list or an object; empty if there is none.
+      lists: whether all values are lists of strings or numbers, or null.
     """
 
     nested: str = ""
@@ -38,10 +38,10 @@ class _Column:
 
 @dataclasses.dataclass(frozen=True)
 class JsonLines:
-    """A file of JSON lines, see `Sheet`. A key that a line lacks, or null, is a missing value.
+    """A `Sheet` in JSON Lines. A value is missing if its key is absent or its value is null.
 
     Attributes:
-      path: its path, for messages.
+      path: path for messages.
       file: the file to read.
     """
 
@@ -50,7 +50,7 @@ class JsonLines:
 
     @functools.cached_property
     def _columns(self) -> dict[str, _Column]:
-        """The columns of all lines."""
+        """All columns, in the order of their first occurrence."""
         found: dict[str, _Column] = {}
         for line, record in self._records():
             for name, value in record.items():
@@ -62,17 +62,17 @@ class JsonLines:
 
     @property
     def unreadable(self) -> Mapping[str, str]:
-        """Columns that hold lists or objects."""
+        """Columns that contain lists or objects."""
         return {name: column.nested for name, column in self._columns.items() if column.nested}
 
     @functools.cached_property
     def lists(self) -> frozenset[str]:
-        """Columns that hold nothing but lists of strings or numbers."""
+        """Columns that contain only lists of strings or numbers."""
         columns = self._columns.items()
         return frozenset(name for name, column in columns if column.nested and column.lists)
 
     def rows(self, tally: Tally | None = None) -> Iterator[tuple[int, list[str]]]:
-        """Yield the header and the rows, with the numbers of their lines."""
+        """Yield the header and the rows, each with its line number."""
         hidden = self.unreadable.keys() - self.lists
         header = [name for name in self._columns if name not in hidden]
         yield 0, header
@@ -84,11 +84,11 @@ class JsonLines:
         return f"{self.path}:{number}"
 
     def layout(self, columns: Sequence[str]) -> str:
-        """Return what each line must have."""
+        """Return the required keys as text for messages."""
         return f"objects with the keys {', '.join(columns)}"
 
     def describe(self, tally: Tally) -> list[str]:
-        """Return no notes: there is one way to read JSON."""
+        """Return no notes, since nothing about JSON is guessed."""
         return []
 
     def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -100,13 +100,13 @@ class JsonLines:
 def open_sheets(
     files: Mapping[str, tuple[Path, Path]], delimiter: str | None, quoting: Quoting | None
 ) -> dict[str, Sheet]:
-    """Return the files of a table; each is a path for messages, and the file to read."""
+    """Open JSON Lines files; `files` maps names to a path for messages and the file to read."""
     refuse_options(NAME, delimiter, quoting)
     return {name: JsonLines(path, file) for name, (path, file) in files.items()}
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
-    """Parse an object; numbers stay as they are written."""
+    """Parse an object; numbers keep their spelling, as strings."""
     try:
         record = json.loads(
             line, object_pairs_hook=_unique, parse_int=str, parse_float=str, parse_constant=str
@@ -128,12 +128,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {max(names, key=names.count)!r} is there twice")
+        raise ValueError(f"the key {max(names, key=names.count)!r} occurs twice")
     return record
 
 
 def _refuse_odd(record: dict[str, Any], where: str) -> None:
-    """Refuse what an escape can write and a text file cannot hold."""
+    """Raise an error for characters that escapes can express but UTF-8 text files cannot hold."""
     for name, value in record.items():
         for text in (name, *(value if _is_list_of_names(value) else (value,))):
             if isinstance(text, str) and ("\0" in text or not encodable(text)):
@@ -156,7 +156,7 @@ def _show(value: Any) -> str:
 
 @contextlib.contextmanager
 def writing(file: IO[bytes], columns: Kinds) -> Iterator[Write]:
-    """Write an object for each record."""
+    """Write one object per record."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
 
     def write(records: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What a column of labels says about its task: kind, classes, range."""
+"""Inference of a task's kind, classes and range from its column of labels."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from jaxlora.data.raw_examples import (
 )
 from jaxlora.tasks.kinds import KINDS, KindName, LabelForm
 
-MOST_NUMBERED = 20  # classes whose names are whole numbers; with more they are scores
+MOST_NUMBERED = 20  # more distinct whole numbers than this are scores, not classes
 MOST_CLASSES = 1000
-DELIMITER = "|"  # of the names in a set of classes, unless another is given
-SEPARATORS = (DELIMITER, ",", ";")  # usual ones
+DELIMITER = "|"  # default delimiter of the class names in a label set
+SEPARATORS = (DELIMITER, ",", ";")  # common delimiters
 
 
 @dataclasses.dataclass(frozen=True)
 class FoundLabels:
-    """The labels of a task as they occur in its tables.
+    """Summary of the labels in a task's tables.
 
     Attributes:
-      kind: classification, binary, multilabel or regression, unless it was given.
-      counts: class → number of rows, in the order of the classes; of scores empty.
-      range: the lowest and the highest score; of classes None.
-      missing: rows without a label.
-      empty: rows whose set of classes is empty.
+      kind: the given kind, or the inferred one: classification, binary, multilabel or regression.
+      counts: class → number of rows, in the order of the classes; empty for scores.
+      range: lowest and highest score; None for classes.
+      missing: number of rows without a label.
+      empty: number of rows with an empty label set.
     """
 
     kind: KindName
@@ -42,15 +42,15 @@ class FoundLabels:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes; of a binary task the second is the positive one."""
+        """Names of the classes; the second class of a binary task is the positive one."""
         return tuple(self.counts)
 
 
 class WrongLabelError(ValueError):
-    """Error for one label that cannot be right.
+    """An error caused by a single label.
 
     Attributes:
-      label: as written.
+      label: the label as written.
     """
 
     def __init__(self, label: str, message: str) -> None:
@@ -65,26 +65,26 @@ def find_labels(
     *,
     lists: bool = False,
 ) -> FoundLabels:
-    """Find the kind of a task, and its classes or range, from its labels.
+    """Infer the kind of a task, and its classes or range, from its labels.
 
-    Numbers are scores if one is not whole, or if there are more than `MOST_NUMBERED` values, or
-    more than half as many as rows. Two values are the classes of a binary task; of words that mean
-    no and yes, yes is the positive one, else the one that is last in order. Classes are ordered by
-    number if all are numbers, else by name. Spellings of one number are one class, named by the
-    most frequent, without `.0`.
+    Numbers are scores if any is not whole, or if there are more than `MOST_NUMBERED` distinct
+    values, or more than 2 and more than half as many as rows. Two distinct values make the task
+    binary. If they mean no and yes, yes is the positive class, else the last in order. Classes are
+    ordered by value if all are numbers, else by name. Different spellings of a number are one
+    class, named by the most frequent spelling without `.0`.
 
-    Labels are sets of classes if they are lists or a delimiter is given, or if `|` separates names
-    that recur in different sets.
+    The task is multilabel if the labels are lists, a delimiter is given, or `|` separates names
+    that recur in different cells.
 
     Args:
-      written: the labels as written, or how often each is.
-      kind: of the task; None: found from the labels.
-      delimiter: of the names in a set of classes; None: `|`.
-      lists: whether they come from lists, so that a set need not have two names anywhere.
+      written: the labels as written, or a counter of them.
+      kind: kind of the task; None: inferred.
+      delimiter: separates the names in a label set; None: `|`.
+      lists: whether labels come from lists; if not, sets of classes need the delimiter somewhere.
 
     Raises:
       ValueError: if there is no label, only one value, or the values do not fit the kind.
-      WrongLabelError: if it is due to one label.
+      WrongLabelError: if a single label is the cause.
 
     >>> find_labels(["yes", "no", "Yes", "yes", ""]).counts
     {'no': 1, 'yes': 3}
@@ -107,9 +107,9 @@ def find_labels(
 
 
 def _look_like_sets(cells: Mapping[str, int]) -> bool:
-    """Return whether cells are sets of names, and there are no more names than different cells.
+    """Return whether cells contain `DELIMITER` and no more distinct names than distinct cells.
 
-    Some name then recurs, since a cell that has two would otherwise add more names than cells.
+    Some name then recurs, since a cell with two names adds more names than cells.
     """
     there = _without_missing(cells)
     names = {name for cell in there for name in split_names(cell, DELIMITER)}
@@ -137,13 +137,13 @@ def _find_classes(cells: Mapping[str, int], kind: KindName, delimiter: str) -> F
 
 
 def _check_finite(labels: Iterable[str]) -> None:
-    """Refuse what is no finite number, such as inf, among labels that are numbers otherwise."""
+    """Raise an error for values such as `inf` if all other labels are numbers."""
     numbers = _numbers(labels)
     wrong = [label for label, number in numbers.items() if number is None]
     if wrong and len(wrong) < len(numbers) and all(map(is_not_finite, wrong)):
         raise WrongLabelError(
             wrong[0],
-            f"label {wrong[0][:60]!r} among numbers is no finite number; correct it, or write "
+            f"label {wrong[0][:60]!r} among numbers is not finite; correct it, or write "
             "nothing if it is missing",
         )
 
@@ -164,7 +164,7 @@ def _refuse_no_sets(cells: Mapping[str, int], delimiter: str) -> None:
     if not _without_missing(cells):
         raise ValueError("no row has a label")
     raise ValueError(
-        f"no row has two labels, {delimiter!r} is nowhere; name the `label_delimiter`, or "
+        f"no row has two labels, {delimiter!r} never occurs; name the `label_delimiter`, or "
         "another kind"
     )
 
@@ -172,7 +172,7 @@ def _refuse_no_sets(cells: Mapping[str, int], delimiter: str) -> None:
 def find_set(
     cells: Iterable[str], classes: Sequence[str], separators: Sequence[str] = SEPARATORS
 ) -> tuple[str, str] | None:
-    """Return a cell that is no class but holds several of them, and what separates them there.
+    """Find a cell that is not a class itself but joins several; return it and its separator.
 
     >>> find_set(["a", "b, a"], ["a", "b", "c"]), find_set(["a|b"], ["a|b", "a", "b"])
     (('b, a', ','), None)
@@ -187,12 +187,12 @@ def find_set(
 
 
 def count_sets(cells: Mapping[str, int], delimiter: str, names: Sequence[str] = ()) -> FoundLabels:
-    """Count the names in cells that are sets of classes.
+    """Count the class names in cells that are label sets.
 
     Args:
       cells: cell → number of rows.
       delimiter: separates the names.
-      names: that may occur, in this order; `()`: those that do, by number or name.
+      names: the classes to count, in order; `()`: all that occur, by value or name.
 
     >>> count_sets({"a|b": 2, "b": 1, "": 4}, "|").counts
     {'a': 2, 'b': 3}
@@ -216,7 +216,7 @@ def _by_number_or_name(names: Iterable[str]) -> Callable[[str], Decimal | str]:
     return lambda name: numbers[name] or Decimal(0)
 
 
-# How labels of each form are found.
+# Label form → `(cells, kind, delimiter) → FoundLabels`.
 FINDERS: dict[LabelForm, Callable[[Mapping[str, int], KindName, str], FoundLabels]] = {
     "class": _find_classes,
     "classes": _find_sets,
@@ -262,7 +262,7 @@ def _find_range(numbers: Mapping[str, Decimal | None]) -> tuple[float, float]:
 def _merge_spellings(
     counts: Mapping[str, int], numbers: Mapping[str, Decimal | None], kind: KindName
 ) -> dict[str, int]:
-    """Return the classes in order with their counts, each named by its most frequent spelling."""
+    """Return class → number of rows, ordered; a class is named by its most frequent spelling."""
     as_answers = KINDS[kind].positive and all(label.casefold() in YES_OR_NO for label in counts)
     numeric = None not in numbers.values()
 
@@ -277,7 +277,7 @@ def _merge_spellings(
         spellings.setdefault(meaning(label), {})[label] = count
     ordered = sorted(spellings.items(), key=lambda item: item[0])
     found = {max(names, key=names.__getitem__): sum(names.values()) for _, names in ordered}
-    # Programs write whole numbers as 1.0 where a column has gaps.
+    # Programs such as pandas write whole numbers as 1.0 if a column has missing values.
     return {name.removesuffix(".0") if numeric else name: n for name, n in found.items()}
 
 

@@ -1,8 +1,8 @@
 """The public releases: SST-5 from the Stanford treebank, Quora and STS-B from GLUE.
 
 TFDS downloads them, but its `extract` and `download_and_extract` need TensorFlow. Archives are
-therefore unpacked here, and TFDS's GLUE builder, which reads the files, gets a download manager
-that does the same.
+therefore unpacked here, and TFDS's GLUE builder, which reads the files, is given a download manager
+that unpacks in the same way.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GLUE = {
     "sts": ("stsb", "sentence1", "sentence2"),
 }
 GLUE_SPLITS = {"train": "train", "validation": "dev", "test": "test"}
-MAX_BYTES = 1_000_000_000  # unpacked; ten times the largest archive
+MAX_BYTES = 1_000_000_000  # unpacked size limit, ten times that of the largest archive
 # Errors that reading a damaged archive may raise.
 _UNREADABLE = (
     zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError,
@@ -52,8 +52,8 @@ ESCAPES = {
 def key(task: Task) -> str:
     """Return a key of the content that is known before the download.
 
-    The releases never change at their address, and TFDS decides which GLUE archive is used, so
-    TFDS's version and the address identify the content.
+    The releases never change at their URL, and TFDS decides which GLUE archive is used. The TFDS
+    version and the URL (or GLUE config) therefore identify the content.
     """
     version = importlib.metadata.version("tensorflow-datasets")
     return f"tfds {version} {TREEBANK if task.name == 'sst' else 'glue/' + GLUE[task.name][0]}"
@@ -71,11 +71,11 @@ def read(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[T
 def read_treebank(
     task: Task, manager: tfds.download.DownloadManager
 ) -> dict[str, list[TextExample]]:
-    """Read SST-5 from its parse trees: the label of the root, and the leaves as the sentence."""
+    """Read SST-5 from its parse trees: the root's label, and the leaves as the sentence."""
     folder = fetch(manager, TREEBANK) / "trees"
     splits = {}
     for split in ("train", "dev", "test"):
-        # Not `splitlines`: words may contain other white space, such as a no-break space in 2 1/2.
+        # Not `splitlines`, since words may contain other separators, such as a no-break space.
         lines = (folder / f"{split}.txt").read_text(encoding="utf-8").split("\n")
         splits[split] = [
             TextExample(f"{split}-{n}", sentence, "", parse_label(label, task, f"{split}.txt:{n}"))
@@ -96,7 +96,7 @@ def parse_tree(tree: str) -> tuple[str, str]:
 
 
 def read_glue(task: Task, manager: tfds.download.DownloadManager) -> dict[str, list[TextExample]]:
-    """Read Quora or STS-B with TFDS's GLUE builder, which keeps quotes as part of the text."""
+    """Read Quora or STS-B with TFDS's GLUE builder, which keeps quotes in the text."""
     # `tfds.builder("glue/…")` imports every dataset of TFDS and fails without TensorFlow.
     from tensorflow_datasets.text.glue import Glue
 
@@ -150,8 +150,8 @@ def fetch(manager: tfds.download.DownloadManager, url: str) -> Path:
 
 
 def _check_reachable(url: str) -> None:
-    """Fail at once without a network; TFDS would retry for minutes, with a warning each time."""
-    # An HTTP error is a response of the server; TFDS will report it.
+    """Fail immediately without a network; TFDS would retry for minutes and warn each time."""
+    # An HTTP error means that the server is reachable; TFDS reports it.
     with contextlib.suppress(urllib.error.HTTPError):
         urllib.request.urlopen(url, timeout=30).close()
 
@@ -160,7 +160,7 @@ def unzip(archive: Path) -> Path:
     """Unpack an archive into `<archive>.files` atomically.
 
     Raises:
-      UserError: if the archive is damaged, too large, or has a member outside of the folder.
+      UserError: if the archive is damaged, too large, or has a member outside the folder.
     """
     target = archive.with_name(archive.name + ".files")
     if target.is_dir():
@@ -170,7 +170,7 @@ def unzip(archive: Path) -> Path:
             _check_members(bundle.infolist())
             bundle.extractall(scratch)
     except _UNREADABLE as error:
-        if target.is_dir():  # another process was faster
+        if target.is_dir():  # another process finished first
             return target
         raise ConfigError(
             "source",
@@ -181,10 +181,10 @@ def unzip(archive: Path) -> Path:
 
 
 def _check_members(members: Iterable[zipfile.ZipInfo]) -> None:
-    """Refuse members outside of the folder, links, and archives that unpack to too many bytes.
+    """Check that no member is a link or outside the folder, and that the total size is allowed.
 
     Raises:
-      BadZipFile: naming the member or the size.
+      BadZipFile: if a check fails; the message states the member or the size.
     """
     size = 0
     for member in members:

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """The endless order in which a group's tasks draw their examples.
+    """The infinite order in which the tasks of a group draw their examples.
 
-    In an epoch every task draws as many examples as the largest training set has: each example of
-    the largest set is drawn exactly once, and smaller sets are repeated, reshuffled each time.
+    In an epoch every task draws as many examples as the largest training set has. Each example of
+    the largest set is drawn exactly once; smaller sets are repeated and reshuffled each time.
 
     Attributes:
-      streams: example numbers of each task, computed when indexed.
-      size: E, the size of the largest training set, which is the number of draws in an epoch.
+      streams: example indices of each task, computed lazily.
+      size: E, the size of the largest training set and the number of draws in an epoch.
       batch_size: B; the last batch of an epoch may be smaller.
     """
 
@@ -38,7 +38,7 @@ class Order:
         return -(-self.size // self.batch_size)
 
     def at(self, step: int) -> np.ndarray:
-        """Return the example numbers of step k (from 0), `i64[T, b]` with `b ≤ B`."""
+        """Return the example indices of step k (from 0), `i64[T, b]` with `b ≤ B`."""
         epoch, k = divmod(step, self.steps_per_epoch)
         start = epoch * self.size + k * self.batch_size
         stop = min(start + self.batch_size, (epoch + 1) * self.size)
@@ -47,18 +47,18 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class JointOrder:
-    """The order in which the tasks of several groups draw; all groups begin and end together.
+    """The order in which the tasks of several groups draw; all groups start and end together.
 
-    The group with the most steps takes part in each of N; one with n steps in n of them. These are
-    chosen so that the same number of groups takes part in each step, give or take one: groups lie
-    side by side on a circle, each as long as its share n / N, and a step takes those on which the
-    teeth of a comb fall, one for each length N, which a golden angle turns from step to step
+    A run has N steps, as many as its longest group. A group with n steps takes part in n of them,
+    chosen so that the number of groups per step varies by at most one. The groups are laid end to
+    end on a line, each n long, and a comb with teeth N apart selects the groups that it hits. The
+    steps use the offsets 0 … N-1 of the comb once each, in the order of a golden-ratio sequence
     (systematic sampling, Madow 1949, "On the Theory of Systematic Sampling, II").
 
     Attributes:
-      orders: of each group.
-      counts: n, how many steps each group takes.
-      stops: after how many of its own steps each group ends, if earlier.
+      orders: the order of each group.
+      counts: n, the number of steps of each group.
+      stops: number of its own steps after which each group stops early; `()`: none does.
     """
 
     orders: tuple[Order, ...]
@@ -77,16 +77,16 @@ class JointOrder:
 
     @functools.cached_property
     def _taken(self) -> np.ndarray:
-        """How many of its own steps each group has taken, `i32[N + 1, K]`."""
+        """Number of its own steps that each group has taken before each step, `i32[N + 1, K]`."""
         turns = np.arange(self.steps) * ((5**0.5 - 1) / 2) % 1
-        angle = turns.argsort().argsort()[:, None]  # each N-th of a turn once
+        angle = turns.argsort().argsort()[:, None]  # a permutation of the offsets 0 … N-1
         ends = np.cumsum(self.counts)[None]
         parts = (angle + ends) // self.steps > (angle + ends - self.counts) // self.steps
         taken = np.concatenate([np.zeros_like(parts[:1]), parts]).cumsum(0, dtype=np.int32)
         return np.minimum(taken, self.stops) if self.stops else taken
 
     def taken(self, step: int) -> list[int]:
-        """Return how many of its own steps each group has taken before step k.
+        """Return the number of its own steps that each group has taken before step k.
 
         >>> order = JointOrder((), (4, 2, 2))
         >>> [order.taken(step) for step in range(5)]
@@ -95,16 +95,16 @@ class JointOrder:
         return [int(number) for number in self._taken[step]]
 
     def takes_part(self, step: int) -> list[bool]:
-        """Return which groups take part in step k (from 0)."""
+        """Return whether each group takes part in step k (from 0)."""
         return [bool(part) for part in self._taken[step + 1] > self._taken[step]]
 
     def steps_from(self, start: int) -> Sequence[int]:
-        """Return the steps from k on in which any group takes part."""
+        """Return the steps, from `start` on, in which any group takes part."""
         anyone = (np.diff(self._taken[start:], axis=0) > 0).any(1)
         return [int(step) for step in start + np.flatnonzero(anyone)]
 
     def at(self, step: int) -> list[np.ndarray]:
-        """Return each task's example numbers of step k; none if its group takes no part."""
+        """Return the example indices of each task in step k; empty if its group takes no part."""
         drawn: list[np.ndarray] = []
         parts = zip(self.orders, self.taken(step), self.takes_part(step), strict=True)
         for order, own_step, there in parts:
@@ -114,12 +114,12 @@ class JointOrder:
 
 
 def make_order(sizes: Mapping[str, int], batch_size: int, seed: int) -> Order:
-    """Shuffle the examples of every task, differently in each repetition.
+    """Make the order of a group; examples are reshuffled in each repetition.
 
     Args:
       sizes: task → number of training examples.
       batch_size: B.
-      seed: seed of all shuffles; each task is shuffled differently.
+      seed: seed of all shuffles; the shuffles of different tasks are independent.
 
     >>> order = make_order({"long": 4, "short": 2}, batch_size=4, seed=0)
     >>> np.sort(order.at(0)).tolist()
@@ -134,7 +134,7 @@ def make_order(sizes: Mapping[str, int], batch_size: int, seed: int) -> Order:
 
 
 def import_grain() -> Any:
-    """Import Grain, which is only needed for training."""
+    """Import Grain, which only training needs."""
     with explained():
         import grain
 

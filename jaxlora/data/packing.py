@@ -1,8 +1,8 @@
-"""Packing of many short sentences into few rows, with few different shapes.
+"""Packing of many short sentences into few rows, with few distinct shapes.
 
 Sentences average 15–25 tokens, so a padded batch is mostly padding. Here each batch is packed into
-rows of equal length by best-fit decreasing. A run uses only a few shapes, chosen before training
-from its batches, because every shape is compiled separately.
+rows of equal length by best-fit decreasing. Every shape is compiled separately, so a run uses only
+a few shapes, chosen from its batches before training.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 from jaxlora.nn.encode import PackedTokens
 
 ROW_LENGTHS = (64, 96)
-# Row length at which attention costs as much as everything else (MiniLM on CPU).
+# Row length at which attention costs as much as the rest of the encoder (MiniLM on CPU).
 ATTENTION = 256
-# Cost of compiling one more program, in tokens that could be trained on in the meantime.
+# Cost of compiling one more program, as the number of tokens trained in the same time.
 PROGRAM_COST = 30_000
-# Factor by which the shapes of a long run exceed the needs of the largest sampled batch.
+# Safety factor for the shapes of a long run over the largest sampled batch.
 SPARE = 1.25
 
 
@@ -38,12 +38,12 @@ class Shape(NamedTuple):
 
     @property
     def cost(self) -> float:
-        """Cost of this shape in tokens; the share of attention grows with the row length."""
+        """Cost of this shape in tokens; attention makes long rows more expensive."""
         return self.tokens * (1 + self.length / ATTENTION)
 
 
 class Placement(NamedTuple):
-    """The positions of sentences in rows: `row i64[n]`, `start i64[n]`, and the number of rows."""
+    """Row and start of each sentence, `row, start: i64[n]`, and the number of rows."""
 
     row: np.ndarray
     start: np.ndarray
@@ -51,7 +51,7 @@ class Placement(NamedTuple):
 
 
 Place = Callable[[Any, int], Placement]
-"""`(lengths of sentences, row length) → their places`."""
+"""`(lengths of sentences, row length) → Placement`."""
 
 
 def place(lengths: Sequence[int] | np.ndarray, row_length: int) -> Placement:
@@ -92,17 +92,17 @@ def place(lengths: Sequence[int] | np.ndarray, row_length: int) -> Placement:
 def place_by_owner(
     lengths: Sequence[int] | np.ndarray, owner: np.ndarray, row_length: int, block: int
 ) -> Placement:
-    """Place sentences so that each block of tokens has those of one owner.
+    """Place sentences so that each block of consecutive tokens belongs to one owner.
 
-    Sentences of an owner are next to each other in strips of at most half a row where they fit (two
-    strips of more would not share a row); what a strip leaves of a row goes to others, from the
-    next block on.
+    The sentences of each owner are packed into strips of at most half a row if they fit, since
+    longer strips could not share a row. The strips are then packed into rows, each starting at a
+    block boundary.
 
     Args:
-      lengths: tokens of each sentence, each between 1 and `row_length`.
-      owner: `i64[n]`, whose each sentence is.
-      row_length: S, a multiple of the block.
-      block: tokens that have one owner.
+      lengths: number of tokens of each sentence, from 1 to `row_length`.
+      owner: `i64[n]`, index of each sentence's owner, such as its task.
+      row_length: number of tokens of a row, a multiple of `block`.
+      block: number of tokens of a block.
 
     Raises:
       ValueError: see `place`.
@@ -112,7 +112,7 @@ def place_by_owner(
     """
     lengths = np.asarray(lengths)
     strip, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
-    ends: list[int] = []  # of each strip
+    ends: list[int] = []  # number of tokens in each strip
     order = np.argsort(owner, kind="stable")
     owners = np.split(order, np.flatnonzero(np.diff(owner[order])) + 1)
     for mine in owners:
@@ -126,7 +126,7 @@ def place_by_owner(
 
 
 def by_owner(owner: np.ndarray, block: int) -> Place:
-    """Return `place`, or where a block is more than a token, `place_by_owner` for these owners."""
+    """Return `place_by_owner` for these owners, or `place` if `block` is 1."""
     if block == 1:
         return place
     return lambda lengths, row_length: place_by_owner(lengths, owner, row_length, block)
@@ -144,11 +144,11 @@ def fill(
 
     Args:
       sentences: token ids of each sentence.
-      slots: number of each sentence in the batch, `0 … num_slots - 1`.
-      num_slots: N; the `cls_index` of a slot without a sentence is 0.
-      shape: must be large enough (see `place`).
-      where: each sentence's place; None: as `place` has it.
-      types: token types of each sentence, or one number for all of its tokens; None: all are 0.
+      slots: slot of each sentence in the batch, `0 … num_slots - 1`.
+      num_slots: number of slots; the `cls_index` of a slot without a sentence is 0.
+      shape: shape of the rows; must be large enough for the placement.
+      where: placement of the sentences; None: from `place`.
+      types: for each sentence, its token types or a single type; None: all are 0.
 
     Returns:
       `PackedTokens` of NumPy arrays.
@@ -176,13 +176,13 @@ def fill(
 
 
 def stack(packs: Sequence[PackedTokens]) -> PackedTokens:
-    """Stack rows of one shape along a new first axis."""
+    """Stack packs of equal shape along a new leading axis."""
     stacked: PackedTokens = jax.tree.map(lambda *x: np.stack(x), *packs)
     return stacked
 
 
 def row_lengths(max_length: int) -> tuple[int, ...]:
-    """Return the row lengths among which shapes are chosen.
+    """Return the candidate row lengths for shapes.
 
     >>> row_lengths(128), row_lengths(64)
     ((64, 96, 128), (64,))
@@ -194,12 +194,12 @@ def needs(packs: Sequence[np.ndarray], lengths: Sequence[int], place: Place = pl
     """Count the rows that the packs of a batch need at each row length.
 
     Args:
-      packs: for each pack the lengths of its sentences.
-      lengths: row lengths; every sentence fits the last.
-      place: puts a pack into rows.
+      packs: for each pack, the lengths of its sentences.
+      lengths: row lengths; every sentence fits the last one.
+      place: places a pack in rows.
 
     Returns:
-      For each row length the maximum over the packs, or 0 if a sentence is longer than the row.
+      For each row length, the maximum over the packs, or 0 if a sentence is longer than the row.
 
     >>> needs([np.array([5, 3]), np.array([2])], (4, 6, 8))
     [0, 2, 1]
@@ -212,12 +212,12 @@ def needs(packs: Sequence[np.ndarray], lengths: Sequence[int], place: Place = pl
 
 
 def larger(needs: np.ndarray, lengths: Sequence[int], longest: int) -> np.ndarray:
-    """Return the needs of a hypothetical batch, `SPARE` times larger than all sampled ones.
+    """Return the needs of a hypothetical batch, `SPARE` times larger than any sampled one.
 
     Args:
       needs: needs of the sampled batches, see `choose_shapes`.
       lengths: row lengths, ascending.
-      longest: length of the longest sentence of all examples.
+      longest: length of the longest sentence in all examples.
 
     >>> larger(np.array([[0, 4], [5, 3]]), (64, 128), 100)
     array([0, 5])
@@ -230,12 +230,12 @@ def choose_shapes(
 ) -> list[Shape]:
     """Choose the shapes that minimize the cost of a run, including compilation.
 
-    All combinations of a few quantiles of the needs are tried.
+    The search is exhaustive over combinations of a few quantiles of the needs.
 
     Args:
-      needs: `i64[steps, len(lengths)]`, the rows that each batch needs at each row length, or 0 if
-        one of its sentences is longer than the row.
-      lengths: row lengths, ascending; every batch fits the last.
+      needs: `i64[steps, len(lengths)]`, the number of rows that each batch needs at each row
+        length, or 0 if one of its sentences is longer than the row.
+      lengths: row lengths, ascending; every batch fits the last one.
       most: maximum number of shapes.
       repeated: number of batches of the run that each sampled batch represents.
 
@@ -279,15 +279,15 @@ def _quantiles(rows: np.ndarray) -> list[int]:
 
 
 def fitting(shapes: Sequence[Shape], packs: Sequence[Sequence[int]], place: Place = place) -> Shape:
-    """Return the first, that is, cheapest shape that holds each pack of sentences.
+    """Return the cheapest shape that fits each pack of sentences.
 
-    Best-fit decreasing may need a row more for fewer sentences, such as those that are left when a
-    group has ended early. If no shape has that many, rows are added to the longest one.
+    If none fits, rows are added to the longest one. This can happen after a group has ended early,
+    since best-fit decreasing may need more rows for fewer sentences.
 
     Args:
       shapes: shapes, cheapest first.
-      packs: for each pack the lengths of its sentences.
-      place: puts a pack into rows.
+      packs: for each pack, the lengths of its sentences.
+      place: places a pack in rows.
 
     >>> fitting([Shape(1, 8), Shape(1, 16)], [[8, 8]]), fitting([Shape(1, 16)], [[9, 9]])
     (Shape(rows=1, length=16), Shape(rows=2, length=16))

@@ -1,4 +1,4 @@
-"""Double quotes in tables: whether they enclose fields or are part of the text."""
+"""Detection of double quotes in tables: they enclose fields, or are part of the text."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def find_quotes(lines: Iterable[str], delimiter: str) -> Quotes:
 
 
 def _closed(field: str) -> bool:
-    """Return whether a field that begins with a quote ends with one and doubles those inside."""
+    """Return whether a field that begins with a quote also ends with one and doubles inner ones."""
     return len(field) > 1 and field.endswith('"') and '"' not in field[1:-1].replace('""', "")
 
 
 @dataclasses.dataclass
 class Tally:
-    """Counts of a table's rows and quoted fields, made while it is read.
+    """Counts of a table's rows and quoted fields, updated while it is read.
 
     Attributes:
       rows: number of rows, including the header.
@@ -66,7 +66,7 @@ class Tally:
     holding: int = 0
 
     def add(self, fields: Sequence[str], lines: int, delimiter: str) -> None:
-        """Count a row of the given number of physical lines."""
+        """Count a row that spans the given number of physical lines."""
         self.rows += 1
         self.lines += lines
         if lines > 1:

@@ -1,4 +1,4 @@
-"""Labelled examples as text, and the parser of labels."""
+"""Examples as text, and the parsing of labels."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class TextExample(NamedTuple):
     """One example as a source provides it.
 
     Attributes:
-      id: its id in the source.
+      id: id in the source.
       sentence1: the sentence, or the first of a pair.
-      sentence2: the second of a pair; empty for single-sentence tasks.
-      label: on the task's scale, or the numbers of the classes in a set; NaN if unlabelled.
-      line: its line in the file, from 1; 0 if it is from no file.
+      sentence2: the second sentence of a pair; empty for single-sentence tasks.
+      label: class index, score, or class indices of a label set; NaN if unlabelled.
+      line: line or row in the file, from 1; 0 if it does not come from a file.
     """
 
     id: str
@@ -38,13 +38,13 @@ class TextExample(NamedTuple):
 
     @property
     def labelled(self) -> bool:
-        """Whether it has a label."""
+        """Whether the example has a label."""
         return self.label == self.label  # NaN is not equal to itself
 
 
 UNLABELLED = math.nan
 _DIGITS = re.compile(r"[0-9]{1,9}")
-# What programs write for a missing value, in lower case.
+# Common spellings of a missing value, in lower case.
 MISSING = ("", "nan", "-nan", "na", "<na>", "#na", "n/a", "#n/a", "none", "null")
 
 # Words for the two answers of a binary task, in lower case.
@@ -58,18 +58,18 @@ def parse_label(text: str, task: Task, where: str) -> Label:
     """Parse a label and check it against the task's classes or range.
 
     Args:
-      text: the label as written, e.g. `"3"`, `"1.0"`, `"4.6"` or the name of a class; of a binary
-        task whose classes are among `YES_OR_NO` also any other of those words; of a set of classes
-        their names, separated by the task's `label_delimiter`.
+      text: the label as written, e.g. `"3"`, `"1.0"`, `"4.6"` or a class name. If the classes of a
+        binary task mean no and yes, any word in `YES_OR_NO`. For a multilabel task, class names
+        separated by the task's `label_delimiter`.
       task: determines the classes or the range.
       where: `file:line`, for the message.
 
     Returns:
-      The label on the task's scale, or the numbers of the classes in a set; NaN if it is missing
-      (see `MISSING`). An empty set is not missing.
+      The class index, the score, or the class indices of a label set; NaN if the label is missing
+      (see `MISSING`). An empty label set is not missing.
 
     Raises:
-      UserError: if it is neither the name of a class nor a number in the range.
+      UserError: if it is neither a class name nor a number in the range.
 
     >>> from jaxlora.tasks.task import SST
     >>> parse_label("3.0", SST, "sst.csv:7"), parse_label("NaN", SST, "sst.csv:8")
@@ -129,7 +129,7 @@ def _parse_classes(written: str, task: Task, where: str) -> Label:
     return tuple(sorted(map(task.classes.index, names)))
 
 
-# How a label of each form is read: None means that it is not one.
+# Label form → `(text, task, where) → label`, or None if the text is not a valid label.
 PARSERS: dict[LabelForm, Callable[[str, Task, str], Label | None]] = {
     "class": _parse_class,
     "classes": _parse_classes,
@@ -138,7 +138,7 @@ PARSERS: dict[LabelForm, Callable[[str, Task, str], Label | None]] = {
 
 
 def split_names(written: str, delimiter: str) -> list[str]:
-    """Return the names in a cell; an empty cell has none.
+    """Split a cell into class names; a blank cell has none.
 
     >>> split_names("a | b", "|"), split_names(" ", "|")
     (['a', 'b'], [])
@@ -147,11 +147,11 @@ def split_names(written: str, delimiter: str) -> list[str]:
 
 
 def join_marks(cells: Sequence[str], names: Sequence[str], delimiter: str, where: str) -> str:
-    """Return columns of 0 and 1 as one cell with the names of the columns that have 1.
+    """Convert columns of 0 and 1 to one cell with the names of the columns that have 1.
 
     Args:
-      cells: one of each column; if all are missing, the row is unlabelled.
-      names: of the columns.
+      cells: one cell per column; if all are missing, the row is unlabelled.
+      names: names of the columns.
       delimiter: separates the names.
       where: `file:line`, for the message.
 
@@ -174,15 +174,15 @@ def join_marks(cells: Sequence[str], names: Sequence[str], delimiter: str, where
 
 
 def join_names(listed: str, delimiter: str, where: str) -> str:
-    """Return a list of names as one cell.
+    """Convert a list of class names to one cell.
 
     Args:
-      listed: the list as JSON; an empty string: it is missing.
+      listed: the list as JSON; an empty string if it is missing.
       delimiter: separates the names.
       where: `file:line`, for the message.
 
     Raises:
-      UserError: for a name that a cell cannot hold.
+      UserError: if a name cannot be represented in a cell.
 
     >>> join_names('["a", "c"]', "|", "x:1"), join_names("[]", "|", "x:1")
     ('a|c', '')
@@ -192,9 +192,9 @@ def join_names(listed: str, delimiter: str, where: str) -> str:
     names: list[str | None] = json.loads(listed)
     for name in names:
         if name is None or not name.strip() or "\0" in name:
-            raise UserError(f"{where}: {listed[:60]}: an entry is no name of a label; correct it")
+            raise UserError(f"{where}: {listed[:60]}: an entry is not a label name; correct it")
         if is_missing(name.strip()):
-            raise UserError(f"{where}: the label {name!r} stands for a missing one; rename it")
+            raise UserError(f"{where}: the label {name!r} denotes a missing value; rename it")
         if delimiter in name:
             raise UserError(
                 f"{where}: the label {name[:60]!r} contains {delimiter!r}, which separates labels "
@@ -206,7 +206,7 @@ def join_names(listed: str, delimiter: str, where: str) -> str:
 def to_array(
     labels: Sequence[Label], task: Task, dtype: type[np.floating] = np.float32
 ) -> np.ndarray:
-    """Return labels as `f32[E]`, or sets of K classes as `f32[E, K]` of 0 and 1.
+    """Convert labels to `f32[E]`, or for multilabel tasks to `f32[E, K]` of 0 and 1.
 
     >>> to_array([(0, 2), ()], Task("tags", "multilabel", classes=("a", "b", "c"))).tolist()
     [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
@@ -223,7 +223,7 @@ def to_array(
 
 
 def is_missing(written: str, classes: tuple[str, ...] = ()) -> bool:
-    """Return whether a label denotes a missing value, unless a class has that name."""
+    """Return whether a label denotes a missing value and is not the name of a class."""
     folded = written.casefold()
     return folded in MISSING and folded not in map(str.casefold, classes)
 
@@ -234,7 +234,7 @@ def _answers(classes: tuple[str, ...]) -> bool:
 
 
 def parse_number(text: str) -> Decimal | None:
-    """Parse a number exactly, so that long numbers do not become equal; None if it is not one.
+    """Parse a finite number exactly, so that long numbers stay distinct; None if it is not one.
 
     >>> parse_number("1e0") == parse_number("01") == 1, parse_number("inf"), parse_number("1_0")
     (True, None, None)
@@ -247,7 +247,7 @@ def parse_number(text: str) -> Decimal | None:
 
 
 def is_not_finite(text: str) -> bool:
-    """Return whether text is what programs write for an infinite or undefined number.
+    """Return whether text denotes an infinite or undefined number.
 
     >>> is_not_finite("-inf"), is_not_finite("+NaN"), is_not_finite("1e9"), is_not_finite("info")
     (True, True, False, False)
@@ -259,9 +259,10 @@ def is_not_finite(text: str) -> bool:
 
 
 def _class_number(value: Decimal, classes: tuple[str, ...]) -> Decimal | None:
-    """Find the class that a number means: by name if names are numbers, else by index.
+    """Return the index of the class that a number denotes; None if there is none.
 
-    None if that is ambiguous: with classes "1 star" and "2 stars", 1 may be a name or an index.
+    It is an index unless a name is a number or contains a number other than its own index. Then it
+    must equal exactly one name: with "1 star" and "2 stars", 1 would be ambiguous.
 
     >>> _class_number(Decimal("2.0"), ("1", "2", "unknown"))
     Decimal('1')
@@ -287,16 +288,16 @@ def _allowed(task: Task) -> str:
     return f"one of {', '.join(task.classes)}"
 
 
-# Categories that BERT's tokenizer drops: separators, control, format (such as U+200B) and private
-# characters, and combining marks.
+# Unicode categories that BERT's tokenizer drops: separators, control, format (such as U+200B) and
+# private-use characters, and combining marks.
 _INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf", "Co", "Mn", "Mc", "Me")
 # Letters and symbols with an empty glyph (Hangul fillers, the Braille blank), and the replacement
-# for a lost character.
+# character.
 _EMPTY = "\u115f\u1160\u3164\uffa0\u2800\N{REPLACEMENT CHARACTER}"
 
 
 def is_blank(text: str) -> bool:
-    r"""Return whether a string has no letter, digit, punctuation mark or symbol.
+    r"""Return whether a string contains no letter, digit, punctuation mark or symbol.
 
     >>> is_blank(" \u200b\ufeff"), is_blank("?")
     (True, False)

@@ -1,4 +1,4 @@
-"""One file of a table, of any format: a header, and rows of strings."""
+"""Common interface to the files of a table in any format: a header, and rows of strings."""
 
 from __future__ import annotations
 
@@ -12,57 +12,57 @@ from jaxlora.utils.errors import ConfigError
 Write = Callable[[Sequence[Mapping[str, Any]]], None]
 """Writes records of one table: column → value."""
 Kinds = Mapping[str, type]
-"""Column → `str`, `float` (also whole numbers), `list` of strings, or `dict` of names and numbers.
+"""Column → `str`, `float` (also for integers), `list` (of strings) or `dict` (names → numbers).
 
-Each value may be None.
+Any value may be None.
 """
 
 
 class Sheet(Protocol):
     """One file of a table.
 
-    A value that is missing is an empty string, and a number is written as its file has it.
+    Missing values are empty strings, and numbers keep the spelling of the file.
     """
 
     @property
     def path(self) -> Path:
-        """Its path, for messages."""
+        """Path for messages."""
 
     @property
     def unreadable(self) -> Mapping[str, str]:
-        """Column → why it cannot be read as strings, such as `a list`."""
+        """Column that cannot be read as strings → what it contains, such as `a list`."""
 
     @property
     def lists(self) -> frozenset[str]:
-        """Those of the unreadable columns that hold nothing but lists of strings or whole numbers.
+        """Unreadable columns that contain only lists of strings or integers.
 
-        Their cells are such lists as JSON.
+        `rows` yields these lists as JSON.
         """
 
     def rows(self, tally: Tally | None = None) -> Iterator[tuple[int, list[str]]]:
-        """Yield the header, and then each row that is not blank, with its number.
+        """Yield the header and then each non-blank row, with its number; may be called repeatedly.
 
-        All rows are as wide as the header. May be called several times.
+        All rows have as many fields as the header. `tally` is updated with counts of the rows.
 
         Raises:
-          UserError: naming the file, and the row if one is at fault.
+          UserError: if the file cannot be read; the message states the file and, if known, the row.
         """
 
     def where(self, number: int) -> str:
-        """Return the place of a row for messages."""
+        """Return the location of a row for messages."""
 
     def layout(self, columns: Sequence[str]) -> str:
-        """Return what the header must be to have some columns."""
+        """Describe, for messages, a header with these columns."""
 
     def describe(self, tally: Tally) -> list[str]:
-        """Return notes on how its rows were read, which `tally` has counted."""
+        """Return notes on how the rows counted in `tally` were read."""
 
 
 def refuse_options(name: str, delimiter: str | None, quoting: str | None) -> None:
-    """Refuse what only delimited text has, for another format.
+    """Check that the options of delimited text are not given for another format.
 
     Raises:
-      ConfigError: naming the option.
+      ConfigError: if one is given.
     """
     for option, value in (("delimiter", delimiter), ("quoting", quoting)):
         if value is not None:

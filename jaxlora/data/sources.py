@@ -26,12 +26,12 @@ Location = Path | Table | None  # a folder for `cs224n`, a table for `files`, No
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source as data.
+    """A source of examples.
 
     Attributes:
-      content: `(task, location) → bytes`, which change whenever the rows would.
+      content: `(task, location) → bytes` that identify the rows, for the cache key.
       read: `(task, location, download manager) → rows by split`.
-      sheets: `(task, location) → files by split`; empty for sources without files of the user.
+      sheets: `(task, location) → files by split`; empty for sources without user files.
       prepared: whether TFDS prepares and caches the rows.
     """
 
@@ -42,7 +42,7 @@ class Source:
 
 
 def _digest(paths: Iterable[Path]) -> bytes:
-    """Return the checksums of files, and of the files in folders."""
+    """Return the concatenated SHA-256 digests of files, and of the files in folders."""
     parts = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in paths]
     each = [path for part in parts for path in part if not path.is_dir()]
     return b"".join(hashlib.sha256(path.read_bytes()).digest() for path in each)
@@ -50,7 +50,7 @@ def _digest(paths: Iterable[Path]) -> bytes:
 
 def _table_content(task: Task, table: Table) -> bytes:
     for sheet in table.open().values():
-        next(sheet.rows(), None)  # raises an error that names the file if it cannot be read
+        next(sheet.rows(), None)  # raises a UserError with the path if the file cannot be read
     read_as = (task.kind, task.pair, task.low, task.high, task.classes, table.columns)
     separated = (task.label_delimiter,) if task.form == "classes" else ()
     held_out = (table.dev,) if isinstance(table.dev, float) else ()
@@ -79,15 +79,15 @@ SOURCES = {
         prepared=False,
     ),
 }
-# Increase this when a reader is changed so that it returns other rows for the same bytes.
+# Increase this when a reader changes the rows that it returns for the same bytes.
 READERS = "3"
 
 
 def fingerprint(task: Task, source: str, location: Location) -> str:
-    """Return the key of the content, `<source>-<sha256 prefix>`, without importing TFDS.
+    """Return the key of a task's rows, `<source>-<sha256 prefix>`, without importing TFDS.
 
     Args:
-      task: the task whose rows are meant.
+      task: the task.
       source: `demo`, `cs224n`, `official` or `files`.
       location: see `Location`; ignored by sources that need none.
 
@@ -110,7 +110,7 @@ def notes(task: Task, source: str, location: Location) -> dict[str, list[str]]:
 
 
 def where(task: Task, source: str, location: Location, split: str) -> str:
-    """Return the name of a split for messages: its file, or else its source, task and split."""
+    """Return the name of a split for messages: its file, else its source, task and split."""
     files = location.files if isinstance(location, Table) else {}
     if source == "cs224n":
         files = cs224n.files(task, location)  # type: ignore[arg-type]  # a folder here
@@ -120,15 +120,15 @@ def where(task: Task, source: str, location: Location, split: str) -> str:
 
 
 def load_rows(task: Task, source: str, location: Location, cache: Path) -> tuple[Splits, str]:
-    """Load the rows by split (`train`, `dev`, `test`), and the fingerprint of the content.
+    """Load the rows by split (`train`, `dev`, `test`) and the fingerprint of the content.
 
-    The TFDS dataset is prepared on the first call and read from the cache after that.
+    Rows of a source with `prepared` are cached as a TFDS dataset by the first call.
 
     Args:
-      task: the task whose rows are loaded.
+      task: the task.
       source: `demo`, `cs224n`, `official` or `files`.
       location: see `Location`; ignored by sources that need none.
-      cache: folder of TFDS's files.
+      cache: cache folder; TFDS uses its subfolder `tfds`.
 
     Raises:
       UserError: if the source is invalid.

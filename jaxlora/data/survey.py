@@ -1,4 +1,4 @@
-"""What tables of data say about the task that they are for, before anybody has described it."""
+"""Survey of data tables for a new task: columns, labels, duplicates and text lengths."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 SPLITS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "val": "dev"}
 SPLITS |= {"test": "test"}
 _SPLIT = re.compile(rf"(.*?)[-_. ]?({'|'.join(sorted(SPLITS, key=len, reverse=True))})", re.I)
-# Usual names of columns of labels, the most telling first.
+# Common names of label columns, the most specific first.
 LABELS = (
     "label", "labels", "class", "category", "target", "topic", "intent", "sentiment", "score",
     "rating", "stars", "similarity", "is_duplicate", "tags", "y",
 )  # fmt: skip
-MISSING = "nan"  # a label that is not there
+MISSING = "nan"  # stands for a missing label
 _PAIR = re.compile(r"(.*?)[-_ ]?([12ab])", re.I)  # question1 and question2, text_a and text_b
 PAIRS = (("first", "second"), ("premise", "hypothesis"), ("query", "passage"))
 
 
 class Row(NamedTuple):
-    """A row of a table: its texts and its label, as written, and where it stands."""
+    """A row of a table: its texts and label as written, and its line."""
 
     texts: tuple[str, ...]
     label: str
@@ -51,16 +51,16 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What was found in the tables of one task.
+    """Findings about the tables of one task.
 
     Attributes:
-      files: split → its file.
-      header: the columns.
-      text: the columns of text.
-      label: the column of labels, or several of 0 and 1.
-      labels: the kind of the task, its classes or range.
-      rows: split → its rows.
-      lengths: tokens of each sentence of all rows, `i64[sentences]`.
+      files: split → file.
+      header: names of all columns of the training file.
+      text: the text columns.
+      label: the label column, or several columns of 0 and 1.
+      labels: the inferred kind, and the classes or range.
+      rows: split → rows.
+      lengths: `i64[sentences]`, number of tokens of each sentence in all splits.
       lists: whether the labels are lists of names.
     """
 
@@ -75,35 +75,35 @@ class Survey:
 
     @property
     def blank(self) -> int:
-        """Number of rows with a blank text."""
+        """Number of rows with a blank text, in all splits."""
         return sum(any(map(is_blank, row.texts)) for rows in self.rows.values() for row in rows)
 
     @property
     def repeated(self) -> int:
-        """Number of training rows whose texts an earlier one has."""
+        """Number of training rows that repeat the texts of an earlier row."""
         return len(self.rows["train"]) - len({row.texts for row in self.rows["train"]})
 
     @property
     def contradicted(self) -> int:
-        """Number of texts that have more than one label in the training rows."""
+        """Number of distinct (texts, label) pairs minus distinct texts in the training rows."""
         pairs = {(row.texts, row.label) for row in self.rows["train"]}
         return len(pairs) - len({texts for texts, _ in pairs})
 
     def leaked(self, split: str) -> int:
-        """Return how many rows of a split have the texts of a training row."""
+        """Count the rows of a split that have the texts of a training row."""
         known = {row.texts for row in self.rows["train"]}
         return sum(row.texts in known for row in self.rows[split])
 
     def cut(self, max_length: int) -> float:
-        """Return the share of sentences that are longer than a number of tokens."""
+        """Return the fraction of sentences longer than `max_length` tokens."""
         return float(np.mean(self.lengths > max_length)) if len(self.lengths) else 0.0
 
 
 def group_files(paths: Sequence[Path]) -> dict[str, dict[str, Path]]:
-    """Group files by task; `topic-dev.csv` is the dev file of the task `topic`.
+    """Group files by task and split; `topic-dev.csv` is the dev file of the task `topic`.
 
     Raises:
-      UserError: for two files of one split, or a task without a training file.
+      UserError: if a split has two files, or a task has no training file.
 
     >>> list(group_files([Path("a-train.csv"), Path("a_test.csv"), Path("b.csv")]))
     ['a', 'b']
@@ -126,12 +126,12 @@ def group_files(paths: Sequence[Path]) -> dict[str, dict[str, Path]]:
 
 
 def find_roles(path: Path) -> dict[str, Path]:
-    """Return the splits in a folder of `datasets` or on the hub, as train, dev and test.
+    """Return the splits (train, dev, test) in a folder saved by `datasets` or in a Hub dataset.
 
-    Another path has none.
+    The result is empty for any other path.
 
     Raises:
-      UserError: if the file that names them is damaged.
+      UserError: if a Hub dataset cannot be loaded, or the file with the split names is damaged.
     """
     splits = arrow.find_splits(Path(hub.find(str(path))))
     return {SPLITS[name]: part for name, part in splits.items() if name in SPLITS}
@@ -143,16 +143,16 @@ def survey(
     text: str | None = None,
     label: str | None = None,
 ) -> Survey:
-    """Read the tables of a task, and find its columns, its labels and the lengths of its texts.
+    """Read the tables of a task; determine its columns, labels and text lengths.
 
     Args:
-      files: split → file; `train` is one of them.
-      tokenizer: counts the tokens; it must not cut.
-      text, label: columns; several are separated by commas, two of text, or of labels that are 0
-        and 1; None: guessed.
+      files: split → file; `train` is required.
+      tokenizer: counts the tokens; must not truncate.
+      text, label: names of columns, separated by commas: one or two text columns, and one label
+        column or several of 0 and 1; None: guessed.
 
     Raises:
-      UserError: for files that are no tables, or labels that fit no task.
+      UserError: if a file is not a table, or the labels do not fit any kind of task.
     """
     sheets = open_sheets(files)
     header, *train = [fields for _, fields in sheets["train"].rows()] or [[]]
@@ -207,10 +207,10 @@ def _rows(sheet: Sheet, columns: tables.Columns, labelled: bool) -> list[Row]:
 
 
 def guess_label(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return the column that is named as labels are, or else has the fewest different values.
+    """Guess the label column: one with a common name, else the one with the fewest distinct values.
 
     Raises:
-      ConfigError: if there is none with two values or more.
+      ConfigError: if every column has only one value or too many.
 
     >>> guess_label(["t", "x"], [["a b", "0"], ["c", "1"], ["d", "1"]])
     'x'
@@ -229,12 +229,12 @@ def guess_label(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def guess_text(
     header: Sequence[str], rows: Sequence[Sequence[str]], label: str | Sequence[str]
 ) -> tuple[str, ...]:
-    """Return the columns of a pair that has the longest column, or else that column.
+    """Guess the text columns: the column with the most text, and its counterpart if it has one.
 
-    Pairs are named such as question1 and question2, or as one of `PAIRS`.
+    Counterparts are named like question1 and question2, or as in `PAIRS`.
 
     Raises:
-      ConfigError: if no column is left.
+      ConfigError: if there is no other column with text.
 
     >>> guess_text(["text_a", "text_b", "n"], [["a", "b", "0"]], "n")
     ('text_a', 'text_b')

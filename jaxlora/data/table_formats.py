@@ -1,4 +1,4 @@
-"""The formats of tables: which suffix is read and written by what."""
+"""Table formats: the readers and writers of each file suffix."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Format(NamedTuple):
     """A format of tables.
 
     Attributes:
-      name: for messages.
+      name: name for messages.
       open: `(files, delimiter, quoting) → sheets`, see `open_sheets`.
-      write: `(file, columns) → writer of records`; None: it is not written.
-      packs: whether files may be compressed by gzip.
+      write: `(file, columns) → writer of records`; None: the format is read-only.
+      packs: whether files may be compressed with gzip.
     """
 
     name: str
@@ -50,7 +50,7 @@ FORMATS = {
     ".parquet": Format(arrow.PARQUET, arrow.open_parquet, arrow.writing_parquet, packs=False),
 }
 FOLDER = Format(arrow.FOLDER, arrow.open_folders)
-OTHER = FORMATS[".txt"]  # of a name that says nothing, such as a pipe's
+OTHER = FORMATS[".txt"]  # for names without a known suffix, such as a pipe's
 
 
 def _inner(path: Path) -> Path:
@@ -59,7 +59,7 @@ def _inner(path: Path) -> Path:
 
 
 def suffix_of(path: Path) -> str:
-    """Return the suffix that decides about the format.
+    """Return the suffix that determines the format, in lower case.
 
     >>> suffix_of(Path("a.b/tickets.new.CSV.gz"))
     '.csv'
@@ -78,7 +78,7 @@ def stem_of(path: Path) -> str:
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a name is that of a table or of a data set of the hub, or a folder is one.
+    """Return whether a path is a folder, has the suffix of a table, or names a Hub dataset.
 
     >>> is_table(Path("tickets.csv")), is_table(Path("x.tsv.gz")), is_table(Path("topics.toml"))
     (True, True, False)
@@ -87,10 +87,10 @@ def is_table(path: Path) -> bool:
 
 
 def find(path: Path) -> Format:
-    """Return the format that a table is read in.
+    """Return the format to read a table in.
 
     Raises:
-      UserError: for a format that is not compressed by gzip.
+      UserError: if the name ends in .gz but the format does not support gzip.
     """
     if os.path.isdir(path):  # Path.is_dir raises for names that no file can have
         return FOLDER
@@ -106,13 +106,13 @@ def open_sheets(
     quoting: Quoting | None = None,
     copies: Mapping[str, Path] = {},
 ) -> dict[str, Sheet]:
-    """Open the files of a table, each in the format that its name says.
+    """Open the files of a table, each in the format given by its name.
 
     Args:
       paths: name → path.
-      delimiter: delimiter of fields in delimited text; None: detected.
-      quoting: meaning of double quotes there; None: detected.
-      copies: name → the file that is read in the place of one.
+      delimiter: field delimiter of delimited text; None: detected.
+      quoting: meaning of double quotes in delimited text; None: detected.
+      copies: name → file to read instead of the path, which is still used in messages.
 
     Raises:
       UserError: if a file cannot be read, or is not a table.
@@ -128,10 +128,10 @@ def open_sheets(
 
 
 def check_written(path: Path) -> Format:
-    """Return the format that a table is written in.
+    """Return the format to write a table in.
 
     Raises:
-      ConfigError: for a name that says none.
+      ConfigError: if the name does not determine a format that can be written.
     """
     found = FORMATS.get(suffix_of(path))
     if found is None or found.write is None or (is_packed(path) and not found.packs):
@@ -148,10 +148,10 @@ def check_written(path: Path) -> Format:
 
 @contextlib.contextmanager
 def writing(path: Path, columns: Kinds) -> Iterator[Write]:
-    """Write a table that replaces `path` when the block ends without an error.
+    """Write a table that replaces `path` if the block ends without an error.
 
     Args:
-      path: its suffix says the format; links are followed.
+      path: the suffix determines the format; symbolic links are followed.
       columns: the columns, in order.
 
     Raises:
@@ -170,5 +170,5 @@ def writing(path: Path, columns: Kinds) -> Iterator[Write]:
 def _packing(raw: IO[bytes], path: Path) -> AbstractContextManager[IO[bytes]]:
     if not is_packed(path):
         return contextlib.nullcontext(raw)
-    # Without a name and a time inside, the same answers are the same bytes.
+    # Without a name and a timestamp, the output is reproducible.
     return cast(IO[bytes], gzip.GzipFile("", "wb", fileobj=raw, mtime=0))

@@ -1,4 +1,4 @@
-"""Reader of tables of examples, of any of the formats in `table_formats`."""
+"""Reader of tables of examples, in any of the formats in `table_formats`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from jaxlora.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The columns of a table that are read.
+    """The columns to read from a table.
 
     Attributes:
       text: one column for single sentences, two for pairs.
-      label: the column of labels, or several columns of 0 and 1, one for each class of a set.
-      id: the column of ids; None: ids are the row numbers, from 0.
+      label: the label column, or for multilabel tasks several columns of 0 and 1, one per class.
+      id: the id column; None: ids are the row numbers, from 0.
     """
 
     text: tuple[str, ...]
@@ -42,24 +42,24 @@ class Columns:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The columns that labels are read from."""
+        """The label columns, as a tuple."""
         return (self.label,) if isinstance(self.label, str) else self.label
 
     @property
     def lists(self) -> tuple[str, ...]:
-        """The columns that may hold lists: that of labels, if there is only one."""
+        """Columns that may contain lists: the label column, if there is only one."""
         return (self.label,) if isinstance(self.label, str) else ()
 
     def written(
         self, fields: Sequence[str], at: Mapping[str, int], mark: str, sheet: Sheet, line: int
     ) -> str:
-        """Return the label of a row as written; a list and several columns become names in a cell.
+        """Return the label of a row as one string; a list or several columns become joined names.
 
         Args:
-          fields: of the row.
-          at: column → its place among the fields.
-          mark: separates the names.
-          sheet, line: where the row is.
+          fields: fields of the row.
+          at: column → index in `fields`.
+          mark: separates joined names.
+          sheet, line: location of the row.
         """
         cells = [fields[at[name]] for name in self.labels]
         if not isinstance(self.label, str):
@@ -70,7 +70,7 @@ class Columns:
 
 
 def split_label(label: str | None) -> str | tuple[str, ...] | None:
-    """Return the column of labels, or several that are separated by commas.
+    """Split names of label columns at commas; a single name or None is returned unchanged.
 
     >>> split_label("topic"), split_label("bug,billing")
     ('topic', ('bug', 'billing'))
@@ -83,11 +83,11 @@ class Table:
     """The files of a task and how to read them.
 
     Attributes:
-      columns: the columns, the same in all files.
+      columns: the columns to read, the same in all files.
       train: path of the training file.
-      dev: path of the dev file, or the share of the training rows to hold out, see `hold_out`.
+      dev: path of the dev file, or the fraction of the training rows to hold out, see `hold_out`.
       test: path of the test file, with or without labels; None: there is none.
-      delimiter: delimiter of fields; None: detected from the header.
+      delimiter: field delimiter; None: detected from the header.
       quoting: meaning of double quotes; None: detected, see `delimited.open_sheets`.
     """
 
@@ -113,7 +113,7 @@ def read_splits(task: Task, table: Table) -> dict[str, list[TextExample]]:
     """Read all splits of a task; without a test file the test split is empty.
 
     Raises:
-      UserError: see `read`; also if no row of train or of dev has a label.
+      UserError: see `read`; also if train or dev has no labels, or all labels of train are equal.
     """
     splits: dict[str, list[TextExample]] = {"train": [], "dev": [], "test": []}
     for split, sheet in table.open().items():
@@ -137,24 +137,24 @@ def read_splits(task: Task, table: Table) -> dict[str, list[TextExample]]:
 
 
 def _refuse_null(sheet: Sheet, rows: Sequence[TextExample]) -> None:
-    """Refuse rows whose list of labels is missing, which may mean unknown or none.
+    """Check that no list of labels is null, which could mean unknown or empty.
 
     Raises:
-      UserError: naming the first.
+      UserError: if one is null; the message states the first.
     """
     for row in rows:
         if not row.labelled:
             raise UserError(
-                f"{sheet.where(row.line)}: null in the place of a list of labels; write [] where "
+                f"{sheet.where(row.line)}: null instead of a list of labels; write [] where "
                 "there is none, or leave the row out"
             )
 
 
 def check_all_occur(task: Task, path: str, train: Sequence[TextExample]) -> None:
-    """Refuse training rows that have no example of a class, of which nothing could be learned.
+    """Check that every class of a multilabel task occurs in the training rows.
 
     Raises:
-      UserError: naming the classes.
+      UserError: if one does not; the message lists the classes.
     """
     found = {number for row in train if isinstance(row.label, tuple) for number in row.label}
     if absent := [name for n, name in enumerate(task.classes) if n not in found]:
@@ -165,7 +165,7 @@ def check_all_occur(task: Task, path: str, train: Sequence[TextExample]) -> None
 
 
 def read_header(path: Path) -> list[str]:
-    """Return the names of the columns of a file.
+    """Return the column names of a file.
 
     Raises:
       UserError: if the file is not a table.
@@ -178,9 +178,9 @@ class WrittenLabels:
     """The labels of a table, as written.
 
     Attributes:
-      sheets: split → its file; a test file without labels is left out.
-      columns: the columns.
-      mark: separates the names of lists and of several columns, see `Columns.written`.
+      sheets: split → file; a test file without labels is left out.
+      columns: the columns of the table.
+      mark: separates joined names, see `Columns.written`.
     """
 
     sheets: Mapping[str, Sheet]
@@ -189,11 +189,11 @@ class WrittenLabels:
 
     @property
     def lists(self) -> bool:
-        """Whether they are lists in some file."""
+        """Whether the labels are lists in any file."""
         return any(sheet.lists.intersection(self.columns.lists) for sheet in self.sheets.values())
 
     def of(self, split: str) -> Iterator[tuple[int, str]]:
-        """Yield the number of each row and its label, without white space around it."""
+        """Yield the number and the label of each row, without surrounding white space."""
         sheet, names = self.sheets[split], self.columns
         needed = [*names.text, *names.labels]
         header, rows = select(sheet, needed, "The task", lists=names.lists)
@@ -203,11 +203,11 @@ class WrittenLabels:
 
     @functools.cached_property
     def counts(self) -> Counter[str]:
-        """Label → number of rows of all files."""
+        """Label → number of rows in all files."""
         return Counter(label for split in self.sheets for _, label in self.of(split))
 
     def find(self, wanted: str) -> str:
-        """Return the place of the first row with a label."""
+        """Return the location of the first row with the label `wanted`."""
         places = (
             sheet.where(line)
             for split, sheet in self.sheets.items()
@@ -218,15 +218,14 @@ class WrittenLabels:
 
 
 def read_labels(table: Table, mark: str = "|") -> WrittenLabels:
-    """Open the files of a task for their labels; a test file may have none.
+    """Open the files of a task to read only their labels; a test file may have none.
 
     Args:
       table: the files.
       mark: see `WrittenLabels`.
 
     Raises:
-      UserError: if a file is not a table; when labels are read, also if train or dev has no column
-        of them.
+      UserError: if a file is not a table; later, when labels are read, if it has no label column.
     """
     labels, sheets = set(table.columns.labels), table.open()
     if "test" in sheets and not labels <= set(next(sheets["test"].rows(), (0, []))[1]):
@@ -235,7 +234,7 @@ def read_labels(table: Table, mark: str = "|") -> WrittenLabels:
 
 
 def count_training_rows(table: Table, task: Task) -> int:
-    """Return how many rows there are to train on, at least 1; blank texts are not looked at.
+    """Estimate the number of training rows, at least 1; rows with blank text are counted too.
 
     Raises:
       UserError: see `read_labels`.
@@ -248,7 +247,7 @@ def count_training_rows(table: Table, task: Task) -> int:
 
 
 def notes(sheets: Mapping[str, Sheet]) -> dict[str, list[str]]:
-    """Return notes for each file of a table, see `Sheet.describe`."""
+    """Read each file of a table and return notes on it, see `Sheet.describe`."""
     found = {}
     for name, sheet in sheets.items():
         tally = Tally()
@@ -267,18 +266,18 @@ def read(
     *,
     labelled: bool | None = True,
 ) -> list[TextExample]:
-    """Read one file by the names of its columns.
+    """Read one file of examples.
 
     Args:
-      task: determines the range of the labels.
+      task: determines the classes or range of the labels.
       path: the file.
       columns: the columns to read.
-      delimiter: delimiter of fields in delimited text; None: detected from the header.
-      quoting: meaning of double quotes there; None: detected, see `delimited.open_sheets`.
+      delimiter: field delimiter of delimited text; None: detected from the header.
+      quoting: meaning of double quotes in it; None: detected, see `delimited.open_sheets`.
       labelled: see `read_sheet`.
 
     Raises:
-      UserError: if the file is invalid; the message names the line and the remedy.
+      UserError: if the file is invalid; the message states the line and a fix.
     """
     sheet = open_sheets({"": path}, delimiter, quoting)[""]
     return read_sheet(task, sheet, columns, labelled=labelled)
@@ -290,14 +289,14 @@ def read_sheet(
     """Read the rows of one file, including rows with blank text.
 
     Args:
-      task: determines the range of the labels.
+      task: determines the classes or range of the labels.
       sheet: the file.
       columns: the columns to read.
-      labelled: True: the column of labels is required; missing labels are NaN. False: every label
-        is NaN. None: the column of labels is optional.
+      labelled: True: the label columns are required; missing labels are NaN. None: they are
+        optional. False: they are ignored, and every label is NaN.
 
     Raises:
-      UserError: if the file is invalid; the message names the line and the remedy.
+      UserError: if the file is invalid; the message states the line and a fix.
     """
     needed = [*([columns.id] if columns.id else []), *columns.text]
     needed += columns.labels if labelled else []
@@ -331,18 +330,18 @@ def select(
     tally: Tally | None = None,
     lists: Sequence[str] = (),
 ) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """Return the header of a file, and an iterator over its rows.
+    """Check the header of a file, and return it with an iterator over the rows.
 
     Args:
       sheet: the file.
-      needed: columns that must be there.
-      who: needs them.
-      optional: columns that are read if they are there.
-      tally: counts the rows.
-      lists: columns that may be lists of strings, see `Sheet.lists`.
+      needed: required columns.
+      who: what needs them, for messages.
+      optional: columns that may be absent.
+      tally: updated with counts of the rows.
+      lists: columns that may contain lists of strings, see `Sheet.lists`.
 
     Raises:
-      UserError: if a needed column is missing, or one is there twice or holds no strings.
+      UserError: if a required column is missing, a column occurs twice, or it is not of strings.
     """
     rows = sheet.rows(tally)
     number, header = next(rows, (0, []))
@@ -355,7 +354,7 @@ def select(
                 f"{where}: column {name} is {sheet.unreadable[name]}, not strings{hint}"
             )
         if header.count(name) > 1:
-            raise UserError(f"{where}: the column {name} is there twice; rename one of them.")
+            raise UserError(f"{where}: the column {name} occurs twice; rename one of them.")
     if not any(header):
         raise UserError(
             f"{sheet.path}: is empty; replace the file. {who} needs {sheet.layout(needed)}."
@@ -369,7 +368,7 @@ def select(
 
 
 def _hint(missing: Sequence[str], header: Sequence[str]) -> str:
-    """Suggest existing columns with names similar to the missing ones, ignoring case."""
+    """Suggest columns whose names resemble the missing ones, ignoring case."""
     if any(f'"{name}"' in header for name in missing):
         return (
             " (double quotes are part of the text here, since a field opens one and does not close "

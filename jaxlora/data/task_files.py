@@ -1,27 +1,26 @@
-"""Your own tasks: a TOML file with a table for each, or a table of data alone, read and checked.
+"""User-defined tasks: read from a TOML file with a table for each, or from a data table alone.
 
     [topic]
     text = "headline"                  # one column, or two: ["first", "second"]
     label = "topic"
-    train = "topic-train.csv"          # paths as seen from the TOML file
-    dev = "topic-dev.csv"              # or the share of the training rows to hold out: 0.2
+    train = "topic-train.csv"          # paths are relative to the TOML file
+    dev = "topic-dev.csv"              # or the fraction of training rows to hold out: 0.2
     kind = "classification"            # or binary, multilabel, ordinal, regression, similarity
-    classes = ["sport", "science"]     # or how many there are: 2 means "0", "1"
+    classes = ["sport", "science"]     # or their number: 2 means "0", "1"
 
-Without `kind`, `classes` or, for scores, `range = [low, high]`, they are found in the data, and
-without `dev` a fifth of the training rows is held out. Optional: `pair` (of two columns:
-`separate`, the default, a vector for each text; `joint`, one for both, read together), `head`
-(`mlp`, the default; `classifier`, that of the base's own sequence classifiers, which reads the
-first token's vector), `test`, `id` (a column),
-`delimiter` (one character; default: detected), `quoting` (`none`: a double quote is part of the
-text, `standard`: as in any CSV; default: detected), `title`, `loss`, `metric`, `weight` (factor of
-the loss beside the group's other tasks'), `class_weights` (`balanced`, or a table of names and
-weights), `threshold` (a probability, or `dev`: chosen on the dev set), of sets of classes
-`label_delimiter` (default: `|`; `label` may be a list of columns of 0 and 1 instead), and of the
-task's group `learning_rate`,
-`head_learning_rate`, `epochs`, `eval_every` and `patience`. On the command line
-`topic.kind=classification`, `topic.text=first,second` and so on say the same, or change what a file
-says.
+If `kind`, `classes` or (for scores) `range = [low, high]` is missing, it is inferred from the data.
+Without `dev`, a fifth of the training rows is held out. Other optional keys:
+
+- `test`, `title`, `loss`, `metric`, `id` (a column), `delimiter` (a character; default: detected).
+- `quoting`: `none` (quotes are part of the text) or `standard` (as in CSV); default: detected.
+- `pair`: `separate` (default, one vector per text) or `joint` (one vector for both texts).
+- `head`: `mlp` (default) or `classifier` (the base's own, which reads the first token's vector).
+- `weight`: factor of the loss. `class_weights`: `balanced`, or a table of class names and weights.
+- `threshold`: a probability, or `dev` (chosen on the dev set).
+- `label_delimiter` (default: `|`), for multilabel; `label` may instead list columns of 0 and 1.
+- For the task's group: `learning_rate`, `head_learning_rate`, `epochs`, `eval_every`, `patience`.
+
+Values such as `topic.text=first,second` on the command line set or override these keys.
 """
 
 from __future__ import annotations
@@ -57,15 +56,15 @@ from jaxlora.tasks.task import (
 from jaxlora.utils import schema
 from jaxlora.utils.errors import ConfigError, UserError, suggestion
 
-MOST_LETTERS, MOST_BYTES = 64, 160  # of a name; files are named by it, whose names have 255 bytes
-# Settings of a group that its tasks may bring along.
+MOST_LETTERS, MOST_BYTES = 64, 160  # of a task name, which is part of file names (255 bytes)
+# Settings of a group that its tasks may override.
 OWN = ("learning_rate", "head_learning_rate", "epochs", "eval_every", "patience")
-DEV_SHARE = 0.2  # of the training rows, where no dev set is given
+DEV_SHARE = 0.2  # fraction of the training rows to hold out if no dev set is given
 _FILES = ("train", "dev", "test")
 _LISTS = ("classes", "range", "text", "label")
 _NUMBERS = ("classes", "range", "weight", "dev", "threshold", *OWN)
 _VALUE = re.compile(r"([^=]*)\.([^=.]*)=(.*)", re.DOTALL)  # topic.epochs=3
-# The cosine loss is between 0 and 1: this brings it to the scale of the other losses' labels, 0–5.
+# Brings the cosine loss, whose labels are scaled to 0–1, to the scale of labels from 0 to 5.
 COSINE_WEIGHT = 25.0
 MOST_CLASSES = 10_000
 Positive = Annotated[float, Field(gt=0)]
@@ -74,10 +73,10 @@ ClassCount = Annotated[int, Field(ge=2, le=MOST_CLASSES)]
 
 @dataclasses.dataclass(frozen=True)
 class TaskFields:
-    """A task's table in a TOML file, as it is written; see the module's docstring.
+    """A task's table in a TOML file, as written; see the module docstring.
 
     Raises:
-      ValueError: for fields that do not go together.
+      ValueError: if fields are invalid or contradict each other.
     """
 
     text: str | tuple[str, ...]
@@ -122,7 +121,7 @@ class TaskFields:
         self._check_sets()
 
     def _check_sets(self) -> None:
-        """Refuse what does not go with sets of classes, or with any other labels."""
+        """Check the fields that only multilabel tasks may have."""
         columns = () if isinstance(self.label, str) else self.label
         if not isinstance(self.label, str) and len(columns) < 2:
             raise ValueError("label: name one column, or two and more columns of 0 and 1")
@@ -137,33 +136,33 @@ class TaskFields:
 
     @property
     def mark(self) -> str:
-        """What separates the names of a set of classes."""
+        """Delimiter of the class names in a label set."""
         return DELIMITER if self.label_delimiter is None else self.label_delimiter
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of an example's sentences."""
+        """The text columns, as a tuple."""
         return (self.text,) if isinstance(self.text, str) else self.text
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The classes; `()` leaves them to the kind."""
+        """Class names; `()`: the default of the kind."""
         if isinstance(self.classes, int):
             return tuple(map(str, range(self.classes)))
         return tuple(str(name).strip() for name in self.classes or ())
 
     @property
     def complete(self) -> bool:
-        """Whether nothing about the labels has to be found in the data."""
+        """Whether nothing about the labels must be inferred from the data."""
         if self.kind is None:
             return False
         return self.range is not None if KINDS[self.kind].form == "score" else bool(self.classes)
 
     def fill(self, table: Table) -> TaskFields:
-        """Return the fields with the kind, and its classes or range, as the data has them.
+        """Return the fields with missing kind, classes or range inferred from the data.
 
         Raises:
-          UserError: for a table that cannot be read, or labels that fit no kind.
+          UserError: if the table cannot be read, or its labels do not fit the kind or any kind.
         """
         if not isinstance(self.label, str):
             return dataclasses.replace(
@@ -193,10 +192,10 @@ class TaskFields:
         )
 
     def _kind_of(self, written: WrittenLabels) -> KindName | None:
-        """Return the kind that the other fields imply; None if only the labels can tell.
+        """Return the kind implied by the other fields; None if it depends on the labels alone.
 
         Raises:
-          UserError: for sets of the given classes whose delimiter must be named.
+          UserError: if cells join several of the given classes by an unusual delimiter.
         """
         if written.lists or self.label_delimiter:
             return "multilabel"
@@ -214,7 +213,7 @@ class TaskFields:
         return "multilabel"
 
     def task(self, name: str) -> Task:
-        """Return the task; the fields must be complete.
+        """Build the task; the fields must be complete.
 
         Raises:
           ValueError: see `Task`.
@@ -237,10 +236,10 @@ class TaskFields:
         return LOSSES[KINDS[self.kind].losses[0]].outputs(len(self.names) or 2)
 
     def _weights(self) -> Literal["balanced"] | tuple[float, ...]:
-        """Return the classes' weights in their order; a class that is not named has 1.
+        """Return the class weights in the order of the classes, 1 for classes not named.
 
         Raises:
-          ValueError: for a name that is no class's.
+          ValueError: if a name is not that of a class.
         """
         if self.class_weights is None or self.class_weights == "balanced":
             return self.class_weights or ()
@@ -255,13 +254,13 @@ _FIELDS = frozenset(field.name for field in dataclasses.fields(TaskFields))
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """A task, where its examples are, and how it wants to be trained.
+    """A task with its data files and training settings.
 
     Attributes:
-      task: what it is.
-      table: its files; None where a source knows them (the paper's tasks).
-      weight: factor of its loss.
-      own: settings of its group, see `OWN`.
+      task: the task.
+      table: files of the task; None for the paper's tasks, whose source knows them.
+      weight: factor of the task's loss.
+      own: settings of the task's group, see `OWN`.
     """
 
     task: Task
@@ -283,7 +282,7 @@ def paper_specs(sts_loss: str, sts_weight: float) -> tuple[TaskSpec, ...]:
 
 
 def made_up(description: TaskSpec) -> TaskSpec:
-    """Rename one of the paper's tasks, whose examples are the built-in made-up ones.
+    """Return a paper task with the title of its built-in made-up data.
 
     >>> [made_up(d).task.title for d in paper_specs("mse", 1.0)][0]
     'made-up sentiment'
@@ -295,17 +294,18 @@ def made_up(description: TaskSpec) -> TaskSpec:
 def read_tasks(
     given: Sequence[str], text: str | None = None, label: str | None = None
 ) -> tuple[TaskSpec, ...]:
-    """Read tasks from TOML files and tables of data, and from values such as `topic.epochs=3`.
+    """Read tasks from TOML files and data tables, and from values such as `topic.epochs=3`.
 
-    Values come last. The task of a table such as `tickets.csv` is named as the file.
+    Values override the keys of files, wherever they are in `given`. The task of a data table is
+    named after the file, see `name_of`.
 
     Args:
       given: the files and values.
-      text, label: columns of the tables of data; two columns of text are separated by a comma, as
-        are several columns of 0 and 1 for a set of classes.
+      text, label: columns of the data tables. A comma separates two text columns, and several
+        label columns of 0 and 1.
 
     Raises:
-      UserError: naming the file, the task, the key and the remedy.
+      UserError: if a file or value is invalid; the message states the task, the key and a fix.
     """
     described: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -319,14 +319,14 @@ def read_tasks(
             if match and name in described:
                 described[name] |= fields
             elif name in described:
-                raise ConfigError("tasks", f"[{name}] is in {origin[name]}, too", item)
+                raise ConfigError("tasks", f"[{name}] is defined in {origin[name]} as well", item)
             else:
                 described[name], origin[name] = fields, "`tasks`" if match else item
     return tuple(_describe(origin[name], name, fields) for name, fields in described.items())
 
 
 def is_table(item: str) -> bool:
-    """Return whether a name is that of a table of data.
+    """Return whether an item names a data table.
 
     >>> is_table("tickets.csv"), is_table("topics.toml"), is_table("topic.dev=x.csv")
     (True, False, False)
@@ -335,7 +335,7 @@ def is_table(item: str) -> bool:
 
 
 def is_value(item: str) -> bool:
-    """Return whether something is a value of a task's field, also of a misspelt one, and no file.
+    """Return whether an item sets a field of a task (possibly misspelt) and is not a file.
 
     >>> is_value("topic.epochs=3"), is_value("runs/topic.epochs=3"), is_value("topics.toml")
     (True, False, False)
@@ -347,7 +347,7 @@ def is_value(item: str) -> bool:
 
 
 def name_of(path: Path) -> str:
-    """Return the name of the task of a table of data.
+    """Derive the name of a task from the path of its data table.
 
     >>> name_of(Path("data/my tickets (new).csv")), name_of(Path("Anfragen für März.csv.gz"))
     ('my-tickets-new', 'Anfragen-für-März')
@@ -357,12 +357,12 @@ def name_of(path: Path) -> str:
     name = "-".join(parts).lstrip("-._")[:MOST_LETTERS].rstrip("-._")
     try:
         return check_name(name, str(path))
-    except UserError:  # nothing is left, or it begins with a mark, or has too many bytes
+    except UserError:  # it is empty, does not begin with a letter or digit, or has too many bytes
         return "task"
 
 
 def _fits_name(character: str) -> bool:
-    """Return whether a name may have a character: a letter, mark or digit of any script, `_.-`."""
+    """Return whether a task name may contain a character: letters, marks and digits, or `_.-`."""
     return character in "_.-" or unicodedata.category(character)[0] in "LMN"
 
 
@@ -389,15 +389,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError("tasks", f"cannot be read ({error.strerror})", path) from None
-    except (ValueError, RecursionError) as error:  # also UTF-8, long numbers, deep nesting
+    except (ValueError, RecursionError) as error:  # also not UTF-8, long numbers, deep nesting
         raise ConfigError("tasks", f"not a TOML file ({error})", path) from None
     if not content:
         raise ConfigError("tasks", "describes no task; add a table such as [topic]", path)
     for name, fields in content.items():
         if not isinstance(fields, dict):
-            raise UserError(
-                f"{path}: {name!r} stands outside of a task's table; begin with [{name}]"
-            )
+            raise UserError(f"{path}: {name!r} is outside a task's table; begin with [{name}]")
         for split in fields.keys() & _FILES:
             file = fields[split]
             if isinstance(file, str) and file.strip() and not file.startswith(hub.PREFIX):
@@ -406,17 +404,17 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _value(match: re.Match[str]) -> dict[str, Any]:
-    """`topic.range=0,5` → `{"topic": {"range": [0, 5]}}`."""
+    """Parse a value: `topic.range=0,5` → `{"topic": {"range": [0, 5]}}`."""
     name, key, text = match.groups()
     parts = [part.strip() for part in text.split(",")] if key in _LISTS else [text]
     if len(parts) == 1:
         return {name: {key: _plain(key, text)}}
-    # The names of classes stay as they are, a single number says how many there are.
+    # Class names stay strings; a single number is the number of classes.
     return {name: {key: parts if key == "classes" else [_plain(key, part) for part in parts]}}
 
 
 def _plain(key: str, text: str) -> Any:
-    """Columns and files keep their text; of the rest what looks like a number is one."""
+    """Convert the text of a numeric field to a number if possible; leave other text unchanged."""
     if key in _NUMBERS:
         with contextlib.suppress(ValueError):
             return int(text)
@@ -426,10 +424,10 @@ def _plain(key: str, text: str) -> Any:
 
 
 def check_name(name: str, where: str) -> str:
-    """Refuse a name that cannot stand in file names and flags.
+    """Return the name if it is valid in file names and flags.
 
     Raises:
-      UserError: saying what a name may be.
+      UserError: if it is not; the message states the rule.
 
     >>> check_name("topic-2", "x"), check_name("тема", "x")
     ('topic-2', 'тема')

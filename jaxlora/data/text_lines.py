@@ -1,4 +1,4 @@
-"""Lines of text files, compressed by gzip or not."""
+"""Reading of text files by line, optionally compressed with gzip."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ GZIP = ".gz"
 
 
 def is_packed(path: Path) -> bool:
-    """Return whether a file is compressed by gzip, by its name."""
+    """Return whether a file is compressed with gzip, judging by its name."""
     return path.suffix.lower() == GZIP
 
 
 def stream(
     file: Path, path: Path, refused: tuple[foreign.Kind, ...] = foreign.KINDS
 ) -> Iterator[str]:
-    """Yield the physical lines of a file, without the byte order mark that Excel writes.
+    """Yield the physical lines of a file, without a leading byte order mark.
 
     Args:
       file: the file to read.
-      path: its path in messages; says whether it is compressed.
-      refused: kinds of files that are refused by their first bytes.
+      path: path for messages; its suffix determines whether the file is compressed.
+      refused: kinds of files to reject by their first bytes.
 
     Raises:
-      UserError: if it cannot be read, is another kind of file, is not UTF-8, or contains NUL.
+      UserError: if the file cannot be read, is of a refused kind, is not UTF-8, or contains NUL.
     """
     try:
         with _open(file, path) as raw:
@@ -52,7 +52,7 @@ def _open(file: Path, path: Path) -> IO[bytes]:
 
 
 def _decode(line: bytes, number: int, path: Path) -> Iterable[str]:
-    """Decode a line that ends in LF; it is several where CR alone ends lines."""
+    """Decode a line that ends in LF, and split it at any CR that ends a line."""
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError:

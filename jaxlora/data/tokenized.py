@@ -1,4 +1,4 @@
-"""Tokenized examples of a split, and their cache on disk."""
+"""Tokenized examples of a split, and their on-disk cache."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ MOST_LISTED = 10
 
 
 class Blank(NamedTuple):
-    """A row that was left out because a sentence is blank, or has no token.
+    """A row that was skipped because a sentence is blank or has no tokens.
 
     Attributes:
-      at: its number among the rows of its split, from 0.
-      line: its line in the file, from 1; 0 if it is from no file.
-      id: its id.
+      at: index among the rows of its split.
+      line: line or row in the file, from 1; 0 if it does not come from a file.
+      id: id in the source.
     """
 
     at: int
@@ -43,7 +43,7 @@ class Blank(NamedTuple):
 
 
 def list_blank(rows: Sequence[Blank]) -> str:
-    """Describe rows with a blank text: their number, and the first ten.
+    """Describe rows with a blank text: their number, and the location of the first ten.
 
     >>> list_blank([Blank(0, 2, "a"), Blank(5, 7, "f")])
     '2 rows with a blank text (lines 2, 7)'
@@ -57,17 +57,17 @@ def list_blank(rows: Sequence[Blank]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Tokenized examples; sentence `k` of example `i` is number `i * sentences + k`.
+    """Tokenized examples; sentence `k` of example `i` has index `i * sentences + k`.
 
     Attributes:
-      ids: `object[E]`, the ids in the source, strings of any length.
+      ids: `object[E]`, ids in the source, as strings.
       tokens: `i32[total]`, all sentences concatenated, each `[CLS] … [SEP]`; a joint pair is one.
       offsets: `i64[E * sentences + 1]`, the start of each sentence; the last is `total`.
-      labels: `f32[E]`, or `f32[E, K]` of sets of K classes; NaN for unlabelled examples.
-      sentences: sentences per example, 1 or 2; 1 for joint pairs.
-      truncated: number of sentences that were truncated.
-      unlabelled: number of examples left out because they have no label.
-      blank: rows left out because a sentence is blank.
+      labels: `f32[E]`, or `f32[E, K]` for multilabel tasks; NaN for unlabelled examples.
+      sentences: sentences per example: 2 for separately encoded pairs, else 1.
+      truncated: number of truncated sentences.
+      unlabelled: number of rows skipped because they have no label.
+      blank: rows skipped because a sentence is blank.
       notes: notes for the user on how the file was read.
       types: `u8[total]`, token types; None: all are 0.
     """
@@ -96,7 +96,7 @@ class Examples:
         return self.tokens[self._span(number)]
 
     def types_of(self, numbers: Sequence[int] | np.ndarray) -> list[Any]:
-        """Return the token types of some sentences: `u8[length]`, or 0 for all of a sentence's."""
+        """Return the token types of sentences, `u8[length]` each, or 0 each if `types` is None."""
         types = self.types
         return [0 if types is None else types[self._span(n)] for n in numbers]
 
@@ -104,7 +104,7 @@ class Examples:
         return slice(self.offsets[number], self.offsets[number + 1])
 
     def take(self, numbers: np.ndarray) -> Examples:
-        """Select examples by number, `i64[n]`; for single-sentence tasks only."""
+        """Select examples by index, `i64[n]`; only for one sentence per example."""
         if self.sentences != 1:
             raise ValueError("take() needs examples of one sentence")
         tokens, types = [self.sentence(n) for n in numbers], self.types_of(numbers)
@@ -115,7 +115,7 @@ class Examples:
         )  # fmt: skip
 
     def join(self, other: Examples) -> Examples:
-        """Concatenate these examples and `other`, which must have as many sentences each."""
+        """Append the examples of `other`, which must have the same number of sentences each."""
         if self.sentences != other.sentences:
             raise ValueError(f"sentences: {self.sentences} and {other.sentences}")
         return Examples(
@@ -133,7 +133,7 @@ class Examples:
 
     @property
     def targets(self) -> np.ndarray:
-        """What a head learns of each example: `f32[E, 1]`, or `f32[E, K]` of sets."""
+        """Labels as columns: `f32[E, 1]`, or `f32[E, K]` for multilabel tasks."""
         return self.labels if self.labels.ndim == 2 else self.labels[:, None]
 
     @property
@@ -154,10 +154,10 @@ def _joined_types(parts: Sequence[Examples]) -> np.ndarray | None:
 SPLITS = ("train", "dev", "test")
 # Increase this when `tokenize` or the layout of the cache file changes.
 FORMAT = "4"
-# Encodings take much memory, so they are converted to arrays in chunks of this size.
+# Tokenizer encodings take much memory, so they are converted to arrays in chunks of this size.
 _CHUNK = 10_000
-# Errors that reading a damaged or incomplete .npz file may raise; zipfile has separate ones for
-# unknown formats and for what looks encrypted.
+# Errors that reading a damaged or incomplete .npz file may raise; zipfile raises separate ones for
+# unknown formats and for members that look encrypted.
 _DAMAGED = (
     OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError,
     RuntimeError, TypeError,
@@ -173,10 +173,10 @@ def load_examples(
     max_length: int,
     cache: Path,
 ) -> dict[str, Examples]:
-    """Load the splits of a task, tokenized; later calls read them from the cache without TFDS.
+    """Load and tokenize the splits of a task; later calls read them from the cache without TFDS.
 
     Args:
-      task: the task whose examples are loaded.
+      task: the task.
       source, location: see `sources.load_rows`.
       tokenizer: a fast tokenizer whose post-processor adds `[CLS]` and `[SEP]`; not changed.
       tokenizer_key: identifies the content of the tokenizer, e.g. a checksum.
@@ -184,10 +184,10 @@ def load_examples(
       cache: folder for datasets and token files; it may be deleted at any time.
 
     Raises:
-      UserError: if the source is invalid.
+      UserError: if the source is invalid, or no example is left in train or dev.
     """
     content = sources.fingerprint(task, source, location)
-    around = pair_template(tokenizer) if task.joint else []  # not in the tokenizer's key
+    around = pair_template(tokenizer) if task.joint else []  # `tokenizer_key` does not cover it
     key = json.dumps([FORMAT, content, tokenizer_key, max_length, around])
     name = f"{task.name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     path = cache / "tokens" / name
@@ -217,12 +217,12 @@ def _left_out(examples: Examples) -> str:
 
 
 def truncating(tokenizer: Tokenizer, max_length: int) -> Tokenizer:
-    """Copy a tokenizer, with truncation to a length and without padding; takes about 25 ms.
+    """Copy a tokenizer, with truncation and without padding; takes about 25 ms.
 
     Args:
-      tokenizer: a fast tokenizer; its own truncation and padding are not changed.
-      max_length: longer sentences lose their last words and keep `[CLS]` and `[SEP]`; of a joint
-        pair the longer sentence loses its last words first.
+      tokenizer: a fast tokenizer; not changed.
+      max_length: maximum number of tokens. Truncation removes the last words of a sentence, in a
+        joint pair those of the longer sentence first, and keeps `[CLS]` and `[SEP]`.
     """
     copy = type(tokenizer).from_str(tokenizer.to_str())
     copy.no_padding()
@@ -234,10 +234,10 @@ class Tokenized(NamedTuple):
     """Sentences, or joint pairs, as token ids.
 
     Attributes:
-      tokens: `i32[total]`, all of them concatenated.
-      offsets: `i64[n + 1]`, where each starts; the last is `total`.
-      truncated: how many were truncated.
-      empty: numbers of those of which a text has no token of its own.
+      tokens: `i32[total]`, token ids of all sentences, concatenated.
+      offsets: `i64[n + 1]`, the start of each sentence; the last is `total`.
+      truncated: number of truncated sentences.
+      empty: indices of sentences without tokens, and of pairs with such a sentence.
       types: `u8[total]`, token types; None: all are 0.
     """
 
@@ -249,7 +249,7 @@ class Tokenized(NamedTuple):
 
 
 def unlabelled(made: Tokenized) -> Examples:
-    """Return sentences, or joint pairs, as examples of one sentence without ids and labels."""
+    """Return sentences, or joint pairs, as examples of one sentence without ids or labels."""
     nothing = np.full(len(made.offsets) - 1, np.nan, np.float32)
     return Examples(
         nothing.astype(str), made.tokens, made.offsets, nothing, 1, made.truncated,
@@ -261,12 +261,12 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, ...]]) -> To
     """Tokenize sentences into one array of token ids.
 
     Args:
-      tokenizer: from `truncating`.
-      texts: the sentences; two in a tuple become one sequence, as the tokenizer joins pairs.
+      tokenizer: a tokenizer from `truncating`.
+      texts: the sentences; a tuple of two is a joint pair and becomes one sequence.
 
     Raises:
-      UserError: if a sentence contains a lone surrogate, which is not a character; if the tokenizer
-        cannot join pairs, or its maximum length leaves no room for two sentences.
+      UserError: if a sentence contains a lone surrogate, the tokenizer cannot join pairs, or its
+        maximum length leaves no room for two sentences.
     """
     paired = any(isinstance(text, tuple) for text in texts)
     if paired:
@@ -300,7 +300,7 @@ def _check_encodable(texts: Iterable[str | tuple[str, ...]]) -> None:
 
 
 def _check_template(tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer that puts nothing between the sentences of a pair, or has no room."""
+    """Check that the tokenizer puts special tokens between a pair and has room for both."""
     special = tokenizer.num_special_tokens_to_add(is_pair=True)
     if special < 3:
         raise UserError(
@@ -308,7 +308,7 @@ def _check_template(tokenizer: Tokenizer) -> None:
             "they cannot be read together; read them separately"
         )
     most = (tokenizer.truncation or {"max_length": special + 2})["max_length"]
-    if most < special + 2:  # tokenizers would cut nothing, or leave only one sentence
+    if most < special + 2:  # tokenizers would not truncate, or keep only one sentence
         raise UserError(
             f"max_length {most}: joint pairs need at least {special + 2}, since the tokenizer adds "
             f"{special} special tokens"
@@ -316,7 +316,7 @@ def _check_template(tokenizer: Tokenizer) -> None:
 
 
 def _has_empty(text: str | tuple[str, ...], encoding: Encoding) -> bool:
-    """Return whether the tokenizer dropped every character of a text, or of one of a pair."""
+    """Return whether the tokenizer dropped every character of a text, or of one text of a pair."""
     if isinstance(text, str):
         return len(encoding.ids) <= 2  # [CLS] and [SEP] alone
     return not {0, 1} <= set(encoding.sequence_ids)
@@ -330,7 +330,7 @@ def _examples(
     *,
     labelled: bool,
 ) -> Examples:
-    """Tokenize the rows of a split without those that are blank or, if `labelled`, unlabelled."""
+    """Tokenize the rows of a split, without blank and, if `labelled`, unlabelled ones."""
     blank = {n for n, row in enumerate(rows) if any(map(is_blank, sentences(row, task).values()))}
     cut = truncating(tokenizer, max_length)
     while True:
@@ -350,7 +350,7 @@ def _examples(
 
 
 def _strings(values: Iterable[str]) -> np.ndarray:
-    """Build an object array of strings; NumPy's own string arrays pad all to the longest.
+    """Build an object array of strings; NumPy's string arrays would pad all to the longest.
 
     >>> _strings(["a", "bcd"]).tolist()
     ['a', 'bcd']
@@ -359,7 +359,7 @@ def _strings(values: Iterable[str]) -> np.ndarray:
 
 
 def _save(path: Path, splits: dict[str, Examples]) -> None:
-    """Write the cache file atomically. If that fails, e.g. on a full disk, only print a note."""
+    """Write the cache file atomically; if that fails, e.g. on a full disk, only print a note."""
     arrays = {
         f"{split}.{field.name}": _to_array(getattr(examples, field.name))
         for split, examples in splits.items()
@@ -382,7 +382,7 @@ def _restore(path: Path) -> dict[str, Examples] | None:
 
 
 def _to_array(value: Any) -> Any:
-    """Encode tuples and arrays of strings as JSON bytes, which need no pickle; None as nothing."""
+    """Encode tuples and string arrays as JSON bytes, which need no pickle, and None as no bytes."""
     if value is None:
         return np.zeros(0, np.uint8)
     if isinstance(value, np.ndarray) and value.dtype == object:

@@ -1,1 +1,1 @@
-"""Tasks as data: kinds, losses, metrics, and which tasks share parameters."""
+"""Task definitions: kinds, losses, metrics, and which tasks share parameters."""

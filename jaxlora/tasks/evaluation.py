@@ -1,6 +1,6 @@
-"""What the predictions of labelled examples say of a task: tables, calibration and intervals.
+"""Evaluation of predictions on labelled examples: scores, tables, calibration, intervals.
 
-Definitions are scikit-learn's; all is computed in float64 on the host.
+Definitions follow scikit-learn. Everything is computed in float64 on the host.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from jaxlora.tasks.metrics import Metric
 from jaxlora.tasks.task import Task
 
 RESAMPLES = 1000
-AT_ONCE = 1_000_000  # numbers of rows of resamples at a time: 8 MB
+AT_ONCE = 1_000_000  # row indices drawn at a time: 8 MB
 BINS = 10
 Statistic = Callable[[np.ndarray], np.ndarray]
-"""The numbers of the rows in each resample, `i64[R, E]` → a value of each, `f64[R]`."""
+"""Maps the row indices of R resamples, `i64[R, E]`, to one value per resample, `f64[R]`."""
 
 
 class Interval(NamedTuple):
@@ -32,14 +32,14 @@ class Interval(NamedTuple):
 
 
 class ClassRow(NamedTuple):
-    """How well one class is found.
+    """Precision, recall and F1 of one class.
 
     Attributes:
-      name: of the class.
-      precision: share of its predictions that are right; 0 if there is none.
-      recall: share of its examples that are found; 0 if there is none.
-      f1: their harmonic mean.
-      support: number of its examples.
+      name: name of the class.
+      precision: fraction of its predictions that are right; 0 if it is never predicted.
+      recall: fraction of its examples that are predicted; 0 if it has no example.
+      f1: harmonic mean of precision and recall.
+      support: number of examples of the class.
     """
 
     name: str
@@ -50,7 +50,7 @@ class ClassRow(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """Predictions of similar confidence: the number of rows, their mean confidence and accuracy."""
+    """Calibration bin: number of predictions, their mean confidence and their accuracy."""
 
     rows: int
     confidence: float
@@ -59,13 +59,13 @@ class Bin(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
-    """Predictions beside their labels.
+    """Predictions of E examples with their labels.
 
     Attributes:
       task: the task.
-      predictions, labels: `f64[E]`, numbers of classes or scores; of sets of classes
-        `f64[E, classes]`, 0 or 1 for each.
-      probabilities: `f64[E, classes]`; None for scores.
+      predictions, labels: `f64[E]`, class indices or scores; for multilabel tasks
+        `f64[E, classes]` of 0 and 1.
+      probabilities: `f64[E, classes]`; None for tasks with scores.
     """
 
     task: Task
@@ -75,7 +75,7 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """The metrics that fit the task, by title."""
+        """Metrics that fit the task, by title."""
         named = {name: metric.title for name, metric in self.task.metrics.items()}
         named |= {"f1": f"F1 of {self.task.classes[1]}"} if "f1" in named else {}
         return {named[name]: metric for name, metric in self.task.metrics.items()}
@@ -90,9 +90,8 @@ class Evaluation:
     def _on(self, metric: Metric) -> Statistic:
         """Return a metric as a function of resamples of the examples.
 
-        Of sets of classes it is computed from sums over the rows of a resample, which are a matrix
-        product: how often each row is in it, times what each row adds. They are whole numbers, so
-        the product is exact.
+        Multilabel metrics are computed from sums over the rows of each resample. These are a matrix
+        product of row counts and per-row contributions, which is exact since both are integers.
         """
         x, y, totals = self.predictions, self.labels, metric.totals
         if x.ndim == 2 and totals is not None and np.isfinite(x).all() and np.isfinite(y).all():
@@ -101,7 +100,7 @@ class Evaluation:
         return lambda numbers: np.array([metric.compute(x[one], y[one]) for one in numbers])
 
     def differences(self, other: Evaluation, resamples: int = RESAMPLES) -> dict[str, Interval]:
-        """Compute how much higher each metric is than another model's on the same examples.
+        """Compute the difference of each metric to another model's on the same examples.
 
         Both are scored on the same resamples, so the interval is that of the paired difference.
 
@@ -122,9 +121,9 @@ class Evaluation:
 
     @property
     def confusion(self) -> np.ndarray:
-        """Numbers of examples `i64[classes, classes]`: rows are labels, columns predictions.
+        """Confusion matrix `i64[classes, classes]`: rows are labels, columns predictions.
 
-        Of sets and scores it is empty, `i64[0, 0]`.
+        It is empty, `i64[0, 0]`, for multilabel tasks and for scores.
         """
         if self.task.form != "class":
             return np.zeros((0, 0), np.int64)
@@ -133,14 +132,14 @@ class Evaluation:
         return np.bincount(cells, minlength=size * size).reshape(size, size)
 
     def _members(self, values: np.ndarray) -> np.ndarray:
-        """Return classes, or sets of them, as `bool[E, classes]`."""
+        """Convert class indices or label sets to `bool[E, classes]`."""
         if values.ndim == 2:
             return values > 0
         return np.equal.outer(values, np.arange(len(self.task.classes)))
 
     @property
     def classes(self) -> list[ClassRow]:
-        """Precision, recall and F1 of each class; of scores none."""
+        """Precision, recall and F1 of each class; empty for scores."""
         predicted, true = self._members(self.predictions), self._members(self.labels)
         right, support, found = (x.sum(0) for x in (predicted & true, true, predicted))
         precision, recall = thresholds.share(right, found), thresholds.share(right, support)
@@ -150,10 +149,10 @@ class Evaluation:
 
     @property
     def confidence(self) -> np.ndarray:
-        """The probability of each prediction, `f64[E]`; of sets `f64[E, classes]`.
+        """Probability of each prediction, `f64[E]`; for multilabel tasks `f64[E, classes]`.
 
         Raises:
-          ValueError: for a task with scores.
+          ValueError: if the task has scores.
         """
         if self.probabilities is None:
             raise ValueError("scores have no probabilities")
@@ -162,7 +161,9 @@ class Evaluation:
         return self.probabilities[np.arange(len(self.labels)), self.predictions.astype(int)]
 
     def calibration(self, bins: int = BINS) -> tuple[float, list[Bin]]:
-        """Compare confidence with accuracy in bins of equal width; of a set, that of each class.
+        """Compare confidence with accuracy in bins of equal width.
+
+        For multilabel tasks, the decision about each class counts as a prediction.
 
         Returns:
           The expected calibration error, `Σ n_b / E · |accuracy_b - confidence_b|` (Guo et al.
@@ -181,16 +182,16 @@ class Evaluation:
     def best_threshold(self) -> tuple[float, float]:
         """Return the threshold on the positive class's probability with the best F1, and that F1.
 
-        The threshold is chosen on these examples, so that F1 is higher than on others.
+        This F1 is optimistic, since the threshold is chosen on the same examples.
         """
         assert self.probabilities is not None
         return thresholds.choose(self.probabilities[:, 1], self.labels)
 
     @functools.cached_property
     def badness(self) -> np.ndarray:
-        """How bad each mistake is, `f64[E]`: its confidence, or its distance; 0 if there is none.
+        """Confidence of each wrong prediction, or absolute error of each score, `f64[E]`; else 0.
 
-        The mistake of a set is that of its most confident class.
+        For multilabel tasks it is that of the most confident wrong decision.
         """
         if self.probabilities is None:
             return np.abs(self.predictions - self.labels)
@@ -198,7 +199,7 @@ class Evaluation:
         return wrong if wrong.ndim == 1 else wrong.max(-1)
 
     def worst(self, most: int = 20) -> np.ndarray:
-        """Return the numbers of the worst mistakes: the most confident, or the farthest."""
+        """Return the indices of the worst mistakes, worst first; see `badness`."""
         order = np.argsort(-self.badness, kind="stable")[:most]
         return order[self.badness[order] > 0]
 
@@ -210,9 +211,9 @@ def bootstrap(
 
     Args:
       statistic: see `Statistic`.
-      rows: how many there are.
-      resamples: number of resamples; at most `AT_ONCE` numbers of rows are drawn at a time.
-      seed: of the resamples.
+      rows: number of rows.
+      resamples: number of resamples; about `AT_ONCE` row indices are drawn at a time.
+      seed: seed of the resamples.
 
     >>> bootstrap(lambda numbers: np.ones(len(numbers)), rows=5)
     Interval(value=1.0, low=1.0, high=1.0)
@@ -225,7 +226,7 @@ def bootstrap(
 
 
 def count_rows(numbers: np.ndarray) -> np.ndarray:
-    """Return how often each row is in each resample, `i64[R, E]` → `f64[R, E]`.
+    """Count how often each resample contains each row, `i64[R, E]` → `f64[R, E]`.
 
     >>> count_rows(np.array([[0, 2, 2], [1, 1, 1]])).tolist()
     [[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]

@@ -1,7 +1,7 @@
-"""Kinds of tasks as tables: what a label is, which losses and metrics fit, how outputs are decoded.
+"""Kinds of tasks: the form of labels, which losses and metrics fit, how outputs are decoded.
 
-A new kind is an entry of `KINDS`, and of `LOSSES` if it is trained or decoded in a way of its own.
-All the rest of the library asks these tables, and for reading and showing labels their `LabelForm`.
+A new kind needs an entry in `KINDS`, and one in `LOSSES` if it has its own loss or decoding. The
+rest of the library looks everything up in these tables, by kind or by `LabelForm`.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import jax.numpy as jnp
 from jaxlora.tasks import losses
 
 KindName = Literal["classification", "binary", "multilabel", "ordinal", "regression", "similarity"]
-# A label is the number of a class, a set of classes (0 or 1 for each), or a score.
+# A label is a class index, a set of classes (0 or 1 for each class), or a score.
 LabelForm = Literal["class", "classes", "score"]
-# Heads give scores from 0 to 5, as in STS-B, so that no head has to learn a large scale.
+# Heads output scores from 0 to 5, as in STS-B, so that no head has to learn a large scale.
 SPAN = 5.0
 
 Decode = Callable[[jax.Array], jax.Array]
 
 
 class Kind(NamedTuple):
-    """What tasks of a kind have in common.
+    """Properties shared by all tasks of a kind.
 
     Attributes:
-      form: what a label is.
-      losses: names of the losses that fit; the first that fits the pair is the default.
-      metrics: names of the metrics that fit; the first is the default.
-      tuned: whether thresholds are chosen on the dev set unless the task says otherwise.
-      positive: whether there are two classes, of which the second is the positive one.
+      form: the form of a label.
+      losses: names of the allowed losses; the default is the first that fits `pair_encoding`.
+      metrics: names of the allowed metrics; the first is the default.
+      tuned: whether thresholds are chosen on the dev set by default.
+      positive: whether there are exactly two classes, the second being the positive one.
       ordered: whether the classes have an order.
-      paired: whether examples are pairs.
+      paired: whether examples must be pairs.
     """
 
     form: LabelForm
@@ -65,17 +65,17 @@ KINDS: dict[str, Kind] = {
 
 
 class Loss(NamedTuple):
-    """A loss, and what the outputs mean that it is computed from.
+    """A loss and the decoding of the outputs that it trains.
 
     Attributes:
       per_example: `(outputs, labels) → f32[B]`.
       outputs: number of classes → number of outputs of the head; 0 means no head.
-      decode: outputs → predictions: numbers of classes, 0 or 1 for each class, or scores from 0 to
+      decode: outputs → predictions: class indices, 0 or 1 for each class, or scores from 0 to
         `SPAN`. A NaN output gives a NaN prediction.
       probabilities: outputs → `f32[B, classes]`; None for scores.
-      problem: the `problem_type` of transformers.
-      torch: decoding in torch of `x: f32[B, outputs]`; 0 stands for the logit of a threshold.
-      numpy: decoding in NumPy of the probabilities; 0.5 stands for a threshold.
+      problem: the `problem_type` in transformers.
+      torch: torch expression that decodes `x: f32[B, outputs]`; 0 stands for a threshold's logit.
+      numpy: NumPy expression that decodes `probabilities`; 0.5 is a placeholder for the threshold.
     """
 
     per_example: Callable[[jax.Array, jax.Array], jax.Array]
@@ -88,26 +88,26 @@ class Loss(NamedTuple):
 
     @property
     def thresholded(self) -> bool:
-        """Whether each output is a logit that is compared with a threshold."""
+        """Whether each output is a logit compared with a threshold."""
         return self.problem == "multi_label_classification"
 
 
 def most_probable(logits: jax.Array) -> jax.Array:
-    """Return the number of the most probable class, `f32[B, K]` → `f32[B]`."""
+    """Return the index of the most probable class, `f32[B, K]` → `f32[B]`."""
     return _unless_nan(logits, jnp.argmax(logits, -1))
 
 
 def expected_class(logits: jax.Array) -> jax.Array:
-    """Return the class nearest to the expected class number, `f32[B, K]` → `f32[B]`.
+    """Return the class nearest to the expected class index, `f32[B, K]` → `f32[B]`.
 
-    `round(Σ_k k · softmax(logits)_k)`; halves round to the even number.
+    `round(Σ_k k · softmax(logits)_k)`; halves round to even.
 
     >>> expected_class(jnp.array([[0.0, -9.0, 0.0]])).tolist()  # 0 or 2, so 1 is nearest
     [1.0]
     """
     numbers = jnp.arange(logits.shape[-1], dtype=logits.dtype)
     probabilities = jax.nn.softmax(logits)
-    # No matmul, since accelerators round its inputs.
+    # Not a matmul, because accelerators reduce the precision of its inputs.
     expected = jnp.sum(probabilities * numbers.reshape((1,) * (logits.ndim - 1) + (-1,)), -1)
     return _unless_nan(logits, jnp.round(expected))
 
@@ -117,7 +117,7 @@ def _unless_nan(logits: jax.Array, classes: jax.Array) -> jax.Array:
 
 
 def positive(logits: jax.Array) -> jax.Array:
-    """Return 1 where a logit is above 0, else 0."""
+    """Return 1 where a logit is above 0, else 0; NaN stays NaN."""
     return jnp.where(jnp.isnan(logits), jnp.nan, (logits > 0).astype(jnp.float32))
 
 

@@ -11,11 +11,11 @@ import optax
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Compute the softmax cross-entropy with integer classes.
+    """Compute the softmax cross-entropy with class indices.
 
     Args:
       logits: `f32[B, K]`.
-      labels: `f32[B]`, classes `0 … K-1` (labels of all tasks are floats; they are cast here).
+      labels: `f32[B]`, classes `0 … K-1` (the labels of all tasks are floats; they are cast here).
 
     Returns:
       `f32[B]`: `-log softmax(logits)[label]`, in nats.
@@ -40,11 +40,11 @@ def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def multilabel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Compute the mean over the labels of their sigmoid cross-entropies.
+    """Compute the sigmoid cross-entropy averaged over K classes.
 
     Args:
       logits: `f32[B, K]`.
-      labels: `f32[B, K]`, 1 for each label that an example has, else 0.
+      labels: `f32[B, K]`, 1 for each class of an example, else 0.
 
     Returns:
       `f32[B]`, in nats.
@@ -65,7 +65,7 @@ def squared_error(scores: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def cosine_error(cosines: jax.Array, labels: jax.Array) -> jax.Array:
-    """Compute the squared error `(cos - y/5)²` of a cosine, for similarities y from 0 to 5.
+    """Compute the squared error `(cos - y/5)²` of cosines, for similarities y from 0 to 5.
 
     Fuest & Tacke, "Low Rank Adaptation for Multitask BERT", section 4 (the cosine loss of STS).
 
@@ -76,7 +76,7 @@ def cosine_error(cosines: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def masked_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Compute the weighted mean over the last axis: `Σ w·v / Σ w`, 0 where all weights are 0.
+    """Compute the weighted mean over the last axis: `Σ w·v / Σ w`, or 0 if all weights are 0.
 
     Args:
       values: `f32[..., B]`.

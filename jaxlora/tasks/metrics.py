@@ -1,10 +1,10 @@
 """Metrics: accuracy, F1, errors and correlations, in float64 on the host.
 
-For degenerate input the results are those of scikit-learn and scipy, with two exceptions: the
-correlation with a constant is 0 (scipy: NaN), and every metric is NaN if there is no example or any
-prediction or label is NaN, so that such a score is never the best. Predictions and labels are
-vectors of equal length; of accuracy and the averages of F1 they may be sets of classes, too,
-`[E, K]` of 0 and 1. Other shapes raise ValueError.
+For degenerate input the results match scikit-learn and SciPy, with two exceptions. The correlation
+with a constant is 0 (SciPy: NaN). Every metric is NaN if there is no example, or if any prediction
+or label is NaN, so that such a score is never the best. Predictions and labels are vectors of equal
+length. Accuracy, macro F1 and micro F1 also accept label sets, `[E, K]` of 0 and 1. Other shapes
+raise ValueError.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Compute the fraction of predictions that equal their label, 0 … 1.
 
-    A set of classes must be equal as a whole.
+    A label set counts as correct only if all its classes match.
 
     >>> accuracy(np.array([1, 0, 4]), np.array([1, 0, 3]))
     0.6666666666666666
@@ -45,9 +45,9 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the mean F1 score, 0 … 1, of all classes in the predictions or the labels.
+    """Compute the mean F1 score, 0 … 1, over all classes in the predictions or the labels.
 
-    Of sets it is the mean over all K classes; a class that occurs nowhere counts 0.
+    For label sets it is the mean over all K classes; the F1 of a class that never occurs is 0.
 
     >>> macro_f1(np.array([0, 1, 1]), np.array([0, 1, 2]))
     0.5555555555555555
@@ -60,10 +60,10 @@ def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def micro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the F1 score, 0 … 1, of all decisions about all classes together.
+    """Compute the F1 score, 0 … 1, of the pooled decisions about all classes.
 
-    `2 Σ TP / Σ (2 TP + FP + FN)` over the classes, and 0 if no class occurs. Of classes that are
-    not sets it is the accuracy.
+    `2 Σ TP / Σ (2 TP + FP + FN)` over the classes, and 0 if no class occurs. With one class per
+    example it equals the accuracy.
 
     >>> micro_f1(np.array([[1, 0], [1, 1]]), np.array([[1, 0], [0, 1]]))
     0.8
@@ -76,7 +76,7 @@ def micro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _count(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count for each class the true positives, and the predictions and labels together."""
+    """Count the true positives of each class, and its predictions plus labels."""
     if x.ndim == 2:
         found = _count_by_row(x, y).sum(0)
         return found[: x.shape[1]], found[x.shape[1] :]
@@ -90,7 +90,7 @@ def _count(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the mean recall, 0 … 1, of all classes in the labels.
+    """Compute the mean recall, 0 … 1, over all classes in the labels.
 
     >>> balanced_accuracy(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]))
     0.75
@@ -103,7 +103,7 @@ def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def mean_absolute_error(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the mean distance of predictions from their labels, on the labels' scale.
+    """Compute the mean absolute error, on the labels' scale.
 
     >>> mean_absolute_error(np.array([1.0, 4.0]), np.array([2.0, 1.0]))
     2.0
@@ -113,7 +113,7 @@ def mean_absolute_error(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def root_mean_squared_error(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the root of the mean squared error, on the labels' scale.
+    """Compute the root mean squared error, on the labels' scale.
 
     >>> root_mean_squared_error(np.array([3.0, 3.0]), np.array([0.0, 0.0]))
     3.0
@@ -145,14 +145,14 @@ def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
 def _correlation(
     name: Literal["pearsonr", "spearmanr"], predictions: np.ndarray, labels: np.ndarray
 ) -> float:
-    from scipy import stats  # imported here because it takes most of a second
+    from scipy import stats  # imported here because the import takes most of a second
 
     x, y = _arrays(predictions, labels)
     if not _defined(x, y):
         return np.nan
     if (x == x[0]).all() or (y == y[0]).all():
         return 0.0
-    # With an infinite value scipy's r is NaN; ρ depends on ranks only.
+    # With an infinite value SciPy's r is NaN; ρ depends on ranks only.
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         # Nearly constant input makes the value less accurate, not undefined.
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
@@ -174,10 +174,10 @@ def _defined(*arrays: np.ndarray) -> bool:
 
 
 class Totals(NamedTuple):
-    """A metric of sets of classes as a function of sums over the rows, for resamples of them.
+    """A multilabel metric as a function of sums over rows, for fast resampling.
 
     Attributes:
-      by_row: `(predictions, labels: f64[E, K]) → f64[E, N]`, what each row adds to the sums.
+      by_row: `(predictions, labels: f64[E, K]) → f64[E, N]`, the contribution of each row.
       score: `(sums: f64[R, N], E) → f64[R]`, the metric of R resamples of E rows each.
     """
 
@@ -186,22 +186,22 @@ class Totals(NamedTuple):
 
 
 def _count_by_row(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return `f64[E, 2 K]`: true positives, and then predictions and labels together."""
+    """Return `f64[E, 2 K]`: true positives, then predictions plus labels."""
     return np.concatenate([x * y, x + y], axis=1)
 
 
 def _sum_by_row(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return `f64[E, 2]`: the counts of a row over all classes."""
+    """Return `f64[E, 2]`: the counts of `_count_by_row` summed over all classes."""
     return _count_by_row(x, y).reshape(len(x), 2, -1).sum(-1)
 
 
 def _equal_by_row(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return `f64[E, 1]`: whether a set is right as a whole."""
+    """Return `f64[E, 1]`: 1 if a label set matches exactly, else 0."""
     return (x == y).all(-1, keepdims=True).astype(np.float64)
 
 
 def _mean_f1(sums: np.ndarray, rows: int) -> np.ndarray:
-    """Compute the mean over the classes of `2 TP / (2 TP + FP + FN)`, 0 for one in no row."""
+    """Average `2 TP / (2 TP + FP + FN)` over the classes; a class in no row counts as 0."""
     right, either = np.split(sums, 2, axis=1)
     return np.asarray(np.mean(2 * right / np.where(either > 0, either, 1), 1))
 
@@ -210,10 +210,10 @@ class Metric(NamedTuple):
     """A metric.
 
     Attributes:
-      title: its name in tables and messages.
+      title: name in tables and messages.
       compute: `(predictions, labels) → score`.
       greater: whether greater is better.
-      totals: of sets of classes, the same from sums over the rows; None: it fits no sets.
+      totals: the metric for label sets, from sums over rows; None: not for multilabel tasks.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""How tasks share an encoder: the paper's eight variants with its results, and one for your own.
+"""How tasks share an encoder: the paper's eight variants with its results, and one for user tasks.
 
 Fuest & Tacke, "Low Rank Adaptation for Multitask BERT": Table 1 (variants), Table 2 (scores),
 Table 3 (storage).
@@ -17,7 +17,7 @@ from jaxlora.utils.errors import ConfigError, suggestion
 Adapt = Literal["frozen", "lora", "full"]
 Groups = tuple[tuple[str, ...], ...]
 
-LONGEST_NAME = 200  # file systems allow 255 bytes; the rest is room for suffixes
+LONGEST_NAME = 200  # in bytes; file systems allow 255, the rest is room for suffixes
 SEPARATE: Groups = (("sst",), ("para",), ("sts",))
 SHARED: Groups = (("sst", "para", "sts"),)
 
@@ -27,7 +27,7 @@ class PaperRow:
     """The paper's results for a variant; scores in percent, parameters in millions.
 
     `mean` and `bundled` are the printed values. `mean_recomputed` and `bundled_recomputed` follow
-    from the other values of the row; they differ where the paper has a slip.
+    from the other values of the row; they differ where the paper has an error.
     """
 
     sst: float
@@ -45,11 +45,11 @@ class Variant:
     """One way to adapt BERT to tasks.
 
     Attributes:
-      name: its name in the paper's Table 1, or `own`.
+      name: name in the paper's Table 1, or `own`.
       adapt: what is trained in the encoder: nothing, an adapter, or all weights.
-      groups: a partition of the tasks; a group shares one tree, and nothing with the others.
-      sts_loss: `mse` or `cosine`.
-      learning_rate: the paper's learning rate.
+      groups: a partition of the tasks; the tasks of a group share parameters, groups share none.
+      sts_loss: loss of the STS task, `mse` or `cosine`.
+      learning_rate: the paper's learning rate, or the default for `own`.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class PaperVariant(Variant):
-    """One of the paper's.
+    """A variant from the paper.
 
     Attributes:
       paper: the paper's results.
@@ -96,12 +96,12 @@ _TABLE = (
 )  # fmt: skip
 
 VARIANTS = {one.name: one for one in _TABLE}
-# For tasks of your own: an adapter for each. The paper's lora2 without its tasks.
+# For user tasks: one adapter per task, as in the paper's lora2.
 OWN = Variant("own", "lora", SEPARATE, "cosine", 1e-3)
 
 
 def variant(name: str) -> Variant:
-    """Return the variant of this name.
+    """Look up a variant by name.
 
     Raises:
       UserError: if the name is unknown; the message lists the known ones.
@@ -117,7 +117,7 @@ def variant(name: str) -> Variant:
 
 
 def groups_like(shape: Groups, names: tuple[str, ...]) -> Groups:
-    """Group any tasks as `SHARED` or `SEPARATE` groups the paper's three.
+    """Group tasks in the way that `SHARED` or `SEPARATE` groups the paper's three.
 
     >>> groups_like(SHARED, ("a", "b")), groups_like(SEPARATE, ("a", "b"))
     ((('a', 'b'),), (('a',), ('b',)))
@@ -126,7 +126,7 @@ def groups_like(shape: Groups, names: tuple[str, ...]) -> Groups:
 
 
 def parse_groups(text: str, names: tuple[str, ...] = NAMES) -> Groups:
-    """Parse a partition of the tasks: groups are separated by `|`, tasks of a group by `,`.
+    """Parse a partition of the tasks: `|` separates groups, `,` the tasks of a group.
 
     Raises:
       UserError: if a task is unknown, in two groups, or in none.
@@ -157,8 +157,8 @@ def parse_groups(text: str, names: tuple[str, ...] = NAMES) -> Groups:
 def group_name(group: Sequence[str]) -> str:
     """Return the name of a group: the names of its tasks, joined by `+`.
 
-    Folders, tags and trees are named by it, so it has at most `LONGEST_NAME` bytes: a longer
-    name is cut and ends with its checksum.
+    Folders, tags and parameter trees use this name, so it is limited to `LONGEST_NAME` bytes. A
+    longer name is cut, and a checksum of the full name is appended.
 
     >>> group_name(("para", "sts")), group_name(("sst",))
     ('para+sts', 'sst')

@@ -1,4 +1,4 @@
-"""A task as plain data: its sentences, labels, head, loss and metric."""
+"""The definition of a task: its sentences, labels, head, loss and metric."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class HeadKind(NamedTuple):
     """A head with one hidden layer.
 
     Attributes:
-      first: name of its first layer; the second is `out`.
-      activation: the activation between them, see `heads.ACTIVATIONS`.
-      pooling: the pooling of sentences that it requires; None: any.
-      scaled: whether its scores are from 0 to `SPAN`; otherwise they are on the labels' scale.
+      first: name of the first layer; the second is `out`.
+      activation: activation between the layers, see `heads.ACTIVATIONS`.
+      pooling: sentence pooling that the head requires; None: any.
+      scaled: whether it outputs scores from 0 to `SPAN`; otherwise they are on the labels' scale.
     """
 
     first: str
@@ -41,7 +41,7 @@ HEADS: dict[str, HeadKind] = {
     "pooler": HeadKind("pooler", "tanh", "cls", False),  # BertForSequenceClassification's
     "dense_relu": HeadKind("dense", "relu", "cls", False),  # DistilBERT's
     "dense_gelu": HeadKind("dense", "gelu", "cls", False),  # ELECTRA's
-    # The base's family decides which of these; a run replaces it before it starts.
+    # A placeholder: before training starts, it is replaced by the head of the base's family.
     "classifier": HeadKind("", "", "cls", False),
 }
 
@@ -51,24 +51,24 @@ class Task:
     """One task: everything that differs between tasks is defined here.
 
     Attributes:
-      name: short name, used in flags, trees and file names.
+      name: short name, used in flags, parameter trees and file names.
       kind: see `KINDS`.
       pair: whether an example is a pair of sentences.
-      pair_encoding: `separate`, a vector for each sentence of a pair, or `joint`, one for both,
+      pair_encoding: `separate`: one vector per sentence of a pair; `joint`: one vector for both,
         which the encoder reads together, as in `[CLS] a [SEP] b [SEP]`.
-      low, high: the range of the labels; for classes, the first and the last number.
-      classes: names of the classes, in the order of their numbers.
+      low, high: the range of the labels; for classes, the first and the last index.
+      classes: names of the classes, in the order of their indices.
       loss: see `kinds.LOSSES`; `cosine` needs no head and uses the cosine of the two vectors;
-        default: the first of the kind that fits.
-      metric: see `metrics.METRICS`; default: that of the kind. `f1` is the F1 score of the second
-        of two classes; with more classes it is `macro_f1`.
+        default: the first loss of the kind that fits `pair_encoding`.
+      metric: see `metrics.METRICS`; default: the first metric of the kind. `f1` is the F1 score of
+        the second of two classes; with more classes it is `macro_f1`.
       title: name for tables and messages; default: `name`.
       head: see `HEADS`.
-      thresholds: the probability of each output above which it counts as positive; `()`: 0.5.
-      tune_thresholds: whether they are chosen on the dev set; default: as the kind says.
-      class_weights: factor of the loss of each class's examples; `balanced`, from their numbers in
-        the training set, see `weighted`; `()`: 1.
-      label_delimiter: what separates the names of a set of classes.
+      thresholds: for each output, the probability above which it is positive; `()`: 0.5.
+      tune_thresholds: whether to choose thresholds on the dev set; default: see `Kind.tuned`.
+      class_weights: factor of the loss for each class; `balanced`: derived from the class counts
+        of the training set, see `weighted`; `()`: 1.
+      label_delimiter: separates the class names of a label set.
 
     Raises:
       ValueError: if fields contradict each other.
@@ -160,7 +160,7 @@ class Task:
         if not all(0 < one < 1 for one in self.thresholds):
             raise ValueError(f"threshold: must be above 0 and below 1, not {self.thresholds}")
         if self.class_weights and self.form != "class":
-            raise ValueError(f"class_weights: {self.kind} has one class for no example")
+            raise ValueError(f"class_weights: {self.kind} has no single class per example")
         if isinstance(self.class_weights, tuple) and self.class_weights:
             if len(self.class_weights) != len(self.classes):
                 raise ValueError(f"class_weights: give one for each of {', '.join(self.classes)}")
@@ -177,17 +177,17 @@ class Task:
 
     @property
     def form(self) -> LabelForm:
-        """What a label is: the number of a class, a set of classes, or a score."""
+        """The form of a label: a class index, a set of classes, or a score."""
         return self._kind.form
 
     @property
     def positive(self) -> str | None:
-        """The positive class of two; None if there is none."""
+        """Name of the positive class; None unless the task is binary."""
         return self.classes[1] if self._kind.positive else None
 
     @property
     def label_shape(self) -> tuple[int, ...]:
-        """Shape of the label and the prediction of one example: `()`, or `(classes,)` of a set."""
+        """Shape of one label and one prediction: `()`, or `(classes,)` for multilabel tasks."""
         return (len(self.classes),) if self.form == "classes" else ()
 
     @property
@@ -197,17 +197,17 @@ class Task:
 
     @property
     def problem(self) -> str:
-        """What transformers calls it, its `problem_type`."""
+        """The `problem_type` in transformers."""
         return self._loss.problem
 
     @property
     def thresholded(self) -> bool:
-        """Whether each output is a logit that is compared with a threshold."""
+        """Whether each output is a logit compared with a threshold."""
         return self._loss.thresholded
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """The metrics that fit the kind, by name; of a metric that goes by two names the first."""
+        """Metrics that fit the kind, by name; synonyms appear once."""
         found = dict.fromkeys(self._resolve(name) for name in self._kind.metrics)
         return {name: METRICS[name] for name in found}
 
@@ -218,15 +218,15 @@ class Task:
 
     @property
     def greater_is_better(self) -> bool:
-        """Whether the metric is the better the higher it is."""
+        """Whether a higher metric is better."""
         return self._metric.greater
 
     def score(self, predictions: np.ndarray, labels: np.ndarray) -> float:
-        """Compute the metric of predictions, NaN if any prediction is NaN."""
+        """Compute the metric; NaN if any prediction or label is NaN."""
         return self._metric.compute(predictions, labels)
 
     def gain(self, score: float) -> float:
-        """Return a score so that higher is better: an error with a minus sign."""
+        """Return the score with the sign that makes higher better: errors are negated."""
         return score if self.greater_is_better else -score
 
     @property
@@ -234,23 +234,23 @@ class Task:
         return METRICS[self._resolve(self.metric)]
 
     def _resolve(self, metric: str) -> str:
-        # Decided by the task's classes, not by those that occur in the data.
+        # Depends on the task's classes, not on those that occur in the data.
         return "macro_f1" if metric == "f1" and len(self.classes) > 2 else metric
 
     def per_example_loss(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
         """Compute the loss of each example, times the weight of its class.
 
-        Labels that are scores are rescaled to 0 … `SPAN` if the head's outputs are.
+        Scores are rescaled to 0 … `SPAN` if the head outputs them on that scale.
 
         Args:
-          outputs: of the head.
-          labels: `f32[B]`, or `f32[B, K]` of sets of K classes.
+          outputs: outputs of the head, or cosines if there is no head.
+          labels: `f32[B]`, or `f32[B, K]` for multilabel tasks.
 
         Returns:
           `f32[B]`.
 
         Raises:
-          ValueError: if class weights are not known yet, see `weighted`.
+          ValueError: if `class_weights` is still `balanced`; call `weighted` first.
         """
         if self.form == "score" and HEADS[self.head].scaled:
             labels = (labels - self.low) * (SPAN / (self.high - self.low))
@@ -262,13 +262,13 @@ class Task:
         return loss * jnp.array(self.class_weights, jnp.float32)[labels.astype(jnp.int32)]
 
     def weighted(self, labels: np.ndarray) -> Task:
-        """Return the task with its class weights as numbers.
+        """Return the task with balanced class weights replaced by numbers.
 
-        Balanced weights are scikit-learn's: `E / (classes · E_k)` for a class with E_k of E
-        examples, so that all classes have the same part of the loss and the mean weight is 1.
+        Balanced weights follow scikit-learn: `E / (classes · E_k)` for a class with E_k of E
+        examples. All classes then have the same share of the loss, and the mean weight is 1.
 
         Args:
-          labels: `f32[E]`, of the training set.
+          labels: `f32[E]`, labels of the training set.
 
         >>> spam = Task("spam", "binary", class_weights="balanced")
         >>> spam.weighted(np.array([0, 0, 0, 1])).class_weights
@@ -281,14 +281,14 @@ class Task:
         return dataclasses.replace(self, class_weights=tuple(weights.tolist()))
 
     def tuned(self, outputs: np.ndarray, labels: np.ndarray) -> Task:
-        """Return the task with thresholds chosen on labelled examples, if it wants that.
+        """Return the task with thresholds chosen on labelled examples if `tune_thresholds` is set.
 
-        The threshold of two classes is chosen by the task's metric, those of a set of classes by
-        the F1 score of each class.
+        The threshold of a binary task maximizes its metric (F1 if not in `thresholds.MEASURES`),
+        those of a multilabel task the F1 score of each class. NaN outputs leave the task unchanged.
 
         Args:
-          outputs: of the head.
-          labels: `f32[E]`, or `f32[E, K]` of sets.
+          outputs: outputs of the head.
+          labels: `f32[E]`, or `f32[E, K]` for multilabel tasks.
         """
         if not self.tune_thresholds or np.isnan(outputs).any():
             return self
@@ -304,17 +304,17 @@ class Task:
 
     @property
     def cuts(self) -> np.ndarray:
-        """The logits above which an output counts as positive: `f32[outputs]`, `f32[]` for one."""
+        """Thresholds as logits: `f32[outputs]`, or `f32[]` for a single output."""
         found = np.array([math.log(p) - math.log1p(-p) for p in self.thresholds], np.float32)
         return found[0] if self.outputs == 1 else found
 
     def decode(self, outputs: jax.Array) -> jax.Array:
         """Convert outputs to predictions.
 
-        A NaN output gives a NaN prediction, for classes too.
+        A NaN output gives a NaN prediction, also for classes.
 
         Returns:
-          `f32[B]`, numbers of classes or scores; of sets of K classes `f32[B, K]`, 0 or 1 for each.
+          `f32[B]`, class indices or scores; for multilabel tasks `f32[B, K]` of 0 and 1.
         """
         if self.thresholds:
             outputs = outputs - self.cuts[None]
@@ -337,7 +337,7 @@ class Task:
 
     @property
     def texts(self) -> int:
-        """Number of texts in an example: 1 or 2."""
+        """Number of sentences in an example: 1 or 2."""
         return 2 if self.pair else 1
 
     @property
@@ -347,11 +347,11 @@ class Task:
 
     @property
     def sentences(self) -> int:
-        """Number of vectors of an example: 2 for a pair of separate sentences, else 1."""
+        """Number of sentence vectors per example: 2 for separately encoded pairs, else 1."""
         return 1 if self.joint else self.texts
 
     def encoded(self, texts: tuple[str, ...]) -> list[str | tuple[str, ...]]:
-        """Return what the tokenizer takes of an example: each text, or a joint pair as one.
+        """Return the tokenizer inputs of an example: each text, or one tuple for a joint pair.
 
         >>> PARA.encoded(("a", "b"))
         ['a', 'b']
@@ -367,7 +367,7 @@ class Task:
         return hidden_size * (4 if pair_features == "interaction" else 2)
 
     def head_module(self, hidden_size: int, dropout: float) -> heads.Head:
-        """Build the head; for two vectors its hidden layer is half as wide, as in the paper."""
+        """Build the head; with two vectors its hidden layer is half as wide, as in the paper."""
         kind, width = HEADS[self.head], hidden_size // self.sentences
         return heads.Head(width, self.outputs, dropout, kind.first, kind.activation)
 
@@ -397,14 +397,14 @@ class Task:
         dropout: float = 0.0,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Apply the head to sentence vectors `u, v: f32[B, H]`; tasks of one vector ignore `v`.
+        """Apply the head to sentence vectors `u, v: f32[B, H]`; tasks with one vector ignore `v`.
 
         Args:
           params: the head's parameters, `{}` without a head.
-          u, v: vectors of the first and the second sentence of each example; u of a joint pair.
+          u, v: vectors of the first and second sentence; for joint pairs, `u` is that of the pair.
           pair_features: see `heads.pair_vector`.
           dropout: dropout rate of the head, applied if `key` is given.
-          key: PRNG key for training; None: evaluation, without dropout.
+          key: PRNG key for training; None: evaluation without dropout.
         """
         u, v = jnp.asarray(u), jnp.asarray(v)
         if not self.outputs:
@@ -416,10 +416,10 @@ class Task:
 
 
 def check_names(names: tuple[str, ...], delimiter: str) -> None:
-    """Refuse names of classes that could not be told apart in a cell.
+    """Check that class names can be joined by a delimiter in one cell.
 
     Raises:
-      ValueError: naming the class.
+      ValueError: if the delimiter is unusable, or a name is blank or contains it.
     """
     if not delimiter or any(c in '"\r\n' for c in delimiter):
         raise ValueError(f"label_delimiter: {delimiter!r} cannot separate names; take one like '|'")
@@ -432,7 +432,7 @@ def check_names(names: tuple[str, ...], delimiter: str) -> None:
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Compute `1 / (1 + exp(-x))` in float64."""
+    """Compute `1 / (1 + exp(-x))` in float64 without overflow."""
     return np.asarray(1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -700, 700))))
 
 
@@ -444,7 +444,7 @@ STS_MSE = dataclasses.replace(STS_COSINE, loss="squared_error")
 
 STS_LOSSES = {"mse": STS_MSE, "cosine": STS_COSINE}
 NAMES = ("sst", "para", "sts")
-# Titles of the built-in data, so that nobody takes it for the public data sets.
+# Titles of the built-in data, so that nobody mistakes it for the public datasets.
 MADE_UP = "built-in made-up data"
 MADE_UP_TITLES = {
     "sst": "made-up sentiment", "para": "made-up paraphrases", "sts": "made-up similarity",

@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Counts(NamedTuple):
-    """Decisions by truth, `f64[candidates]` each: true and false positives and negatives."""
+    """True and false positives and negatives, `f64[candidates]` each."""
 
     tp: np.ndarray
     fp: np.ndarray
@@ -18,7 +18,7 @@ class Counts(NamedTuple):
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Divide, with 0 where there is nothing to divide by."""
+    """Divide elementwise; 0 where `whole` is not positive."""
     return np.divide(part, whole, out=np.zeros(np.shape(part)), where=whole > 0)
 
 
@@ -38,7 +38,7 @@ def _macro_f1(c: Counts) -> np.ndarray:
     return (_f1(c) + share(2 * c.tn, 2 * c.tn + c.fp + c.fn)) / 2
 
 
-# Metrics of two classes that a threshold can be chosen by; of any other, F1 decides.
+# Binary metrics that a threshold can be chosen by; for any other metric, F1 is used.
 MEASURES: dict[str, Callable[[Counts], np.ndarray]] = {
     "accuracy": _accuracy,
     "balanced_accuracy": _balanced_accuracy,
@@ -52,10 +52,10 @@ def choose(
 ) -> tuple[float, float]:
     """Choose the threshold above which a probability counts as positive.
 
-    Candidates are halfway between neighbouring probabilities, and below the lowest and above the
-    highest unless these are 0 and 1. Of those with the best score the one nearest to 0.5 is chosen; without a positive
-    or without a negative example it is 0.5. It is chosen on these examples, so that the score is
-    higher than on others.
+    Candidates are the midpoints between adjacent distinct probabilities, and thresholds below the
+    lowest and above the highest unless these are 0 and 1. The candidate nearest to 0.5 wins among
+    those with the best score. If all examples have the same label, the threshold is 0.5. The score
+    is optimistic, since the threshold is chosen on the same examples.
 
     Args:
       probabilities: `f64[E]`, 0 … 1.
@@ -63,7 +63,7 @@ def choose(
       measure: see `MEASURES`.
 
     Returns:
-      The threshold, between 0 and 1, and its score.
+      The threshold, strictly between 0 and 1, and its score.
 
     >>> choose(np.array([0.1, 0.2, 0.4, 0.9]), np.array([0, 0, 1, 1]))
     (0.30000000000000004, 1.0)
@@ -78,10 +78,10 @@ def choose(
     edges = np.concatenate([[0], values, [1]])
     cuts = np.clip((edges[1:] + edges[:-1]) / 2, np.finfo(np.float32).tiny, 1 - 2.0**-53)
     usual = int(np.searchsorted(values, 0.5, side="right"))
-    cuts[usual] = 0.5  # decides as any other threshold of this gap
-    # No threshold between 0 and 1 has 0 above it, or 1 below it.
-    apart = (np.append(-np.inf, values) <= cuts) & (cuts < np.append(values, np.inf))
-    score = np.where(apart, score, -np.inf)
+    cuts[usual] = 0.5  # equivalent to any other threshold in this gap
+    # A threshold strictly between 0 and 1 cannot put 0 above it or 1 below it.
+    possible = (np.append(-np.inf, values) <= cuts) & (cuts < np.append(values, np.inf))
+    score = np.where(possible, score, -np.inf)
     best = np.flatnonzero(score == score.max())
     chosen = best[np.argmin(np.abs(cuts[best] - 0.5))]
     if true.sum() in (0, total.sum()):

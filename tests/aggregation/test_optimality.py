@@ -147,7 +147,7 @@ def test_fairness_at_its_limits(alpha):
 
 @pytest.mark.parametrize("alpha", [0.2, 0.3, 1.0, 2.0, 5.0])
 def test_fairness_of_a_gradient_that_has_nearly_vanished(alpha):
-    """A task that has converged has a small gradient, here down to where its square becomes zero."""
+    """A converged task has a small gradient, here down to where its square becomes zero."""
     sizes, angles = np.meshgrid(10.0 ** -np.arange(0, 19), [-0.9, 0.0, 0.3, 0.99])
     sizes, angles = sizes.ravel(), angles.ravel()
     K = np.stack([np.ones_like(sizes), angles * sizes, angles * sizes, sizes**2], -1)

@@ -168,7 +168,7 @@ def test_columns_of_marks_with_other_values():
 @pytest.mark.parametrize(
     ("cells", "mark", "message"),
     [
-        (["a", "b", "a"], ";", "';' is nowhere; name the `label_delimiter`"),
+        (["a", "b", "a"], ";", "';' never occurs; name the `label_delimiter`"),
         (["", "nan"], "|", "no row has a label"),
         (["a||b", "a"], "|", r"'a\|\|b' has nothing on one side"),
     ],

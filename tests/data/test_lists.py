@@ -80,8 +80,8 @@ def test_null_is_a_missing_label(tmp_path, tiny):
     ("label", "values", "message"),
     [
         (["a|b"], (), r"t\.jsonl:25: the label 'a\|b' contains '\|'.*choose another `label_del"),
-        (["none"], (), r"t\.jsonl:25: the label 'none' stands for a missing one"),
-        ([" "], (), r"t\.jsonl:25: .*an entry is no name"),
+        (["none"], (), r"t\.jsonl:25: the label 'none' denotes a missing value"),
+        ([" "], (), r"t\.jsonl:25: .*an entry is not a label name"),
         (["pay", "pay "], (), r"t\.jsonl:25: a label is named twice"),
         (["pay", "x"], ("t.classes=bug,login,pay",), r"t\.jsonl:25: 'x' in 'pay\|x' is not one of"),
         ([None], (), "column labels is a list in line 1, not strings; labels of a multilabel"),
@@ -106,7 +106,7 @@ def test_a_list_of_texts_is_no_text(tmp_path):
 
 def test_a_gap_in_a_list_is_refused_with_its_row(tmp_path):
     path = write(tmp_path, "t.parquet", [*SETS, ["pay", None]])
-    with pytest.raises(UserError, match=r"row 25: .*an entry is no name of a label"):
+    with pytest.raises(UserError, match=r"row 25: .*an entry is not a label name"):
         read(path)
 
 

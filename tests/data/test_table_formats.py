@@ -157,7 +157,7 @@ BAD = {
     "json key twice": (
         "x.jsonl",
         b'{"text": "a", "text": "b"}\n',
-        r":1: .*key 'text' is there twice",
+        r":1: .*key 'text' occurs twice",
     ),
     "json surrogate": ("x.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', r":2: 'text': a NUL"),
     "json NUL": ("x.jsonl", b'{"text": "\\u0000"}', r"x\.jsonl:1: 'text': a NUL"),
@@ -250,7 +250,7 @@ def test_options_of_delimited_text_are_refused_for_other_formats(tmp_path, name,
 
 def test_bad_folders_are_refused(tmp_path):
     (tmp_path / "x").mkdir()
-    with pytest.raises(UserError, match=r"no data set that `datasets` has saved .*no state\.json"):
+    with pytest.raises(UserError, match=r"not a dataset saved by `datasets` .*no state\.json"):
         tables.read(TOPIC, tmp_path / "x", COLUMNS)
     for split in ("train", "test"):
         saved(tmp_path / "both" / split, [NUMBERED])

@@ -111,7 +111,7 @@ def test_the_papers_tasks_are_three_such_descriptions():
         (TOPIC.replace("[topic]", '[".."]'), ["'..' cannot be a name"]),
         (TOPIC.replace("[topic]", '["a\\u0007"]'), ["cannot be a name"]),
         (TOPIC.replace("[topic]", f"[{'x' * 300}]"), ["cannot be a name", "xxx…"]),
-        (TOPIC.replace("[topic]", ""), ["outside of a task's table"]),
+        (TOPIC.replace("[topic]", ""), ["outside a task's table"]),
         (TOPIC + "epochs = 0", ["epochs: must be greater than or equal to 1, not 0"]),
         (TOPIC + "epochs = 1.5", ["epochs: must be a whole number, not 1.5"]),
         (TOPIC + "learning_rate = -1", ["learning_rate: must be greater than 0, not -1"]),
@@ -262,7 +262,7 @@ def test_mistakes_in_flags(folder, value, message):
 
 def test_a_task_is_described_once(folder):
     path = write(folder, TOPIC)
-    with pytest.raises(UserError, match=r"\[topic\] is in .*tasks.toml, too"):
+    with pytest.raises(UserError, match=r"\[topic\] is defined in .*tasks.toml as well"):
         read_tasks([path, path])
 
 
@@ -350,7 +350,7 @@ def test_a_label_column_that_is_there_twice(tmp_path):
     columns = tables.Columns(("a",), "label")
     task = Task("topic", "classification", classes=("0", "1"))
     for labelled in (True, None):
-        with pytest.raises(UserError, match=r"label is there twice"):
+        with pytest.raises(UserError, match=r"label occurs twice"):
             tables.read(task, path, columns, labelled=labelled)
     tables.read(task, path, columns, labelled=False)
 

@@ -237,7 +237,7 @@ def test_an_update_of_an_error_is_better_if_it_is_less(made, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('label_delimiter = ";"', 'label_delimiter = "+"', "'+' is nowhere; name the"),
+        ('label_delimiter = ";"', 'label_delimiter = "+"', "'+' never occurs; name the"),
         ('label_delimiter = ";"', 'label_delimiter = ""', "cannot separate names"),
         ('label_delimiter = ";"', 'label_delimiter = ";"\nclasses = ["bug", "pay"]',
          "'login' in "),
@@ -257,7 +257,7 @@ def test_an_update_of_an_error_is_better_if_it_is_less(made, tmp_path):
         ('"balanced"', "{ maybe = 2.0 }", "class_weights: 'maybe' is not one of no, yes"),
         ('"balanced"', "{ no = 0.0 }", "class_weights.no: must be greater than 0"),
         ('metric = "rmse"', "threshold = 0.3", "threshold: regression has none"),
-        ('metric = "rmse"', 'class_weights = "balanced"', "regression has one class for no"),
+        ('metric = "rmse"', 'class_weights = "balanced"', "regression has no single class"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(made, tmp_path, tiny, old, new, message):

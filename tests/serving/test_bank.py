@@ -946,7 +946,7 @@ def test_memory_does_not_grow_with_the_table(three, tmp_path, monkeypatch):
         ("id\ttask\n1\tsst\n", [":1", "no column sentence"]),
         (
             HEADER.replace("id", "sentence2", 1) + "a\tsst\tb\tc\n",
-            [":1", "sentence2 is there twice"],
+            [":1", "sentence2 occurs twice"],
         ),
         ("", ["in.tsv: is empty"]),
     ],

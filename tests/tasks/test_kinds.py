@@ -172,7 +172,7 @@ def test_weighted_losses_are_torchs():
         ({"thresholds": (0.5,)}, "1 are given for 3"),
         ({"kind": "classification", "thresholds": (0.5,) * 3}, "classification has none"),
         ({"kind": "ordinal", "tune_thresholds": True}, "ordinal has none"),
-        ({"class_weights": "balanced"}, "class_weights: multilabel has one class for no example"),
+        ({"class_weights": "balanced"}, "multilabel has no single class per example"),
         ({"kind": "classification", "class_weights": (1.0, 2.0)}, "one for each of a, b, c"),
         ({"kind": "classification", "class_weights": (1.0, 2.0, 0.0)}, "must be above 0"),
         ({"classes": ("a|b", "c")}, r"'\|' is in the name 'a\|b'; choose another"),

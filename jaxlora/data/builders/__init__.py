@@ -1,4 +1,4 @@
-"""TFDS builders, one folder each. Import this late: it imports TFDS."""
+"""TFDS builders, one folder each. Import this lazily, since it imports TFDS."""
 
 from jaxlora.data.builders.base import RowsBuilder, SourceConfig, load
 from jaxlora.data.builders.quora_paraphrase.quora_paraphrase import QuoraParaphrase

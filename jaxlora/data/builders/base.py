@@ -1,4 +1,4 @@
-"""The common base of the three TFDS builders: features, configs keyed by content, reading."""
+"""Common base of the three TFDS builders: features, content-keyed configs, reading."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Splits = Mapping[str, Sequence[TextExample]]
 
 @dataclasses.dataclass(eq=False)
 class SourceConfig(tfds.core.BuilderConfig):
-    """A builder config with the function that reads its rows.
+    """A builder config with a function that reads the rows.
 
-    Its `name` contains the key of the content (`demo-3f9a…`), so changed content is a new dataset
-    and a prepared dataset is never stale.
+    Its `name` contains a hash of the content (`demo-3f9a…`). Changed content is therefore a new
+    dataset, and a prepared dataset is never stale.
 
     Attributes:
-      read: download manager → rows by split; called only if the dataset is not prepared yet.
+      read: download manager → rows by split; called only if the dataset is not yet prepared.
     """
 
     read: Callable[[tfds.download.DownloadManager], Splits] = lambda _: {}
@@ -35,9 +35,9 @@ class SourceConfig(tfds.core.BuilderConfig):
 
 class RowsBuilder(
     tfds.core.GeneratorBasedBuilder,
-    skip_registration=True,  # type: ignore[call-arg]  # TFDS takes it, its stubs do not say so
+    skip_registration=True,  # type: ignore[call-arg]  # missing from the stubs of TFDS
 ):
-    """A dataset of `TextExample`s in their order; subclasses add a name and a description."""
+    """A dataset of `TextExample`s in source order; subclasses add a name and a description."""
 
     VERSION = tfds.core.Version("1.0.0")
     DESCRIPTION = ""
@@ -55,7 +55,7 @@ class RowsBuilder(
                     "line": np.int64,
                 }
             ),
-            disable_shuffling=True,  # training shuffles; the files keep the order of the source
+            disable_shuffling=True,  # training shuffles; the files keep the source order
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
@@ -70,12 +70,12 @@ class RowsBuilder(
 
 
 def load(builder_class: type[RowsBuilder], config: SourceConfig, folder: Path) -> Splits:
-    """Prepare a dataset unless it exists already, and read it.
+    """Prepare a dataset if needed, and read it.
 
     Args:
       builder_class: one of the three builders.
-      config: names the content and reads it.
-      folder: folder of TFDS's datasets and downloads.
+      config: identifies the content and reads it.
+      folder: data folder of TFDS, with datasets and downloads.
 
     Raises:
       UserError: from `config.read`.
@@ -88,7 +88,7 @@ def load(builder_class: type[RowsBuilder], config: SourceConfig, folder: Path) -
                 _settle(Path(builder.data_dir), folder)
         except OSError:
             # TFDS prepares in a temporary folder and renames it. The rename fails if another
-            # process was faster, but then the same content is there.
+            # process finished first, but then its content is the same.
             if not builder.is_prepared():
                 raise
             builder = builder_class(data_dir=folder, config=config)
@@ -96,7 +96,7 @@ def load(builder_class: type[RowsBuilder], config: SourceConfig, folder: Path) -
 
 
 def _settle(prepared: Path, folder: Path) -> None:
-    """Guard what TFDS has prepared and the folders above it, and flush it to the disk."""
+    """Make a prepared dataset and its parent folders not world-writable, and flush it to disk."""
     files.settle(prepared)
     for path in prepared.parents:
         if path.is_relative_to(folder):
@@ -119,7 +119,7 @@ def _rows(source: Any) -> list[TextExample]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress TFDS's progress bars, prints and warnings about configs."""
+    """Suppress the progress bars, prints and config warnings of TFDS."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     tfds.disable_progress_bar()

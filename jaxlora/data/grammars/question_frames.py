@@ -1,4 +1,4 @@
-"""Question templates for `questions.py`: vocabulary, and several phrasings of each relation."""
+"""Question templates for `questions.py`: vocabulary and paraphrases of each relation."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Frame(NamedTuple):
     """One relation and the questions about it.
 
     Attributes:
-      ways: templates that have the same meaning when filled with the same entries.
+      ways: templates that have the same meaning if their slots have the same entries.
       slots: vocabulary of each slot.
-      swap: whether swapping the entries of `a` and `b` changes the meaning.
-      replace: slots whose entry can be replaced to change the meaning.
+      swap: whether the entries of `a` and `b` may be swapped to change the meaning.
+      replace: slots whose entry may be replaced to change the meaning; repeats raise the odds.
     """
 
     ways: tuple[str, ...]

@@ -1,10 +1,10 @@
 """Question pairs for `para`: the same relation phrased differently, or with its roles changed.
 
 A frame (`question_frames.FRAMES`) lists several ways to ask one question. Filled with the same
-entries, they all have the same meaning: label 1. For label 0 two entries of the second question are
-swapped ("Can Anna lend …" / "Can Anna borrow …") or one entry is replaced. Ways and synonyms are
-drawn in the same way for both labels, so the labels depend on who does what to whom, not on the
-number of shared words.
+entries, they all have the same meaning: label 1. For label 0, two entries of the second question
+are swapped ("Can Anna lend …" / "Can Anna borrow …") or one entry is replaced. Ways and synonyms
+are drawn from the same distribution for both labels, so the label depends on who does what to whom,
+not on the number of shared words.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import random
 from jaxlora.data.grammars.question_frames import FRAMES, Frame
 from jaxlora.data.grammars.words import Words, sentence_case
 
-# Fraction of pairs with label 1; fraction of the others made by a swap, if the frame allows it.
+# Fraction of pairs with label 1, and of the other pairs made by a swap if the frame allows it.
 POSITIVE = 0.48
 SWAPPED = 0.25
 Filling = dict[str, tuple[str, ...]]
@@ -37,7 +37,7 @@ def question_pair(rng: random.Random, train: bool) -> tuple[str, str, float]:
 
 
 def _fill(frame: Frame, rng: random.Random, train: bool) -> Filling:
-    """Draw a different entry for each slot."""
+    """Draw an entry for each slot, all different."""
     filling: Filling = {}
     for slot, vocabulary in frame.slots.items():
         filling[slot] = _other(vocabulary, tuple(filling.values()), rng, train)
@@ -45,7 +45,7 @@ def _fill(frame: Frame, rng: random.Random, train: bool) -> Filling:
 
 
 def _changed(frame: Frame, filling: Filling, rng: random.Random, train: bool) -> Filling:
-    """Change a filling so that the question has another meaning."""
+    """Change a filling so that the question has a different meaning."""
     if frame.swap and rng.random() < SWAPPED:
         return {**filling, "a": filling["b"], "b": filling["a"]}
     slot = rng.choice(frame.replace)

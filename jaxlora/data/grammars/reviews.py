@@ -1,8 +1,8 @@
 """Film reviews for `sst`: graded adjectives under negation, degree words and contrast.
 
-A clause describes an aspect of a film by an adjective of grade −2, −1, 1 or 2, in a verb phrase
-that changes the grade by a rule (`PHRASES`). A sentence is one clause, or contrasts two
-(`CONTRASTS`); then the main clause, or the one after "but", determines its grade. The label is the
+A clause describes an aspect of a film with an adjective of grade −2, −1, 1 or 2. Its verb phrase
+changes the grade by a rule (`PHRASES`). A sentence is one clause or contrasts two (`CONTRASTS`). In
+a contrast, the main clause (such as the one after "but") determines the grade. The label is the
 grade plus 2. Contrasted clauses differ by at least two grades, so the label depends on how the
 adjectives are combined, not only on which ones occur.
 """
@@ -76,7 +76,7 @@ PHRASES: tuple[tuple[str, tuple[int, ...], Callable[[int], int]], ...] = (
     ("fails to be {}", (1, 2), lambda g: -1),
     ("manages to avoid being {}", (-2, -1), lambda g: 1),
 )
-# `{main}` determines the grade; `{side}` has another grade, which is ignored.
+# `{main}` determines the grade; `{side}` has a different grade, which is ignored.
 CONTRASTS = (
     "{side}, but {main}",
     "{side}, yet {main}",
@@ -91,7 +91,7 @@ CONTRASTS = (
 
 
 def clause(rng: random.Random, train: bool, subject: str) -> tuple[str, int]:
-    """Draw a clause about a subject, and return it with its grade, −2 … 2."""
+    """Draw a clause about a subject; return it and its grade, −2 … 2."""
     phrase, grades, change = rng.choice(PHRASES)
     grade = rng.choice(grades)
     adjective = ADJECTIVES[grade].pick(rng, train)[0]
@@ -117,7 +117,7 @@ def review(rng: random.Random, train: bool) -> tuple[str, str, float]:
 
 
 def _subjects(rng: random.Random, train: bool) -> list[str]:
-    """Draw two different subjects in one film."""
+    """Draw two different subjects from one film."""
     first = second = ASPECTS.pick(rng, train)[0]
     while second == first:
         second = ASPECTS.pick(rng, train)[0]

@@ -1,7 +1,7 @@
-"""Pairs of scenes for `sts`: five slots, scored by how many of them agree in meaning.
+"""Pairs of scenes for `sts`: five slots, scored by how well they agree in meaning.
 
-A scene says who does what to whom, where and when. The concept of each slot has synonyms (which
-count as equal) and belongs to a kind (two concepts of one kind count half). The score is
+A scene states who does what to whom, where and when. The concept in each slot has synonyms, which
+count as equal, and belongs to a kind; two concepts of one kind count half. The score is
 `Σ weight · agreement` over the slots (`WEIGHTS`, which sum to 5). Sentences are active or passive,
 and the place or the time may come first. Some second scenes swap who and whom, which changes the
 meaning but not the words.
@@ -56,7 +56,7 @@ Scene = dict[str, Concept]
 
 
 def agreement(a: Concept, b: Concept) -> float:
-    """Return 1 for equal concepts, ½ for two of one kind, else 0."""
+    """Return 1 for equal concepts, ½ for two concepts of one kind, else 0."""
     return 1.0 if a == b else 0.5 if a.kind == b.kind else 0.0
 
 
@@ -97,8 +97,8 @@ def _scene(rng: random.Random, train: bool) -> Scene:
 
 
 def _variant(scene: Scene, rng: random.Random, train: bool) -> Scene:
-    """Change some slots of a scene at a random rate, and sometimes swap the roles."""
-    rate = 1.3 * rng.random()  # above 1, so that all slots change, in a quarter of the pairs
+    """Redraw the slots of a scene at a random rate, and sometimes swap the roles."""
+    rate = 1.3 * rng.random()  # above 1 in about a quarter of the pairs: all slots are redrawn
     other = dict(scene)
     if rng.random() < 0.35:
         other |= {"who": scene["whom"], "whom": scene["who"]}
@@ -111,7 +111,7 @@ def _variant(scene: Scene, rng: random.Random, train: bool) -> Scene:
 
 
 def _describe(scene: Scene, rng: random.Random) -> str:
-    """Describe the scene in a sentence of random voice, order and synonyms."""
+    """Describe the scene in a sentence with random voice, word order and synonyms."""
     word = {slot: rng.choice(concept.names) for slot, concept in scene.items()}
     who, whom = with_article(word["who"]), with_article(word["whom"])
     progressive, participle = word["does"].split("=")

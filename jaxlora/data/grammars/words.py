@@ -1,4 +1,4 @@
-"""Vocabularies of the demo grammars, part of them held out of training."""
+"""Vocabularies of the demo grammars, partly held out of training."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ class Words(NamedTuple):
     """The vocabulary of a slot; an entry is a tuple of synonyms.
 
     Attributes:
-      seen: entries used in all splits.
-      held: entries used only in dev and test.
+      seen: entries for all splits.
+      held: entries for dev and test only.
     """
 
     seen: tuple[tuple[str, ...], ...]
     held: tuple[tuple[str, ...], ...]
 
     def pick(self, rng: random.Random, train: bool) -> tuple[str, ...]:
-        """Draw an entry; held-out entries are not drawn for training."""
+        """Draw an entry, for training only from `seen`."""
         return rng.choice(self.seen if train else self.seen + self.held)
 
 

@@ -1,4 +1,4 @@
-"""The builder class, in a folder of its own, where TFDS looks for checksums and metadata."""
+"""The builder class, in its own folder, where TFDS looks for checksums and metadata."""
 
 from jaxlora.data.builders.base import RowsBuilder
 
