@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -58,8 +59,8 @@ def aggregate(
     T×T matrix of the gradients' dot products, within the compiled step and on any mesh. No epsilon
     is added to the dot products. The counterpart in optax is
     `optax.experimental.aggregating.Aggregator`, whose implementations average. If a gradient or
-    loss is not finite where weights are computed, the updates of all groups are NaN, and the
-    method's state and the averaged weights stay unchanged.
+    loss of a group is not finite where weights are computed, the group's update is NaN, and its
+    method's state and averaged weights stay unchanged.
 
     Do not pass it the gradients of heads, which belong to one task each: see `sum_tasks` and
     `per_task_grads`.
@@ -194,7 +195,8 @@ class _Aggregator:
         if self.every == 1:
             weights, after = fresh(state)
         else:
-            due = state.updates % self.every == 0
+            # Weights are not reused after gradients that gave none.
+            due = (state.updates % self.every == 0) | ~jnp.all(jnp.isfinite(state.norms))
             weights, after = jax.lax.cond(due, fresh, again, state)
         return self._combine(updates, weights), after._replace(updates=state.updates + 1)
 
@@ -234,24 +236,23 @@ class _Aggregator:
     def _weigh_part(
         self, K: jax.Array, losses: jax.Array | None, state: AggregateState
     ) -> tuple[jax.Array, AggregateState]:
-        weights, rules, together = jnp.zeros_like(K[0]), [], np.zeros(K.shape, bool)
+        rules, weights, kept = [], state.weights, state.weights
+        together = np.zeros(K.shape, bool)
         for tasks, rule in zip(self._groups, state.rules, strict=True):
-            block = np.ix_(tasks, tasks)
-            own = losses if losses is None else losses[np.array(tasks)]
+            block, ids = np.ix_(tasks, tasks), np.array(tasks)
+            own = None if losses is None else losses[ids]
             found, after = self.method.weights(K[block], own, rule)
-            weights, together[block] = weights.at[np.array(tasks)].set(found), True
-            rules.append(after)
-        known = jnp.any(state.weights != 0)
-        weights = jnp.where(known, self.ema * state.weights + (1 - self.ema) * weights, weights)
-        sound = jnp.all(jnp.isfinite(K))
-        sound &= True if losses is None else jnp.all(jnp.isfinite(losses))
-        kept, rules_kept = jax.tree.map(
-            lambda new, old: jnp.where(sound, new, old),
-            (weights, tuple(rules)), (state.weights, state.rules),
-        )  # fmt: skip
+            last = state.weights[ids]
+            found = jnp.where(jnp.any(last != 0), self.ema * last + (1 - self.ema) * found, found)
+            sound = jnp.all(jnp.isfinite(K[block]))
+            sound &= True if own is None else jnp.all(jnp.isfinite(own))
+            together[block] = True
+            weights = weights.at[ids].set(jnp.where(sound, found, jnp.nan))
+            kept = kept.at[ids].set(jnp.where(sound, found, last))
+            rules.append(jax.tree.map(functools.partial(jnp.where, sound), after, rule))
         conflicts = jnp.sum(jnp.triu((K < 0) & together, 1), dtype=jnp.int32)
-        seen = AggregateState(state.updates, rules_kept, kept, conflicts, cosines(K), norms(K))
-        return jnp.where(sound, weights, jnp.nan), seen
+        seen = AggregateState(state.updates, tuple(rules), kept, conflicts, cosines(K), norms(K))
+        return weights, seen
 
     def _combine(self, grads: Tree, weights: jax.Array) -> Tree:
         """Return the weighted sum over all tasks, `[...]`, or over each group's, `[K, ...]`."""

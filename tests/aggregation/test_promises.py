@@ -108,6 +108,30 @@ def test_what_is_not_finite_is_seen_once_and_remembered_nowhere(name):
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.parametrize("name", ["pcgrad", "uw"])
+def test_what_is_not_finite_stays_in_its_group(name):
+    J, losses = jnp.asarray(normal(4), jnp.float32), jnp.asarray(losses_of(4))
+    tx = aggregate(name, 4, groups=((0, 2), (1, 3)), ema=0.5)
+    sound, _ = tx.update(J, tx.init(None), losses=losses)
+    found, state = tx.update(J.at[1, 0].set(jnp.inf), tx.init(None), losses=losses)
+    np.testing.assert_array_equal(found[0], sound[0])
+    assert np.isnan(found[1]).all()
+    found, _ = tx.update(J, state, losses=losses)  # the average of the other group starts here
+    np.testing.assert_allclose(found[1], sound[1], rtol=1e-6)
+
+
+def test_weights_are_computed_again_after_an_update_that_gave_none():
+    J = jnp.asarray(normal(3), jnp.float32)
+    tx = aggregate("mgda", 3, every=5)
+    expected, _ = tx.update(J, tx.init(None))
+    found, state = tx.update(J * jnp.nan, tx.init(None))
+    assert np.isnan(found).all()
+    found, state = tx.update(J, state)
+    np.testing.assert_array_equal(found, expected)
+    found, _ = tx.update(J[::-1], state)  # weights of the update before
+    assert not np.allclose(found, expected)
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_bfloat16_is_summed_in_float32(name):
     half = jnp.asarray(normal(3, 3000), jnp.bfloat16)
