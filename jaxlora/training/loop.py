@@ -304,10 +304,11 @@ class Window:
         self._metrics = []
         self.restart()
         records = []
+        for group in sorted(self._cohort.groups, key=lambda group: not _overflows(group, metrics)):
+            self._count(group, _taken(group, metrics), progress[group.name])
         for group in self._cohort.groups:
-            one, took = progress[group.name], [step for step in metrics if group.name in step]
+            one, took = progress[group.name], _taken(group, metrics)
             one.seconds += sum(1 / len(step) for step in took) * seconds / max(1, len(metrics))
-            self._count(group, took, one)
             if finite := [step[group.name] for step in took if step[group.name].finite]:
                 rate = len(metrics) / seconds
                 records.append(_record(group, finite, one) | {"steps_per_second": rate})
@@ -347,11 +348,25 @@ class Window:
             remedy = f"nor was any of the {MOST_NONFINITE - 1} steps before; {remedy}"
         else:
             remedy += ", or leave such steps out with `resume=True` `skip_nonfinite=True`"
-        with_it = f" (nor is {', '.join(others)}, which shares its rows)" if others else ""
+        with_it = f" (nor is {', '.join(others)}, trained in the same step)" if others else ""
         raise UserError(
             f"step {number + 1} of {group.name}: {' and '.join(failed) or 'the update'} "
             f"is not finite{with_it}; {remedy}"
         )
+
+
+def _taken(group: TaskGroup, metrics: list[dict[str, StepMetrics]]) -> list[dict[str, StepMetrics]]:
+    """Return the metrics of the steps in which a group took part."""
+    return [step for step in metrics if group.name in step]
+
+
+def _overflows(group: TaskGroup, metrics: list[dict[str, StepMetrics]]) -> bool:
+    """Return whether a loss of a group is not finite.
+
+    In the shared pass this may make the gradients of others NaN, whose own losses are finite.
+    """
+    steps = _taken(group, metrics)
+    return not all(np.isfinite(step[group.name].losses).all() for step in steps)
 
 
 def _record(group: TaskGroup, metrics: list[StepMetrics], progress: Progress) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 One backward pass computes the gradient of each task with respect to its group's trainable tree.
 These gradients have a leading task axis. An optax chain that begins with a gradient aggregator,
 such as PCGrad, combines them. A head belongs to one task, so its gradient goes directly to the
-heads' optimizer. Groups share only the pass: each has its own state, optimizers and step count.
+heads' optimizer. Groups share only the pass: each has its own state, optimizers and step count. (If
+activations of one overflow in the pass, the updates of the others may not be finite either.)
 
 Shapes: T tasks, R rows, S tokens per row, N sentences and B examples per task, H hidden size.
 """

@@ -293,6 +293,21 @@ def test_a_loss_that_is_not_finite_is_named(make, tmp_path, monkeypatch, variant
         train.run(make(variant), tmp_path / "run", Silent())
 
 
+def test_of_groups_in_one_step_the_one_whose_loss_overflowed_is_named(make, tmp_path, monkeypatch):
+    """Its activations may make the gradients of the others NaN, whose losses are finite."""
+    add = loop.Window.add
+
+    def overflowing(self, metrics):
+        failed = {name: one._replace(finite=np.bool_(False)) for name, one in metrics.items()}
+        if "sts" in failed:
+            failed["sts"] = failed["sts"]._replace(losses=np.array([np.nan]))
+        add(self, failed)
+
+    monkeypatch.setattr(loop.Window, "add", overflowing)
+    with pytest.raises(UserError, match=r"step 1 of sts: the loss of sts is nan .*nor is .*para"):
+        train.run(make("lora1"), tmp_path / "run", Silent())
+
+
 def test_steps_that_are_not_finite_are_left_out_and_counted(make, tmp_path, monkeypatch):
     with_nan(monkeypatch, "sts", 11)
     with pytest.raises(UserError, match="`skip_nonfinite=True`"):
