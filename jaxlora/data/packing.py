@@ -94,9 +94,9 @@ def place_by_owner(
 ) -> Placement:
     """Place sentences so that each block of consecutive tokens belongs to one owner.
 
-    The sentences of each owner are packed into strips of at most half a row if they fit, since
-    longer strips could not share a row. The strips are then packed into rows, each starting at a
-    block boundary.
+    The sentences of each owner are packed into strips, and the strips into rows, each starting at a
+    block boundary. Strips are as long as a row, which suits owners with many sentences, or half as
+    long, so that owners with few can share rows; the result with fewer rows is returned.
 
     Args:
       lengths: number of tokens of each sentence, from 1 to `row_length`.
@@ -111,16 +111,24 @@ def place_by_owner(
     Placement(row=array([0, 0, 0, 0]), start=array([16, 9, 21,  0]), rows=1)
     """
     lengths = np.asarray(lengths)
-    strip, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
-    ends: list[int] = []  # number of tokens in each strip
     order = np.argsort(owner, kind="stable")
     owners = np.split(order, np.flatnonzero(np.diff(owner[order])) + 1)
+    limits = (row_length, row_length // 2) if len(owners) > 1 else (row_length,)
+    placed = [_place_strips(lengths, owners, row_length, block, limit) for limit in limits]
+    return min(placed, key=lambda placement: placement.rows)
+
+
+def _place_strips(
+    lengths: np.ndarray, owners: Sequence[np.ndarray], row_length: int, block: int, limit: int
+) -> Placement:
+    """Place the sentences of each owner in strips of up to `limit` tokens if they fit."""
+    strip, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    ends: list[int] = []  # number of tokens in each strip
     for mine in owners:
-        fits = len(owners) > 1 and max(lengths[mine]) <= row_length // 2
-        where = place(lengths[mine], row_length // 2 if fits else row_length)
+        fits = mine.size and max(lengths[mine]) <= limit
+        where = place(lengths[mine], limit if fits else row_length)
         strip[mine], start[mine] = len(ends) + where.row, where.start
-        used = np.bincount(where.row, lengths[mine], where.rows)
-        ends += used.astype(int).tolist()
+        ends += np.bincount(where.row, lengths[mine], where.rows).astype(int).tolist()
     outer = place([-(-end // block) for end in ends], row_length // block)
     return Placement(outer.row[strip], start + block * outer.start[strip], outer.rows)
 

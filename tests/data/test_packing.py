@@ -58,6 +58,11 @@ def test_what_an_owner_has_is_split_where_two_owners_would_not_share_a_row():
     assert where.rows <= 1.25 * (64 * 72 / 128)
 
 
+def test_an_owner_with_many_sentences_fills_whole_rows():
+    """Three sentences of 20 tokens fit a row of 64, and only one fits half a row."""
+    assert place_by_owner([20] * 60, np.arange(60) % 2, 64, 8).rows == 20
+
+
 @pytest.mark.parametrize(
     ("sizes", "rows"),
     [([], 0), ([16], 1), ([8, 8], 1), ([9, 8], 2), ([10, 9, 7, 6], 2), ([6, 7, 9, 10], 2)],
