@@ -16,6 +16,7 @@ from jaxlora.formats import huggingface
 from jaxlora.formats.families import FAMILIES
 from jaxlora.formats.huggingface import Pretrained
 from jaxlora.nn import bert
+from jaxlora.utils import trees
 
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -61,11 +62,15 @@ def make_base(like: Pretrained, family: str) -> Pretrained:
 
 def main(flags: Flags) -> None:
     """Measure all families in turn."""
+    if not flags.families:
+        raise SystemExit("--families: name at least one")
     like = huggingface.load(flags.base)
     work = Work("lora3", flags.batch_size, "float32", dropout=0.1)
-    sides = {}
+    sides, counts = {}, {}
     for family in flags.families:
-        ours = Ours(work, make_base(like, family))
+        base = make_base(like, family)
+        counts[family] = trees.count(base.params)
+        ours = Ours(work, base)
         ours.compile()
         sides[family] = functools.partial(ours.run, 2)
     spreads = harness.interleave(sides, flags.rounds)
@@ -73,6 +78,7 @@ def main(flags: Flags) -> None:
     rows = [
         {
             "family": family,
+            "M parameters": round(counts[family] / 1e6, 1),
             "batch": flags.batch_size,
             "ms": spread.per(2),
             f"× {flags.families[0]}": spread.median / first.median,

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -159,6 +160,18 @@ def read_rate(size: int = 1 << 29) -> float:
     x = jnp.ones(size // 4)
     summed = jax.jit(jnp.sum)
     return size / interleave({"": lambda: summed(x).block_until_ready()}, 9, 2)[""].low
+
+
+def peak_megabytes(status: str) -> float:
+    r"""Return the peak resident memory in MB by the content of `/proc/PID/status`.
+
+    It is that of the program alone; `ru_maxrss` begins with that of the process that started it.
+
+    >>> peak_megabytes("VmPeak:\t 9000 kB\nVmHWM:\t 1000 kB\n")
+    1.024
+    """
+    (peak,) = re.findall(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(peak) * 1024 / 1e6
 
 
 def against_best(spreads: Mapping[str, Spread]) -> dict[str, Any]:

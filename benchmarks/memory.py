@@ -71,8 +71,9 @@ def megabytes(name: str, device: str) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 1e6
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return harness.peak_megabytes(Path("/proc/self/status").read_text(encoding="utf-8"))
 
 
 def measure(work: Work, flags: Flags) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import tyro
 
 import jaxlora
 from benchmarks import harness
+from benchmarks.aggregators import make_peer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,26 +46,11 @@ def make_ours(tasks: int, size: int) -> Callable[[], None]:
     return lambda: jax.block_until_ready(update(grads, state)) and None
 
 
-def make_peer(tasks: int, size: int, device: str) -> Callable[[], None]:
-    """Build torchjd's aggregator, on a matrix whose construction is not timed."""
-    import torch
-    from torchjd.aggregation import PCGrad
-
-    jacobian, aggregate = torch.randn(tasks, size, device=device), PCGrad()
-
-    def run() -> None:
-        aggregate(jacobian)
-        if device != "cpu":
-            torch.cuda.synchronize()
-
-    return run
-
-
 def measure(tasks: int, millions: int, rate: float, flags: Flags) -> dict[str, Any]:
     """Measure one row of the table."""
     size = millions * 1_000_000
     ours = harness.Worker(make_ours, tasks, size)
-    peer = harness.Worker(make_peer, tasks, size, flags.device)
+    peer = harness.Worker(make_peer, "pcgrad", tasks, size, flags.device)
     spreads = harness.interleave({"ours": ours, "peer": peer}, flags.rounds, warmups=2)
     ours.close()
     peer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from jaxlora.utils import process as host
 from jaxlora.utils.errors import Stopped
 
 LOOK_EVERY = 0.5  # seconds
+TO_SAVE = 600.0  # seconds that terminated jobs have to save their states
+TO_END = 30.0  # seconds that they have after a second SIGTERM, before they are killed
 _COLUMNS = "120"  # of the tables in a log
 
 
@@ -70,7 +73,8 @@ class Fleet(Generic[J]):
 
         Raises:
           Stopped: after Ctrl-C or SIGTERM, once the running jobs have been terminated and have
-            ended. After a second signal they are terminated again, and end without saving.
+            ended. After a second signal, or if they take long, they are terminated again, and end
+            without saving, or are killed.
         """
         codes = []
         with host.stop_signals() as stopped:
@@ -102,15 +106,22 @@ class Fleet(Generic[J]):
     def _stop(self) -> None:
         processes = [process for _, process in self._running]
         try:
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.wait()
+            _terminate(processes, TO_SAVE)
         finally:  # also if a second signal arrives while they save
+            _terminate(processes, TO_END)
             for process in processes:
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait()
+                process.kill()
+                process.wait()
+
+
+def _terminate(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Terminate those that still run, and wait up to `seconds` until all have ended."""
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + seconds
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        for process in processes:
+            process.wait(max(0.0, until - time.monotonic()))
 
 
 def start(job: Job) -> subprocess.Popen[bytes]:

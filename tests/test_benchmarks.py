@@ -217,6 +217,11 @@ def test_families_are_as_large_as_the_base(family, tiny):
     assert shapes == jax.tree.map(np.shape, bert.param_shapes(made.config))
 
 
+def test_no_family_is_refused():
+    with pytest.raises(SystemExit, match="--families: name at least one"):
+        families.main(families.Flags(families=()))
+
+
 @pytest.mark.slow
 def test_every_family_takes_steps(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(families.huggingface, "load", lambda _: tiny)

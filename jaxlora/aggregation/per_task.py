@@ -37,7 +37,7 @@ def per_task_grads(
         function `(trunk, heads, batch) → losses`.
       trunk: the shared parameters, a pytree of arrays.
       heads: a sequence or dict of one pytree per task; any pytree if `loss_fns` is one function.
-        None if there are no heads (with one function, also `{}`).
+        None or empty if there are no heads; functions of one task then get None.
       batches: a sequence or dict of one batch per task; one batch if `loss_fns` is one function.
       has_aux: whether the functions return `(loss, aux)`. The first result is then
         `(losses, aux)`, where aux is a sequence or dict like `loss_fns`.
@@ -77,12 +77,13 @@ def _own_batches(
     `jax.jacrev` of the stacked losses would pull each unit vector back through all batches.
     """
     keys = _keys(loss_fns)
-    for name, found in (("heads", heads), ("batches", batches)):
-        if found is not None and set(_keys(found)) != set(keys):
+    own_heads = dict.fromkeys(keys) if heads is None or not _keys(heads) else heads
+    for name, found in (("heads", own_heads), ("batches", batches)):
+        if set(_keys(found)) != set(keys):
             raise ValueError(f"{name} are for the tasks {_keys(found)}, loss_fns for {keys}")
     found = [
         jax.value_and_grad(loss_fns[key], argnums=(0, 1), has_aux=has_aux)(
-            trunk, None if heads is None else heads[key], batches[key]
+            trunk, own_heads[key], batches[key]
         )
         for key in keys
     ]
@@ -91,7 +92,7 @@ def _own_batches(
     losses = jnp.stack([value[0] if has_aux else value for value in values])
     aux = _like(loss_fns, [value[1] for value in values]) if has_aux else None
     stacked = jax.tree.map(lambda *g: jnp.stack(g), *own)
-    of_heads = None if heads is None else _like(heads, heads_grads, keys)
+    of_heads = _like(heads, heads_grads, keys) if own_heads is heads else heads
     return ((losses, aux) if has_aux else losses), stacked, of_heads
 
 

@@ -18,6 +18,8 @@ _ADDRESS = re.compile(
 def find(item: str) -> str:
     """Return the local folder of a Hub dataset, downloading it if needed; other paths unchanged.
 
+    Without a revision, the newest one is downloaded once and kept, in a folder `…@latest`.
+
     Args:
       item: a path, or `hub:owner/name`, optionally with `@revision` and `:split`.
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,12 @@ def _digest(paths: Iterable[Path]) -> bytes:
     """Return the concatenated SHA-256 digests of files, and of the files in folders."""
     parts = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in paths]
     each = [path for part in parts for path in part if not path.is_dir()]
-    return b"".join(hashlib.sha256(path.read_bytes()).digest() for path in each)
+    return b"".join(map(_digest_of, each))
+
+
+def _digest_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _table_content(task: Task, table: Table) -> bytes:
@@ -111,11 +116,11 @@ def notes(task: Task, source: str, location: Location) -> dict[str, list[str]]:
 
 def where(task: Task, source: str, location: Location, split: str) -> str:
     """Return the name of a split for messages: its file, else its source, task and split."""
-    files = location.files if isinstance(location, Table) else {}
-    if source == "cs224n":
-        files = cs224n.files(task, location)  # type: ignore[arg-type]  # a folder here
-    if split == "dev" and isinstance(location, Table):
-        return str(location.dev if isinstance(location.dev, str) else location.train)
+    files: Mapping[str, str | Path] = {}
+    if isinstance(location, Table):
+        files = {"dev": location.train, **location.files}  # dev may be held out from train
+    elif source == "cs224n":
+        files = cs224n.files(task, location)  # a folder here
     return str(files.get(split, f"{source} {task.name} {split}"))
 
 

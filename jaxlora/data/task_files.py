@@ -66,9 +66,8 @@ _NUMBERS = ("classes", "range", "weight", "dev", "threshold", *OWN)
 _VALUE = re.compile(r"([^=]*)\.([^=.]*)=(.*)", re.DOTALL)  # topic.epochs=3
 # Brings the cosine loss, whose labels are scaled to 0–1, to the scale of labels from 0 to 5.
 COSINE_WEIGHT = 25.0
-MOST_CLASSES = 10_000
 Positive = Annotated[float, Field(gt=0)]
-ClassCount = Annotated[int, Field(ge=2, le=MOST_CLASSES)]
+ClassCount = Annotated[int, Field(ge=2, le=10_000)]
 
 
 @dataclasses.dataclass(frozen=True)

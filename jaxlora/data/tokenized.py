@@ -153,7 +153,7 @@ def _joined_types(parts: Sequence[Examples]) -> np.ndarray | None:
 
 SPLITS = ("train", "dev", "test")
 # Increase this when `tokenize` or the layout of the cache file changes.
-FORMAT = "4"
+FORMAT = "5"
 # Tokenizer encodings take much memory, so they are converted to arrays in chunks of this size.
 _CHUNK = 10_000
 # Errors that reading a damaged or incomplete .npz file may raise; zipfile raises separate ones for
@@ -274,10 +274,11 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, ...]]) -> To
     _check_encodable(texts)
     parts, types, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [0]
     truncated, empty = 0, []
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
     for start in range(0, len(texts), _CHUNK):
         chunk = list(texts[start : start + _CHUNK])
         for text, encoding in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
-            if _has_empty(text, encoding):
+            if _has_empty(text, encoding, special):
                 empty.append(len(lengths) - 1)
             parts.append(np.array(encoding.ids, np.int32))
             lengths.append(len(encoding.ids))
@@ -315,10 +316,13 @@ def _check_template(tokenizer: Tokenizer) -> None:
         )
 
 
-def _has_empty(text: str | tuple[str, ...], encoding: Encoding) -> bool:
-    """Return whether the tokenizer dropped every character of a text, or of one text of a pair."""
+def _has_empty(text: str | tuple[str, ...], encoding: Encoding, special: int) -> bool:
+    """Return whether the tokenizer dropped every character of a text, or of one text of a pair.
+
+    It adds `special` tokens to a text that is not in a pair.
+    """
     if isinstance(text, str):
-        return len(encoding.ids) <= 2  # [CLS] and [SEP] alone
+        return len(encoding.ids) <= special
     return not {0, 1} <= set(encoding.sequence_ids)
 
 

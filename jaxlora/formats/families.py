@@ -63,7 +63,7 @@ class Family:
       modules: our module → its module, where they differ. Modules of layers are named without
         `layers.`; `{next}` is the number of the following layer.
       last: the same, for the last layer only.
-      heads: modules around its encoder, besides those in `_HEADS`.
+      heads: modules around its encoder, besides those in `HEADS`.
       pooler: whether its class has a pooling layer by default.
       token_types: whether its class takes token types.
       classifier: its sequence classifier; None: not supported.
@@ -121,7 +121,7 @@ class Family:
     @property
     def left_out(self) -> re.Pattern[str]:
         """Pattern for names of head tensors; the first group is the head's name."""
-        return re.compile(rf"({'|'.join((*_HEADS, *self.heads))})\.")
+        return re.compile(rf"({'|'.join((*HEADS, *self.heads))})\.")
 
 
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -139,7 +139,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
 """Fields of any `config.json` → the supported values."""
 
 # Heads of transformers' Bert classes and of common third-party models.
-_HEADS = ("cls", "classifier", "pre_classifier", "score", "qa_outputs", "lm_head", "crf")
+HEADS = ("cls", "classifier", "pre_classifier", "score", "qa_outputs", "lm_head", "crf")
 _POOLER = Classifier("pooler", {"pooler": "pooler.dense", "out": "classifier"})
 _CLASSIFIER = Classifier("pooler", {"pooler": "classifier.dense", "out": "classifier.out_proj"})
 

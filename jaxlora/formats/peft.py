@@ -39,8 +39,6 @@ _WRAPPER = re.compile(
     r"\.modules_to_save(?:\.(?!(?:dense\.)?(?:weight|bias)$)[^.]+)?|\.default(?=\.)"
 )
 _REPLACED = ".original_module."  # tensors that those under modules_to_save replace
-# Modules after the encoder in any model of transformers; sentence vectors do not depend on them.
-_HEADS = ("pooler", "classifier", "pre_classifier", "score", "qa_outputs", "cls")
 _POOLER = ("pooler", "dense")
 
 
@@ -365,8 +363,8 @@ def _read_factors(
 
 
 def _is_head(module: str, family: Family) -> bool:
-    """Return whether a module comes after the encoder."""
-    return module.partition(".")[0] in (*_HEADS, *family.heads)
+    """Return whether a module comes after the encoder, so that no sentence vector needs it."""
+    return module.partition(".")[0] in ("pooler", *families.HEADS, *family.heads)
 
 
 def _check_saved(folder: Path, written: PeftConfig, saved: Iterable[str], family: Family) -> None:

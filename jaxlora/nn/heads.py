@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -11,14 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.nn import ops
+from jaxlora.nn.bert import ACTIVATIONS
 
 HeadName = Literal["mlp", "pooler", "dense_relu", "dense_gelu", "classifier"]
 _EXACT = ops.precision_of(jnp.float32)
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": nn.relu,
-    "tanh": nn.tanh,
-    "gelu": ops.gelu,
-}
 
 
 def pair_vector(u: jax.Array, v: jax.Array, kind: str) -> jax.Array:
@@ -59,7 +54,7 @@ class Head(nn.Module):
       outputs: number of outputs; an output axis of size 1 is squeezed.
       dropout: dropout rate of the hidden units.
       first: name of the first layer.
-      activation: key of `ACTIVATIONS`.
+      activation: key of `bert.ACTIVATIONS`.
     """
 
     hidden: int

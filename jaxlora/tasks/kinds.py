@@ -17,8 +17,7 @@ from jaxlora.tasks import losses
 KindName = Literal["classification", "binary", "multilabel", "ordinal", "regression", "similarity"]
 # A label is a class index, a set of classes (0 or 1 for each class), or a score.
 LabelForm = Literal["class", "classes", "score"]
-# Heads output scores from 0 to 5, as in STS-B, so that no head has to learn a large scale.
-SPAN = 5.0
+SPAN = losses.SPAN
 
 Decode = Callable[[jax.Array], jax.Array]
 

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+# Heads output scores from 0 to 5, as in STS-B, so that no head has to learn a large scale.
+SPAN = 5.0
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Compute the softmax cross-entropy with class indices.
@@ -72,7 +75,7 @@ def cosine_error(cosines: jax.Array, labels: jax.Array) -> jax.Array:
     >>> cosine_error(jnp.array([1.0, 0.5]), jnp.array([5.0, 0.0])).tolist()
     [0.0, 0.25]
     """
-    return jnp.square(cosines - labels / 5.0)
+    return jnp.square(cosines - labels / SPAN)
 
 
 def masked_mean(values: jax.Array, weights: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ class HeadKind(NamedTuple):
 
     Attributes:
       first: name of the first layer; the second is `out`.
-      activation: activation between the layers, see `heads.ACTIVATIONS`.
+      activation: activation between the layers, see `bert.ACTIVATIONS`.
       pooling: sentence pooling that the head requires; None: any.
       scaled: whether it outputs scores from 0 to `SPAN`; otherwise they are on the labels' scale.
     """

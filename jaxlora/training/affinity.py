@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from jaxlora.training.task_group import make_cohort
 from jaxlora.utils.errors import ConfigError, UserError
 from jaxlora.utils.trees import Tree
 
-BLOCKS = 20  # consecutive parts of a run; their means are assumed to be independent
+BLOCKS = 20  # most consecutive parts of a run; their means are assumed to be independent
 LEVEL = 0.95
 MOST_ENUMERATED = 8  # number of tasks up to which all partitions (4,140) are compared
 
@@ -53,8 +54,8 @@ class Affinity:
 def measure(run: Path) -> Affinity:
     """Read the cosines between the tasks' gradients from the log of a run.
 
-    Successive steps are correlated, so the intervals come from the means of `BLOCKS` consecutive
-    parts of the run (batch means with Student's t).
+    Successive steps are correlated, so the intervals come from the means of up to `BLOCKS`
+    consecutive parts of the run (batch means with Student's t).
 
     Raises:
       UserError: if no tasks share parameters in this run, or its log is too short.
@@ -70,10 +71,12 @@ def measure(run: Path) -> Affinity:
             "example all of them in one of the `groups`"
         )
     mean, low, high = (np.full((len(tasks),) * 2, np.nan) for _ in range(3))
-    for (first, second), values in series.items():
-        if len(values) < 2:
-            raise UserError(f"{run}: only one step; train for more")
-        found = interval(values)
+    for (first, second), means in series.items():
+        if len(means) < 2:
+            raise UserError(
+                f"{run}: its log has only one record of {first} and {second}; train it longer"
+            )
+        found = interval(means)
         for a, b in itertools.permutations((tasks.index(first), tasks.index(second))):
             low[a, b], mean[a, b], high[a, b] = found
     for matrix in (mean, low, high):
@@ -83,10 +86,10 @@ def measure(run: Path) -> Affinity:
 
 def _series(
     records: Sequence[Mapping[str, Any]], settings: Settings
-) -> dict[tuple[str, str], list[float]]:
-    """Return the cosine of each pair at every step; a record holds the mean since the last one."""
+) -> dict[tuple[str, str], list[tuple[float, int]]]:
+    """Return the mean cosine of each pair in every record, and its steps since the last record."""
     groups = {group_name(names): names for names in settings.groups}
-    series: dict[tuple[str, str], list[float]] = {}
+    series: dict[tuple[str, str], list[tuple[float, int]]] = {}
     last = dict.fromkeys(groups, 0)
     for record in (r for r in records if r["kind"] == "train"):
         steps = record["step"] - last[record["group"]]
@@ -94,19 +97,28 @@ def _series(
         for pair in itertools.combinations(groups[record["group"]], 2):
             cosine = record["cosine"]["-".join(pair)]
             if np.isfinite(cosine):  # a gradient of 0 has no direction
-                series.setdefault(pair, []).extend([cosine] * steps)
+                series.setdefault(pair, []).append((cosine, steps))
     return series
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
+def interval(means: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
     """Return the lower end, the mean and the upper end of its interval, by batch means.
 
-    >>> [round(x, 3) for x in interval([0.1, 0.3] * 40)]
+    Parts are made of whole records: steps of one record share its mean, so they would look alike.
+
+    Args:
+      means: the mean of each record and its number of steps.
+
+    >>> [round(x, 3) for x in interval([(0.1, 10), (0.3, 10)] * 40)]
     [0.2, 0.2, 0.2]
     """
-    parts = [part.mean() for part in np.array_split(np.array(values), min(BLOCKS, len(values)))]
-    half = stats.t.ppf((1 + LEVEL) / 2, len(parts) - 1) * stats.sem(parts)
-    return float(np.mean(parts) - half), float(np.mean(parts)), float(np.mean(parts) + half)
+    parts = np.array_split(np.array(means), min(BLOCKS, len(means)))
+    sums, steps = np.array([(part[:, 0] @ part[:, 1], part[:, 1].sum()) for part in parts]).T
+    mean = sums.sum() / steps.sum()
+    # Parts may differ in their steps, so this is the error of a ratio; of equal ones, of a mean.
+    error = np.std(sums - mean * steps, ddof=1) * math.sqrt(len(parts)) / steps.sum()
+    half = stats.t.ppf((1 + LEVEL) / 2, len(parts) - 1) * error
+    return float(mean - half), float(mean), float(mean + half)
 
 
 def propose_groups(tasks: Sequence[str], mean: np.ndarray) -> Groups:

@@ -293,8 +293,9 @@ class Window:
     def flush(self, progress: dict[str, Progress]) -> list[dict[str, Any]]:
         """Return a record of these steps for each group, and add their time to its `progress`.
 
-        A group without a finite step gets no record. Its next record counts the skipped steps,
-        which its progress keeps until then.
+        `steps_per_second` counts the steps of all groups together, also those in which this one
+        took no part. A group without a finite step gets no record. Its next record counts the
+        skipped steps, which its progress keeps until then.
 
         Raises:
           UserError: if a step is not finite, see `train_cohort`.

@@ -38,12 +38,12 @@ def count(
     adaptation: Adaptation,
     groups: Groups,
     tasks: Iterable[Task],
-    pair_features: str = "concat",
+    pair_features: str,
 ) -> ParameterCount:
     """Count the parameters of a run from shapes, without allocating arrays.
 
     >>> from jaxlora.training.adaptation import Full
-    >>> count(BertConfig(), Full(), (("sst", "sts"),), []).incremental
+    >>> count(BertConfig(), Full(), (("sst", "sts"),), [], "concat").incremental
     108891648
     """
     params, key = param_shapes(config), jax.random.key(0)
@@ -69,4 +69,4 @@ def of_variant(variant: Variant) -> ParameterCount:
     2881543
     """
     adaptation, tasks = make_adaptation(variant.adapt, LoraConfig()), paper_tasks(variant.sts_loss)
-    return count(BertConfig(), adaptation, variant.groups, tasks)
+    return count(BertConfig(), adaptation, variant.groups, tasks, "concat")

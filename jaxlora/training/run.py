@@ -274,20 +274,22 @@ def _train_cohort(
     return distributed.gather(best), progress, test, dev
 
 
+# Fields of `loop.Progress` that `result.json` merges over groups, or that only training needs.
+_NOT_BY_GROUP = ("best_scores", "untrained", "nonfinite_since_log", "nonfinite_in_a_row")
+
+
 def summarize_result(
     settings: Settings,
     stored: parameter_count.ParameterCount,
-    progress: dict[str, dict[str, Any]],
+    progress: Mapping[str, Mapping[str, Any]],
     test: dict[str, float],
 ) -> dict[str, Any]:
     """Return the content of `result.json`."""
     dev: dict[str, float] = {}
     untrained: dict[str, float] = {}
     for group in progress.values():
-        dev |= group.pop("best_scores")
-        untrained |= group.pop("untrained")
-        del group["nonfinite_since_log"], group["nonfinite_in_a_row"]
-        group["steps_per_second"] = group["step"] / group["seconds"]
+        dev |= group["best_scores"]
+        untrained |= group["untrained"]
     errors = [name for name, task in settings.named.items() if not task.greater_is_better]
     return {
         "variant": settings.variant,
@@ -303,5 +305,8 @@ def summarize_result(
         "untrained": untrained,
         "parameters": stored._asdict(),
         "train_seconds": sum(group["seconds"] for group in progress.values()),
-        "groups": progress,
+        "groups": {
+            name: {key: value for key, value in group.items() if key not in _NOT_BY_GROUP}
+            for name, group in progress.items()
+        },
     }

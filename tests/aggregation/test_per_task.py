@@ -81,10 +81,11 @@ def test_what_comes_with_the_losses():
     assert aux == "aux" and again.shape == (2,)
 
 
-def test_without_heads():
+@pytest.mark.parametrize("none", [None, {}, []])
+def test_without_heads(none):
     fns = [lambda trunk, head, x: jnp.sum(trunk * x)] * 2
-    losses, grads, heads = per_task_grads(fns, jnp.ones(2), None, jnp.eye(2))
-    assert losses.tolist() == [1, 1] and grads.tolist() == [[1, 0], [0, 1]] and heads is None
+    losses, grads, heads = per_task_grads(fns, jnp.ones(2), none, jnp.eye(2))
+    assert losses.tolist() == [1, 1] and grads.tolist() == [[1, 0], [0, 1]] and heads == none
 
 
 def test_tasks_that_do_not_match_are_refused():

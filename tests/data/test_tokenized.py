@@ -85,6 +85,15 @@ def test_tokenize_nothing(tokenizer):
     assert (len(tokens), offsets.tolist(), truncated) == (0, [0], 0)
 
 
+@pytest.mark.parametrize("template", ["[CLS] $A [SEP]", "$A [SEP]", "[CLS] $A", None])
+def test_texts_without_tokens_are_found_by_the_tokenizers_own_template(tokenizer, template):
+    special = [("[CLS]", CLS), ("[SEP]", SEP)]
+    tokenizer.post_processor = processors.ByteLevel()
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=special)
+    assert tokenize(truncating(tokenizer, 8), ["a", "", "good film", "\x00"]).empty == [1, 3]
+
+
 def test_tokenize_in_chunks_gives_the_same(tokenizer, monkeypatch):
     texts = ["a", "b c", "d e a", "good film", "bad"]
     whole = tokenize(truncating(tokenizer, 4), texts)

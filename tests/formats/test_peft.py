@@ -10,12 +10,12 @@ import peft_oracle
 import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
-from tiny import random_adapter
+from tiny import leaves_equal, random_adapter
 
 from jaxlora import lora
 from jaxlora.data.packing import Shape, fill
+from jaxlora.formats import families, peft_config
 from jaxlora.formats import peft as peft_files
-from jaxlora.formats import peft_config
 from jaxlora.lora import LoraConfig
 from jaxlora.nn.bert import Encoder, pool
 from jaxlora.utils.errors import UserError
@@ -322,6 +322,18 @@ def test_modules_the_base_has_not(tiny, tmp_path, name):
     )
     with pytest.raises(UserError, match=f"the base model has no {name}"):
         peft_files.load(tmp_path / "a", tiny.config)
+
+
+@pytest.mark.parametrize("head", ["pooler.dense", *families.HEADS])
+def test_factors_of_a_head_are_no_part_of_the_adapter(tiny, tmp_path, head):
+    save(tmp_path / "a", tiny)
+    factors = {
+        f"base_model.model.{head}.lora_{name}.weight": np.ones(shape, "f4")
+        for name, shape in (("A", (6, 32)), ("B", (2, 6)))
+    }
+    before, _ = peft_files.load(tmp_path / "a", tiny.config)
+    edit_tensors(tmp_path / "a", lambda tensors: tensors.update(factors))
+    leaves_equal(peft_files.load(tmp_path / "a", tiny.config, encoder_only=True)[0], before)
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, -4])

@@ -175,6 +175,14 @@ time.sleep(60)
 """
 
 
+DEAF = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[1] + ".ready", "w").close()
+time.sleep(30)
+"""
+
+
 def signal_when(path, times=1):
     """Send SIGINT to this process when a file is there, and again when `path` is."""
 
@@ -200,6 +208,17 @@ def test_ctrl_c_lets_the_running_ones_save_and_a_second_one_does_not_wait(quick,
     assert stopped.value.signal == signal.SIGINT and time.monotonic() - began < 50
     assert (tmp_path / "job").read_text() == "saved"
     assert watching.order == ["job"]  # the other one was not begun any more
+
+
+def test_a_job_that_ignores_sigterm_is_killed_in_the_end(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(fleet, "TO_SAVE", 0.2)
+    monkeypatch.setattr(fleet, "TO_END", 0.1)
+    job = Job("job", DEAF, tmp_path)
+    thread, began = signal_when(tmp_path / "job"), time.monotonic()
+    with pytest.raises(Stopped):
+        fleet.Fleet([job], 1, Watching()).run()
+    thread.join()
+    assert time.monotonic() - began < 20
 
 
 # ---- the runs

@@ -27,6 +27,7 @@ def count(adapt, groups, sts_loss, adapter=None):
         make_adaptation(adapt, adapter or LoraConfig()),
         groups,
         paper_tasks(sts_loss),
+        "concat",
     )
 
 

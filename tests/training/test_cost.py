@@ -17,6 +17,7 @@ from jaxlora.nn import bert
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.tasks.task import paper_tasks
 from jaxlora.training import cost, sharding
+from jaxlora.training.presets import make_settings
 from jaxlora.utils.errors import UserError
 
 THREE = paper_tasks("mse")
@@ -31,7 +32,7 @@ WIDE = wide("lora", "data=1").config
 def work(adapt, config=NARROW, tasks=THREE, dropout=0.0, **more):
     """A step of 24 rows: of all tasks together, or 8 of each."""
     rows = 24 if adapt == "lora" else 8
-    asked = {"batch_size": 16, "rows": rows, "pair_features": "interaction"} | more
+    asked = {"batch_size": 16, "rows": rows} | more
     return cost.Work(config.with_dropout(dropout), adapt, tasks, **asked)
 
 
@@ -42,6 +43,11 @@ def check(asked):
     unused = found.memory.frozen if asked.adapt == "frozen" else 0  # held, but no argument
     assert found.memory.arguments - unused == pytest.approx(xla["arguments"], rel=0.01)
     assert found.memory.temporary == pytest.approx(xla["temporary"], rel=0.1)
+
+
+def test_the_heads_are_those_of_a_run_by_default():
+    (step,) = cost.for_variant("lora3", MINILM, 8).values()
+    assert step.pair_features == make_settings("lora3").model.pair_features
 
 
 @pytest.mark.parametrize(

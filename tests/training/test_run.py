@@ -1,4 +1,6 @@
+import copy
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -19,6 +21,7 @@ from jaxlora.tasks.task import NAMES
 from jaxlora.training import inputs as prepare
 from jaxlora.training import loop, metrics_log, optimizer, run_folder, task_group
 from jaxlora.training import run as train
+from jaxlora.training.parameter_count import ParameterCount
 from jaxlora.training.run import RunOptions
 from jaxlora.training.sharding import make_mesh
 from jaxlora.training.step import TrainStep
@@ -56,6 +59,18 @@ def test_surgery_reaches_the_optimizer(make, surgery, sign):
     state = group.tx.init(params)
     updates, _ = jax.jit(group.tx.update)(gradients, state, params)
     assert np.sign(updates["kernel"]).tolist() == [sign, -1]
+
+
+def test_the_result_is_made_of_the_progress_and_leaves_it_as_it_is(make):
+    done = loop.Progress(step=3, seconds=2.0, best_scores={"sst": 0.5}, untrained={"sst": 0.1})
+    progress = {"sst+para+sts": dataclasses.asdict(done)}
+    before = copy.deepcopy(progress)
+    made = train.summarize_result(make("lora3"), ParameterCount(*range(5)), progress, {})
+    assert progress == before
+    assert (made["dev"], made["untrained"]) == ({"sst": 0.5}, {"sst": 0.1})
+    assert made["groups"]["sst+para+sts"].keys() == {
+        "step", "seconds", "best_step", "best_score", "best_seconds", "stale", "skipped", "done",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

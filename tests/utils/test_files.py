@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -289,6 +290,31 @@ def test_curves_of_many_tasks_are_drawn(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("cosine", "panels"),
+    [
+        ({}, ["loss", "MAE", "Pearson r"]),
+        ({"a-b": 0.1}, ["loss", "MAE", "Pearson r", "cosine of two tasks' gradients"]),
+    ],
+)
+def test_each_metric_has_a_panel_and_conflicts_only_where_tasks_share(
+    cosine, panels, tmp_path, monkeypatch
+):
+    values, drawn = {"a": 1.0, "b": 2.0, "c": 0.5}, []
+    real = curves._draw_panel
+    monkeypatch.setattr(
+        curves, "_draw_panel", lambda axes, *rest: (drawn.append(axes), real(axes, *rest))
+    )
+    train = {"kind": "train", "step": 1, "loss": values, "cosine": cosine, "conflicts": 0.0}
+    metrics = {"a": "MAE", "b": "Pearson r", "c": "MAE"}
+    records = [train, {"kind": "eval", "step": 1, "dev": values, "dev_loss": values}]
+    curves.draw(records, tmp_path / "curves.png", "title", metrics)
+    assert [axes.get_ylabel() for axes in drawn] == panels
+    lines = [{line.get_label(): line.get_color() for line in axes.get_lines()} for axes in drawn]
+    assert lines[1].keys() == {"a", "c"} and lines[2].keys() == {"b"}
+    assert lines[1]["c"] == lines[0]["c"] and lines[2]["b"] == lines[0]["b"]
+
+
 def test_names_of_groups_are_bounded_and_differ():
     long = [f"a-task-with-a-long-name-{n}" for n in range(40)]
     names = {group_name(long[:k]) for k in range(1, 41)} | {group_name(long[1:])}
@@ -495,8 +521,10 @@ def test_a_bank_is_read_beside_a_writer(runs, tmp_path):
 
     writer = threading.Thread(target=write)
     writer.start()
+    reads, until = 0, time.monotonic() + 300
     try:
-        for _ in range(8):
+        while reads < 8 or (len(changes) < 3 and time.monotonic() < until):
+            reads += 1
             rows = bank.contents(folder)
             assert [row.task for row in rows] == ["sst", "para", "sts"]
             assert all(row.bytes > 1000 for row in rows)

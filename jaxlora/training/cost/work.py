@@ -22,6 +22,7 @@ from jaxlora.tasks.sharing import Adapt, group_name, variant
 from jaxlora.tasks.task import Task, paper_tasks
 from jaxlora.training import sharding
 from jaxlora.training.adaptation import Adaptation, cohorts, make_adaptation
+from jaxlora.training.config import ModelConfig
 from jaxlora.utils import trees
 from jaxlora.utils.errors import ConfigError
 from jaxlora.utils.trees import Tree
@@ -73,7 +74,7 @@ class Work:
     row_length: int = 64
     adapter: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     dtype: str = "float32"
-    pair_features: str = "concat"
+    pair_features: str = ModelConfig.pair_features
     groups: int = 1
     data: int = 1
     fsdp: int = 1
