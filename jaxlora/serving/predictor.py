@@ -72,8 +72,7 @@ class Predictor:
 
     def __post_init__(self) -> None:
         _refuse_forked()
-        if self.memory < 0:
-            raise ConfigError("memory", "must be at least 0 bytes", self.memory)
+        _check_memory(self.memory)
         # Serializes passes, since the next pass may reuse a slot for another adapter. Created
         # eagerly, since two threads could each create a lazy one.
         object.__setattr__(self, "_lock", threading.Lock())
@@ -112,6 +111,7 @@ class Predictor:
             has other checksums; in a process that was forked from one with a predictor.
         """
         _refuse_forked()
+        _check_memory(memory)
         trained = bank.load(Path(folder), memory // HOST_SHARE).at(base)
         predictor = Predictor(trained.load_base(), trained, memory)
         if warm:
@@ -123,23 +123,36 @@ class Predictor:
         """The tasks by name."""
         return {name: model.task for name, model in self.trained.models.items()}
 
-    def __call__(self, requests: Sequence[tuple[str, ...]]) -> list[Answer]:
+    def __call__(
+        self,
+        requests: Sequence[tuple[str, ...]],
+        truncated: Callable[[int], Any] = lambda _: None,
+    ) -> list[Answer]:
         """Answer requests to any mix of tasks, in order.
 
-        Sentences of all tasks are packed into the same rows, and each uses the adapter and the head
-        of its task. (Fully fine-tuned tasks need a forward pass each.)
+        Tasks whose adapters have the same rank, rounded up to a power of two, share rows and a
+        forward pass, and each sentence uses the adapter and the head of its task. All tasks without
+        an adapter share another pass. Each full encoder needs its own.
 
         Args:
           requests: `(task, sentence)` or `(task, first sentence, second sentence)`.
+          truncated: called with the number of texts that were longer than the bank's `max_length`.
 
         Raises:
           UserError: for an unknown task, a wrong number of sentences, or a blank one.
         """
-        checked = [self.check(request, f"request {n}") for n, request in enumerate(requests)]
+        checked = [
+            self.check(request, f"request {n}" if len(requests) > 1 else "the request")
+            for n, request in enumerate(requests)
+        ]
         found: dict[int, Answer] = {}
-        for task, numbers, outputs in self._outputs(checked):
+        for task, numbers, outputs in self._outputs(checked, truncated):
             found |= zip(numbers.tolist(), answers.answers(task, outputs), strict=True)
         return [found[number] for number in range(len(checked))]
+
+    def describe_truncated(self, count: int) -> str:
+        """Return a remark on the number of texts that were truncated."""
+        return f"{count:,} text{'' if count == 1 else 's'} cut to {self.trained.max_length} tokens"
 
     def predict(self, task: str, examples: Sequence[str | tuple[str, str]]) -> np.ndarray:
         """Predict examples of one task, as numbers.
@@ -181,7 +194,9 @@ class Predictor:
         return self._vectors(checked)
 
     def _outputs(
-        self, checked: list[tuple[Task, tuple[str, ...]]]
+        self,
+        checked: list[tuple[Task, tuple[str, ...]]],
+        truncated: Callable[[int], Any] = lambda _: None,
     ) -> list[tuple[Task, np.ndarray, np.ndarray]]:
         """Return for each task that occurs: the task, the indices of its requests, its outputs."""
         if not checked:
@@ -189,7 +204,7 @@ class Predictor:
         sentences = np.array([task.sentences for task, _ in checked])
         first = np.cumsum(sentences) - sentences
         names = np.array([task.name for task, _ in checked])
-        vectors, found = self._vectors(checked), []
+        vectors, found = self._vectors(checked, truncated), []
         for name in dict.fromkeys(names.tolist()):
             model, mine = self.trained.models[name], np.flatnonzero(names == name)
             numbers = (first[mine, None] + np.arange(model.task.sentences)).ravel()
@@ -200,16 +215,21 @@ class Predictor:
             found.append((model.task, mine, outputs))
         return found
 
-    def _vectors(self, checked: list[tuple[Task, tuple[str, ...]]]) -> np.ndarray:
+    def _vectors(
+        self,
+        checked: list[tuple[Task, tuple[str, ...]]],
+        truncated: Callable[[int], Any] = lambda _: None,
+    ) -> np.ndarray:
         """Return the vectors of all sentences and joint pairs, each encoded by its task's tree."""
         _refuse_forked()
         texts = [(task, text) for task, parts in checked for text in task.encoded(parts)]
         examples = unlabelled(tokenize(self._tokenizer, [text for _, text in texts]))
+        truncated(examples.truncated)
         trees = [self.trained.models[task.name].tree for task, _ in texts]
         out = np.empty((len(trees), self.base.config.hidden_size), np.float32)
         with self._lock:
             for mine, model, owner in self._passes(trees):
-                out[mine] = inference.encode(
+                out[mine] = inference.encode_apart(
                     *model, examples.take(mine), self.trained.max_length, owner
                 )
         return out
@@ -420,13 +440,21 @@ def _refuse_forked() -> None:
         )
 
 
+def _check_memory(memory: int) -> None:
+    if not isinstance(memory, int | np.integer) or memory < 0:
+        raise ConfigError("memory", "must be a whole number of bytes, at least 0", repr(memory))
+
+
 def _check_all(
     task: Task, examples: Sequence[str | tuple[str, str]], pairs: bool
 ) -> list[tuple[Task, tuple[str, ...]]]:
     if isinstance(examples, str):
         raise UserError(f"{task.name}: give a list of examples, not one string")
     parts = [tuple(e) if isinstance(e, tuple | list) else (e,) for e in examples]
-    return [(task, _check(task, f"example {n}", part, pairs)) for n, part in enumerate(parts)]
+    return [
+        (task, _check(task, f"example {n}" if len(parts) > 1 else "the example", part, pairs))
+        for n, part in enumerate(parts)
+    ]
 
 
 def _check(task: Task, which: str, texts: tuple[Any, ...], pairs: bool) -> tuple[str, ...]:

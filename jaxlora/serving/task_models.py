@@ -17,7 +17,7 @@ from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.formats.huggingface import Pretrained, absolute
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.task import HEADS, Task
-from jaxlora.utils.errors import ConfigError, UserError, suggestion
+from jaxlora.utils.errors import ConfigError, UserError, list_some, suggestion
 from jaxlora.utils.trees import Tree
 
 Pooling = Literal["cls", "mean"]
@@ -142,7 +142,7 @@ class TaskModels(BaseSpec):
           UserError: if no task has that name.
         """
         if name not in self.models:
-            there = ", ".join(self.models) or "none"
+            there = list_some(self.models) or "none"
             hint = suggestion(name, self.models)
             raise UserError(f"{self.origin}: no task {name!r}; there are {there}{hint}")
         return self.models[name]

@@ -143,6 +143,22 @@ def test_an_adapter_that_does_not_fit_the_base_refuses_only_its_own_task(
         bank.add(tmp_path / "other", bad.trained, ["task0"])
 
 
+def test_a_task_that_overflows_spoils_no_other_in_its_rows(tiny):
+    sound = many(tiny, 7, ranks=(4,))
+    huge = jax.tree.map(lambda x: x * np.float32(1e22), sound.trained.trees["task0"])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(huge))
+    trained = dataclasses.replace(sound.trained, trees={**sound.trained.trees, "task0": huge})
+    predictor = jaxlora.Predictor(tiny, trained)
+    asked = sentences(["task0", "task3", "task6"], 3)
+    parts = [(predictor.task(name), (text,)) for name, text in asked]
+    guilty = np.array([name == "task0" for name, _ in asked])
+    found = predictor._vectors(parts)
+    assert np.isfinite(found).all(-1).tolist() == (~guilty).tolist()
+    np.testing.assert_allclose(found[~guilty], sound._vectors(parts)[~guilty], atol=1e-5)
+    with pytest.raises(jaxlora.UserError, match="task0: 3 of 3 answers are not numbers"):
+        predictor(asked[::-1])
+
+
 def test_threads_take_turns(tiny, monkeypatch):
     """Calls that need each other's slots: each has the answers that it has alone."""
     monkeypatch.setattr(adapter_slots, "FIRST_SLOTS", 2)

@@ -1001,6 +1001,18 @@ def test_names_with_markup_are_shown_as_they_are(runs, tmp_path, call):
     assert (code, "x[/y]: added sst, para, sts" in shown) == (0, True)
 
 
+def test_truncated_texts_are_told(three, call, tmp_path):
+    long = "film " * 40
+    _, shown = call("predict", "--bank", three, "--task", "sst", long)
+    assert "note: 1 text cut to 16 tokens" in shown
+    table, out = tmp_path / "x.csv", tmp_path / "y.csv"
+    table.write_text(f"sentence,label\n{long},1\na film,0\n{long},2\n")
+    _, shown = call("predict", "--bank", three, "--task", "sst", "--input", table, "--output", out)
+    assert "3 answers; 2 texts cut to 16 tokens" in shown
+    _, shown = call("evaluate", three, "--task", "sst", "--input", table)
+    assert "note: 2 texts cut to 16 tokens" in shown
+
+
 def test_an_empty_table_has_no_answers(three, call, tmp_path):
     source = tmp_path / "in.tsv"
     source.write_text("sentence\n")

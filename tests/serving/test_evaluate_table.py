@@ -34,7 +34,7 @@ class Parrot:
     def task(self, name):
         return TASK
 
-    def __call__(self, requests):
+    def __call__(self, requests, truncated):
         answers = []
         for _, sentence in requests:
             word, sure = sentence.split()
@@ -72,6 +72,7 @@ def test_columns_are_those_of_training_or_usual_ones():
     pair = ["sentence1", "sentence2", "label"]
     assert choose_columns(None, pair) == Columns(("sentence1", "sentence2"), "label")
     assert choose_columns(known, ["a", "b", "c"], "a,b", "c") == Columns(("a", "b"), "c")
+    assert choose_columns(None, ["a", "label"]) == Columns(("sentence1",), "label")  # is asked for
 
 
 def test_tables_that_cannot_be_scored(tmp_path):
