@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-
-from jaxlora.utils.errors import Note
 
 if TYPE_CHECKING:
     from jaxlora.serving.predictor import Predictor
@@ -41,7 +38,7 @@ def note_truncated(predictor: Predictor) -> Callable[[int], None]:
 
     def note(count: int) -> None:
         if count:
-            warnings.warn(Note(predictor.describe_truncated(count)), stacklevel=2)
+            print(f"note: {predictor.describe_truncated(count)}", file=sys.stderr)
 
     return note
 
