@@ -18,7 +18,7 @@ from tiny import Silent, write_data
 import jaxlora
 from jaxlora import lora
 from jaxlora.cli import main
-from jaxlora.serving import bank, export_peft, finished_run, tree_files
+from jaxlora.serving import bank, export_merged, export_peft, finished_run, tree_files
 from jaxlora.serving import manifest as manifests
 from jaxlora.serving import predictor as predict
 from jaxlora.serving.chunks import every_shape
@@ -745,6 +745,11 @@ def test_peft_reads_an_exported_task(three, tiny_base, tmp_path, call):
     after = peft_oracle.vectors(model, predictor.base.tokenizer, sentences, "mean")
     np.testing.assert_allclose(predictor.encode("sst", sentences), after, atol=1e-5)
     assert np.abs(after - before).max() > 1e-2
+    text = (tmp_path / "sst" / export_merged.README).read_text()
+    code = text.split("```python")[1].split("```")[0].replace('"."', repr(str(tmp_path / "sst")))
+    defined = {}
+    exec(code.replace(repr(tiny_base.name), repr(str(tiny_base))), defined)  # as a user would
+    assert defined["predict"](sentences).tolist() == predictor.predict("sst", sentences).tolist()
 
 
 def test_an_adapter_of_others_compares_texts(three, tiny_base, tmp_path, call):
