@@ -186,6 +186,15 @@ def test_a_page_of_several_tasks_has_a_section_for_each():
     assert ["id of p", "a", "0", "1"] in seen.rows
 
 
+def test_marks_lie_within_the_plot_and_axes_have_a_middle():
+    found = Evaluation(TASK, np.ones(4), np.ones(4), np.tile([0.0, 1.0], (4, 1)))
+    text = page([(report(found, "x", Labelled([None] * 4, 0, 0), resamples=5), found)])
+    left, top, width, _ = map(float, re.search(r'viewBox="(.*?)"', text)[1].split())
+    ((x, y, r),) = re.findall(r'cx="(.*?)" cy="(.*?)" r="(.*?)"', text)
+    assert float(y) - float(r) > top and float(x) + float(r) < left + width
+    assert re.findall(r">([\d.]+)</text>", text) == ["0", "0", "0.5", "0.5", "1", "1"]
+
+
 def test_labels_of_the_report_are_checked_against_the_other_model():
     rows = Labelled([], 0, 0)
     found = Evaluation(TASK, np.ones(2), np.ones(2), np.full((2, 2), 0.5))
