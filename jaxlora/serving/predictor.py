@@ -141,6 +141,7 @@ class Predictor:
         Raises:
           UserError: for an unknown task, a wrong number of sentences, or a blank one.
         """
+        requests = list(requests)  # an iterator will do, too
         checked = [
             self.check(request, f"request {n}" if len(requests) > 1 else "the request")
             for n, request in enumerate(requests)
