@@ -4,7 +4,8 @@ Runs PCGrad, two train steps of every variant and requests to many adapters on J
 and on the CPU, from the same numbers and without dropout. Prints the differences of the second
 step's gradients and of the sentence vectors, and the time of a step or a call. Steps are plain SGD:
 AdamW's first steps are the signs of the gradients, which rounding flips where a gradient is nearly
-zero. Needs neither data nor TFDS nor Grain. Exits with 1 if a difference exceeds the tolerance.
+zero. Needs neither data nor TFDS nor Grain. Exits with 1 if a difference exceeds the tolerance, and
+with 2 if JAX finds no accelerator.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from jaxlora.training.adaptation import EncodeTasks, Frozen, Full, make_adaptati
 from jaxlora.training.config import PaperVariant
 from jaxlora.training.step import GroupStep, make_train_step
 from jaxlora.utils import trees
+from jaxlora.utils.errors import UserError
 
 TOLERANCE = 1e-4  # relative, for float32 gradients; TF32 would exceed it
 RATE = 0.1
@@ -137,17 +139,22 @@ def two_steps(
     return grads, float(np.median(seconds))
 
 
+def requests(adapters: int) -> int:
+    """Return the number of requests, at least one for each adapter."""
+    return max(REQUESTS, adapters)
+
+
 def serve(
     base: huggingface.Pretrained, adapters: int, device: jax.Device
 ) -> tuple[np.ndarray, float]:
     """Return the vectors of sentences that use the adapters in turn, and the seconds per call."""
-    rng, config = np.random.default_rng(0), lora.LoraConfig()
-    sentences = [rng.integers(1, base.config.vocab_size, n) for n in rng.integers(5, 20, REQUESTS)]
+    rng, config, count = np.random.default_rng(0), lora.LoraConfig(), requests(adapters)
+    sentences = [rng.integers(1, base.config.vocab_size, n) for n in rng.integers(5, 20, count)]
     examples = Examples(
-        np.arange(REQUESTS).astype(str),
+        np.arange(count).astype(str),
         np.concatenate(sentences).astype(np.int32),
         np.cumsum([0, *map(len, sentences)]),
-        np.zeros(REQUESTS, np.float32),
+        np.zeros(count, np.float32),
         1,
     )
     like = bert.unstack_layers(lora.init(jax.random.key(0), base.params, config))
@@ -157,7 +164,7 @@ def serve(
         frozen = {"params": bert.matmul_ready(base.params, jnp.float32)}
         call = functools.partial(
             inference.encode, encode, frozen, jax.device_put(stack, device), examples,
-            base.config.max_length, np.arange(REQUESTS) % adapters,
+            base.config.max_length, np.arange(count) % adapters,
         )  # fmt: skip
         vectors, seconds = call(), []
         for _ in range(5):
@@ -176,16 +183,26 @@ def main(
     base: str = "minilm",
     variants: tuple[PaperVariant, ...] = get_args(PaperVariant),
     adapters: tuple[int, ...] = (1, 8, 64, 512),
+    cpu_only: bool = False,
 ) -> bool:
     """Print the comparison; return whether both devices agree.
 
     Args:
       base: minilm, a local Hugging Face folder, or a hub id.
       variants: the paper's variants whose steps are compared.
-      adapters: numbers of adapters among which 256 requests are divided.
+      adapters: numbers of adapters among which 256 requests, or one for each, are divided.
+      cpu_only: compare the CPU with itself if JAX finds no accelerator.
+
+    Raises:
+      UserError: if JAX finds no accelerator, unless `cpu_only`.
     """
-    loaded = huggingface.load(base)
     device, cpu = jax.devices()[0], jax.devices("cpu")[0]
+    if device == cpu and not cpu_only:
+        raise UserError(
+            "JAX finds no accelerator to compare with the CPU; install JAX for yours, or set "
+            "`cpu_only=True` to compare the CPU with itself"
+        )
+    loaded = huggingface.load(base)
     table = Table(title=f"{device.device_kind} against cpu")
     for column in ("", "difference", "ms", "ms on cpu"):
         table.add_column(column, justify="right")
@@ -197,7 +214,7 @@ def main(
         for name in variants
     }
     compared |= {
-        f"{REQUESTS} requests, {count} adapters": functools.partial(serve, loaded, count)
+        f"{requests(count)} requests, {count} adapters": functools.partial(serve, loaded, count)
         for count in adapters
     }
     for name, run in compared.items():

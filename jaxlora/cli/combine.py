@@ -33,7 +33,7 @@ def combine(
       weight: a weight for each of them; default: equal weights that sum to 1.
       head: task whose head and labels the new one uses; default: the first.
       rank: approximate the sum by this rank with a singular value decomposition; default: the
-        exact sum, whose rank is the sum of the ranks.
+        exact sum, whose rank is the sum of the ranks, or the highest that a layer can have.
     """
     check_name(name, "--as")
     if not task:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxlora.cli.flags import choose_task
-from jaxlora.cli.terminal import CONSOLE, Folder, print_json, say
+from jaxlora.cli.terminal import CONSOLE, Folder, note_truncated, print_json, say
 from jaxlora.data.raw_examples import TextExample
 from jaxlora.serving import evaluate_table, evaluation_page
 from jaxlora.serving.evaluate_table import Report, show_names
@@ -63,7 +63,7 @@ def evaluate(
     model = predictor.trained.find(name)
     labelled = evaluate_table.read_table(model, input, text, label)
     other = None if against is None else _other(against, base, model.task, labelled.rows)
-    found = evaluate_table.evaluate(predictor, name, labelled.rows)
+    found = evaluate_table.evaluate(predictor, name, labelled.rows, note_truncated(predictor))
     report = evaluate_table.report(found, input, labelled, other)
     if page is not None:
         files.write_text(files.local(page), evaluation_page.page([(report, found)]))

@@ -53,7 +53,7 @@ def peft(export: Asked) -> None:
     if export.base is not None:
         trained.load_base()  # checks the base, since the PEFT folder will name it
     export_peft.save(export.out, trained, export.task)
-    say(f"{export.out}: {export.task} for PEFT")
+    say(f"{export.out}: {export.task} for PEFT; its {export_merged.README} says how to apply it")
 
 
 def onnx(export: Asked, int8: bool = False, check: Path | None = None) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection
 
 from jaxlora.utils import process
-from jaxlora.utils.errors import ConfigError, UserError
+from jaxlora.utils.errors import ConfigError, UserError, list_some
 
 # Argument → name of its flag, where the two differ.
 _NAMES = {"dropout": "lora_dropout"}
@@ -54,7 +54,7 @@ def choose_task(task: str | None, tasks: Collection[str]) -> str:
     'sts'
     """
     if task is None and len(tasks) != 1:
-        raise UserError(f"`task` is missing; there are {', '.join(tasks)}")
+        raise UserError(f"`task` is missing; there are {list_some(tasks)}")
     return task or next(iter(tasks))
 
 

@@ -10,7 +10,7 @@ import tyro
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from jaxlora.cli.flags import bytes_of, choose_task
-from jaxlora.cli.terminal import print_json, say
+from jaxlora.cli.terminal import note_truncated, print_json, say
 from jaxlora.data.quoting import Quoting
 from jaxlora.serving import predict_table
 from jaxlora.serving.answers import show_value, to_record
@@ -92,7 +92,7 @@ def _answer_one(
 ) -> None:
     """Print the answer to one example."""
     task = choose_task(task, predictor.tasks)
-    (answer,) = predictor([(task, *texts)])
+    (answer,) = predictor([(task, *texts)], note_truncated(predictor))
     record = to_record(predictor.task(task), answer)
     if as_json:
         print_json(record)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from jaxlora.serving.predictor import Predictor
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
@@ -27,6 +31,16 @@ CONSOLE = make_console()
 def say(text: str, console: Console = CONSOLE) -> None:
     """Print a line unchanged: without wrapping, markup or highlighting."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def note_truncated(predictor: Predictor) -> Callable[[int], None]:
+    """Return a function that prints a number of truncated texts on stderr, as a note."""
+
+    def note(count: int) -> None:
+        if count:
+            print(f"note: {predictor.describe_truncated(count)}", file=sys.stderr)
+
+    return note
 
 
 def print_json(value: Any) -> None:

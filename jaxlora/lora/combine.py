@@ -20,7 +20,10 @@ from jaxlora.utils.trees import Tree
 
 
 def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Compute the exact weighted sum of adapters; its rank is the sum of theirs.
+    """Compute the exact weighted sum of adapters.
+
+    The rank of each layer is the sum of its ranks, but at most `min(in, out)`, the highest that any
+    kernel has.
 
     Args:
       adapters: trees with their configurations; they may adapt different layers.
@@ -44,13 +47,12 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         for path in sorted({path[:-1] for path in flat}):
             a, b = (jnp.asarray(flat[*path, name]) for name in "AB")
             parts.setdefault(path, []).append((a, weight * config.scale_of(path) * b))
-    factors = {
-        path: (
-            jnp.concatenate([a for a, _ in found], -1),
-            jnp.concatenate([b for _, b in found], -2),
-        )
-        for path, found in parts.items()
-    }
+    factors = {}
+    for path, found in parts.items():
+        a = jnp.concatenate([a for a, _ in found], -1)
+        b = jnp.concatenate([b for _, b in found], -2)
+        most = min(a.shape[-2], b.shape[-1])
+        factors[path] = _truncate(a, b, most) if a.shape[-1] > most else (a, b)
     return _unscaled(factors)
 
 

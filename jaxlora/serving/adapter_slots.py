@@ -32,21 +32,28 @@ class AdapterSlots:
     """
 
     def __init__(
-        self, load: Callable[[str], Adapter], shapes: Mapping[Path, tuple[int, ...]], budget: int
+        self,
+        load: Callable[[str], Adapter],
+        shapes: Mapping[Path, tuple[int, ...]],
+        budget: int,
+        adapters: int,
     ) -> None:
         """Allocate the first slots.
 
         Args:
           load: reads an adapter by its name.
           shapes: the shape of each factor of an adapter, see `lora.widen`.
-          budget: bytes for all slots; there are at least `FIRST_SLOTS`.
+          budget: bytes for all slots; `FIRST_SLOTS` are allowed regardless.
+          adapters: number of adapters of this width.
         """
         self._load, self._shapes = load, shapes
         size = 4 * sum(math.prod(shape) for shape in shapes.values())
         self.most = max(FIRST_SLOTS, budget // size)
+        # A power of two, so that banks of similar sizes share programs.
+        first = min(FIRST_SLOTS, 1 << (adapters - 1).bit_length())
         self._slot: dict[str, int] = {}  # by name, the most recently used last
         like = bert.unstack_layers(trees.unflatten({p: np.zeros(s) for p, s in shapes.items()}))
-        self._slots = jax.tree.map(lambda x: jnp.zeros((FIRST_SLOTS, *x.shape)), like)
+        self._slots = jax.tree.map(lambda x: jnp.zeros((first, *x.shape)), like)
 
     def __call__(self, names: Sequence[str]) -> tuple[Tree, np.ndarray]:
         """Load the adapters that are not in slots yet.

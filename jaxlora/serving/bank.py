@@ -217,11 +217,14 @@ def verify(folder: Path, base: str | None = None) -> list[str]:
     def check(manifest: Manifest) -> list[str]:
         reader = _Reader(folder, manifests.stamp(folder), manifest.adapters)
         read = TreeCache(reader, MEMORY)
-        trained = _open(folder, manifest, read).at(base)
+        every = {name: config for name, config in manifest.adapters.items() if config}
+        trained = dataclasses.replace(_open(folder, manifest, read).at(base), configs=every)
         problems = _problems(functools.partial(read, which) for which in manifest.folders())
 
         def check_rest() -> None:
             found = trained.load_base()
+            for name in trained.configs:
+                trained.check_adapter(name, found)
             for name in () if problems else trained.models:
                 trained.head(name, found)
 
@@ -413,7 +416,8 @@ def add(
     Raises:
       UserError: if a task exists already, or with `replace` does not; if it is fully fine-tuned or
         has non-finite parameters; if base, pooling, maximum length or dtype differ from the bank's;
-        if `if_better` would compare scores of different dev sets.
+        if `if_better` would compare scores of different dev sets; if its adapter does not fit its
+        configuration or has a higher rank than its layers.
     """
     folder = files.local(folder)
     for name in names:
@@ -565,6 +569,25 @@ def _check_tree(source: TaskModels, name: str) -> None:
         raise UserError(f"{source.origin}: {name} is a fully fine-tuned BERT; banks keep adapters")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((tree, one.head))):
         raise UserError(f"{source.origin}: {name} has parameters that are not finite; not stored")
+    try:
+        if "lora" in tree:
+            lora.targets(_kernels(tree["lora"]), source.configs[one.tree])
+    except ValueError as error:
+        raise UserError(
+            f"{source.origin}: the adapter of {name} cannot be used ({error}); not stored"
+        ) from error
+
+
+def _kernels(adapter: Tree) -> Tree:
+    """Return the shapes of the kernels that an adapter changes, as far as its factors show them."""
+    flat = trees.flatten(adapter)
+    shapes = {
+        (*path, "kernel"): (*flat[*path, "A"].shape[:-1], flat[*path, "B"].shape[-1])
+        for path in {path[:-1] for path in flat}
+    }
+    return trees.unflatten(
+        {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
+    )
 
 
 def _check_names(folder: Path, manifest: Manifest, names: Sequence[str], replace: bool) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -138,14 +138,24 @@ def choose_columns(
     return Columns(texts, tables.split_label(label) or usual)
 
 
-def evaluate(predictor: Predictor, task: str, rows: Sequence[TextExample]) -> Evaluation:
+def evaluate(
+    predictor: Predictor,
+    task: str,
+    rows: Sequence[TextExample],
+    truncated: Callable[[int], Any] = lambda _: None,
+) -> Evaluation:
     """Predict labelled examples with a task and return the evaluation.
+
+    Args:
+      predictor, task: the predictor, and the name of its task.
+      rows: labelled examples.
+      truncated: see `Predictor`.
 
     Raises:
       UserError: if no task has that name.
     """
     chosen = predictor.task(task)
-    answers = predictor([(task, *sentences(row, chosen).values()) for row in rows])
+    answers = predictor([(task, *sentences(row, chosen).values()) for row in rows], truncated)
     probabilities = [
         [one.probabilities[name] for name in chosen.classes] for one in answers if one.probabilities
     ]

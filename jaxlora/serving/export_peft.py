@@ -1,7 +1,8 @@
 """Export a task as a PEFT folder, and import PEFT folders as tasks.
 
 PEFT reads only `adapter_config.json` and `adapter_model.safetensors`. jaxlora also writes and reads
-`jaxlora.json` and `head.safetensors`, so that an exported task can be restored bit for bit.
+`jaxlora.json` and `head.safetensors`, so that an exported task can be restored bit for bit, and
+writes a README.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from jaxlora.formats.huggingface import Pretrained
 from jaxlora.lora import LoraConfig
 from jaxlora.serving import classifier
 from jaxlora.serving.classifier import Source
+from jaxlora.serving.export_merged import README
+from jaxlora.serving.export_readme import peft_readme
 from jaxlora.serving.task_models import (
     BaseSpec,
     Facts,
@@ -27,7 +30,7 @@ from jaxlora.serving.task_models import (
 from jaxlora.tasks.task import HEADS, Task
 from jaxlora.utils import schema
 from jaxlora.utils.errors import UserError
-from jaxlora.utils.files import atomic_dir, read_object, write_json
+from jaxlora.utils.files import atomic_dir, read_object, write_json, write_text
 from jaxlora.utils.trees import Tree
 
 ABOUT = "jaxlora.json"
@@ -71,11 +74,13 @@ def save(folder: str | Path, trained: TaskModels, name: str) -> None:
         **trained.base_spec(), task=model.task, pair_features=model.pair_features, facts=model.facts
     )
     encoder = families.config_like(trained.fingerprint.model_type, adapter)
-    head = model.head if families.of(encoder).classifies(model.task.head) else None
+    family = families.of(encoder)
+    head = model.head if family.classifies(model.task.head) else None
     with atomic_dir(folder) as temporary:
         peft.write(temporary, adapter, trained.configs[model.tree], hub, encoder, head)
         head_files.write(temporary, model.head)
         write_json(temporary / ABOUT, dataclasses.asdict(about))
+        write_text(temporary / README, peft_readme(trained, model, family))
 
 
 def described(folder: str | Path) -> bool:

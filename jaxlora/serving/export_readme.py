@@ -1,4 +1,4 @@
-"""The README of a merged folder: a description, and Python code that runs the model."""
+"""The READMEs of merged and of PEFT folders: a description, and Python code that runs the model."""
 
 from __future__ import annotations
 
@@ -34,6 +34,36 @@ def readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
     return (
         f"# {plain(task.title)}\n\nA {kind} trained from `{base}` with jaxlora"
         f"{merged}. {_remark(task, family)}{describe(task)}\n\n"
+        f"```python\n{last.join(code)}```\n"
+    )
+
+
+def peft_readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
+    """Return the README of a PEFT folder."""
+    task, last, base = model.task, "\n\n\n", base_name(trained.base)
+    if classifies := family.classifies(task.head):
+        kind, options = "AutoModelForSequenceClassification", f", num_labels={task.outputs}"
+    else:
+        kind, options = "AutoModel", ""
+    imports = [
+        "import torch",
+        "from peft import PeftModel",
+        "from safetensors.torch import load_file" if task.outputs and not classifies else "",
+        f"from transformers import {kind}, AutoTokenizer\n",
+        f'folder, base = ".", {base!r}  # this one; the base that the adapter was trained on',
+        "tokenizer = AutoTokenizer.from_pretrained(base)",
+        f"model = {kind}.from_pretrained(base{options})",
+        "model = PeftModel.from_pretrained(model, folder).eval()",
+        f'head = load_file(f"{{folder}}/{HEAD}")' if task.outputs and not classifies else "",
+    ]
+    applied = (
+        [_classify(trained, task)] if classifies else [_encode(trained, task), _predict(model)]
+    )
+    code = ["\n".join(line for line in imports if line), *applied]
+    code.append(f"print(predict([{example(task)}]))\n")
+    return (
+        f"# {plain(task.title)}\n\nA PEFT adapter for `{base}`, trained with jaxlora; "
+        f"`jaxlora import peft` restores the task. {describe(task)}\n\n"
         f"```python\n{last.join(code)}```\n"
     )
 

@@ -182,11 +182,11 @@ def _check_settings(folder: Path) -> None:
 
 def _max_length(folder: Path, base: Pretrained) -> int:
     """Return the number of tokens at which the model's library truncates, at most 512."""
-    lengths = [MOST_TOKENS, base.config.max_length]
+    lengths: list[float] = [MOST_TOKENS, base.config.max_length]
     for file, field in ((_OF_TRANSFORMER, "max_seq_length"), (_OF_TOKENIZER, "model_max_length")):
         value = read_object(folder / file).get(field) if (folder / file).exists() else None
-        lengths += [int(value)] if isinstance(value, int | float) and value >= 3 else []
-    return min(lengths)
+        lengths += [value] if isinstance(value, int | float) and value >= 3 else []
+    return int(min(lengths))
 
 
 def _new(base: Pretrained, model: str, pooling: Pooling, folder: Path) -> TaskModels:

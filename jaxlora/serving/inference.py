@@ -62,6 +62,28 @@ def encode(
     return out
 
 
+def encode_apart(
+    encode_rows: EncodeRows,
+    frozen: Tree,
+    trainable: Tree,
+    examples: Examples,
+    max_length: int,
+    owner: np.ndarray | None = None,
+) -> np.ndarray:
+    """Encode all sentences, see `encode`; one that overflows does not spoil the others.
+
+    Attention gives other sentences in the row the weight 0, but 0 times a value that is not finite
+    is NaN. So sentences without a finite vector are encoded again, each in a row of its own.
+    """
+    model = encode_rows, frozen, trainable
+    vectors = encode(*model, examples, max_length, owner)
+    for number in np.flatnonzero(~np.isfinite(vectors).all(-1)):
+        one = np.array([number])
+        mine = None if owner is None else owner[one]
+        vectors[one] = encode(*model, examples.take(one), max_length, mine)
+    return vectors
+
+
 def warm(
     encode_rows: EncodeRows,
     frozen: Tree,

@@ -19,7 +19,7 @@ from jaxlora.lora import LoraConfig
 from jaxlora.serving.task_models import BaseSpec, Facts, PairFeatures, TaskModels, upgrade
 from jaxlora.tasks.task import Task
 from jaxlora.utils import files, schema
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import UserError, list_some, suggestion
 
 NAME = "bank.json"
 ADAPTERS, HEADS = "adapters", "heads"
@@ -110,7 +110,10 @@ class Manifest(BaseSpec):
           UserError: if no task has that name.
         """
         if name not in self.tasks:
-            raise UserError(f"{folder}: no task {name!r}; it has {', '.join(self.tasks)}")
+            raise UserError(
+                f"{folder}: no task {name!r}; it has {list_some(self.tasks) or 'none'}"
+                f"{suggestion(name, self.tasks)}"
+            )
         return self.tasks[name]
 
 

@@ -65,7 +65,7 @@ def choose_texts(
     if known and (not usual or set(known.text) <= set(header)):
         return known.text
     second = [SECOND] if SECOND in header else []
-    return (*(usual or FIRST[1:2]), *second)
+    return (*(usual or FIRST[:1]), *second)
 
 
 def predict_file(
@@ -96,7 +96,7 @@ def predict_file(
       quoting: meaning of double quotes in delimited text; None: detected, see
         `delimited.open_sheets`.
       strict: refuse blank texts.
-      note: called with remarks for the user on how the table was read.
+      note: called with remarks for the user on how the table was read and on truncated texts.
 
     Returns:
       The number of rows.
@@ -113,7 +113,7 @@ def predict_file(
         asked = Requests(predictor, sheets[""], task, text)
         count = asked.survey(strict, note)
         with table_formats.writing(target, COLUMNS) as write:
-            done = asked.answer(write, progress)
+            done = asked.answer(write, progress, note)
             if done != count:
                 raise UserError(f"{source}: {count:,} rows, then {done:,}: it changed meanwhile")
     return done
@@ -191,16 +191,20 @@ class Requests:
             note(told)
         return count
 
-    def answer(self, write: Write, progress: Callable[[int], None]) -> int:
+    def answer(
+        self, write: Write, progress: Callable[[int], None], note: Callable[[str], Any]
+    ) -> int:
         """Answer all requests in batches; return the number of rows."""
-        done, requests = 0, self.read(Tally())
+        done, requests, truncated = 0, self.read(Tally()), list[int]()
         while part := list(itertools.islice(requests, PART)):
             sound = [n for n, request in enumerate(part) if not request.reason]
-            found = self.predictor([part[n].asked for n in sound])
+            found = self.predictor([part[n].asked for n in sound], truncated.append)
             answers = dict(zip(sound, found, strict=True))
             write([self._record(request, answers.get(n)) for n, request in enumerate(part)])
             done += len(part)
             progress(done)
+        if any(truncated):
+            note(self.predictor.describe_truncated(sum(truncated)))
         return done
 
     def read(self, tally: Tally) -> Iterator[Request]:

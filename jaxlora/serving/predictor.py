@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,8 @@ class Predictor:
     Attributes:
       base: the base model.
       trained: the tasks with their encoder trees and heads.
-      memory: budget in bytes for cached trees: half for adapters on the device (at least 16 per
-        width), a quarter for heads on the device, a quarter for a bank's trees in host memory.
+      memory: budget in bytes for cached trees: half for adapters on the device (16 per width
+        regardless), a quarter for heads on the device, a quarter for a bank's trees in host memory.
 
     Raises:
       UserError: in a process that was forked from one with a predictor.
@@ -71,8 +72,7 @@ class Predictor:
 
     def __post_init__(self) -> None:
         _refuse_forked()
-        if self.memory < 0:
-            raise ConfigError("memory", "must be at least 0 bytes", self.memory)
+        _check_memory(self.memory)
         # Serializes passes, since the next pass may reuse a slot for another adapter. Created
         # eagerly, since two threads could each create a lazy one.
         object.__setattr__(self, "_lock", threading.Lock())
@@ -111,6 +111,7 @@ class Predictor:
             has other checksums; in a process that was forked from one with a predictor.
         """
         _refuse_forked()
+        _check_memory(memory)
         trained = bank.load(Path(folder), memory // HOST_SHARE).at(base)
         predictor = Predictor(trained.load_base(), trained, memory)
         if warm:
@@ -122,23 +123,37 @@ class Predictor:
         """The tasks by name."""
         return {name: model.task for name, model in self.trained.models.items()}
 
-    def __call__(self, requests: Sequence[tuple[str, ...]]) -> list[Answer]:
+    def __call__(
+        self,
+        requests: Sequence[tuple[str, ...]],
+        truncated: Callable[[int], Any] = lambda _: None,
+    ) -> list[Answer]:
         """Answer requests to any mix of tasks, in order.
 
-        Sentences of all tasks are packed into the same rows, and each uses the adapter and the head
-        of its task. (Fully fine-tuned tasks need a forward pass each.)
+        Tasks whose adapters have the same rank, rounded up to a power of two, share rows and a
+        forward pass, and each sentence uses the adapter and the head of its task. All tasks without
+        an adapter share another pass. Each full encoder needs its own.
 
         Args:
           requests: `(task, sentence)` or `(task, first sentence, second sentence)`.
+          truncated: called with the number of texts that were longer than the bank's `max_length`.
 
         Raises:
           UserError: for an unknown task, a wrong number of sentences, or a blank one.
         """
-        checked = [self.check(request, f"request {n}") for n, request in enumerate(requests)]
+        requests = list(requests)  # an iterator will do, too
+        checked = [
+            self.check(request, f"request {n}" if len(requests) > 1 else "the request")
+            for n, request in enumerate(requests)
+        ]
         found: dict[int, Answer] = {}
-        for task, numbers, outputs in self._outputs(checked):
+        for task, numbers, outputs in self._outputs(checked, truncated):
             found |= zip(numbers.tolist(), answers.answers(task, outputs), strict=True)
         return [found[number] for number in range(len(checked))]
+
+    def describe_truncated(self, count: int) -> str:
+        """Return a remark on the number of texts that were truncated."""
+        return f"{count:,} text{'' if count == 1 else 's'} cut to {self.trained.max_length} tokens"
 
     def predict(self, task: str, examples: Sequence[str | tuple[str, str]]) -> np.ndarray:
         """Predict examples of one task, as numbers.
@@ -180,7 +195,9 @@ class Predictor:
         return self._vectors(checked)
 
     def _outputs(
-        self, checked: list[tuple[Task, tuple[str, ...]]]
+        self,
+        checked: list[tuple[Task, tuple[str, ...]]],
+        truncated: Callable[[int], Any] = lambda _: None,
     ) -> list[tuple[Task, np.ndarray, np.ndarray]]:
         """Return for each task that occurs: the task, the indices of its requests, its outputs."""
         if not checked:
@@ -188,7 +205,7 @@ class Predictor:
         sentences = np.array([task.sentences for task, _ in checked])
         first = np.cumsum(sentences) - sentences
         names = np.array([task.name for task, _ in checked])
-        vectors, found = self._vectors(checked), []
+        vectors, found = self._vectors(checked, truncated), []
         for name in dict.fromkeys(names.tolist()):
             model, mine = self.trained.models[name], np.flatnonzero(names == name)
             numbers = (first[mine, None] + np.arange(model.task.sentences)).ravel()
@@ -199,16 +216,21 @@ class Predictor:
             found.append((model.task, mine, outputs))
         return found
 
-    def _vectors(self, checked: list[tuple[Task, tuple[str, ...]]]) -> np.ndarray:
+    def _vectors(
+        self,
+        checked: list[tuple[Task, tuple[str, ...]]],
+        truncated: Callable[[int], Any] = lambda _: None,
+    ) -> np.ndarray:
         """Return the vectors of all sentences and joint pairs, each encoded by its task's tree."""
         _refuse_forked()
         texts = [(task, text) for task, parts in checked for text in task.encoded(parts)]
         examples = unlabelled(tokenize(self._tokenizer, [text for _, text in texts]))
+        truncated(examples.truncated)
         trees = [self.trained.models[task.name].tree for task, _ in texts]
         out = np.empty((len(trees), self.base.config.hidden_size), np.float32)
         with self._lock:
             for mine, model, owner in self._passes(trees):
-                out[mine] = inference.encode(
+                out[mine] = inference.encode_apart(
                     *model, examples.take(mine), self.trained.max_length, owner
                 )
         return out
@@ -226,7 +248,7 @@ class Predictor:
         for number, name in enumerate(names.tolist()):
             groups.setdefault(self._pass_of(name), []).append(number)
         for key, numbers in groups.items():
-            most = self._slots[key].most if isinstance(key, int) else 1
+            most = self._slots(key).most if isinstance(key, int) else 1
             for start in range(0, len(numbers), most):
                 chosen = np.array(numbers[start : start + most])
                 mine = np.flatnonzero(np.isin(owner, chosen))
@@ -236,12 +258,17 @@ class Predictor:
 
     def _pass_of(self, name: str) -> int | str:
         """Return the key of a tree's pass: the width of an adapter, the name of any other tree."""
-        return _width(self.trained.configs[name]) if name in self.trained.configs else name
+        config = self.trained.configs.get(name)
+        if config is None:
+            return name
+        if config not in self._adapted:
+            self.trained.check_adapter(name, self.base)  # raises
+        return _width(config)
 
     def _model(self, key: int | str, names: list[str]) -> tuple[Model, np.ndarray | None]:
         """Return the model for the trees of a pass, and the slots of adapters among its arrays."""
         if isinstance(key, int):
-            slots, places = self._slots[key](names)
+            slots, places = self._slots(key)(names)
             return (self._mixed(key), self._frozen, slots), places
         if self.trained.trees[key]:
             return (self._plain, {}, self._on_device(key)), None
@@ -253,26 +280,26 @@ class Predictor:
         This compiles the encoder at every shape of packed rows (see `serving.chunks`), for one and
         for several adapters, the frozen base and full encoders; and the head, predictions and
         probabilities of each form of task, for batches of 16, 256 and 4,096 examples. Since
-        programs depend on the number of adapter slots, all slots that `memory` allows are
-        allocated. One tree of each kind is read. With JAX's persistent compilation cache
+        programs depend on the number of adapter slots, slots for all adapters are allocated, as far
+        as `memory` allows. One tree of each kind is read. With JAX's persistent compilation cache
         (`jax_compilation_cache_dir`), the next process compiles faster.
 
         Raises:
           UserError: if one of these trees is missing or damaged.
         """
-        models = self.trained.models.values()
-        found: dict[int | str, str] = {}  # kind → one of its trees
-        for one in models:
-            key = self._pass_of(one.tree)
-            found.setdefault(key if isinstance(key, int) or not key else "whole", one.tree)
+        models, configs = self.trained.models.values(), self.trained.configs
+        # Kind → one of its trees.
+        found: dict[int | str, str] = {
+            _width(config): name for name, config in configs.items() if config in self._adapted
+        }
+        found |= {one.tree and "whole": one.tree for one in models if one.tree not in configs}
         typed = self.trained.reads_jointly
-        adapters = collections.Counter(map(_width, self.trained.configs.values()))
         with self._lock:
-            for width, slots in self._slots.items():
-                slots.reserve(adapters[width])
+            for width, adapters in self._widths.items():
+                self._slots(width).reserve(adapters)
             for kind, name in found.items():
                 model, _ = self._model(self._pass_of(name), [name])
-                owners = adapters[kind] if isinstance(kind, int) else 0
+                owners = self._widths[kind] if isinstance(kind, int) else 0
                 inference.warm(*model, self.trained.max_length, typed, owners)
         for one in {(inference.form(one.task), one.pair_features): one for one in models}.values():
             self._warm_head(one)
@@ -334,25 +361,38 @@ class Predictor:
         return functools.cache(make)
 
     @functools.cached_property
-    def _slots(self) -> Mapping[int, AdapterSlots]:
-        """The cached adapters on the device, by width."""
-        by_width: dict[int, set[LoraConfig]] = {}
-        for config in self.trained.configs.values():
-            by_width.setdefault(_width(config), set()).add(config)
-        budget = self.memory // ADAPTER_SHARE // max(1, len(by_width))
-        return {
-            width: AdapterSlots(self._adapter, self._shapes(width, configs), budget)
-            for width, configs in by_width.items()
-        }
+    def _adapted(self) -> Mapping[LoraConfig, Mapping[lora.Path, Any]]:
+        """The kernels that each configuration adapts; those that do not fit the base are absent."""
+        found = {}
+        for config in set(self.trained.configs.values()):
+            with contextlib.suppress(ConfigError):
+                found[config] = lora.targets(self.base.params, config)
+        return found
+
+    @functools.cached_property
+    def _widths(self) -> Mapping[int, int]:
+        """The number of adapters of each width."""
+        configs = self.trained.configs.values()
+        return collections.Counter(_width(config) for config in configs if config in self._adapted)
+
+    @functools.cached_property
+    def _slots(self) -> Callable[[int], AdapterSlots]:
+        """The cached adapters on the device, by width; allocated when a width is first used."""
+        budget = self.memory // ADAPTER_SHARE // max(1, len(self._widths))
+
+        def make(width: int) -> AdapterSlots:
+            return AdapterSlots(self._adapter, self._shapes(width), budget, self._widths[width])
+
+        return functools.cache(make)
 
     def _adapter(self, name: str) -> lora.Adapter:
         return self.trained.trees[name]["lora"], self.trained.configs[name]
 
-    def _shapes(self, width: int, configs: Iterable[LoraConfig]) -> dict[lora.Path, Any]:
+    def _shapes(self, width: int) -> dict[lora.Path, Any]:
         """Return the factor shapes of an adapter of this width at all layers that any has."""
         shapes = {}
-        for config in configs:
-            for path, kernel in lora.targets(self.base.params, config).items():
+        for config, kernels in self._adapted.items():
+            for path, kernel in kernels.items() if _width(config) == width else ():
                 *lead, fan_in, fan_out = kernel.shape
                 shapes[*path, "A"] = (*lead, fan_in, width)
                 shapes[*path, "B"] = (*lead, width, fan_out)
@@ -401,13 +441,21 @@ def _refuse_forked() -> None:
         )
 
 
+def _check_memory(memory: int) -> None:
+    if not isinstance(memory, int | np.integer) or memory < 0:
+        raise ConfigError("memory", "must be a whole number of bytes, at least 0", repr(memory))
+
+
 def _check_all(
     task: Task, examples: Sequence[str | tuple[str, str]], pairs: bool
 ) -> list[tuple[Task, tuple[str, ...]]]:
     if isinstance(examples, str):
         raise UserError(f"{task.name}: give a list of examples, not one string")
     parts = [tuple(e) if isinstance(e, tuple | list) else (e,) for e in examples]
-    return [(task, _check(task, f"example {n}", part, pairs)) for n, part in enumerate(parts)]
+    return [
+        (task, _check(task, f"example {n}" if len(parts) > 1 else "the example", part, pairs))
+        for n, part in enumerate(parts)
+    ]
 
 
 def _check(task: Task, which: str, texts: tuple[Any, ...], pairs: bool) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.formats.huggingface import Pretrained, absolute
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.task import HEADS, Task
-from jaxlora.utils.errors import UserError, suggestion
+from jaxlora.utils.errors import ConfigError, UserError, list_some, suggestion
 from jaxlora.utils.trees import Tree
 
 Pooling = Literal["cls", "mean"]
@@ -142,7 +142,7 @@ class TaskModels(BaseSpec):
           UserError: if no task has that name.
         """
         if name not in self.models:
-            there = ", ".join(self.models) or "none"
+            there = list_some(self.models) or "none"
             hint = suggestion(name, self.models)
             raise UserError(f"{self.origin}: no task {name!r}; there are {there}{hint}")
         return self.models[name]
@@ -178,6 +178,20 @@ class TaskModels(BaseSpec):
             if HEADS[one.task.head].pooling not in (None, self.pooling):
                 raise UserError(f"{self.origin}: the head of {name} needs pooling cls")
         return base
+
+    def check_adapter(self, tree: str, base: Pretrained) -> None:
+        """Check that an adapter's configuration fits the base.
+
+        Raises:
+          UserError: if it does not.
+        """
+        try:
+            lora.targets(base.params, self.configs[tree])
+        except ConfigError as error:
+            raise UserError(
+                f"{self.origin}: the adapter {tree} does not fit the base ({error}); train or "
+                "combine its tasks again, or remove them"
+            ) from error
 
     def head(self, name: str, base: Pretrained) -> Tree:
         """Return the parameters of a task's head, `{}` for a task without a head.
@@ -234,8 +248,7 @@ def combine_tasks(
       parts: task → weight.
       name: the name of the new task.
       head: the task whose head and labels to use.
-      rank: rank of the best approximation (`lora.truncate`); None: the exact sum, whose rank is the
-        sum of the ranks (`lora.add`).
+      rank: rank of the best approximation (`lora.truncate`); None: the exact sum (`lora.add`).
 
     Raises:
       UserError: if a task has no adapter.

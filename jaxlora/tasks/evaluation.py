@@ -64,7 +64,8 @@ class Evaluation:
     Attributes:
       task: the task.
       predictions, labels: `f64[E]`, class indices or scores; for multilabel tasks
-        `f64[E, classes]` of 0 and 1.
+        `f64[E, classes]` of 0 and 1. Predictions may be NaN: they count for no class, and make the
+        scores NaN.
       probabilities: `f64[E, classes]`; None for tasks with scores.
     """
 
@@ -127,8 +128,8 @@ class Evaluation:
         """
         if self.task.form != "class":
             return np.zeros((0, 0), np.int64)
-        size = len(self.task.classes)
-        cells = self.labels.astype(int) * size + self.predictions.astype(int)
+        size, known = len(self.task.classes), ~np.isnan(self.predictions)
+        cells = self.labels[known].astype(int) * size + self.predictions[known].astype(int)
         return np.bincount(cells, minlength=size * size).reshape(size, size)
 
     def _members(self, values: np.ndarray) -> np.ndarray:
@@ -151,14 +152,19 @@ class Evaluation:
     def confidence(self) -> np.ndarray:
         """Probability of each prediction, `f64[E]`; for multilabel tasks `f64[E, classes]`.
 
+        It is NaN where the prediction is.
+
         Raises:
           ValueError: if the task has scores.
         """
         if self.probabilities is None:
             raise ValueError("scores have no probabilities")
-        if self.predictions.ndim == 2:
-            return np.where(self.predictions > 0, self.probabilities, 1 - self.probabilities)
-        return self.probabilities[np.arange(len(self.labels)), self.predictions.astype(int)]
+        chosen = np.nan_to_num(self.predictions)
+        if chosen.ndim == 2:
+            sure = np.where(chosen > 0, self.probabilities, 1 - self.probabilities)
+        else:
+            sure = self.probabilities[np.arange(len(chosen)), chosen.astype(int)]
+        return np.where(np.isnan(self.predictions), np.nan, sure)
 
     def calibration(self, bins: int = BINS) -> tuple[float, list[Bin]]:
         """Compare confidence with accuracy in bins of equal width.
@@ -170,7 +176,9 @@ class Evaluation:
           2017, "On Calibration of Modern Neural Networks", section 2), and the bins.
         """
         confidence = self.confidence.ravel()
-        right = (self.predictions == self.labels).ravel()
+        known = ~np.isnan(confidence)
+        confidence = confidence[known]
+        right = (self.predictions == self.labels).ravel()[known]
         numbers = np.minimum((confidence * bins).astype(int), bins - 1)
         counts = np.bincount(numbers, minlength=bins)
         mean = thresholds.share(np.bincount(numbers, confidence, bins), counts)
@@ -215,14 +223,25 @@ def bootstrap(
       resamples: number of resamples; about `AT_ONCE` row indices are drawn at a time.
       seed: seed of the resamples.
 
+    Returns:
+      The statistic and its interval; three NaN if the statistic of all rows is NaN.
+
+    Raises:
+      ValueError: if there are no rows.
+
     >>> bootstrap(lambda numbers: np.ones(len(numbers)), rows=5)
     Interval(value=1.0, low=1.0, high=1.0)
     """
+    if rows < 1:
+        raise ValueError("there are no rows to resample")
+    value = float(statistic(np.arange(rows)[None])[0])
+    if np.isnan(value):
+        return Interval(value, value, value)
     rng, part = np.random.default_rng(seed), max(1, AT_ONCE // rows)
     sizes = [min(part, resamples - done) for done in range(0, resamples, part)]
     values = [statistic(rng.integers(rows, size=(size, rows))) for size in sizes]
     low, high = np.nanquantile(np.concatenate(values), [0.025, 0.975])
-    return Interval(float(statistic(np.arange(rows)[None])[0]), float(low), float(high))
+    return Interval(value, float(low), float(high))
 
 
 def count_rows(numbers: np.ndarray) -> np.ndarray:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable
+
+MOST_LISTED = 10  # names in a message
 
 
 class UserError(ValueError):
@@ -56,3 +59,14 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name[:100], known, 1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def list_some(names: Collection[str]) -> str:
+    """Return the first `MOST_LISTED` names, and the number of the others.
+
+    >>> list_some(["a", "b"]), list_some([str(n) for n in range(12)])
+    ('a, b', '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more')
+    """
+    rest = len(names) - MOST_LISTED
+    shown = ", ".join(itertools.islice(names, MOST_LISTED))
+    return f"{shown} and {rest:,} more" if rest > 0 else shown

@@ -360,9 +360,9 @@ def test_every_request_is_answered_with_any_quotes(echo, tmp_path):
     echo_call = type(echo).__call__
 
     class Noting(Echo):
-        def __call__(self, requests):
+        def __call__(self, requests, truncated):
             seen.extend(requests)
-            return echo_call(self, requests)
+            return echo_call(self, requests, truncated)
 
     noting = Noting(echo.base, echo.trained)
     for quoting, texts in ((None, UNQUOTED), ("standard", UNQUOTED), ("none", QUOTED)):

@@ -279,7 +279,9 @@ def _lines(path: Path) -> list[str] | UserError:
 class Echo(Predictor):
     """Answers without computing anything."""
 
-    def __call__(self, requests: Sequence[tuple[str, ...]]) -> list[Answer]:
+    def __call__(
+        self, requests: Sequence[tuple[str, ...]], truncated: Callable[[int], Any] = bool
+    ) -> list[Answer]:
         """One answer for each request."""
         return [Answer(request[0], 1.0, None, None) for request in requests]
 

@@ -50,6 +50,15 @@ def test_add_is_the_weighted_sum_of_the_deltas(adapters):
         np.testing.assert_allclose(found[path], delta, atol=1e-5)
 
 
+def test_a_sum_has_no_higher_rank_than_its_layer(tiny):
+    wide = LoraConfig(24, 8.0, ("query", "intermediate.dense"))
+    adapters = [(random_adapter(tiny.params, wide, 1.0), wide)] * 2
+    found = lora.add(adapters, WEIGHTS)
+    lora.targets(tiny.params, found[1])  # raises for a rank above 32
+    for path, delta in summed(adapters).items():
+        np.testing.assert_allclose(deltas(found)[path], delta, atol=1e-4)
+
+
 def test_every_product_requests_full_precision():
     a, b = jnp.ones((8, 2)), jnp.ones((2, 6))
     program = jax.make_jaxpr(lambda a, b: combine._truncate(a, b, 1))(a, b)

@@ -72,7 +72,7 @@ def test_the_vectors_of_every_adapter_are_compared(tiny, adapters):
 def test_what_differs_is_printed_and_makes_the_verdict(monkeypatch, capsys, tiny):
     """As on a device that computes something else."""
     monkeypatch.setattr(accelerator.huggingface, "load", lambda _: tiny)
-    chosen = {"variants": ("lora3",), "adapters": (3,)}
+    chosen = {"variants": ("lora3",), "adapters": (3,), "cpu_only": True}
     assert accelerator.main(**chosen)
     shown = capsys.readouterr().out
     assert "a step of lora3" in shown and "256 requests, 3 adapters" in shown
@@ -93,6 +93,12 @@ def test_the_exit_code_is_1_if_the_accelerator_disagrees(monkeypatch, agree, cod
     assert accelerator.cli([]) == code
 
 
+def test_without_an_accelerator_nothing_is_compared(capsys):
+    assert accelerator.cli([]) == 2
+    assert "error: JAX finds no accelerator" in capsys.readouterr().err
+    assert accelerator.requests(8) == 256 and accelerator.requests(512) == 512
+
+
 def test_a_bad_base_is_no_difference(capsys):
-    assert accelerator.cli(["--base=nowhere/x/y"]) == 2
+    assert accelerator.cli(["--base=nowhere/x/y", "--cpu-only"]) == 2
     assert "error: --base" in capsys.readouterr().err

@@ -11,10 +11,11 @@ import pytest
 import jaxlora
 from jaxlora import lora
 from jaxlora.lora import LoraConfig
-from jaxlora.serving import adapter_slots
+from jaxlora.serving import adapter_slots, bank
 from jaxlora.serving.adapter_slots import AdapterSlots
 from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks.task import SST, STS_COSINE
+from jaxlora.utils import trees
 
 TARGETS = (("query", "value"), ("query", "key", "value", "output.dense"), ("intermediate.dense",))
 WORDS = ["ba", "be", "bi", "ban", "ben", "cen", "dan", "fen", "gan", "len", "man"]
@@ -99,6 +100,65 @@ def test_the_cost_of_a_pass_does_not_depend_on_the_number_of_tasks(tiny):
     assert shapes[:half] == shapes[half:]
 
 
+def test_slots_are_allocated_for_the_adapters_of_a_width_that_is_asked_for(tiny):
+    predictor = many(tiny, 9, ranks=(1, 4, 4))
+    assert predictor._slots.cache_info().currsize == 0
+    predictor([("task0", "ba")])
+    assert predictor._slots.cache_info().currsize == 1
+    assert [predictor._slots(width)._count for width in (1, 4)] == [4, 8]  # for 3 and for 6
+
+
+def misfit(trained, config):
+    """The same tasks, the first with factors twice as wide and another configuration."""
+    factors = trees.flatten(trained.trees["task0"]["lora"])
+    axes = {"A": -1, "B": -2}
+    wide = {path: np.concatenate([x, x], axes[path[-1]]) for path, x in factors.items()}
+    return dataclasses.replace(
+        trained, configs={**trained.configs, "task0": config},
+        trees={**trained.trees, "task0": {"lora": trees.unflatten(wide)}},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoraConfig(40, 8.0, TARGETS[0]), r"`rank` 40: must be from 1 to 32"),
+        (LoraConfig(20, 8.0, ("nothing",)), r"unknown module 'nothing'"),  # the width of task1
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_base_refuses_only_its_own_task(
+    tiny, tmp_path, config, message
+):
+    sound = many(tiny, 2, ranks=(20,))
+    bad = jaxlora.Predictor(tiny, misfit(sound.trained, config))
+    asked = [("task1", "ba", "be"), ("frozen", "ba", "bi")]
+    assert bad(asked) == sound(asked)
+    with pytest.raises(jaxlora.UserError, match=f"the adapter task0 does not fit.*{message}"):
+        bad([*asked, ("task0", "ba")])
+    bank.write(tmp_path / "bank", bad.trained)
+    assert "adapter task0" in bank.verify(tmp_path / "bank")[-1]
+    with pytest.raises(
+        jaxlora.UserError, match=f"adapter of task0 cannot.*{message}.*; not stored"
+    ):
+        bank.add(tmp_path / "other", bad.trained, ["task0"])
+
+
+def test_a_task_that_overflows_spoils_no_other_in_its_rows(tiny):
+    sound = many(tiny, 7, ranks=(4,))
+    huge = jax.tree.map(lambda x: x * np.float32(1e22), sound.trained.trees["task0"])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(huge))
+    trained = dataclasses.replace(sound.trained, trees={**sound.trained.trees, "task0": huge})
+    predictor = jaxlora.Predictor(tiny, trained)
+    asked = sentences(["task0", "task3", "task6"], 3)
+    parts = [(predictor.task(name), (text,)) for name, text in asked]
+    guilty = np.array([name == "task0" for name, _ in asked])
+    found = predictor._vectors(parts)
+    assert np.isfinite(found).all(-1).tolist() == (~guilty).tolist()
+    np.testing.assert_allclose(found[~guilty], sound._vectors(parts)[~guilty], atol=1e-5)
+    with pytest.raises(jaxlora.UserError, match="task0: 3 of 3 answers are not numbers"):
+        predictor(asked[::-1])
+
+
 def test_threads_take_turns(tiny, monkeypatch):
     """Calls that need each other's slots: each has the answers that it has alone."""
     monkeypatch.setattr(adapter_slots, "FIRST_SLOTS", 2)
@@ -131,7 +191,7 @@ def slots(monkeypatch):
         return adapter(float(name)), LoraConfig(1, 1.0, ("q",))
 
     shapes = {("layers", "q", "A"): (2, 3, 2), ("layers", "q", "B"): (2, 2, 3)}
-    made = AdapterSlots(load, shapes, budget=8 * 4 * 2 * 12)
+    made = AdapterSlots(load, shapes, budget=8 * 4 * 2 * 12, adapters=30)
     made.loaded = loaded
     return made
 

@@ -18,7 +18,7 @@ from tiny import Silent, write_data
 import jaxlora
 from jaxlora import lora
 from jaxlora.cli import main
-from jaxlora.serving import bank, export_peft, finished_run, tree_files
+from jaxlora.serving import bank, export_merged, export_peft, finished_run, tree_files
 from jaxlora.serving import manifest as manifests
 from jaxlora.serving import predictor as predict
 from jaxlora.serving.chunks import every_shape
@@ -745,6 +745,11 @@ def test_peft_reads_an_exported_task(three, tiny_base, tmp_path, call):
     after = peft_oracle.vectors(model, predictor.base.tokenizer, sentences, "mean")
     np.testing.assert_allclose(predictor.encode("sst", sentences), after, atol=1e-5)
     assert np.abs(after - before).max() > 1e-2
+    text = (tmp_path / "sst" / export_merged.README).read_text()
+    code = text.split("```python")[1].split("```")[0].replace('"."', repr(str(tmp_path / "sst")))
+    defined = {}
+    exec(code.replace(repr(tiny_base.name), repr(str(tiny_base))), defined)  # as a user would
+    assert defined["predict"](sentences).tolist() == predictor.predict("sst", sentences).tolist()
 
 
 def test_an_adapter_of_others_compares_texts(three, tiny_base, tmp_path, call):
@@ -999,6 +1004,18 @@ def test_a_table_of_another_task_and_one_of_another_encoding(three, call, tmp_pa
 def test_names_with_markup_are_shown_as_they_are(runs, tmp_path, call):
     code, shown = call("bank", "add", tmp_path / "x[/y]", "--run", runs / "lora1")
     assert (code, "x[/y]: added sst, para, sts" in shown) == (0, True)
+
+
+def test_truncated_texts_are_told(three, call, tmp_path):
+    long = "film " * 40
+    _, shown = call("predict", "--bank", three, "--task", "sst", long)
+    assert "note: 1 text cut to 16 tokens" in shown
+    table, out = tmp_path / "x.csv", tmp_path / "y.csv"
+    table.write_text(f"sentence,label\n{long},1\na film,0\n{long},2\n")
+    _, shown = call("predict", "--bank", three, "--task", "sst", "--input", table, "--output", out)
+    assert "3 answers; 2 texts cut to 16 tokens" in shown
+    _, shown = call("evaluate", three, "--task", "sst", "--input", table)
+    assert "note: 2 texts cut to 16 tokens" in shown
 
 
 def test_an_empty_table_has_no_answers(three, call, tmp_path):

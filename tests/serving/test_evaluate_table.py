@@ -34,7 +34,7 @@ class Parrot:
     def task(self, name):
         return TASK
 
-    def __call__(self, requests):
+    def __call__(self, requests, truncated):
         answers = []
         for _, sentence in requests:
             word, sure = sentence.split()
@@ -72,6 +72,7 @@ def test_columns_are_those_of_training_or_usual_ones():
     pair = ["sentence1", "sentence2", "label"]
     assert choose_columns(None, pair) == Columns(("sentence1", "sentence2"), "label")
     assert choose_columns(known, ["a", "b", "c"], "a,b", "c") == Columns(("a", "b"), "c")
+    assert choose_columns(None, ["a", "label"]) == Columns(("sentence1",), "label")  # is asked for
 
 
 def test_tables_that_cannot_be_scored(tmp_path):
@@ -183,6 +184,15 @@ def test_a_page_of_several_tasks_has_a_section_for_each():
     assert ["id", "text", "label", "prediction"] in seen.rows  # scores have no confidence
     assert ["id of t", "a", "no", "<yes>", "0.5000"] in seen.rows
     assert ["id of p", "a", "0", "1"] in seen.rows
+
+
+def test_marks_lie_within_the_plot_and_axes_have_a_middle():
+    found = Evaluation(TASK, np.ones(4), np.ones(4), np.tile([0.0, 1.0], (4, 1)))
+    text = page([(report(found, "x", Labelled([None] * 4, 0, 0), resamples=5), found)])
+    left, top, width, _ = map(float, re.search(r'viewBox="(.*?)"', text)[1].split())
+    ((x, y, r),) = re.findall(r'cx="(.*?)" cy="(.*?)" r="(.*?)"', text)
+    assert float(y) - float(r) > top and float(x) + float(r) < left + width
+    assert re.findall(r">([\d.]+)</text>", text) == ["0", "0", "0.5", "0.5", "1", "1"]
 
 
 def test_labels_of_the_report_are_checked_against_the_other_model():

@@ -192,6 +192,11 @@ def test_a_sentence_transformer(mode, tmp_path):
     np.testing.assert_allclose(predictor.predict("x", PAIRS), wanted, rtol=0, atol=5e-5)
 
 
+def test_a_tokenizer_without_a_limit_has_that_of_the_base(tmp_path, tiny):
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": Infinity}')
+    assert import_model._max_length(tmp_path, tiny) == tiny.config.max_length
+
+
 # ---- refusals
 
 

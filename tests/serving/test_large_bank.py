@@ -124,7 +124,7 @@ def test_a_tight_budget_answers_as_one_task_at_a_time(tiny, alone, large, monkey
     asked = requests(numbers)
     expected = alone(asked)
     assert len({row.tobytes() for row in expected}) == len(expected)
-    (slots,) = predictor._slots.values()
+    slots = predictor._slots(*predictor._widths)
     assert slots.most < len(set(numbers)) / 2
     other = models(tiny, ["task57", "task0"], seed=5)
     for round_, change in enumerate([None, "task57", "task0"]):

@@ -183,6 +183,26 @@ def test_a_warm_predictor_compiles_nothing(tiny, caplog, monkeypatch, max_length
     assert [r for r in caplog.records if "ompil" in r.getMessage()]
 
 
-def test_memory_below_nothing_is_refused(predictor):
-    with pytest.raises(UserError, match="`memory` -1: must be at least 0"):
-        dataclasses.replace(predictor, memory=-1)
+@pytest.mark.parametrize("memory", [-1, 2e9, "2GB"])
+def test_memory_is_a_number_of_bytes(predictor, memory):
+    message = "`memory` .*: must be a whole number of bytes, at least 0"
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(predictor, memory=memory)
+    with pytest.raises(UserError, match=message):
+        jaxlora.load("anything", memory=memory)
+
+
+def test_truncated_texts_are_counted(predictor):
+    counts = []
+    asked = [("sts", "ba " * 40, "ban"), ("sst", "ban"), ("sst", "ba " * 40)]
+    for requests in (asked, asked[1:2]):
+        predictor(requests, counts.append)
+    assert counts == [2, 0]
+    assert predictor.describe_truncated(2) == "2 texts cut to 32 tokens"
+
+
+def test_one_request_is_not_numbered(predictor):
+    with pytest.raises(UserError, match="sst: the request has a blank sentence"):
+        predictor([("sst", " ")])
+    with pytest.raises(UserError, match="sst: example 1 has a blank sentence"):
+        predictor.predict("sst", ["ban", " "])

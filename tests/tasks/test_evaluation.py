@@ -228,3 +228,18 @@ def test_predictions_that_are_not_numbers_have_no_score():
     found = draw_sets(0, rows=5)
     found.predictions[2, 1] = np.nan
     assert np.isnan(found.scores(9)["micro F1"].value)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_a_prediction_that_is_not_a_number_counts_for_no_class(rows):
+    found = draw(0, rows=rows)
+    found.predictions[0] = np.nan
+    rest = Evaluation(TOPIC, found.predictions[1:], found.labels[1:], found.probabilities[1:])
+    np.testing.assert_array_equal(found.confusion, rest.confusion)
+    assert np.isnan(found.confidence[0]) and found.calibration() == rest.calibration()
+    assert all(np.isnan(one).all() for one in found.scores(20).values())
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(ValueError, match="no rows to resample"):
+        bootstrap(lambda numbers: np.ones(len(numbers)), rows=0)

@@ -431,10 +431,10 @@ def test_mixed_requests_are_answered_as_one_task_at_a_time(variant, make, tmp_pa
         ([("sst", "a film"), ("sts", "a film")], "sts takes pairs of sentences; request 1"),
         ([("sts", ("a dog", "a cat"))], "give .task, sentence. or"),
         ([()], "without a sentence"),
-        ([None], "request 0 is None"),
+        ([None], "the request is None"),
         ("sst", "request 0 is 's'"),
         (("sst", "a film"), "request 0 is 'sst'"),
-        ([("sst", " ")], "request 0 has a blank sentence"),
+        ([("sst", " ")], "sst: the request has a blank sentence"),
     ]:
         with pytest.raises(UserError, match=message):
             model(wrong)
