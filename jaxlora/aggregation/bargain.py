@@ -62,13 +62,11 @@ def solve_bargain(C: jax.Array, alone: jax.Array, p: float) -> jax.Array:
         least = jnp.min(jnp.where(usable, slopes, jnp.inf))
         longest = jnp.argmax(usable & (slopes <= jnp.maximum(least, rounding)))
         longest = jnp.where(jnp.any(usable), longest, _HALVINGS - 1)
-        chosen = tried[jnp.where(size < near, 0, longest)]
-        chosen = jnp.maximum(chosen, jnp.finfo(C.dtype).tiny)  # smaller numbers are rounded to 0
+        chosen = jnp.maximum(tried[jnp.where(size < near, 0, longest)], jnp.finfo(C.dtype).tiny)
         return _Point(chosen, s.step + 1, size, (size < s.size) | (size > eps**0.5))
 
     def unfinished(s: _Point) -> jax.Array:
         return (s.step < _MOST_STEPS) & (s.size > 4 * eps) & s.shrinks
 
-    far = jnp.asarray(jnp.inf, C.dtype)
-    start = _Point(alone, jnp.int32(0), far, jnp.bool_(True))
+    start = _Point(alone, jnp.int32(0), jnp.asarray(jnp.inf, C.dtype), jnp.bool_(True))
     return jax.lax.while_loop(unfinished, newton, start).z
