@@ -357,7 +357,7 @@ def test_the_command_compares_on_a_table(banked, tmp_path, call):
 def test_the_command_says_what_it_did_not_measure(banked, tmp_path, call):
     words = ("export", "onnx", tmp_path / "out", "--bank", banked / "bank", "--task", "topic")
     code, shown = call(*words, "--int8")
-    assert code == 0 and "not measured; --check=labelled.csv does" in shown
+    assert code == 0 and "not checked; --check=labelled.csv does" in shown
 
 
 @pytest.mark.parametrize(
