@@ -87,12 +87,12 @@ def merged_alone(tiny, predictor, name, texts):
 
 
 def test_the_cost_of_a_pass_does_not_depend_on_the_number_of_tasks(tiny):
-    """The same rows and programs for twelve tasks and for fifteen."""
+    """The same rows and programs for fourteen tasks and for fifteen."""
     predictor = many(tiny, 15, ranks=(4,))
     seen = []
     encode = predictor._mixed(4)
     predictor.__dict__["_mixed"] = lambda width: lambda *args: seen.append(args) or encode(*args)
-    for tasks in (12, 15):
+    for tasks in (14, 15):
         names = [f"task{n % tasks}" for n in range(60)]
         predictor._vectors([(predictor.task(name), ("ba be bi ban",)) for name in names])
     shapes = [jax.tree.map(jnp.shape, args) for args in seen]

@@ -9,7 +9,7 @@ from jaxlora.aggregation.bargain import solve_bargain
 from jaxlora.aggregation.gram import cosines, inverse_norms, norms
 from jaxlora.aggregation.method import Method, check_range, member, of_gram
 
-_LEAST = 1e-19
+_LEAST = 1e-19  # norms below have a square that float32 rounds to zero
 
 
 def fair_weights(K: jax.Array, alpha: float) -> jax.Array:
@@ -22,7 +22,6 @@ def fair_weights(K: jax.Array, alpha: float) -> jax.Array:
     lengths = norms(K)
     size = jnp.max(lengths)
     some = jnp.where(size > 0, size, 1)
-    # Where a norm is below the root of the smallest number, its square is zero.
     relative = jnp.where(lengths > 0, jnp.maximum(lengths / some, _LEAST), 1)
     C = jnp.where(jnp.eye(len(K), dtype=bool), 1, cosines(K))  # also for zero gradients
     return some**power * inverse_norms(K) * solve_bargain(C, relative**power, alpha)
