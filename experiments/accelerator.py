@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -230,7 +229,7 @@ def main(
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags and compare; return the exit code of `flags.exit_code`, or 1 if they differ."""
     agreed: list[bool] = []
-    code = exit_code(lambda: agreed.append(tyro.cli(main, args=args)))
+    code = exit_code(agreed.append, main, args)
     return code or int(agreed == [False])
 
 

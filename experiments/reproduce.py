@@ -10,7 +10,7 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -50,7 +50,12 @@ def _shared_flags() -> type:
     return dataclasses.make_dataclass("SharedFlags", fields, frozen=True)
 
 
-SharedFlags = _shared_flags()
+if TYPE_CHECKING:
+
+    class SharedFlags:
+        """Settings for all runs."""
+else:
+    SharedFlags = _shared_flags()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Flags:
     """
 
     preset: Literal["demo", "cs224n", "paper"] = "demo"
-    shared: Annotated[Any, tyro.conf.arg(constructor=SharedFlags, name="")] = dataclasses.field(
+    shared: Annotated[SharedFlags, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=SharedFlags
     )
     variants: tuple[str, ...] = tuple(VARIANTS)
@@ -221,7 +226,7 @@ def main(flags: Flags) -> list[tuple[Run, int]]:
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags and run; return the exit code of `flags.exit_code`, or 1 if a run failed."""
     failed: list[tuple[Run, int]] = []
-    code = exit_code(lambda: failed.extend(main(tyro.cli(Flags, args=args))))
+    code = exit_code(lambda flags: failed.extend(main(flags)), Flags, args)
     return code or int(bool(failed))
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -164,7 +163,7 @@ def main(flags: Flags) -> None:
 
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags, measure and return the exit code."""
-    return exit_code(lambda: main(tyro.cli(Flags, args=args)))
+    return exit_code(main, Flags, args)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -270,7 +269,7 @@ def main(flags: Flags) -> None:
 
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags, draw and return the exit code."""
-    return exit_code(lambda: main(tyro.cli(Flags, args=args)))
+    return exit_code(main, Flags, args)
 
 
 if __name__ == "__main__":

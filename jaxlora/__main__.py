@@ -32,6 +32,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except MissingExtraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # during these imports; later ones are the command's
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

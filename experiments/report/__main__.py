@@ -41,7 +41,7 @@ def main(flags: Flags) -> None:
 
 def cli(args: Sequence[str] | None = None) -> int:
     """Parse flags, build the report and return the exit code of `flags.exit_code`."""
-    return exit_code(lambda: main(tyro.cli(Flags, args=args)))
+    return exit_code(main, Flags, args)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from rich.table import Table
 
+from jaxlora.cli.flags import call
 from jaxlora.cli.terminal import CONSOLE, Folder, print_json, say
 from jaxlora.training import affinity
 from jaxlora.training.affinity import Affinity
@@ -111,4 +111,4 @@ def draw(found: Affinity, ahead: np.ndarray | None, path: Path) -> None:
 
 def main(words: Sequence[str]) -> None:
     """Run `show`."""
-    tyro.cli(show, args=words, prog="jaxlora affinity")
+    call(show, "jaxlora affinity", words)

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from jaxlora.cli.terminal import CONSOLE, Folder, Name, print_json, say
+from jaxlora.cli.flags import call_one
+from jaxlora.cli.terminal import CONSOLE, Folder, Name, Names, print_json, say
 from jaxlora.nn.bert import param_shapes
 from jaxlora.serving import bank as banks
 from jaxlora.serving.task_models import TaskModels
@@ -18,7 +18,7 @@ from jaxlora.utils import trees
 from jaxlora.utils.errors import UserError
 
 
-def add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
+def add(folder: Folder, /, run: Path, task: Names = ()) -> None:
     """Add the tasks of a finished run to a bank, which is created if it is missing.
 
     Args:
@@ -31,9 +31,7 @@ def add(folder: Folder, /, run: Path, task: tuple[str, ...] = ()) -> None:
     say(f"{folder}: added {', '.join(names)}")
 
 
-def update(
-    folder: Folder, /, run: Path, task: tuple[str, ...] = (), if_better: bool = False
-) -> None:
+def update(folder: Folder, /, run: Path, task: Names = (), if_better: bool = False) -> None:
     """Replace tasks of a bank by those of a finished run, without changing other tasks.
 
     Earlier versions are kept, see `jaxlora bank history` and `rollback`.
@@ -107,7 +105,8 @@ def rollback(folder: Folder, task: Name, /, version: int | None = None) -> None:
     """
     banks.rollback(folder, task, version)
     present = banks.history(folder, task)[-1]
-    say(f"{folder}: {task} is back at {_score(present.facts.dev.get(present.task.metric))}")
+    score = _score(present.facts.dev.get(present.task.metric))
+    say(f"{folder}: {task} is back at {present.task.metric_name} {score}")
 
 
 def remove(folder: Folder, task: Name, /) -> None:
@@ -203,6 +202,4 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main(words: Sequence[str]) -> None:
     """Run one of `COMMANDS`."""
     about = "Manage the adapters and heads of many tasks with one base."
-    tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, prog="jaxlora bank", description=about, args=words
-    )
+    call_one(COMMANDS, "jaxlora bank", about, words)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from jaxlora.cli.flags import call
 from jaxlora.cli.terminal import Folder, say
 from jaxlora.data.task_files import check_name
 from jaxlora.serving import bank as banks
@@ -58,4 +59,4 @@ def combine(
 
 def main(words: Sequence[str]) -> None:
     """Run `combine`."""
-    tyro.cli(combine, prog="jaxlora combine", args=words)
+    call(combine, "jaxlora combine", words)

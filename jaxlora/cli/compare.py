@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxlora.cli.console import duration
-from jaxlora.cli.flags import flag
+from jaxlora.cli.flags import call, flag
 from jaxlora.cli.terminal import CONSOLE, print_json, say
 from jaxlora.training import compare_runs
 from jaxlora.training.compare_runs import Comparison, ScoreRow
@@ -78,4 +78,4 @@ def _score(row: ScoreRow, number: int) -> str:
 
 def main(words: Sequence[str]) -> None:
     """Run `compare`."""
-    tyro.cli(compare, prog="jaxlora compare", args=words)
+    call(compare, "jaxlora compare", words)

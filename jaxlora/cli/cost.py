@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import tyro
 from rich.markup import escape
 from rich.table import Column, Table
 
 from jaxlora.cli import cost_table
+from jaxlora.cli.flags import call
 from jaxlora.cli.terminal import CONSOLE, print_json
 from jaxlora.lora import LoraConfig
 from jaxlora.utils.errors import UserError
@@ -65,4 +65,4 @@ def cost(
 
 def main(words: Sequence[str]) -> None:
     """Run `cost`."""
-    tyro.cli(cost, prog="jaxlora cost", args=words)
+    call(cost, "jaxlora cost", words)

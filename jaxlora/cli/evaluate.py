@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from jaxlora.cli.flags import choose_task
-from jaxlora.cli.terminal import CONSOLE, Folder, note_truncated, print_json, say
+from jaxlora.cli.flags import call, choose_task
+from jaxlora.cli.terminal import CONSOLE, Folder, count, note_truncated, print_json, say
 from jaxlora.data.raw_examples import TextExample
 from jaxlora.serving import evaluate_table, evaluation_page
 from jaxlora.serving.evaluate_table import Report, show_names
@@ -92,19 +91,19 @@ def _other(
 
 def show(found: Report) -> None:
     """Print a report."""
-    say(f"{found.title}: {found.rows:,} labelled rows of {found.source}")
-    for what, count in (("without a label", found.unlabelled), ("with a blank text", found.blank)):
-        if count:
-            say(f"left out: {count:,} rows {what}")
+    say(f"{found.title}: {count(found.rows, 'labelled row')} of {found.source}")
+    for what, rows in (("without a label", found.unlabelled), ("with a blank text", found.blank)):
+        if rows:
+            say(f"left out: {count(rows, 'row')} {what}")
     _show_scores("metric", found.scores)
     if found.against is not None:
         _show_scores(f"minus {found.against}", found.differences)
     if found.classes:
-        rows = [
+        lines = [
             (c.name, *(f"{x:.3f}" for x in (c.precision, c.recall, c.f1)), f"{c.support:,}")
             for c in found.classes
         ]
-        _show_table(("class", "precision", "recall", "F1", "rows"), rows)
+        _show_table(("class", "precision", "recall", "F1", "rows"), lines)
     if 0 < len(found.confusion) <= MOST_SHOWN:
         names = [row.name for row in found.classes]
         lines = [(n, *map(str, row)) for n, row in zip(names, found.confusion, strict=True)]
@@ -139,4 +138,4 @@ def _show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def main(words: Sequence[str]) -> None:
     """Run `evaluate`."""
-    tyro.cli(evaluate, prog="jaxlora evaluate", args=words)
+    call(evaluate, "jaxlora evaluate", words)

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
 from rich.table import Table
 
+from jaxlora.cli.flags import call_one
 from jaxlora.cli.terminal import CONSOLE, Folder, say
 from jaxlora.serving import bank as banks
 from jaxlora.serving import evaluate_table, export_merged, export_peft
@@ -101,10 +101,4 @@ COMMANDS = {"merged": merged, "peft": peft, "onnx": onnx}
 def main(words: Sequence[str]) -> None:
     """Run one of `COMMANDS`."""
     about = "Write a task in the format of another program."
-    tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="jaxlora export",
-        description=about,
-        args=words,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    call_one(COMMANDS, "jaxlora export", about, words)

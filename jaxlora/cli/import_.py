@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from jaxlora.cli.flags import call_one
 from jaxlora.cli.terminal import Folder, Name, say
 from jaxlora.data.task_files import check_name
 from jaxlora.formats import huggingface
@@ -143,6 +144,4 @@ COMMANDS: dict[str, Callable[..., None]] = {"peft": peft, "model": model}
 def main(words: Sequence[str]) -> None:
     """Run one of `COMMANDS`."""
     about = "Add a task from another program to a bank."
-    tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, prog="jaxlora import", description=about, args=words
-    )
+    call_one(COMMANDS, "jaxlora import", about, words)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from jaxlora.cli.flags import call
 from jaxlora.cli.terminal import say
 from jaxlora.data.draft import draft, remarks
 from jaxlora.data.survey import group_files, survey
@@ -68,4 +69,4 @@ def init(
 
 def main(words: Sequence[str]) -> None:
     """Run `init`."""
-    tyro.cli(init, prog="jaxlora init", args=words)
+    call(init, "jaxlora init", words)

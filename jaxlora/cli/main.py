@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from jaxlora.cli.flags import exit_code
+from jaxlora.utils import process
 from jaxlora.utils.errors import UserError, suggestion
 
 
@@ -58,4 +58,4 @@ def run(args: Sequence[str]) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the console script, and return its exit code (2: bad input, 130: interrupted)."""
-    return exit_code(lambda: run(sys.argv[1:] if args is None else args))
+    return process.exit_code(lambda: run(sys.argv[1:] if args is None else args))

@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from jaxlora.cli.flags import bytes_of, choose_task
-from jaxlora.cli.terminal import note_truncated, print_json, say
+from jaxlora.cli.flags import bytes_of, call, choose_task
+from jaxlora.cli.terminal import count, note_truncated, print_json, say
 from jaxlora.data.quoting import Quoting
 from jaxlora.serving import predict_table
 from jaxlora.serving.answers import show_value, to_record
@@ -80,11 +80,11 @@ def _answer_table(
     columns, notes = (SpinnerColumn(), TextColumn("{task.completed:,} answered")), list[str]()
     with Progress(*columns, transient=True) as bar:
         shown = bar.add_task("")
-        count = predict_table.predict_file(
+        rows = predict_table.predict_file(
             predictor, input, output, task, lambda n: bar.update(shown, completed=n),
             text=text, quoting=quoting, strict=strict, note=notes.append,
         )  # fmt: skip
-    say("; ".join([f"{output}: {count:,} answer{'' if count == 1 else 's'}", *notes]))
+    say("; ".join([f"{output}: {count(rows, 'answer')}", *notes]))
 
 
 def _answer_one(
@@ -106,4 +106,4 @@ def _answer_one(
 
 def main(words: Sequence[str]) -> None:
     """Run `predict`."""
-    tyro.cli(predict, prog="jaxlora predict", args=words)
+    call(predict, "jaxlora predict", words)

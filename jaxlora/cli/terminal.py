@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
+# Any number of names; what none means is in the help of the flag.
+Names = Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")]
 # Width of lines in a pipe, which has no width of its own.
 PIPE_WIDTH = 1000
 
@@ -33,6 +36,15 @@ def say(text: str, console: Console = CONSOLE) -> None:
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
+def count(number: int, what: str) -> str:
+    """Return a number with its noun.
+
+    >>> count(1, "row"), count(2_000, "row")
+    ('1 row', '2,000 rows')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def note_truncated(predictor: Predictor) -> Callable[[int], None]:
     """Return a function that prints a number of truncated texts on stderr, as a note."""
 
@@ -44,5 +56,13 @@ def note_truncated(predictor: Predictor) -> Callable[[int], None]:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON for other programs."""
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    """Print JSON for other programs, with null for NaN and infinity, which JSON does not have."""
+    print(json.dumps(_finite(value), ensure_ascii=False, indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,8 +11,8 @@ import tyro
 
 from jaxlora.cli import curves
 from jaxlora.cli.console import ConsoleCallback, notes, result_table
-from jaxlora.cli.flags import with_flags
-from jaxlora.cli.terminal import make_console, say
+from jaxlora.cli.flags import naming_flags
+from jaxlora.cli.terminal import Names, make_console, say
 from jaxlora.data import task_files
 from jaxlora.lora import LoraConfig
 from jaxlora.tasks.sharing import variant
@@ -37,7 +37,7 @@ class LoraFlags(LoraConfig):
 class TaskFlags(TaskChoice):
     """Flags for the choice of tasks; your own tasks are positional arguments."""
 
-    tasks: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    tasks: Annotated[Names, tyro.conf.Positional] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Flags(Preset):
     preset: PresetName | None = None
     choice: TaskFlags = TaskFlags()
     lora: LoraFlags = LoraFlags()
-    options: RunOptions = RunOptions()
+    run: RunOptions = RunOptions()
     out: Path | None = None
     coordinator: str | None = None
     processes: int = 1
@@ -129,9 +129,10 @@ def to_settings(flags: Flags, words: Sequence[str]) -> Settings:
 def main(words: Sequence[str]) -> None:
     """Join the other processes, if there are any, and train."""
     flags = parse(words)
-    distributed.join(flags.coordinator, flags.processes, flags.process)
-    with distributed.together(with_flags):
-        _train(flags, words)
+    with process.rewritten(naming_flags(Flags)):
+        distributed.join(flags.coordinator, flags.processes, flags.process)
+        with distributed.together(naming_flags(Flags)):
+            _train(flags, words)
 
 
 def _train(flags: Flags, words: Sequence[str]) -> None:
@@ -140,7 +141,7 @@ def _train(flags: Flags, words: Sequence[str]) -> None:
     console, out = make_console(quiet=not distributed.is_primary()), flags.folder
     callback, settings = ConsoleCallback(console), to_settings(flags, words)
     with callback.live():
-        result = run(settings, out, callback, flags.options)
+        result = run(settings, out, callback, flags.run)
     if distributed.is_primary():
         metrics = {name: task.metric_name for name, task in settings.named.items()}
         records = metrics_log.read_records(out)

@@ -54,8 +54,12 @@ def _lines(name: str, found: Survey, folder: Path, max_length: int) -> Iterator[
 
 
 def remarks(found: Survey, max_length: int) -> Iterator[str]:
-    """Yield remarks on the data: gaps, duplicates, uneven classes, long texts."""
+    """Yield remarks on the data: columns left out, gaps, duplicates, uneven classes, long texts."""
     counts = found.labels.counts
+    if found.other_texts:
+        yield f"Other columns of text: {', '.join(found.other_texts)}."
+    if found.other_labels:
+        yield f"Other columns that may be labels: {', '.join(found.other_labels)}."
     if found.labels.missing and found.lists:
         yield (
             f"{found.labels.missing:,} rows have null for a list: write [] where there is no label "

@@ -18,6 +18,7 @@ from jaxlora.tasks.kinds import KINDS, KindName, LabelForm
 
 MOST_NUMBERED = 20  # more distinct whole numbers than this are scores, not classes
 MOST_CLASSES = 1000
+MOST_ODD = 0.05  # up to this share of rows, labels among scores that are no numbers are mistakes
 DELIMITER = "|"  # default delimiter of the class names in a label set
 SEPARATORS = (DELIMITER, ",", ";")  # common delimiters
 
@@ -68,10 +69,11 @@ def find_labels(
     """Infer the kind of a task, and its classes or range, from its labels.
 
     Numbers are scores if any is not whole, or if there are more than `MOST_NUMBERED` distinct
-    values, or more than 2 and more than half as many as rows. Two distinct values make the task
-    binary. If they mean no and yes, yes is the positive class, else the last in order. Classes are
-    ordered by value if all are numbers, else by name. Different spellings of a number are one
-    class, named by the most frequent spelling without `.0`.
+    values, or more than 2 and more than half as many as rows; a few other labels among them, see
+    `MOST_ODD`, are refused. Two distinct values make the task binary. If they mean no and yes, yes
+    is the positive class, else the last in order. Classes are ordered by value if all are numbers,
+    else by name. Different spellings of a number are one class, named by the most frequent spelling
+    without `.0`.
 
     The task is multilabel if the labels are lists, a delimiter is given, or `|` separates names
     that recur in different cells.
@@ -237,12 +239,11 @@ def _count_missing(cells: Mapping[str, int], there: Mapping[str, int]) -> int:
 def _guess_kind(counts: Mapping[str, int]) -> KindName:
     numbers = _numbers(counts)
     values = {number for number in numbers.values() if number is not None}
-    many = len(values) > min(MOST_NUMBERED, max(2, sum(counts.values()) // 2))
-    if (
-        values
-        and None not in numbers.values()
-        and (many or any(v != v.to_integral_value() for v in values))
-    ):
+    rows = sum(counts.values())
+    many = len(values) > min(MOST_NUMBERED, max(2, rows // 2))
+    odd = sum(counts[label] for label, number in numbers.items() if number is None)
+    scores = many or any(v != v.to_integral_value() for v in values)
+    if values and scores and odd <= MOST_ODD * rows:
         return "regression"
     return "binary" if len(_merge_spellings(counts, numbers, "binary")) == 2 else "classification"
 
@@ -251,7 +252,9 @@ def _find_range(numbers: Mapping[str, Decimal | None]) -> tuple[float, float]:
     wrong = [label for label, number in numbers.items() if number is None]
     if wrong:
         raise WrongLabelError(
-            wrong[0], f"label {wrong[0][:60]!r} is not a number, but scores are numbers"
+            wrong[0],
+            f"label {wrong[0][:60]!r} is not a number, but scores are numbers; correct it, leave "
+            "it empty if it is missing, or name another `kind`",
         )
     values = [float(number) for number in numbers.values() if number is not None]
     if min(values) == max(values):

@@ -62,6 +62,7 @@ class Survey:
       rows: split → rows.
       lengths: `i64[sentences]`, number of tokens of each sentence in all splits.
       lists: whether the labels are lists of names.
+      other_texts, other_labels: columns that were not guessed, but are similar to those that were.
     """
 
     files: Mapping[str, Path]
@@ -72,6 +73,8 @@ class Survey:
     rows: Mapping[str, Sequence[Row]]
     lengths: np.ndarray
     lists: bool = False
+    other_texts: tuple[str, ...] = ()
+    other_labels: tuple[str, ...] = ()
 
     @property
     def blank(self) -> int:
@@ -167,7 +170,23 @@ def survey(
     labels = _find(columns, sheets, rows, lists)
     sentences = [one for part in rows.values() for row in part for one in row.texts]
     lengths = np.diff(tokenize(tokenizer, sentences)[1])
-    return Survey(files, tuple(header), chosen, columns.label, labels, rows, lengths, lists)
+    left = {n: name for n, name in enumerate(header) if name not in (*chosen, *columns.labels)}
+    return Survey(
+        files, tuple(header), chosen, columns.label, labels, rows, lengths, lists,
+        () if text else tuple(name for n, name in left.items() if _is_text(n, train)),
+        () if label else tuple(name for n, name in left.items() if _is_label(n, train)),
+    )  # fmt: skip
+
+
+def _is_text(column: int, rows: Sequence[Sequence[str]]) -> bool:
+    """Return whether most values of a column are different, and of several words."""
+    values = {row[column].strip() for row in rows}
+    return len(values) > len(rows) // 2 and sum(" " in v for v in values) > len(values) // 2
+
+
+def _is_label(column: int, rows: Sequence[Sequence[str]]) -> bool:
+    """Return whether the values of a column recur ten times on average, and are not all equal."""
+    return 1 < len({row[column].strip() for row in rows}) <= max(2, len(rows) // 10)
 
 
 def _find(

@@ -31,7 +31,7 @@ import os
 import re
 import tomllib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,7 +54,7 @@ from jaxlora.tasks.task import (
     paper_tasks,
 )
 from jaxlora.utils import schema
-from jaxlora.utils.errors import ConfigError, UserError, suggestion
+from jaxlora.utils.errors import ConfigError, UserError, list_some, suggestion
 
 MOST_LETTERS, MOST_BYTES = 64, 160  # of a task name, which is part of file names (255 bytes)
 # Settings of a group that its tasks may override.
@@ -176,10 +176,9 @@ class TaskFields:
         known = dataclasses.replace(self, kind=self.kind or self._kind_of(written))
         if known.complete:
             return known
+        counts = written.counts  # its errors name their place
         try:
-            found = find_labels(
-                written.counts, known.kind, self.label_delimiter, lists=written.lists
-            )
+            found = find_labels(counts, known.kind, self.label_delimiter, lists=written.lists)
         except ValueError as error:
             place = table.train
             if isinstance(error, WrongLabelError):
@@ -321,7 +320,18 @@ def read_tasks(
                 raise ConfigError("tasks", f"[{name}] is defined in {origin[name]} as well", item)
             else:
                 described[name], origin[name] = fields, "`tasks`" if match else item
+    _check_all_known(described, {name for name, item in origin.items() if item == "`tasks`"})
     return tuple(_describe(origin[name], name, fields) for name, fields in described.items())
+
+
+def _check_all_known(described: Mapping[str, Any], by_values: Collection[str]) -> None:
+    """Check that values without a training file are for tasks of the files, if there are any."""
+    files = described.keys() - by_values
+    for name in by_values if files else ():
+        check_name(name, "`tasks`")
+        if "train" not in described[name]:
+            hint = suggestion(name, files) or f"; there are {list_some(sorted(files))}"
+            raise ConfigError("tasks", f"there is no task {name}{hint}")
 
 
 def is_table(item: str) -> bool:
@@ -375,6 +385,8 @@ def _read_file(item: str, text: str | None, label: str | None) -> dict[str, Any]
     missing = [name for name, value in columns.items() if value is None]
     if missing:
         names = ", ".join(tables.read_header(Path(files["train"])))
+        if not names:
+            raise UserError(f"{item} is empty: it has no header; replace the file")
         raise ConfigError(
             missing[0],
             f"name the column of {item} (there are {names}), or describe the task in a file: "

@@ -478,9 +478,8 @@ def rollback(folder: Path, name: str, version: int | None = None) -> None:
         there, earlier = manifest.find(folder, name), list(manifest.history.get(name, ()))
         place = len(earlier) if version is None else version
         if not 1 <= place <= len(earlier):
-            raise UserError(
-                f"{folder}: {name} has no version {place} to go back to; see jaxlora bank history"
-            )
+            wanted = "earlier version" if version is None else f"earlier version {version}"
+            raise UserError(f"{folder}: {name} has no {wanted}; see jaxlora bank history")
         chosen = earlier.pop(place - 1)
         tasks = {**manifest.tasks, name: chosen}
         kept = {**manifest.history, name: (*earlier, there)}
@@ -647,6 +646,8 @@ def _locked(folder: Path, *, make: bool = True) -> Iterator[None]:
     if make:
         try:
             files.make(folder)
+        except FileExistsError:
+            raise UserError(f"{folder}: is a file; name a folder for the bank") from None
         except OSError as error:
             raise UserError(f"{folder}: cannot be a bank ({error.strerror})") from None
     else:

@@ -125,7 +125,8 @@ def choose_columns(
 ) -> Columns:
     """Return the requested columns, or by default those of the training tables.
 
-    If the table lacks those, the texts are chosen by `choose_texts` and the labels are in `label`.
+    If the table lacks those, the texts are chosen by `choose_texts`, and the labels are in its
+    column `label`, if it has one.
 
     Args:
       known: the columns of the training tables; None: unknown.
@@ -134,7 +135,8 @@ def choose_columns(
         several columns of 0 and 1 for multilabel tasks.
     """
     texts = choose_texts(known, header, text)
-    usual = known.label if known and set(known.labels) <= set(header) else "label"
+    missing = known is None or not set(known.labels) <= set(header)
+    usual = "label" if known is None or (missing and "label" in header) else known.label
     return Columns(texts, tables.split_label(label) or usual)
 
 

@@ -161,9 +161,11 @@ class LoopConfig:
 
     Attributes:
       batch_size: examples of each task in a step.
-      epochs: passes over the group's largest training set.
+      epochs: passes over the group's largest training set; default for your own tables: at least
+        4, and as many as give 300 steps.
       max_steps: train a group for at most this many steps; the schedule also ends there.
-      eval_every: steps between evaluations and checkpoints; default: four times an epoch.
+      eval_every: steps between evaluations and checkpoints; default: four times an epoch, for
+        your own tables 24 times in all.
       patience: stop a group after this many evaluations without a better score; 0: never.
       seed: seed of all random numbers.
     """

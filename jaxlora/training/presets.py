@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from jaxlora.training.config import (
     VariantName,
     flat_names,
 )
-from jaxlora.utils import bounds
+from jaxlora.utils import bounds, files
 from jaxlora.utils.errors import ConfigError
 
 PAPER_GUESSES = (
@@ -228,11 +227,12 @@ def _implied(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def _located(start: Sections) -> dict[str, Any]:
     """Resolve the settings that depend on this process: relative paths and the default dtype."""
-    folder, default = start.data.data_dir, jax.default_backend() == "cpu"
+    folder, origin = start.data.data_dir, start.model.start_from
+    default = jax.default_backend() == "cpu"
     return {
-        "data_dir": None if folder is None else str(Path(folder).absolute()),
+        "data_dir": None if folder is None else str(files.local(folder).absolute()),
         "base": huggingface.absolute(start.model.base),
-        "start_from": start.model.start_from and str(Path(start.model.start_from).absolute()),
+        "start_from": origin and str(files.local(origin).absolute()),
         "dtype": start.model.dtype or ("float32" if default else "bfloat16"),
     }
 

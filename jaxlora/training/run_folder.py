@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import ConfigError, UserError
 
 STATES = "states"
-LONGER = ("epochs", "max_steps")  # settings for the length of a run
+# Settings for the length of a run; the pace of evaluations follows from it.
+LONGER = ("epochs", "max_steps", "eval_every")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,18 +79,30 @@ def _check_settings(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -
     if not changed:
         return
     remedy = "resume it with the same settings, or name another folder"
-    if set(changed) <= set(LONGER) and (out / RESULT).exists():
+    if _only_longer(had, has) and (out / RESULT).exists():
         remedy = f"it is finished; train on in another folder with `start_from={out}`"
     lines = _list_differences(had, has) or [f"  {name}" for name in changed]
     raise ConfigError("out", "\n".join([f"its run has other settings; {remedy}:", *lines]), out)
 
 
+def _find_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any]
+) -> Mapping[str, Sequence[Any]]:
+    """Return the settings in which two runs differ, with both values."""
+    return setting_names.find_differences([setting_names.name_settings(one) for one in (old, new)])
+
+
+def _only_longer(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Return whether two runs differ in their length alone, that of all tasks or of some."""
+    names = {name.rpartition(".")[2] for name in _find_differences(old, new)}
+    return bool(names) and names <= set(LONGER)
+
+
 def _list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return a line for each setting in which two runs differ, with both values."""
-    both = [setting_names.name_settings(one) for one in (old, new)]
+    """Return a line for each setting in which two runs differ."""
     return [
         f"  {f'`{name}`' if name.isidentifier() else name}: {_shown(had)} there, {_shown(has)} here"
-        for name, (had, has) in setting_names.find_differences(both).items()
+        for name, (had, has) in _find_differences(old, new).items()
     ]
 
 

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Collection, Iterable
 
 MOST_LISTED = 10  # names in a message
+LONGEST = 60  # characters of a name in a list
 
 
 class UserError(ValueError):
@@ -68,5 +69,6 @@ def list_some(names: Collection[str]) -> str:
     ('a, b', '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more')
     """
     rest = len(names) - MOST_LISTED
-    shown = ", ".join(itertools.islice(names, MOST_LISTED))
+    first = itertools.islice(names, MOST_LISTED)
+    shown = ", ".join(name if len(name) <= LONGEST else f"{name[:LONGEST]}…" for name in first)
     return f"{shown} and {rest:,} more" if rest > 0 else shown

@@ -125,6 +125,17 @@ def _temporary(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def _naming(path: Path, temporary: Path) -> Iterator[None]:
+    """Name a path in errors of the file system instead of its temporary name."""
+    try:
+        yield
+    except OSError as error:
+        if str(error.filename).startswith(str(temporary)):
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file that replaces `path` when the block ends without an error.
 
@@ -136,7 +147,8 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     make(path.parent)
     temporary = _temporary(path)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE)
+        with _naming(path, temporary):
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE)
         with open(descriptor, mode, **text) as file:
             yield file
             file.flush()
@@ -163,7 +175,8 @@ def building(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     make(folder.parent)
     hidden = _temporary(folder)
     try:
-        hidden.mkdir(0o700)
+        with _naming(folder, hidden):
+            hidden.mkdir(0o700)
         content = hidden / "content"
         content.mkdir(_FOLDER_MODE)
         yield content

@@ -93,8 +93,11 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 
 @contextlib.contextmanager
-def _notes_as_lines(shown: Callable[[str], str]) -> Iterator[None]:
-    """Print a `Note` as one line on stderr in this context, without its position in the code."""
+def rewritten(shown: Callable[[str], str]) -> Iterator[None]:
+    """Rewrite the messages of errors and notes in this context, for instance with flags.
+
+    A `Note` is printed as one line on stderr, without its position in the code.
+    """
     with warnings.catch_warnings():
         usual = warnings.formatwarning
 
@@ -106,6 +109,9 @@ def _notes_as_lines(shown: Callable[[str], str]) -> Iterator[None]:
         warnings.formatwarning = line
         try:
             yield
+        except (UserError, Stopped) as error:
+            error.args = (shown(str(error)),)
+            raise
         finally:
             warnings.formatwarning = usual
 
@@ -193,11 +199,11 @@ def exit_code(main: Callable[[], object], shown: Callable[[str], str] = str) -> 
     # Orbax's threads log the traceback of errors that are raised and reported here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        with _umask(), _notes_as_lines(shown):
+        with _umask(), rewritten(shown):
             _replace_home()
             main()
     except (UserError, OSError, Stopped, KeyboardInterrupt) as error:
         code, line = verdict(error)
-        print(shown(line), file=sys.stderr)
+        print(line, file=sys.stderr)
         return code
     return 0

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,21 @@ from syntax import parse
 
 import jaxlora
 from jaxlora.__main__ import main
-from jaxlora.cli import train
-from jaxlora.cli.flags import bytes_of, flag, with_flags
-from jaxlora.utils.errors import ConfigError, UserError
+from jaxlora.cli import (
+    affinity,
+    bank,
+    combine,
+    compare,
+    cost,
+    evaluate,
+    export,
+    import_,
+    init,
+    predict,
+    train,
+)  # fmt: skip
+from jaxlora.cli.flags import bytes_of, flag, flags_of, naming_flags, with_flags
+from jaxlora.utils.errors import ConfigError, Note, Stopped, UserError
 
 PACKAGE = Path(jaxlora.__file__).parent
 # Flags of pip, which the library tells how to call.
@@ -42,7 +56,7 @@ def test_an_error_names_its_field():
     error = ConfigError("max_length", "512 at most", 600)
     assert isinstance(error, UserError) and error.field == "max_length"
     assert str(error) == "`max_length` 600: 512 at most"
-    assert with_flags(str(error)) == "--max-length 600: 512 at most"
+    assert naming_flags(train.Flags)(str(error)) == "--max-length 600: 512 at most"
 
 
 @pytest.mark.parametrize(
@@ -52,6 +66,8 @@ def test_an_error_names_its_field():
         ("go on with `resume=True`", "go on with --resume"),
         ("use `preset='demo'`", "use --preset=demo"),
         ("`dropout` 1.0: too much", "--lora-dropout 1.0: too much"),
+        ("`classes` is missing; see `tasks`", "`classes` is missing; see tasks"),
+        ("`label_delimiter=';'` or `strict=True`", "`label_delimiter=';'` or --strict"),
         (
             "see `jaxlora.load`, `Predictor` and 'rank'",
             "see `jaxlora.load`, `Predictor` and 'rank'",
@@ -59,7 +75,38 @@ def test_an_error_names_its_field():
     ],
 )
 def test_arguments_in_messages_become_flags(said, shown):
-    assert with_flags(said) == shown
+    assert with_flags(said, flags_of(train.Flags)) == shown
+
+
+COMMANDS = {
+    "train": train.Flags, "predict": predict.predict, "evaluate": evaluate.evaluate,
+    "init": init.init, "compare": compare.compare, "cost": cost.cost, "combine": combine.combine,
+    "affinity": affinity.show, **{f"bank {name}": one for name, one in bank.COMMANDS.items()},
+    **{f"export {name}": one for name, one in export.COMMANDS.items()},
+    **{f"import {name}": one for name, one in import_.COMMANDS.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_messages_name_the_flags_that_help_lists(words, capsys):
+    with pytest.raises(SystemExit):
+        main([*words.split(), "--help"])
+    shown = set(re.findall(r"^[ │] (--[a-z][\w-]*)", capsys.readouterr().out, re.MULTILINE))
+    known = {word for word in flags_of(COMMANDS[words]).values() if word.startswith("--")}
+    assert known == shown - {"--help"} and (known or words in ("bank remove", "bank show"))
+
+
+@pytest.mark.parametrize("raised", [UserError("`bank`, `rank`"), Stopped(2, "at `bank`, `rank`")])
+def test_errors_and_notes_of_a_command_name_its_flags(raised, capsys, monkeypatch):
+    def load(*args):
+        note = Note("`input` and `rank`")
+        print(warnings.formatwarning(note, Note, "file.py", 1), end="", file=sys.stderr)
+        raise raised
+
+    monkeypatch.setattr(predict.Predictor, "load", load)
+    assert main(["predict", "a", "--bank", "x"]) == (2 if isinstance(raised, UserError) else 130)
+    note, error = capsys.readouterr().err.splitlines()
+    assert note == "note: --input and `rank`" and error.endswith("--bank, `rank`")
 
 
 def test_a_flag_is_the_field_with_dashes():
@@ -103,7 +150,7 @@ def test_values_of_tasks_may_stand_anywhere(place):
     assert flags.choice.tasks[0] == "tickets.csv" and flags.choice.text == "subject"
     given = {"Anfragen.epochs=3", "tickets.kind=binary", "tickets.epoch=9"}
     assert set(flags.choice.tasks[1:]) == given  # the misspelt one is refused by its name later
-    assert flags.options.strict and flags.folder.name == "tickets"
+    assert flags.run.strict and flags.folder.name == "tickets"
 
 
 @pytest.mark.parametrize("out", ["a/x.epochs=3", "--out=x.epochs=3"])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlora.data.labels import count_sets, find_labels
+from jaxlora.data.labels import WrongLabelError, count_sets, find_labels
 from jaxlora.data.raw_examples import join_marks, parse_label, to_array
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
@@ -182,3 +182,13 @@ def test_ordinal_classes_without_an_order_are_named_by_the_user():
     assert find_labels(["2", "10", "1"] * 2, "ordinal").classes == ("1", "2", "10")
     with pytest.raises(ValueError, match="name them, the lowest first"):
         find_labels(["low", "high"], "ordinal")
+
+
+def test_a_few_other_labels_among_scores_are_mistakes():
+    scores = [f"{n % 7 / 3:.2f}" for n in range(98)]
+    with pytest.raises(WrongLabelError, match=r"n\.b.* is not a number.*another `kind`") as caught:
+        find_labels([*scores, "n.b.", "n.b."])
+    assert caught.value.label == "n.b."
+    versions = [*scores, *["alpha", "beta"] * 10]
+    assert find_labels(versions).kind == find_labels([*scores, "x"], "classification").kind
+    assert find_labels([*(str(n % 5) for n in range(98)), "x"]).kind == "classification"

@@ -43,6 +43,22 @@ def test_a_draft_is_read_as_the_task_that_was_found(tmp_path, tiny):
     assert (Path(spec.table.train).resolve(), spec.table.dev) == (train, 0.2)
 
 
+def test_columns_that_were_not_guessed_are_named(tmp_path, tiny):
+    rows = [
+        (n, f"a long film about dogs {n}", f"a dog {n}", ("good", "bad")[n % 2], n % 3 == 0, "x")
+        for n in range(40)
+    ]
+    path = write(tmp_path / "t.csv", ["id", "body", "subject", "topic", "urgent", "same"], rows)
+    found = survey({"train": path}, tiny.tokenizer)
+    assert (found.text, found.label) == (("body",), "topic")
+    assert (found.other_texts, found.other_labels) == (("subject",), ("urgent",))
+    assert list(remarks(found, 128))[:2] == [
+        "Other columns of text: subject.", "Other columns that may be labels: urgent.",
+    ]  # fmt: skip
+    chosen = survey({"train": path}, tiny.tokenizer, "subject", "urgent")
+    assert (chosen.other_texts, chosen.other_labels) == ((), ())
+
+
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
 
 

@@ -200,13 +200,37 @@ def test_a_table_alone_is_a_task(folder):
         (None, "what", r"`text`: name the column"),
         ("headline", "waht", r"topic-train.csv:1: no column waht \(did you mean 'what'\?\)"),
         ("what", "headline", "column 'headline'"),
+        ("haedline", "what", r"topic-train.csv:1: no column haedline \(did you mean 'headline'"),
     ],
 )
 def test_columns_of_a_table_that_are_wrong(folder, text, label, message):
     rows = [f"the goal number {n},sport" for n in range(40)]
     (folder / "topic-train.csv").write_text("\n".join(["headline,what", *rows]))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         read_tasks([str(folder / "topic-train.csv")], text, label)
+    assert str(caught.value).count("topic-train.csv:1") <= 1
+
+
+@pytest.mark.parametrize("columns", [(None, None), ("a", "b")])
+def test_an_empty_table_needs_no_other_delimiter(folder, columns):
+    (folder / "topic-train.csv").write_text("")
+    with pytest.raises(UserError, match="is empty") as caught:
+        read_tasks([str(folder / "topic-train.csv")], *columns)
+    assert "tab" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("topci.epochs=2", "there is no task topci; did you mean topic"),
+        ("x.text=headline", "there is no task x; there are price, topic"),
+    ],
+)
+def test_values_of_a_task_that_no_file_describes(folder, value, message):
+    with pytest.raises(UserError, match=message):
+        read_tasks([value, write(folder, TOPIC + PRICE)])
+    whole = [f"new.train={folder / 'topic-train.csv'}", "new.text=headline", "new.label=what"]
+    assert len(read_tasks([*whole, "new.dev=0.2", write(folder, TOPIC)])) == 2
 
 
 def test_a_column_of_labels_that_never_changes_is_refused_before_anything_runs(folder):
@@ -246,7 +270,7 @@ def test_names_of_classes_stay_as_they_are_written(folder):
         ("topic.epoch=3", "epoch: unknown field; did you mean epochs"),
         ("topic.epochs=x", "epochs: must be a whole number, not 'x'"),
         ("topic.epochs=1.5", "epochs: must be a whole number, not 1.5"),
-        ("tropic.epochs=3", "`tasks`: .tropic.: text: missing"),
+        ("tropic.epochs=3", "`tasks`: there is no task tropic; did you mean topic?"),
         ("../x.epochs=3", "`tasks`: '../x' cannot be a name"),
         ("topic.dev=none.csv", "there is no file .*none.csv"),
         ("topic.train=", "train: is empty; name a table"),

@@ -75,7 +75,7 @@ def test_every_study_resolves_and_its_command_gives_its_flags(preset, name):
     asked = study.asked(preset=preset, seed=3, **data)
     words = studies.arguments(asked | {"resume": True, "predict_test": False})
     flags = cli.parse(words)
-    assert flags.options == RunOptions(resume=True, predict_test=False)
+    assert flags.run == RunOptions(resume=True, predict_test=False)
     if preset == "demo" and study.real_data:
         with pytest.raises(UserError, match="`synthetic_sts`"):
             cli.to_settings(flags, words)

@@ -140,9 +140,9 @@ def test_the_last_versions_are_kept(runs, three):
     bank.add(three, scored(runs / "lora1", "sts", 0.3), ["sts"], replace=True)
     assert len(bank.history(three, "sts")) == 6  # the same once more is no version
     for version in (0, 6, -1):
-        with pytest.raises(UserError, match=f"sts has no version {version}"):
+        with pytest.raises(UserError, match=f"sts has no earlier version {version}"):
             bank.rollback(three, "sts", version)
-    with pytest.raises(UserError, match="para has no version 0"):
+    with pytest.raises(UserError, match="para has no earlier version; see"):
         bank.rollback(three, "para")
 
 
@@ -192,7 +192,7 @@ def test_commands_of_versions(runs, three, call):
     rows = json.loads(call("bank", "list", three, "--json")[1])
     assert {row["task"] for row in rows} == {"sst", "para", "sts"}
     code, shown = call("bank", "rollback", three, "sts", "--version=7")
-    assert code == 2 and "sts has no version 7" in shown
+    assert code == 2 and "sts has no earlier version 7" in shown
 
 
 def test_adding_and_removing_leave_every_other_file_as_it_was(runs, tmp_path):

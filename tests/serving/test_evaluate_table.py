@@ -72,6 +72,7 @@ def test_columns_are_those_of_training_or_usual_ones():
     pair = ["sentence1", "sentence2", "label"]
     assert choose_columns(None, pair) == Columns(("sentence1", "sentence2"), "label")
     assert choose_columns(known, ["a", "b", "c"], "a,b", "c") == Columns(("a", "b"), "c")
+    assert choose_columns(known, ["a", "b"]).label == "topic"  # is asked for
     assert choose_columns(None, ["a", "label"]) == Columns(("sentence1",), "label")  # is asked for
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from jaxlora.cli import main
-from jaxlora.cli.flags import with_flags
+from jaxlora.cli.flags import naming_flags
+from jaxlora.cli.train import Flags
 from jaxlora.training import compare_runs, run_folder
 from jaxlora.training.presets import make_settings
 from jaxlora.utils.errors import UserError
@@ -209,7 +210,11 @@ def test_a_resumed_run_says_what_was_typed_otherwise(tmp_path):
         "  `lora_dropout`: 0.1 there, 0 here", "  spam.epochs: 3 there, 7 here",
         "  spam.threshold: 0.5 there, 0.25 here", "  spam.weight: 1 there, 2 here",
     ]  # fmt: skip
-    assert "\n  --lora-dropout: 0.1 there" in with_flags(str(caught.value))
+    longer = settings_of(tmp_path, lora_dropout=0.1, epochs=7)
+    (run / "result.json").write_text("{}")
+    with pytest.raises(UserError, match=r"it is finished; train on .* `start_from=.*a`"):
+        run_folder.check(run, longer, resume=True)
+    assert "\n  --lora-dropout: 0.1 there" in naming_flags(Flags)(str(caught.value))
 
 
 @pytest.mark.parametrize(

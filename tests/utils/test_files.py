@@ -687,3 +687,15 @@ def test_modes_follow_the_umask_and_are_never_world_writable(tmp_path, mask, fil
     assert made[tmp_path / "a" / "b" / "text"] == file
     assert made[tmp_path / "a" / "b"] == folder == made[tmp_path / "a" / "tree"]
     assert not any(mode & stat.S_IWOTH for mode in made.values())
+
+
+@pytest.mark.parametrize("write", [files.replacing, files.building])
+def test_errors_name_the_file_and_not_its_temporary_name(tmp_path, monkeypatch, write):
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "mkdir", lambda self, *args, **kwargs: refuse(self))
+    with pytest.raises(PermissionError) as caught, write(tmp_path / "a.toml"):
+        pass
+    assert caught.value.filename == str(tmp_path / "a.toml")
