@@ -149,7 +149,11 @@ def open_sheets(
 
 def _may_be_unquoted(header: str, delimiter: str, path: Path) -> bool:
     """Return whether tabs separate the fields; a one-column .csv file counts as comma-separated."""
-    return delimiter == "\t" and ("\t" in header or ".csv" not in map(str.lower, path.suffixes))
+    return delimiter == "\t" and ("\t" in header or not _is_csv(path))
+
+
+def _is_csv(path: Path) -> bool:
+    return ".csv" in map(str.lower, path.suffixes)
 
 
 def _first_line(lines: Iterable[str]) -> str:
@@ -165,6 +169,8 @@ def sniff(text: str, path: Path) -> str:
     header = re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
     if hint := _HINT.fullmatch(header):
         return hint[1] or hint[2]
+    if not header and _is_csv(path):
+        return ","  # the file is empty; messages name the delimiter
     best = max(DELIMITERS, key=header.count)
     if sum(header.count(d) == header.count(best) > 0 for d in DELIMITERS) > 1:
         raise UserError(

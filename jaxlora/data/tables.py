@@ -357,8 +357,7 @@ def select(
             raise UserError(f"{where}: the column {name} occurs twice; rename one of them.")
     if not any(header):
         raise UserError(
-            f"{sheet.path}: is empty; replace the file. {who} needs a header with "
-            f"{', '.join(needed)}."
+            f"{sheet.path}: is empty; replace the file. {who} needs {sheet.layout(needed)}."
         )
     if missing := [name for name in needed if name not in header]:
         raise UserError(

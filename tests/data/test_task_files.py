@@ -216,7 +216,7 @@ def test_an_empty_table_needs_no_other_delimiter(folder, columns):
     (folder / "topic-train.csv").write_text("")
     with pytest.raises(UserError, match="is empty") as caught:
         read_tasks([str(folder / "topic-train.csv")], *columns)
-    assert "tab" not in str(caught.value)
+    assert "tab-separated" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

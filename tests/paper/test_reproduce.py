@@ -388,7 +388,7 @@ def test_only_the_report(call, tmp_path, capfd):
         (["--variants", "lora9"], ["--variants lora9: unknown", "mean lora"]),
         (["--seeds"], ["--seeds: give at least one"]),
         (["--jobs=0"], ["--jobs 0"]),
-        (["--seeds", "-1"], ["--seed -1"]),
+        (["--seeds", "-1"], ["`seed` -1"]),
         (["--data-dir=nowhere"], ["--data-dir", "nowhere"]),
         (["--base=nowhere/x/y"], ["--base"]),
         (["--max-length=1000"], ["--max-length 1000"]),
