@@ -36,3 +36,12 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     settings = make_settings("lora3", "cs224n", data_dir="~/data", start_from="~/bank")
     assert settings.data.data_dir == str(tmp_path / "data")
     assert settings.model.start_from == str(tmp_path / "bank")
+
+
+def test_ctrl_c_during_the_imports_is_one_line(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxlora.__main__.explained", interrupt)
+    assert main(["cost", "--help"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
