@@ -120,7 +120,7 @@ def test_a_pickled_token_cache_is_made_anew(make, tiny, tmp_path, trap):
         if isinstance(bad, Trap):
             path.write_bytes(pickle.dumps(bad))
         else:
-            np.savez(path, **arrays | {"train.ids": bad}, allow_pickle=True)
+            np.savez(path, **arrays | {"train.ids": bad})
         again = tokenized.load_examples(*args, tmp_path)
         np.testing.assert_array_equal(again["train"].ids, sound["train"].ids)
         assert not sprung.exists()

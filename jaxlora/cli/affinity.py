@@ -15,6 +15,7 @@ from jaxlora.cli.terminal import CONSOLE, Folder, print_json, say
 from jaxlora.training import affinity
 from jaxlora.training.affinity import Affinity
 from jaxlora.utils import files
+from jaxlora.utils.errors import ConfigError
 
 PICTURE = "affinity.png"
 
@@ -30,6 +31,8 @@ def show(run: Folder, /, look_ahead: bool = False, batches: int = 20, json: bool
       batches: number of batches over which this is averaged.
       json: print JSON.
     """
+    if batches < 1:
+        raise ConfigError("batches", "must be at least 1", batches)
     folder = files.local(run)
     found = affinity.measure(folder)
     groups = affinity.propose_groups(found.tasks, found.mean)

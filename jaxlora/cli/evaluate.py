@@ -75,9 +75,12 @@ def evaluate(
 
 
 def _check_place(page: Path | None) -> None:
-    """Check that the folder of the page exists, before the evaluation."""
-    if page is not None and not page.absolute().parent.is_dir():
-        raise ConfigError("page", f"there is no folder {page.parent}; make it first", page)
+    """Check that the page can be written, before the evaluation."""
+    file = None if page is None else files.local(page)
+    if file is not None and file.is_dir():
+        raise ConfigError("page", "is a folder; name a file", page)
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ConfigError("page", f"there is no folder {file.parent}; make it first", page)
 
 
 def _other(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -46,8 +47,9 @@ def init(
     """
     if not tables:
         raise UserError("name a table of data, as in `jaxlora init tickets.csv`")
-    grouped = group_files([files.local(path) for path in tables])
-    target = files.local(output) if output else tables[0].with_name(f"{next(iter(grouped))}.toml")
+    local = [files.local(path) for path in tables]
+    grouped = group_files(local)
+    target = files.local(output) if output else local[0].with_name(f"{next(iter(grouped))}.toml")
     if target.exists():
         raise ConfigError("output", "is there already; remove it, or name another file", target)
     config = huggingface.config_of(base)
@@ -64,7 +66,7 @@ def init(
         say(f"{name}: {one.labels.kind} of {' and '.join(one.text)} by {label}: {kinds}")
         for remark in remarks(one, max_length):
             say(f"  {remark}")
-    say(f"{target}: read it, then run: jaxlora train {target}")
+    say(f"{target}: read it, then run: jaxlora train {shlex.quote(str(target))}")
 
 
 def main(words: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from jaxlora.data.labels import DELIMITER
 from jaxlora.data.survey import Survey
 from jaxlora.data.task_files import DEV_SHARE
 from jaxlora.tasks.kinds import KINDS
+from jaxlora.utils.errors import list_some
 
 HEAD = "# Drafted from the data: read each line, then run `jaxlora train` on this file."
 PAIR = (
@@ -54,12 +55,15 @@ def _lines(name: str, found: Survey, folder: Path, max_length: int) -> Iterator[
 
 
 def remarks(found: Survey, max_length: int) -> Iterator[str]:
-    """Yield remarks on the data: columns left out, gaps, duplicates, uneven classes, long texts."""
+    """Yield remarks on the data: other columns, gaps, duplicates, uneven classes, long texts."""
     counts = found.labels.counts
-    if found.other_texts:
-        yield f"Other columns of text: {', '.join(found.other_texts)}."
-    if found.other_labels:
-        yield f"Other columns that may be labels: {', '.join(found.other_labels)}."
+    for what, names in (
+        ("Other columns of text", found.other_texts),
+        ("Other columns that may be labels", found.other_labels),
+        ("Labels that are no numbers among numbers", found.labels.odd),
+    ):
+        if names:
+            yield f"{what}: {list_some(names)}."
     if found.labels.missing and found.lists:
         yield (
             f"{found.labels.missing:,} rows have null for a list: write [] where there is no label "

@@ -18,7 +18,7 @@ from jaxlora.tasks.kinds import KINDS, KindName, LabelForm
 
 MOST_NUMBERED = 20  # more distinct whole numbers than this are scores, not classes
 MOST_CLASSES = 1000
-MOST_ODD = 0.05  # up to this share of rows, labels among scores that are no numbers are mistakes
+MOST_ODD = 0.2  # up to this share of rows, labels among scores that are no numbers are mistakes
 DELIMITER = "|"  # default delimiter of the class names in a label set
 SEPARATORS = (DELIMITER, ",", ";")  # common delimiters
 
@@ -40,6 +40,12 @@ class FoundLabels:
     range: tuple[float, float] | None
     missing: int
     empty: int = 0
+
+    @property
+    def odd(self) -> tuple[str, ...]:
+        """Names of classes that are no numbers, if most are numbers; they may be mistakes."""
+        words = tuple(name for name in self.counts if parse_number(name) is None)
+        return words if 2 * len(words) < len(self.counts) else ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -232,7 +238,7 @@ def _numbers(labels: Iterable[str]) -> dict[str, Decimal | None]:
 
 def _count_missing(cells: Mapping[str, int], there: Mapping[str, int]) -> int:
     if not there:
-        raise ValueError("no row has a label")
+        raise ValueError("no row has a label" if cells else "there are no rows")
     return sum(cells.values()) - sum(there.values())
 
 

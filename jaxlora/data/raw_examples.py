@@ -84,7 +84,8 @@ def parse_label(text: str, task: Task, where: str) -> Label:
     found = PARSERS[task.form](text.strip(), task, where)
     if found is None:
         shown = text if len(text) <= 60 else text[:60] + "…"
-        remedy = "correct the label or delete the line."
+        remedy = "correct the label or delete the line"
+        remedy += ", or add it to the `classes` in training." if task.classes else "."
         if task.form == "score" and parse_number(text.strip()) is not None:
             remedy = "correct the label, or train with a wider range (`range` in a task file)."
         raise UserError(

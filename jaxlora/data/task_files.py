@@ -55,6 +55,7 @@ from jaxlora.tasks.task import (
 )
 from jaxlora.utils import schema
 from jaxlora.utils.errors import ConfigError, UserError, list_some, suggestion
+from jaxlora.utils.files import local
 
 MOST_LETTERS, MOST_BYTES = 64, 160  # of a task name, which is part of file names (255 bytes)
 # Settings of a group that its tasks may override.
@@ -327,7 +328,7 @@ def read_tasks(
 def _check_all_known(described: Mapping[str, Any], by_values: Collection[str]) -> None:
     """Check that values without a training file are for tasks of the files, if there are any."""
     files = described.keys() - by_values
-    for name in by_values if files else ():
+    for name in sorted(by_values) if files else ():
         check_name(name, "`tasks`")
         if "train" not in described[name]:
             hint = suggestion(name, files) or f"; there are {list_some(sorted(files))}"
@@ -377,8 +378,10 @@ def _fits_name(character: str) -> bool:
 
 def _read_file(item: str, text: str | None, label: str | None) -> dict[str, Any]:
     if not is_table(item):
-        return _read_toml(Path(item))
-    files = {split: str(path) for split, path in find_roles(Path(item)).items()} or {"train": item}
+        return _read_toml(local(item))
+    table = str(local(item))
+    files = {split: str(path) for split, path in find_roles(Path(table)).items()}
+    files = files or {"train": table}
     if "train" not in files:
         raise ConfigError("tasks", f"has no split train, only {', '.join(files)}", item)
     columns = {"text": text.split(",") if text else None, "label": tables.split_label(label)}
@@ -410,7 +413,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         for split in fields.keys() & _FILES:
             file = fields[split]
             if isinstance(file, str) and file.strip() and not file.startswith(hub.PREFIX):
-                fields[split] = str(path.parent / file)
+                fields[split] = str(path.parent / local(file))
     return content
 
 
@@ -479,7 +482,7 @@ def _table(where: str, fields: TaskFields) -> Table:
     ]:
         raise UserError(f"{where} {blank[0]}: is empty; name a table")
     files = {
-        split: str(Path(hub.find(file)).absolute())
+        split: str(local(hub.find(file)).absolute())
         for split, file in given.items()
         if isinstance(file, str)
     }

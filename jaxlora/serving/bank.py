@@ -593,7 +593,8 @@ def _check_names(folder: Path, manifest: Manifest, names: Sequence[str], replace
     present = [name for name in names if name in manifest.tasks]
     if present and not replace:
         raise UserError(
-            f"{folder}: has {', '.join(present)} already; update it, or take another name"
+            f"{folder}: has {', '.join(present)} already; replace it by jaxlora bank update, "
+            "or take another name"
         )
     absent = [name for name in names if name not in manifest.tasks]
     if absent and replace:

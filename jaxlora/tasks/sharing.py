@@ -138,7 +138,7 @@ def parse_groups(text: str, names: tuple[str, ...] = NAMES) -> Groups:
         tuple(name.strip() for name in part.split(",") if name.strip()) for part in text.split("|")
     )
     seen = [name for group in groups for name in group]
-    example = f"for example '{names[0]}|{','.join(names[1:])}'"
+    example = f"for example '{'|'.join(filter(None, (names[0], ','.join(names[1:]))))}'"
     for name in seen:
         if name not in names:
             raise ConfigError(

@@ -270,7 +270,7 @@ def _known_tasks(
     choice: TaskChoice, chosen: Variant, asked: Mapping[str, Any]
 ) -> tuple[TaskSpec, ...]:
     if choice.tasks is None and chosen is sharing.OWN:
-        raise ConfigError("tasks", "name the files of your tasks, or one of the paper's `variant`s")
+        raise ConfigError("tasks", "name the files of your tasks, or a `variant` of the paper")
     if choice.tasks is None:
         return paper_specs(chosen.sts_loss, choice.sts_weight)
     if choice.tasks == ():

@@ -17,8 +17,8 @@ from jaxlora.utils import distributed, files
 from jaxlora.utils.errors import ConfigError, UserError
 
 STATES = "states"
-# Settings for the length of a run; the pace of evaluations follows from it.
-LONGER = ("epochs", "max_steps", "eval_every")
+# Settings for the length of a run, and the one that follows from it for your own tables.
+LENGTHS, PACE = ("epochs", "max_steps"), "eval_every"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -93,9 +93,11 @@ def _find_differences(
 
 
 def _only_longer(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Return whether two runs differ in their length alone, that of all tasks or of some."""
-    names = {name.rpartition(".")[2] for name in _find_differences(old, new)}
-    return bool(names) and names <= set(LONGER)
+    """Return whether the new settings differ only in a longer training of some or all tasks."""
+    both = [(name.rpartition(".")[2], *pair) for name, pair in _find_differences(old, new).items()]
+    lengths = [(had, has) for name, had, has in both if name in LENGTHS]
+    longer = all(had is not None and (has is None or has > had) for had, has in lengths)
+    return bool(lengths) and longer and {name for name, *_ in both} <= {*LENGTHS, PACE}
 
 
 def _list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -131,7 +131,7 @@ def _naming(path: Path, temporary: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if str(error.filename).startswith(str(temporary)):
-            error.filename = str(path)
+            error.filename, error.filename2 = str(path), None
         raise
 
 
@@ -153,7 +153,8 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        with _naming(path, temporary):
+            temporary.replace(path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -183,7 +184,8 @@ def building(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         settle(content)
         if replace and folder.exists():
             folder.rename(hidden / "old")
-        content.replace(folder)
+        with _naming(folder, hidden):
+            content.replace(folder)
         sync(folder.parent)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)

@@ -335,6 +335,18 @@ def test_a_drafted_task_file_can_be_trained_from(folders, capsys):
     assert "did you mean 'liked'" in capsys.readouterr().err and not Path("x.toml").exists()
 
 
+def test_a_task_file_is_drafted_beside_a_table_in_the_home_folder(folders, capsys, monkeypatch):
+    home = Path("home dir")
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home.absolute()))
+    rows = [f"a film {n},{'bad' if n % 3 else 'good'}" for n in range(60)]
+    (home / "films.csv").write_text("\n".join(["what,liked", *rows]))
+    assert main(["init", "~/films.csv", f"--base={folders[1]}"]) == 0
+    target = home.absolute() / "films.toml"
+    assert target.is_file() and not Path("~").exists()
+    assert capsys.readouterr().out.endswith(f"jaxlora train '{target}'\n")
+
+
 def test_a_trained_task_is_evaluated_on_the_columns_that_it_was_trained_on(folders, capsys):
     rows = [f"{n},a film {n},{'bad' if n % 3 else 'good'}" for n in range(60)]
     Path("films.csv").write_text("\n".join(["id,what,liked", *rows]))
@@ -356,3 +368,5 @@ def test_a_trained_task_is_evaluated_on_the_columns_that_it_was_trained_on(folde
     assert "did you mean 'liked'" in capsys.readouterr().err
     assert main(["evaluate", "one", "--input=films.csv", "--page=nowhere/x.html"]) == 2
     assert "--page nowhere/x.html" in capsys.readouterr().err
+    assert main(["evaluate", "one", "--input=films.csv", "--page=one"]) == 2
+    assert "--page one: is a folder" in capsys.readouterr().err

@@ -189,6 +189,7 @@ def test_a_few_other_labels_among_scores_are_mistakes():
     with pytest.raises(WrongLabelError, match=r"n\.b.* is not a number.*another `kind`") as caught:
         find_labels([*scores, "n.b.", "n.b."])
     assert caught.value.label == "n.b."
-    versions = [*scores, *["alpha", "beta"] * 10]
-    assert find_labels(versions).kind == find_labels([*scores, "x"], "classification").kind
-    assert find_labels([*(str(n % 5) for n in range(98)), "x"]).kind == "classification"
+    assert find_labels([*scores, *["alpha", "beta"] * 20]).kind == "classification"
+    stars = find_labels([*(str(n % 5) for n in range(98)), "?"])
+    assert (stars.kind, stars.odd) == ("classification", ("?",))
+    assert find_labels(["a", "b", "1"]).odd == ()

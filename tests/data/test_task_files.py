@@ -400,3 +400,13 @@ def test_labels_by_name_and_by_number(tmp_path):
     path.write_text("t,l\na,yes\nb,perhaps\n")
     with pytest.raises(UserError, match=r"x\.csv:3: label 'perhaps' is not one of no, yes, maybe"):
         tables.read(words, path, columns)
+
+
+def test_a_tilde_is_the_home_folder_in_tables_and_task_files(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    text = TOPIC.replace('"topic-train.csv"', '"~/topic-train.csv"')
+    write(folder, text)
+    for given in (["~/tasks.toml"], ["~/topic-train.csv"]):
+        columns = () if given[0].endswith("toml") else ("headline", "what")
+        (spec,) = read_tasks(given, *columns)
+        assert spec.table.train == str(folder / "topic-train.csv")

@@ -266,7 +266,10 @@ def test_what_does_not_belong_is_refused(runs, three, tmp_path):
     before = hashes(three) | {"manifest": (three / manifests.NAME).read_text()}
     source = bank.load(runs / "again")
     for call, message in [
-        (lambda: bank.add(three, source, ["sts"]), "has sts already; update it"),
+        (
+            lambda: bank.add(three, source, ["sts"]),
+            "has sts already; replace it",
+        ),
         (lambda: bank.add(three, source, ["stss"]), "no task .stss.; there are sst, para, sts"),
         (lambda: bank.remove(three, "topic"), "no task 'topic'; it has"),
         (lambda: bank.describe(three, "topic"), "no task 'topic'"),

@@ -206,15 +206,16 @@ def test_a_resumed_run_says_what_was_typed_otherwise(tmp_path):
         run_folder.check(run, changed, resume=True)
     head, *lines = str(caught.value).splitlines()
     assert "its run has other settings; resume it with the same settings" in head
+    assert "\n  --lora-dropout: 0.1 there" in naming_flags(Flags)(str(caught.value))
     assert sorted(lines) == [
         "  `lora_dropout`: 0.1 there, 0 here", "  spam.epochs: 3 there, 7 here",
         "  spam.threshold: 0.5 there, 0.25 here", "  spam.weight: 1 there, 2 here",
     ]  # fmt: skip
-    longer = settings_of(tmp_path, lora_dropout=0.1, epochs=7)
     (run / "result.json").write_text("{}")
-    with pytest.raises(UserError, match=r"it is finished; train on .* `start_from=.*a`"):
-        run_folder.check(run, longer, resume=True)
-    assert "\n  --lora-dropout: 0.1 there" in naming_flags(Flags)(str(caught.value))
+    for epochs, remedy in ((7, r"it is finished; train on .* `start_from=.*a`"), (2, "resume it")):
+        settings = settings_of(tmp_path, lora_dropout=0.1, epochs=epochs)
+        with pytest.raises(UserError, match=remedy):
+            run_folder.check(run, settings, resume=True)
 
 
 @pytest.mark.parametrize(
