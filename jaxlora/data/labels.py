@@ -131,6 +131,7 @@ def _without_missing(cells: Mapping[str, int]) -> dict[str, int]:
 
 def _find_scores(cells: Mapping[str, int], kind: KindName, delimiter: str) -> FoundLabels:
     there = _without_missing(cells)
+    _check_finite(there)
     return FoundLabels(kind, {}, _find_range(_numbers(there)), _count_missing(cells, there))
 
 
