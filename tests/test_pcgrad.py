@@ -12,6 +12,7 @@ import pytest
 from flax import serialization
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from releases import since
 
 import jaxlora
 from jaxlora.pcgrad import PCGradState, combine, cosines, gram, orders, pcgrad, project, sum_tasks
@@ -474,10 +475,7 @@ def test_accumulation_projects_each_tasks_mean_once():
     assert params_of(optax.MultiSteps(inner, 3), grads, params, 2)["w"].tolist() == [0, 0, 0]
 
 
-@pytest.mark.skipif(
-    tuple(map(int, optax.__version__.split(".")[:3])) < (0, 2, 8),
-    reason="older MultiSteps adds before it calls the transform",
-)
+@since("optax", 0, 2, 8, reason="older MultiSteps adds before it calls the transform")
 def test_accumulation_without_the_task_axis_is_told_how():
     steps, params = optax.MultiSteps(pcgrad(3), 2), {"w": jnp.zeros((3, 2))}
     with pytest.raises(

@@ -6,6 +6,7 @@ import math
 import jax
 import pytest
 from compiled import analyses, compile_step, shapes, wide
+from releases import since
 from rich.console import Console
 from test_sharding import eight
 
@@ -61,7 +62,7 @@ def test_the_heads_are_those_of_a_run_by_default():
     ],
     ids=("lora", "full", "one task", "frozen", "an adapter each"),
 )
-@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older XLA has other temporaries")
+@since("jax", 0, 10, reason="older XLA has other temporaries")
 def test_what_xla_finds(asked):
     check(asked)
 
