@@ -45,7 +45,7 @@ def test_a_draft_is_read_as_the_task_that_was_found(tmp_path, tiny):
 
 def test_columns_that_were_not_guessed_are_named(tmp_path, tiny):
     rows = [
-        (n, f"a long film about dogs {n}", f"a dog {n}", ("good", "bad")[n % 2], n % 3 == 0, "x")
+        (n, f"a long film about dogs {n}", f"a dog {n}", ("good", "bad")[n % 2], n % 3 == 0, "a b")
         for n in range(40)
     ]
     path = write(tmp_path / "t.csv", ["id", "body", "subject", "topic", "urgent", "same"], rows)

@@ -406,7 +406,8 @@ def test_a_tilde_is_the_home_folder_in_tables_and_task_files(folder, monkeypatch
     monkeypatch.setenv("HOME", str(folder))
     text = TOPIC.replace('"topic-train.csv"', '"~/topic-train.csv"')
     write(folder, text)
-    for given in (["~/tasks.toml"], ["~/topic-train.csv"]):
+    value = "topic.train=~/topic-train.csv"
+    for given in (["~/tasks.toml"], ["~/topic-train.csv"], ["~/tasks.toml", value]):
         columns = () if given[0].endswith("toml") else ("headline", "what")
         (spec,) = read_tasks(given, *columns)
         assert spec.table.train == str(folder / "topic-train.csv")
