@@ -1,12 +1,15 @@
-"""Run the benchmarks on an accelerator, at the size of bert-base: `python -m benchmarks.gpu`.
+"""Run the benchmarks on a GPU, at the sizes of MiniLM and bert-base: `python -m benchmarks.gpu`.
 
-Weights are random, which does not change the time, so nothing is downloaded.
+Weights are random, which does not change the time, so nothing is downloaded. All sides of all step
+rows compile at the same time, each in its own process; then they are timed in turn.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +18,25 @@ import tyro
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from benchmarks import adapters, harness, memory, pcgrad, predict, start, step
+from benchmarks import adapters, floor, harness, memory, pcgrad, predict, start, step
+from benchmarks.work import Work
 from jaxlora.formats import families, huggingface
 from jaxlora.nn import bert
 from jaxlora.training import run_folder
 
 Part = Literal["step", "pcgrad", "predict", "adapters", "start", "memory"]
+Size = Literal["minilm", "bert-base"]
+SIZES: Mapping[Size, Mapping[str, int]] = {
+    "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536},
+    "bert-base": {},
+}
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# A graph is captured for each shape of a batch, which pays for small batches only.
+SMALL_ONLY: tuple[step.PeerName, ...] = ("padded-graphs",)
+PEERS: tuple[step.PeerName, ...] = (
+    "padded-eager", "flat", "flat-compile", "padded-compile", *SMALL_ONLY
+)  # fmt: skip
+SMALL = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,20 +44,104 @@ class Flags:
     """Run the benchmarks on a GPU, and write their JSON files to `out`.
 
     Attributes:
-      parts: benchmarks to run.
-      layers: number of layers of the random BERT; bert-base has 12.
+      parts: benchmarks to run; all but `step` at the size of bert-base.
+      sizes: sizes of the random BERT.
       batch_sizes: batch sizes of the train steps.
-      together: number of steps in one program.
-      rounds: number of timed runs of each side.
+      steps: number of steps in a timed call.
+      rounds: number of timed calls of each side.
+      compile_seconds: seconds for all sides to compile; a side that takes longer is left out.
       out: folder of the JSON files.
     """
 
     parts: tuple[Part, ...] = ("step", "pcgrad", "predict", "adapters", "start", "memory")
-    layers: int = 12
+    sizes: tuple[Size, ...] = ("minilm", "bert-base")
     batch_sizes: tuple[int, ...] = (8, 64, 256)
-    together: int = 8
+    steps: int = 8
     rounds: int = 5
+    compile_seconds: float = 600.0
     out: Path = harness.OUT
+
+
+@dataclasses.dataclass
+class Row:
+    """The sides of one row of the table, each in its own process, compiling in the background."""
+
+    size: Size
+    base: str
+    work: Work
+    steps: int
+    sides: dict[str, harness.Worker]
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is something to compare: a side of ours and a peer."""
+        return bool({*self.sides} - {*PEERS} and {*self.sides} & {*PEERS})
+
+    @classmethod
+    def start(cls, size: Size, base: str, work: Work, steps: int) -> Row:
+        """Start all sides, and their first call."""
+        sides = {
+            "ours": harness.Worker(step.make_ours, work, base),
+            "ours together": harness.Worker(step.make_ours, work, base, steps),
+        }
+        names = [name for name in PEERS if work.batch_size <= SMALL or name not in SMALL_ONLY]
+        device = harness.peer_device()
+        sides |= {name: harness.Worker(make_peer, name, work, base, device) for name in names}
+        for worker in sides.values():
+            worker.send(steps)
+        return cls(size, base, work, steps, sides)
+
+    def wait(self, until: float) -> None:
+        """Wait for the first calls; drop the sides that failed or are late."""
+        late = [s for s, w in self.sides.items() if not w.finished(until - time.monotonic())]
+        for name in late:
+            print(f"{self.size}, batch {self.work.batch_size}: without {name}")
+            self.sides.pop(name).kill()
+
+    def measure(self, rounds: int) -> dict[str, Any]:
+        """Time the sides in turn."""
+        calls = {name: functools.partial(worker, self.steps) for name, worker in self.sides.items()}
+        spreads = {
+            name: spread.per(self.steps)
+            for name, spread in harness.interleave(calls, rounds, 1).items()
+        }
+        return {
+            "size": self.size,
+            "batch": self.work.batch_size,
+            **harness.against_best(spreads),
+            **{f"{name} ms": spread for name, spread in spreads.items() if name != "ours"},
+        }
+
+
+def make_peer(name: step.PeerName, work: Work, base: str, device: str) -> Callable[[int], Any]:
+    """Build a peer; JAX, which only makes its parameters, stays off the GPU."""
+    jax.config.update("jax_platforms", "cpu")
+    return step.make_peer(name, work, base, device)
+
+
+def measure_steps(bases: Mapping[Size, str], flags: Flags) -> None:
+    """Measure lora3's step in bfloat16 for all sizes and batch sizes."""
+    until = time.monotonic() + flags.compile_seconds
+    rows = [
+        Row.start(size, base, Work("lora3", batch, "bfloat16"), flags.steps)
+        for batch in flags.batch_sizes
+        for size, base in bases.items()
+    ]
+    for row in rows:
+        row.wait(until)
+    found = [(row, row.measure(flags.rounds)) for row in rows if row.complete]
+    for row in rows:
+        for worker in row.sides.values():
+            worker.kill()
+    for row, measured in found:
+        name = f"gpu-step-{row.size}-{row.work.batch_size}"
+        title = "A step of lora3 in bfloat16 (ms: median, low–high)"
+        harness.show(name, title, [measured], flags.out)
+    for row, measured in found:
+        name = f"gpu-floor-{row.size}-{row.work.batch_size}"
+        title = f"The distance of our step from its floor, {row.size}"
+        content = floor.row(row.work, huggingface.load(row.base), measured["ours ms"])
+        harness.show(name, title, [content], flags.out)
 
 
 def write_random_base(folder: Path, config: bert.BertConfig) -> str:
@@ -73,9 +172,15 @@ def write_random_base(folder: Path, config: bert.BertConfig) -> str:
 
 def main(flags: Flags) -> None:
     """Run all benchmarks."""
-    config = dataclasses.replace(bert.BertConfig(), num_hidden_layers=flags.layers)
-    base = write_random_base(flags.out / "random-base", config)
-    others: dict[str, Callable[[], Any]] = {
+    bases = {
+        size: write_random_base(
+            flags.out / f"random-{size}", dataclasses.replace(bert.BertConfig(), **SIZES[size])
+        )
+        for size in flags.sizes
+    }
+    base = bases[flags.sizes[-1]]
+    run: dict[Part, Callable[[], Any]] = {
+        "step": lambda: measure_steps(bases, flags),
         "pcgrad": lambda: pcgrad.main(pcgrad.Flags(out=flags.out)),
         "predict": lambda: predict.main(predict.Flags(base=base, out=flags.out)),
         "adapters": lambda: adapters.main(
@@ -84,17 +189,8 @@ def main(flags: Flags) -> None:
         "start": lambda: start.main(start.Flags(base=base, variants=("lora3",), out=flags.out)),
         "memory": lambda: memory.main(memory.Flags(base=base, out=flags.out)),
     }
-    for size in flags.batch_sizes if "step" in flags.parts else ():
-        step.main(
-            step.Flags(
-                base=base, variants=("lora3",), batch_sizes=(size,), dtypes=("bfloat16",),
-                peers=tuple(step.PEERS), together=flags.together,
-                rounds=flags.rounds, steps=8, name=f"gpu-step-{size}", out=flags.out,
-            )
-        )  # fmt: skip
-    for part, run in others.items():
-        if part in flags.parts:
-            run()
+    for part in flags.parts:
+        run[part]()
 
 
 if __name__ == "__main__":

@@ -116,10 +116,32 @@ class Worker:
         self._pipe.send(args)
         return self._pipe.recv()
 
+    def send(self, *args: Any) -> None:
+        """Call the side without waiting, also before it is ready."""
+        self._pipe.send(args)
+
+    def finished(self, seconds: float) -> bool:
+        """Wait up to `seconds` for the result of `send`; return whether it came."""
+        until = time.monotonic() + seconds
+        try:
+            while self._pipe.poll(max(0.0, until - time.monotonic())):
+                if self._ready:
+                    self._pipe.recv()
+                    return True
+                self._ready = self._pipe.recv() == "ready"
+        except (EOFError, OSError):
+            pass
+        return False
+
     def close(self) -> None:
         """End the process and wait for it."""
         self._pipe.close()
         self._process.join()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+        self.close()
 
 
 def _serve(

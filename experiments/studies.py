@@ -68,7 +68,9 @@ def _table() -> Iterable[tuple[str, str, dict[str, Any], str]]:
             yield f"{name}-{method}", name, {"surgery": method}, about
     pairs = {"groups": "sst|para,sts"}
     yield "pairs", "lora4", pairs, "an adapter for SST, one for both pair tasks"
-    yield "joint", "lora3", {"pair_encoding": "joint"}, "lora3 with both sentences read together"
+    for name in ("lora1", "lora3"):
+        about = f"{name} with both sentences read together"
+        yield f"{name}-joint", name, {"pair_encoding": "joint"}, about
     slow = {"batch_size": 24, "warmup_steps": 200}
     yield "warmup24", "lora3", slow, "lora3 with batch 24 and a warm-up of 200 steps"
     for rank in RANKS:

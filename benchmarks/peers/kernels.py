@@ -22,7 +22,12 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 @functools.cache
 def onednn_is_faster(dtype: torch.dtype, inputs: int, outputs: int) -> bool:
-    """Measure whether oneDNN is faster than MKL for a layer of this size."""
+    """Measure whether oneDNN is faster than MKL for a layer of this size.
+
+    False where oneDNN has no bfloat16: without AVX-512.
+    """
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
     x, weight = torch.randn(1024, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1024)
     return _least(lambda: _onednn(x, packed, None)) < _least(lambda: functional.linear(x, weight))
