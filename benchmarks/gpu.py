@@ -81,7 +81,7 @@ class Row:
     def start(cls, size: Size, base: str, work: Work, steps: int) -> Row:
         """Start all sides, and their first call."""
         sides = {
-            "ours": harness.Worker(step.make_ours, work, base),
+            "ours one by one": harness.Worker(step.make_ours, work, base),
             "ours together": harness.Worker(step.make_ours, work, base, steps),
         }
         names = [name for name in PEERS if work.batch_size <= SMALL or name not in SMALL_ONLY]
@@ -109,7 +109,7 @@ class Row:
             "size": self.size,
             "batch": self.work.batch_size,
             **harness.against_best(spreads),
-            **{f"{name} ms": spread for name, spread in spreads.items() if name != "ours"},
+            **{f"{name} ms": spread for name, spread in spreads.items()},
         }
 
 
