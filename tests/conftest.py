@@ -19,8 +19,10 @@ os.environ["JAXLORA_CACHE"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The same small programs are compiled by many tests.
-jax.config.update("jax_compilation_cache_dir", f"{_CACHE.name}/xla")
+# The same small programs are compiled by many tests, in several processes.
+_PROGRAMS = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_CACHE.name}/xla")
+jax.config.update("jax_compilation_cache_dir", _PROGRAMS)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

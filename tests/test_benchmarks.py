@@ -233,6 +233,7 @@ def test_every_family_takes_steps(tiny, monkeypatch, tmp_path, capsys):
     assert rows[0]["× bert"] == 1 and all(row["ms"]["median"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_several_steps_in_one_program_are_several_steps(tiny):
     """The scanned steps end where single steps on the same batches do."""
     work = Work("lora3", 4, "float32", examples=8, dropout=0.0)

@@ -24,10 +24,17 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md"]
 PAGES += sorted(DOCS.glob("*.md"))
 # README.md's are run in test_readme.py.
+LONG = ("own-bert-loop",)  # it compiles a train step
 WITH_PYTHON = [page for page in PAGES[1:] if ">>> " in page.read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page.stem in LONG else (), id=page.name)
+        for page in WITH_PYTHON
+    ],
+)
 def test_snippets_run(page):
     failed, tried = doctest.testfile(str(page), module_relative=False)
     assert tried > 3 and failed == 0

@@ -58,7 +58,13 @@ def test_a_notebook_has_the_cells_of_its_script_and_no_output(name):
     assert '"outputs": []' in notebook and '"execution_count": null' in notebook
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.slow if path.stem == "labels" else (), id=path.stem)
+        for path in EXAMPLES
+    ],
+)
 def test_it_runs_in_small(path, base, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BASE", str(base))
     monkeypatch.setenv("STEPS", "2")

@@ -112,10 +112,12 @@ BLOCKED = """if True:
         ("jinja2", "serve", ["evaluate", "bank", "--input=x.csv"]),
         ("rich", "serve", ["train", "--variant=lora3"]),
         ("transformers", "serve", ["train", "--variant=lora3"]),
-        ("grain", "train", ["train", "--variant=lora3"]),
-        ("tensorflow_datasets", "train", ["train", "--variant=lora3"]),
+        pytest.param("grain", "train", ["train", "--variant=lora3"], marks=pytest.mark.slow),
+        pytest.param(
+            "tensorflow_datasets", "train", ["train", "--variant=lora3"], marks=pytest.mark.slow
+        ),
         ("tensorboardX", "train", ["train", "--variant=lora3"]),
-        ("matplotlib", "train", ["train", "--variant=lora3"]),
+        pytest.param("matplotlib", "train", ["train", "--variant=lora3"], marks=pytest.mark.slow),
     ],
 )
 def test_a_command_names_the_extra_that_is_missing(package, extra, words, tiny_base, tmp_path):

@@ -432,6 +432,7 @@ def test_nothing_is_open_to_all_even_without_a_umask(tiny_base, data_dir, tmp_pa
         base=str(tiny_base), data=str(data_dir),
     )  # fmt: skip
     monkeypatch.setenv("JAXLORA_CACHE", str(cache))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     written = [*out.rglob("*"), *cache.rglob("*")]

@@ -52,8 +52,11 @@ def reuse_memory() -> bool:
 def keep_programs(folder: Path) -> None:
     """Cache compiled programs in a folder, unless it cannot be written to.
 
-    The folder is private to the user, since its files are executed.
+    The folder is private to the user, since its files are executed. A cache that the user has
+    chosen, with `JAX_COMPILATION_CACHE_DIR` for example, stays.
     """
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
     try:
         files.make(folder.parent)
         folder.mkdir(0o700, exist_ok=True)

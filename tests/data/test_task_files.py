@@ -319,7 +319,7 @@ def test_a_group_has_its_tasks_own_settings(folder):
 
 
 @pytest.mark.parametrize(
-    "variant", ["baseline1", "lora4", pytest.param("lora1", marks=pytest.mark.slow)]
+    "variant", ["lora4", *(pytest.param(v, marks=pytest.mark.slow) for v in ("baseline1", "lora1"))]
 )
 def test_a_run_trains_and_serves_them(folder, tiny_base, variant):
     path = write(folder, TOPIC + PRICE.replace("learning_rate = 0.01\n", ""))

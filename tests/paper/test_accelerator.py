@@ -36,7 +36,7 @@ def round_to_tf32(x):
     return ((bits + (1 << 12)) & ~np.uint32((1 << 13) - 1)).view(np.float32)
 
 
-@pytest.mark.parametrize("name", ["lora3", "baseline2"])
+@pytest.mark.parametrize("name", ["lora3", pytest.param("baseline2", marks=pytest.mark.slow)])
 def test_rounding_is_below_the_tolerance_and_tf32_above_it(tiny, name):
     """What another device may do to weights, and what a matmul in TF32 does to them."""
 
@@ -53,7 +53,7 @@ def test_rounding_is_below_the_tolerance_and_tf32_above_it(tiny, name):
     assert accelerator.agree(near) and not accelerator.agree(far)
 
 
-@pytest.mark.parametrize("adapters", [1, 8, 40])
+@pytest.mark.parametrize("adapters", [1, 8, pytest.param(40, marks=pytest.mark.slow)])
 def test_the_vectors_of_every_adapter_are_compared(tiny, adapters):
     """In float32 they agree with weights that differ by rounding; in TF32 they would not."""
 

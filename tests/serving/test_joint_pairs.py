@@ -209,7 +209,9 @@ def test_the_setting_is_of_pairs_alone():
 # ---- training
 
 
-@pytest.mark.parametrize("variant", ["lora3", "baseline2", "baseline1"])
+@pytest.mark.parametrize(
+    "variant", ["lora3", pytest.param("baseline2", marks=pytest.mark.slow), "baseline1"]
+)
 def test_a_step_encodes_what_serving_encodes(make, variant):
     """Tasks of one sentence, of separate and of joint pairs in one batch, however it is packed."""
     rate = {} if variant == "baseline1" else {"encoder_dropout": 0.0}
@@ -260,7 +262,10 @@ def write_pairs(folder):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["bert", "roberta", "distilbert"])
+@pytest.fixture(
+    scope="module",
+    params=["bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("roberta", "distilbert"))],
+)
 def finished(request, tmp_path_factory):
     """A run with the family's own classifier on joint pairs: its folder, its base's folder."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -149,6 +149,7 @@ def test_the_command(shared, capsys):
     assert "--groups=" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_groups_in_another_order_than_the_tasks(shared, make, tmp_path):
     run = tmp_path / "run"
     settings = make("lora3", groups="sts,para,sst", encoder_dropout=0.0, epochs=3)

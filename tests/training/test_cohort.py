@@ -44,7 +44,7 @@ def after(settings, base, data, groups, steps):
     ("groups", "more"),
     [
         ("sst|para|sts", {}),
-        ("sst|para,sts", {"lora_plus_ratio": 4.0}),
+        pytest.param("sst|para,sts", {"lora_plus_ratio": 4.0}, marks=pytest.mark.slow),
         pytest.param("sst,sts|para", {"lora_dropout": 0.0, "patience": 3}, marks=pytest.mark.slow),
     ],
 )
@@ -74,6 +74,7 @@ def test_each_group_ends_where_it_ends_alone(make, groups, more, side_by_side, m
             )
 
 
+@pytest.mark.slow
 def test_groups_end_at_their_own_time_and_say_why(make, tmp_path):
     """Rates of 0 stop para for want of a better score; the others take all their steps."""
     settings = make("lora1", encoder_dropout=0.0, epochs=3)

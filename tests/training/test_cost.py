@@ -58,7 +58,7 @@ def test_the_heads_are_those_of_a_run_by_default():
         work("full", dropout=0.1),
         work("lora", WIDE, tasks=THREE[:1], rows=16),
         work("frozen", MINILM, THREE[1:2]),
-        work("lora", groups=3),
+        pytest.param(work("lora", groups=3), marks=pytest.mark.slow),
     ],
     ids=("lora", "full", "one task", "frozen", "an adapter each"),
 )

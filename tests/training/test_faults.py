@@ -61,7 +61,9 @@ def whole(make, tmp_path):
     return tmp_path / "whole"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_signal_saves_and_says_so(make, whole, tmp_path, number):
     before = signal.getsignal(number)
     with pytest.raises(Stopped, match=r"at step 3 of 7, saved; .* `resume=True`") as stopped:
@@ -159,7 +161,13 @@ def stopped(tiny_base, data_dir, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(name, marks=() if name in ("one bit", "a file gone") else pytest.mark.slow)
+        for name in DAMAGE
+    ],
+)
 def test_of_damaged_checkpoints_the_last_good_one_is_taken(make, stopped, tmp_path, damage):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     states = tmp_path / "parts" / run_folder.STATES / GROUP
@@ -325,6 +333,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(make, tmp_path, monk
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(model))
 
 
+@pytest.mark.slow
 def test_a_record_counts_the_steps_left_out_before_it(make, tmp_path, monkeypatch):
     """Each window is one step here; a bad one has no record, also when the run dies after it."""
     with_nan(monkeypatch, "sts", 11)

@@ -96,7 +96,7 @@ def whole(tiny_base, data_dir, tmp_path_factory):
 @pytest.mark.parametrize(
     ("number", "process", "at"),
     [
-        pytest.param(signal.SIGTERM, 1, "group", id="early"),
+        pytest.param(signal.SIGTERM, 1, "group", id="early", marks=slow),
         pytest.param(signal.SIGINT, 0, "group", marks=slow),
         pytest.param(signal.SIGTERM, 0, 10, marks=slow),
         pytest.param(signal.SIGINT, 1, 10, marks=slow),

@@ -79,7 +79,7 @@ def test_the_result_is_made_of_the_progress_and_leaves_it_as_it_is(make):
         ("baseline1", None),
         pytest.param("lora1", None, marks=pytest.mark.slow),
         ("lora3", None),
-        ("lora4", "sst|para,sts"),
+        pytest.param("lora4", "sst|para,sts", marks=pytest.mark.slow),
         pytest.param("baseline3", None, marks=pytest.mark.slow),
     ],
 )
@@ -235,7 +235,8 @@ def test_no_test_predictions_when_not_asked(make, tmp_path):
 
 @pytest.mark.parametrize(
     ("variant", "stop_at"),
-    [("lora3", ("sst+para+sts", 2)), ("lora1", ("para", 4)), ("baseline1", ("sst", 2)),
+    [("lora3", ("sst+para+sts", 2)), ("baseline1", ("sst", 2)),
+     pytest.param("lora1", ("para", 4), marks=pytest.mark.slow),
      pytest.param("lora3", ("sst+para+sts", 6), marks=pytest.mark.slow),
      pytest.param("baseline2", ("sst+para+sts", 4), marks=pytest.mark.slow)],
 )  # fmt: skip
@@ -334,6 +335,7 @@ def test_patience_stops_a_group(make, tmp_path):
     assert {g["step"] for g in result["groups"].values()} == {4}
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_says_so(make, tmp_path):
     settings = make("baseline2", learning_rate=1e30, warmup_steps=0, epochs=3)
     with pytest.raises(
@@ -404,9 +406,8 @@ def test_warm_up_wastes_no_step_and_the_rate_ends_at_nothing():
 @pytest.mark.parametrize(
     "variant",
     [
-        "baseline1",
         "lora3",
-        *(pytest.param(v, marks=pytest.mark.slow) for v in ("baseline4", "lora2")),
+        *(pytest.param(v, marks=pytest.mark.slow) for v in ("baseline1", "baseline4", "lora2")),
     ],
 )
 def test_mixed_requests_are_answered_as_one_task_at_a_time(variant, make, tmp_path):

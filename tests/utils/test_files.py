@@ -94,6 +94,7 @@ def test_siblings_that_match_a_name_as_a_pattern_are_not_read(tmp_path):
         assert tree_files.load(tmp_path / name / "model")["x"].tolist() == [value] * 2
 
 
+@pytest.mark.slow
 def test_a_run_and_a_bank_in_folders_with_brackets(make, tmp_path):
     train.run(make("lora3"), tmp_path / "plain", Silent())
     odd = tmp_path / "runs *" / "run [v2]"
@@ -408,10 +409,36 @@ def test_a_temporary_cache_prepared_by_others_is_not_used(temporary, tmp_path, t
     assert not (tmp_path / "theirs").exists() or list((tmp_path / "theirs").iterdir()) == []
 
 
+@pytest.fixture
+def no_cache():
+    """No cache of compiled programs yet."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_programs_are_cached_in_a_private_folder(tmp_path):
+    process.keep_programs(tmp_path / "xla")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xla")
+    assert stat.S_IMODE((tmp_path / "xla").stat().st_mode) == 0o700
+
+
+@pytest.mark.usefixtures("no_cache")
 def test_programs_are_not_cached_in_an_unwritable_folder():
-    before = jax.config.jax_compilation_cache_dir
     process.keep_programs(Path(__file__) / "xla")
-    assert jax.config.jax_compilation_cache_dir == before
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_a_cache_that_the_user_chose_stays(tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    process.keep_programs(tmp_path / "xla")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+    assert not (tmp_path / "xla").exists()
 
 
 def test_a_run_continues_if_its_tokens_cannot_be_cached(make, tiny, tmp_path, monkeypatch, capsys):
