@@ -61,8 +61,10 @@ def test_scores_and_parameters_are_those_of_the_results():
     for name, *shown, millions in rows(section("Results")):
         variant = name.split(":")[0]
         if variant in VARIANTS:
-            expected = [float(percent) / 100 for percent in scores[variant]]
-            assert [float(value) for value in shown] == pytest.approx(expected, abs=0.00051)
+            for value, percent in zip(shown, scores[variant], strict=True):
+                numbers = [float(number) for number in value.split(" ± ")]
+                expected = [float(number) / 100 for number in percent.split(" ± ")]
+                assert numbers == pytest.approx(expected, abs=0.00051)
             assert millions == f"{parameters[variant]}M"
             checked += 1
     assert checked == 8
@@ -145,7 +147,10 @@ def vectors_of_joint_pairs(folder):
 
 
 def verdicts(folder):
-    assert "one seed" in section("Results")
+    verdicts = [
+        row[5] for row in rows(section("Claims and verdicts", RESULTS)) if row[0] in "abcde"
+    ]
+    assert verdicts.count("not decidable") > len(verdicts) / 2 > 10
     test_results_decide_no_score_by_one_seed()
 
 
@@ -209,7 +214,7 @@ def test_pages_with_quora_scores_say_that_minilm_has_seen_quora(page):
 
 
 def test_results_decide_no_score_by_one_seed():
-    """Only claims on parameters and times of steps, which no seed changes, have a verdict."""
+    """Claims on scores have a verdict from three seeds on; seeds change no parameter counts."""
     claims = [
         row for row in rows(section("Claims and verdicts", RESULTS)) if re.match("[a-e]$", row[0])
     ]
@@ -217,4 +222,4 @@ def test_results_decide_no_score_by_one_seed():
     decided = [row for row in claims if {"reproduced", "not reproduced"} & set(row)]
     assert decided
     for row in decided:
-        assert "parameters" in " ".join(row) or "a LoRA step" in " ".join(row)
+        assert int(row[10]) >= 3 or "parameters" in " ".join(row) or "a LoRA step" in " ".join(row)

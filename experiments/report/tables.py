@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -433,15 +433,23 @@ def differs(run: Run, base: Sequence[Run]) -> str:
     """
     if not base:
         return f"groups {_sharing(run.settings['groups'])}; rank {run.settings['rank']}"
-    other = base[0].settings
-    changed = {
-        name: value
-        for name, value in run.settings.items()
-        if name not in _NOT_SHOWN and value != other.get(name)
-    }
-    return (
-        ", ".join(f"{k.replace('_', ' ')} {_flag(k, v)}" for k, v in changed.items()) or "nothing"
-    )
+    before, after = (_flat(settings) for settings in (base[0].settings, run.settings))
+    changed = [
+        f"{name.replace('_', ' ')} {_flag(name, value)}"
+        for name, value in after.items()
+        if name not in _NOT_SHOWN and value != before.get(name)
+    ]
+    return ", ".join(changed) or "nothing"
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with those of each task as `task field`."""
+    flat = {name: value for name, value in settings.items() if name != "tasks"}
+    for task in settings.get("tasks", ()):
+        fields = {**task, **task["task"]}
+        name = fields.pop("name")
+        flat |= {f"{name} {field}": fields[field] for field in fields if field != "task"}
+    return flat
 
 
 def _flag(name: str, value: Any) -> str:

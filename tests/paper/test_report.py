@@ -302,6 +302,21 @@ def test_settings_are_shown_by_their_kind(context):
     assert tables.differs(run, [base]) == "rank 4, synthetic sts on, pooling cls"
 
 
+def test_of_the_tasks_settings_only_those_that_differ_are_listed(context):
+    (base, *_), (run, *_) = (context.collection.studies[n] for n in ("lora3", "lora3-summed"))
+
+    def with_pairs(run, encoding):
+        tasks = [
+            {"task": {"name": "sst", "pair_encoding": "separate"}, "weight": 1.0},
+            {"task": {"name": "sts", "pair_encoding": encoding}, "weight": 1.0},
+        ]
+        return dataclasses.replace(run, settings={**base.settings, "tasks": tasks})
+
+    both = with_pairs(base, "separate"), with_pairs(run, "joint")
+    assert tables.differs(both[1], [both[0]]) == "sts pair encoding joint"
+    assert tables.differs(both[0], [both[0]]) == "nothing"
+
+
 def test_linked_runs_are_trained_once(tmp_path):
     write_run(tmp_path, "lora2", 0, ANSWERS["lora2"])
     path = tmp_path / "lora2" / "seed0" / "result.json"
