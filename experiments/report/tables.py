@@ -96,10 +96,10 @@ def _show_interval(found: Interval, digits: int) -> str:
 def signed(value: float, digits: int = 2) -> str:
     """Format a number with its sign, using a minus sign instead of a hyphen.
 
-    >>> signed(-1.5), signed(0.0)
-    ('−1.50', '+0.00')
+    >>> signed(-1.5), signed(0.0), signed(-0.001)
+    ('−1.50', '+0.00', '+0.00')
     """
-    return f"{value:+,.{digits}f}".replace("-", "−")
+    return f"{value:+z,.{digits}f}".replace("-", "−")
 
 
 def to_csv(table: Table) -> str:
