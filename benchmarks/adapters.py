@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -229,7 +228,7 @@ def open_and_answer(place: Path, programs: Path) -> dict[str, float]:
         done = subprocess.run(
             [sys.executable, "-c", CHILD, str(place), str(programs)],
             check=True, capture_output=True, text=True,
-            env=os.environ | {"PYTHONPATH": os.getcwd()},
+            env=harness.environment(),
         )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     found["peak MB"] = harness.peak_megabytes(found.pop("status"))

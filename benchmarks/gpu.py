@@ -1,13 +1,15 @@
 """Run the benchmarks on a GPU, at the sizes of MiniLM and bert-base: `python -m benchmarks.gpu`.
 
 Weights are random, which does not change the time, so nothing is downloaded. All sides of all step
-rows compile at the same time, each in its own process; then they are timed in turn.
+rows compile at the same time, each in its own process; then they are timed in turn. They share the
+GPU's memory, so choose `--sizes` and `--batch-sizes` that fit together.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +39,8 @@ PEERS: tuple[step.PeerName, ...] = (
     "padded-eager", "flat", "flat-compile", "padded-compile", *SMALL_ONLY
 )  # fmt: skip
 SMALL = 8
+OURS = "ours"
+TOGETHER = "ours in one program"  # with batches that are on the device, so it has less to do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Flags:
     """Run the benchmarks on a GPU, and write their JSON files to `out`.
 
     Attributes:
-      parts: benchmarks to run; all but `step` at the size of bert-base.
+      parts: benchmarks to run; all but `step` at the last of `sizes`.
       sizes: sizes of the random BERT.
       batch_sizes: batch sizes of the train steps.
       steps: number of steps in a timed call.
@@ -75,14 +79,14 @@ class Row:
     @property
     def complete(self) -> bool:
         """Whether there is something to compare: a side of ours and a peer."""
-        return bool({*self.sides} - {*PEERS} and {*self.sides} & {*PEERS})
+        return OURS in self.sides and not {*self.sides}.isdisjoint(PEERS)
 
     @classmethod
     def start(cls, size: Size, base: str, work: Work, steps: int) -> Row:
         """Start all sides, and their first call."""
         sides = {
-            "ours one by one": harness.Worker(step.make_ours, work, base),
-            "ours together": harness.Worker(step.make_ours, work, base, steps),
+            OURS: harness.Worker(step.make_ours, work, base),
+            TOGETHER: harness.Worker(step.make_ours, work, base, steps),
         }
         names = [name for name in PEERS if work.batch_size <= SMALL or name not in SMALL_ONLY]
         device = harness.peer_device()
@@ -105,11 +109,13 @@ class Row:
             name: spread.per(self.steps)
             for name, spread in harness.interleave(calls, rounds, 1).items()
         }
+        together = spreads.pop(TOGETHER, None)
         return {
             "size": self.size,
             "batch": self.work.batch_size,
             **harness.against_best(spreads),
-            **{f"{name} ms": spread for name, spread in spreads.items()},
+            f"{TOGETHER} ms": together or "–",
+            **{f"{name} ms": spread for name, spread in spreads.items() if name != OURS},
         }
 
 
@@ -129,20 +135,25 @@ def measure_steps(bases: Mapping[Size, str], flags: Flags) -> None:
     ]
     for row in rows:
         row.wait(until)
-    found = []
     for row in rows:
         if row.complete:
-            found.append((row, row.measure(flags.rounds)))
-            name = f"gpu-step-{row.size}-{row.work.batch_size}"
-            title = "A step of lora3 in bfloat16 (ms: median, low–high)"
-            harness.show(name, title, [found[-1][1]], flags.out)
+            try:
+                show_row(row, flags)
+            except (EOFError, OSError):
+                print(f"{row.size}, batch {row.work.batch_size}: a process died")
         for worker in row.sides.values():
             worker.kill()
-    for row, measured in found:
-        name = f"gpu-floor-{row.size}-{row.work.batch_size}"
-        title = f"The distance of our step from its floor, {row.size}"
-        content = floor.row(row.work, huggingface.load(row.base), measured["ours ms"])
-        harness.show(name, title, [content], flags.out)
+
+
+def show_row(row: Row, flags: Flags) -> None:
+    """Measure a row; print and write it, and the distance of our step from its floor."""
+    measured = row.measure(flags.rounds)
+    name = f"{row.size}-{row.work.batch_size}"
+    title = "A step of lora3 in bfloat16 (ms: median, low–high)"
+    harness.show(f"gpu-step-{name}", title, [measured], flags.out)
+    title = f"The distance of our step from its floor, {row.size}"
+    content = floor.row(row.work, huggingface.load(row.base), measured["ours ms"])
+    harness.show(f"gpu-floor-{name}", title, [content], flags.out)
 
 
 def write_random_base(folder: Path, config: bert.BertConfig) -> str:
@@ -173,6 +184,7 @@ def write_random_base(folder: Path, config: bert.BertConfig) -> str:
 
 def main(flags: Flags) -> None:
     """Run all benchmarks."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # many processes share the GPU
     bases = {
         size: write_random_base(flags.out / f"random-{size}", SIZES[size]) for size in flags.sizes
     }

@@ -117,7 +117,7 @@ class Worker:
         return self._pipe.recv()
 
     def send(self, *args: Any) -> None:
-        """Call the side without waiting, also before it is ready."""
+        """Call the side without waiting for its result. It need not be ready."""
         self._pipe.send(args)
 
     def finished(self, seconds: float) -> bool:
@@ -158,6 +158,12 @@ def _serve(
         except EOFError:
             return
         pipe.send(side(*arguments))
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a process that is to use no cache of programs but its own."""
+    own = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    return own | {"PYTHONPATH": os.getcwd()}
 
 
 def matmul_rate(shape: tuple[int, int, int], dtype: Any) -> float:

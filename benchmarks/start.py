@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -65,7 +64,7 @@ def start(variant: VariantName, base: str, cache: str) -> dict[str, Any]:
     arguments = (variant, base, cache, str(time.time()))
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments],
-        check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()},
+        check=True, capture_output=True, text=True, env=harness.environment(),
     )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -45,7 +45,6 @@ class Flags:
       steps: steps per run.
       most_seconds: seconds per row after which no further round begins.
       peers: peers to measure, where they support the variant.
-      together: also measure our side with this many steps in one program; 0: do not.
       device: the peers' device.
       name: prefix of the names of the JSON files, one for each row.
       out: folder of the JSON files.
@@ -59,7 +58,6 @@ class Flags:
     steps: int = 2
     most_seconds: float = 20.0
     peers: tuple[PeerName, ...] = ("padded-eager", "sorted", "flat")
-    together: int = 0
     device: str = dataclasses.field(default_factory=harness.peer_device)
     name: str = "step"
     out: Path = harness.OUT
@@ -68,18 +66,13 @@ class Flags:
 def measure(work: Work, flags: Flags) -> tuple[dict[str, Any], harness.Spread]:
     """Measure one row of the table; also return our time."""
     names = able(flags.peers, work)
-    ours = {"ours": harness.Worker(make_ours, work, flags.base)}
-    if flags.together:
-        ours["ours together"] = harness.Worker(make_ours, work, flags.base, flags.together)
+    ours = harness.Worker(make_ours, work, flags.base)
     peers = harness.Worker(make_peers, names, work, flags.base, flags.device)
-    sides: dict[str, Callable[[], Any]] = {
-        name: functools.partial(worker, flags.steps) for name, worker in ours.items()
-    }
+    sides: dict[str, Callable[[], Any]] = {"ours": functools.partial(ours, flags.steps)}
     sides |= {name: functools.partial(peers, name, flags.steps) for name in names}
     spreads = harness.interleave(sides, flags.rounds, 1, flags.most_seconds)
-    counts = dict.fromkeys(sides, flags.steps) | {"ours together": flags.together}
-    spreads = {name: spread.per(counts[name]) for name, spread in spreads.items()}
-    for worker in (*ours.values(), peers):
+    spreads = {name: spread.per(flags.steps) for name, spread in spreads.items()}
+    for worker in (ours, peers):
         worker.close()
     row = {
         "variant": work.variant,
@@ -98,7 +91,7 @@ def able(names: tuple[PeerName, ...], work: Work) -> tuple[PeerName, ...]:
 
 
 def make_ours(work: Work, base: str, together: int = 0) -> Callable[[int], Any]:
-    """Build and compile our side on JAX's default device."""
+    """Build our side on JAX's default device: single steps, or `together` in one program."""
     ours = Ours(work, huggingface.load(base))
     if together:
         return lambda _: ours.run_together(together) and None

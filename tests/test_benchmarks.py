@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +178,29 @@ def test_no_round_begins_when_the_time_is_over():
     calls = []
     harness.interleave({n: lambda n=n: calls.append(n) for n in "ab"}, 9, 2, most_seconds=0)
     assert "".join(calls) == "ab" * (2 + harness.FEWEST_ROUNDS)
+
+
+def doubles():
+    return lambda x: 2 * x
+
+
+def fails():
+    raise ValueError("a side that cannot be built")
+
+
+def never_ends():
+    return lambda x: time.sleep(600)
+
+
+def test_sides_that_fail_or_are_late_are_known():
+    workers = {side: harness.Worker(side) for side in (doubles, fails, never_ends)}
+    for worker in workers.values():
+        worker.send(1)
+    assert workers[doubles].finished(120) and not workers[fails].finished(120)
+    assert not workers[never_ends].finished(0.1)
+    assert workers[doubles](4) == 8
+    for worker in workers.values():
+        worker.kill()
 
 
 def test_the_best_peer_is_the_fastest_one_of_a_row():

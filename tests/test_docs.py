@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md"]
 PAGES += sorted(DOCS.glob("*.md"))
-# README.md's are run in test_readme.py.
 LONG = ("own-bert-loop",)  # it compiles a train step
+# README.md's are run in test_readme.py.
 WITH_PYTHON = [page for page in PAGES[1:] if ">>> " in page.read_text(encoding="utf-8")]
 
 

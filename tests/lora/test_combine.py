@@ -82,7 +82,6 @@ def test_merging_the_sum_with_its_configuration_adds_the_weighted_deltas(tiny, a
     assert ranks == {"query": 7, "value": 3, "dense": 2}
 
 
-@pytest.mark.slow
 def test_truncate_finds_the_nearest_adapter_of_a_rank(adapters):
     whole = lora.add(adapters, WEIGHTS)
     for rank in (1, 2, 4):

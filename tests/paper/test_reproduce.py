@@ -27,7 +27,8 @@ METHODS = ("summed", "gradvac", "upgrad", "cagrad", "nash_mtl", "uw")
 EXTRAS = [
     *(f"{name}-{method}" for name in ("lora3", "lora4", "baseline3") for method in METHODS),
     "pairs",
-    "joint",
+    "lora1-joint",
+    "lora3-joint",
     "warmup24",
     "rank1",
     "rank1-scaled",

@@ -235,8 +235,7 @@ def test_no_test_predictions_when_not_asked(make, tmp_path):
 
 @pytest.mark.parametrize(
     ("variant", "stop_at"),
-    [("lora3", ("sst+para+sts", 2)), ("baseline1", ("sst", 2)),
-     pytest.param("lora1", ("para", 4), marks=pytest.mark.slow),
+    [("lora3", ("sst+para+sts", 2)), ("lora1", ("para", 4)), ("baseline1", ("sst", 2)),
      pytest.param("lora3", ("sst+para+sts", 6), marks=pytest.mark.slow),
      pytest.param("baseline2", ("sst+para+sts", 4), marks=pytest.mark.slow)],
 )  # fmt: skip
