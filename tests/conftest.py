@@ -19,10 +19,12 @@ os.environ["JAXLORA_CACHE"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The same small programs are compiled by many tests, in several processes.
-_PROGRAMS = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_CACHE.name}/xla")
-jax.config.update("jax_compilation_cache_dir", _PROGRAMS)
+# The same small programs are compiled by many tests, in pytest-xdist's workers and in processes
+# that tests start: all use the cache of the first process.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_CACHE.name}/xla"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
