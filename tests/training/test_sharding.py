@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import family_bases
 import jax
 import numpy as np
 import pytest
@@ -101,6 +102,16 @@ def test_the_losses_of_one_device(tiny_base, data_dir, variant):
     for text in many:
         np.testing.assert_allclose(found[text]["losses"], one, rtol=0, atol=1e-5)
         assert found[text]["split"] == ("fsdp" in text and variant != "baseline1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", family_bases.FAMILIES)
+def test_each_family_has_the_losses_of_one_device(family, data_dir, tmp_path):
+    family_bases.save(tmp_path, family)
+    found = eight("curves", "lora3", tmp_path, data_dir, "data=1", "data=4,fsdp=2")
+    one, many = found["data=1"], found["data=4,fsdp=2"]
+    assert len(one["losses"]) == 5 and np.ptp(one["losses"]) > 0 and many["split"]
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
