@@ -35,7 +35,8 @@ def settings(variant, base, data, **more):
 def curves(variant, base, data, *texts):
     """The losses of five steps of each cohort on each mesh."""
     meshes.LEAST_SPLIT = 64  # the tiny model has no large leaf
-    chosen = settings(variant, base, data, epochs=2)  # one is four steps of sts by itself
+    # One epoch is four steps of sts by itself.
+    chosen = inputs.fit_to_base(settings(variant, base, data, epochs=2))
     loaded = huggingface.load(base)
     examples = inputs.load_data(chosen, loaded)
     found = {}
