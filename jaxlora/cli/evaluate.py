@@ -11,13 +11,14 @@ from rich.table import Table
 from jaxlora.cli.flags import call, choose_task
 from jaxlora.cli.terminal import CONSOLE, Folder, count, note_truncated, print_json, say
 from jaxlora.data.raw_examples import TextExample
+from jaxlora.data.tables import MissingColumnsError
 from jaxlora.serving import evaluate_table, evaluation_page
 from jaxlora.serving.evaluate_table import Report, show_names
 from jaxlora.serving.predictor import Predictor
 from jaxlora.tasks.evaluation import Evaluation, Interval
 from jaxlora.tasks.task import Task
 from jaxlora.utils import cache, files, process
-from jaxlora.utils.errors import ConfigError
+from jaxlora.utils.errors import ConfigError, UserError
 
 MOST_SHOWN = 12  # number of classes up to which the confusion matrix is printed
 WORST_SHOWN = 5
@@ -60,7 +61,10 @@ def evaluate(
     predictor = Predictor.load(bank, base)
     name = choose_task(task, predictor.tasks)
     model = predictor.trained.find(name)
-    labelled = evaluate_table.read_table(model, input, text, label)
+    try:
+        labelled = evaluate_table.read_table(model, input, text, label)
+    except MissingColumnsError as error:
+        raise UserError(f"{error} Name other columns with `text` and `label`.") from None
     other = None if against is None else _other(against, base, model.task, labelled.rows)
     found = evaluate_table.evaluate(predictor, name, labelled.rows, note_truncated(predictor))
     report = evaluate_table.report(found, input, labelled, other)

@@ -26,6 +26,18 @@ from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
 
 
+class MissingColumnsError(UserError):
+    """A table lacks required columns.
+
+    Attributes:
+      names: the columns.
+    """
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """The columns to read from a table.
@@ -341,7 +353,8 @@ def select(
       lists: columns that may contain lists of strings, see `Sheet.lists`.
 
     Raises:
-      UserError: if a required column is missing, a column occurs twice, or it is not of strings.
+      MissingColumnsError: if a required column is missing.
+      UserError: if the file is empty, a column occurs twice, or it is not of strings.
     """
     rows = sheet.rows(tally)
     number, header = next(rows, (0, []))
@@ -360,9 +373,10 @@ def select(
             f"{sheet.path}: is empty; replace the file. {who} needs {sheet.layout(needed)}."
         )
     if missing := [name for name in needed if name not in header]:
-        raise UserError(
+        raise MissingColumnsError(
             f"{where}: no column {', '.join(missing)}{_hint(missing, header)}; found "
-            f"{', '.join(filter(None, header))}. {who} needs {sheet.layout(needed)}."
+            f"{', '.join(filter(None, header))}. {who} needs {sheet.layout(needed)}.",
+            missing,
         )
     return header, rows
 

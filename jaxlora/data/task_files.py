@@ -330,6 +330,9 @@ def _check_all_known(described: Mapping[str, Any], by_values: Collection[str]) -
     files = described.keys() - by_values
     for name in sorted(by_values) if files else ():
         check_name(name, "`tasks`")
+        owner, _, field = name.rpartition(".")
+        if owner in files and field in _FIELDS:
+            raise ConfigError("tasks", f"{field} has no keys here; write it in [{owner}] of a file")
         if "train" not in described[name]:
             hint = suggestion(name, files) or f"; there are {list_some(sorted(files))}"
             raise ConfigError("tasks", f"there is no task {name}{hint}")

@@ -232,7 +232,10 @@ def init(key: jax.Array, params: Tree, config: LoraConfig) -> Tree:
     ):
         *lead, fan_in, fan_out = kernel.shape
         bound, rank = fan_in**-0.5, config.rank_of(path)
-        flat[*path, "A"] = jax.random.uniform(k, (*lead, fan_in, rank), jnp.float32, -bound, bound)
+        shape = (*lead, fan_in, rank)
+        # The same numbers drawn in their final shape take several times as long to compile.
+        drawn = jax.random.uniform(k, (math.prod(shape),), jnp.float32, -bound, bound)
+        flat[*path, "A"] = drawn.reshape(shape)
         flat[*path, "B"] = jnp.zeros((*lead, rank, fan_out), jnp.float32)
     return trees.unflatten(flat)
 

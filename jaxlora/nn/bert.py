@@ -1,10 +1,11 @@
-"""The encoder of BERT and its relatives over packed rows, as a Flax module with two collections.
+"""The encoder of BERT and its relatives over packed rows, as a Flax module.
 
 RoBERTa, DistilBERT, ELECTRA and MPNet differ from BERT only in a few fields of `BertConfig`.
-The collection `params` holds the pretrained weights (frozen under LoRA). The optional collection
-`lora` holds an adapter of the same layout. Module names are those of Hugging Face's BertModel, for
-the whole family. The layers are stacked along a leading axis and run under `nn.scan`, unrolled if
-there are few. Devlin et al. 2018, "BERT"; post-LayerNorm, exact GELU, absolute positions.
+The collection `params` holds the pretrained weights (frozen under LoRA). Two more are optional:
+`lora` holds an adapter of the same layout, and `copies` receives gradients (see `with_copies`).
+Module names are those of Hugging Face's BertModel, for the whole family. The layers are stacked
+along a leading axis and run under `nn.scan`, unrolled if there are few. Devlin et al. 2018, "BERT";
+post-LayerNorm, exact GELU, absolute positions.
 
 Shapes: R rows, S tokens a row, H hidden size, L layers, N sentences.
 """
@@ -26,6 +27,8 @@ import jax.numpy as jnp
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import ops
 from jaxlora.nn.routes import Route
+from jaxlora.utils import trees
+from jaxlora.utils.trees import Tree
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": ops.gelu,
@@ -42,6 +45,8 @@ OF_SOME = {"of some": True}
 # Up to this many layers are unrolled. A loop stacks the residuals of the backward pass (10–20 % of
 # a step on CPU); unrolled layers take longer to compile.
 MOST_UNROLLED = 12
+# Parameters that the modules read through `apply_shared`.
+LARGE = ("kernel", "word_embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +128,7 @@ class Dense(nn.Module):
         kernel = self.param(
             "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), jnp.float32
         )
-        y = ops.matmul(x, kernel, self.dtype)
+        y = apply_shared(self, "kernel", lambda w, x: ops.matmul(x, w, self.dtype), kernel, x)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -258,7 +263,8 @@ class Embeddings(nn.Module):
         c = self.config
         if c.padding_idx >= 0:
             positions = ops.positions_after(tokens, positions, c.padding_idx)
-        x = self._table("word_embeddings", c.vocab_size)[tokens]
+        words = self._table("word_embeddings", c.vocab_size)
+        x = apply_shared(self, "word_embeddings", operator.getitem, words, tokens)
         x = x + self._table("position_embeddings", c.max_position_embeddings)[positions]
         if c.type_vocab_size:
             table = self._table("token_type_embeddings", c.type_vocab_size)
@@ -341,7 +347,7 @@ def scan_layers(layer: type[nn.Module], config: EncoderConfig, in_axes: Any) -> 
     """
     return nn.scan(
         layer,
-        variable_axes={"params": 0, "lora": 0},
+        variable_axes={"params": 0, "lora": 0, "copies": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=config.num_hidden_layers,
@@ -374,6 +380,39 @@ def pool(hidden: jax.Array, segment_ids: jax.Array, cls_index: jax.Array, kind: 
     sums = jax.ops.segment_sum(flat, ids, count)[1:]
     sizes = jax.ops.segment_sum(jnp.ones_like(ids, flat.dtype), ids, count)[1:]
     return sums / jnp.maximum(sizes, 1)[:, None]
+
+
+def apply_shared(
+    module: nn.Module, name: str, compute: Callable[..., jax.Array], param: jax.Array, *args: Any
+) -> jax.Array:
+    """Return `compute(param, *args)`; the gradient goes to the parameter's copy, if it has one.
+
+    Args:
+      module: the module of the parameter.
+      name: name of the parameter, and of its copy in the `copies` collection.
+      compute: see `ops.for_own_copy`.
+      param: the parameter.
+      args: further arguments of `compute`.
+    """
+    if not module.has_variable("copies", name):
+        return compute(param, *args)
+    return ops.for_own_copy(compute)(param, module.get_variable("copies", name), *args)
+
+
+def with_copies(params: Tree, copies: Tree) -> dict[str, Tree]:
+    """Return an encoder's collections, for the gradient with respect to `copies`.
+
+    Under `jax.vmap`, with copies for each task, the large parameters stay shared (see
+    `ops.for_own_copy`), and only the small ones are copied.
+
+    Args:
+      params: the parameters.
+      copies: zeros of the same shapes.
+    """
+    own, shared = trees.flatten(copies), trees.flatten(params)
+    small = {path: x + own[path] for path, x in shared.items() if path[-1] not in LARGE}
+    large = {path: x for path, x in own.items() if path[-1] in LARGE}
+    return {"params": trees.unflatten(shared | small), "copies": trees.unflatten(large)}
 
 
 def dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:

@@ -12,6 +12,7 @@ Shapes: R rows, S tokens a row, H hidden size, d a head's size, L layers, T adap
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ from jaxlora.nn.bert import (
     NO_ADAPTER,
     Dense,
     EncoderConfig,
+    apply_shared,
     dropout,
     keep_weights,
     layer_norm,
@@ -155,7 +157,9 @@ class Embeddings(nn.Module):
         c = self.config
         shape = (c.vocab_size, c.hidden_size)
         table = self.param("word_embeddings", nn.initializers.normal(0.02), shape, jnp.float32)
-        x = layer_norm(c, use_bias=c.norm_bias)(table.astype(jnp.float32)[tokens])
+        words = table.astype(jnp.float32)
+        x = apply_shared(self, "word_embeddings", operator.getitem, words, tokens)
+        x = layer_norm(c, use_bias=c.norm_bias)(x)
         return dropout(self, x, c.embedding_dropout, train)
 
 

@@ -12,6 +12,7 @@ mode twice, as in `jax.jacrev(jax.jacrev(f))`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -133,6 +134,37 @@ def _matmul_backward(
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def for_own_copy(compute: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Return `(shared, own, *args) → compute(shared, *args)`; the gradient of `shared` is `own`'s.
+
+    `own` stands for one user's copy of `shared`, and its values are never read. Under `jax.vmap`,
+    with an `own` for each task, all tasks use the same `shared` in both passes, and still get a
+    gradient each. One of `args` must be mapped as well: else the tasks share even the result.
+
+    >>> product = for_own_copy(jnp.multiply)
+    >>> x = jnp.array([1.0, 2.0])
+    >>> loss = lambda own: jax.vmap(product, (None, 0, 0))(jnp.float32(3), own, x).sum()
+    >>> jax.grad(loss)(jnp.zeros(2)).tolist()
+    [1.0, 2.0]
+    """
+
+    @jax.custom_vjp
+    def call(shared: jax.Array, own: jax.Array, *args: jax.Array) -> jax.Array:
+        del own
+        return compute(shared, *args)
+
+    def forward(shared: jax.Array, own: jax.Array, *args: jax.Array) -> tuple[jax.Array, Any]:
+        del own
+        return jax.vjp(compute, shared, *args)
+
+    def backward(pull: Any, grad: jax.Array) -> tuple[jax.Array | None, ...]:
+        of_shared, *of_args = pull(grad)
+        return None, of_shared, *(None if g.dtype == jax.dtypes.float0 else g for g in of_args)
+
+    call.defvjp(forward, backward)
+    return call
 
 
 def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:

@@ -217,9 +217,14 @@ class Requests:
         task = self.task or self._only_task(header)
         needed = self._texts_of(task, header) if task else ("task", *self._usual(header))
         optional = ("id", "task", SECOND)
-        header, rows = tables.select(
-            self.sheet, list(dict.fromkeys(needed)), "A table of requests", optional, tally
-        )
+        columns = list(dict.fromkeys(needed))
+        try:
+            header, rows = tables.select(
+                self.sheet, columns, "A table of requests", optional, tally
+            )
+        except tables.MissingColumnsError as error:
+            what = "the task with `task`" if "task" in error.names else "other texts with `text`"
+            raise UserError(f"{error} Name {what}.") from None
         texts: dict[str, tuple[str, ...]] = {}
         for number, (line, fields) in enumerate(rows):
             row = dict(zip(header, fields, strict=True))

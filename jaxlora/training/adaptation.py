@@ -250,13 +250,22 @@ class Full(Adaptation):
         return {"params": jax.tree.map(jnp.asarray, params)}
 
     def encode_tasks(self, encode: Encode, sizes: Sequence[int]) -> EncodeTasks:
-        """Encode each task's rows with its own copy of the encoder, for a gradient per task."""
-        encode_each = jax.vmap(encode, in_axes=(None, 0, 0, 0))
+        """Encode each task's rows; a copy of the encoder for each task stands for its gradient."""
+        (size,) = sizes  # of the only group, see `groups_share_steps`
 
-        def encode_rows(frozen: Tree, stack: Tree, rows: PackedTokens, key: jax.Array) -> jax.Array:
-            return encode_each(frozen, stack, rows, jax.random.split(key, sum(sizes)))
+        def encode_all(
+            frozen: Tree, trainable: Sequence[Tree], inputs: PackedTokens, key: jax.Array
+        ) -> tuple[jax.Array, Callable[[jax.Array], list[Tree]]]:
+            (tree,), keys = trainable, jax.random.split(key, size)
 
-        return _with_copies(encode_rows, sizes)
+            def encode_own(copies: Tree, rows: PackedTokens, key: jax.Array) -> jax.Array:
+                return encode(frozen, bert.with_copies(tree["params"], copies), rows, key)
+
+            copies = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), tree["params"])
+            vectors, pull = jax.vjp(lambda own: jax.vmap(encode_own)(own, inputs, keys), copies)
+            return vectors, lambda grad: [{"params": pull(grad)[0]}]
+
+        return encode_all
 
     def row_sets(self, num_tasks: int) -> int:
         """Return the number of tasks: each has a set of its own."""

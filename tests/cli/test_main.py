@@ -365,7 +365,9 @@ def test_a_trained_task_is_evaluated_on_the_columns_that_it_was_trained_on(folde
     assert f"{found['scores']['accuracy']['value']:.4f}" in shown and "page.html" in shown
     assert "<h2>Confusion</h2>" in Path("page.html").read_text()
     assert main(["evaluate", "one", "--input=films.csv", "--label=like"]) == 2
-    assert "did you mean 'liked'" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "did you mean 'liked'" in message
+    assert message.endswith("Name other columns with --text and --label.\n")
     assert main(["evaluate", "one", "--input=films.csv", "--page=nowhere/x.html"]) == 2
     assert "--page nowhere/x.html" in capsys.readouterr().err
     assert main(["evaluate", "one", "--input=films.csv", "--page=one"]) == 2

@@ -272,6 +272,7 @@ def test_names_of_classes_stay_as_they_are_written(folder):
         ("topic.epochs=1.5", "epochs: must be a whole number, not 1.5"),
         ("tropic.epochs=3", "`tasks`: there is no task tropic; did you mean topic?"),
         ("../x.epochs=3", "`tasks`: '../x' cannot be a name"),
+        ("topic.class_weights.sport=2", r"class_weights has no keys here; write it in \[topic\]"),
         ("topic.dev=none.csv", "there is no file .*none.csv"),
         ("topic.train=", "train: is empty; name a table"),
         ("topic.test= ", "test: is empty; name a table"),

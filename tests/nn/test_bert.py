@@ -12,6 +12,7 @@ from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert, ops
 from jaxlora.nn.bert import Encoder, pool
 from jaxlora.nn.encode import PackedTokens, encoder
+from jaxlora.nn.modernbert import ModernBertConfig
 from jaxlora.nn.ops import matmul
 
 SENTENCES = (
@@ -136,6 +137,52 @@ def test_no_gradient_reaches_a_neighbour(tiny):
     g = jax.grad(loss)(jnp.asarray(tiny.params["embeddings"]["word_embeddings"]))
     touched = np.abs(g).max(1) > 0
     assert np.flatnonzero(touched).tolist() == mine.tolist()  # not 20…29, not padding's 0
+
+
+SMALL = {
+    "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 24, "max_position_embeddings": 12,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        bert.BertConfig(**SMALL),
+        bert.BertConfig(**SMALL, embedding_size=8, padding_idx=0),
+        bert.BertConfig(**SMALL, relative_attention_num_buckets=32, type_vocab_size=0),
+        ModernBertConfig(**SMALL),
+    ],
+    ids=("bert", "projected", "relative", "modernbert"),
+)
+def test_each_copy_has_the_gradient_of_its_own_rows(config):
+    encode_rows = encoder(config, jnp.float32, LoraConfig(), "mean")
+    shape = bert.param_shapes(config)
+    leaves, structure = jax.tree.flatten(shape)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    params = structure.unflatten(
+        0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)
+    )
+    tasks = [fill([np.arange(a, a + 5), np.arange(3, 9)], [0, 1], 2, Shape(1, 12)) for a in (5, 15)]
+    rows = jax.tree.map(lambda *x: jnp.stack(x), *(PackedTokens(*task) for task in tasks))
+
+    def loss(collections, rows):
+        return jnp.sum(jnp.sin(encode_rows({}, collections, rows, None)))
+
+    def losses(copies):
+        own = lambda copies, rows: loss(bert.with_copies(params, copies), rows)  # noqa: E731
+        return jnp.sum(jax.vmap(own)(copies, rows))
+
+    copies = jax.tree.map(lambda x: jnp.zeros((2, *x.shape)), params)
+    found = jax.jit(jax.grad(losses))(copies)
+    alone = jax.jit(jax.grad(lambda params, rows: loss({"params": params}, rows)))
+    for t in range(2):
+        expected = alone(params, jax.tree.map(lambda x: x[t], rows))  # noqa: B023
+        for (path, x), (_, y) in zip(
+            jax.tree.leaves_with_path(found), jax.tree.leaves_with_path(expected), strict=True
+        ):
+            np.testing.assert_allclose(x[t], y, rtol=2e-4, atol=2e-5, err_msg=str(path))
+            assert jnp.abs(y).max() > 1e-7 or "key" in str(path), path
 
 
 def test_positions_count_within_the_sentence(tiny):

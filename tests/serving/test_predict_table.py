@@ -145,7 +145,8 @@ def test_columns_of_text_can_be_named(tiny, tmp_path):
     with pytest.raises(UserError, match=r"no column boddy \(did you mean 'body'\?\)"):
         answers(asked, source, "sst", text="boddy")
     with pytest.raises(
-        UserError, match=r"in\.jsonl.*no column task; .*needs objects with the keys"
+        UserError,
+        match=r"in\.jsonl.*no column task; .*needs objects with the keys.* the task with `task`",
     ):
         answers(asked, source)
 
@@ -153,7 +154,10 @@ def test_columns_of_text_can_be_named(tiny, tmp_path):
 def test_a_table_of_training_without_its_columns_names_them(tiny, tmp_path):
     source = tmp_path / "in.csv"
     source.write_bytes(_csv(("headlines",), [("a",)]))
-    with pytest.raises(UserError, match=r"no column headline \(did you mean 'headlines'\?\)"):
+    with pytest.raises(
+        UserError,
+        match=r"no column headline \(did you mean 'headlines'\?\).* Name other texts with `text`",
+    ):
         answers(predictor(tiny, HEADLINE), source, "sst")
 
 

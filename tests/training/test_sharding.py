@@ -140,7 +140,8 @@ def test_the_collectives_are_those_expected(memory):
         assert memory[f"{adapt} data=8"]["collectives"].keys() == {"all-reduce"}
     parameters = 4 * 2_700_000  # of the network in eight.py, roughly
     fetched = memory["full fsdp=8"]["collectives"]["all-gather"]
-    assert max(fetched) < parameters and sum(fetched) < 8 * parameters
+    # Each kernel before its use in either pass, once for all tasks.
+    assert max(fetched) < parameters and sum(fetched) < 2 * parameters
     small = memory["lora data=8"]["collectives"]["all-reduce"]
     assert sum(small) < 0.1 * sum(memory["full data=8"]["collectives"]["all-reduce"])
 

@@ -67,7 +67,7 @@ def _cut_kernels(work: Work) -> float:
 
     A loop slices only the kernels of its current iteration. Without a loop, frozen layers are
     unstacked before training, so they are only gathered. In full fine-tuning, a loop also copies
-    the stacked kernels once for each task, and likewise their gradients.
+    the stacked kernels, and likewise their gradients.
     """
     layers, stacked = work.config.num_hidden_layers, kernels(work.params)
     looped = layers > bert.MOST_UNROLLED
@@ -75,6 +75,6 @@ def _cut_kernels(work: Work) -> float:
     if work.adapt != "full":
         return cut * (work.adapt == "lora" and (work.fsdp > 1 or looped))
     stacks = 2 * FLOAT * held(stacked, work.fsdp) * looped
-    # The gradient of the embedding lookup starts as zeros for the whole table.
+    # Each task's gradient of the embedding lookup starts as zeros for the whole table.
     table = FLOAT * held(work.params["embeddings"]["word_embeddings"], work.fsdp)
-    return len(work.tasks) * (cut + stacks + table)
+    return cut + stacks + len(work.tasks) * table

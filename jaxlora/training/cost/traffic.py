@@ -44,7 +44,7 @@ def count_traffic(work: Work) -> Traffic:
         return Traffic(0, 0, 0, 0)
     count, full = len(work.tasks), work.adapt == "full"
     used = kernels(work.params if full else work.frozen)
-    fetched = 2.0 * (count if full else 1) * work.width * split(used, work.fsdp)
+    fetched = 2.0 * work.width * split(used, work.fsdp)
     if not full and work.fsdp > 1:  # as in `count_flops`: no gradient of the first layer's input
         fetched -= 3.0 * work.width * work.config.hidden_size**2
     looked_up, exchanged = _lookups(work)
