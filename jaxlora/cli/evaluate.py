@@ -13,8 +13,9 @@ from jaxlora.cli.terminal import CONSOLE, Folder, count, note_truncated, print_j
 from jaxlora.data.raw_examples import TextExample
 from jaxlora.data.tables import MissingColumnsError
 from jaxlora.serving import evaluate_table, evaluation_page
-from jaxlora.serving.evaluate_table import Report, show_names
+from jaxlora.serving.evaluate_table import Labelled, Report, show_names
 from jaxlora.serving.predictor import Predictor
+from jaxlora.serving.task_models import TaskModel
 from jaxlora.tasks.evaluation import Evaluation, Interval
 from jaxlora.tasks.task import Task
 from jaxlora.utils import cache, files, process
@@ -61,10 +62,7 @@ def evaluate(
     predictor = Predictor.load(bank, base)
     name = choose_task(task, predictor.tasks)
     model = predictor.trained.find(name)
-    try:
-        labelled = evaluate_table.read_table(model, input, text, label)
-    except MissingColumnsError as error:
-        raise UserError(f"{error} Name other columns with `text` and `label`.") from None
+    labelled = _read(model, input, text, label)
     other = None if against is None else _other(against, base, model.task, labelled.rows)
     found = evaluate_table.evaluate(predictor, name, labelled.rows, note_truncated(predictor))
     report = evaluate_table.report(found, input, labelled, other)
@@ -85,6 +83,14 @@ def _check_place(page: Path | None) -> None:
         raise ConfigError("page", "is a folder; name a file", page)
     if file is not None and not file.absolute().parent.is_dir():
         raise ConfigError("page", f"there is no folder {file.parent}; make it first", page)
+
+
+def _read(model: TaskModel, path: Path, text: str | None, label: str | None) -> Labelled:
+    """Read the labelled examples of a table."""
+    try:
+        return evaluate_table.read_table(model, path, text, label)
+    except MissingColumnsError as error:
+        raise UserError(f"{error} Name other columns with `text` and `label`.") from None
 
 
 def _other(
