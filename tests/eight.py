@@ -1,4 +1,4 @@
-"""What eight devices compute: `python tests/eight.py COMMAND …`, run by test_mesh.py.
+"""What eight devices compute: `python tests/eight.py COMMAND …`, run by test_sharding.py.
 
 The number of devices is fixed when JAX starts, so this needs a process of its own. It prints JSON.
 """
@@ -10,9 +10,6 @@ import sys
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-# JAX takes a program compiled here, with more threads and other sums, for that of one device.
-if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] += "-8"
 
 import jax
 import numpy as np

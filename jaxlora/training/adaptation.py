@@ -212,7 +212,7 @@ class Lora(Adaptation):
             vectors = encode_tasks(encode, frozen, stack, rows, adapter_of_task, block, key)
             return vectors.reshape(len(adapter_of_task), -1, vectors.shape[-1])
 
-        return _with_copies(encode_rows, sizes)
+        return _with_adapter_copies(encode_rows, sizes)
 
     def block(self, num_groups: int) -> int:
         """Return `BLOCK` if there are more than `MOST_SIDE_BY_SIDE` groups, else 1."""
@@ -272,8 +272,10 @@ class Full(Adaptation):
         return num_tasks
 
 
-def _with_copies(encode_rows: Callable[..., jax.Array], sizes: Sequence[int]) -> EncodeTasks:
-    """Give each task a copy of its group's tree; the gradient of a copy is that of its task."""
+def _with_adapter_copies(
+    encode_rows: Callable[..., jax.Array], sizes: Sequence[int]
+) -> EncodeTasks:
+    """Give each task a copy of its group's adapter; a copy's gradient is that of its task."""
 
     def encode(
         frozen: Tree, trainable: Sequence[Tree], inputs: Any, key: jax.Array

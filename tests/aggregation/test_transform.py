@@ -111,7 +111,6 @@ def test_pcgrad_is_a_member_of_the_family():
 MESH = """
 import os, sys, json
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_COMPILATION_CACHE_DIR"] += "-8"  # see eight.py
 import jax, jax.numpy as jnp, numpy as np
 from jaxlora.aggregation import MEMBERS, aggregate
 mesh = jax.make_mesh((8,), ("parts",))
