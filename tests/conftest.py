@@ -27,6 +27,21 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
+
+def _jax_environment():
+    return {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_"))}
+
+
+_JAX_ENVIRONMENT = _jax_environment()
+
+
+def pytest_collection_finish():
+    """Refuse a module that changes JAX's settings when it is imported: processes inherit them."""
+    changed = _jax_environment().items() ^ _JAX_ENVIRONMENT.items()
+    if changed:
+        raise pytest.UsageError(f"importing the tests changed the environment: {sorted(changed)}")
+
+
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = tuple(
     a + b

@@ -1,15 +1,14 @@
-"""What eight devices compute: `python tests/eight.py COMMAND …`, run by test_sharding.py.
+"""What eight devices compute: `JAX_NUM_CPU_DEVICES=8 python tests/eight.py COMMAND …`.
 
-The number of devices is fixed when JAX starts, so this needs a process of its own. It prints JSON.
+The number of devices is fixed when JAX starts, so test_sharding.py runs this in a process of its
+own. It prints JSON.
 """
 
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import numpy as np

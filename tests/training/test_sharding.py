@@ -1,6 +1,7 @@
 """Many devices and many processes give what one gives. Eight devices need a process: eight.py."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -26,7 +27,8 @@ ROOT = Path(__file__).parents[2]
 def eight(*args):
     """A command of eight.py, where there are eight devices."""
     command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "eight.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
