@@ -44,7 +44,7 @@ def after(settings, base, data, groups, steps):
     ("groups", "more"),
     [
         ("sst|para|sts", {}),
-        ("sst|para,sts", {"lora_plus_ratio": 4.0}),
+        pytest.param("sst|para,sts", {"lora_plus_ratio": 4.0}, marks=pytest.mark.slow),
         pytest.param("sst,sts|para", {"lora_dropout": 0.0, "patience": 3}, marks=pytest.mark.slow),
     ],
 )

@@ -235,7 +235,8 @@ def test_no_test_predictions_when_not_asked(make, tmp_path):
 
 @pytest.mark.parametrize(
     ("variant", "stop_at"),
-    [("lora3", ("sst+para+sts", 2)), ("lora1", ("para", 4)), ("baseline1", ("sst", 2)),
+    [("lora3", ("sst+para+sts", 2)), ("baseline1", ("sst", 2)),
+     pytest.param("lora1", ("para", 4), marks=pytest.mark.slow),
      pytest.param("lora3", ("sst+para+sts", 6), marks=pytest.mark.slow),
      pytest.param("baseline2", ("sst+para+sts", 4), marks=pytest.mark.slow)],
 )  # fmt: skip
@@ -304,7 +305,8 @@ def test_killed_process_resumes_to_the_same_parameters(variant, tiny_base, data_
     leaves_equal(*(trained_trees(tmp_path / n) for n in ("killed", "whole")))
 
 
-def test_at_most_three_train_programs(make, tmp_path, monkeypatch):
+@pytest.mark.parametrize("variant", ["lora1", pytest.param("lora3", marks=pytest.mark.slow)])
+def test_at_most_three_train_programs(make, tmp_path, monkeypatch, variant):
     """A step compiles once for each shape of its batches, also that of six groups."""
     shapes = []
     compile_step = TrainStep.compile
@@ -320,10 +322,7 @@ def test_at_most_three_train_programs(make, tmp_path, monkeypatch):
         return step
 
     monkeypatch.setattr(TrainStep, "compile", noting)
-    train.run(make("lora1"), tmp_path / "separate", Silent())
-    assert len(shapes) == 1 and 1 <= len(shapes[0]) <= 3
-    shapes.clear()
-    train.run(make("lora3"), tmp_path / "shared", Silent())
+    train.run(make(variant), tmp_path / "run", Silent())
     assert len(shapes) == 1 and 1 <= len(shapes[0]) <= 3
 
 
