@@ -162,6 +162,18 @@ def make(tiny_base, data_dir):
     return settings
 
 
+@pytest.fixture(scope="session")
+def finished_lora3(make, tmp_path_factory):
+    """A finished run of `make("lora3")`. Copy it before changing it."""
+    from tiny import Silent
+
+    from jaxlora.training import run
+
+    out = tmp_path_factory.mktemp("finished") / "lora3"
+    run.run(make("lora3"), out, Silent())
+    return out
+
+
 @pytest.fixture
 def call(capsys):
     """Run a command of `jaxlora`; returns its exit code and what it printed."""

@@ -55,10 +55,9 @@ def timeless(out):
 
 
 @pytest.fixture
-def whole(make, tmp_path):
+def whole(finished_lora3, tmp_path):
     """An uninterrupted run."""
-    train.run(make("lora3"), tmp_path / "whole", Silent())
-    return tmp_path / "whole"
+    return shutil.copytree(finished_lora3, tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -149,15 +148,12 @@ DAMAGE = {
 
 
 @pytest.fixture(scope="module")
-def stopped(tiny_base, data_dir, tmp_path_factory):
+def stopped(make, finished_lora3, tmp_path_factory):
     """A run that was stopped after step 6: its checkpoints are those of steps 4 and 6."""
-    from jaxlora.training.presets import make_settings
-
     folder = tmp_path_factory.mktemp("stopped")
-    settings = make_settings("lora3", base=str(tiny_base), data_dir=data_dir, **short("lora3"))
-    train.run(settings, folder / "whole", Silent())
+    shutil.copytree(finished_lora3, folder / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train.run(settings, folder / "parts", Silent((GROUP, 7)))
+        train.run(make("lora3"), folder / "parts", Silent((GROUP, 7)))
     return folder
 
 
