@@ -52,8 +52,9 @@ def gram(rows):
     return rows @ rows.T
 
 
-# Losses, and Gram matrices relative to their largest entry.
-TOLERANCES = {"float32": (1e-5, 1e-4), "bfloat16": (3e-3, 5e-2)}
+# Losses, and Gram matrices relative to their largest entry. Fine-tuned whole in bfloat16 without
+# AVX-512, the peers are up to 6.3e-2 from float32, and we 2.4e-4.
+TOLERANCES = {"float32": (1e-5, 1e-4), "bfloat16": (3e-3, 1e-1)}
 
 
 def peers_say_what_we_say(work, base):

@@ -140,6 +140,8 @@ def _trained_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if not onednn_is_faster(dtype, *reversed(module.weight.shape)):
+            return functional.linear(x, module.weight, module.bias)
         return apply(x.to(dtype), module.weight.to(dtype), module.bias.to(dtype))
 
     return forward
