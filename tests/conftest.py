@@ -35,11 +35,10 @@ def _jax_environment():
 _JAX_ENVIRONMENT = _jax_environment()
 
 
-def pytest_collection_finish():
-    """Refuse a module that changes JAX's settings when it is imported: processes inherit them."""
-    changed = _jax_environment().items() ^ _JAX_ENVIRONMENT.items()
-    if changed:
-        raise pytest.UsageError(f"importing the tests changed the environment: {sorted(changed)}")
+@pytest.fixture(scope="session", autouse=True)
+def imports_leave_the_environment_alone():
+    """Refuse test modules that change JAX's settings when imported: processes inherit them."""
+    assert _jax_environment() == _JAX_ENVIRONMENT
 
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -116,12 +116,10 @@ def use_fastest(model: torch.nn.Module) -> None:
     """Make a model's wide linear layers use oneDNN if it is faster."""
     for module in _wide(model):
         weight = module.weight
-        if not onednn_is_faster(weight.dtype, *reversed(weight.shape)):
-            continue
-        if is_frozen(module):
-            module.forward = _frozen_forward(Frozen(weight.detach(), module.bias.detach()))
-        else:
+        if not is_frozen(module):
             module.forward = _trained_forward(module)
+        elif onednn_is_faster(weight.dtype, *reversed(weight.shape)):
+            module.forward = _frozen_forward(Frozen(weight.detach(), module.bias.detach()))
 
 
 def _wide(model: torch.nn.Module) -> list[Any]:

@@ -306,7 +306,7 @@ def test_killed_process_resumes_to_the_same_parameters(variant, tiny_base, data_
 
 @pytest.mark.parametrize("variant", ["lora1", pytest.param("lora3", marks=pytest.mark.slow)])
 def test_at_most_three_train_programs(make, tmp_path, monkeypatch, variant):
-    """A step compiles once for each shape of its batches, also that of six groups."""
+    """A step compiles once for each shape of its batches, also where groups train side by side."""
     shapes = []
     compile_step = TrainStep.compile
 
