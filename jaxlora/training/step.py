@@ -96,6 +96,11 @@ class GroupStep:
     head_tx: optax.GradientTransformation
     weights: tuple[float, ...] = ()
 
+    @property
+    def factors(self) -> jax.Array:
+        """The factor of each task's loss, `f32[T]`."""
+        return jnp.array(self.weights or (1.0,) * len(self.tasks))
+
     def update(
         self, state: TrainState, losses: jax.Array, grads: Tree, head_grads: Tree, active: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
@@ -105,14 +110,14 @@ class GroupStep:
 
         Args:
           state: state of the group.
-          losses: `f32[T]`, mean loss of each task.
-          grads: gradients of the trainable tree, `[T, ...]`.
-          head_grads: gradients of the heads.
+          losses: `f32[T]`, mean loss of each task, without its factor.
+          grads: gradients of the trainable tree, `[T, ...]`, each times its task's factor.
+          head_grads: gradients of the heads, likewise.
           active: `bool[]`, whether the group has examples in this step; if not, nothing changes.
         """
-        # Some aggregators need the losses; other transforms ignore them.
+        # Some aggregators need the losses whose gradients they get; other transforms ignore them.
         updates, opt_state = optax.with_extra_args_support(self.tx).update(
-            grads, state.opt_state, state.trainable, losses=losses
+            grads, state.opt_state, state.trainable, losses=losses * self.factors
         )
         head_updates, head_opt_state = self.head_tx.update(
             head_grads, state.head_opt_state, state.heads
@@ -275,16 +280,14 @@ class TrainStep:
     ) -> tuple[jax.Array, list[Tree], list[dict[str, Tree]]]:
         """Return losses `f32[T]`, and by group the gradients of its tree, `[T, ...]`, and heads."""
         encode = self.adaptation.encode_tasks(self.encode, self._sizes)
-        weights = jnp.array(
-            [w for g in self.groups.values() for w in g.weights or (1.0,) * len(g.tasks)]
-        )
+        factors = jnp.concatenate([group.factors for group in self.groups.values()])
         encoder_key, head_keys = self._keys(states)
         trainable, heads = [s.trainable for s in states], [s.heads for s in states]
         vectors, pull = encode(frozen, trainable, batch.inputs, encoder_key)
 
         def total(vectors: jax.Array, heads: list[dict[str, Tree]]) -> tuple[jax.Array, jax.Array]:
             per_task = self.losses(heads, vectors, batch, head_keys)
-            return jnp.sum(per_task * weights), per_task
+            return jnp.sum(per_task * factors), per_task
 
         grads, per_task = jax.grad(total, (0, 1), has_aux=True)(vectors, heads)
         # A NaN would spread to the gradients of other groups in the shared pass, as 0 · NaN.

@@ -150,26 +150,27 @@ def task_loss(group, t, trainable, head):
 
 
 class Recorded(NamedTuple):
-    """In place of PCGrad's state: the gradients as they came in."""
+    """In place of PCGrad's state: the gradients and losses as they came in."""
 
     grads: Any
+    losses: Any
     conflicts: Any
     cosines: Any
 
 
 def recorder(num_tasks):
-    """A transform that keeps the per-task gradients and updates nothing."""
+    """A transform that keeps the per-task gradients and losses and updates nothing."""
 
     def init(params):
         zeros = jax.tree.map(lambda x: jnp.zeros((num_tasks, *x.shape)), params)
-        return (Recorded(zeros, jnp.zeros(()), jnp.zeros(())),)
+        return (Recorded(zeros, jnp.zeros(num_tasks), jnp.zeros(()), jnp.zeros(())),)
 
-    def update(grads, state, params=None):
+    def update(grads, state, params=None, *, losses):
         del state, params
         none = jax.tree.map(lambda g: jnp.zeros_like(g[0]), grads)
-        return none, (Recorded(grads, jnp.zeros(()), jnp.zeros(())),)
+        return none, (Recorded(grads, losses, jnp.zeros(()), jnp.zeros(())),)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 # ---- gradients
@@ -201,6 +202,25 @@ def test_each_tasks_gradient_is_its_own(adapt, tiny):
         assert total > 1e-3
         for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(by_hand), strict=True):
             assert jnp.linalg.norm((g[t] - e).ravel()) <= 1e-5 * total
+
+
+def test_an_aggregator_gets_the_losses_whose_gradients_it_gets(tiny):
+    """A task's factor scales its gradients and this loss, but not the loss that is logged."""
+    factors = (1.0, 0.5, 25.0)
+    seen = []
+    for weights in ((), factors):
+        group = make(tiny, dropout=0.0, tx=recorder(3), weights=weights)
+        start = group.state.replace(trainable=warm(group.state.trainable))
+        after, metrics = jax.jit(group.step)(start, group.frozen, group.batch)
+        seen.append((after.opt_state[0], metrics.losses))
+    (plain, logged), (scaled, logged_too) = seen
+    np.testing.assert_array_equal(logged, logged_too)
+    np.testing.assert_array_equal(plain.losses, logged)
+    np.testing.assert_allclose(scaled.losses, logged * jnp.array(factors), rtol=1e-6)
+    grads, expected = (jax.tree.leaves(recorded.grads) for recorded in (scaled, plain))
+    for t, factor in enumerate(factors):
+        for g, e in zip(grads, expected, strict=True):
+            np.testing.assert_allclose(g[t], factor * e[t], rtol=1e-4, atol=1e-6 * factor)
 
 
 def test_encoder_is_projected_and_clipped_and_heads_are_not(tiny):
