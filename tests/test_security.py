@@ -49,21 +49,10 @@ def trap(tmp_path):
     return content, sprung
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_base, data_dir):
-    """A finished run."""
-    out = tmp_path_factory.mktemp("run") / "lora1"
-    settings = make_settings(
-        "lora1", base=str(tiny_base), data_dir=data_dir, rank=2, max_steps=1, max_length=16
-    )
-    train.run(settings, out, Silent(), RunOptions(predict_test=False))
-    return out
-
-
 @pytest.fixture
-def folder(run, tmp_path):
+def folder(finished_lora3, tmp_path):
     """A bank, and an exported task beside it."""
-    bank.add(tmp_path / "bank", bank.load(run), ["sst", "para"])
+    bank.add(tmp_path / "bank", bank.load(finished_lora3), ["sst", "para"])
     export_peft.save(tmp_path / "peft", bank.load(tmp_path / "bank"), "sst")
     return tmp_path
 
@@ -126,10 +115,10 @@ def test_a_pickled_token_cache_is_made_anew(make, tiny, tmp_path, trap):
         assert not sprung.exists()
 
 
-def test_pickles_in_a_checkpoint_are_never_opened(run, folder, trap):
+def test_pickles_in_a_checkpoint_are_never_opened(finished_lora3, folder, trap):
     """Every file of a run's model and of a bank, replaced by a pickle, one after the other."""
     content, sprung = trap
-    copy = shutil.copytree(run, folder / "run")
+    copy = shutil.copytree(finished_lora3, folder / "run")
     places = [(copy / finished_run.MODEL / part, copy) for part in bank.PARTS]
     kept = folder / "bank"
     places += [(kept / part, kept) for part in bank.PARTS]
@@ -283,9 +272,9 @@ def test_names_in_a_manifest_are_no_paths(folder, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_in_a_run_are_no_paths(run, tmp_path, name):
+def test_names_in_a_run_are_no_paths(finished_lora3, tmp_path, name):
     """Neither in one that goes on, nor in a finished one of an earlier jaxlora."""
-    now = json.loads((run / finished_run.CONFIG).read_text())["settings"]
+    now = json.loads((finished_lora3 / finished_run.CONFIG).read_text())["settings"]
     for changed in renamed(now, name):
         with pytest.raises(UserError):
             Settings.from_json(changed)
@@ -305,11 +294,11 @@ def renamed(settings, name):
     return settings | {"groups": groups}, settings | {"groups": [[name]], "tasks": tasks}
 
 
-def test_a_tree_with_a_bad_name_is_not_stored(run, tmp_path):
+def test_a_tree_with_a_bad_name_is_not_stored(finished_lora3, tmp_path):
     """Even if it came past all that reads."""
     import dataclasses
 
-    source = bank.load(run)
+    source = bank.load(finished_lora3)
     old = source.models["sst"]
     model = dataclasses.replace(old, tree="x/../../../outside")
     trees = {model.tree: source.trees[old.tree]}
