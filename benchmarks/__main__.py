@@ -24,7 +24,7 @@ QUICK = (
 )
 BENCHES = (
     *QUICK,
-    ("", "step --variants lora1 baseline2 --batch-sizes 8 --dtypes bfloat16"),
+    ("", "step --variants lora1 baseline2 --batch-sizes 8"),
     ("", "step --variants baseline2 --batch-sizes 32 --dtypes float32 --steps 1"),
     ("families", "families --rounds 5"),
     ("memory", "memory"),

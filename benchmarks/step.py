@@ -40,7 +40,7 @@ class Flags:
       base: the base model.
       variants: variants to measure.
       batch_sizes: sentences or pairs of each task.
-      dtypes: float32, bfloat16.
+      dtypes: float32, bfloat16; by default those that the hardware multiplies.
       rounds: number of timed runs of each side.
       steps: steps per run.
       most_seconds: seconds per row after which no further round begins.
@@ -53,7 +53,7 @@ class Flags:
     base: str = "minilm"
     variants: tuple[VariantName, ...] = ("lora3", "lora1", "baseline2")
     batch_sizes: tuple[int, ...] = (8, 32)
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+    dtypes: tuple[Dtype, ...] = dataclasses.field(default_factory=harness.dtypes)
     rounds: int = 9
     steps: int = 2
     most_seconds: float = 20.0

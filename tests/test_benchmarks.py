@@ -224,6 +224,21 @@ def test_show_writes_what_it_prints_and_it_is_done(tmp_path, capsys):
     assert not harness.is_done("name", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 avx512_fp16", True),
+        ("flags\t\t: fpu avx512f amx_bf16", True),
+        ("Features\t: fp asimd i8mm bf16", True),
+        ("flags\t\t: fpu f16c avx2 avx512f", False),
+        ("Features\t: fp asimd ebf16", False),
+    ],
+)
+def test_bfloat16_is_measured_where_the_processor_multiplies_it(tmp_path, line, expected):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: A\n{line}\nbogomips\t: 1\n")
+    assert harness.multiplies_bfloat16(tmp_path / "cpuinfo") == expected
+
+
 def test_results_join_the_rows_of_a_title_in_the_order_of_the_readme(tmp_path):
     for variant, batch, extra in (("baseline2", 8, {}), ("lora3", 32, {"flat ms": 1.0})):
         row = {"variant": variant, "batch": batch, "dtype": "float32", "ours ms": 3.0, **extra}
