@@ -71,7 +71,6 @@ class Row:
     """The sides of one row of the table, each in its own process, compiling in the background."""
 
     size: Size
-    base: str
     work: Work
     steps: int
     sides: dict[str, harness.Worker]
@@ -93,7 +92,7 @@ class Row:
         sides |= {name: harness.Worker(make_peer, name, work, base, device) for name in names}
         for worker in sides.values():
             worker.send(steps)
-        return cls(size, base, work, steps, sides)
+        return cls(size, work, steps, sides)
 
     def wait(self, until: float) -> None:
         """Wait for the first calls; drop the sides that failed or are late."""
@@ -146,10 +145,7 @@ def measure_steps(bases: Mapping[Size, str], flags: Flags) -> None:
 
 
 def show_row(row: Row, flags: Flags) -> None:
-    """Measure a row; print and write it.
-
-    There is no floor: here, the time of one small matmul is that of its dispatch.
-    """
+    """Measure a row; print and write it."""
     title = "A step of lora3 in bfloat16 (ms: median, low–high)"
     name = f"gpu-step-{row.size}-{row.work.batch_size}"
     harness.show(name, title, [row.measure(flags.rounds)], flags.out)

@@ -50,7 +50,7 @@ PLAN = {
 TIMING = {
     "machine": {"cpu": "two cores of nothing"},
     "studies": {
-        "lora2": {"ms_per_step": {"low": 80.0, "median": 90.0, "high": 99.0}, "steps": 60},
+        "lora2": {"ms_per_step": {"low": 80.0, "median": 90.0, "high": 99.0}, "steps": 20},
         "baseline4": {"ms_per_step": {"low": 100.0, "median": 100.0, "high": 125.0}, "steps": 60},
     },
 }

@@ -272,10 +272,9 @@ def test_names_in_a_manifest_are_no_paths(folder, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_in_a_run_are_no_paths(finished_lora3, tmp_path, name):
+def test_names_in_a_run_are_no_paths(make, tmp_path, name):
     """Neither in one that goes on, nor in a finished one of an earlier jaxlora."""
-    now = json.loads((finished_lora3 / finished_run.CONFIG).read_text())["settings"]
-    for changed in renamed(now, name):
+    for changed in renamed(make("lora1").to_json(), name):
         with pytest.raises(UserError):
             Settings.from_json(changed)
     old = shutil.copytree(ROOT / "tests" / "data" / "format1" / "run", tmp_path / "run")

@@ -285,7 +285,7 @@ def _step_time(context: Context, claim: Claim) -> Evidence:
     seeds = context.seeds(claim.first, claim.second)
     if first.source != second.source:
         return Evidence(None, seeds, "the two were not timed in the same way")
-    change = _change(times.ratio(first.step, second.step))
+    change = _change(times.ratio(first.all_steps, second.all_steps))
     if any(time.step.low == time.step.high for time in (first, second)):  # measured once
         return Evidence(None, seeds, f"{change.value:+.0f} %, whose spread is unknown")
     return Evidence(change, seeds, first.source)
@@ -413,7 +413,7 @@ CLAIMS: tuple[Claim, ...] = (
         for name in TOGETHER
     ),
     *(
-        Claim("e", "a LoRA step takes less time than a full one", *pair, "step", LOWER, PAPER_SPEED)
+        Claim("e", "LoRA's steps take less time than full ones", *pair, "step", LOWER, PAPER_SPEED)
         for pair in _LORA_OR_FULL
     ),
     *(

@@ -2,7 +2,7 @@
 
 root/<study>/seed<k>/     run folders, see `jaxlora.training.run`
 root/plan.json            the requested studies and seeds
-root/timing.json          step times measured on an idle machine; optional
+root/timing.json          step times, measured in turn; optional
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ class Collection:
 
     @property
     def machine(self) -> Mapping[str, Any]:
-        """The machine of the runs, if it was recorded."""
-        machine: Mapping[str, Any] = self.plan.get("machine") or self.timing.get("machine") or {}
+        """The machine on which steps were timed, if they were."""
+        machine: Mapping[str, Any] = self.timing.get("machine") or {}
         return machine
 
 

@@ -26,7 +26,7 @@ SENTENCES = {
     ("c", MEAN): "LoRA's mean score differs from full fine-tuning's by {range} points",
     ("c", "parameters"): "with {plain} of the incremental parameters.",
     ("d", MEAN): "An aggregator instead of summed gradients changes the mean by {range} points.",
-    ("e", "step"): "LoRA changes the time of a step by {range} %",
+    ("e", "step"): "LoRA changes the time of all training steps by {range} %",
     ("e", "best"): "and the time to the best dev score by {range} %.",
 }
 NOTHING = "Nothing measured yet."
@@ -145,9 +145,9 @@ def missing(collection: Collection) -> list[str]:
 
 
 def about(collection: Collection) -> dict[str, str]:
-    """Return seeds, versions, machine and time of the runs.
+    """Return seeds, versions and time of the runs, and a machine.
 
-    Only timed runs record their machine; otherwise it is the one on which the report was made.
+    Runs do not record their machine: it is the one of `timing.json`, or else that of the report.
     """
     settings = [run.settings for run in collection.runs]
     versions = _distinct(
@@ -166,7 +166,7 @@ def about(collection: Collection) -> dict[str, str]:
         "matmuls": _distinct(s["dtype"] for s in settings),
         "seeds": ", ".join(map(str, collection.seeds)) or "–",
         "training time, all runs": f"{seconds / 3600:.1f} hours",
-        "machine" if machine else "report made on": _machine(machine or harness.machine()),
+        "steps timed on" if machine else "report made on": _machine(machine or harness.machine()),
         "versions": versions,
     }
 

@@ -67,7 +67,7 @@ def training_time(context: Context) -> Plan:
     sources = " and ".join(sorted({t.source for t in times.values()}))
     caption = (
         f"Steps timed by {sources}. The paper found LoRA about {-PAPER_SPEED:.0f} % faster than "
-        "full fine-tuning. Adapters of several groups take their steps together. "
+        "full fine-tuning. Groups that train adapters or heads share each step. "
         f"{tables.ENCODING}"
     )
     title = "Figure 1: training time of each variant"

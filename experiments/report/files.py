@@ -43,7 +43,6 @@ def read_plan(path: Path) -> dict[str, Any]:
         texts = plan.setdefault(part, {})
         _check(texts, {}, path, part, ASIDE)
         _check(texts, dict.fromkeys(texts, str), path, part, ASIDE)
-    _check(plan.get("machine", {}), {}, path, "machine", ASIDE)
     return plan
 
 

@@ -303,10 +303,9 @@ def training_time(context: Context) -> Table:
         for study, t in context.times.items()
     )
     about = (
-        "A step takes one batch of every task of a group. Steps are summed over all groups. "
-        "Several whole encoders take theirs one after another; several adapters take theirs "
-        "together, and the time is then that of a joint step, of which there are as many as the "
-        f"longest group has. {ENCODING} The paper found LoRA about 10 % faster than full "
+        "A step takes one batch of every task of a group. Groups that train whole encoders take "
+        "turns; groups that train adapters or heads share each step, of which there are as many as "
+        f"the longest group has. {ENCODING} The paper found LoRA about 10 % faster than full "
         "fine-tuning on an A10G."
     )
     return Table("time", "Training time", about, columns, rows)

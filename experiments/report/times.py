@@ -10,6 +10,8 @@ import numpy as np
 
 from experiments.report.collect import TIMING, Collection, Run
 from experiments.report.statistics import Interval, Range, Summary
+from jaxlora.lora import LoraConfig
+from jaxlora.training.adaptation import make_adaptation
 
 OWN = "the runs' own logs"
 QUANTILES = (0.05, 0.5, 0.95)
@@ -21,7 +23,7 @@ class Time:
 
     Attributes:
       step: milliseconds per step: median and range.
-      steps: steps of all groups of a run.
+      steps: steps of a run; adapters of several groups take theirs together.
       total, best: seconds of training, to the end and to the best dev score, over seeds.
       source: where `step` was measured.
     """
@@ -32,6 +34,11 @@ class Time:
     best: Summary
     source: str
 
+    @property
+    def all_steps(self) -> Range:
+        """Milliseconds of all steps of a run: median and range."""
+        return Range(*(self.steps * ms for ms in dataclasses.astuple(self.step)))
+
 
 def measure(collection: Collection) -> dict[str, Time]:
     """Measure the times of every study."""
@@ -39,13 +46,20 @@ def measure(collection: Collection) -> dict[str, Time]:
     return {
         study: Time(
             step=_timed(timed[study]) if study in timed else _own(runs),
-            steps=sum(group["step"] for group in runs[0].result["groups"].values()),
+            steps=count_steps(runs[0]),
             total=Summary.of([run.result["train_seconds"] for run in runs]),
             best=Summary.of([to_best(run) for run in runs]),
             source=TIMING if study in timed else OWN,
         )
         for study, runs in collection.studies.items()
     }
+
+
+def count_steps(run: Run) -> int:
+    """Count the steps of a run: of the longest group where groups share steps, else of all."""
+    taken = [group["step"] for group in run.result["groups"].values()]
+    adaptation = make_adaptation(run.settings["adapt"], LoraConfig())
+    return max(taken) if adaptation.groups_share_steps else sum(taken)
 
 
 def to_best(run: Run) -> float:
@@ -83,7 +97,7 @@ def _own(runs: tuple[Run, ...]) -> Range:
     steps = {name: group["step"] for name, group in runs[0].result["groups"].items()}
     known = [name for name in steps if name in windows]
     if not known:
-        rate = sum(run.result["train_seconds"] for run in runs) / len(runs) / sum(steps.values())
+        rate = sum(run.result["train_seconds"] for run in runs) / len(runs) / count_steps(runs[0])
         return Range(1e3 * rate, 1e3 * rate, 1e3 * rate)
     weights = [steps[name] for name in known]
     low, median, high = np.average(

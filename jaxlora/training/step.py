@@ -61,7 +61,7 @@ class StepMetrics(NamedTuple):
     """Metrics of a step for one group, in which T is the number of its tasks.
 
     Attributes:
-      losses: `f32[T]`, mean loss of each task.
+      losses: `f32[T]`, mean loss of each task, without its factor.
       grad_norm: `f32[]`, norm of the encoder's combined gradient before clipping; NaN if the
         optimizer does not store it, see `optimizer.clip_by_global_norm`.
       head_grad_norm: `f32[]`, norm of the heads' gradients.
@@ -115,7 +115,7 @@ class GroupStep:
           head_grads: gradients of the heads, likewise.
           active: `bool[]`, whether the group has examples in this step; if not, nothing changes.
         """
-        # Some aggregators need the losses whose gradients they get; other transforms ignore them.
+        # Aggregators that weight by losses need each with the factor that its gradient has.
         updates, opt_state = optax.with_extra_args_support(self.tx).update(
             grads, state.opt_state, state.trainable, losses=losses * self.factors
         )
@@ -278,7 +278,10 @@ class TrainStep:
     def gradients(
         self, states: Sequence[TrainState], frozen: Tree, batch: Batch
     ) -> tuple[jax.Array, list[Tree], list[dict[str, Tree]]]:
-        """Return losses `f32[T]`, and by group the gradients of its tree, `[T, ...]`, and heads."""
+        """Return losses `f32[T]`, and by group the gradients of its tree, `[T, ...]`, and heads.
+
+        The losses are without their tasks' factors, the gradients with them.
+        """
         encode = self.adaptation.encode_tasks(self.encode, self._sizes)
         factors = jnp.concatenate([group.factors for group in self.groups.values()])
         encoder_key, head_keys = self._keys(states)
