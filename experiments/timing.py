@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from benchmarks import harness
 from benchmarks.work import Steps
 from experiments.runs import Run
 from jaxlora.formats import huggingface
-from jaxlora.tasks.sharing import group_name
+from jaxlora.tasks.sharing import Groups, group_name
 from jaxlora.training import inputs, run_folder, sharding
 from jaxlora.training.config import Settings
 from jaxlora.training.task_group import make_cohort
@@ -81,7 +81,7 @@ def measure(
         "studies": {
             run.study.name: {
                 "ms_per_step": mean_step(
-                    counts := count_steps(run),
+                    counts := count_steps(run.settings.cohorts, run.steps),
                     [spreads[run, n].per(steps) for n in range(len(counts))],
                 ),
                 "steps": sum(counts),
@@ -93,11 +93,13 @@ def measure(
     return found
 
 
-def count_steps(run: Run) -> list[int]:
-    """Return the number of steps of each cohort, which is that of its longest group."""
-    return [
-        max(run.steps[group_name(names)] for names in groups) for groups in run.settings.cohorts
-    ]
+def count_steps(cohorts: Sequence[Groups], steps: Mapping[str, int]) -> list[int]:
+    """Return the number of steps of each cohort, which is that of its longest group.
+
+    >>> count_steps([(("sst",), ("sts",)), (("para",),)], {"sst": 7, "sts": 4, "para": 5})
+    [7, 5]
+    """
+    return [max(steps[group_name(names)] for names in groups) for groups in cohorts]
 
 
 def mean_step(counts: Sequence[int], spreads: Sequence[harness.Spread]) -> dict[str, float]:

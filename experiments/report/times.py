@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from experiments import timing
 from experiments.report.collect import TIMING, Collection, Run
 from experiments.report.statistics import Interval, Range, Summary
 from jaxlora.lora import LoraConfig
-from jaxlora.training.adaptation import make_adaptation
+from jaxlora.training.adaptation import cohorts, make_adaptation
 
 OWN = "the runs' own logs"
 QUANTILES = (0.05, 0.5, 0.95)
@@ -56,10 +57,10 @@ def measure(collection: Collection) -> dict[str, Time]:
 
 
 def count_steps(run: Run) -> int:
-    """Count the steps of a run: of the longest group where groups share steps, else of all."""
-    taken = [group["step"] for group in run.result["groups"].values()]
+    """Count the steps of a run; a step of several groups that train together is one."""
     adaptation = make_adaptation(run.settings["adapt"], LoraConfig())
-    return max(taken) if adaptation.groups_share_steps else sum(taken)
+    taken = {name: group["step"] for name, group in run.result["groups"].items()}
+    return sum(timing.count_steps(cohorts(run.settings["groups"], adaptation), taken))
 
 
 def to_best(run: Run) -> float:

@@ -17,9 +17,8 @@ def accumulate(
     """Average each task's gradients over several steps, then apply `tx` to the averages once.
 
     This is `optax.MultiSteps` with a task axis in its accumulators, which otherwise have the shapes
-    of the parameters. The losses for an aggregator that weights by them are not averaged: it gets
-    those of the last step.
-    To aggregate in each step and average the results instead, use
+    of the parameters. Losses are not averaged: an aggregator that weights by them gets those of the
+    last step. To aggregate in each step and average the results instead, use
     `chain(aggregate(…), MultiSteps(adamw(…), 4))`.
 
     Args:

@@ -79,8 +79,8 @@ def aggregate(
 
     Returns:
       An optax transform whose state is an `AggregateState`. Methods that weight by losses take
-      them as `update(grads, state, params, losses=losses)`, with `losses: f32[T]`; if you
-      scale a task's gradient by a factor, scale its loss too.
+      them as `update(grads, state, params, losses=losses)`, with `losses: f32[T]`; if you scale
+      a task's gradient by a factor, scale its loss too.
 
     Raises:
       ValueError: for an unknown name or a bad argument; from `update`, if a leaf is not

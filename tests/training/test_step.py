@@ -441,7 +441,7 @@ def test_the_adapter_learns(tiny):
 # ---- groups that share a step
 
 
-def make_joint(base, groups, **replace):
+def make_joint(base, groups):
     """Groups that train in one step, each with its own rates; their states, a batch, frozen."""
     named = {task.name: task for task in tasks.paper_tasks("mse")}
     config = base.config.with_dropout(0.0)
@@ -460,11 +460,32 @@ def make_joint(base, groups, **replace):
     }
     batch, _ = random_batch(made.tasks, "lora", config.hidden_size)
     return SimpleNamespace(
-        step=jax.jit(made), states=states, batch=batch, frozen=made.freeze(base.params)
+        made=made,
+        step=jax.jit(made),
+        states=states,
+        batch=batch,
+        frozen=made.freeze(base.params),
     )
 
 
 APART = parse_groups("sst|para,sts")
+
+
+def test_each_task_of_each_group_has_its_own_factor(tiny):
+    joint = make_joint(tiny, APART)
+    factors = {"sst": 2.0, "para": 0.5, "sts": 25.0}
+    groups = {
+        name: dataclasses.replace(group, weights=tuple(factors[t.name] for t in group.tasks))
+        for name, group in joint.made.groups.items()
+    }
+    plain, scaled = (
+        jax.jit(made.gradients)([*joint.states.values()], joint.frozen, joint.batch)[2]
+        for made in (joint.made, dataclasses.replace(joint.made, groups=groups))
+    )
+    for own, theirs in zip(scaled, plain, strict=True):
+        for task, grads in own.items():
+            for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(theirs[task]), strict=True):
+                np.testing.assert_allclose(g, factors[task] * e, rtol=1e-4, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_reaches_no_other_group(tiny):
