@@ -38,10 +38,13 @@ PEERS: Mapping[str, tuple[str, str]] = {
     "sentence-transformers": ("sentence_transformer", "make"),
     "ONNX Runtime": ("onnx_runtime", "make"),
     "ONNX Runtime, int8": ("onnx_runtime", "make_int8"),
+    "OpenVINO": ("openvino_runtime", "make"),
 }
 APPROXIMATE = frozenset({"ONNX Runtime, int8"})  # shown, but not compared as a peer
 ONLY_MIXED = frozenset({"padded, adapter_names"})
-ONLY_CPU = frozenset(name for name in PEERS if "ONNX" in name or "oneDNN" in name)
+ONLY_CPU = frozenset(
+    ("merged, sorted, oneDNN", "ONNX Runtime", "ONNX Runtime, int8", "OpenVINO"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

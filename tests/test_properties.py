@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import string
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from tests.fuzz.__main__ import cli, fuzz
 from tests.fuzz.samples import TASKS, tokenizer
 from tests.fuzz.targets import Target, all_targets
 
+ROOT = Path(__file__).parents[1]
+
 quick = settings(max_examples=60, deadline=None)
 # Texts that a table can hold: UTF-8, no NUL, not blank; `read` strips them.
 sentences = hostile.written.map(lambda text: text.replace("\0", "").strip()).filter(bool)
@@ -37,13 +40,22 @@ def targets(tmp_path_factory):
     return all_targets(tmp_path_factory.mktemp("samples"))
 
 
+# Targets of whose first twenty inputs all may be damaged.
+RARELY_SOUND = {"table", "bank manifest"}
+
+
+def test_the_page_counts_the_targets(targets):
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert f"inputs for {len(targets)} targets" in page
+
+
 def test_every_target_gives_a_right_result_or_refuses(targets, tmp_path):
     tallies = {}
     for name, target in targets.items():
         (tmp_path / name).mkdir()
         tallies[name] = fuzz(target, 20, 0, tmp_path / name)
     assert [tally.failure for tally in tallies.values() if tally.failure] == []
-    assert min(tally.accepted + tally.refused for tally in tallies.values()) > 0
+    assert {n for n, tally in tallies.items() if not tally.accepted} <= RARELY_SOUND
 
 
 def test_the_command_fails_where_a_target_does(monkeypatch, capsys):

@@ -10,22 +10,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import common
-from benchmarks.peers.requests import Served, Side, in_sub_batches, merged
+from benchmarks.peers.requests import Pooled, Served, Side, in_sub_batches, merged, sample
 from jaxlora.utils.trees import Tree
-
-
-class Pooled(torch.nn.Module):
-    """A transformers model with pooling, from token ids to sentence vectors."""
-
-    def __init__(self, model: Any, pooling: str) -> None:
-        super().__init__()
-        self.model, self.pooling = model, pooling
-
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Map tokens and mask, `i64[N, S]` each, to `f32[N, H]`."""
-        hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
-        return common.pool(hidden, mask, self.pooling)
 
 
 def make(served: Served) -> Side:
@@ -74,13 +60,11 @@ def _fused(served: Served, adapter: Tree, folder: Path, *, int8: bool) -> Path:
 def _export(model: Any, pooling: str, path: Path) -> None:
     """Export with eager attention, which ONNX Runtime's optimizer recognizes and fuses."""
     model.set_attn_implementation("eager")
-    tokens, mask = torch.randint(5, 50, (2, 16)), torch.ones(2, 16, dtype=torch.int64)
-    mask[1, 9:] = 0
     dynamic = {"tokens": {0: "N", 1: "S"}, "mask": {0: "N", 1: "S"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracing exporter is deprecated, but its graphs fuse
         torch.onnx.export(
-            Pooled(model, pooling), (tokens, mask), path, dynamo=False, opset_version=18,
+            Pooled(model, pooling), sample(), path, dynamo=False, opset_version=18,
             input_names=["tokens", "mask"], output_names=["vectors"], dynamic_axes=dynamic,
         )  # fmt: skip
 

@@ -58,6 +58,26 @@ def merged(served: Served, adapter: Tree) -> Any:
     return model.merge_and_unload().to(served.device).eval().requires_grad_(False)
 
 
+class Pooled(torch.nn.Module):
+    """A transformers model with pooling, from token ids to sentence vectors."""
+
+    def __init__(self, model: Any, pooling: str) -> None:
+        super().__init__()
+        self.model, self.pooling = model, pooling
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Map tokens and mask, `i64[N, S]` each, to `f32[N, H]`."""
+        hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        return common.pool(hidden, mask, self.pooling)
+
+
+def sample() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens and mask of two sentences, from which exporters trace a model."""
+    tokens, mask = torch.randint(5, 50, (2, 16)), torch.ones(2, 16, dtype=torch.int64)
+    mask[1, 9:] = 0
+    return tokens, mask
+
+
 def in_sub_batches(encode_part: EncodePart) -> Side:
     """Return a side that encodes each task's sentences in sub-batches of similar lengths."""
 

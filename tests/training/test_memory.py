@@ -71,7 +71,7 @@ def needed(out, names, frozen):
         ("baseline2", (SHARED, 6)),
         ("lora3", (SHARED, 6)),
         ("baseline1", ("para", 6)),
-        pytest.param("baseline4", ("sst", 6), marks=pytest.mark.slow),
+        ("baseline4", ("sst", 6)),
     ],
 )
 def test_a_run_holds_what_it_needs_fresh_or_resumed(make, tiny, tmp_path, variant, stop_at):

@@ -47,6 +47,7 @@ def test_write_text_leaves_nothing_behind_when_it_fails(tmp_path):
     files.write_text(tmp_path / "a", "old")
     with pytest.raises(UnicodeEncodeError):
         files.write_text(tmp_path / "a", "\ud800")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
 
 
