@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from jaxlora.training.config import Dtype
+from jaxlora.serving.task_models import Dtype
 from jaxlora.utils import cache
 from jaxlora.utils import process as host
 

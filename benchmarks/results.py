@@ -20,10 +20,10 @@ fastest peer of a row over ours: above 1 we are faster. The peers: **padded-eage
 transformers + peft + torchjd, each task's batch padded; **sorted**, the same in sub-batches of \
 similar lengths, with the faster one of MKL's and oneDNN's kernels; **flat**, by hand: one batch \
 of all tasks without padding, one backward pass. In inference, **merged** has each task's \
-adapter merged into a model of its own; the int8 model of ONNX Runtime is beside the race, since \
-its vectors differ. The floor is the time of the matmuls of the real tokens, each at the rate of \
+adapter merged into a model of its own; the int8 model of ONNX Runtime is not compared, since its \
+vectors differ. The floor is the time of the matmuls of the real tokens, each at the rate of \
 its own shape, and of the fewest element-wise passes at the rate of a copy (for PCGrad alone: of \
-its bytes). What was tried stands in [LOG.md](LOG.md).
+its bytes). What was tried is in [LOG.md](LOG.md).
 """
 
 

@@ -15,7 +15,8 @@ from benchmarks import harness
 from benchmarks.work import Ours, Work
 from jaxlora.formats import huggingface
 from jaxlora.pcgrad import pcgrad
-from jaxlora.training.config import Dtype, VariantName
+from jaxlora.serving.task_models import Dtype
+from jaxlora.training.config import VariantName
 from jaxlora.utils import trees
 
 

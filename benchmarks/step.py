@@ -15,7 +15,8 @@ from benchmarks import floor, harness
 from benchmarks.work import Ours, Work
 from jaxlora.formats import huggingface
 from jaxlora.formats.huggingface import Pretrained
-from jaxlora.training.config import Dtype, VariantName
+from jaxlora.serving.task_models import Dtype
+from jaxlora.training.config import VariantName
 from jaxlora.training.task_group import Cohort
 
 PeerName = Literal[

@@ -16,9 +16,10 @@ from jaxlora.data.batches import Batch
 from jaxlora.data.tokenized import Examples
 from jaxlora.formats import families
 from jaxlora.formats.huggingface import Pretrained
+from jaxlora.serving.task_models import Dtype
 from jaxlora.tasks.task import Task, paper_tasks
 from jaxlora.training import sharding
-from jaxlora.training.config import Dtype, Settings, VariantName
+from jaxlora.training.config import Settings, VariantName
 from jaxlora.training.inputs import Data
 from jaxlora.training.presets import make_settings
 from jaxlora.training.step import StepMetrics, TrainState

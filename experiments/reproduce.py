@@ -110,7 +110,7 @@ def chosen(flags: Flags) -> list[str]:
     wanted = {study(name).name for name in flags.variants}
     if flags.extras:
         given = flags.given()
-        real = given.get("source") != "demo" and (flags.preset != "demo" or "data_dir" in given)
+        real = given.get("source", flags.preset) != "demo" or "data_dir" in given
         wanted |= {name for name in EXTRAS if real or not STUDIES[name].real_data}
     return [name for name in STUDIES if name in wanted]
 
@@ -186,7 +186,7 @@ def run_all(runs: Sequence[Run], jobs: int, console: Console) -> list[tuple[Run,
     same = twins(runs)
     own = [run for run in runs if run not in same]
     for run in own:
-        if run.out.is_symlink() and not run.out.exists():  # its target was deleted
+        if run.is_lost:
             run.out.unlink()
     board = Board(own, jobs, console)
     with board.live():
@@ -204,7 +204,8 @@ def main(flags: Flags) -> list[tuple[Run, int]]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     console, failed, runs = Console(), [], []
     reasons: dict[Run, str] = {}
-    root = flags.rebuild or flags.root
+    root = files.local(flags.rebuild) if flags.rebuild else flags.root
+    page = files.local(flags.report)
     if flags.rebuild is None:
         runs = make_runs(flags)
         write_plan(runs, flags)
@@ -215,11 +216,11 @@ def main(flags: Flags) -> list[tuple[Run, int]]:
         raise UserError(f"--from {root}: is not a folder; name that of the runs")
     for run, why in reasons.items():
         print(f"failed: {run.name}: {why} ({run.log})", file=sys.stderr)
-    say(f"The report: {report.build(root, flags.report)}", console)
+    say(f"The report: {report.build(root, page)}", console)
     finished = [run for run in runs if run.finished]
     if flags.timing and finished:  # after the first report, so that one exists if this fails
         timing.measure(finished, root / timing.FILE)
-        say(f"The report with these times: {report.build(root, flags.report)}", console)
+        say(f"The report with these times: {report.build(root, page)}", console)
     return failed
 
 

@@ -73,6 +73,11 @@ class Run:
         return (self.out / finished_run.RESULT).exists()
 
     @property
+    def is_lost(self) -> bool:
+        """Whether its folder is a link to another run's that was deleted."""
+        return self.out.is_symlink() and not self.out.exists()
+
+    @property
     def total(self) -> int:
         """The number of steps of all groups."""
         return sum(self.steps.values())
@@ -141,10 +146,11 @@ def make_run(study: Study, asked: Mapping[str, Any], root: Path, inputs: Inputs)
         settings = make_settings(**asked)
         base, data = inputs.of(settings)
         run = Run(study, asked, settings, root, run_inputs.count_steps(settings, data))
-        run_folder.check(run.out, settings.to_json(), resume=True)
-        run_folder.check_same_inputs(
-            run.out, run_inputs.fingerprints(base, data, settings.loop.seed)
-        )
+        if not run.is_lost:
+            run_folder.check(run.out, settings.to_json(), resume=True)
+            run_folder.check_same_inputs(
+                run.out, run_inputs.fingerprints(base, data, settings.loop.seed)
+            )
     except UserError as error:
         raise UserError(f"{study.name}: {error}") from error
     return run

@@ -26,7 +26,7 @@ from jaxlora.nn import bert
 from jaxlora.serving import bank
 from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks.task import Task
-from jaxlora.utils import trees
+from jaxlora.utils import files, trees
 
 MB = 1e6
 BASES = {
@@ -153,7 +153,7 @@ def main(flags: Flags) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(measure(base, count, flags.rank, Path(folder) / "bank"))
     if flags.out is not None:
-        write(rows, flags, flags.out)
+        write(rows, flags, files.local(flags.out))
     head, *cells = table(rows)
     shown: Any = Table(*head)
     for line in cells:

@@ -43,9 +43,9 @@ _ABOUT = {
     "baseline1": "frozen BERT, heads only, squared error for STS",
     "baseline2": "all weights shared, PCGrad, squared error",
     "baseline3": "all weights shared, PCGrad, cosine",
-    "baseline4": "all weights, one BERT a task, cosine",
-    "lora1": "an adapter a task, squared error",
-    "lora2": "an adapter a task, cosine",
+    "baseline4": "all weights, one BERT per task, cosine",
+    "lora1": "one adapter per task, squared error",
+    "lora2": "one adapter per task, cosine",
     "lora3": "one adapter shared, PCGrad, squared error",
     "lora4": "one adapter shared, PCGrad, cosine",
 }

@@ -30,6 +30,7 @@ from jaxlora.tasks import losses
 from jaxlora.tasks.sharing import VARIANTS, Groups, Variant
 from jaxlora.tasks.task import NAMES
 from jaxlora.training import parameter_count
+from jaxlora.utils import files
 
 SIZE, RANK = 24, 3  # the kernel's size and the adapter's rank in the first figure
 GREY = "#777777"
@@ -259,12 +260,13 @@ FIGURES: dict[str, tuple[Callable[[Any], None], tuple[float, float]]] = {
 
 def main(flags: Flags) -> None:
     """Draw all figures."""
-    flags.out.mkdir(parents=True, exist_ok=True)
+    folder = files.local(flags.out)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, (draw, size) in FIGURES.items():
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
-        figure.savefig(flags.out / f"tour-{name}.png", dpi=100)
+        figure.savefig(folder / f"tour-{name}.png", dpi=100)
 
 
 def cli(args: Sequence[str] | None = None) -> int:

@@ -6,8 +6,8 @@ task visits the others in a new random order. The projected gradients are then s
 
 This is `jaxlora.aggregate` with the method `pcgrad` and a smaller state. It computes the dot
 products of the gradients, the projections as T×T coefficients (`project`), and a weighted sum of
-the gradients. The gradients are read twice and never flattened, copied or concatenated. No epsilon
-is added, so the result scales exactly with the gradients.
+the gradients. The gradients are read twice and never concatenated. No epsilon is added, so the
+result scales exactly with the gradients.
 
 `jaxlora.pcgrad` is the function `pcgrad`, even after `import jaxlora.pcgrad as name`. Import the
 module's other names with `from jaxlora.pcgrad import gram`.

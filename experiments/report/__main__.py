@@ -14,6 +14,7 @@ from experiments import report
 from experiments.report import statistics
 from jaxlora.cli.flags import exit_code
 from jaxlora.cli.terminal import say
+from jaxlora.utils import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Flags:
 
 def main(flags: Flags) -> None:
     """Build the report and print its path."""
-    path = report.build(flags.root, flags.out, resamples=flags.resamples, seed=flags.seed)
+    root, out = files.local(flags.root), files.local(flags.out)
+    path = report.build(root, out, resamples=flags.resamples, seed=flags.seed)
     say(f"The report is {path}")
 
 

@@ -27,7 +27,7 @@ from jaxlora.utils.errors import UserError
 
 PLAN, TIMING = "plan.json", "timing.json"
 NOT_BEGUN = "not begun"
-WHOLE = "whole"  # the state of a study whose runs were all completed as requested
+WHOLE = "complete"  # the state of a study whose runs were all completed as requested
 SEED_FOLDER = re.compile(r"seed(\d+)")
 
 

@@ -92,7 +92,7 @@ def scatters(shown: Mapping[str, Run], titles: Mapping[str, str]) -> Plan:
         return paint
 
     name = titles["sts"]
-    caption = f"{name} dev: a point a pair of sentences, on the diagonal when predicted exactly."
+    caption = f"{name} dev: one point per pair of sentences, on the diagonal if predicted exactly."
     panels = tuple(map(panel, shown.values()))
     return Plan("scatter", f"{name}: predicted against true similarity", caption, panels, 3.8, 2)
 

@@ -93,7 +93,7 @@ def chance(findings: Sequence[Finding]) -> str:
         f"{wrong['reproduced']:.1f} are expected to be called reproduced, and up to "
         f"{wrong['not reproduced']:.1f} not reproduced, where the truth is otherwise "
         f"({100 * MISSES:g} % of 95 % intervals are wholly above the true value, and as many "
-        "below). They share runs, so such accidents come in groups."
+        "below). They share runs, so such errors are correlated."
     )
 
 

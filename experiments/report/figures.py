@@ -61,7 +61,7 @@ def training_time(context: Context) -> Plan:
         values = {name: t.step.value for name, t in times.items()}
         spread = np.array([[t.step.value - t.step.low, t.step.high - t.step.value]
                            for t in times.values()]).T  # fmt: skip
-        bars(axes, values, spread, "ms a step (median and range)")
+        bars(axes, values, spread, "ms per step (median and range)")
         axes.set_title("a step")
 
     sources = " and ".join(sorted({t.source for t in times.values()}))

@@ -88,7 +88,7 @@ def bars(findings: Sequence[Finding]) -> list[dict[str, float] | None]:
 
     Findings in the same measure and unit share a scale, so that strips can be compared.
     """
-    scales: dict[bool, list[float]] = {}
+    scales: dict[str, list[float]] = {}
     for finding in findings:
         found = finding.evidence.interval
         if found is not None:
@@ -97,7 +97,7 @@ def bars(findings: Sequence[Finding]) -> list[dict[str, float] | None]:
     return [_bar(finding, scales.get(_scale(finding), [])) for finding in findings]
 
 
-def _scale(finding: Finding) -> Any:
+def _scale(finding: Finding) -> str:
     claim = finding.claim
     return claim.measure if claim.unit == "%" else "points"
 

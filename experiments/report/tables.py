@@ -14,6 +14,7 @@ from experiments.report.collect import WHOLE, Run
 from experiments.report.scores import MEAN, SCORES, TITLES
 from experiments.report.statistics import Interval, Range, Summary
 from experiments.report.times import OWN
+from jaxlora.formats.huggingface import MINILM
 from jaxlora.tasks.sharing import VARIANTS, Groups
 from jaxlora.tasks.task import NAMES, paper_tasks
 from jaxlora.training import parameter_count
@@ -239,10 +240,11 @@ def scores(context: Context) -> Table:
         theirs = (paper.sst, paper.para, paper.sts, paper.mean, paper.mean_recomputed)
         rows.append((name, *ours, *(theirs if beside else ()), context.collection.state(name)))
     titles = context.titles
+    small = any(run.settings["base"] == MINILM for run in context.collection.runs)
     about = (
         f"Accuracy on {titles['sst']} and {titles['para']} and Pearson's r × 100 on "
         f"{titles['sts']}, all on dev: mean ± standard deviation over seeds. "
-        f"{context.data_note or ''} {_OTHER_BASE if beside else ''}"
+        f"{context.data_note or ''} {_OTHER_BASE if beside and small else ''}"
     )
     return Table("table2", "Table 2: dev scores", " ".join(about.split()), columns, tuple(rows))
 
@@ -293,7 +295,7 @@ def parameters(context: Context) -> Table:
 def training_time(context: Context) -> Table:
     """Build figure 1 as a table."""
     columns = (
-        Column("study", "study"), Column("ms_per_step", "ms a step (range)", 1),
+        Column("study", "study"), Column("ms_per_step", "ms per step (range)", 1),
         Column("steps", "steps"), Column("seconds", "training, s", 0),
         Column("best_seconds", "to the best dev score, s", 0), Column("source", "steps timed by"),
         STATE,
@@ -385,8 +387,8 @@ def storage_table(context: Context) -> Table:
         "Added: what a disk that holds the base must add (incremental); in all: with the base "
         "where it is still used (bundled). Three tasks are measured: the files of the run's model, "
         "and the base in float32. Ten and a hundred are extrapolated: a head of average size for "
-        "each task, and a tree of its own where tasks are apart; tasks that share go on sharing "
-        "one. Trained models are compressed on disk, the base is not."
+        "each task, and a tree of its own where tasks have one each; tasks that share a tree still "
+        "share it. Trained models are compressed on disk, the base is not."
     )
     title = "Storage for 3, 10 and 100 tasks"
     named = (Column("variant", "variant"), *columns, STATE)

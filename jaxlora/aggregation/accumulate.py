@@ -44,4 +44,14 @@ def accumulate(
         stacked = jax.tree.map(lambda x: jnp.zeros((num_tasks, *x.shape), x.dtype), state.acc_grads)
         return state._replace(acc_grads=stacked)
 
-    return optax.GradientTransformationExtraArgs(init, around.update)
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        found, after = around.update(updates, state, params, **extra)
+        ended = after.mini_step == 0
+        # `MultiSteps` multiplies by 0 instead, which keeps what is not finite.
+        sums = jax.tree.map(lambda x: jnp.where(ended, 0, x), after.acc_grads)
+        found = jax.tree.map(lambda x: jnp.where(ended, x, 0), found)
+        return found, after._replace(acc_grads=sums)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,7 +1,7 @@
 """The Gram matrix and weighted sums of per-task gradients.
 
 Gradients are pytrees with a leading task axis, leaves `[T, ...]`. They are read twice (dot
-products, weighted sum) and never flattened, copied or concatenated.
+products, weighted sum) and never concatenated.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ def metrics(
       there are parts. A state of `pcgrad` has no weights and norms.
 
     Raises:
-      ValueError: if `state` does not contain exactly one aggregator's state.
+      ValueError: if `state` does not contain exactly one aggregator's state, or the number of names
+        is not that of the tasks or parts.
 
     >>> import optax
     >>> from jaxlora.aggregation import aggregate
@@ -45,7 +46,7 @@ def metrics(
         return _flat(seen, tasks)
     count = len(seen.conflicts)
     flat: dict[str, jax.Array] = {}
-    for n, part in enumerate(parts or map(str, range(count))):
+    for n, part in enumerate(_names("parts", parts, count)):
         one = jax.tree.map(lambda x, n=n: x[n] if jnp.ndim(x) else x, seen)
         flat |= {f"{part}/{name}": value for name, value in _flat(one, tasks).items()}
     return flat
@@ -55,8 +56,15 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, tuple) and hasattr(value, "cosines") and hasattr(value, "conflicts")
 
 
+def _names(what: str, names: Sequence[str] | None, count: int) -> list[str]:
+    found = list(map(str, range(count)) if names is None else names)
+    if len(found) != count:
+        raise ValueError(f"{what} has {len(found)} names for {count} {what}")
+    return found
+
+
 def _flat(seen: Any, tasks: Sequence[str] | None) -> dict[str, jax.Array]:
-    named = list(tasks or map(str, range(len(seen.cosines))))
+    named = _names("tasks", tasks, len(seen.cosines))
     flat = {"conflicts": seen.conflicts}
     for word, values in (("weight", "weights"), ("norm", "norms")):
         if hasattr(seen, values):

@@ -36,10 +36,11 @@ def solve_within(C: jax.Array, inside: jax.Array, b: jax.Array) -> jax.Array:
 def nonneg_qp(C: jax.Array, q: jax.Array) -> jax.Array:
     """Minimize `½ yᵀ C y + qᵀ y` over `y ≥ 0`; return the minimizer, `f32[T]`.
 
-    It is exact, by two active-set methods. Block principal pivoting (Kim & Park 2011, "Fast
+    Two active-set methods find it exactly. Block principal pivoting (Kim & Park 2011, "Fast
     nonnegative matrix factorization", section 4) moves all infeasible variables together and mostly
     ends after two to five solves. If it has not ended after ten, Lawson & Hanson's method (1974,
-    chapter 23), which moves one variable at a time and always ends, takes over.
+    chapter 23) takes over, which moves one variable at a time; after 6 T steps it returns the best
+    point so far.
 
     Args:
       C: `f32[T, T]`, positive semidefinite with ones (or zeros) on the diagonal.

@@ -148,12 +148,12 @@ class _Aggregator:
             raise ValueError(f"ema must be from 0 to below 1, got {self.ema}")
         if self.every > 1 and self.method.every_step:
             raise ValueError(f"{self.method.name} must see every step, but every={self.every}")
-        if sorted(t for group in self._groups for t in group) != tasks:
+        if sorted(t for group in self._groups for t in group) != tasks or () in self._groups:
             raise ValueError(f"groups must hold each of {tasks} once, got {self.groups}")
 
     @property
     def _groups(self) -> tuple[tuple[int, ...], ...]:
-        return self.groups or (tuple(range(self.num_tasks)),)
+        return (tuple(range(self.num_tasks)),) if self.groups is None else self.groups
 
     def init(self, params: optax.Params) -> AggregateState:
         """Return the initial state; it depends on `params` only if there are parts."""
@@ -196,8 +196,10 @@ class _Aggregator:
         if self.every == 1:
             weights, after = fresh(state)
         else:
-            # Weights are not reused after gradients that gave none.
-            due = (state.updates % self.every == 0) | ~jnp.all(jnp.isfinite(state.norms))
+            # Where gradients or losses gave no weights, there are none to use again.
+            found = [jnp.any(state.weights[..., np.array(ids)] != 0, -1) for ids in self._groups]
+            usable = jnp.all(jnp.isfinite(state.norms)) & jnp.all(jnp.stack(found))
+            due = (state.updates % self.every == 0) | ~usable
             weights, after = jax.lax.cond(due, fresh, again, state)
         return self._combine(updates, weights), after._replace(updates=state.updates + 1)
 
@@ -244,9 +246,10 @@ class _Aggregator:
             own = None if losses is None else losses[ids]
             found, after = self.method.weights(K[block], own, rule)
             last = state.weights[ids]
-            found = jnp.where(jnp.any(last != 0), self.ema * last + (1 - self.ema) * found, found)
-            sound = jnp.all(jnp.isfinite(K[block]))
+            # Losses may be finite and yet give no weights: 0 has no logarithm.
+            sound = jnp.all(jnp.isfinite(K[block])) & jnp.all(jnp.isfinite(found))
             sound &= True if own is None else jnp.all(jnp.isfinite(own))
+            found = jnp.where(jnp.any(last != 0), self.ema * last + (1 - self.ema) * found, found)
             together[block] = True
             weights = weights.at[ids].set(jnp.where(sound, found, jnp.nan))
             kept = kept.at[ids].set(jnp.where(sound, found, last))

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxlora.cli.flags import call_one
-from jaxlora.cli.terminal import CONSOLE, Folder, Name, Names, print_json, say
+from jaxlora.cli.terminal import CONSOLE, Folder, Name, Names, count, print_json, say
 from jaxlora.nn.bert import param_shapes
 from jaxlora.serving import bank as banks
 from jaxlora.serving.task_models import TaskModels
@@ -153,7 +153,7 @@ def list_tasks(folder: Folder, /, base: str | None = None, json: bool = False) -
     heads = sum(row.head_parameters for row in rows)
     added = sum(adapters.values()) + heads
     say(
-        f"{len(rows)} tasks add {added / 1e6:.2f}M parameters "
+        f"{count(len(rows), 'task')}: {added / 1e6:.2f}M parameters added "
         f"({sum(r.bytes for r in rows) / 1e6:.1f} MB) to a base of {each / 1e6:.2f}M: "
         f"{(each + added) / 1e6:.2f}M in all; a full model for each would be "
         f"{(each * len(rows) + heads) / 1e6:.2f}M."

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from jaxlora.cli.terminal import say
+from jaxlora.cli.terminal import count, say
 from jaxlora.data.task_files import TaskSpec
 from jaxlora.formats.huggingface import MINILM
 from jaxlora.tasks.sharing import VARIANTS, PaperVariant
@@ -181,7 +181,8 @@ def _loss(description: TaskSpec) -> str:
 def _counts(summary: RunSummary, task: str) -> str:
     counts = ", ".join(f"{split} {n:,}" for split, n in summary.examples[task].items())
     cut = summary.truncated[task]
-    note = f"; {cut} sentences cut to {summary.settings.model.max_length} tokens" if cut else ""
+    most = summary.settings.model.max_length
+    note = f"; {count(cut, 'sentence')} truncated to {most} tokens" if cut else ""
     left_out = summary.unlabelled[task]
     note += f"; {left_out} without a label left out" if left_out else ""
     extra = (

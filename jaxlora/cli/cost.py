@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from rich.markup import escape
 from rich.table import Column, Table
@@ -12,6 +11,7 @@ from jaxlora.cli import cost_table
 from jaxlora.cli.flags import call
 from jaxlora.cli.terminal import CONSOLE, print_json
 from jaxlora.lora import LoraConfig
+from jaxlora.serving.task_models import Dtype
 from jaxlora.utils.errors import UserError
 
 
@@ -24,7 +24,7 @@ def cost(
     sentence_length: float = 20.0,
     row_length: int = 64,
     rank: int = 15,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
     flops: float | None = None,
     link: float | None = None,
     json: bool = False,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 from jaxlora.formats import huggingface
 from jaxlora.nn.bert import EncoderConfig, param_shapes
 from jaxlora.training import cost, sharding
 from jaxlora.training.cost import Estimate
+from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 
 HEAD = (
@@ -32,7 +32,7 @@ def find_base(name: str) -> EncoderConfig:
     """
     if name in cost.SIZES:
         return cost.SIZES[name]
-    path = Path(name) / "config.json"
+    path = files.local(name) / "config.json"
     if not path.is_file():
         raise UserError(f"--base {name}: write {', '.join(cost.SIZES)}, or a folder's path")
     return huggingface.read_config(path)

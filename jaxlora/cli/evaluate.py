@@ -10,6 +10,7 @@ from rich.table import Table
 
 from jaxlora.cli.flags import call, choose_task
 from jaxlora.cli.terminal import CONSOLE, Folder, count, note_truncated, print_json, say
+from jaxlora.data.quoting import Quoting
 from jaxlora.data.raw_examples import TextExample
 from jaxlora.data.tables import MissingColumnsError
 from jaxlora.serving import evaluate_table, evaluation_page
@@ -34,6 +35,7 @@ def evaluate(
     task: str | None = None,
     text: str | None = None,
     label: str | None = None,
+    quoting: Quoting | None = None,
     against: Path | None = None,
     page: Path | None = None,
     json: bool = False,
@@ -51,6 +53,8 @@ def evaluate(
         training, or sentence (or text), or sentence1 and sentence2.
       label: the label column, or several columns of 0 and 1, separated by commas; default: as in
         training, or label.
+      quoting: double quotes in the table: none: they are part of the text; standard: as in any
+        CSV; default: as in training, where quotes there showed it; else as in jaxlora predict.
       against: another bank or run, whose task of the same name is compared on the same rows.
       page: also write everything to this HTML file.
       json: print everything as JSON.
@@ -61,9 +65,8 @@ def evaluate(
     _check_place(page)
     predictor = Predictor.load(bank, base)
     name = choose_task(task, predictor.tasks)
-    model = predictor.trained.find(name)
-    labelled = _read(model, input, text, label)
-    other = None if against is None else _other(against, base, model.task, labelled.rows)
+    labelled = _read(predictor.trained.find(name), input, text, label, quoting)
+    other = None if against is None else _other(against, base, predictor.task(name), labelled.rows)
     found = evaluate_table.evaluate(predictor, name, labelled.rows, note_truncated(predictor))
     report = evaluate_table.report(found, input, labelled, other)
     if page is not None:
@@ -85,10 +88,12 @@ def _check_place(page: Path | None) -> None:
         raise ConfigError("page", f"there is no folder {file.parent}; make it first", page)
 
 
-def _read(model: TaskModel, path: Path, text: str | None, label: str | None) -> Labelled:
+def _read(
+    model: TaskModel, path: Path, text: str | None, label: str | None, quoting: Quoting | None
+) -> Labelled:
     """Read the labelled examples of a table."""
     try:
-        return evaluate_table.read_table(model, path, text, label)
+        return evaluate_table.read_table(model, path, text, label, quoting)
     except MissingColumnsError as error:
         raise UserError(f"{error} Name other columns with `text` and `label`.") from None
 
@@ -104,10 +109,11 @@ def _other(
 
 def show(found: Report) -> None:
     """Print a report."""
-    say(f"{found.title}: {count(found.rows, 'labelled row')} of {found.source}")
-    for what, rows in (("without a label", found.unlabelled), ("with a blank text", found.blank)):
-        if rows:
-            say(f"left out: {count(rows, 'row')} {what}")
+    rows = f"{found.title}: {count(found.rows, 'labelled row')} of {found.source}"
+    say("; ".join([rows, *found.notes]))
+    for what, left in (("without a label", found.unlabelled), ("with a blank text", found.blank)):
+        if left:
+            say(f"left out: {count(left, 'row')} {what}")
     _show_scores("metric", found.scores)
     if found.against is not None:
         _show_scores(f"minus {found.against}", found.differences)
@@ -132,7 +138,7 @@ def show(found: Report) -> None:
         sure = "" if one.confidence is None else f" ({one.confidence:.2f})"
         shown = " ‖ ".join(one.texts)
         label, guess = (show_names(x, NOTHING) for x in (one.label, one.prediction))
-        say(f"line {one.line}: {label}, predicted {guess}{sure}: {shown[:100]}")
+        say(f"{found.unit} {one.line}: {label}, predicted {guess}{sure}: {shown[:100]}")
 
 
 def _show_scores(title: str, scores: Mapping[str, Interval]) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from rich.table import Table
 
 from jaxlora.cli.flags import call_one
-from jaxlora.cli.terminal import CONSOLE, Folder, say
+from jaxlora.cli.terminal import CONSOLE, Folder, count, say
+from jaxlora.data.quoting import Quoting
 from jaxlora.serving import bank as banks
 from jaxlora.serving import evaluate_table, export_merged, export_peft
 from jaxlora.serving.evaluate_table import Labelled
 from jaxlora.serving.predictor import Predictor
 from jaxlora.serving.task_models import TaskModels
+from jaxlora.utils.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,9 @@ def peft(export: Asked) -> None:
     say(f"{export.out}: {export.task} for PEFT; its {export_merged.README} says how to apply it")
 
 
-def onnx(export: Asked, int8: bool = False, check: Path | None = None) -> None:
+def onnx(
+    export: Asked, int8: bool = False, check: Path | None = None, quoting: Quoting | None = None
+) -> None:
     """Write a task for ONNX Runtime: from token ids to probabilities or scores, in one graph.
 
     Args:
@@ -64,17 +68,21 @@ def onnx(export: Asked, int8: bool = False, check: Path | None = None) -> None:
       int8: also write model_quantized.onnx, with 8-bit weights and a quarter of the size.
       check: a labelled table, as in jaxlora evaluate; the models are compared with jaxlora's own
         predictions on it.
+      quoting: double quotes in this table, as in jaxlora evaluate.
     """
     from jaxlora.serving import export_onnx
 
+    if quoting is not None and check is None:
+        raise ConfigError("quoting", "is for the table of `check`; name one", quoting)
     trained = export.trained
     model = trained.find(export.task)
-    labelled = None if check is None else evaluate_table.read_table(model, check)
+    labelled = None if check is None else evaluate_table.read_table(model, check, quoting=quoting)
     base = trained.load_base()
     export_onnx.save(export.out, base, trained, export.task, int8)
     readme, name = export_merged.README, export.task
     say(f"{export.out}: {name} for ONNX Runtime; its {readme} says how to apply it")
     if labelled is not None:
+        say("; ".join([f"{check}: {count(len(labelled.rows), 'labelled row')}", *labelled.notes]))
         _show_compared(export.out, Predictor(base, trained), name, labelled)
     elif int8:
         say("the accuracy of the 8-bit model is not checked; --check=labelled.csv does that")

@@ -15,8 +15,7 @@ from jaxlora.formats import huggingface
 from jaxlora.formats import peft as peft_files
 from jaxlora.formats.huggingface import absolute
 from jaxlora.serving import bank as banks
-from jaxlora.serving import export_peft as exchange
-from jaxlora.serving import import_model, manifest
+from jaxlora.serving import export_peft, import_model, manifest
 from jaxlora.serving.task_models import Pooling, TaskModels
 from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
@@ -63,10 +62,10 @@ def peft(
     folder = peft_files.find(folder, adapter)
     base = None if base is None else absolute(base)
     like = None
-    if encoder_only or not exchange.described(folder):
-        whole = not encoder_only and exchange.classifies(folder)
+    if encoder_only or not export_peft.described(folder):
+        whole = not encoder_only and export_peft.classifies(folder)
         like = _like(bank, base, base_sha256, pooling, whole)
-    trained = exchange.load(
+    trained = export_peft.load(
         folder, name, like, base, any_base=any_base, encoder_only=encoder_only, classes=classes,
         pair=pair,
     )  # fmt: skip

@@ -50,7 +50,8 @@ def predict(
       memory: limit of the cache of recently used tasks, such as 512MB or 4GiB: half for adapters
         on the device, a quarter for heads on the device, a quarter for host memory.
       quoting: double quotes in the table: none: they are part of the text; standard: as in any
-        CSV; default: standard, but none for tabs if a field opens a quote and does not close it.
+        CSV; default: as in training, where quotes there showed it; else standard, but none for
+        tabs if a field opens a quote and does not close it.
       strict: refuse a table with blank texts instead of leaving their answers empty.
       json: print the answer to one example as JSON.
     """

@@ -31,11 +31,39 @@ class Dialect(NamedTuple):
       quoting: meaning of double quotes.
       found: the quotes from which `quoting` was detected; None if it was given or follows from the
         delimiter.
+      trained: whether `quoting` is that of the training tables, see `open_like`.
     """
 
     delimiter: str
     quoting: Quoting
     found: Quotes | None = None
+    trained: bool = False
+
+    @property
+    def is_evident(self) -> bool:
+        """Whether `quoting` was detected from quotes, not by default from a lack of them."""
+        return self.found is not None and (self.quoting == "none" or self.found.quoted > 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the delimited training tables of a task were read, to read other tables alike.
+
+    Attributes:
+      delimiter: the field delimiter, if the task sets one; None: it was detected.
+      quoting: delimiter → meaning of double quotes in the tables with this delimiter, if the task
+        sets it or quotes in these tables show it.
+
+    Raises:
+      ValueError: if the delimiter is not one character.
+    """
+
+    delimiter: str | None = None
+    quoting: dict[str, Quoting] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise ValueError(f"delimiter: {self.delimiter!r} is not one character")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +128,10 @@ class DelimitedSheet:
     def describe(self, tally: Tally) -> list[str]:
         """Describe the detected meaning of quotes, and what quoted fields contain."""
         quotes, notes = self.dialect.found, []
-        if quotes and quotes.open:
+        if self.dialect.trained:
+            what = "are part of the text" if self.dialect.quoting == "none" else "enclose fields"
+            notes.append(f"double quotes {what}, as in training")
+        elif quotes and quotes.open:
             notes.append(f"double quotes are part of the text (line {quotes.open} opens one only)")
         elif quotes and self.dialect.quoting == "none":
             notes.append("double quotes are part of the text, as in the other files")
@@ -145,6 +176,32 @@ def open_sheets(
         ))
         for name, (path, file) in files.items()
     }  # fmt: skip
+
+
+def open_like(path: Path, file: Path, reading: Reading, quoting: Quoting | None = None) -> Sheet:
+    """Open a table as the training tables of a task were read.
+
+    A delimiter that the task sets is used if it occurs in the header; otherwise it is detected.
+    Tables with another delimiter than the training tables have their own quoting, such as a CSV
+    file for a task that was trained on tabs.
+
+    Args:
+      path: path for messages.
+      file: the file to read.
+      reading: how the training tables were read.
+      quoting: `none` or `standard`; None: as in training.
+
+    Raises:
+      UserError: see `open_sheets`.
+    """
+    header = _first_line(stream(file, path))
+    own = reading.delimiter if (reading.delimiter or "\n") in header else None
+    delimiter = own or sniff(header, path)
+    known = reading.quoting.get(delimiter)
+    has_one_column = delimiter == "\t" and not _may_be_unquoted(header, delimiter, path)
+    if quoting or known is None or has_one_column:
+        return open_sheets({"": (path, file)}, delimiter, quoting)[""]
+    return DelimitedSheet(path, file, Dialect(delimiter, known, trained=True))
 
 
 def _may_be_unquoted(header: str, delimiter: str, path: Path) -> bool:
@@ -233,6 +290,15 @@ def _misquoted(path: Path, first: int, last: int, error: csv.Error) -> str:
     )
 
 
+def show_score(value: float) -> str:
+    """Format a score or a probability with six significant digits, whatever its range.
+
+    >>> show_score(3.14159265), show_score(0.00003), show_score(5.0)
+    ('3.14159', '3e-05', '5')
+    """
+    return f"{value:.6g}"
+
+
 @contextlib.contextmanager
 def writing(file: IO[bytes], columns: Kinds, delimiter: str) -> Iterator[Write]:
     """Write a header and the records, without `dict` and `list` columns."""
@@ -252,4 +318,4 @@ def writing(file: IO[bytes], columns: Kinds, delimiter: str) -> Iterator[Write]:
 def _show(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return show_score(value) if isinstance(value, float) else str(value)

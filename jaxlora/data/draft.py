@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from jaxlora.data import hub
 from jaxlora.data.labels import DELIMITER
 from jaxlora.data.survey import Survey
 from jaxlora.data.task_files import DEV_SHARE
@@ -17,11 +19,12 @@ from jaxlora.utils.errors import list_some
 
 HEAD = "# Drafted from the data: read each line, then run `jaxlora train` on this file."
 PAIR = (
-    'a vector for each text, if the base was trained for sentence vectors; "joint" reads both '
-    "together, if it was not, or for how two texts relate"
+    'one vector per text; "joint" reads both texts together, for bases not trained for sentence '
+    "vectors and for relations such as entailment"
 )
 UNEVEN = 3  # ratio of the largest to the smallest class from which a remark is made
 FEW = 10  # classes with fewer rows than this get a remark
+_BARE = re.compile(r"[A-Za-z0-9_-]+")  # the names that TOML allows without quotes
 
 
 def draft(found: Mapping[str, Survey], folder: Path, max_length: int) -> str:
@@ -29,7 +32,8 @@ def draft(found: Mapping[str, Survey], folder: Path, max_length: int) -> str:
 
     Args:
       found: task name → survey of its tables.
-      folder: folder of the task file; paths in it are relative to this.
+      folder: folder of the task file; paths in it are relative to this. Addresses of Hub datasets
+        are kept unchanged.
       max_length: maximum number of tokens of a sentence in training.
     """
     tasks = ("\n".join(_lines(name, one, folder, max_length)) for name, one in found.items())
@@ -37,7 +41,7 @@ def draft(found: Mapping[str, Survey], folder: Path, max_length: int) -> str:
 
 
 def _lines(name: str, found: Survey, folder: Path, max_length: int) -> Iterator[str]:
-    yield f"[{_text(name) if '.' in name else name}]"
+    yield f"[{name if _BARE.fullmatch(name) else _text(name)}]"
     yield _comment(f"Columns: {', '.join(found.header)}.")
     yield from map(_comment, remarks(found, max_length))
     text = found.text[0] if len(found.text) == 1 else found.text
@@ -47,11 +51,17 @@ def _lines(name: str, found: Survey, folder: Path, max_length: int) -> Iterator[
     yield f"label = {_text(found.label)}"
     yield from _describe_labels(found)
     for split, path in found.files.items():
-        shown = os.path.relpath(path.absolute(), folder.absolute())
-        yield f"{split} = {_text(shown)}  # {len(found.rows[split]):,} rows"
+        yield f"{split} = {_text(_location(path, folder))}  # rows: {len(found.rows[split]):,}"
     if "dev" not in found.files:
         of = "of each class" if found.labels.counts else "of the rows"
         yield f"dev = {DEV_SHARE}  # this share {of} is held out of train, the same at every run"
+
+
+def _location(path: Path, folder: Path) -> str:
+    """Return the address of a Hub dataset unchanged, any other path relative to a folder."""
+    if str(path).startswith(hub.PREFIX):
+        return str(path)
+    return os.path.relpath(path.absolute(), folder.absolute())
 
 
 def remarks(found: Survey, max_length: int) -> Iterator[str]:
@@ -60,32 +70,32 @@ def remarks(found: Survey, max_length: int) -> Iterator[str]:
     for what, names in (
         ("Other columns of text", found.other_texts),
         ("Other columns that may be labels", found.other_labels),
-        ("Labels that are no numbers among numbers", found.labels.odd),
+        ("Labels that are not numbers in a column of numbers", found.labels.odd),
     ):
         if names:
             yield f"{what}: {list_some(names)}."
     if found.labels.missing and found.lists:
         yield (
-            f"{found.labels.missing:,} rows have null for a list: write [] where there is no label "
-            "(training refuses null)."
+            f"Rows with null for a list: {found.labels.missing:,}; write [] where there is no "
+            "label (training refuses null)."
         )
     elif found.labels.missing:
-        yield f"{found.labels.missing:,} rows have no label and are left out."
+        yield f"Rows without a label, which are left out: {found.labels.missing:,}."
     if found.blank:
-        yield f"{found.blank:,} rows have a blank text and are left out."
+        yield f"Rows with a blank text, which are left out: {found.blank:,}."
     if found.repeated:
-        yield f"{found.repeated:,} training rows repeat the text of an earlier one."
+        yield f"Training rows that repeat the text of an earlier row: {found.repeated:,}."
     if found.contradicted:
-        yield f"{found.contradicted:,} more labels than texts: the same text has several labels."
+        yield f"Training texts with more than one label: {found.contradicted:,}."
     for split in ("dev", "test"):
         if split in found.files and (leaked := found.leaked(split)):
-            yield f"{leaked:,} {split} rows have the text of a training row: scores mislead."
+            yield f"Rows of {split} whose text is also in train: {leaked:,}; scores mislead."
     if counts and max(counts.values()) >= UNEVEN * min(counts.values()):
         weighted = KINDS[found.labels.kind].form == "class"
         yield (
             f"Classes are uneven, {max(counts.values()):,} to {min(counts.values()):,} rows: "
-            'metric = "macro_f1" counts them alike'
-            + (', class_weights = "balanced" learns them alike.' if weighted else ".")
+            'metric = "macro_f1" weights all classes equally'
+            + (', class_weights = "balanced" does so in training.' if weighted else ".")
         )
     if rare := [name for name, count in counts.items() if count < FEW]:
         yield f"Fewer than {FEW} rows: {', '.join(rare[:10])}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,18 +20,23 @@ from jaxlora.data.labels import (
     count_sets,
     find_labels,
 )
-from jaxlora.data.raw_examples import is_blank
+from jaxlora.data.raw_examples import is_blank, is_missing
 from jaxlora.data.sheet import Sheet
 from jaxlora.data.table_formats import open_sheets, stem_of
 from jaxlora.data.tokenized import tokenize
-from jaxlora.utils.errors import ConfigError, UserError
+from jaxlora.tasks.kinds import KINDS
+from jaxlora.utils.errors import ConfigError, Note, UserError, list_some
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPLITS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "val": "dev"}
 SPLITS |= {"test": "test"}
-_SPLIT = re.compile(rf"(.*?)[-_. ]?({'|'.join(sorted(SPLITS, key=len, reverse=True))})", re.I)
+# A file name that ends with a split, after a separator: topic-dev, but not contest. The colon is
+# that of a Hub address.
+_SPLIT = re.compile(
+    rf"(?:(.*)[-_. :])?({'|'.join(sorted(SPLITS, key=len, reverse=True))})", re.IGNORECASE
+)
 # Common names of label columns, the most specific first.
 LABELS = (
     "label", "labels", "class", "category", "target", "topic", "intent", "sentiment", "score",
@@ -88,9 +94,15 @@ class Survey:
 
     @property
     def contradicted(self) -> int:
-        """Number of distinct (texts, label) pairs minus distinct texts in the training rows."""
-        pairs = {(row.texts, row.label) for row in self.rows["train"]}
-        return len(pairs) - len({texts for texts, _ in pairs})
+        """Number of training texts with more than one label, without rows that are left out."""
+        empty_counts = KINDS[self.labels.kind].form == "classes"  # an empty set is a label
+        pairs = {
+            (row.texts, row.label)
+            for row in self.rows["train"]
+            if (not is_missing(row.label) or (empty_counts and not row.label))
+            and not any(map(is_blank, row.texts))
+        }
+        return sum(count > 1 for count in Counter(texts for texts, _ in pairs).values())
 
     def leaked(self, split: str) -> int:
         """Count the rows of a split that have the texts of a training row."""
@@ -120,24 +132,49 @@ def group_files(paths: Sequence[Path]) -> dict[str, dict[str, Path]]:
         files = found.setdefault(name, {})
         for role, part in (find_roles(path) or {split: path}).items():
             if role in files:
-                raise UserError(f"{path}: {files[role]} is the {role} file of {name} already")
+                raise UserError(
+                    f"{path}: {files[role]} is the {role} file of {name} already; rename one of "
+                    "them, or leave it out"
+                )
             files[role] = part
     for name, files in found.items():
         if "train" not in files:
-            raise UserError(f"{next(iter(files.values()))}: there is no training file of {name}")
+            first = next(iter(files.values()))
+            raise UserError(f"{first}: there is no training file of {name}; name it as well")
     return found
 
 
 def find_roles(path: Path) -> dict[str, Path]:
     """Return the splits (train, dev, test) in a folder saved by `datasets` or in a Hub dataset.
 
-    The result is empty for any other path.
+    The splits of a Hub dataset are addresses, such as hub:owner/name:train. The result is empty for
+    any other path. A note lists the splits that are not used.
 
     Raises:
-      UserError: if a Hub dataset cannot be loaded, or the file with the split names is damaged.
+      UserError: if two splits have the same role, a Hub dataset cannot be loaded, or the file with
+        the split names is damaged.
     """
     splits = arrow.find_splits(Path(hub.find(str(path))))
-    return {SPLITS[name]: part for name, part in splits.items() if name in SPLITS}
+    if str(path).startswith(hub.PREFIX):
+        splits = {name: Path(f"{path}:{name}") for name in splits}
+    names: dict[str, str] = {}
+    for name in filter(SPLITS.__contains__, splits):
+        role = SPLITS[name]
+        if role in names:
+            raise UserError(
+                f"{path}: the splits {names[role]} and {name} are both {role} data; describe the "
+                f'task in a TOML file that names one: {role} = "{splits[name]}"'
+            )
+        names[role] = name
+    unused = [name for name in splits if name not in SPLITS]
+    if names and unused:
+        warnings.warn(
+            f"{path}: not used: {list_some(unused)}; only splits named {', '.join(SPLITS)} are. To "
+            f'use another, name it in a TOML file, such as dev = "{splits[unused[0]]}"',
+            Note,
+            stacklevel=2,
+        )
+    return {role: splits[name] for role, name in names.items()}
 
 
 def survey(

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from jaxlora.data import delimited, hub
+from jaxlora.data.delimited import DelimitedSheet, Reading
 from jaxlora.data.holdout import hold_out
 from jaxlora.data.quoting import Quoting, Tally
 from jaxlora.data.raw_examples import (
@@ -21,7 +23,7 @@ from jaxlora.data.raw_examples import (
     parse_label,
 )
 from jaxlora.data.sheet import Sheet
-from jaxlora.data.table_formats import open_sheets
+from jaxlora.data.table_formats import find, open_sheets
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
 
@@ -119,6 +121,40 @@ class Table:
     def open(self) -> dict[str, Sheet]:
         """Open the files, see `table_formats.open_sheets`."""
         return open_sheets(self.files, self.delimiter, self.quoting)
+
+    def reading(self) -> Reading | None:
+        """Return how the delimited files are read; None if no file is delimited text.
+
+        Raises:
+          UserError: see `open`.
+        """
+        sheets = self.open().values()
+        found = [sheet.dialect for sheet in sheets if isinstance(sheet, DelimitedSheet)]
+        known = {one.delimiter: one.quoting for one in found if self.quoting or one.is_evident}
+        return Reading(self.delimiter, known) if found else None
+
+
+def open_like(
+    path: Path,
+    reading: Reading | None,
+    quoting: Quoting | None = None,
+    copy: Path | None = None,
+) -> Sheet:
+    """Open a table, delimited text as the training tables of a task, see `delimited.open_like`.
+
+    Args:
+      path: the table, of any format.
+      reading: how the training tables were read; None: unknown.
+      quoting: meaning of double quotes in delimited text; None: as in training, else detected.
+      copy: file to read instead of the path, which is still used in messages.
+
+    Raises:
+      UserError: if the file cannot be read, or is not a table.
+    """
+    path = Path(hub.find(str(path)))
+    if reading is not None and find(path).open is delimited.open_sheets:
+        return delimited.open_like(path, copy or path, reading, quoting)
+    return open_sheets({"": path}, None, quoting, {"": copy or path})[""]
 
 
 def read_splits(task: Task, table: Table) -> dict[str, list[TextExample]]:
@@ -296,7 +332,12 @@ def read(
 
 
 def read_sheet(
-    task: Task, sheet: Sheet, columns: Columns, *, labelled: bool | None = True
+    task: Task,
+    sheet: Sheet,
+    columns: Columns,
+    *,
+    labelled: bool | None = True,
+    tally: Tally | None = None,
 ) -> list[TextExample]:
     """Read the rows of one file, including rows with blank text.
 
@@ -306,6 +347,7 @@ def read_sheet(
       columns: the columns to read.
       labelled: True: the label columns are required; missing labels are NaN. None: they are
         optional. False: they are ignored, and every label is NaN.
+      tally: updated with counts of the rows.
 
     Raises:
       UserError: if the file is invalid; the message states the line and a fix.
@@ -314,7 +356,7 @@ def read_sheet(
     needed += columns.labels if labelled else []
     optional = columns.labels if labelled is None else []
     lists = columns.lists if task.form == "classes" else ()
-    header, found = select(sheet, needed, task.title, optional, lists=lists)
+    header, found = select(sheet, needed, task.title, optional, tally, lists)
     at = {name: header.index(name) for name in header}
     if labelled is not False:
         labelled = set(columns.labels) <= set(header)
@@ -385,8 +427,8 @@ def _hint(missing: Sequence[str], header: Sequence[str]) -> str:
     """Suggest columns whose names resemble the missing ones, ignoring case."""
     if any(f'"{name}"' in header for name in missing):
         return (
-            " (double quotes are part of the text here, since a field opens one and does not close "
-            "it on its line; if they enclose fields, choose quoting standard)"
+            " (double quotes are part of the text here; if they enclose fields, choose quoting "
+            "standard)"
         )
     folded = {name.strip().casefold(): name for name in header if name}
     close = [difflib.get_close_matches(name.casefold(), folded, 1) for name in missing]

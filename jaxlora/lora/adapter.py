@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -77,6 +78,8 @@ class LoraConfig:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for field in ("rank_pattern", "alpha_pattern"):
             given = getattr(self, field)
+            if isinstance(given, str):
+                raise ConfigError(field, f"must map names of modules to numbers, not {given!r}")
             items = map(tuple, given.items() if isinstance(given, Mapping) else given)
             # Sorted, so that configurations with the same meaning compare equal.
             ordered = sorted(items, key=lambda item: (-len(item[0]), item[0]))
@@ -85,12 +88,14 @@ class LoraConfig:
 
     def _check_numbers(self) -> None:
         for field, name, rank in _each("rank", self.rank, self.rank_pattern):
+            if not isinstance(rank, numbers.Integral):
+                raise ConfigError(field, "must be a whole number", f"{name}{rank!r}")
             if rank < 1:
                 raise ConfigError(field, "must be at least 1", f"{name}{rank}")
         for field, name, alpha in _each("alpha", self.alpha, self.alpha_pattern):
-            if not 0 < alpha < math.inf:
+            if not isinstance(alpha, numbers.Real) or not 0 < alpha < math.inf:
                 raise ConfigError(field, "must be a number above 0", f"{name}{alpha}")
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
             raise ConfigError("dropout", "must be from 0 to below 1", self.dropout)
 
     def rank_of(self, path: Path) -> int:

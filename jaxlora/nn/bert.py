@@ -329,11 +329,13 @@ class Encoder(nn.Module):
         c = self.config
         if not c.relative_attention_num_buckets:
             return None
-        shape = (c.relative_attention_num_buckets, c.num_attention_heads)
+        count = c.relative_attention_num_buckets
+        shape = (count, c.num_attention_heads)
         table = self.param(
             "relative_attention_bias", nn.initializers.normal(0.02), shape, jnp.float32
         )
-        return jnp.moveaxis(table.astype(jnp.float32)[ops.relative_buckets(length)], -1, 0)[None]
+        bias = table.astype(jnp.float32)[ops.relative_buckets(length, count)]
+        return jnp.moveaxis(bias, -1, 0)[None]
 
 
 def scan_layers(layer: type[nn.Module], config: EncoderConfig, in_axes: Any) -> Any:
@@ -375,6 +377,8 @@ def pool(hidden: jax.Array, segment_ids: jax.Array, cls_index: jax.Array, kind: 
     flat = hidden.reshape(-1, hidden.shape[-1])
     if kind == "cls":
         return flat[cls_index]
+    if kind != "mean":
+        raise ValueError(f"pooling must be cls or mean, got {kind!r}")
     ids = segment_ids.reshape(-1)
     count = len(cls_index) + 1
     sums = jax.ops.segment_sum(flat, ids, count)[1:]

@@ -55,7 +55,7 @@ def encoder(
     """Return a function that encodes packed rows with one trainable tree.
 
     Returns:
-      `(frozen, trainable, tokens, key or None, route=None) -> f32[N, H]`. `{**frozen, **trainable}`
+      `(frozen, trainable, rows, key or None, route=None) -> f32[N, H]`. `{**frozen, **trainable}`
       are the Flax collections, with `params` as `bert.stack_layers` takes them; trainable `params`
       replace the frozen ones. For the route see `bert.Encoder`.
     """

@@ -407,16 +407,19 @@ def positions_after(tokens: jax.Array, positions: jax.Array, padding_idx: int) -
     return jnp.where(padding == 1, padding_idx, positions - inside + padding_idx + 1)
 
 
-def relative_buckets(length: int, count: int = 32, furthest: int = 128) -> np.ndarray:
+_FURTHEST = 128
+
+
+def relative_buckets(length: int, count: int = 32) -> np.ndarray:
     """Assign the distances between a row's tokens to buckets (T5; Raffel et al. 2020, section 2.1).
 
     Half of the buckets are for tokens that follow. In each half, every short distance has its own
-    bucket, and distances up to `furthest` share the other buckets logarithmically.
+    bucket, distances up to 128 share the other buckets logarithmically, and the last of these also
+    holds all larger ones.
 
     Args:
       length: S.
       count: number of buckets.
-      furthest: all distances from here on share the last bucket.
 
     Returns:
       `i64[S, S]`: bucket of the distance from the first axis's token to the second axis's.
@@ -428,7 +431,7 @@ def relative_buckets(length: int, count: int = 32, furthest: int = 128) -> np.nd
     half, exact = count // 2, count // 4
     distance = np.abs(ahead)
     ratio = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact))
-    far = exact + (ratio / math.log(furthest / exact) * (half - exact)).astype(np.int64)
+    far = exact + (ratio / math.log(_FURTHEST / exact) * (half - exact)).astype(np.int64)
     near = np.where(distance < exact, distance, np.minimum(far, half - 1))
     return near + half * (ahead > 0)
 

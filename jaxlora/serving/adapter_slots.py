@@ -65,13 +65,15 @@ class AdapterSlots:
           All slots, leaves `[slots, ...]` as `encode.make_mixed_encode` takes them, and the slot of
           each name, `i64[len(names)]`. Both are valid until the next call.
         """
-        self._slot |= {name: self._slot.pop(name) for name in names if name in self._slot}
+        for name in names:
+            if name in self._slot:
+                self._slot[name] = self._slot.pop(name)
         for name in names:
             if name not in self._slot:
                 # Loading may fail, so it comes before a slot is taken.
-                adapter = lora.widen(self._load(name), self._shapes)
+                adapter = bert.unstack_layers(lora.widen(self._load(name), self._shapes))
                 slot = self._free_slot()
-                self._slots = _put(self._slots, bert.unstack_layers(adapter), slot)
+                self._slots = _put(self._slots, adapter, slot)
                 self._slot[name] = slot
         return self._slots, np.array([self._slot[name] for name in names])
 
@@ -88,12 +90,15 @@ class AdapterSlots:
             self._slots = _grow(self._slots, count - self._count)
 
     def _free_slot(self) -> int:
-        """Return a free slot; else grow the arrays, or evict the least recently used adapter."""
+        """Return a free slot; else grow the arrays, or evict the least recently used adapter.
+
+        If an error or Ctrl-C ends a call before the slot is filled, the slot stays free.
+        """
         if len(self._slot) == self._count:
             self._resize(min(GROWTH * self._count, self.most))
-        if len(self._slot) < self._count:
-            return len(self._slot)
-        return self._slot.pop(next(iter(self._slot)))
+        if len(self._slot) == self._count:
+            self._slot.pop(next(iter(self._slot)))
+        return min(set(range(self._count)) - set(self._slot.values()))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlora.data.delimited import show_score
 from jaxlora.serving import inference
 from jaxlora.tasks.kinds import LabelForm
 from jaxlora.tasks.task import Task
@@ -80,7 +81,7 @@ def show_value(task: Task, value: float | tuple[int, ...] | np.ndarray) -> str:
     """
     if isinstance(value, tuple):
         return task.label_delimiter.join(map(str, value))
-    return f"{value:.0f}" if task.classes else f"{value:.4f}"
+    return f"{value:.0f}" if task.classes else show_score(float(value))
 
 
 def to_record(task: Task, answer: Answer) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def name_labels(task: Task, values: np.ndarray) -> list[str | tuple[str, ...]]:
     [('a', 'b'), ()]
     """
     if not task.classes:
-        return [f"{value:.4g}" for value in values]
+        return [show_score(float(value)) for value in values]
     return [VALUES[task.form](task, one)[1] for one in values]
 
 

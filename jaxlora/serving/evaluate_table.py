@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlora.data import tables
+from jaxlora.data.arrow import ArrowSheet
+from jaxlora.data.quoting import Quoting, Tally
 from jaxlora.data.raw_examples import TextExample, is_blank, sentences, to_array
+from jaxlora.data.sheet import Sheet
 from jaxlora.data.tables import Columns
 from jaxlora.serving.answers import name_labels
 from jaxlora.serving.predict_table import choose_texts
@@ -18,6 +21,7 @@ from jaxlora.serving.predictor import Predictor
 from jaxlora.serving.task_models import TaskModel
 from jaxlora.tasks.evaluation import RESAMPLES, Bin, ClassRow, Evaluation, Interval
 from jaxlora.tasks.task import Task
+from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
 
 
@@ -25,7 +29,7 @@ class Mistake(NamedTuple):
     """A wrong prediction, or a score with a large error.
 
     Attributes:
-      line: line in the table; 0 if the example is not from a table.
+      line: line, or row, see `Report.unit`; 0 if the example is not from a table.
       id: id of the example.
       texts: one sentence, or the two of a pair.
       label, prediction: a class name, a tuple of names (multilabel), or a formatted score.
@@ -61,6 +65,8 @@ class Report:
       mistakes: the worst mistakes.
       against: the bank it is compared with, if any.
       differences: metric → difference to that bank's score, with a 95 % interval.
+      notes: how the table was read, see `Sheet.describe`.
+      unit: what `Mistake.line` counts, `line` or `row`.
     """
 
     task: str
@@ -82,26 +88,53 @@ class Report:
     mistakes: list[Mistake]
     against: str | None = None
     differences: dict[str, Interval] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    unit: str = "line"
 
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """The rows of a table that can be scored, and the numbers of rows left out."""
+    """The rows of a table that can be scored, and the numbers of rows left out.
+
+    Attributes:
+      rows: the rows with a label and without blank text.
+      unlabelled, blank: numbers of rows left out.
+      notes, unit: see `Report`.
+    """
 
     rows: Sequence[TextExample]
     unlabelled: int
     blank: int
+    notes: tuple[str, ...] = ()
+    unit: str = "line"
 
 
 def read_table(
-    model: TaskModel, path: Path, text: str | None = None, label: str | None = None
+    model: TaskModel,
+    path: Path,
+    text: str | None = None,
+    label: str | None = None,
+    quoting: Quoting | None = None,
 ) -> Labelled:
-    """Read labelled examples for a task, see `choose_columns` and `read_labelled`."""
-    columns = choose_columns(model.facts.columns, tables.read_header(path), text, label)
-    return read_labelled(model.task, path, columns)
+    """Read labelled examples for a task.
+
+    Args:
+      model: the task.
+      path: a table of any format in `table_formats`.
+      text, label: see `choose_columns`.
+      quoting: meaning of double quotes in delimited text; None: as in training, see
+        `tables.open_like`.
+
+    Raises:
+      UserError: see `read_labelled`.
+    """
+    sheet = tables.open_like(files.local(path), model.facts.reading, quoting)
+    _, header = next(sheet.rows(), (0, []))
+    columns = choose_columns(model.facts.columns, header, text, label)
+    return read_labelled(model.task, sheet, columns)
 
 
-def read_labelled(task: Task, path: Path, columns: Columns) -> Labelled:
+def read_labelled(task: Task, sheet: Sheet, columns: Columns) -> Labelled:
     """Read the labelled examples of a table.
 
     Raises:
@@ -110,14 +143,18 @@ def read_labelled(task: Task, path: Path, columns: Columns) -> Labelled:
     wanted = "two texts: name their columns" if task.pair else "one text: name its column"
     if len(columns.text) != 1 + task.pair:
         raise UserError(
-            f"{path}: {task.name} reads {wanted} with `text` (taken: {', '.join(columns.text)})"
+            f"{sheet.path}: {task.name} reads {wanted} with `text` "
+            f"(taken: {', '.join(columns.text)})"
         )
-    rows = tables.read(task, path, columns)
+    tally = Tally()
+    rows = tables.read_sheet(task, sheet, columns, tally=tally)
     labelled = [row for row in rows if row.labelled]
     kept = [row for row in labelled if not any(map(is_blank, sentences(row, task).values()))]
     if not kept:
-        raise UserError(f"{path}: no row has both a text and a label; check the columns")
-    return Labelled(kept, len(rows) - len(labelled), len(labelled) - len(kept))
+        raise UserError(f"{sheet.path}: no row has both a text and a label; check the columns")
+    left_out = len(rows) - len(labelled), len(labelled) - len(kept)
+    unit = "row" if isinstance(sheet, ArrowSheet) else "line"
+    return Labelled(kept, *left_out, tuple(sheet.describe(tally)), unit)
 
 
 def choose_columns(
@@ -214,6 +251,8 @@ def report(
         mistakes=_mistakes(found, labelled.rows),
         against=None if against is None else against[0],
         differences={} if against is None else found.differences(against[1], resamples),
+        notes=labelled.notes,
+        unit=labelled.unit,
     )  # fmt: skip
 
 

@@ -41,6 +41,8 @@ def readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
 def peft_readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
     """Return the README of a PEFT folder."""
     task, last, base = model.task, "\n\n\n", base_name(trained.base)
+    name, revision = huggingface.split_revision(base)
+    pinned = f", revision={revision!r}" if revision else ""
     if classifies := family.classifies(task.head):
         kind, options = "AutoModelForSequenceClassification", f", num_labels={task.outputs}"
     else:
@@ -50,9 +52,9 @@ def peft_readme(trained: TaskModels, model: TaskModel, family: Family) -> str:
         "from peft import PeftModel",
         "from safetensors.torch import load_file" if task.outputs and not classifies else "",
         f"from transformers import {kind}, AutoTokenizer\n",
-        f'folder, base = ".", {base!r}  # this one; the base that the adapter was trained on',
-        "tokenizer = AutoTokenizer.from_pretrained(base)",
-        f"model = {kind}.from_pretrained(base{options})",
+        f'folder, base = ".", {name!r}  # this one; the base that the adapter was trained on',
+        f"tokenizer = AutoTokenizer.from_pretrained(base{pinned})",
+        f"model = {kind}.from_pretrained(base{pinned}{options})",
         "model = PeftModel.from_pretrained(model, folder).eval()",
         f'head = load_file(f"{{folder}}/{HEAD}")' if task.outputs and not classifies else "",
     ]

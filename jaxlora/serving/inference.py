@@ -107,10 +107,13 @@ def warm(
             encode_rows(frozen, trainable, rows, *([blocks] if owners else []))
 
 
-def outputs(
-    task: Task, head: Tree, vectors: np.ndarray, sentences: int, pair_features: str
-) -> np.ndarray:
-    """Apply a task's head to vectors `f32[E * sentences, H]`; return `f32[E, K]` or `f32[E]`."""
+def outputs(task: Task, head: Tree, vectors: np.ndarray, pair_features: str) -> np.ndarray:
+    """Apply a task's head to its sentences' vectors, `f32[E * sentences, H]`.
+
+    Returns:
+      `f32[E, K]` or `f32[E]`.
+    """
+    sentences = task.sentences
     u, v, like = vectors[::sentences], vectors[sentences - 1 :: sentences], form(task)
     return _by_parts(lambda u, v: _apply_head(like, head, u, v, pair_features), u, v)
 

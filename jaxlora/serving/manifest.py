@@ -23,7 +23,7 @@ from jaxlora.utils.errors import UserError, list_some, suggestion
 
 NAME = "bank.json"
 ADAPTERS, HEADS = "adapters", "heads"
-FORMAT = 5
+FORMAT = 6
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # task names joined by +, and a checksum
 _CHANGED = "it was changed by hand or damaged; restore a backup"
 Stamp = tuple[int, int]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlora.data import hub, table_formats, tables
+from jaxlora.data.delimited import Reading
 from jaxlora.data.quoting import Quoting, Tally
 from jaxlora.data.raw_examples import is_blank
 from jaxlora.data.sheet import Sheet, Write
@@ -93,8 +94,8 @@ def predict_file(
       task: the task of all requests; None: from the column `task`, or the only task there is.
       progress: called with the number of answered rows.
       text: the text column, or two separated by a comma; None: see `choose_texts`.
-      quoting: meaning of double quotes in delimited text; None: detected, see
-        `delimited.open_sheets`.
+      quoting: meaning of double quotes in delimited text; None: as in the training tables of the
+        tasks, if these were read alike, see `tables.open_like`.
       strict: refuse blank texts.
       note: called with remarks for the user on how the table was read and on truncated texts.
 
@@ -109,14 +110,21 @@ def predict_file(
     source, target = Path(hub.find(str(files.local(source)))), files.local(target)
     _check_target(source, target)
     with _rereadable(source) as file:
-        sheets = table_formats.open_sheets({"": source}, None, quoting, {"": file})
-        asked = Requests(predictor, sheets[""], task, text)
+        sheet = tables.open_like(source, _reading_of(predictor, task), quoting, file)
+        asked = Requests(predictor, sheet, task, text)
         count = asked.survey(strict, note)
         with table_formats.writing(target, COLUMNS) as write:
             done = asked.answer(write, progress, note)
             if done != count:
                 raise UserError(f"{source}: {count:,} rows, then {done:,}: it changed meanwhile")
     return done
+
+
+def _reading_of(predictor: Predictor, task: str | None) -> Reading | None:
+    """Return how the training tables of the task, or of all tasks, were read; None: variously."""
+    models = predictor.trained.models
+    found = [one.facts.reading for name, one in models.items() if task in (None, name)]
+    return found[0] if found and all(one == found[0] for one in found) else None
 
 
 def _check_target(source: Path, target: Path) -> None:

@@ -210,9 +210,8 @@ class Predictor:
             model, mine = self.trained.models[name], np.flatnonzero(names == name)
             numbers = (first[mine, None] + np.arange(model.task.sentences)).ravel()
             outputs = inference.outputs(
-                model.task, self._heads(name), vectors[numbers], model.task.sentences,
-                model.pair_features,
-            )  # fmt: skip
+                model.task, self._heads(name), vectors[numbers], model.pair_features
+            )
             found.append((model.task, mine, outputs))
         return found
 
@@ -309,9 +308,7 @@ class Predictor:
         head = jax.tree.map(lambda x: jnp.zeros(x.shape), model.head_shapes(width))
         for size in inference.PART_SIZES:
             vectors = np.zeros((size * task.sentences, width), np.float32)
-            answers.answers(task, inference.outputs(
-                task, head, vectors, task.sentences, model.pair_features
-            ))  # fmt: skip
+            answers.answers(task, inference.outputs(task, head, vectors, model.pair_features))
 
     @property
     def _dtype(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,14 @@ from jaxlora.nn import bert
 from jaxlora.nn.bert import NO_ADAPTER, EncoderConfig
 from jaxlora.nn.encode import Encode, PackedTokens, encoder, make_encode
 from jaxlora.serving import inference
+from jaxlora.serving.task_models import Pooling
 from jaxlora.utils.errors import UserError
 from jaxlora.utils.trees import Tree
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-POOLINGS = ("mean", "cls")
+POOLINGS = typing.get_args(Pooling)
 LEAST_LENGTH = 32  # shortest row length; others are powers of two, to compile few programs
 
 

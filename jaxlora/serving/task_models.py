@@ -11,6 +11,7 @@ import jax
 from pydantic import Field
 
 from jaxlora import lora
+from jaxlora.data.delimited import Reading
 from jaxlora.data.tables import Columns
 from jaxlora.formats import huggingface
 from jaxlora.formats.fingerprint import Fingerprint
@@ -22,6 +23,7 @@ from jaxlora.utils.trees import Tree
 
 Pooling = Literal["cls", "mean"]
 PairFeatures = Literal["concat", "interaction"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Facts:
       left_out: modules that were trained with it and ignored by the import.
       combined_from: task → weight, of the adapters that were summed.
       columns: columns of its training tables; None: it was not trained on the user's tables.
+      reading: how its delimited training tables were read; None: there were none, or unknown.
     """
 
     dev: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -49,6 +52,7 @@ class Facts:
     left_out: tuple[str, ...] = ()
     combined_from: dict[str, float] = dataclasses.field(default_factory=dict)
     columns: Columns | None = None
+    reading: Reading | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,7 @@ class BaseSpec:
     fingerprint: Fingerprint
     pooling: Pooling
     max_length: Annotated[int, Field(ge=3)]
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Dtype
 
     def base_spec(self) -> dict[str, Any]:
         """Return only the fields of `BaseSpec`, as keyword arguments for a subclass."""

@@ -135,15 +135,16 @@ LOSSES: dict[str, Loss] = {
         losses.cross_entropy, lambda classes: classes, expected_class, jax.nn.softmax,
         "single_label_classification",
         "(x.softmax(-1) @ torch.arange(float(x.shape[-1]))).round().long()",
-        "(probabilities @ np.arange(probabilities.shape[-1])).round()",
+        "(probabilities @ np.arange(probabilities.shape[-1])).round().astype(int)",
     ),
     "binary_cross_entropy": Loss(
         losses.binary_cross_entropy, lambda _: 1, positive, two_probabilities,
-        "multi_label_classification", "(x[:, 0] > 0).long()", "probabilities[:, 1] > 0.5",
+        "multi_label_classification", "(x[:, 0] > 0).long()",
+        "(probabilities[:, 1] > 0.5).astype(int)",
     ),
     "multilabel_cross_entropy": Loss(
         losses.multilabel_cross_entropy, lambda classes: classes, positive, jax.nn.sigmoid,
-        "multi_label_classification", "(x > 0).long()", "probabilities > 0.5",
+        "multi_label_classification", "(x > 0).long()", "(probabilities > 0.5).astype(int)",
     ),
     "squared_error": Loss(
         losses.squared_error, lambda _: 1, lambda x: x, None, "regression", "x[:, 0]",

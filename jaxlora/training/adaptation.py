@@ -1,4 +1,4 @@
-"""Which part of an encoder is trained: nothing, an adapter or all weights, a class for each.
+"""What is trained in an encoder: nothing, an adapter, or all weights. Each is a class.
 
 Shapes: T tasks in K groups, N sentences per task, H hidden size.
 """

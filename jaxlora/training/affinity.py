@@ -95,7 +95,8 @@ def _series(
         steps = record["step"] - last[record["group"]]
         last[record["group"]] = record["step"]
         for pair in itertools.combinations(groups[record["group"]], 2):
-            cosine = record["cosine"]["-".join(pair)]
+            found = record["cosine"]
+            cosine = found.get("+".join(pair), found.get("-".join(pair)))  # "-" in earlier logs
             if np.isfinite(cosine):  # a gradient of 0 has no direction
                 series.setdefault(pair, []).append((cosine, steps))
     return series
@@ -187,7 +188,7 @@ def look_ahead(run: Path, batches: int = 20) -> np.ndarray:
       batches: number of training batches to average over.
 
     Returns:
-      `f64[T, T]`: row i, column j, in the order of the tasks in the settings.
+      `f32[T, T]`: row i, column j, in the order of the tasks in the settings.
 
     Raises:
       UserError: if the tasks do not share one tree, or the run is not finished.

@@ -58,10 +58,12 @@ class StateCheckpoints:
         self._folder = folder.absolute()
         self.dropped = _prepare(self._folder) if distributed.is_primary() else []
         distributed.wait(f"checked {folder}")
-        self._link = contextlib.ExitStack()
-        place = self._link.enter_context(plain_path(self._folder))
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(place, options=options)
+        with contextlib.ExitStack() as stack:
+            place = stack.enter_context(plain_path(self._folder))
+            self._manager = ocp.CheckpointManager(place, options=options)
+            stack.callback(self._manager.close)
+            self._open = stack.pop_all()
 
     def save(self, step: int, tree: Tree, progress: dict[str, Any]) -> None:
         """Write a checkpoint: a pytree of arrays (PRNG keys too) and plain JSON values.
@@ -136,8 +138,7 @@ class StateCheckpoints:
 
     def close(self) -> None:
         """Close Orbax's checkpoint manager."""
-        self._manager.close()
-        self._link.close()
+        self._open.close()
 
 
 def _kinds(tree: Tree) -> list[tuple[tuple[int, ...], str]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxlora.serving import finished_run
 from jaxlora.training import setting_names
-from jaxlora.training.inputs import ORDER, data_of, dev_of
+from jaxlora.training.inputs import DEV_SET, ORDER, data_of, dev_of
 from jaxlora.training.setting_names import NamedSettings
 from jaxlora.utils import files
 from jaxlora.utils.errors import UserError
@@ -149,12 +149,10 @@ def _notes(runs: Sequence[RunRecord]) -> Iterator[str]:
     for run in runs:
         if not run.result:
             yield f"{run.folder}: is not finished, so it has no scores; resume it"
-    tasks = {name.removeprefix(data_of("")) for run in runs for name in run.inputs}
-    dev = {dev_of(task) for task in tasks}
     for name in dict.fromkeys(name for run in runs for name in run.inputs):
         known = [run.inputs[name] for run in runs if name in run.inputs]
         if name != ORDER and not _same(known):
-            scores = ": its scores cannot be compared" if name in dev else ""
+            scores = ": its scores cannot be compared" if name.startswith(DEV_SET) else ""
             yield f"{name} is not the same in all runs{scores}"
 
 

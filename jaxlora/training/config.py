@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import typing
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from jaxlora.data.sources import Location
 from jaxlora.data.task_files import TaskSpec, check_name
 from jaxlora.formats.huggingface import MINILM
 from jaxlora.lora import LoraConfig
+from jaxlora.serving.task_models import Dtype, PairFeatures, Pooling
 from jaxlora.tasks import sharing
 from jaxlora.tasks.sharing import Adapt, Groups
 from jaxlora.tasks.task import MADE_UP, PairEncoding, Task
@@ -33,14 +35,11 @@ PaperVariant = Literal[
 VariantName = Literal[PaperVariant, "own"]
 PresetName = Literal["demo", "cs224n", "paper", "own"]
 Source = Literal["demo", "cs224n", "official", "files"]
-Pooling = Literal["cls", "mean"]
-PairFeatures = Literal["concat", "interaction"]
 Schedule = Literal["constant", "linear"]
 if TYPE_CHECKING:
     Surgery = str
 else:
     Surgery = Literal[("none", *MEMBERS)]
-Dtype = Literal["float32", "bfloat16"]
 
 S = TypeVar("S", bound="Sections")
 
@@ -230,6 +229,21 @@ def flat_names(cls: type[Sections]) -> dict[str, tuple[str, str]]:
     }
 
 
+def check_values(section: Any) -> None:
+    """Check the types, choices and bounds of a section's settings.
+
+    Raises:
+      ConfigError: if one cannot be used; the error names the first one.
+    """
+    for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
+        value = getattr(section, name)
+        try:
+            build(hint, os.fspath(value) if isinstance(value, os.PathLike) else value)
+        except ValueError as error:
+            raise ConfigError(RENAMED.get(name, name), str(error)) from None
+    bounds.check(section)
+
+
 def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
@@ -252,7 +266,7 @@ class Settings(Sections):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(Sections):
-            bounds.check(getattr(self, field.name))
+            check_values(getattr(self, field.name))
         for spec in self.tasks:
             check_name(spec.task.name, "tasks")
         grouped = [name for group in self.groups for name in group]

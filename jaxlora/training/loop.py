@@ -27,19 +27,19 @@ class Callback(Protocol):
     """Callbacks during a run, for example to show it on a console."""
 
     def summary(self, summary: inputs.RunSummary) -> None:
-        """Called before training."""
+        """Receive the summary, before training."""
 
     def group(self, name: str, start: int, steps: int) -> None:
-        """Called when a group begins, at step `start` of `steps`."""
+        """Receive the start of a group, at step `start` of `steps`."""
 
     def record(self, record: dict[str, Any]) -> None:
-        """Called with each record of `metrics.jsonl`."""
+        """Receive a record of `metrics.jsonl`."""
 
     def done(self, name: str, why: str) -> None:
-        """Called when a group ends, with the reason."""
+        """Receive the end of a group, with the reason."""
 
     def note(self, text: str) -> None:
-        """Called with a message for the user."""
+        """Receive a message for the user."""
 
 
 @dataclasses.dataclass
@@ -116,15 +116,12 @@ def train_cohort(
         states, best, progress = _restore(cohort, saved)
         run = _Run(cohort, progress, log, callback, Window(cohort, skip_nonfinite))
         run.begin(states)
-        if not run.active:
-            return best, progress
         train_step, start, first = cohort.compile(), saved.latest_step(), True
         run.window.restart()
         for step, batch in run.batches(start):
             states, metrics = train_step(states, cohort.frozen, batch)
             due = [group for group in run.take(step, metrics) if run.is_due(group)]
-            look = bool(due) or run.window.full or first
-            first = False
+            look, first = bool(due) or run.window.full or first, False
             signal = distributed.agreed_signal(stopped(), look)
             if due or signal or run.window.full:
                 run.flush()
@@ -136,6 +133,9 @@ def train_cohort(
                 run.window.restart()
             if signal:
                 raise run.stopped(signal)
+        # During the last evaluation, or while groups that had ended were restored.
+        if signal := distributed.agreed_signal(stopped(), True):
+            raise run.stopped(signal)
     return best, progress
 
 
@@ -390,7 +390,7 @@ def _record(group: TaskGroup, metrics: list[StepMetrics], progress: Progress) ->
 
 def _pairs(names: list[str], matrix: np.ndarray) -> dict[str, float]:
     return {
-        f"{a}-{b}": float(matrix[i, j])
+        f"{a}+{b}": float(matrix[i, j])
         for i, a in enumerate(names)
         for j, b in enumerate(names)
         if i < j

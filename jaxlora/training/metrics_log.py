@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.utils import distributed, files
+from jaxlora.utils.extras import explained
 
 METRICS = "metrics.jsonl"
 
@@ -25,7 +27,8 @@ class MetricsLog:
     """
 
     def __init__(self, out: Path, keep: Mapping[str, int]) -> None:
-        from tensorboardX import SummaryWriter
+        with explained():
+            from tensorboardX import SummaryWriter
 
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         if not distributed.is_primary():  # only the primary process writes to the run's folder
@@ -58,13 +61,13 @@ class MetricsLog:
     def close(self) -> None:
         """Flush and close both files."""
         writer = self._board.file_writer.event_writer
-        self._file.close()
-        try:
-            self._board.close()
-        finally:
-            writer.close = lambda: None  # or it reports a full disk again when the process exits
+        with contextlib.ExitStack() as stack:
             if self._scratch:
-                self._scratch.cleanup()
+                stack.callback(self._scratch.cleanup)
+            # Else it reports a full disk again when the process exits.
+            stack.callback(setattr, writer, "close", lambda: None)
+            stack.callback(self._board.close)
+            self._file.close()
 
 
 def flatten(record: Mapping[str, Any]) -> Iterable[tuple[str, float]]:

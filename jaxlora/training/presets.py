@@ -25,6 +25,7 @@ from jaxlora.training.config import (
     Settings,
     TaskChoice,
     VariantName,
+    check_values,
     flat_names,
 )
 from jaxlora.utils import bounds, files
@@ -184,8 +185,10 @@ def make_settings(
     chosen = sharing.variant(variant)
     asked = {field: value for field, value in asked.items() if value is not None}
     preset = preset or usual_preset(variant, "tasks" in asked)
+    if preset not in PRESETS:
+        raise ConfigError("preset", f"is none of {', '.join(PRESETS)}", preset)
     start = PRESETS[preset](chosen).change(**_implied(asked) | asked)
-    bounds.check(start.choice)
+    check_values(start.choice)
     specs = _choose_tasks(start.choice, chosen, asked)
     if start.data.source == "demo":
         specs = tuple(map(made_up, specs))
@@ -220,7 +223,7 @@ def _implied(asked: Mapping[str, Any]) -> dict[str, Any]:
         implied["source"] = "cs224n"
     if "tasks" in asked:
         implied["source"] = "files"
-    if "rank" in asked:
+    if isinstance(asked.get("rank"), int):
         implied["alpha"] = float(asked["rank"])
     return implied
 

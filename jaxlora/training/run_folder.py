@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlora.data.tokenized import SPLITS
 from jaxlora.formats.fingerprint import INPUTS, note_partial
 from jaxlora.serving.finished_run import CONFIG, RESULT, read_config
 from jaxlora.training import setting_names
@@ -59,12 +60,12 @@ def check(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
         if not all(path.name.startswith(ours) for path in out.iterdir()):
             raise ConfigError("out", "is not empty and holds no run; name another folder", out)
         return
-    read_config(out)
+    old = read_config(out)["settings"]
     if not resume:
         raise ConfigError(
             "out", "holds another run; go on with `resume=True`, or name another folder", out
         )
-    _check_settings(out, read_config(out)["settings"], settings)
+    _check_settings(out, old, settings)
 
 
 def _check_settings(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -133,9 +134,8 @@ def _untitled(spec: dict[str, Any]) -> dict[str, Any]:
         spec = spec | {"task": {k: v for k, v in task.items() if k != "title"}}
     if not isinstance(table, dict):
         return spec
-    files = ("train", "dev", "test")
-    told = {k: v for k, v in table.items() if k not in files and v is not None}
-    return spec | {"table": told}  # None: not given, or unknown to the version that wrote it
+    given = {k: v for k, v in table.items() if k not in SPLITS and v is not None}
+    return spec | {"table": given}  # None: not given, or unknown to the version that wrote it
 
 
 def check_same_inputs(out: Path, inputs: Mapping[str, Any]) -> None:

@@ -83,8 +83,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
     """Return the axis along which a leaf is split, or None if it is replicated.
 
-    It is the longest axis that `parts` divides. The leading axis of stacked layers is never split,
-    since one layer is needed at a time.
+    It is the longest axis that `parts` divides. The leading axis of leaves with more than two axes,
+    which are stacked layers, is never split, since one layer is needed at a time.
 
     >>> split_axis((6, 384, 1536), 8), split_axis((384,), 8)
     (2, None)

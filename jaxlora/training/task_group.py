@@ -303,9 +303,7 @@ def outputs(
 ) -> np.ndarray:
     """Return the outputs of a task's head for a split, see `inference.outputs`."""
     vectors = cohort.vectors(trainable, task.name, split)
-    return inference.outputs(
-        task, heads[task.name], vectors, task.sentences, cohort.train_step.pair_features
-    )
+    return inference.outputs(task, heads[task.name], vectors, cohort.train_step.pair_features)
 
 
 def untrained_scores(cohort: Cohort, group: TaskGroup, trainable: Tree) -> dict[str, float]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
+from jaxlora.data.delimited import Reading
+from jaxlora.data.tables import Table
 from jaxlora.formats.fingerprint import Fingerprint
 from jaxlora.serving.task_models import Facts, TaskModel, TaskModels
 from jaxlora.tasks.sharing import group_name
 from jaxlora.tasks.task import Task
 from jaxlora.training import inputs
 from jaxlora.training.config import Settings
+from jaxlora.utils.errors import Note, UserError
 from jaxlora.utils.trees import Tree
 
 
@@ -41,6 +45,7 @@ def task_models(
                 variant=settings.variant,
                 versions=versions,
                 columns=None if table is None else table.columns,
+                reading=None if table is None else _reading_of(name, table),
             )
             head = best[tree]["heads"].get(name) or {}
             models[name] = TaskModel(task, tree, head, settings.model.pair_features, facts)
@@ -56,3 +61,16 @@ def task_models(
         configs={name: settings.lora for name, tree in trees.items() if "lora" in tree},
         origin=settings.variant,
     )
+
+
+def _reading_of(task: str, table: Table) -> Reading | None:
+    """Return how a task's tables are read; if they are gone by now, warn and return None."""
+    try:
+        return table.reading()
+    except UserError as error:
+        message = (
+            f"{error}; so the model does not record how double quotes in the tables of {task} were "
+            "read: choose `quoting` when you evaluate or predict"
+        )
+        warnings.warn(Note(message), stacklevel=2)
+        return None

@@ -53,6 +53,8 @@ def join(coordinator: str | None = None, processes: int = 1, process: int | None
     launcher = next((x for name, x in _LAUNCHERS.items() if _count(name) > 1), None)
     if coordinator is None and processes > 1:
         raise ConfigError("processes", "goes with `coordinator`, host:port of process 0")
+    if coordinator is None and process is not None:
+        raise ConfigError("process", "goes with `coordinator`, host:port of process 0", process)
     if process is None:
         process = _count(_INDEX, 0)
     if coordinator is not None and not (0 <= process < processes and ":" in coordinator):

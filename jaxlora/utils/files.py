@@ -188,6 +188,8 @@ def building(folder: Path, *, replace: bool = False) -> Iterator[Path]:
             content.replace(folder)
         sync(folder.parent)
     finally:
+        if (hidden / "old").exists() and not folder.exists():
+            (hidden / "old").rename(folder)  # the exchange was interrupted
         shutil.rmtree(hidden, ignore_errors=True)
 
 

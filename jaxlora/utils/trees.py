@@ -103,7 +103,7 @@ def checksum(tree: Tree) -> str:
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(leaf)
+        array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype};".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

@@ -169,6 +169,18 @@ def test_equinox():
     assert falls(train(eqx_loss, trunk, eqx.apply_updates)[1])
 
 
+def test_a_window_that_is_not_finite_leaves_the_next_one_alone():
+    tx = accumulate(optax.chain(aggregate("sum", 2), optax.sgd(1.0)), num_tasks=2, steps=2)
+    params = {"w": jnp.zeros(2)}
+    state, found = tx.init(params), []
+    for scale in (1.0, np.nan, 1.0, 1.0):
+        grads = {"w": scale * jnp.ones((2, 2))}
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        found.append(np.asarray(updates["w"]))
+    assert not found[0].any() and np.isnan(found[1]).all() and not found[2].any()
+    np.testing.assert_array_equal(found[3], [-2.0, -2.0])
+
+
 def test_accumulated_gradients_are_aggregated_once():
     """Two batches a task: the update is that of their means."""
     tx = accumulate(optax.chain(aggregate("upgrad", 2), optax.sgd(1.0)), num_tasks=2, steps=2)

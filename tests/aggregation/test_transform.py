@@ -13,7 +13,7 @@ import pytest
 from gradients import normal
 
 from jaxlora import pcgrad
-from jaxlora.aggregation import aggregate, constant, metrics, part_names
+from jaxlora.aggregation import aggregate, constant, famo, metrics, part_names
 
 J = jnp.asarray(normal(3), jnp.float32)
 
@@ -25,6 +25,8 @@ J = jnp.asarray(normal(3), jnp.float32)
         ({"num_tasks": 0}, "num_tasks must be at least 1"),
         ({"groups": [[0, 1], [1, 2]]}, r"groups must hold each of \[0, 1, 2\] once"),
         ({"groups": [[0, 1]]}, "groups must hold"),
+        ({"groups": []}, "groups must hold"),
+        ({"groups": [[0, 1, 2], []]}, "groups must hold"),
         ({"every": 0}, "every must be at least 1"),
         ({"ema": 1.0}, "ema must be from 0 to below 1"),
         ({"method": "famo", "every": 2}, "famo must see every step"),
@@ -144,3 +146,44 @@ def test_sharded_gradients_give_the_same_update():
 @pytest.mark.slow
 def test_all_members_on_eight_devices():
     assert max(on_eight_devices().values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "bad", "good"),
+    [
+        ("geometric_mean", [0.0, 1.0], [0.5, 1.0]),  # 0 has no logarithm
+        (famo(min_losses=(0.5, 0.5)), [0.4, 1.0], [0.7, 1.0]),
+    ],
+)
+def test_losses_that_give_no_weights_leave_the_state_as_it_was(method, bad, good):
+    tx = aggregate(method, 2, ema=0.0 if method != "geometric_mean" else 0.9)
+    step = jax.jit(lambda state, losses: tx.update({"w": J[:2]}, state, losses=losses))
+    start = step(tx.init(None), jnp.array(good))[1]
+    update, state = step(start, jnp.array(bad))
+    assert np.isnan(update["w"]).all()
+    np.testing.assert_array_equal(state.weights, start.weights)
+    jax.tree.map(np.testing.assert_array_equal, state.rules, start.rules)
+    assert np.isfinite(step(state, jnp.array(good))[0]["w"]).all()
+
+
+def test_weights_that_were_never_found_are_not_used_again():
+    tx = aggregate("geometric_mean", 2, every=10)
+    state = tx.init(None)
+    for losses, found in (([0.0, 1.0], False), ([0.5, 1.0], True), ([0.0, 1.0], True)):
+        update, state = tx.update({"w": J[:2]}, state, losses=jnp.array(losses))
+        assert np.isfinite(update["w"]).all() == found
+        assert not found or np.any(update["w"])
+
+
+def test_names_are_as_many_as_tasks_and_parts():
+    tx = aggregate("sum", 2, per="leaf")
+    grads = {"a": J[:2], "b": J[:2]}
+    state = tx.update(grads, tx.init({"a": J[0], "b": J[0]}))[1]
+    assert "b/weight/y" in metrics(state, ("x", "y"), ("a", "b"))
+    for tasks, parts, message in (
+        (("x", "y", "z"), None, "tasks has 3 names for 2 tasks"),
+        (("x",), None, "tasks has 1 names for 2 tasks"),
+        (None, ("a",), "parts has 1 names for 2 parts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics(state, tasks, parts)

@@ -317,6 +317,34 @@ def test_paths_are_told_as_they_are():
     assert shown(lambda console: say(text, console)) == f"{text}\n"
 
 
+def test_tables_are_read_as_in_training(folders, capsys, monkeypatch):
+    lines = [f'"film {n}"\t{"bad" if n % 3 else "good"}' for n in range(30)]
+    Path("dev.tsv").write_text("\n".join(["what\tliked", *lines]))
+    Path("train.tsv").write_text("\n".join(["what\tliked", '"Hello, he said.\tgood', *lines]))
+    Path("films.toml").write_text(
+        '[films]\nkind = "binary"\ntext = "what"\nlabel = "liked"\nclasses = ["bad", "good"]\n'
+        'train = "train.tsv"\ndev = "dev.tsv"\n'
+    )
+    flags = [f"--base={folders[1]}", "--max-length=32", "--max-steps=1", "--rank=2", "--out=run"]
+    assert main(["train", "films.toml", *flags]) == 0
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    capsys.readouterr()
+    told = "double quotes are part of the text, as in training"
+    for source, first in (("run", '"film'), ("run/model", '"film')):
+        assert main(["evaluate", source, "--input=~/dev.tsv", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["mistakes"] and found["notes"] == [told]
+        assert all(one["texts"][0].startswith(first) for one in found["mistakes"])
+    assert main(["evaluate", "run", "--input=dev.tsv"]) == 0
+    assert f"30 labelled rows of dev.tsv; {told}\n" in capsys.readouterr().out
+    assert main(["evaluate", "run", "--input=dev.tsv", "--quoting=standard", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(one["texts"][0].startswith("film") for one in found["mistakes"])
+    words = ["predict", "--bank=run", "--input=dev.tsv", "--output=out.csv"]
+    assert main(words) == 0
+    assert f"30 answers; {told}\n" in capsys.readouterr().out
+
+
 def test_a_drafted_task_file_can_be_trained_from(folders, capsys):
     rows = [f"a film {n},{'bad' if n % 3 else 'good'}" for n in range(60)]
     Path("films.csv").write_text("\n".join(["what,liked", *rows]))

@@ -386,7 +386,7 @@ ANSWERS = [
 ]
 CELLS = [
     ["id", "prediction", "label", "reason"], ['a, "b"', "1", "日本", ""],
-    ["line\nbreak", "2.5000", "", ""], ["", "", "", "blank"],
+    ["line\nbreak", "2.5", "", ""], ["", "", "", "blank"],
 ]  # fmt: skip
 
 

@@ -329,3 +329,13 @@ def test_dropout_is_independent_from_element_to_element():
         assert abs(np.corrcoef(kept[:-shift], kept[shift:])[0, 1]) < 0.01
     other = np.asarray(ops.dropout(jnp.ones(400_000), 0.5, jax.random.key(4)) != 0).astype(float)
     assert abs(np.corrcoef(kept, other)[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize("count", [8, 32])
+def test_the_attention_bias_has_as_many_buckets_as_the_config_says(count):
+    """An index beyond the table would be clamped in silence."""
+    network = bert.BertConfig(**SMALL, relative_attention_num_buckets=count).network()
+    table = jnp.arange(float(count))[:, None] * jnp.ones(SMALL["num_attention_heads"])
+    variables = {"params": {"relative_attention_bias": table}}
+    found = network.apply(variables, 200, method="_bias")
+    assert set(np.unique(found)) == set(np.arange(float(count)))

@@ -213,12 +213,22 @@ def test_table1_says_what_each_variant_trains(context):
     found = by_name(tables.variants(context))
     assert list(found) == list(VARIANTS)
     rows = {name: tuple(row.values())[1:] for name, row in found.items()}
-    assert rows["baseline1"] == ("frozen", "–", "–", "squared error", "0.005", "0.001", 2, "whole")
+    assert rows["baseline1"] == (
+        "frozen",
+        "–",
+        "–",
+        "squared error",
+        "0.005",
+        "0.001",
+        2,
+        "complete",
+    )
     assert rows["baseline4"] == (
-        "trained", "sst | para | sts", "–", "cosine", "0.0002", "1e-05", 2, "whole",
+        "trained", "sst | para | sts", "–", "cosine", "0.0002", "1e-05", 2, "complete",
     )  # fmt: skip
     assert rows["lora3"] == (
-        "frozen + LoRA", "sst, para, sts", "PCGrad", "squared error", "0.0002", "1e-05", 2, "whole",
+        "frozen + LoRA", "sst, para, sts", "PCGrad", "squared error", "0.0002", "1e-05", 2,
+        "complete",
     )  # fmt: skip
     assert rows["lora4"][4:] == (
         None, "1e-05", 0, "seed 0: not finished; seed 1: not begun",

@@ -260,6 +260,9 @@ if float(flags.get("learning-rate", 0)) > 1:
 """
 
 
+CHECK = runs.run_folder.check
+
+
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     """Instead of training, note the call, and fail where the learning rate is absurd."""
@@ -366,7 +369,8 @@ def test_what_resolves_to_the_same_is_run_once(call, stub, tmp_path):
     assert (root / "rank15" / "seed0" / "calls").read_text().count("\n") == 1
 
 
-def test_a_link_to_a_deleted_run_is_replaced_by_a_run(call, stub, tmp_path):
+def test_a_link_to_a_deleted_run_is_replaced_by_a_run(call, stub, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.run_folder, "check", CHECK)
     root = tmp_path / "root"
     (root / "rank15").mkdir(parents=True)
     (root / "rank15" / "seed0").symlink_to("../lora4/seed0")
@@ -422,6 +426,8 @@ def test_extras_leave_out_what_means_nothing_to_the_built_in_data():
     )
     assert real == list(studies.STUDIES)
     assert set(real) - set(demo) == {"synthetic"}
+    official = reproduce.SharedFlags(source="official")
+    assert reproduce.chosen(reproduce.Flags("demo", official, extras=True)) == real
     assert reproduce.chosen(reproduce.Flags()) == list(VARIANTS)
     assert reproduce.chosen(reproduce.Flags(variants=("lora4", "lora3", "lora4"))) == [
         "lora3", "lora4",

@@ -261,7 +261,7 @@ def test_runs_that_are_not_whole_are_marked_in_every_table(tmp_path, broken, mar
 
 def test_cap_that_was_not_reached_is_none(tmp_path):
     write_run(tmp_path, "lora2", 0, ANSWERS["lora2"], max_steps=21)
-    assert collect(tmp_path).state("lora2") == "whole"
+    assert collect(tmp_path).state("lora2") == "complete"
 
 
 def test_failed_run_is_marked_and_gives_no_verdict(tmp_path):

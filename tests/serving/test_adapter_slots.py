@@ -236,3 +236,17 @@ def test_an_adapter_that_cannot_be_loaded_takes_nothing_away(slots):
     slots.loaded.clear()
     tree, places = slots(["1", "2"])
     assert not slots.loaded and [value_in(tree, p) for p in places] == [1, 2]
+
+
+def test_an_interrupted_load_leaves_every_adapter_in_its_own_slot(slots, monkeypatch):
+    """Ctrl-C, or too little memory, after an adapter was evicted and before the new one came."""
+    for n in range(8):
+        slots([str(n)])
+    slots(["2"])  # the last used: not the one to evict
+    with monkeypatch.context() as patched:
+        patched.setattr(adapter_slots, "_put", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            slots(["8"])
+    for names in (["9"], ["10", "2"], ["8", "9", "7"]):
+        found, places = slots(names)
+        assert [value_in(found, place) for place in places] == list(map(float, names))

@@ -525,7 +525,7 @@ def test_a_bank_and_a_run_of_the_last_version(runs, three, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m | {"format": 6}, "format 6 is newer than this jaxlora's 5"),
+        (lambda m: m | {"format": 7}, "format 7 is newer than this jaxlora's 6"),
         (lambda m: [m], "not a bank's manifest"),
         (
             lambda m: {k: v for k, v in m.items() if k != "base"},

@@ -4,16 +4,23 @@ import dataclasses
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from jaxlora.cli.evaluate import show
+from jaxlora.data.delimited import Reading
 from jaxlora.data.raw_examples import TextExample
-from jaxlora.data.tables import Columns
+from jaxlora.data.table_formats import open_sheets
+from jaxlora.data.tables import Columns, Table, read_splits
 from jaxlora.serving import evaluate_table
-from jaxlora.serving.evaluate_table import Labelled, choose_columns, read_labelled, report, to_json
+from jaxlora.serving.evaluate_table import Labelled, choose_columns, read_table, report, to_json
 from jaxlora.serving.evaluation_page import page
 from jaxlora.serving.predictor import Answer
+from jaxlora.serving.task_models import Facts, TaskModel
 from jaxlora.tasks.evaluation import Evaluation
 from jaxlora.tasks.task import Task
 from jaxlora.utils.errors import UserError
@@ -26,6 +33,10 @@ def write(tmp_path, *lines):
     path = tmp_path / "x.csv"
     path.write_text("\n".join(lines))
     return path
+
+
+def read_labelled(task, path, columns):
+    return evaluate_table.read_labelled(task, open_sheets({"": path})[""], columns)
 
 
 class Parrot:
@@ -86,6 +97,111 @@ def test_tables_that_cannot_be_scored(tmp_path):
         read_labelled(TASK, path, Columns(("text",), "lable"))
     with pytest.raises(UserError, match=r"`against`: its t has classes \('a', 'b'\)"):
         evaluate_table.check_same(TASK, Task("t", "binary", classes=("a", "b")))
+
+
+# The dev file alone would count as quoted; with the training file, quotes are part of the text.
+TRAIN = 'text\tlabel\n"Hello, he said.\t<yes>\nNo.\tno\n'
+DEV = 'text\tlabel\n"Great."\t<yes>\n"Bad."\tno\n'
+AS_TEXT, ENCLOSING = ['"Great."', '"Bad."'], ["Great.", "Bad."]
+
+
+def trained_on(folder, train, dev, suffix=".tsv", **more):
+    """A task as if it had been trained on two tables; also its dev rows, as training reads them."""
+    paths = [folder / f"{name}{suffix}" for name in ("train", "dev")]
+    for path, content in zip(paths, (train, dev), strict=True):
+        path.write_text(content)
+    table = Table(Columns(("text",), "label"), *map(str, paths), **more)
+    facts = Facts(columns=table.columns, reading=table.reading())
+    return TaskModel(TASK, "t", {}, "concat", facts), paths[1], read_splits(TASK, table)["dev"]
+
+
+def texts(labelled):
+    return [row.sentence1 for row in labelled.rows]
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "known"),
+    [
+        (TRAIN, DEV, {"\t": "none"}),
+        (DEV, DEV, {"\t": "standard"}),
+        (TRAIN.replace('"', ""), TRAIN.replace('"', ""), {}),
+    ],
+)
+def test_a_table_is_read_as_in_training(tmp_path, train, dev, known):
+    model, path, rows = trained_on(tmp_path, train, dev)
+    assert model.facts.reading == Reading(None, known)
+    assert read_table(model, path).rows == rows
+
+
+def test_quotes_in_a_table_mean_what_they_meant_in_training_or_what_is_asked(tmp_path):
+    model, path, _ = trained_on(tmp_path, TRAIN, DEV)
+    found = read_table(model, path)
+    assert (texts(found), found.notes) == (
+        AS_TEXT, ("double quotes are part of the text, as in training",),
+    )  # fmt: skip
+    assert texts(read_table(model, path, quoting="standard")) == ENCLOSING
+    model, path, _ = trained_on(tmp_path, DEV, DEV)
+    found = read_table(model, path)
+    assert (texts(found), found.notes) == (
+        ENCLOSING, ("double quotes enclose fields, as in training",),
+    )  # fmt: skip
+    assert texts(read_table(model, path, quoting="none")) == AS_TEXT
+    unknown = dataclasses.replace(model, facts=Facts())  # as in banks written before
+    found = read_table(unknown, path)
+    assert (texts(found), found.notes) == (
+        ENCLOSING, ("2 fields are in double quotes, as in standard CSV",),
+    )  # fmt: skip
+
+
+def test_quotes_are_detected_where_training_shows_nothing(tmp_path):
+    model, _, _ = trained_on(tmp_path, TRAIN, DEV)
+    path = write(tmp_path, "text,label", '"a, b",no')
+    assert texts(read_table(model, path)) == ["a, b"]  # another delimiter
+    plain, _, _ = trained_on(tmp_path, TRAIN.replace('"', ""), "text\tlabel\na\tno\n")
+    (tmp_path / "open.tsv").write_text(TRAIN)
+    found = read_table(plain, tmp_path / "open.tsv")
+    assert texts(found) == ['"Hello, he said.', "No."]
+    assert found.notes == ("double quotes are part of the text (line 2 opens one only)",)
+    (tmp_path / "x.jsonl").write_text('{"text": "\\"Great.\\"", "label": "no"}\n')
+    assert texts(read_table(model, tmp_path / "x.jsonl")) == ['"Great."']
+
+
+@pytest.mark.parametrize("delimiter", ["^", ";"])
+def test_a_delimiter_of_the_task_file_is_used(tmp_path, delimiter):
+    train = f'text{delimiter}label{delimiter}a, b, c\n"A{delimiter}no{delimiter}\n'
+    train += f"B{delimiter}<yes>{delimiter}\n"
+    model, path, rows = trained_on(
+        tmp_path, train, train, ".txt", delimiter=delimiter, quoting="none"
+    )
+    assert model.facts.reading == Reading(delimiter, {delimiter: "none"})
+    assert read_table(model, path).rows == rows
+    (tmp_path / "x.tsv").write_text(DEV)  # it is not in this header
+    assert texts(read_table(model, tmp_path / "x.tsv")) == ENCLOSING
+
+
+def test_a_table_in_the_home_folder_is_read(tmp_path, monkeypatch):
+    model, _, rows = trained_on(tmp_path, TRAIN, DEV)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_table(model, Path("~/dev.tsv")).rows == rows
+
+
+def test_rows_of_typed_tables_are_called_rows(tmp_path, capsys):
+    model, path, _ = trained_on(tmp_path, TRAIN, DEV)
+    typed = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": ["no 0.9", "<yes> 0.8"], "label": ["no", "no"]}), typed)
+    for source, unit in ((typed, "row"), (path, "line")):
+        labelled = read_table(model, source)
+        found = Evaluation(TASK, np.ones(2), np.zeros(2), np.full((2, 2), 0.5))
+        told = report(found, source, labelled, resamples=5)
+        assert (told.unit, to_json(told)["unit"]) == (unit, unit)
+        show(told)
+        shown = capsys.readouterr().out
+        assert f"\n{unit} {told.mistakes[0].line}: " in shown
+        assert f"\n{'row' if unit == 'line' else 'line'} " not in shown
+        text = page([(told, found)])
+        assert [unit, "text", "label", "prediction", "confidence"] in read(text).rows
+        assert ("as in training" in text) == (unit == "line")
+        assert list(to_json(told)["notes"]) == list(labelled.notes)
 
 
 class Structure(HTMLParser):

@@ -16,12 +16,13 @@ from tiny import random_adapter
 from tokenizers import Tokenizer
 
 import jaxlora
+from jaxlora.data.delimited import Reading
 from jaxlora.formats import families, huggingface, onnx_graph
 from jaxlora.formats.onnx_graph import INT, Graph, Inputs
 from jaxlora.lora import LoraConfig
 from jaxlora.nn import bert
 from jaxlora.serving import bank, export_onnx, export_onnx_check
-from jaxlora.serving.task_models import TaskModel, TaskModels
+from jaxlora.serving.task_models import Facts, TaskModel, TaskModels
 from jaxlora.tasks.kinds import LOSSES
 from jaxlora.tasks.task import HEADS, Task
 from jaxlora.utils.errors import UserError
@@ -129,6 +130,7 @@ def test_every_kind_of_head_equals_ours(task, options, tiny, tmp_path, monkeypat
     exec(code, names)
     predicted = names["predict"](texts(task) if task.pair else list(SENTENCES))
     np.testing.assert_allclose(predicted, task.decode(logits), rtol=0, atol=1e-3)
+    assert not task.classes or np.asarray(predicted).dtype.kind == "i"
     if task.classes:
         decided = export_onnx_check.decide(task, found)
         np.testing.assert_array_equal(decided, task.decode(logits))
@@ -352,6 +354,32 @@ def test_the_command_compares_on_a_table(banked, tmp_path, call):
     assert float(found["model.onnx"][1]) < 1e-5 < float(found["model_quantized.onnx"][1]) < 0.1
     size = (tmp_path / "out" / "model_quantized.onnx").stat().st_size
     assert found["model_quantized.onnx"][2] == f"{size / 1e6:.1f}"
+
+
+def test_the_command_reads_its_table_as_in_training_or_as_asked(
+    banked, tmp_path, call, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made, seen = bank.load(banked / "bank"), []
+    facts = Facts(reading=Reading(None, {"\t": "none"}))
+    model = dataclasses.replace(made.models["topic"], facts=facts)
+    monkeypatch.setattr(bank, "load", lambda _: dataclasses.replace(made, models={"topic": model}))
+    compare = export_onnx_check.compare
+
+    def noting(folder, predictor, name, rows):
+        seen.append(rows[0].sentence1)
+        return compare(folder, predictor, name, rows)
+
+    monkeypatch.setattr(export_onnx_check, "compare", noting)
+    (tmp_path / "x.tsv").write_text('sentence\tlabel\n"a film"\tsport\n')
+    words = ("export", "onnx", "--bank", banked / "bank", "--task", "topic")
+    code, shown = call(*words, tmp_path / "a", "--check=~/x.tsv")
+    assert (code, seen) == (0, ['"a film"'])
+    assert "1 labelled row; double quotes are part of the text, as in training\n" in shown
+    assert call(*words, tmp_path / "b", "--check=~/x.tsv", "--quoting=standard")[0] == 0
+    assert seen[1:] == ["a film"]
+    code, shown = call(*words, tmp_path / "c", "--quoting=none")
+    assert code == 2 and "--quoting none: is for the table of --check; name one" in shown
 
 
 def test_the_command_says_what_it_did_not_measure(banked, tmp_path, call):

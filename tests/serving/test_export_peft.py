@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxlora
-from jaxlora.formats import huggingface, peft_config
+from jaxlora.formats import families, huggingface, peft_config
 from jaxlora.formats import peft as peft_files
-from jaxlora.serving import bank, export_merged, export_peft
+from jaxlora.serving import bank, export_merged, export_peft, export_readme
 from jaxlora.serving.task_models import TaskModels
 from jaxlora.utils.errors import UserError
 
@@ -173,6 +173,14 @@ def test_the_command_imports_shows_predicts_and_exports(
         names = {}
         exec(code.replace(repr(tiny_base.name), repr(str(tiny_base))), names)
         np.testing.assert_array_equal(names["predict"](list(SENTENCES)), expected.argmax(-1))
+
+
+def test_the_readme_loads_a_pinned_base_at_its_revision(tmp_path, seq_cls, tiny_base):
+    found = export_peft.load(seq_cls[0], "x", base_like(tiny_base))
+    pinned = dataclasses.replace(found, base="owner/name@abc123")
+    text = export_readme.peft_readme(pinned, pinned.models["x"], families.FAMILIES["bert"])
+    assert "'owner/name'  #" in text and "name@abc123'" not in text
+    assert text.count("from_pretrained(base, revision='abc123'") == 2
 
 
 OLDER = {

@@ -50,7 +50,7 @@ def test_sentences_of_nothing_but_cls_and_sep(tiny):
 
 def test_outputs_take_first_and_second_sentences_apart():
     vectors = np.array([[1.0, 0], [1, 0], [1, 0], [0, 1]], np.float32)
-    outputs = inference.outputs(STS_COSINE, {}, vectors, 2, "concat")
+    outputs = inference.outputs(STS_COSINE, {}, vectors, "concat")
     np.testing.assert_allclose(outputs, [1, 0], atol=1e-6)
     np.testing.assert_allclose(inference.decode(STS_COSINE, outputs), [5, 0], atol=1e-6)
 
@@ -140,7 +140,7 @@ def test_tasks_that_differ_in_names_alone_share_their_programs():
         task = dataclasses.replace(
             SST, name=name, title=name, classes=tuple(name + c for c in SST.classes)
         )
-        found = inference.outputs(task, head, vectors, 1, "concat")
+        found = inference.outputs(task, head, vectors, "concat")
         inference.decode(task, found), inference.probabilities(task, found)
         compiled = (inference._apply_head, inference._decode, inference._probabilities)
         return [one._cache_size() for one in compiled]

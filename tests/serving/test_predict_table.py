@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxlora.cli import main
+from jaxlora.data.delimited import Reading
 from jaxlora.data.tables import Columns
 from jaxlora.serving.predict_table import predict_file
 from jaxlora.serving.predictor import Answer, Predictor
@@ -37,11 +38,13 @@ class Counting(Predictor):
         return Answer(name, float(chosen), task.classes[chosen], chances)
 
 
-def predictor(tiny, columns, only=()):
-    """Give tasks of a sample the columns that they were trained on."""
+def predictor(tiny, columns, only=(), reading=None):
+    """Give tasks of a sample the columns that they were trained on, and how these were read."""
     trained = sample(Path(tiny.name))
     models = {
-        name: dataclasses.replace(model, facts=Facts(columns=columns.get(name)))
+        name: dataclasses.replace(
+            model, facts=Facts(columns=columns.get(name), reading=(reading or {}).get(name))
+        )
         for name, model in trained.models.items()
         if not only or name in only
     }
@@ -133,6 +136,43 @@ def test_rows_of_several_tasks_have_their_own_columns(tiny, tmp_path):
     short.write_bytes(_csv(("task", "headline"), [("sst", "four"), ("para", "four")]))
     with pytest.raises(UserError, match=r"short\.csv:3: para needs the column first, second"):
         answers(predictor(tiny, columns), short)
+
+
+NONE, STANDARD = (Reading(None, {"\t": quoting}) for quoting in ("none", "standard"))
+
+
+@pytest.mark.parametrize(
+    ("reading", "options", "size", "as_in_training"),
+    [
+        ({"sst": NONE}, {"task": "sst"}, 3, True),
+        ({"sst": NONE}, {"task": "sst", "quoting": "standard"}, 1, False),
+        ({"sst": STANDARD}, {"task": "sst"}, 1, True),
+        ({"sst": STANDARD}, {"task": "sst", "quoting": "none"}, 3, False),
+        ({"para": NONE}, {"task": "sst"}, 1, False),
+        ({}, {"task": "sst"}, 1, False),
+        (dict.fromkeys(("sst", "para", "sts"), NONE), {}, 3, True),
+        ({"sst": NONE, "para": NONE, "sts": STANDARD}, {}, 1, False),
+    ],
+)
+def test_quotes_of_requests_mean_what_they_meant_in_training(
+    tiny, tmp_path, reading, options, size, as_in_training
+):
+    source, notes = tmp_path / "in.tsv", []
+    source.write_text('task\tsentence\nsst\t"a"\n')
+    asked = predictor(tiny, {}, reading=reading)
+    assert answers(asked, source, note=notes.append, **options)[0]["prediction"] == size
+    assert ("as in training" in "".join(notes)) == as_in_training
+
+
+def test_requests_have_the_delimiter_of_the_task_file(tiny, tmp_path):
+    source = tmp_path / "in.txt"
+    source.write_text("id^a, b^sentence\n1^x, y^four\n")
+    asked = predictor(tiny, {}, reading={"sst": Reading("^")})
+    assert answers(asked, source, "sst")[0]["prediction"] == 4
+    one = tmp_path / "one.csv"  # a single column, in which no delimiter occurs
+    one.write_text('sentence\n"a, b"\n')
+    asked = predictor(tiny, {}, reading={"sst": Reading("\t", {"\t": "none"})})
+    assert answers(asked, one, "sst")[0]["prediction"] == 4
 
 
 def test_columns_of_text_can_be_named(tiny, tmp_path):

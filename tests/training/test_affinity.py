@@ -31,7 +31,7 @@ def test_cosines_are_the_logs_with_an_interval_around_them(shared):
     assert found.tasks == ("sst", "para", "sts")
     records = [r for r in metrics_log.read_records(shared) if r["kind"] == "train"]
     for a, b in itertools.combinations(range(3), 2):
-        logged = [r["cosine"][f"{found.tasks[a]}-{found.tasks[b]}"] for r in records]
+        logged = [r["cosine"][f"{found.tasks[a]}+{found.tasks[b]}"] for r in records]
         steps = np.diff([0, *(r["step"] for r in records)])
         assert steps.sum() == 21 and len(set(steps.tolist())) > 1
         expected = np.average(logged, weights=steps)

@@ -200,7 +200,7 @@ def test_settings_that_are_changed_are_checked_again():
 
 
 def test_a_learning_rate_that_no_number_is():
-    with pytest.raises(ConfigError, match="`learning_rate` nan: must be above 0"):
+    with pytest.raises(ConfigError, match="`learning_rate`: must be a finite number, not nan"):
         make_settings("lora3", learning_rate=float("nan"))
 
 
@@ -263,3 +263,33 @@ def test_what_is_asked_for_comes_before_the_pace_of_own_tasks(tmp_path):
     assert [apart.of_group((name,)).loop.eval_every for name in "ab"] == [3, 3]
     together = make_settings(tasks=paths, groups="a,b").of_group(("a", "b")).loop
     assert (together.epochs, together.eval_every) == (9, pace(80, 16, 9)["eval_every"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("pooling", "max", "must be 'cls' or 'mean'"),
+        ("pair_features", "sum", "must be"),
+        ("dtype", "float16", "must be 'float32' or 'bfloat16'"),
+        ("schedule", "cosine", "must be 'constant' or 'linear'"),
+        ("surgery", "x", "must be"),
+        ("source", "x", "must be"),
+        ("preset", "cs224", "is none of demo, cs224n"),
+        ("epochs", "3", "must be a whole number"),
+        ("epochs", 2.5, "must be a whole number"),
+        ("rank", "8", "must be a whole number"),
+        ("dropout", "0.1", "no such setting"),
+        ("alpha", "3", "must be a number"),
+        ("rank_pattern", "x", "must map names"),
+        ("learning_rate", "1e-3", "must be a number"),
+        ("target_modules", "query", "must be a tuple of names"),
+        ("base", 3, "must be a string"),
+        ("sts_weight", None, ""),  # None: not given
+    ],
+)
+def test_a_value_of_another_type_or_that_is_no_choice_is_named(name, value, said):
+    if value is None:
+        assert make_settings("lora3", **{name: value}) == make_settings("lora3")
+        return
+    with pytest.raises(ConfigError, match=f"`{name}`.* {said}"):
+        make_settings("lora3", **{name: value})

@@ -33,13 +33,13 @@ GROUP = "sst+para+sts"
 class Signalling(Silent):
     """Sends a signal to this very process at a training record."""
 
-    def __init__(self, step, number, times=1):
+    def __init__(self, step, number, times=1, kind="train"):
         super().__init__()
-        self.at, self.number, self.times = step, number, times
+        self.at, self.number, self.times = (kind, step), number, times
 
     def record(self, record):
         super().record(record)
-        if (record["kind"], record["step"]) == ("train", self.at):
+        if (record["kind"], record["step"]) == self.at:
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
 
@@ -78,6 +78,18 @@ def test_a_signal_saves_and_says_so(make, whole, tmp_path, number):
 def test_a_second_signal_stops_at_once(make, tmp_path):
     with pytest.raises(Stopped, match="nothing was saved"):
         train.run(make("lora3"), tmp_path / "run", Signalling(2, signal.SIGTERM, times=2))
+
+
+def test_a_signal_during_the_last_evaluation_of_a_cohort_is_not_lost(make, tmp_path):
+    """Its encoder is the first of two that train one after another."""
+    settings = make("baseline4", only=("sst", "sts"), max_steps=1)
+    with pytest.raises(Stopped, match="at the end, saved") as stopped:
+        train.run(settings, tmp_path / "run", Signalling(1, signal.SIGTERM, kind="eval"))
+    assert stopped.value.saved
+    begun = {r["group"] for r in metrics_log.read_records(tmp_path / "run")}
+    assert begun == {"sst"}
+    train.run(settings, tmp_path / "run", Silent(), RunOptions(resume=True))
+    assert trained_trees(tmp_path / "run").keys() == {"sst", "sts"}
 
 
 def test_outside_the_main_thread_a_run_trains_all_the_same(make, tmp_path):

@@ -173,6 +173,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_upon_one_and_four(tiny_base, data
     ("args", "message"),
     [
         ((None, 2, 0), "`processes`: goes with `coordinator`"),
+        ((None, 1, 1), "`process` 1: goes with `coordinator`"),
         (("localhost", 2, 0), "write host:port"),
         (("localhost:1", 2, 2), "number of this process from 0"),
         (("localhost:1", 2, -1), "number of this process from 0"),

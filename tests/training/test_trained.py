@@ -1,5 +1,7 @@
 """What a run has trained is a bank, whatever the variant; killed while it is written, too."""
 
+import dataclasses
+import json
 import os
 
 import jax
@@ -7,20 +9,28 @@ import numpy as np
 import pytest
 from tiny import leaves_equal, random_adapter
 
-from jaxlora.serving import bank, finished_run, tree_files
+from jaxlora.data.delimited import Reading
+from jaxlora.data.tables import Columns, Table
+from jaxlora.serving import bank, finished_run, manifest, tree_files
 from jaxlora.tasks.sharing import VARIANTS, group_name
 from jaxlora.training import inputs, trained
 from jaxlora.training.presets import make_settings
 from jaxlora.utils import files
-from jaxlora.utils.errors import UserError
+from jaxlora.utils.errors import Note, UserError
 
 DEV = {"sst": 0.25, "para": 0.5, "sts": -0.125}
 
 
-def models(variant, base, size=0.2):
+def models(variant, base, size=0.2, table=None):
     """Settings of a variant, and models as if they had been trained."""
     more = {"rank": 3} if variant.startswith("lora") else {}
     settings = make_settings(variant, base=base.name, max_length=16, **more)
+    if table:
+        settings = dataclasses.replace(
+            settings,
+            data=dataclasses.replace(settings.data, source="files"),
+            tasks=tuple(dataclasses.replace(spec, table=table) for spec in settings.tasks),
+        )
     tree = {
         "frozen": {},
         "lora": {"lora": random_adapter(base.params, settings.lora, size)}
@@ -64,6 +74,37 @@ def test_a_bank_keeps_all_of_a_run(tiny, tmp_path, variant):
     kept = {one.tree for one in found.models.values()}
     assert len(kept) == (1 if settings.adapt == "frozen" else len(settings.groups))
     assert bank.verify(tmp_path / "run") == []
+
+
+def test_a_bank_keeps_how_the_tables_were_read(tiny, tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text('text^label\n"a^1\n')
+    table = Table(Columns(("text",), "label"), str(path), str(path), None, "^", "none")
+    _, source = models("lora3", tiny, table=table)
+    bank.write(tmp_path / "run" / finished_run.MODEL, source)
+    found = bank.load(tmp_path / "run").models
+    assert found["sst"].facts.columns == table.columns
+    assert found["sst"].facts.reading == Reading("^", {"^": "none"})
+    stored = tmp_path / "run" / finished_run.MODEL / manifest.NAME
+    values = json.loads(stored.read_text())
+    edited = json.dumps(values).replace('"delimiter": "^"', '"delimiter": "^^"')
+    stored.write_text(json.dumps(manifest.signed(json.loads(edited))))
+    with pytest.raises(UserError, match=r"reading: delimiter: '\^\^' is not one character"):
+        bank.load(tmp_path / "run")
+    for entry in values["tasks"].values():
+        del entry["facts"]["reading"]
+    stored.write_text(json.dumps(manifest.signed(values | {"format": 5})))  # as it was before
+    before = bank.load(tmp_path / "run").models["sst"].facts
+    assert (before.columns, before.reading) == (table.columns, None)
+
+
+def test_a_table_that_is_gone_when_training_ends_is_noted(tiny, tmp_path):
+    path = tmp_path / "x.txt"
+    table = Table(Columns(("text",), "label"), str(path), str(path))
+    with pytest.warns(Note, match=r"x\.txt.*does not record .* the tables of \w+ were read"):
+        _, source = models("lora3", tiny, table=table)
+    assert source.models["sst"].facts.columns == table.columns
+    assert source.models["sst"].facts.reading is None
 
 
 def test_whole_encoders_stay_in_the_bank_of_their_run(tiny, tmp_path):

@@ -726,3 +726,14 @@ def test_errors_name_the_file_and_not_its_temporary_name(tmp_path, monkeypatch, 
     with pytest.raises(PermissionError) as caught, write(tmp_path / "a.toml"):
         pass
     assert caught.value.filename == str(tmp_path / "a.toml")
+
+
+def test_an_interrupted_exchange_of_folders_keeps_the_old_one(tmp_path, monkeypatch):
+    """Between the two renames, an error or Ctrl-C that the process survives."""
+    folder = tmp_path / "bank"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    monkeypatch.setattr(Path, "replace", lambda self, to: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), files.building(folder, replace=True) as content:
+        (content / "new").write_text("new")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["bank", "bank/old"]
