@@ -184,3 +184,21 @@ def call(capsys):
         return code, shown.out + shown.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs of these tests are compiled without optimizations, since each runs a few times."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The trees that are read from now on."""
+    from jaxlora.serving import tree_files
+
+    real, seen = tree_files.load, []
+    monkeypatch.setattr(tree_files, "load", lambda path: seen.append(path.name) or real(path))
+    return seen

@@ -1,8 +1,12 @@
 """Hugging Face's peft as the oracle: our adapters in its models."""
 
+import json
+
 import numpy as np
 import pytest
 from flax import traverse_util
+
+from jaxlora.formats import peft_config
 
 
 def bert(folder, classifier=False):
@@ -63,3 +67,9 @@ def vectors(model, tokenizer, sentences, pooling="cls"):
     if pooling == "mean":
         return ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).numpy()
     return hidden[:, 0].numpy()
+
+
+def edit_config(folder, **values):
+    """Change fields of a PEFT folder's configuration."""
+    path = folder / peft_config.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -11,9 +11,11 @@ import json
 
 import numpy as np
 
+from experiments.report import claims, scores, times
+from experiments.report.collect import collect
 from jaxlora.tasks.sharing import VARIANTS
 
-EXAMPLES = 20
+EXAMPLES, RESAMPLES = 20, 400
 TASKS = ("sst", "para", "sts")
 SEEDS = (0, 1)
 VERSIONS = {"jax": "9.8.7", "flax": "6.5.4"}
@@ -151,3 +153,12 @@ def write_rows(path, predictions, labels, confidence):
     rows = zip(range(EXAMPLES), predictions, labels, confidence, strict=True)
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("id", "prediction", "label", "confidence"), *rows])
+
+
+def examine(root):
+    """The context of a report of these runs, and its findings."""
+    collection = collect(root)
+    context = claims.Context(
+        collection, scores.score(collection, RESAMPLES, 0), times.measure(collection)
+    )
+    return context, claims.examine(context)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from releases import since
+from tiny import by_orbax
 
 import jaxlora
 from jaxlora.pcgrad import PCGradState, combine, cosines, gram, orders, pcgrad, project, sum_tasks
@@ -482,13 +482,6 @@ def test_accumulation_without_the_task_axis_is_told_how():
         ValueError, match=r"'w' has shape \(3, 2\) instead of \(3, 3, 2\).*acc_grads"
     ):
         steps.update({"w": jnp.zeros((3, 3, 2))}, steps.init(params), params)
-
-
-def by_orbax(state, folder):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "state", state)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(folder / "state", state)
 
 
 def by_numpy(state, folder):

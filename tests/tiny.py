@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from jaxlora import lora
 from jaxlora.serving import bank
@@ -119,3 +120,11 @@ class Silent:
         self.records.append(record)
         if (record["group"], record["step"]) == self.stop_at and record["kind"] == "train":
             raise KeyboardInterrupt
+
+
+def by_orbax(state: object, folder: Path) -> object:
+    """A pytree, saved and restored."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "state", state)

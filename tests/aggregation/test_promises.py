@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 from gradients import degenerate, losses_of, normal, program, promising, update
+from tiny import by_orbax
 
 from jaxlora.aggregation import MEMBERS, PROMISES, aggregate
 
@@ -204,13 +204,6 @@ def test_parts_are_separate_calls(name):
             {part: found[part]}, expected,
         )  # fmt: skip
         np.testing.assert_allclose(state.weights[n], after.weights, rtol=1e-4, atol=1e-6)
-
-
-def by_orbax(state, folder):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "state", state)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(folder / "state", state)
 
 
 SAVED = {

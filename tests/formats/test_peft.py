@@ -1,6 +1,5 @@
 """PEFT's folders: what we write it reads, what it writes we read, and the rest is refused."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import peft_oracle
 import pytest
 from flax import traverse_util
+from peft_oracle import edit_config
 from safetensors.numpy import load_file, save_file
 from tiny import leaves_equal, random_adapter
 
@@ -51,11 +51,6 @@ def save(folder, base, config=CASES["defaults"], name="tiny"):
     adapter = random_adapter(base.params, config)
     peft_files.save(folder, adapter, config, name, base.config)
     return adapter
-
-
-def edit_config(folder, **values):
-    path = folder / peft_config.CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def edit_tensors(folder, edit):

@@ -15,7 +15,9 @@ import pytest
 from report_runs import (
     ANSWERS,
     PLAN,
+    RESAMPLES,
     begin,
+    examine,
     write_json,
     write_root,
     write_run,
@@ -24,7 +26,7 @@ from report_runs import (
 
 from experiments import report
 from experiments.report import __main__ as command
-from experiments.report import assemble, claims, facts, scores, statistics, tables, times
+from experiments.report import assemble, claims, facts, statistics, tables, times
 from experiments.report.claims import HIGHER, LOWER, NOT_LOWER, SAME
 from experiments.report.collect import collect
 from experiments.report.statistics import Interval
@@ -32,16 +34,6 @@ from experiments.studies import AGGREGATORS
 from jaxlora.tasks import metrics
 from jaxlora.tasks.sharing import VARIANTS
 from jaxlora.utils.errors import UserError
-
-RESAMPLES = 400
-
-
-def examine(root):
-    collection = collect(root)
-    context = claims.Context(
-        collection, scores.score(collection, RESAMPLES, 0), times.measure(collection)
-    )
-    return context, claims.examine(context)
 
 
 @pytest.fixture(scope="module")

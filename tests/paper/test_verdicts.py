@@ -6,23 +6,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from report_runs import ANSWERS, EXAMPLES, PLAN, Answers, write_json, write_root, write_run
+from report_runs import (
+    ANSWERS,
+    EXAMPLES,
+    PLAN,
+    RESAMPLES,
+    Answers,
+    examine,
+    write_json,
+    write_root,
+    write_run,
+)  # fmt: skip
 
-from experiments.report import claims, facts, figures, page, results, scores, tables, times
+from experiments.report import claims, facts, figures, page, results, scores, tables
 from experiments.report.collect import collect
 from jaxlora.tasks.sharing import VARIANTS
 
-RESAMPLES = 400
 # Far apart, so that nothing but the number of seeds can stand against a verdict.
 LOW, HIGH = Answers((2, 2), (4, 4), 0.1), Answers((18, 18), (19, 19), 0.97)
-
-
-def examine(root):
-    collection = collect(root)
-    context = claims.Context(
-        collection, scores.score(collection, RESAMPLES, 0), times.measure(collection)
-    )
-    return context, claims.examine(context)
 
 
 def write_seeds(root, seeds, **settings):

@@ -453,14 +453,6 @@ def test_a_damaged_tree_refuses_the_requests_to_its_task_alone(three, part):
     np.testing.assert_allclose(found, expected[1:], atol=1e-6)
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """The trees that are read from now on."""
-    real, seen = tree_files.load, []
-    monkeypatch.setattr(tree_files, "load", lambda path: seen.append(path.name) or real(path))
-    return seen
-
-
 def test_a_tree_is_read_when_it_is_first_needed(three, reads, call):
     predictor = jaxlora.load(three)
     assert "sst" in repr(predictor.tasks) and bank.contents(three)

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import peft_oracle
 import pytest
+from peft_oracle import edit_config
 from safetensors.numpy import load_file, save_file
 
 import jaxlora
@@ -73,11 +74,6 @@ def answers(folder, name="x"):
 
 def probabilities(folder, name="x"):
     return np.array([list(a.probabilities.values()) for a in answers(folder, name)])
-
-
-def edit_config(folder, **values):
-    path = folder / peft_config.CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def rename_tensors(folder, rename):

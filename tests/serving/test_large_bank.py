@@ -15,7 +15,7 @@ from tiny import random_adapter
 
 import jaxlora
 from jaxlora import lora
-from jaxlora.serving import adapter_slots, bank, tree_files
+from jaxlora.serving import adapter_slots, bank
 from jaxlora.serving import manifest as manifests
 from jaxlora.serving.task_models import TaskModel, TaskModels
 from jaxlora.tasks.task import SST
@@ -79,14 +79,6 @@ def written(few, tmp_path_factory):
 @pytest.fixture
 def large(written, tmp_path):
     return Path(shutil.copytree(written, tmp_path / "bank", symlinks=True))
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """The trees that are read from now on."""
-    real, seen = tree_files.load, []
-    monkeypatch.setattr(tree_files, "load", lambda path: seen.append(path.name) or real(path))
-    return seen
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,6 @@ from jaxlora.training.sharding import make_mesh
 STEPS = 50
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """These tests compile several small programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def batches_of(cohort):
     """Batches in which any group takes part."""
     return (batch for _, batch in cohort.prefetch(0))

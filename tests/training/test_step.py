@@ -30,12 +30,8 @@ ADAPTER = LoraConfig(4, 8.0)
 ALL = ("sst", "para", "sts")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These tests compile dozens of tiny programs and run each a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+# These tests compile dozens of tiny programs and run each a few times.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def copy(tree):
