@@ -223,11 +223,12 @@ def test_resume_refuses_changed_data(folders, capsys):
 
 
 def test_a_long_sentence_is_cut_and_counted(folders, capsys):
-    words = " ".join(["good"] * 40)
+    words = " ".join(["good"] * 60)
     edit(folders[0] / "ids-sst-train.csv", line(2, ["0", "x", words, "1"]))
-    assert call(folders, "--max-length=16") == 0
-    shown = capsys.readouterr().out
-    assert "1 sentences cut to 16 tokens" in " ".join(shown.replace("│", " ").split())
+    assert call(folders, "--max-length=60") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "test 26; 1 sentence truncated to 60 tokens" in shown
+    assert shown.count("truncated") == 1
 
 
 def test_run_prints_plan_and_table(folders, capsys):

@@ -675,7 +675,7 @@ def test_the_commands(runs, tmp_path, call):
     assert call("bank", "add", folder, "--run", runs / "lora4", "--task", "para")[0] == 0
     code, shown = call("bank", "list", folder)
     assert code == 0
-    assert all(text in shown for text in ("sst", "para", "sts", "3 tasks add", "a full model"))
+    assert all(text in shown for text in ("sst", "para", "sts", "3 tasks: ", "a full model"))
     assert call("bank", "update", folder, "--run", runs / "again", "--task", "sts")[0] == 0
     code, shown = call("bank", "show", folder, "sts")
     assert json.loads(shown)["lora"]["rank"] == 2
