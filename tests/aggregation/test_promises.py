@@ -15,7 +15,7 @@ from jaxlora.aggregation import MEMBERS, PROMISES, aggregate
 
 ALL = sorted(MEMBERS)
 # For tests that compile programs of their own: one of each kind is quick, all are slow.
-KINDS = ("aligned_mtl", "cagrad", "famo", "gradvac", "nash_mtl", "pcgrad", "upgrad")
+KINDS = ("cagrad", "famo", "nash_mtl", "pcgrad", "upgrad")
 EACH = [*KINDS, *(pytest.param(n, marks=pytest.mark.slow) for n in ALL if n not in KINDS)]
 
 

@@ -40,7 +40,7 @@ def after(settings, base, data, groups, steps):
         pytest.param("sst,sts|para", {"lora_dropout": 0.0, "patience": 3}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("side_by_side", [True, False])
+@pytest.mark.parametrize("side_by_side", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_each_group_ends_where_it_ends_alone(make, groups, more, side_by_side, monkeypatch):
     """Sizes differ, so small groups take part in some steps alone; the heads have dropout."""
     monkeypatch.setattr(adaptation, "MOST_SIDE_BY_SIDE", 4 if side_by_side else 1)
