@@ -59,8 +59,8 @@ def aggregate(
     T×T matrix of the gradients' dot products, within the compiled step and on any mesh. No epsilon
     is added to the dot products. The counterpart in optax is
     `optax.experimental.aggregating.Aggregator`, whose implementations average. If a gradient or
-    loss of a group is not finite where weights are computed, the group's update is NaN, and its
-    method's state and averaged weights stay unchanged.
+    loss of a group is not finite where weights are computed, or they give no finite weights, the
+    group's update is NaN, and its method's state and averaged weights stay unchanged.
 
     Do not pass it the gradients of heads, which belong to one task each: see `sum_tasks` and
     `per_task_grads`.
