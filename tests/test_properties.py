@@ -40,10 +40,6 @@ def targets(tmp_path_factory):
     return all_targets(tmp_path_factory.mktemp("samples"))
 
 
-# Targets of whose first twenty inputs all may be damaged.
-RARELY_SOUND = {"table", "bank manifest"}
-
-
 def test_the_page_counts_the_targets(targets):
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     assert f"inputs for {len(targets)} targets" in page
@@ -55,7 +51,8 @@ def test_every_target_gives_a_right_result_or_refuses(targets, tmp_path):
         (tmp_path / name).mkdir()
         tallies[name] = fuzz(target, 20, 0, tmp_path / name)
     assert [tally.failure for tally in tallies.values() if tally.failure] == []
-    assert {n for n, tally in tallies.items() if not tally.accepted} <= RARELY_SOUND
+    # Of some all twenty inputs may be damaged; of many only if what they are made from is broken.
+    assert sum(tally.accepted > 0 for tally in tallies.values()) > 0.8 * len(tallies)
 
 
 def test_the_command_fails_where_a_target_does(monkeypatch, capsys):

@@ -45,6 +45,11 @@ class Dialect(NamedTuple):
         return self.found is not None and (self.quoting == "none" or self.found.quoted > 0)
 
 
+def is_delimiter(text: str) -> bool:
+    """Return whether a text can delimit fields: one character, no quote and no line end."""
+    return len(text) == 1 and text not in '"\r\n'
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """How the delimited training tables of a task were read, to read other tables alike.
@@ -62,7 +67,7 @@ class Reading:
     quoting: dict[str, Quoting] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+        if self.delimiter is not None and not is_delimiter(self.delimiter):
             raise ValueError(f"delimiter: {self.delimiter!r} is not one character")
 
 

@@ -38,6 +38,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from jaxlora.data import hub, table_formats, tables
+from jaxlora.data.delimited import is_delimiter
 from jaxlora.data.labels import DELIMITER, WrongLabelError, find_labels, find_set
 from jaxlora.data.quoting import Quoting
 from jaxlora.data.survey import find_roles
@@ -112,7 +113,7 @@ class TaskFields:
             raise ValueError("pair: goes with two text columns")
         if self.kind in KINDS and KINDS[self.kind].form != "score" and self.range is not None:
             raise ValueError("range: goes with regression and similarity; name the classes")
-        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+        if self.delimiter is not None and not is_delimiter(self.delimiter):
             raise ValueError(f'delimiter: {self.delimiter!r} is not one character, such as "\\t"')
         if self.classes is not None and not all(map(str.strip, self.names)):
             raise ValueError("classes: a name is blank")

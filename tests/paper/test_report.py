@@ -206,15 +206,8 @@ def test_table1_says_what_each_variant_trains(context):
     assert list(found) == list(VARIANTS)
     rows = {name: tuple(row.values())[1:] for name, row in found.items()}
     assert rows["baseline1"] == (
-        "frozen",
-        "–",
-        "–",
-        "squared error",
-        "0.005",
-        "0.001",
-        2,
-        "complete",
-    )
+        "frozen", "–", "–", "squared error", "0.005", "0.001", 2, "complete",
+    )  # fmt: skip
     assert rows["baseline4"] == (
         "trained", "sst | para | sts", "–", "cosine", "0.0002", "1e-05", 2, "complete",
     )  # fmt: skip

@@ -16,7 +16,7 @@ from report_runs import (
     write_json,
     write_root,
     write_run,
-)  # fmt: skip
+)
 
 from experiments.report import claims, facts, figures, page, results, scores, tables
 from experiments.report.collect import collect
